@@ -1,0 +1,65 @@
+"""Output files that are whole or absent.
+
+A file is written beside its destination under a temporary name and moved there when it is
+complete, so that an interrupted or failing command leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from onnxqat.errors import OnnxQatError
+
+__all__ = ["atomic_output", "check_writable", "write_text"]
+
+
+def check_writable(path: str | Path, *, force: bool = False) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Raises
+    ------
+    OnnxQatError
+        The file exists and ``force`` is not set, or its directory is missing or read-only.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OnnxQatError(f"{path}: is a directory. Name a file to write.")
+    if path.exists() and not force:
+        raise OnnxQatError(f"{path}: already exists. Pass --force to replace it.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OnnxQatError(f"{path}: directory '{folder}' does not exist. Create it first.")
+    if not os.access(folder, os.W_OK):
+        raise OnnxQatError(f"{path}: directory '{folder}' is not writable. Choose another output.")
+
+
+@contextmanager
+def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it there when the block succeeds.
+
+    Raises
+    ------
+    OnnxQatError
+        As `check_writable`, or the file system refuses the write.
+    """
+    path = Path(path)
+    check_writable(path, force=force)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".onnxqat-", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            for made in Path(folder).iterdir():  # a model may bring its external data along
+                made.replace(path.parent / made.name)
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}). Choose another output."
+        raise OnnxQatError(message) from error
+
+
+def write_text(path: str | Path, text: str, *, force: bool = False) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
+    with atomic_output(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")

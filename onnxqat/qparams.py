@@ -1,0 +1,217 @@
+"""The integer grid: what a quantized tensor may hold, and how floats map onto it.
+
+Pure numpy; knows no graph. With scale ``s`` and zero_point ``z`` (ONNX QuantizeLinear and
+DequantizeLinear, https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html)::
+
+    q = clip(round_half_even(x / s) + z, qmin, qmax)        y = (q - z) * s
+
+=============  ========  ============  =====================
+bits, signed   qmin      qmax          narrow_range
+=============  ========  ============  =====================
+8, signed      -128      127           [-127, 127]
+8, unsigned    0         255           (symmetric: as signed)
+4, signed      -8        7             [-7, 7]
+4, unsigned    0         15
+=============  ========  ============  =====================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.errors import PlanError
+
+__all__ = [
+    "FloatArray",
+    "QuantParams",
+    "QuantSpec",
+    "Signedness",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "quantized_range",
+    "storage_dtype",
+]
+
+FloatArray: TypeAlias = NDArray[np.float32]
+Signedness: TypeAlias = Literal["signed", "unsigned", "from_range"]
+
+
+class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How a tensor is quantized, before any data was seen.
+
+    Attributes
+    ----------
+    bits : int
+        Width of the integers, 2 to 16.
+    signedness : {"signed", "unsigned", "from_range"}
+        ``from_range`` becomes unsigned in calibration when the range has no negative value.
+    symmetric : bool
+        zero_point is 0; the clipping range is ``[-t, t]`` (signed) or ``[0, t]`` (unsigned).
+    narrow_range : bool
+        Leave out the most negative integer, so that the range is ``[-qmax, qmax]``.
+    axis : int or None
+        One scale for each index of this axis; None is per-tensor.
+    fixed_range : (float, float) or None
+        Clipping range that the chip forces, whatever the data say (Softmax: 0 to 1).
+    min_range : float
+        Smallest width of a clipping range, in units of the tensor; keeps the scale of an
+        all-zero tensor or channel positive.
+    """
+
+    bits: int = 8
+    signedness: Signedness = "signed"
+    symmetric: bool = True
+    narrow_range: bool = False
+    axis: int | None = None
+    fixed_range: tuple[float, float] | None = None
+    min_range: float = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantParams:
+    """Scale and zero_point of one tensor.
+
+    Attributes
+    ----------
+    scale : float32 of shape () or (C,)
+        Units of the tensor per level; positive.
+    zero_point : int8, uint8, int16 or uint16 of the same shape
+        The integer that stands for 0.0. Its dtype is the dtype of the quantized tensor.
+    """
+
+    scale: FloatArray
+    zero_point: NDArray[Any]
+
+    @property
+    def signed(self) -> bool:
+        """Whether the integers are signed."""
+        return bool(np.issubdtype(self.zero_point.dtype, np.signedinteger))
+
+    def same_as(self, other: QuantParams) -> bool:
+        """Return whether both are equal bit for bit."""
+        return (
+            self.zero_point.dtype == other.zero_point.dtype
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+
+def quantized_range(spec: QuantSpec, *, signed: bool) -> tuple[int, int]:
+    """Return ``(qmin, qmax)``, both inclusive.
+
+    Examples
+    --------
+    >>> quantized_range(QuantSpec(bits=4), signed=True)
+    (-8, 7)
+    >>> quantized_range(QuantSpec(bits=4), signed=False)
+    (0, 15)
+    """
+    if not signed:
+        return 0, 2**spec.bits - 1
+    qmax = 2 ** (spec.bits - 1) - 1
+    return (-qmax if spec.narrow_range else -qmax - 1), qmax
+
+
+def storage_dtype(spec: QuantSpec, *, signed: bool) -> np.dtype[Any]:
+    """Return the integer dtype that QuantizeLinear produces for ``spec``."""
+    width = 8 if spec.bits <= 8 else 16
+    return np.dtype(f"{'' if signed else 'u'}int{width}")
+
+
+def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantParams:
+    """Choose the scale and zero_point that cover the clipping range ``[low, high]``.
+
+    The range is first widened to contain zero, so that zero is represented exactly
+    (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 2.1).
+
+    Parameters
+    ----------
+    low, high : float32 of shape () or (C,)
+        Clipping range in the units of the tensor, per tensor or per axis.
+    spec : QuantSpec
+        What to choose for. ``fixed_range`` wins over ``low`` and ``high``.
+
+    Returns
+    -------
+    QuantParams
+        Of the same shape as ``low``.
+
+    Raises
+    ------
+    PlanError
+        The range is not finite, or its low end lies above its high end.
+
+    Examples
+    --------
+    >>> params = choose_qparams(np.float32(-1.0), np.float32(2.54), QuantSpec())
+    >>> round(float(params.scale), 6), int(params.zero_point)
+    (0.02, 0)
+    """
+    if spec.fixed_range is not None:
+        low, high = (np.full_like(low, end) for end in spec.fixed_range)
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and np.all(low <= high)):
+        raise PlanError(f"Clipping range [{low}, {high}] is not a finite interval.")
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    signed = spec.signedness == "signed" or (
+        spec.signedness == "from_range" and bool(np.any(low < 0))
+    )
+    qmin, qmax = quantized_range(spec, signed=signed)
+    floor = np.float32(spec.min_range)
+    if spec.symmetric:
+        threshold = np.maximum(np.maximum(-low, high) if signed else high, floor)
+        scale = threshold / np.float32(qmax)
+        zero_point = np.zeros_like(scale)
+    else:
+        scale = np.maximum(high - low, floor) / np.float32(qmax - qmin)
+        zero_point = np.clip(np.rint(np.float32(qmin) - low / scale), qmin, qmax)
+    return QuantParams(
+        scale=np.asarray(scale, np.float32),
+        zero_point=np.asarray(zero_point).astype(storage_dtype(spec, signed=signed)),
+    )
+
+
+def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
+    """Reshape per-axis values of shape (C,) so that they broadcast along ``axis``."""
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * rank
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> NDArray[Any]:
+    """Return the integers of ``x``, same shape, in the dtype of the zero_point."""
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    scale = _aligned(params.scale, x.ndim, spec.axis)
+    zero_point = _aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
+    levels = np.clip(np.rint(x / scale) + zero_point, qmin, qmax)
+    integers: NDArray[Any] = levels.astype(params.zero_point.dtype)
+    return integers
+
+
+def dequantize(q: NDArray[Any], params: QuantParams, spec: QuantSpec) -> FloatArray:
+    """Return the float32 values of the integers ``q``, same shape."""
+    scale = _aligned(params.scale, q.ndim, spec.axis)
+    zero_point = _aligned(params.zero_point, q.ndim, spec.axis).astype(np.int32)
+    values: FloatArray = (q.astype(np.int32) - zero_point).astype(np.float32) * scale
+    return values
+
+
+def fake_quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> FloatArray:
+    """Return ``dequantize(quantize(x))``: the float32 values on the grid, same shape.
+
+    Examples
+    --------
+    >>> spec = QuantSpec(bits=4)
+    >>> params = choose_qparams(np.float32(-7), np.float32(7), spec)
+    >>> fake_quantize(np.float32([0.4, 1.5, 2.5, 100]), params, spec).tolist()
+    [0.0, 2.0, 2.0, 7.0]
+    """
+    return dequantize(quantize(x, params, spec), params, spec)
