@@ -1,0 +1,119 @@
+"""Read hardware rule files: bundled ones by name, others by path, strictly."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onnxqat.errors import RuleError
+from onnxqat.rules.schema import HardwareRule, OpRule, RuleSpec
+
+__all__ = ["bundled_rules", "load_rule"]
+
+MAX_FILE_BYTES = 2**20
+MAX_EXTENDS = 8  # a longer chain is a loop
+KNOWN_KEYS = sorted(
+    {field for kind in (HardwareRule, OpRule, RuleSpec) for field in kind.__struct_fields__}
+    | {"extends"}
+)
+
+
+def bundled_rules() -> tuple[str, ...]:
+    """Return the names of the rules that come with onnxqat, sorted."""
+    folder = resources.files("onnxqat.rules")
+    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_rule(name: str) -> HardwareRule:
+    """Return the rule of a bundled name or of a path to a ``.toml`` file.
+
+    Raises
+    ------
+    RuleError
+        Unknown name, unreadable file, or a key or value the schema does not have.
+    """
+    table = _read(name, depth=0)
+    try:
+        rule = msgspec.convert(table, HardwareRule)
+    except msgspec.ValidationError as error:
+        raise RuleError(f"{name}: {_explain(str(error))}") from error
+    _check(rule, name)
+    return rule
+
+
+def _read(name: str, *, depth: int, folder: Path | None = None) -> dict[str, Any]:
+    if depth > MAX_EXTENDS:
+        raise RuleError(f"{name}: 'extends' goes round in a circle.")
+    text = _text(name, folder)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RuleError(f"{name}: not valid TOML: {error}.") from error
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise RuleError(f"{name}: 'extends' is {parent!r}. Name one rule.")
+    here = Path(name).parent if name.endswith(".toml") else None
+    return _merge(_read(parent, depth=depth + 1, folder=here), table)
+
+
+def _text(name: str, folder: Path | None) -> str:
+    if name in bundled_rules():
+        return (resources.files("onnxqat.rules") / f"{name}.toml").read_text(encoding="utf-8")
+    if not name.endswith(".toml"):
+        close = difflib.get_close_matches(name, bundled_rules(), n=3, cutoff=0.3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "See 'onnxqat rules list'."
+        raise RuleError(f"Unknown rule '{name}'. {hint} Or give the path of a .toml file.")
+    path = folder / name if folder else Path(name)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a rule file.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuleError(f"{path}: cannot be read ({error}).") from error
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """Return the parent's tables with the child's keys laid over them."""
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(message: str) -> str:
+    """Add the nearest known key to msgspec's message about an unknown one."""
+    found = re.search(r"unknown field `(\w+)`", message)
+    close = difflib.get_close_matches(found[1], KNOWN_KEYS, n=1) if found else []
+    return message.replace("$.", "").rstrip(".") + (
+        f". Did you mean '{close[0]}'?" if close else "."
+    )
+
+
+def _check(rule: HardwareRule, name: str) -> None:
+    for op_type, op in rule.ops.items():
+        for key in ("inputs", "outputs", "weight"):
+            spec = getattr(op, key)
+            if spec is not None and spec not in rule.specs:
+                raise RuleError(
+                    f"{name} [ops.{op_type}]: {key} names spec '{spec}', which is not defined. "
+                    f"Defined: {', '.join(rule.specs)}."
+                )
+    for key, spec in rule.specs.items():
+        if not 2 <= spec.bits <= 16:
+            raise RuleError(f"{name} [specs.{key}]: bits = {spec.bits}. Widths are 2 to 16.")
+        if not spec.min_range > 0:
+            raise RuleError(f"{name} [specs.{key}]: min_range = {spec.min_range}. Give > 0.")
+        if not spec.symmetric and spec.signedness == "from_range":
+            raise RuleError(
+                f"{name} [specs.{key}]: an asymmetric spec has a fixed signedness. "
+                "Set signedness to 'signed' or 'unsigned'."
+            )
