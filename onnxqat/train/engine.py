@@ -1,0 +1,163 @@
+"""The only module that drives onnxruntime's training internals.
+
+`GradientGraphBuilder` turns a training form with a loss into a graph that also computes the
+gradients; it runs as an ordinary inference session. Parameters and gradients live in flat numpy
+buffers that the session reads and writes in place, so that a step copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import _pybind_state as ort_internals
+
+from onnxqat.errors import TrainingError
+from onnxqat.qparams import FloatArray
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.gradients import register_relu_gradient
+from onnxqat.train.losses import add_loss
+
+__all__ = ["Flat", "StepSession", "forward_session"]
+
+LOG_ERRORS_ONLY = 3
+
+
+class Flat:
+    """Named float32 arrays, one behind the other in one buffer.
+
+    Attributes
+    ----------
+    buffer : float32 of shape (total,)
+        All values.
+    views : dict of str to float32 array
+        Each array, sharing memory with the buffer.
+    """
+
+    def __init__(self, arrays: Mapping[str, FloatArray]) -> None:
+        self.buffer: FloatArray = np.zeros(sum(a.size for a in arrays.values()), np.float32)
+        self.views: dict[str, FloatArray] = {}
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, array in arrays.items():
+            self.slices[name] = slice(start, start + array.size)
+            self.views[name] = self.buffer[self.slices[name]].reshape(array.shape)
+            self.views[name][...] = array
+            start += array.size
+
+    def like(self) -> Flat:
+        """Return zeros of the same layout."""
+        return Flat({name: np.zeros_like(view) for name, view in self.views.items()})
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = LOG_ERRORS_ONLY
+    # Fused integer kernels are not what the rule describes, and have no gradient.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Fusions that keep every value: level 3 would reorder sums (blocked layouts).
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
+
+
+def forward_session(form: TrainingForm, *, threads: int = 0) -> ort.InferenceSession:
+    """Return a session of the training form's forward pass; parameters are its inputs."""
+    return ort.InferenceSession(
+        form.proto.SerializeToString(), _options(threads), providers=["CPUExecutionProvider"]
+    )
+
+
+class StepSession:
+    """Compute the loss and the gradients of all parameters for a batch.
+
+    Parameters
+    ----------
+    form : TrainingForm
+        What is trained.
+    loss : tuple of str
+        Parts of the loss, see `onnxqat.train.losses`.
+    batch_size : int
+        Samples in every batch; onnxruntime's pooling gradients need it fixed.
+    threads : int
+        0 takes all cores.
+
+    Attributes
+    ----------
+    values, gradients : Flat
+        Parameters by input name, and their gradients; the session reads and writes them.
+
+    Raises
+    ------
+    TrainingError
+        onnxruntime cannot build a gradient.
+    """
+
+    def __init__(
+        self, form: TrainingForm, loss: tuple[str, ...], *, batch_size: int, threads: int = 0
+    ) -> None:
+        learned = form.parameters if form.learns_scales else form.weights
+        constants = {k: v for k, v in form.parameters.items() if k not in learned}
+        self.values = Flat(learned)
+        register_relu_gradient()
+        model = _fix_batch(add_loss(form.proto, loss), set(form.parameters), batch_size)
+        graph = _gradient_graph(model.SerializeToString(), set(learned))
+        self._session = ort.InferenceSession(
+            graph, _options(threads), providers=["CPUExecutionProvider"]
+        )
+        outputs = [o.name for o in self._session.get_outputs()]
+        self._inputs = {i.name for i in self._session.get_inputs()}
+        reached = {n: v for n, v in learned.items() if f"{n}_grad" in outputs}
+        self.gradients = Flat(reached)
+        self._binding = self._session.io_binding()
+        self._loss = np.zeros((), np.float32)
+        for name, array in (*self.values.views.items(), *constants.items()):
+            if name in self._inputs:
+                self._bind(self._binding.bind_input, name, array)
+        for name in outputs:
+            array = self._loss if name == "loss" else self.gradients.views[name[: -len("_grad")]]
+            self._bind(self._binding.bind_output, name, array)
+        self._constants = constants  # the session reads them by address
+
+    @staticmethod
+    def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> float:
+        """Fill `gradients` for one batch and return its loss.
+
+        Parameters
+        ----------
+        feeds : mapping of str to array
+            Data, labels and teacher's outputs, by input name.
+        """
+        for name, array in feeds.items():
+            if name in self._inputs:
+                self._binding.bind_cpu_input(name, array)
+        self._session.run_with_iobinding(self._binding)
+        return float(self._loss)
+
+
+def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
+    """Give the first axis of every data input its length, and infer all shapes from it."""
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in parameters and dims and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = batch_size
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _gradient_graph(model: bytes, learned: set[str]) -> bytes:
+    try:
+        builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss")
+        builder.build()
+        graph: bytes = builder.get_model()
+    except Exception as error:  # the bindings raise bare RuntimeErrors
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"onnxruntime cannot build the gradient: {message}") from error
+    return graph
