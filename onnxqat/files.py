@@ -26,9 +26,16 @@ def check_writable(path: str | Path, *, force: bool = False) -> None:
         The file exists and ``force`` is not set, or its directory is missing or read-only.
     """
     path = Path(path)
+    try:
+        exists, regular = path.exists(), path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be searched
+        message = f"{path}: cannot be written ({error.strerror}). Choose another output."
+        raise OnnxQatError(message) from error
     if path.is_dir():
         raise OnnxQatError(f"{path}: is a directory. Name a file to write.")
-    if path.exists() and not force:
+    if exists and not regular:  # it would be replaced by a file: /dev/null for one
+        raise OnnxQatError(f"{path}: is not a regular file. Choose another output.")
+    if exists and not force:
         raise OnnxQatError(f"{path}: already exists. Pass --force to replace it.")
     folder = path.parent
     if not folder.is_dir():
@@ -52,7 +59,10 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".onnxqat-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             yield temporary
-            for made in Path(folder).iterdir():  # a model may bring its external data along
+            beside = sorted(set(Path(folder).iterdir()) - {temporary})
+            for made in beside:  # a model may bring its external data along
+                check_writable(path.parent / made.name, force=force)
+            for made in (*beside, temporary):  # the file that refers to the others comes last
                 made.replace(path.parent / made.name)
     except OSError as error:
         message = f"{path}: cannot be written ({error.strerror}). Choose another output."

@@ -99,11 +99,24 @@ class Skip(msgspec.Struct, frozen=True):
 
 
 class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is quantized and why, as pure data with a stable JSON form."""
+    """What is quantized and why, as pure data with a stable JSON form.
+
+    Attributes
+    ----------
+    rule : str
+        Name of the hardware rule.
+    points, skips : tuple
+        The quantized tensors, and the nodes that stay float.
+    chains : tuple of tuple of str
+        Names of the nodes that the chip runs as one.
+    overrides : tuple of str
+        What the user changed.
+    """
 
     rule: str
     points: tuple[QuantPoint, ...]
     skips: tuple[Skip, ...]
+    chains: tuple[tuple[str, ...], ...] = ()
     overrides: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -268,6 +281,13 @@ class _Planner:
                 del self.ops[node.name]
                 reason = f"rule {self.rule.name} quantizes {node.op} only behind a fused op"
                 self.skips.append(Skip(node.name, node.op, reason))
+
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """Return the names of the nodes in each chain, in order."""
+        members: dict[str, list[str]] = {}
+        for name, head in self.fused.items():
+            members.setdefault(head, []).append(name)
+        return tuple(map(tuple, members.values()))
 
     def _match(self, node: gs.Node, chain: tuple[str, ...]) -> list[gs.Node] | None:
         if not _is_kind(node, chain[0]):
@@ -563,5 +583,6 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
         rule=rule.name,
         points=(*points, *planner.biases),
         skips=tuple(planner.skips),
+        chains=planner.chains(),
         overrides=tuple(str(o) for o in overrides),
     )

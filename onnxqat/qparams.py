@@ -146,7 +146,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     Raises
     ------
     PlanError
-        The range is not finite, or its low end lies above its high end.
+        The range is not finite, its low end lies above its high end, or its scale would be zero.
 
     Examples
     --------
@@ -167,10 +167,16 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     if spec.symmetric:
         threshold = np.maximum(np.maximum(-low, high) if signed else high, floor)
         scale = threshold / np.float32(qmax)
-        zero_point = np.zeros_like(scale)
     else:
-        scale = np.maximum(high - low, floor) / np.float32(qmax - qmin)
-        zero_point = np.clip(np.rint(np.float32(qmin) - low / scale), qmin, qmax)
+        width = high.astype(np.float64) - low  # may exceed the largest float32
+        scale = (np.maximum(width, floor) / (qmax - qmin)).astype(np.float32)
+    if not np.all(scale > 0):
+        raise PlanError(
+            f"Clipping range [{low}, {high}] is too narrow for a float32 scale. Raise min_range."
+        )
+    zero_point = (
+        np.zeros_like(scale) if spec.symmetric else np.clip(np.rint(qmin - low / scale), qmin, qmax)
+    )
     return QuantParams(
         scale=np.asarray(scale, np.float32),
         zero_point=np.asarray(zero_point).astype(storage_dtype(spec, signed=signed)),
@@ -191,7 +197,8 @@ def quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> NDArray[Any
     qmin, qmax = quantized_range(spec, signed=params.signed)
     scale = _aligned(params.scale, x.ndim, spec.axis)
     zero_point = _aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
-    levels = np.clip(np.rint(x / scale) + zero_point, qmin, qmax)
+    with np.errstate(over="ignore"):  # infinity is clipped like any other large value
+        levels = np.clip(np.rint(x / scale) + zero_point, qmin, qmax)
     integers: NDArray[Any] = levels.astype(params.zero_point.dtype)
     return integers
 

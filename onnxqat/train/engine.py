@@ -18,13 +18,12 @@ from onnxruntime.capi import _pybind_state as ort_internals
 
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import FloatArray
+from onnxqat.runtime import open_session
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import register_relu_gradient
 from onnxqat.train.losses import add_loss
 
 __all__ = ["Flat", "StepSession", "forward_session"]
-
-LOG_ERRORS_ONLY = 3
 
 
 class Flat:
@@ -54,22 +53,9 @@ class Flat:
         return Flat({name: np.zeros_like(view) for name, view in self.views.items()})
 
 
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = LOG_ERRORS_ONLY
-    # Fused integer kernels are not what the rule describes, and have no gradient.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Fusions that keep every value: level 3 would reorder sums (blocked layouts).
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return options
-
-
 def forward_session(form: TrainingForm, *, threads: int = 0) -> ort.InferenceSession:
     """Return a session of the training form's forward pass; parameters are its inputs."""
-    return ort.InferenceSession(
-        form.proto.SerializeToString(), _options(threads), providers=["CPUExecutionProvider"]
-    )
+    return open_session(form.proto, optimization="basic", threads=threads)
 
 
 class StepSession:
@@ -106,9 +92,7 @@ class StepSession:
         register_relu_gradient()
         model = _fix_batch(add_loss(form.proto, loss), set(form.parameters), batch_size)
         graph = _gradient_graph(model.SerializeToString(), set(learned))
-        self._session = ort.InferenceSession(
-            graph, _options(threads), providers=["CPUExecutionProvider"]
-        )
+        self._session = open_session(graph, optimization="basic", threads=threads)
         outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = {i.name for i in self._session.get_inputs()}
         reached = {n: v for n, v in learned.items() if f"{n}_grad" in outputs}

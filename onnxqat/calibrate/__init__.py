@@ -1,0 +1,13 @@
+"""Calibration: observers of clipping ranges, and the streaming run that feeds them."""
+
+from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
+from onnxqat.calibrate.run import calibrate, fit_bias_range, placeholder_params
+
+__all__ = [
+    "OBSERVERS",
+    "Observer",
+    "calibrate",
+    "fit_bias_range",
+    "placeholder_params",
+    "weight_range",
+]

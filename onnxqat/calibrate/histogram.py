@@ -1,0 +1,104 @@
+"""Counts of a tensor's values in a bounded number of bins, for the observers that need a shape.
+
+Pure numpy; knows no spec and picks no range.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.qparams import FloatArray
+
+__all__ = ["Histogram"]
+
+_HALF_BITS = 13
+_HALF = 1 << _HALF_BITS  # bins on each side of zero; more than half of one side is in use
+_CHUNK = 1 << 16  # elements binned at a time, so that the temporaries stay in the cache
+_SMALLEST_EXPONENT = -126  # of a bin width: its inverse must be a float32
+
+
+class Histogram:
+    """Counts of values in bins of equal width; widens its bins as larger values come.
+
+    Bin ``k`` holds ``[k * width, (k + 1) * width)`` without the exact zeros, which are counted
+    apart: a Relu gives so many that no bin may smear them. The width is a power of two, the
+    smallest that covers the largest magnitude seen. So binning is exact in float32 (unless a
+    value underflows, 2^-137 of the range or less), doubling the width merges pairs of bins
+    exactly, and the counts depend on the set of values alone, never on how it was batched.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(2 * _HALF, np.int64)
+        self._exponent = _SMALLEST_EXPONENT  # of the bin width
+        self.zeros = 0
+
+    @property
+    def width(self) -> float:
+        """Width of a bin, in the units of the tensor."""
+        return float(2.0**self._exponent)
+
+    def add(self, x: FloatArray, magnitude: float) -> None:
+        """Count the finite values ``x``, whose largest magnitude is ``magnitude``."""
+        if magnitude == 0:
+            self.zeros += x.size
+            return
+        self._grow(int(np.frexp(magnitude)[1]) - _HALF_BITS)
+        flat = x.reshape(-1)
+        inverse = np.float32(2.0**-self._exponent)
+        level = np.empty(min(_CHUNK, flat.size), np.float32)
+        for start in range(0, flat.size, _CHUNK):
+            chunk = flat[start : start + _CHUNK]
+            bins = level[: chunk.size]
+            np.multiply(chunk, inverse, out=bins)
+            np.floor(bins, out=bins)
+            bins += np.float32(_HALF)  # exact: both are small integers
+            counts = np.bincount(bins.astype(np.intp), minlength=2 * _HALF)
+            zeros = chunk.size - int(np.count_nonzero(chunk))
+            counts[_HALF] -= zeros
+            self.zeros += zeros
+            self._counts += counts
+
+    def _grow(self, exponent: int) -> None:
+        """Double the bin width until it is at least ``2**exponent``."""
+        if exponent <= self._exponent:
+            return
+        # After this many doublings each side is one bin, and further ones change nothing.
+        doublings = min(exponent - self._exponent, _HALF_BITS)
+        merged = self._counts.reshape(-1, 1 << doublings).sum(axis=1)
+        half = _HALF >> doublings
+        self._counts = np.zeros_like(self._counts)
+        self._counts[_HALF - half : _HALF + half] = merged
+        self._exponent = exponent
+
+    def occupied(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return edges of shape (n + 1,) and counts of shape (n,) that hold all but the zeros."""
+        used = np.flatnonzero(self._counts)
+        first, last = (int(used[0]), int(used[-1])) if used.size else (_HALF, _HALF - 1)
+        edges = np.arange(first - _HALF, last + 2 - _HALF, dtype=np.float64) * self.width
+        return edges, self._counts[first : last + 1]
+
+    def ends(self, fraction: float) -> tuple[float, float]:
+        """Return ``(low, high)`` that ``fraction`` of all values do not exceed to either side.
+
+        Linear within a bin, so that each is off by less than `width`.
+        """
+        edges, counts = self.occupied()
+        at = int(np.searchsorted(edges[:-1], 0.0))  # bins at or above zero start here
+        left, right = np.insert(edges[:-1], at, 0.0), np.insert(edges[1:], at, 0.0)
+        counts = np.insert(counts, at, self.zeros)
+        low = _quantile(-right[::-1], -left[::-1], counts[::-1], fraction)
+        return 0.0 - low, _quantile(left, right, counts, fraction)
+
+
+def _quantile(
+    left: NDArray[np.float64], right: NDArray[np.float64], counts: NDArray[Any], fraction: float
+) -> float:
+    """Return the value that ``fraction`` of the counts does not exceed, linear within a bin."""
+    total = np.cumsum(counts)
+    target = fraction * float(total[-1])
+    at = int(np.searchsorted(total, target))
+    inside = (target - float(total[at] - counts[at])) / max(float(counts[at]), 1.0)
+    return float(left[at] + min(max(inside, 0.0), 1.0) * (right[at] - left[at]))

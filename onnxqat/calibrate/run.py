@@ -1,0 +1,181 @@
+"""Measure clipping ranges over data and turn them into parameters, one batch at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
+from onnxqat.errors import ModelError
+from onnxqat.insert import plan_of, state_of, strip, with_params
+from onnxqat.model import Model, to_proto
+from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.qparams import QuantParams, choose_qparams
+from onnxqat.runtime import open_session
+
+__all__ = ["calibrate", "placeholder_params"]
+
+logger = logging.getLogger(__name__)
+
+# The chip keeps bias / (s_x * s_w) in int32; half of that leaves room for training to move it.
+BIAS_LIMIT = 2.0**30
+
+
+def calibrate(
+    model: Model,
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    *,
+    observer: str = "mse",
+    threads: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> Model:
+    """Return a copy of a Q/DQ model with parameters measured on data.
+
+    Parameters
+    ----------
+    model : Model
+        As `insert` made it, not fine-tuned.
+    batches : iterable of mapping of str to array
+        Model inputs by name. One batch is held at a time.
+    observer : str
+        A name in `OBSERVERS`. Weights take the mean-squared-error range with ``mse``, their
+        largest magnitude with all others.
+    progress : callable
+        Called after each batch.
+
+    Raises
+    ------
+    ModelError
+        The model is fine-tuned: its scales are trained, not measured.
+    DataError
+        A tensor holds NaN or infinity, or there is no data.
+    """
+    if state_of(model) == "finetuned":
+        raise ModelError(
+            f"{model.name}: is fine-tuned; calibrating would replace its trained scales. "
+            "Calibrate the file that 'onnxqat insert' wrote."
+        )
+    plan, floats = plan_of(model), strip(model)
+    tensors = floats.graph.tensors()
+    params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
+    watched = _observe(floats, plan, batches, OBSERVERS[observer], threads, progress)
+    for point in plan.grid_points():
+        if point.role == "activation" and point.parameters not in params:
+            low, high = watched[point.parameters].range()
+            params[point.parameters] = choose_qparams(low, high, point.spec)
+    fit_bias_range(plan, params, tensors)
+    return with_params(model, params, state="calibrated", plan=_resolved(plan, params))
+
+
+def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
+    """Return parameters without data: weights by magnitude, scale 1 for every activation."""
+    params = _weight_params(plan, model.graph.tensors(), "minmax")
+    for point in plan.grid_points():
+        if point.role == "activation":
+            range_of_one = QuantParams(scale=np.float32(1), zero_point=np.int8(0))  # type: ignore[arg-type]
+            high = np.float32(2**point.spec.bits // 2 - 1) * range_of_one.scale
+            low = np.zeros_like(high) if point.spec.signedness == "unsigned" else -high
+            params.setdefault(point.parameters, choose_qparams(low, high, point.spec))
+    return params
+
+
+def _weight_params(
+    plan: QuantPlan, tensors: Mapping[str, gs.Tensor], method: Any
+) -> dict[str, QuantParams]:
+    params = {}
+    for point in plan.grid_points():
+        if point.role == "weight" and point.group is None:
+            low, high = weight_range(tensors[point.tensor].values, point.spec, method)
+            params[point.parameters] = choose_qparams(low, high, point.spec)
+    return params
+
+
+def _observe(
+    floats: Model,
+    plan: QuantPlan,
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    kind: type[Observer],
+    threads: int,
+    progress: Callable[[], None],
+) -> dict[str, Observer]:
+    """Run the float model and show every activation to the observer of its parameters."""
+    points = [p for p in plan.grid_points() if p.role == "activation" or p.group]
+    watched: dict[str, Observer] = {}
+    for point in points:
+        if point.parameters not in watched:
+            watched[point.parameters] = kind(point.spec, name=point.parameters)
+    tensors = floats.graph.tensors()
+    for point in points:  # constants in a group are seen once
+        if isinstance(tensors[point.tensor], gs.Constant):
+            watched[point.parameters].update(tensors[point.tensor].values)
+    inputs = {t.name for t in floats.graph.inputs}
+    names = [p.tensor for p in points if not isinstance(tensors[p.tensor], gs.Constant)]
+    fetched = [n for n in names if n not in inputs]
+    session = open_session(_with_outputs(floats, fetched), optimization="basic", threads=threads)
+    for batch in batches:
+        values = dict(zip(fetched, session.run(fetched, dict(batch)), strict=True))
+        for point in points:
+            if point.tensor in names:
+                value = values.get(point.tensor, batch.get(point.tensor))
+                watched[point.parameters].update(value)
+        progress()
+    return watched
+
+
+def _with_outputs(floats: Model, names: list[str]) -> Any:
+    proto = to_proto(floats)
+    present = {value.name for value in proto.graph.output}
+    for name in names:
+        if name not in present:
+            proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return proto
+
+
+def fit_bias_range(
+    plan: QuantPlan, params: dict[str, QuantParams], tensors: Mapping[str, gs.Tensor]
+) -> None:
+    """Raise weight scales where the int32 bias would overflow; changes ``params``.
+
+    A folded channel of almost zero weights has a tiny scale but an ordinary bias, and
+    ``bias / (s_x * s_w)`` leaves int32. Its weights carry nothing at the coarser scale either.
+    """
+    points = {p.tensor: p for p in plan.grid_points()}
+    for bias in plan.points:
+        if bias.derived_from is None:
+            continue
+        x, w = (points[name] for name in bias.derived_from)
+        magnitude = np.abs(np.asarray(tensors[bias.tensor].values, np.float64)).reshape(-1)
+        scale = params[w.parameters].scale
+        needed = magnitude / (float(params[x.parameters].scale) * BIAS_LIMIT)
+        if scale.ndim:  # a grouped ConvTranspose shares one scale between its groups
+            needed = needed.reshape(-1, scale.size).max(axis=0)
+        else:
+            needed = needed.max(initial=0.0)
+        raised = np.maximum(scale, np.asarray(needed, np.float32)).reshape(scale.shape)
+        count = int(np.count_nonzero(raised > scale))
+        if count:
+            logger.info("%s: %d weight scales raised so that the bias fits int32", w.tensor, count)
+            params[w.parameters] = QuantParams(
+                scale=raised, zero_point=params[w.parameters].zero_point
+            )
+
+
+def _resolved(plan: QuantPlan, params: Mapping[str, QuantParams]) -> QuantPlan:
+    """Return the plan with the signedness that the data decided."""
+
+    def resolve(point: QuantPoint) -> QuantPoint:
+        if point.spec.signedness != "from_range":
+            return point
+        kind = "signed" if params[point.parameters].signed else "unsigned"
+        spec = msgspec.structs.replace(point.spec, signedness=kind)
+        return msgspec.structs.replace(point, spec=spec)
+
+    points = tuple(resolve(p) if p.role != "bias" else p for p in plan.points)
+    return msgspec.structs.replace(plan, points=points)

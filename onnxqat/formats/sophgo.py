@@ -1,0 +1,388 @@
+"""The ``cali_table`` of Sophgo's compiler, tpu-mlir, as its QAT tool lays it out.
+
+::
+
+    # work_mode:QAT_all_int8 #Automatically generated, ...
+    # op_name    threshold    min    max
+    input 2.5 -2.5 2.5                              activations: name threshold min max
+    #int4_th
+    125_Relu 1.5 0.0 1.5                            the same, for tensors of 4 bits
+    #weight_scale
+    125_Relu_weight 2 0.01 0.02 0 0                 name N, N scales, N zero_points
+
+What the numbers mean (tpu-mlir ``lib/Support/Module.cpp``, ``getScale``), ``s`` being the scale:
+
+=========  ===============  =====================  =============
+bits       signed           unsigned               min, max
+=========  ===============  =====================  =============
+8          ``127 * s``      ``255 * s``            ``-th, th``
+4          ``7 * s``        ``15 * s``             unsigned:
+16         ``32767 * s``    ``65535 * s``          ``0, th``
+=========  ===============  =====================  =============
+
+Why not ``128 * s`` in seven decimals, as sophgo-mq writes: the compiler divides by 127, and with
+``%.7f`` weight scales 196 of the 270,256 int8 weights of a ResNet-20 came out different. A float32
+scale times any of these factors is exact in float64, and the shortest decimal that reads back to
+the same float64 keeps it, so the scale survives bit for bit. An exponent makes the compiler abort;
+none is written, and none is accepted. Compiler-checked with tpu-mlir 1.30.2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
+
+__all__ = ["WORK_MODES", "read", "scale_of", "threshold", "write"]
+
+WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
+
+_BITS = (4, 8, 16)
+_WORK_MODE = "# work_mode:"
+_WORK_MODE_NOTE = (
+    f"#Automatically generated, do not modify, work_mode choice:[{', '.join(WORK_MODES)}]"
+)
+_COLUMNS = "# op_name    threshold    min    max"
+_INT4 = "#int4_th"
+_WEIGHTS = "#weight_scale"
+
+_MAX_SIZE = 256 * 2**20  # characters; the scales of a billion-parameter network take a tenth
+_MAX_SCALES = 2**20  # of one weight; no network has as many output channels
+_MAX_ZERO_POINT = 2**16 - 1
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
+_EXPONENT = re.compile(r"-?[0-9.]+[eE][-+]?[0-9]+")
+
+_Value = TypeVar("_Value")
+
+
+def _largest(bits: int, *, signed: bool) -> int:
+    """Return the level that the threshold stands for."""
+    if bits not in _BITS:
+        raise FormatError(f"A Sophgo table holds 4, 8 or 16 bits, not {bits}. Change the rule.")
+    return 2 ** (bits - 1) - 1 if signed else int(2**bits - 1)
+
+
+def threshold(scale: float, bits: int, signed: bool) -> Threshold:
+    """Return the table entry of an activation with zero_point 0.
+
+    Parameters
+    ----------
+    scale : float
+        A float32 value, in units of the tensor per level; positive.
+    bits : {4, 8, 16}
+        Width of the integers.
+    signed : bool
+        Whether the integers are signed.
+
+    Raises
+    ------
+    FormatError
+        The scale is not positive and finite, or the chip has no such width.
+
+    Examples
+    --------
+    >>> threshold(0.5, 8, signed=True)
+    Threshold(threshold=63.5, low=-63.5, high=63.5)
+    >>> threshold(0.5, 4, signed=False)
+    Threshold(threshold=7.5, low=0.0, high=7.5)
+    """
+    th = float(scale) * _largest(bits, signed=signed)
+    if not (math.isfinite(th) and th > 0):
+        raise FormatError(f"Scale {scale} is not positive and finite. Calibrate again.")
+    return Threshold(threshold=th, low=-th if signed else 0.0, high=th)
+
+
+def scale_of(entry: Threshold, bits: int) -> tuple[np.float32, bool]:
+    """Return the scale and signedness that the compiler gives an entry; undo `threshold`.
+
+    Parameters
+    ----------
+    entry : Threshold
+        Signed if its ``low`` lies below zero.
+    bits : {4, 8, 16}
+        Width of the integers.
+
+    Returns
+    -------
+    scale : numpy.float32
+        Units of the tensor per level; bit for bit what `threshold` was given.
+    signed : bool
+        Whether the integers are signed.
+
+    Raises
+    ------
+    FormatError
+        The scale is not a positive float32, or the chip has no such width.
+
+    Examples
+    --------
+    >>> scale, signed = scale_of(Threshold(threshold=63.5, low=-63.5, high=63.5), 8)
+    >>> float(scale), signed
+    (0.5, True)
+    """
+    signed = entry.low < 0
+    scale = entry.threshold / _largest(bits, signed=signed)
+    if not scale <= float(np.finfo(np.float32).max) or not np.float32(scale) > 0:
+        raise FormatError(
+            f"Threshold {entry.threshold} gives no positive float32 scale. Calibrate again."
+        )
+    return np.float32(scale), signed
+
+
+def _threshold_problem(entry: Threshold) -> str | None:
+    """Return what is wrong with an activation's numbers."""
+    if not all(math.isfinite(x) for x in (entry.threshold, entry.low, entry.high)):
+        return "threshold, min or max is not finite. Calibrate again."
+    if entry.threshold <= 0:
+        return f"threshold {entry.threshold} is not positive. Calibrate again."
+    if entry.low > entry.high:
+        return f"min {entry.low} lies above max {entry.high}. Calibrate again."
+    return None
+
+
+def _scales_problem(entry: WeightScales) -> str | None:
+    """Return what is wrong with a weight's numbers."""
+    n = len(entry.scales)
+    if not 1 <= n <= _MAX_SCALES:
+        return f"{n} scales, expected 1 to {_MAX_SCALES}. Check the weight's axis."
+    if len(entry.zero_points) != n:
+        return f"{n} scales but {len(entry.zero_points)} zero_points. Write as many of each."
+    for scale in entry.scales:
+        if not (math.isfinite(scale) and scale > 0):
+            return f"weight scale {scale} is not positive and finite. Calibrate again."
+    for zero_point in entry.zero_points:
+        if abs(zero_point) > _MAX_ZERO_POINT:
+            return f"zero_point {zero_point} is no 16-bit integer. Calibrate again."
+    return None
+
+
+def _name_problem(name: str) -> str | None:
+    """Return why the compiler would not find ``name`` in a table."""
+    if not name or any(c.isspace() for c in name):
+        return f"name {name!r} is empty or has whitespace, which separates fields. Rename it."
+    if name.startswith("#"):
+        return f"name {name!r} starts with '#', which starts a comment. Rename it."
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        return f"name {name!r} cannot be written as UTF-8. Rename it."
+    return None
+
+
+def _decimal(value: float) -> str:
+    """Return the shortest plain decimal that reads back to the same float64."""
+    return np.format_float_positional(np.float64(value), unique=True, trim="0")
+
+
+def _threshold_fields(entry: Threshold) -> list[str]:
+    return [_decimal(x) for x in (entry.threshold, entry.low, entry.high)]
+
+
+def _scales_fields(entry: WeightScales) -> list[str]:
+    scales = [_decimal(scale) for scale in entry.scales]
+    return [str(len(scales)), *scales, *map(str, entry.zero_points)]
+
+
+def _lines(
+    section: dict[str, _Value],
+    check: Callable[[_Value], str | None],
+    fields: Callable[[_Value], list[str]],
+) -> Iterator[str]:
+    """Yield the lines of a section, or raise FormatError."""
+    for name, entry in section.items():
+        problem = _name_problem(name) or check(entry)
+        if problem:
+            raise FormatError(f"{name}: {problem}")
+        yield " ".join([name, *fields(entry)])
+
+
+def write(table: CalibrationTable) -> str:
+    """Return the text of a ``cali_table``, each line ended by a newline.
+
+    Parameters
+    ----------
+    table : CalibrationTable
+        Its entries are written in their order.
+
+    Raises
+    ------
+    FormatError
+        A name or number that the compiler could not read, an unknown work mode.
+
+    Examples
+    --------
+    >>> table = CalibrationTable(activations={"x": threshold(0.5, 8, signed=False)})
+    >>> write(table).splitlines()[1:]
+    ['# op_name    threshold    min    max', 'x 127.5 0.0 127.5', '#int4_th', '#weight_scale']
+    """
+    if table.work_mode not in WORK_MODES:
+        raise FormatError(
+            f"Work mode '{table.work_mode}' is unknown. Choose one of {', '.join(WORK_MODES)}."
+        )
+    lines = [
+        f"{_WORK_MODE}{table.work_mode} {_WORK_MODE_NOTE}",
+        _COLUMNS,
+        *_lines(table.activations, _threshold_problem, _threshold_fields),
+        _INT4,
+        *_lines(table.int4, _threshold_problem, _threshold_fields),
+        _WEIGHTS,
+        *_lines(table.weights, _scales_problem, _scales_fields),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class _LineError(Exception):
+    """What is wrong with the line at hand; `read` adds where."""
+
+
+def _parse_decimal(text: str) -> float:
+    if _EXPONENT.fullmatch(text):
+        raise _LineError(
+            f"'{text}' has an exponent, which makes the compiler abort. Write a plain decimal."
+        )
+    if not _DECIMAL.fullmatch(text):
+        raise _LineError(f"'{text[:40]}' is not a plain decimal number. Write it as 0.125.")
+    return float(text)
+
+
+def _parse_integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise _LineError(f"'{text[:40]}' is not a small integer. Write it without a point.")
+    return int(text)
+
+
+def _parse_threshold(fields: list[str]) -> Threshold:
+    if len(fields) != 3:
+        raise _LineError(f"{len(fields) + 1} fields, expected 4. Write: name threshold min max.")
+    th, low, high = map(_parse_decimal, fields)
+    return Threshold(threshold=th, low=low, high=high)
+
+
+def _parse_scales(fields: list[str]) -> WeightScales:
+    if not fields:
+        raise _LineError("a name without numbers. Write: name N, N scales, N zero_points.")
+    n = _parse_integer(fields[0])
+    if not 1 <= n <= _MAX_SCALES:
+        raise _LineError(f"{n} scales, expected 1 to {_MAX_SCALES}. Check the weight's axis.")
+    if len(fields) != 1 + 2 * n:
+        raise _LineError(
+            f"{len(fields) - 1} numbers after N = {n}, expected {2 * n}. "
+            "Write N scales, then N zero_points."
+        )
+    return WeightScales(
+        scales=tuple(map(_parse_decimal, fields[1 : 1 + n])),
+        zero_points=tuple(map(_parse_integer, fields[1 + n :])),
+    )
+
+
+def _add(
+    section: dict[str, _Value],
+    line: str,
+    parse: Callable[[list[str]], _Value],
+    check: Callable[[_Value], str | None],
+) -> None:
+    """Parse one line into ``section``."""
+    name, *fields = line.split()
+    if name in section:
+        raise _LineError(f"'{name}' appears twice in this section. Remove one of the lines.")
+    entry = parse(fields)
+    problem = _name_problem(name) or check(entry)
+    if problem:
+        raise _LineError(problem)
+    section[name] = entry
+
+
+def _parse_head(number: int, line: str) -> str | None:
+    """Check line 1 or 2; return the work mode from line 1."""
+    if number == 2:
+        if line.split() != _COLUMNS.split():
+            raise _LineError(f"expected the column header. Write: {_COLUMNS}")
+        return None
+    if not line.startswith(_WORK_MODE):
+        raise _LineError(
+            f"expected the header '{_WORK_MODE}...'. Pass the table that quantization-aware "
+            "training wrote."
+        )
+    mode = line[len(_WORK_MODE) :].partition("#")[0].strip()
+    if mode not in WORK_MODES:
+        raise _LineError(f"unknown work mode '{mode}'. Choose one of {', '.join(WORK_MODES)}.")
+    return mode
+
+
+class _Reader:
+    """The sections read so far; one line goes in at a time."""
+
+    def __init__(self) -> None:
+        self.work_mode = ""
+        self.activations: dict[str, Threshold] = {}
+        self.int4: dict[str, Threshold] = {}
+        self.weights: dict[str, WeightScales] = {}
+        self.missing = [_INT4, _WEIGHTS]
+
+    def take(self, number: int, line: str) -> None:
+        """Take in line ``number``, counted from 1."""
+        if number <= 2:
+            self.work_mode = _parse_head(number, line) or self.work_mode
+        elif line.startswith("#"):
+            self._enter(line.strip())
+        elif not line.strip():
+            return
+        elif len(self.missing) == 2:
+            _add(self.activations, line, _parse_threshold, _threshold_problem)
+        elif len(self.missing) == 1:
+            _add(self.int4, line, _parse_threshold, _threshold_problem)
+        else:
+            _add(self.weights, line, _parse_scales, _scales_problem)
+
+    def _enter(self, header: str) -> None:
+        if self.missing[:1] != [header]:
+            wanted = f"'{self.missing[0]}'" if self.missing else "no further section"
+            raise _LineError(f"section '{header[:40]}', expected {wanted}. Restore the order.")
+        del self.missing[0]
+
+
+def read(text: str, name: str) -> CalibrationTable:
+    """Read a ``cali_table`` as `write` lays it out; undo `write`.
+
+    Strict, since the compiler skips in silence what it does not understand. Blank lines and the
+    width of the gaps between fields are free.
+
+    Parameters
+    ----------
+    text : str
+        The whole table, at most 256 MiB.
+    name : str
+        What errors call the table, usually its path.
+
+    Raises
+    ------
+    FormatError
+        As ``name:line: what is wrong``: wrong number of fields, something that is not a plain
+        decimal, a threshold or scale that is not positive, a name given twice, an unknown or
+        missing section.
+    """
+    if len(text) > _MAX_SIZE:
+        raise FormatError(f"{name}:1: larger than 256 MiB. This is not a calibration table.")
+    reader = _Reader()
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            reader.take(number, line)
+        except _LineError as error:
+            raise FormatError(f"{name}:{number}: {error}") from None
+    if reader.missing:
+        raise FormatError(
+            f"{name}:{len(lines)}: section '{reader.missing[0]}' is missing. "
+            "The file is cut off; write it again."
+        )
+    return CalibrationTable(
+        activations=reader.activations,
+        int4=reader.int4,
+        weights=reader.weights,
+        work_mode=reader.work_mode,
+    )

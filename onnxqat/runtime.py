@@ -1,0 +1,52 @@
+"""Sessions of onnxruntime: how a model is executed, in one place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx
+import onnxruntime as ort
+
+from onnxqat.errors import ModelError
+
+__all__ = ["Optimization", "open_session"]
+
+# all: what a user's runtime does; basic: only rewrites that keep every value bit for bit;
+# none: node by node as the file says.
+Optimization = Literal["all", "basic", "none"]
+LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
+LOG_FATAL_ONLY = 4  # failures come as exceptions, whose text we pass on
+
+
+def open_session(
+    model: onnx.ModelProto | bytes, *, optimization: Optimization, threads: int = 0
+) -> ort.InferenceSession:
+    """Return a CPU session.
+
+    Q/DQ pairs are never fused into integer kernels: the arithmetic is what the file says.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto or bytes
+        The model.
+    optimization : {"all", "basic", "none"}
+        How far onnxruntime may rewrite the graph.
+    threads : int
+        0 takes all cores.
+
+    Raises
+    ------
+    ModelError
+        onnxruntime refuses the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the bindings raise a class per status code
+        message = str(error).splitlines()[0]
+        raise ModelError(f"onnxruntime cannot load the model: {message}") from error

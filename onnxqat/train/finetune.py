@@ -1,0 +1,472 @@
+"""The fine-tuning loop: batches in, a Q/DQ model with tuned weights and scales out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxqat.calibrate import fit_bias_range
+from onnxqat.data import DataSet, augment, split
+from onnxqat.errors import TrainingError
+from onnxqat.evaluate import Evaluation, evaluate
+from onnxqat.evaluate.run import model_session
+from onnxqat.insert import (
+    SOURCE_KEY,
+    plan_of,
+    read_params,
+    state_of,
+    strip,
+    weights_hash,
+    with_params,
+)
+from onnxqat.model import Model
+from onnxqat.plan import QuantPlan
+from onnxqat.qparams import FloatArray, QuantParams, quantized_range
+from onnxqat.train.engine import Flat, StepSession
+from onnxqat.train.form import TrainingForm, training_form
+from onnxqat.train.losses import LABELS, parse_loss, teacher_input
+from onnxqat.train.optimizers import OPTIMIZERS, Optimizer, cosine_rate
+
+__all__ = ["Config", "Diverged", "Finetuned", "Progress", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+# Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
+TARGET_STEPS = 1000
+MAX_EPOCHS = 20
+GUARD_STEPS = 20  # the loss is compared over windows of this many steps
+MAX_BACKOFFS = 3
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Hyper-parameters.
+
+    Attributes
+    ----------
+    loss : str or None
+        See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+    epochs : int or None
+        None: enough for about 1,000 steps, at most 20.
+    batch_size : int
+        Samples per step.
+    method : {"lsq", "ste"}
+        ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
+    optimizer : {"adamw", "sgd"}
+        For weights and scales.
+    lr : float
+        Learning rate of the weights. For AdamW it is relative to the weight's size: a step moves
+        a weight by about ``lr`` times the root mean square of its output channel.
+    scale_lr : float
+        Learning rate of the scales, in their logarithm.
+    weight_decay : float
+        Decoupled; fraction of the weight per step and unit of learning rate.
+    warmup : float
+        Fraction of all steps over which the rate rises from zero.
+    augment : tuple of str
+        Random changes of the training images: ``flip``, ``crop``.
+    validation : float
+        Fraction of the training data held out where no validation data are given.
+    seed : int
+        Of the order of samples, the held-out slice and augmentation.
+    threads : int
+        0 takes all cores.
+    """
+
+    loss: str | None = None
+    epochs: int | None = None
+    batch_size: int = 32
+    method: Literal["lsq", "ste"] = "lsq"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    scale_lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    augment: tuple[str, ...] = ()
+    validation: float = 0.1
+    seed: int = 0
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a running fine-tuning stands; passed to the caller after every step and epoch.
+
+    Attributes
+    ----------
+    step, steps, epoch, epochs : int
+        Done and in all; counted from 1.
+    loss : float
+        Mean over the last steps.
+    validation : Evaluation or None
+        After an epoch.
+    note : str
+        Something the user should read.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    validation: Evaluation | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """The outcome.
+
+    Attributes
+    ----------
+    model : Model
+        The best state by the validation metric; the start itself if nothing was better.
+    before, after : Evaluation
+        On the held-out data.
+    epochs : int
+        How many were run.
+    best_epoch : int
+        The one the model is of; 0 is the start.
+    seconds : float
+        Wall time of training, without loading.
+    notes : tuple of str
+        What was done about a rising loss.
+    """
+
+    model: Model
+    before: Evaluation
+    after: Evaluation
+    epochs: int
+    best_epoch: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Diverged(TrainingError):
+    """The loss became infinite or NaN; ``best`` is the last good state."""
+
+    def __init__(self, message: str, best: Model) -> None:
+        super().__init__(message)
+        self.best = best
+
+
+def finetune(
+    model: Model,
+    data: DataSet,
+    *,
+    validation: DataSet | None = None,
+    teacher: Model | None = None,
+    config: Config = Config(),  # noqa: B008 (frozen)
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Finetuned:
+    """Fine-tune weights and scales with the quantization in the loop.
+
+    Parameters
+    ----------
+    model : Model
+        Calibrated, or fine-tuned before. It is not changed.
+    data : DataSet
+        Training samples.
+    validation : DataSet, optional
+        Chooses the best state. A seeded slice of ``data`` is held out for it otherwise.
+    teacher : Model, optional
+        Float model to distil from; of a calibrated file it is the file itself.
+    config : Config
+        Hyper-parameters.
+    report : callable
+        Told about every step and epoch.
+
+    Raises
+    ------
+    TrainingError
+        Nothing to teach, too few samples, or a gradient that does not exist.
+    Diverged
+        The loss left the finite numbers.
+    """
+    return _Run(model, data, validation, teacher, config, report).run()
+
+
+def _teacher_of(model: Model, teacher: Model | None) -> Model:
+    if teacher is not None:
+        return teacher
+    floats = strip(model)
+    if weights_hash(floats.graph) != model.metadata.get(SOURCE_KEY):
+        raise TrainingError(
+            f"{model.name}: its weights are not those of the float model any more, so that it "
+            "cannot teach itself. Pass the float model with --teacher."
+        )
+    return floats
+
+
+@dataclass
+class _Run:
+    """One fine-tuning."""
+
+    model: Model
+    data: DataSet
+    validation: DataSet | None
+    teacher: Model | None
+    config: Config
+    report: Callable[[Progress], None]
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Finetuned:
+        config = self.config
+        if state_of(self.model) == "uncalibrated":
+            raise TrainingError(f"{self.model.name}: is not calibrated. Calibrate it first.")
+        self._divide()
+        terms = self._loss_terms()
+        self.reference = _teacher_of(self.model, self.teacher)
+        teaching = any(term != "cross-entropy" for term in terms)
+        self.teaching = model_session(self.reference, "float") if teaching else None
+        self.form = training_form(self.model, learn_scales=config.method == "lsq")
+        self.session = StepSession(
+            self.form, terms, batch_size=config.batch_size, threads=config.threads
+        )
+        started = time.monotonic()
+        self.before = self._validate(self.model)
+        self.best, self.best_epoch, self.best_figures = self.model, 0, self.before
+        rate = 1.0
+        while not self._train(rate):
+            rate /= 4
+        return Finetuned(
+            model=self.best,
+            before=self.before,
+            after=self.best_figures,
+            epochs=self.epochs,
+            best_epoch=self.best_epoch,
+            seconds=time.monotonic() - started,
+            notes=tuple(self.notes),
+        )
+
+    def _divide(self) -> None:
+        """Settle what is trained on, what is held out, and for how long."""
+        count, config = len(self.data), self.config
+        self.indices = np.arange(count)
+        self.held_out = self.validation
+        if self.held_out is None:
+            self.indices, kept = split(count, config.validation, config.seed)
+            self.held_out = self.data.subset(kept)
+        self.steps_per_epoch = len(self.indices) // config.batch_size
+        if self.steps_per_epoch == 0 or len(self.held_out) == 0:
+            raise TrainingError(
+                f"{count} samples are too few for batches of {config.batch_size} and a held-out "
+                "slice. Give more data or a smaller --batch-size."
+            )
+        wanted = math.ceil(TARGET_STEPS / self.steps_per_epoch)
+        self.epochs = config.epochs or min(wanted, MAX_EPOCHS)
+
+    def _loss_terms(self) -> tuple[str, ...]:
+        default = "cross-entropy+kl" if self.data.has_labels else "kl"
+        terms = parse_loss(self.config.loss or default)
+        if "cross-entropy" in terms and not self.data.has_labels:
+            raise TrainingError(
+                "The loss 'cross-entropy' needs labels, and the data have none. "
+                "Name them with --label, or distil with --loss kl."
+            )
+        return terms
+
+    def _train(self, rate: float) -> bool:
+        """Run all epochs; return False when the loss rose and a smaller rate should be tried."""
+        session, config = self.session, self.config
+        steps = self.epochs * self.steps_per_epoch
+        warmup = max(1, round(config.warmup * steps))
+        for name, value in self.form.parameters.items():
+            if name in session.values.views:
+                session.values.views[name][...] = value
+        updater = _Updater(self.form, session.values, session.gradients, self.model, config)
+        rng = np.random.default_rng(config.seed)
+        losses: list[float] = []
+        for epoch in range(1, self.epochs + 1):
+            for feeds in self._feeds(rng):
+                loss = session.run(feeds)
+                self._check_finite(loss, len(losses) + 1)
+                losses.append(loss)
+                if self._rising(losses):
+                    self._back_off(rate)
+                    return False
+                updater.step(rate * cosine_rate(len(losses) - 1, steps, warmup))
+                self._tell(losses, epoch, steps)
+            self._keep_best(epoch)
+            self._tell(losses, epoch, steps, self.figures)
+        return True
+
+    def _feeds(self, rng: np.random.Generator) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the feeds of one epoch in a fresh random order."""
+        order = rng.permutation(self.indices)
+        for batch in self.data.batches(self.config.batch_size, indices=order, drop_last=True):
+            feeds = {
+                name: augment(value, self.config.augment, rng) if self.config.augment else value
+                for name, value in batch.inputs.items()
+            }
+            if self.teaching is not None:
+                outputs = self.teaching.run(None, feeds)
+                names = (o.name for o in self.teaching.get_outputs())
+                feeds |= {teacher_input(n): o for n, o in zip(names, outputs, strict=True)}
+            if batch.labels is not None:
+                feeds[LABELS] = batch.labels
+            yield feeds
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"The loss became {loss} at step {step}. The best state so far (epoch "
+                f"{self.best_epoch}) is kept. Try a smaller --lr.",
+                self.best,
+            )
+
+    def _rising(self, losses: list[float]) -> bool:
+        """Whether the last window's mean loss lies clearly above the first steps'."""
+        if len(losses) < 2 * GUARD_STEPS or len(losses) % GUARD_STEPS:
+            return False
+        start = np.mean(losses[:GUARD_STEPS])
+        return bool(np.mean(losses[-GUARD_STEPS:]) > 1.5 * start + 0.05)
+
+    def _back_off(self, rate: float) -> None:
+        if len(self.notes) == MAX_BACKOFFS:
+            raise Diverged(
+                f"The loss rises even at {rate:g} times the learning rate. The best state is "
+                "kept. Check the data and labels, or try --method ste.",
+                self.best,
+            )
+        note = f"the loss rose; starting again with {rate / 4:g} times the learning rate"
+        self.notes.append(note)
+        logger.warning(note)
+
+    def _tell(
+        self, losses: list[float], epoch: int, steps: int, figures: Evaluation | None = None
+    ) -> None:
+        progress = Progress(
+            step=len(losses),
+            steps=steps,
+            epoch=epoch,
+            epochs=self.epochs,
+            loss=float(np.mean(losses[-GUARD_STEPS:])),
+            validation=figures,
+            note=self.notes[-1] if self.notes else "",
+        )
+        self.report(progress)
+
+    def _validate(self, model: Model) -> Evaluation:
+        assert self.held_out is not None
+        return evaluate(
+            model,
+            self.held_out.batches(self.config.batch_size),
+            against=self.reference,
+            threads=self.config.threads,
+        )
+
+    def _keep_best(self, epoch: int) -> None:
+        candidate = _written_back(self.model, self.form, self.session.values)
+        self.figures = self._validate(candidate)
+        if _score(self.figures) > _score(self.best_figures):
+            self.best, self.best_epoch, self.best_figures = candidate, epoch, self.figures
+
+
+def _score(figures: Evaluation) -> tuple[float, float]:
+    """Order states by accuracy where there are labels, then by agreement with the teacher."""
+    return figures.metrics.get("top1", 0.0), figures.agreement or 0.0
+
+
+class _Updater:
+    """Apply one step to weights and scales."""
+
+    def __init__(
+        self, form: TrainingForm, values: Flat, gradients: Flat, model: Model, config: Config
+    ) -> None:
+        self.values, self.gradients, self.config = values, gradients, config
+        scales = {f"{name}/scale" for name in form.scales}
+        self.weights = [n for n in gradients.views if n not in scales]
+        self.scales = [n for n in gradients.views if n in scales]
+        plan, params = plan_of(model), read_params(model)
+        self.factors = _scale_gradient_factors(plan, params, model)
+        self.units = self._units(plan)
+        self.optimizer = self._optimizer(gradients.buffer.size)
+
+    def _optimizer(self, size: int) -> Optimizer:
+        if self.config.optimizer == "sgd":
+            return OPTIMIZERS["sgd"](size, momentum=self.config.momentum)
+        return OPTIMIZERS["adamw"](size)
+
+    def _units(self, plan: QuantPlan) -> dict[str, FloatArray | float]:
+        """Return the size of an AdamW step for each weight: its root mean square."""
+        if self.config.optimizer == "sgd":
+            return dict.fromkeys(self.weights, 1.0)
+        axes = {p.tensor: p.spec.axis for p in plan.points if p.role == "weight"}
+        return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
+
+    def step(self, factor: float) -> None:
+        """Move every parameter by one step at ``factor`` times the learning rates."""
+        for name in self.scales:  # into the log domain, with the LSQ factor
+            gradient = self.gradients.views[name]
+            gradient *= self.values.views[name] * self.factors[name.removesuffix("/scale")]
+        self.optimizer.direct(self.gradients.buffer)
+        rate = factor * self.config.lr
+        for name in self.weights:
+            value, direction = self.values.views[name], self.gradients.views[name]
+            if self.config.weight_decay and value.ndim > 1:
+                value *= np.float32(1 - rate * self.config.weight_decay)
+            value -= np.asarray(rate * self.units[name], np.float32) * direction
+        rate = factor * self.config.scale_lr
+        for name in self.scales:
+            self.values.views[name][...] *= np.exp(-np.float32(rate) * self.gradients.views[name])
+
+
+def _rms(values: FloatArray, axis: int | None) -> FloatArray | float:
+    """Return the root mean square, of each channel where ``axis`` is given, never zero."""
+    axes = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
+    squares = np.mean(np.square(values, dtype=np.float64), axis=axes, keepdims=axis is not None)
+    whole = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
+    floor = 1e-3 * whole or 1e-6
+    return np.maximum(np.sqrt(squares), floor).astype(np.float32)
+
+
+def _scale_gradient_factors(
+    plan: QuantPlan, params: dict[str, QuantParams], model: Model
+) -> dict[str, np.float32]:
+    """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
+
+    N is the number of elements that share one scale: of a channel of a weight, of one sample of
+    an activation. Qp is qmax - zero_point.
+    """
+    tensors = model.graph.tensors()
+    factors: dict[str, np.float32] = {}
+    for point in plan.grid_points():
+        shape = [d if isinstance(d, int) else 1 for d in tensors[point.tensor].shape or ()]
+        count = math.prod(shape[1:] if point.role == "activation" else shape)
+        count //= params[point.parameters].scale.size
+        _, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
+        levels = qmax - int(np.max(params[point.parameters].zero_point))
+        factor = np.float32(1 / math.sqrt(max(count, 1) * max(levels, 1)))
+        factors[point.parameters] = min(factor, factors.get(point.parameters, factor))
+    return factors
+
+
+def _written_back(model: Model, form: TrainingForm, values: Flat) -> Model:
+    """Return the Q/DQ model with the trained weights and scales."""
+    floats = strip(model)
+    tensors = floats.graph.tensors()
+    for name in form.weights:
+        tensors[name].values = values.views[name].copy()
+    params = read_params(model)
+    if form.learns_scales:
+        params = {
+            name: replace(old, scale=values.views[f"{name}/scale"].copy())
+            for name, old in params.items()
+        }
+    plan = plan_of(model)
+    fit_bias_range(plan, params, tensors)
+    renewed = with_params(model, params, state="finetuned")
+    kept = renewed.graph.tensors()
+    for name in form.weights:
+        kept[name].values = values.views[name].copy()
+    return renewed

@@ -1,0 +1,109 @@
+"""Optimizers and learning-rate schedule on flat numpy buffers.
+
+An optimizer turns gradients into *directions*; `Updater` applies them: to weights as
+``w -= rate * unit * direction`` and to scales in the log domain, ``s *= exp(-rate * direction)``,
+which keeps them positive and makes a step relative to the scale's own size.
+
+Buffers are walked in chunks that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+
+from onnxqat.qparams import FloatArray
+
+__all__ = ["OPTIMIZERS", "AdamW", "Optimizer", "Sgd", "cosine_rate"]
+
+CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
+
+
+def _chunks(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
+
+
+class Optimizer(ABC):
+    """Turns a flat gradient into a flat direction, keeping state between steps."""
+
+    @abstractmethod
+    def direct(self, gradient: FloatArray) -> FloatArray:
+        """Return the direction of descent for one step.
+
+        Parameters
+        ----------
+        gradient : float32 of shape (total,)
+            It is overwritten with the direction.
+        """
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, alg. 2).
+
+    The decay is the `Updater`'s part. Directions are about 1 in size whatever the gradient's.
+    """
+
+    def __init__(
+        self, size: int, *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-12
+    ) -> None:
+        self.mean: FloatArray = np.zeros(size, np.float32)
+        self.square: FloatArray = np.zeros(size, np.float32)
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, np.float32(epsilon)
+        self.steps = 0
+
+    def direct(self, gradient: FloatArray) -> FloatArray:
+        """Return ``mean / (sqrt(square) + epsilon)``, both corrected for their start at zero."""
+        self.steps += 1
+        beta1, beta2 = np.float32(self.beta1), np.float32(self.beta2)
+        mean_correction = np.float32(1 / (1 - self.beta1**self.steps))
+        square_correction = np.float32(1 / (1 - self.beta2**self.steps))
+        for part in _chunks(gradient.size):
+            g, mean, square = gradient[part], self.mean[part], self.square[part]
+            mean *= beta1
+            mean += (1 - beta1) * g
+            square *= beta2
+            square += (1 - beta2) * g * g
+            np.multiply(square, square_correction, out=g)
+            np.sqrt(g, out=g)
+            g += self.epsilon
+            np.divide(mean * mean_correction, g, out=g)
+        return gradient
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch writes it)."""
+
+    def __init__(self, size: int, *, momentum: float = 0.9) -> None:
+        self.velocity: FloatArray = np.zeros(size, np.float32)
+        self.momentum = np.float32(momentum)
+
+    def direct(self, gradient: FloatArray) -> FloatArray:
+        """Return ``velocity = momentum * velocity + gradient``."""
+        for part in _chunks(gradient.size):
+            velocity = self.velocity[part]
+            velocity *= self.momentum
+            velocity += gradient[part]
+            gradient[part] = velocity
+        return gradient
+
+
+OPTIMIZERS = {"adamw": AdamW, "sgd": Sgd}
+
+
+def cosine_rate(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate at ``step``, 0 to 1.
+
+    Linear from 0 over ``warmup`` steps, then half a cosine to 0 (Loshchilov and Hutter 2017,
+    https://arxiv.org/abs/1608.03983, equation 5 without restarts).
+
+    Examples
+    --------
+    >>> [round(cosine_rate(step, 10, 2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
