@@ -79,8 +79,7 @@ def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
     params = _weight_params(plan, model.graph.tensors(), "minmax")
     for point in plan.grid_points():
         if point.role == "activation":
-            range_of_one = QuantParams(scale=np.float32(1), zero_point=np.int8(0))  # type: ignore[arg-type]
-            high = np.float32(2**point.spec.bits // 2 - 1) * range_of_one.scale
+            high = np.asarray(2 ** (point.spec.bits - 1) - 1, np.float32)
             low = np.zeros_like(high) if point.spec.signedness == "unsigned" else -high
             params.setdefault(point.parameters, choose_qparams(low, high, point.spec))
     return params
@@ -123,8 +122,8 @@ def _observe(
         values = dict(zip(fetched, session.run(fetched, dict(batch)), strict=True))
         for point in points:
             if point.tensor in names:
-                value = values.get(point.tensor, batch.get(point.tensor))
-                watched[point.parameters].update(value)
+                known = values if point.tensor in values else batch
+                watched[point.parameters].update(known[point.tensor])
         progress()
     return watched
 

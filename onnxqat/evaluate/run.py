@@ -46,6 +46,8 @@ class Evaluation:
         How many samples were run.
     metrics : dict of str to float
         ``top1`` and, from ten classes on, ``top5``: fractions. Empty without labels.
+    reference : dict of str to float
+        The same figures of the reference model.
     agreement : float or None
         Fraction of samples with the same largest output as the reference model's.
     max_abs_diff : float or None
@@ -54,6 +56,7 @@ class Evaluation:
 
     samples: int
     metrics: dict[str, float]
+    reference: dict[str, float]
     agreement: float | None = None
     max_abs_diff: float | None = None
 
@@ -113,7 +116,8 @@ class _Counts:
     def __init__(self) -> None:
         self.samples = 0
         self.correct: dict[str, int] = {}
-        self.agreeing: int | None = None
+        self.reference: dict[str, int] = {}
+        self.agreeing: float | None = None
         self.max_abs_diff: float | None = None
 
     def add(
@@ -125,32 +129,16 @@ class _Counts:
         scores = outputs[0]
         self.samples += len(scores)
         if labels is not None:
-            self._count_labels(scores, labels)
+            _count_labels(scores, labels, self.correct)
         if expected is not None:
+            if labels is not None:
+                _count_labels(expected[0], labels, self.reference)
             pairs = zip(outputs, expected, strict=True)
             largest = max(float(np.max(np.abs(a - b), initial=0)) for a, b in pairs)
             self.max_abs_diff = max(largest, self.max_abs_diff or 0.0)
             same = np.argmax(scores, -1) == np.argmax(expected[0], -1)
             mean = same.reshape(len(same), -1).mean(axis=1)
-            self.agreeing = (self.agreeing or 0) + float(mean.sum())  # type: ignore[assignment]
-
-    def _count_labels(self, scores: NDArray[Any], labels: NDArray[np.int64]) -> None:
-        if scores.ndim != 2:
-            raise DataError(
-                f"Top-1 needs an output of shape (N, classes); the first output is "
-                f"{scores.shape}. Evaluate without labels, with --against."
-            )
-        classes = scores.shape[1]
-        if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
-            raise DataError(
-                f"Labels reach from {labels.min()} to {labels.max()}; the model has {classes} "
-                "classes, 0 to {classes - 1}. Check the labels."
-            )
-        ranking = np.argsort(-scores, axis=1, kind="stable")
-        for name, depth in (("top1", 1), ("top5", 5)):
-            if depth == 1 or classes >= 10:
-                hits = int((ranking[:, :depth] == labels[:, None]).any(axis=1).sum())
-                self.correct[name] = self.correct.get(name, 0) + hits
+            self.agreeing = (self.agreeing or 0.0) + float(mean.sum())
 
     def result(self) -> Evaluation:
         if not self.samples:
@@ -159,6 +147,27 @@ class _Counts:
         return Evaluation(
             samples=self.samples,
             metrics={name: hits / self.samples for name, hits in self.correct.items()},
+            reference={name: hits / self.samples for name, hits in self.reference.items()},
             agreement=agreement,
             max_abs_diff=self.max_abs_diff,
         )
+
+
+def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict[str, int]) -> None:
+    """Add the hits of one batch to ``correct``."""
+    if scores.ndim != 2:
+        raise DataError(
+            f"Top-1 needs an output of shape (N, classes); the first output is "
+            f"{scores.shape}. Evaluate without labels, with --against."
+        )
+    classes = scores.shape[1]
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        raise DataError(
+            f"Labels reach from {labels.min()} to {labels.max()}; the model has {classes} "
+            f"classes, 0 to {classes - 1}. Check the labels."
+        )
+    ranking = np.argsort(-scores, axis=1, kind="stable")
+    for name, depth in (("top1", 1), ("top5", 5)):
+        if depth == 1 or classes >= 10:
+            hits = int((ranking[:, :depth] == labels[:, None]).any(axis=1).sum())
+            correct[name] = correct.get(name, 0) + hits

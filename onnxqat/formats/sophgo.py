@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -39,7 +39,7 @@ import numpy as np
 from onnxqat.errors import FormatError
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 
-__all__ = ["WORK_MODES", "read", "scale_of", "threshold", "write"]
+__all__ = ["WORK_MODES", "read", "scale_of", "threshold", "write", "write_qtable"]
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
 
@@ -386,3 +386,15 @@ def read(text: str, name: str) -> CalibrationTable:
         weights=reader.weights,
         work_mode=reader.work_mode,
     )
+
+
+def write_qtable(float_ops: Iterable[str]) -> str:
+    """Return the ``qtable`` that keeps ops in float32 (sophgo-mq ``convert_deploy.py``).
+
+    Parameters
+    ----------
+    float_ops : iterable of str
+        Names as the compiler looks them up.
+    """
+    lines = ["# qtable from onnxqat", "# op_name  quantize_mode"]
+    return "\n".join([*lines, *(f"{name} F32" for name in float_ops)]) + "\n"

@@ -143,7 +143,11 @@ def params_from_table(
             missing.append(name)
             continue
         scales = np.asarray(table.weights[name].scales, np.float32)
-        shape = () if point.spec.axis is None else (graph.tensors()[point.tensor].shape[point.spec.axis],)
+        shape = (
+            ()
+            if point.spec.axis is None
+            else (graph.tensors()[point.tensor].shape[point.spec.axis],)
+        )
         if scales.size != int(np.prod(shape)):
             raise FormatError(
                 f"{source}: '{name}' has {scales.size} scales; its weight takes "
@@ -160,9 +164,7 @@ def params_from_table(
     return found
 
 
-def _store(
-    found: dict[str, QuantParams], key: str, params: QuantParams, place: str
-) -> None:
+def _store(found: dict[str, QuantParams], key: str, params: QuantParams, place: str) -> None:
     known = found.setdefault(key, params)
     if not known.same_as(params):
         raise FormatError(

@@ -7,11 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxqat.calibrate import fit_bias_range
@@ -29,14 +27,14 @@ from onnxqat.insert import (
     with_params,
 )
 from onnxqat.model import Model
-from onnxqat.plan import QuantPlan
-from onnxqat.qparams import FloatArray, QuantParams, quantized_range
+from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm, training_form
 from onnxqat.train.losses import LABELS, parse_loss, teacher_input
-from onnxqat.train.optimizers import OPTIMIZERS, Optimizer, cosine_rate
+from onnxqat.train.optimizers import cosine_rate
+from onnxqat.train.updater import Updater
 
-__all__ = ["Config", "Diverged", "Finetuned", "Progress", "finetune"]
+__all__ = ["DivergedError", "Finetuned", "Progress", "finetune"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,56 +43,6 @@ TARGET_STEPS = 1000
 MAX_EPOCHS = 20
 GUARD_STEPS = 20  # the loss is compared over windows of this many steps
 MAX_BACKOFFS = 3
-
-
-class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """Hyper-parameters.
-
-    Attributes
-    ----------
-    loss : str or None
-        See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
-    epochs : int or None
-        None: enough for about 1,000 steps, at most 20.
-    batch_size : int
-        Samples per step.
-    method : {"lsq", "ste"}
-        ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
-    optimizer : {"adamw", "sgd"}
-        For weights and scales.
-    lr : float
-        Learning rate of the weights. For AdamW it is relative to the weight's size: a step moves
-        a weight by about ``lr`` times the root mean square of its output channel.
-    scale_lr : float
-        Learning rate of the scales, in their logarithm.
-    weight_decay : float
-        Decoupled; fraction of the weight per step and unit of learning rate.
-    warmup : float
-        Fraction of all steps over which the rate rises from zero.
-    augment : tuple of str
-        Random changes of the training images: ``flip``, ``crop``.
-    validation : float
-        Fraction of the training data held out where no validation data are given.
-    seed : int
-        Of the order of samples, the held-out slice and augmentation.
-    threads : int
-        0 takes all cores.
-    """
-
-    loss: str | None = None
-    epochs: int | None = None
-    batch_size: int = 32
-    method: Literal["lsq", "ste"] = "lsq"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-3
-    scale_lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    augment: tuple[str, ...] = ()
-    validation: float = 0.1
-    seed: int = 0
-    threads: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +99,7 @@ class Finetuned:
     notes: tuple[str, ...] = ()
 
 
-class Diverged(TrainingError):
+class DivergedError(TrainingError):
     """The loss became infinite or NaN; ``best`` is the last good state."""
 
     def __init__(self, message: str, best: Model) -> None:
@@ -166,7 +114,7 @@ def finetune(
     validation: DataSet | None = None,
     teacher: Model | None = None,
     config: Config = Config(),  # noqa: B008 (frozen)
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] = lambda _: None,
 ) -> Finetuned:
     """Fine-tune weights and scales with the quantization in the loop.
 
@@ -189,7 +137,7 @@ def finetune(
     ------
     TrainingError
         Nothing to teach, too few samples, or a gradient that does not exist.
-    Diverged
+    DivergedError
         The loss left the finite numbers.
     """
     return _Run(model, data, validation, teacher, config, report).run()
@@ -283,7 +231,7 @@ class _Run:
         for name, value in self.form.parameters.items():
             if name in session.values.views:
                 session.values.views[name][...] = value
-        updater = _Updater(self.form, session.values, session.gradients, self.model, config)
+        updater = Updater(self.form, session.values, session.gradients, self.model, config)
         rng = np.random.default_rng(config.seed)
         losses: list[float] = []
         for epoch in range(1, self.epochs + 1):
@@ -318,7 +266,7 @@ class _Run:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise Diverged(
+            raise DivergedError(
                 f"The loss became {loss} at step {step}. The best state so far (epoch "
                 f"{self.best_epoch}) is kept. Try a smaller --lr.",
                 self.best,
@@ -333,7 +281,7 @@ class _Run:
 
     def _back_off(self, rate: float) -> None:
         if len(self.notes) == MAX_BACKOFFS:
-            raise Diverged(
+            raise DivergedError(
                 f"The loss rises even at {rate:g} times the learning rate. The best state is "
                 "kept. Check the data and labels, or try --method ste.",
                 self.best,
@@ -375,80 +323,6 @@ class _Run:
 def _score(figures: Evaluation) -> tuple[float, float]:
     """Order states by accuracy where there are labels, then by agreement with the teacher."""
     return figures.metrics.get("top1", 0.0), figures.agreement or 0.0
-
-
-class _Updater:
-    """Apply one step to weights and scales."""
-
-    def __init__(
-        self, form: TrainingForm, values: Flat, gradients: Flat, model: Model, config: Config
-    ) -> None:
-        self.values, self.gradients, self.config = values, gradients, config
-        scales = {f"{name}/scale" for name in form.scales}
-        self.weights = [n for n in gradients.views if n not in scales]
-        self.scales = [n for n in gradients.views if n in scales]
-        plan, params = plan_of(model), read_params(model)
-        self.factors = _scale_gradient_factors(plan, params, model)
-        self.units = self._units(plan)
-        self.optimizer = self._optimizer(gradients.buffer.size)
-
-    def _optimizer(self, size: int) -> Optimizer:
-        if self.config.optimizer == "sgd":
-            return OPTIMIZERS["sgd"](size, momentum=self.config.momentum)
-        return OPTIMIZERS["adamw"](size)
-
-    def _units(self, plan: QuantPlan) -> dict[str, FloatArray | float]:
-        """Return the size of an AdamW step for each weight: its root mean square."""
-        if self.config.optimizer == "sgd":
-            return dict.fromkeys(self.weights, 1.0)
-        axes = {p.tensor: p.spec.axis for p in plan.points if p.role == "weight"}
-        return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
-
-    def step(self, factor: float) -> None:
-        """Move every parameter by one step at ``factor`` times the learning rates."""
-        for name in self.scales:  # into the log domain, with the LSQ factor
-            gradient = self.gradients.views[name]
-            gradient *= self.values.views[name] * self.factors[name.removesuffix("/scale")]
-        self.optimizer.direct(self.gradients.buffer)
-        rate = factor * self.config.lr
-        for name in self.weights:
-            value, direction = self.values.views[name], self.gradients.views[name]
-            if self.config.weight_decay and value.ndim > 1:
-                value *= np.float32(1 - rate * self.config.weight_decay)
-            value -= np.asarray(rate * self.units[name], np.float32) * direction
-        rate = factor * self.config.scale_lr
-        for name in self.scales:
-            self.values.views[name][...] *= np.exp(-np.float32(rate) * self.gradients.views[name])
-
-
-def _rms(values: FloatArray, axis: int | None) -> FloatArray | float:
-    """Return the root mean square, of each channel where ``axis`` is given, never zero."""
-    axes = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
-    squares = np.mean(np.square(values, dtype=np.float64), axis=axes, keepdims=axis is not None)
-    whole = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
-    floor = 1e-3 * whole or 1e-6
-    return np.maximum(np.sqrt(squares), floor).astype(np.float32)
-
-
-def _scale_gradient_factors(
-    plan: QuantPlan, params: dict[str, QuantParams], model: Model
-) -> dict[str, np.float32]:
-    """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
-
-    N is the number of elements that share one scale: of a channel of a weight, of one sample of
-    an activation. Qp is qmax - zero_point.
-    """
-    tensors = model.graph.tensors()
-    factors: dict[str, np.float32] = {}
-    for point in plan.grid_points():
-        shape = [d if isinstance(d, int) else 1 for d in tensors[point.tensor].shape or ()]
-        count = math.prod(shape[1:] if point.role == "activation" else shape)
-        count //= params[point.parameters].scale.size
-        _, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
-        levels = qmax - int(np.max(params[point.parameters].zero_point))
-        factor = np.float32(1 / math.sqrt(max(count, 1) * max(levels, 1)))
-        factors[point.parameters] = min(factor, factors.get(point.parameters, factor))
-    return factors
 
 
 def _written_back(model: Model, form: TrainingForm, values: Flat) -> Model:

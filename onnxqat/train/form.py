@@ -180,7 +180,7 @@ class _Builder:
         sources = node.inputs if node.op == "Concat" else node.inputs[:1]
         grids = {self.grid.get(t.name) for t in sources}
         if node.op in GRID_PRESERVING and len(grids) == 1 and None not in grids:
-            self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))  # type: ignore[arg-type]
+            self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
 
     def _replace(self, node: gs.Node, point: QuantPoint) -> list[gs.Node]:
         chain = _chain(node)

@@ -21,6 +21,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import helper
 from onnxruntime.capi import _pybind_state as ort_internals
@@ -76,11 +77,11 @@ class FakeQuantize:
 
     def function(self, opset: int) -> onnx.FunctionProto:
         """Return the forward pass as a model-local function."""
-        attributes = {} if self.axis is None else {"axis": self.axis}
+        attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes)]
         integers = "q"
         if (self.qmin, self.qmax) not in ((-128, 127), (0, 255)):
-            kind = helper.np_dtype_to_tensor_dtype(_numpy_dtype(self.dtype))
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
             for name, value in (("low", self.qmin), ("high", self.qmax)):
                 tensor = helper.make_tensor(name, kind, [], [value])
                 nodes.append(helper.make_node("Constant", [], [name], value=tensor))
@@ -156,12 +157,6 @@ def register_relu_gradient() -> None:
         ("Mul", ["GO(0)", "inside"], ["GI(0)"], []),
     ]
     ort_internals.register_gradient_definition("::Relu", _definitions(nodes))
-
-
-def _numpy_dtype(name: str) -> Any:
-    import numpy as np
-
-    return np.dtype(name)
 
 
 def _constant(name: str, value: float) -> Node:

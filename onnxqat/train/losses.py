@@ -14,6 +14,7 @@ training graph, so that any model, or a file of recorded outputs, can teach.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -109,6 +110,7 @@ def _from_teacher(graph: onnx.GraphProto, output: onnx.ValueInfoProto, term: str
         info = helper.make_tensor_value_info(teacher, TensorProto.FLOAT, _shape(output))
         graph.input.append(info)
     name = f"onnxqat/{term}/{output.name}"
+    nodes: list[tuple[str, list[str], str, dict[str, Any]]]
     if term == "mse":
         nodes = [
             ("Sub", [output.name, teacher], "difference", {}),

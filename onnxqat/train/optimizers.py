@@ -1,9 +1,6 @@
 """Optimizers and learning-rate schedule on flat numpy buffers.
 
-An optimizer turns gradients into *directions*; `Updater` applies them: to weights as
-``w -= rate * unit * direction`` and to scales in the log domain, ``s *= exp(-rate * direction)``,
-which keeps them positive and makes a step relative to the scale's own size.
-
+An optimizer turns gradients into *directions*; `onnxqat.train.updater` applies them.
 Buffers are walked in chunks that stay in the processor's cache.
 """
 
@@ -17,7 +14,7 @@ import numpy as np
 
 from onnxqat.qparams import FloatArray
 
-__all__ = ["OPTIMIZERS", "AdamW", "Optimizer", "Sgd", "cosine_rate"]
+__all__ = ["AdamW", "Optimizer", "Sgd", "cosine_rate"]
 
 CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
 
@@ -43,7 +40,7 @@ class Optimizer(ABC):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, alg. 2).
 
-    The decay is the `Updater`'s part. Directions are about 1 in size whatever the gradient's.
+    The decay is applied in `onnxqat.train.updater`. Directions are about 1, whatever the gradient.
     """
 
     def __init__(
@@ -88,9 +85,6 @@ class Sgd(Optimizer):
             velocity += gradient[part]
             gradient[part] = velocity
         return gradient
-
-
-OPTIMIZERS = {"adamw": AdamW, "sgd": Sgd}
 
 
 def cosine_rate(step: int, steps: int, warmup: int) -> float:

@@ -1,0 +1,101 @@
+"""Float graph -> canonical float graph, with the same outputs; it never quantizes.
+
+Each pass changes the graph it is given and returns the number of its changes. They run in the
+order of `PASSES`, again and again until none finds anything to do, so that preparing twice is
+preparing once. What a subgraph (an If or Loop body) reads from the graph around it stays as it
+is, and so does the subgraph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxqat.model import Model
+from onnxqat.prepare.batchnorm import fold_batchnorms
+from onnxqat.prepare.constants import lift_constants
+from onnxqat.prepare.folding import fold_constants
+from onnxqat.prepare.names import name_nodes
+from onnxqat.prepare.order import sort_nodes
+from onnxqat.prepare.padding import make_pads_explicit
+from onnxqat.prepare.passthrough import remove_passthroughs
+from onnxqat.prepare.shapes import infer_shapes
+from onnxqat.prepare.unused import remove_unused
+
+__all__ = ["PASSES", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+# Initializers may be absent from the graph's inputs since this IR version.
+MIN_IR_VERSION = 4
+
+PASSES: tuple[Callable[[gs.Graph], int], ...] = (
+    name_nodes,  # first, so that what later passes name after a node is unique
+    sort_nodes,  # later passes see a producer before its consumers
+    remove_unused,  # a consumer without effect does not keep anything from being folded
+    lift_constants,
+    remove_passthroughs,
+    fold_constants,
+    infer_shapes,
+    make_pads_explicit,
+    fold_batchnorms,
+)
+
+
+def prepare(model: Model) -> Model:
+    """Return the canonical form of a float model.
+
+    Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
+    no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
+    known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
+    shape where these can be inferred. Names of inputs, outputs and of values that are still
+    there are unchanged; dynamic dimensions stay dynamic.
+
+    Parameters
+    ----------
+    model : Model
+        A float model; not changed.
+
+    Returns
+    -------
+    Model
+        Computes what ``model`` does, up to the rounding of folded BatchNormalizations and the
+        order in which a runtime adds once it knows that a weight is constant.
+
+    Raises
+    ------
+    ModelError
+        The graph has a cycle, or its types contradict each other.
+    """
+    prepared = model.copy()
+    changed = True
+    while changed:
+        changed = False
+        for apply in PASSES:
+            changes = apply(prepared.graph)
+            logger.debug("%s: %d changes", apply.__name__, changes)
+            changed |= changes > 0
+    prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
+    prepared.rest = _without_unread(model.rest, {tensor.name for tensor in prepared.graph.inputs})
+    return prepared
+
+
+def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:
+    """Return ``rest`` without initializers that nothing reads and without those among inputs."""
+    kept = onnx.ModelProto()
+    kept.CopyFrom(rest)
+    del kept.graph.input[:]
+    kept.graph.input.extend(v for v in rest.graph.input if v.name in inputs)
+    annotated = {
+        entry.value
+        for annotation in rest.graph.quantization_annotation
+        for entry in annotation.quant_parameter_tensor_names
+    }
+    del kept.graph.initializer[:], kept.graph.sparse_initializer[:]
+    kept.graph.initializer.extend(
+        t for t in rest.graph.initializer if not t.data_type or t.name in annotated
+    )
+    return kept

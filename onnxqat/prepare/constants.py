@@ -1,0 +1,53 @@
+"""Turn Constant nodes into initializers.
+
+::
+
+    Constant<value> -> w ; Conv(x, w)     =>     initializer w ; Conv(x, w)
+
+The initializer has the name of the node's output. Left as they are: constants of strings or of
+types numpy has no numbers for, and those whose output is a graph output (many readers expect a
+node there) or is read in a subgraph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
+
+__all__ = ["lift_constants"]
+
+# https://onnx.ai/onnx/operators/onnx__Constant.html
+_VALUE_DTYPES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def lift_constants(graph: gs.Graph) -> int:
+    """Replace Constant nodes by initializers; return how many."""
+    pinned = pinned_names(graph)
+    lifted = []
+    for node in graph.nodes:
+        if not is_op(node, "Constant") or node.outputs[0].name in pinned:
+            continue
+        values = _value(node)
+        if values is not None:
+            node.outputs[0].to_constant(values)
+            lifted.append(node)
+    return remove_nodes(graph, lifted)
+
+
+def _value(node: gs.Node) -> NDArray[Any] | None:
+    if "value" in node.attrs:
+        return constant_values(node.attrs["value"])
+    for name, dtype in _VALUE_DTYPES.items():
+        if name in node.attrs:
+            return np.asarray(node.attrs[name], dtype)
+    return None

@@ -1,0 +1,100 @@
+"""Give values their type and shape, where onnx's shape inference finds them.
+
+What a value lacks is filled in; what the file says stays, names of dynamic dimensions included.
+Names that the inference makes up for dimensions it cannot relate to the file's are dropped.
+Initializers of more than 1024 elements take part by type and shape only, so that a model of any
+size fits in the message that the inference is given. Values within subgraphs are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import ModelError
+
+__all__ = ["infer_shapes"]
+
+# Larger initializers are weights; smaller ones may be shapes, whose values matter.
+MAX_ELEMENTS = 1024
+
+Dimension = int | str | None
+
+
+def infer_shapes(graph: gs.Graph) -> int:
+    """Fill in types and shapes; return for how many values.
+
+    Raises
+    ------
+    ModelError
+        onnx refuses the graph: it has, for example, a node with too few inputs.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_typed_skeleton(graph), data_prop=True).graph
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(f"{graph.name}: shapes cannot be inferred ({error}).") from error
+    names = _dimension_names(graph)
+    tensors = graph.tensors()
+    changed = 0
+    for value in (*inferred.value_info, *inferred.output):
+        tensor = tensors.get(value.name)
+        if isinstance(tensor, gs.Variable) and value.type.HasField("tensor_type"):
+            changed += _fill_in(tensor, value.type.tensor_type, names)
+    return changed
+
+
+def _typed_skeleton(graph: gs.Graph) -> onnx.ModelProto:
+    proto: onnx.ModelProto = gs.export_onnx(graph)
+    initializers = proto.graph.initializer
+    for index in reversed(range(len(initializers))):
+        tensor = initializers[index]
+        if math.prod(tensor.dims) > MAX_ELEMENTS:
+            typed = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            proto.graph.input.append(typed)
+            del initializers[index]
+    return proto
+
+
+def _dimension_names(graph: gs.Graph) -> set[str]:
+    return {
+        dimension
+        for tensor in graph.tensors().values()
+        for dimension in (tensor.shape or ())
+        if isinstance(dimension, str)
+    }
+
+
+def _fill_in(tensor: gs.Variable, found: onnx.TypeProto.Tensor, names: set[str]) -> bool:
+    changed = False
+    if tensor.dtype is None and found.elem_type:
+        tensor.dtype = _numpy_dtype(found.elem_type)
+        changed = True
+    if found.HasField("shape"):
+        shape = _merge(tensor.shape, [_dimension(d, names) for d in found.shape.dim])
+        changed |= tensor.shape is None or shape != list(tensor.shape)
+        tensor.shape = shape
+    return changed
+
+
+def _numpy_dtype(elem_type: int) -> np.dtype | int:
+    dtype: np.dtype = onnx.helper.tensor_dtype_to_np_dtype(elem_type)
+    # graphsurgeon holds a type that numpy lacks as onnx's number
+    return dtype if dtype.kind in "fiubcO" else elem_type
+
+
+def _dimension(dimension: onnx.TensorShapeProto.Dimension, names: set[str]) -> Dimension:
+    if dimension.HasField("dim_value"):
+        return int(dimension.dim_value)
+    return dimension.dim_param if dimension.dim_param in names else None
+
+
+def _merge(known: Sequence[Dimension] | None, found: list[Dimension]) -> list[Dimension]:
+    if known is None:
+        return found
+    if len(known) != len(found):
+        return list(known)
+    return [f if k is None else k for k, f in zip(known, found, strict=True)]

@@ -1,0 +1,59 @@
+"""Hyper-parameters of fine-tuning, with defaults that need no tuning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Config"]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """Hyper-parameters.
+
+    Attributes
+    ----------
+    loss : str or None
+        See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+    epochs : int or None
+        None: enough for about 1,000 steps, at most 20.
+    batch_size : int
+        Samples per step.
+    method : {"lsq", "ste"}
+        ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
+    optimizer : {"adamw", "sgd"}
+        For weights and scales.
+    lr : float
+        Learning rate of the weights. For AdamW it is relative to the weight's size: a step moves
+        a weight by about ``lr`` times the root mean square of its output channel.
+    scale_lr : float
+        Learning rate of the scales, in their logarithm.
+    weight_decay : float
+        Decoupled; fraction of the weight per step and unit of learning rate.
+    warmup : float
+        Fraction of all steps over which the rate rises from zero.
+    augment : tuple of str
+        Random changes of the training images: ``flip``, ``crop``.
+    validation : float
+        Fraction of the training data held out where no validation data are given.
+    seed : int
+        Of the order of samples, the held-out slice and augmentation.
+    threads : int
+        0 takes all cores.
+    """
+
+    loss: str | None = None
+    epochs: int | None = None
+    batch_size: int = 32
+    method: Literal["lsq", "ste"] = "lsq"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    scale_lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    augment: tuple[str, ...] = ()
+    validation: float = 0.1
+    seed: int = 0
+    threads: int = 0

@@ -1,0 +1,111 @@
+"""One step of descent: weights relative to their size, scales in the log domain.
+
+``w -= rate * unit * direction`` with AdamW directions of about 1 and ``unit`` the root mean square
+of the weight's output channel: a network that takes raw 0..255 pixels and one whose folded
+channels differ by orders of magnitude then need the same rate. ``s *= exp(-rate * direction)``
+keeps scales positive.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import Model
+from onnxqat.plan import QuantPlan
+from onnxqat.qparams import FloatArray, QuantParams, quantized_range
+from onnxqat.train.config import Config
+from onnxqat.train.engine import Flat
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.optimizers import AdamW, Optimizer, Sgd
+
+__all__ = ["Updater"]
+
+
+class Updater:
+    """Apply one step to weights and scales.
+
+    Parameters
+    ----------
+    form : TrainingForm
+        Says which parameters are scales.
+    values, gradients : Flat
+        What is changed, and by which gradients; the gradients are overwritten.
+    model : Model
+        The Q/DQ model: the plan and the grids.
+    config : Config
+        Rates and optimizer.
+    """
+
+    def __init__(
+        self, form: TrainingForm, values: Flat, gradients: Flat, model: Model, config: Config
+    ) -> None:
+        self.values, self.gradients, self.config = values, gradients, config
+        scales = {f"{name}/scale" for name in form.scales}
+        self.weights = [n for n in gradients.views if n not in scales]
+        self.scales = [n for n in gradients.views if n in scales]
+        plan, params = plan_of(model), read_params(model)
+        self.factors = _scale_gradient_factors(plan, params, model)
+        self.units = self._units(plan)
+        self.optimizer = self._optimizer(gradients.buffer.size)
+
+    def _optimizer(self, size: int) -> Optimizer:
+        if self.config.optimizer == "sgd":
+            return Sgd(size, momentum=self.config.momentum)
+        return AdamW(size)
+
+    def _units(self, plan: QuantPlan) -> dict[str, FloatArray | float]:
+        """Return the size of an AdamW step for each weight: its root mean square."""
+        if self.config.optimizer == "sgd":
+            return dict.fromkeys(self.weights, 1.0)
+        axes = {p.tensor: p.spec.axis for p in plan.points if p.role == "weight"}
+        return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
+
+    def step(self, factor: float) -> None:
+        """Move every parameter by one step at ``factor`` times the learning rates."""
+        for name in self.scales:  # into the log domain, with the LSQ factor
+            gradient = self.gradients.views[name]
+            gradient *= self.values.views[name] * self.factors[name.removesuffix("/scale")]
+        self.optimizer.direct(self.gradients.buffer)
+        rate = factor * self.config.lr
+        for name in self.weights:
+            value, direction = self.values.views[name], self.gradients.views[name]
+            if self.config.weight_decay and value.ndim > 1:
+                value *= np.float32(1 - rate * self.config.weight_decay)
+            value -= np.asarray(rate * self.units[name], np.float32) * direction
+        rate = factor * self.config.scale_lr
+        for name in self.scales:
+            self.values.views[name][...] *= np.exp(-np.float32(rate) * self.gradients.views[name])
+
+
+def _rms(values: FloatArray, axis: int | None) -> FloatArray:
+    """Return the root mean square, of each channel where ``axis`` is given, never zero."""
+    axes = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
+    squares = np.mean(np.square(values, dtype=np.float64), axis=axes, keepdims=axis is not None)
+    whole = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
+    floor = 1e-3 * whole or 1e-6
+    root: FloatArray = np.maximum(np.sqrt(squares), floor).astype(np.float32)
+    return root
+
+
+def _scale_gradient_factors(
+    plan: QuantPlan, params: dict[str, QuantParams], model: Model
+) -> dict[str, np.float32]:
+    """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
+
+    N is the number of elements that share one scale: of a channel of a weight, of one sample of
+    an activation. Qp is qmax - zero_point.
+    """
+    tensors = model.graph.tensors()
+    factors: dict[str, np.float32] = {}
+    for point in plan.grid_points():
+        shape = [d if isinstance(d, int) else 1 for d in tensors[point.tensor].shape or ()]
+        count = math.prod(shape[1:] if point.role == "activation" else shape)
+        count //= params[point.parameters].scale.size
+        _, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
+        levels = qmax - int(np.max(params[point.parameters].zero_point))
+        factor = np.float32(1 / math.sqrt(max(count, 1) * max(levels, 1)))
+        factors[point.parameters] = min(factor, factors.get(point.parameters, factor))
+    return factors
