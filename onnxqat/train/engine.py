@@ -25,6 +25,8 @@ from onnxqat.train.losses import add_loss
 
 __all__ = ["Flat", "StepSession", "forward_session"]
 
+FATAL = 4
+
 
 class Flat:
     """Named float32 arrays, one behind the other in one buffer.
@@ -137,6 +139,7 @@ def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) ->
 
 
 def _gradient_graph(model: bytes, learned: set[str]) -> bytes:
+    ort.set_default_logger_severity(FATAL)  # the builder reports on every pass it tried
     try:
         builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss")
         builder.build()

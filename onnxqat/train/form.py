@@ -18,7 +18,7 @@ from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import WEIGHTED_OPS, QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, quantized_range
-from onnxqat.train.gradients import DOMAIN, FakeQuantize
+from onnxqat.train.gradients import DOMAIN, FakeQuantize, LeakyRelu
 
 __all__ = ["TrainingForm", "training_form"]
 
@@ -145,11 +145,11 @@ class _Builder:
         self.points = {f"{p.tensor}/QuantizeLinear": p for p in plan.grid_points()}
         self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
         self.trained = set(trained)  # tensors that need a gradient
-        self.variants: dict[str, FakeQuantize] = {}
+        self.variants: dict[str, FakeQuantize | LeakyRelu] = {}
         self.scale_inputs: dict[str, gs.Variable] = {}
         self.dead: set[int] = set()
 
-    def run(self) -> list[FakeQuantize]:
+    def run(self) -> list[FakeQuantize | LeakyRelu]:
         nodes: list[gs.Node] = []
         for node in list(self.graph.nodes):
             if id(node) in self.dead:
@@ -159,6 +159,7 @@ class _Builder:
                 nodes += self._replace(node, point)
                 continue
             self._follow(node)
+            self._lower(node)
             nodes.append(node)
         self.graph.nodes.clear()
         self.graph.nodes.extend(nodes)
@@ -181,6 +182,13 @@ class _Builder:
         grids = {self.grid.get(t.name) for t in sources}
         if node.op in GRID_PRESERVING and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
+
+    def _lower(self, node: gs.Node) -> None:
+        """Put an op of ours in the place of one whose kernels are slow."""
+        if node.op == "LeakyRelu" and (alpha := node.attrs.get("alpha", 0.01)) < 1:
+            variant = LeakyRelu(alpha=alpha)
+            self.variants[variant.op_type] = variant
+            node.op, node.domain, node.attrs = variant.op_type, DOMAIN, {}
 
     def _replace(self, node: gs.Node, point: QuantPoint) -> list[gs.Node]:
         chain = _chain(node)
@@ -218,7 +226,8 @@ class _Builder:
             learns_x=source.name in self.trained,
             learns_scale=self.learn_scales,
         )
-        return self.variants.setdefault(variant.op_type, variant)
+        self.variants[variant.op_type] = variant
+        return variant
 
     def _inputs(self, point: QuantPoint) -> tuple[gs.Variable, gs.Constant]:
         name, params = point.parameters, self.params[point.parameters]

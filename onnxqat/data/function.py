@@ -1,0 +1,172 @@
+"""Data from a Python function that the user names as ``module:function``.
+
+The function takes no arguments. It returns a mapping of arrays, first axis = samples, which
+are used as they are; or a finite iterable of such mappings (batches), which is written to
+temporary files once, so that memory holds one batch at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.data.arrays import ArraySource, Header, MemoryPart, Scratch, names, reason
+from onnxqat.errors import DataError
+
+__all__ = ["open_function"]
+
+
+def open_function(name: str) -> ArraySource:
+    """Import ``module:function``, from the current directory too, call it, keep what it gives.
+
+    Raises
+    ------
+    DataError
+        There is no such function, it raised, or returned anything but arrays of numbers.
+    """
+    scratch = Scratch()
+    try:
+        with _current_directory_importable():
+            result = _call(name)
+            if isinstance(result, Mapping):
+                arrays = _arrays(name, result)
+            elif isinstance(result, Iterable) and not isinstance(result, np.ndarray | str):
+                arrays = _spool(name, result, scratch)
+            else:
+                raise DataError(
+                    f"{name}: returned a value of type '{type(result).__name__}'. "
+                    "Return a mapping of arrays, or an iterable of them."
+                )
+        return ArraySource(name, [MemoryPart(name, arrays)], scratch)
+    except OSError as error:
+        scratch.close()
+        raise DataError(
+            f"{name}: its batches cannot be kept in '{scratch.folder.parent}' ({reason(error)}). "
+            "Set TMPDIR to a directory with more room."
+        ) from error
+    except BaseException:
+        scratch.close()
+        raise
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    # first, as for 'python -m': the user's file wins over an installed module of that name
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(folder)
+
+
+def _call(name: str) -> object:
+    module_name, _, attribute = name.partition(":")
+    try:
+        function: Any = importlib.import_module(module_name)
+        for step in attribute.split("."):
+            function = getattr(function, step)
+        if not callable(function):
+            raise DataError(f"{name}: is not a function. Name a callable.")
+        result: object = function()
+    except DataError:
+        raise
+    except Exception as error:
+        raise _raised(name, error) from error
+    return result
+
+
+def _raised(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name}: raised {type(error).__name__} ({reason(error)}). Make it run in Python first."
+    )
+
+
+def _arrays(name: str, mapping: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
+    arrays = {}
+    for key, value in mapping.items():
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # ragged lists, or whatever an array-like raises
+            raise DataError(
+                f"{name}: array {key!r} is no array ({reason(error)}). Return a numpy array."
+            ) from error
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{name}: array {key!r} holds {array.dtype}. Return numbers.")
+        arrays[str(key)] = array
+    if not arrays:
+        raise DataError(f"{name}: returned no arrays. Return at least the model's inputs.")
+    return arrays
+
+
+def _spool(name: str, batches: Iterable[Any], scratch: Scratch) -> dict[str, NDArray[Any]]:
+    """Write batches to one raw file per array, and map those."""
+    headers: dict[str, Header] = {}
+    files: dict[str, IO[bytes]] = {}
+    lengths: dict[str, int] = {}
+    with ExitStack() as stack:
+        for number, batch in enumerate(_guarded(name, batches)):
+            where = f"{name}: batch {number}"
+            if not isinstance(batch, Mapping):
+                raise DataError(
+                    f"{where} is of type '{type(batch).__name__}'. Yield mappings of arrays."
+                )
+            arrays = _arrays(where, batch)
+            _check_alike(where, arrays, headers)
+            for key, array in arrays.items():
+                if key not in files:
+                    files[key] = stack.enter_context(scratch.new_file().open("xb"))
+                files[key].write(np.ascontiguousarray(array).data)
+                lengths[key] = lengths.get(key, 0) + len(array)
+    if not files:
+        raise DataError(f"{name}: gave no batches. Yield at least one.")
+    return {
+        key: _mapped(Path(files[key].name), Header((lengths[key], *header.shape), header.dtype))
+        for key, header in headers.items()
+    }
+
+
+def _guarded(name: str, batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except Exception as error:
+        raise _raised(name, error) from error
+
+
+def _check_alike(where: str, arrays: dict[str, NDArray[Any]], headers: dict[str, Header]) -> None:
+    """Compare a batch with the first one, whose headers are noted."""
+    for key, array in arrays.items():
+        if array.ndim == 0:
+            raise DataError(f"{where}: array {key!r} is a single number. Give it a first axis.")
+    if len({len(array) for array in arrays.values()}) > 1:
+        lengths = {key: len(array) for key, array in arrays.items()}
+        raise DataError(f"{where}: lengths {lengths} differ. Yield one of each per sample.")
+    found = {key: Header(array.shape[1:], array.dtype) for key, array in arrays.items()}
+    if not headers:
+        headers.update(found)
+    if set(found) != set(headers):
+        raise DataError(
+            f"{where}: has the arrays {names(list(found))}, batch 0 had {names(list(headers))}. "
+            "Yield the same arrays in every batch."
+        )
+    for key, header in found.items():
+        if header != headers[key]:
+            raise DataError(
+                f"{where}: samples of array {key!r} are {header.dtype} of shape {header.shape}, "
+                f"in batch 0 {headers[key].dtype} of shape {headers[key].shape}. Make them alike."
+            )
+
+
+def _mapped(path: Path, header: Header) -> NDArray[Any]:
+    if math.prod(header.shape) == 0:  # cannot be mapped
+        return np.zeros(header.shape, header.dtype)
+    return np.memmap(path, dtype=header.dtype, mode="r", shape=header.shape)

@@ -1,0 +1,220 @@
+"""Folders of images, decoded by pillow in a few threads.
+
+``class/name.jpg``: all-numeric folder names are the class index, otherwise their sorted order
+is. A flat folder of images has no labels. Files without the suffix of an image are skipped;
+one that has it and cannot be decoded is an error. EXIF orientation is ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from onnxqat.data.arrays import Header, names, reason
+from onnxqat.data.feeds import InputSpec, model_layout
+from onnxqat.data.preprocess import Preprocessing, output_size, resize_and_crop
+from onnxqat.errors import DataError
+
+__all__ = ["IMAGE", "IMAGE_SUFFIXES", "ImageFolder", "is_image"]
+
+IMAGE, LABEL = "image", "label"
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+DECODERS = min(4, os.cpu_count() or 1)
+# Pillow warns from here on, and refuses twice as many.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file counts as an image: by its suffix, and not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+class ImageFolder:
+    """Images as an array ``image`` (NHWC), and ``label`` where there are class folders.
+
+    Parameters
+    ----------
+    folder : Path
+        The directory.
+    spec : InputSpec
+        The model input the images are for: gives channels, and the size to resize to when
+        ``preprocessing`` names none.
+    preprocessing : Preprocessing
+        Resize and crop happen here, image by image, since images differ in size.
+
+    Raises
+    ------
+    DataError
+        There are no images, class folders are not clear, or the model's input is no image.
+    """
+
+    def __init__(self, folder: Path, spec: InputSpec, preprocessing: Preprocessing) -> None:
+        self.name = str(folder)
+        self._mode = _mode(self.name, spec, preprocessing)
+        self._preprocessing = _with_model_size(spec, preprocessing)
+        self._paths, labels, self.classes = _list_images(folder)
+        self._labels = None if labels is None else np.array(labels, np.int64)
+        self.keys: tuple[str, ...] = (IMAGE,) if labels is None else (IMAGE, LABEL)
+
+    def count(self, keys: Sequence[str]) -> int:  # noqa: ARG002 (both arrays are as long)
+        """Return the number of images."""
+        return len(self._paths)
+
+    def sample(self, key: str) -> Header:
+        """Return shape and dtype of the first image, decoded, or of a label."""
+        if key == LABEL:
+            return Header((), np.dtype(np.int64))
+        image = self._decode(0)
+        return Header(image.shape, image.dtype)
+
+    def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Return images of shape (n, height, width, channels), or labels.
+
+        Raises
+        ------
+        DataError
+            An image cannot be decoded, or differs in size from the first of the batch.
+        """
+        if key == LABEL:
+            assert self._labels is not None
+            return self._labels[indices]
+        # of this call alone: no thread outlives an iterator that is given up
+        with ThreadPoolExecutor(DECODERS, thread_name_prefix="onnxqat-decode") as pool:
+            images = list(pool.map(self._decode, indices.tolist()))
+        for index, image in zip(indices.tolist(), images, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"{self._paths[index]}: is {_size(image)}, but another image of the batch "
+                    f"{_size(images[0])}. Give --resize-dims."
+                )
+        return np.stack(images)
+
+    def _decode(self, index: int) -> NDArray[Any]:
+        path = self._paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels = _pixels(image, self._mode)
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
+            raise DataError(
+                f"{path}: cannot be decoded ({reason(error)}). Repair or remove it."
+            ) from error
+        height, width = pixels.shape[:2]
+        if output_size(height, width, self._preprocessing) is None:
+            raise DataError(
+                f"{path}: is {_size(pixels)}, smaller than --crop {self._preprocessing.crop}. "
+                "Give --resize-dims."
+            )
+        return resize_and_crop(pixels, self._preprocessing)
+
+    def origin(self, key: str, index: int) -> str:
+        """Return the file of a sample."""
+        return f"{self._paths[index]}: array {key!r}"
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _size(image: NDArray[Any]) -> str:
+    return f"{image.shape[0]} x {image.shape[1]} pixels"
+
+
+def _pixels(image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("its pixels have more than 8 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # by way of it, since pillow warns about the direct one
+    pixels = np.asarray(image.convert("L" if mode == "gray" else "RGB"))
+    if mode == "gray":
+        return pixels[:, :, None]
+    return pixels[:, :, ::-1] if mode == "bgr" else pixels
+
+
+def _mode(name: str, spec: InputSpec, preprocessing: Preprocessing) -> str:
+    layout, wanted = model_layout(spec), preprocessing.pixel_format
+    if layout is None:
+        raise DataError(
+            f"{name}: model input {spec.name!r} ({spec.dtype} of shape {spec.shape}) is no "
+            "image. Give .npz files."
+        )
+    channels = spec.shape[1 if layout == "nchw" else 3]
+    if not isinstance(channels, int):
+        return wanted
+    fits = {"rgb": (1, 3), "bgr": (3,), "gray": (1,)}[wanted]
+    if channels not in fits:
+        raise DataError(
+            f"{name}: model input {spec.name!r} has {channels} channels, which '{wanted}' images "
+            "do not. Choose another --pixel-format."
+        )
+    return "gray" if channels == 1 else wanted
+
+
+def _with_model_size(spec: InputSpec, preprocessing: Preprocessing) -> Preprocessing:
+    height, width = spec.shape[2:4] if model_layout(spec) == "nchw" else spec.shape[1:3]
+    if preprocessing.changes_size or not isinstance(height, int) or not isinstance(width, int):
+        return preprocessing
+    return msgspec.structs.replace(preprocessing, resize_dims=(height, width))
+
+
+def _list_images(
+    folder: Path,
+) -> tuple[list[str], list[int] | None, tuple[str, ...] | None]:
+    """Return paths, class indices and class names; no indices for a flat folder."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in entries if path.is_dir()]
+    flat = [str(path) for path in entries if is_image(path) and not path.is_dir()]
+    if not folders:
+        if not flat:
+            raise DataError(f"{folder}: holds no images and no .npz files. Check the path.")
+        return flat, None, None
+    if flat:
+        raise DataError(
+            f"{folder}: holds images ('{flat[0]}') beside folders ('{folders[0].name}'). "
+            "Move the images into class folders, or the folders elsewhere."
+        )
+    numbers, classes = _class_indices(folder, [path.name for path in folders])
+    paths: list[str] = []
+    labels: list[int] = []
+    for number, class_folder in zip(numbers, folders, strict=True):
+        images = _images_of_class(class_folder)
+        paths += images
+        labels += [number] * len(images)
+    if not paths:
+        raise DataError(
+            f"{folder}: its folders {names([path.name for path in folders[:5]])} hold no images. "
+            "Check the path."
+        )
+    return paths, labels, classes
+
+
+def _images_of_class(folder: Path) -> list[str]:
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    nested = [path for path in entries if path.is_dir()]
+    if nested:
+        raise DataError(
+            f"{nested[0]}: is a folder within a class folder. Move its images into '{folder}'."
+        )
+    return [str(path) for path in entries if is_image(path)]
+
+
+def _class_indices(folder: Path, found: list[str]) -> tuple[list[int], tuple[str, ...] | None]:
+    if not all(name.isascii() and name.isdecimal() for name in found):
+        return list(range(len(found))), tuple(found)
+    numbers = [int(name) for name in found]
+    for name, number in zip(found, numbers, strict=True):
+        if numbers.count(number) > 1:
+            raise DataError(
+                f"{folder}: folder '{name}' is not the only one for class {number}. Merge them."
+            )
+    return numbers, None

@@ -1,0 +1,191 @@
+"""The door to data: find out what the user named, and check it against the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onnxqat.data.arrays import Source, names
+from onnxqat.data.dataset import DataSet
+from onnxqat.data.feeds import InputSpec, make_feed, model_layout
+from onnxqat.data.function import open_function
+from onnxqat.data.images import ImageFolder, is_image
+from onnxqat.data.npz import open_npz
+from onnxqat.data.preprocess import Preprocessing
+from onnxqat.errors import DataError
+
+__all__ = ["open_data"]
+
+LABEL_NAMES = ("label", "labels", "y")
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def open_data(
+    source: str | Path,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
+    label: str | None = None,
+    input_map: Mapping[str, str] | None = None,
+) -> DataSet:
+    """Open data for a model.
+
+    Parameters
+    ----------
+    source : str or Path
+        An ``.npz`` file, a directory of them (joined in sorted order), a folder of images, or
+        ``module:function`` (which is imported and called).
+    inputs : sequence of InputSpec
+        The model's inputs. Each takes the array of its name; a single input also takes the
+        only array that is not the labels. An image folder has the arrays ``image`` and
+        ``label``.
+    preprocessing : Preprocessing
+        Applied to image inputs (rank 4, float or uint8), mean and scale to float ones only.
+    label : str, optional
+        Array of class indices; ``label``, ``labels`` or ``y`` by default, if there is one.
+    input_map : mapping of str to str, optional
+        Array by model input, where names differ.
+
+    Raises
+    ------
+    DataError
+        There is no such data, it is empty, or does not fit the model.
+    """
+    opened = _open_source(str(source), inputs, preprocessing)
+    try:
+        keys, label_key = _match_arrays(opened, inputs, label, input_map or {})
+        needed = [*keys.values(), *([] if label_key is None else [label_key])]
+        count = opened.count(list(dict.fromkeys(needed)))
+        if count == 0:
+            raise DataError(f"{opened.name}: holds no samples. Check how it was saved.")
+        decoded = isinstance(opened, ImageFolder)
+        feeds = [
+            make_feed(
+                spec,
+                keys[spec.name],
+                opened.sample(keys[spec.name]),
+                opened.name,
+                preprocessing,
+                decoded=decoded,
+            )
+            for spec in inputs
+        ]
+        _check_used(opened.name, inputs, preprocessing)
+        if label_key is not None:
+            _check_labels(opened, label_key)
+    except BaseException:
+        opened.close()
+        raise
+    return DataSet(opened, feeds, label_key, np.arange(count), owner=True)
+
+
+def _open_source(name: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing) -> Source:
+    path = Path(name)
+    if not inputs:
+        raise DataError(f"{name}: the model has no inputs to feed. Choose another model.")
+    if path.is_dir():
+        return _open_directory(path, inputs, preprocessing)
+    if path.is_file():
+        if path.suffix.lower() != ".npz":
+            raise DataError(
+                f"{name}: is not an .npz file. Give one, a directory of them or of images."
+            )
+        return open_npz(name, [path])
+    if FUNCTION.fullmatch(name):
+        return open_function(name)
+    raise DataError(f"{name}: no such file or directory. Check the path.")
+
+
+def _open_directory(
+    path: Path, inputs: Sequence[InputSpec], preprocessing: Preprocessing
+) -> Source:
+    try:
+        entries = sorted(path.iterdir())
+        arrays = [
+            entry
+            for entry in entries
+            if entry.suffix.lower() == ".npz" and not entry.name.startswith(".")
+        ]
+        images = [entry for entry in entries if is_image(entry)]
+        if arrays and images:
+            raise DataError(
+                f"{path}: holds arrays ('{arrays[0].name}') and images ('{images[0].name}'). "
+                "Keep them in different directories."
+            )
+        if arrays:
+            return open_npz(str(path), arrays)
+        if len(inputs) != 1:
+            raise DataError(
+                f"{path}: images feed one input, but the model has "
+                f"{names([spec.name for spec in inputs])}. Give .npz files."
+            )
+        return ImageFolder(path, inputs[0], preprocessing)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
+
+
+def _match_arrays(
+    source: Source, inputs: Sequence[InputSpec], label: str | None, input_map: Mapping[str, str]
+) -> tuple[dict[str, str], str | None]:
+    """Return the array of each input, and the array of labels."""
+    wanted = [spec.name for spec in inputs]
+    for name, key in input_map.items():
+        if name not in wanted:
+            raise DataError(f"--input: no model input {name!r}. The model has {names(wanted)}.")
+        if key not in source.keys:
+            raise DataError(f"{source.name}: no array {key!r}. It has {names(source.keys)}.")
+    label_key = _label_array(source, {*wanted, *input_map.values()}, label)
+    chosen = {name: name for name in wanted if name in source.keys} | dict(input_map)
+    free = [key for key in source.keys if key != label_key]
+    if not chosen and len(wanted) == len(free) == 1:
+        chosen = {wanted[0]: free[0]}
+    missing = [name for name in wanted if name not in chosen]
+    if missing:
+        raise DataError(
+            f"{source.name}: no array for model input {names(missing)}. "
+            f"It has {names(source.keys)}. Name one with --input INPUT=ARRAY."
+        )
+    return chosen, label_key
+
+
+def _label_array(source: Source, taken: set[str], label: str | None) -> str | None:
+    if label is not None:
+        if label not in source.keys:
+            raise DataError(
+                f"{source.name}: no array {label!r} for the labels. It has {names(source.keys)}. "
+                "Name one of them with --label."
+            )
+        return label
+    found = [name for name in LABEL_NAMES if name in source.keys and name not in taken]
+    if len(found) > 1:
+        raise DataError(
+            f"{source.name}: the arrays {names(found)} could all be labels. Choose with --label."
+        )
+    return found[0] if found else None
+
+
+def _check_labels(source: Source, key: str) -> None:
+    shape, dtype = source.sample(key)
+    if shape or dtype.kind not in "iu":
+        raise DataError(
+            f"{source.name}: labels {key!r} are {dtype} with samples of shape {shape}. "
+            "Store one integer class index per sample, or name other labels with --label."
+        )
+
+
+def _check_used(name: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing) -> None:
+    """Refuse preprocessing that no input would get."""
+    images = [spec for spec in inputs if model_layout(spec) is not None]
+    if preprocessing.changes_size and not images:
+        raise DataError(
+            f"{name}: --resize-dims and --crop need an image input (rank 4), which the model "
+            "lacks. Leave them out."
+        )
+    if preprocessing.changes_values and all(spec.dtype == "uint8" for spec in images):
+        raise DataError(
+            f"{name}: --mean and --scale need a float image input (rank 4), which the model "
+            "lacks. Leave them out."
+        )

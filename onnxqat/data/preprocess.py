@@ -1,0 +1,190 @@
+"""Preprocessing of images, in tpu-mlir's terms: resize, crop, then ``(x - mean) * scale``.
+
+One definition for decoded image files and for arrays of pixels, so that a data set gives the
+same batches whichever way it is stored::
+
+    resize_dims (pillow's bilinear filter, letterboxed with keep_aspect_ratio)
+    -> crop (centre) -> y = (float32(x) - float32(mean)) * float32(scale)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from onnxqat.errors import DataError
+
+__all__ = ["Layout", "Preprocessing", "normalize", "output_size", "resize_and_crop"]
+
+Layout: TypeAlias = Literal["nchw", "nhwc"]
+
+
+class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What happens to an image between the data and the model. The default changes nothing.
+
+    Attributes
+    ----------
+    mean, scale : tuple of float
+        ``y = (x - mean) * scale`` in float32, x in pixel units (0 to 255 for decoded images).
+        One value for all channels, or one per channel in the order of ``pixel_format``.
+    resize_dims : (int, int), optional
+        Height and width to resize to. Without it and without ``crop``, decoded images take
+        the size of the model's input, if that is fixed; arrays keep theirs.
+    crop : (int, int), optional
+        Height and width of the centre crop after the resize.
+    keep_aspect_ratio : bool
+        The resized image fits into ``resize_dims`` undistorted, centred, the rest padded.
+    pad_value : float
+        What it is padded with, in pixel units, in every channel.
+    pixel_format : {"rgb", "bgr", "gray"}
+        Order of channels that the model wants. Decoded images are converted to it; arrays are
+        taken to be in it. A model input with one channel gets gray images under ``rgb`` too.
+    layout : {"nchw", "nhwc"}, optional
+        Layout of the *data arrays*, deduced from their shape and the model's when omitted.
+        The model's own layout follows from its input shape; decoded images have none.
+
+    Raises
+    ------
+    DataError
+        A value is out of its range, or contradicts another.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    scale: tuple[float, ...] = (1.0,)
+    resize_dims: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    keep_aspect_ratio: bool = False
+    pad_value: float = 0.0
+    pixel_format: Literal["rgb", "bgr", "gray"] = "rgb"
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("scale", self.scale)):
+            _check_channels(name, values, gray=self.pixel_format == "gray")
+        if 0 in self.scale:
+            raise DataError(f"--scale: {self.scale} makes a channel constant. Give it above 0.")
+        for name, size in (("resize-dims", self.resize_dims), ("crop", self.crop)):
+            if size is not None and min(size) < 1:
+                raise DataError(f"--{name}: {size} is not a size. Give height and width above 0.")
+        resized, crop = self.resize_dims, self.crop
+        if resized and crop and (crop[0] > resized[0] or crop[1] > resized[1]):
+            raise DataError(
+                f"--crop: {crop} does not fit into the resized image {resized}. "
+                "Give a smaller --crop or larger --resize-dims."
+            )
+        if not math.isfinite(self.pad_value):
+            raise DataError(f"--pad-value: {self.pad_value} is not finite. Give 0 to 255.")
+        if self.pad_value and not self.keep_aspect_ratio:
+            raise DataError(
+                f"--pad-value: {self.pad_value} has no effect on a stretched image. "
+                "Add --keep-aspect-ratio."
+            )
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether mean or scale differ from 0 and 1."""
+        return any(self.mean) or any(value != 1 for value in self.scale)
+
+    @property
+    def changes_size(self) -> bool:
+        """Whether images are resized or cropped."""
+        return self.resize_dims is not None or self.crop is not None
+
+
+def _check_channels(name: str, values: tuple[float, ...], *, gray: bool) -> None:
+    if not values or not all(math.isfinite(value) for value in values):
+        raise DataError(f"--{name}: {values} are not finite numbers. Give one per channel.")
+    if gray and len(values) != 1:
+        raise DataError(
+            f"--{name}: {values} has {len(values)} values for gray images. Give one value."
+        )
+
+
+def normalize(
+    images: NDArray[Any], preprocessing: Preprocessing, channel_axis: int
+) -> NDArray[np.float32]:
+    """Return ``(float32(x) - float32(mean)) * float32(scale)``, C-contiguous and a new array.
+
+    Parameters
+    ----------
+    images : array of any real dtype
+        One or many images, in pixel units.
+    preprocessing : Preprocessing
+        Gives mean and scale, of length 1 or the number of channels.
+    channel_axis : int
+        Where the channels lie.
+    """
+    shape = [1] * images.ndim
+    shape[channel_axis] = -1
+    # float64 beyond float32's range becomes infinite and is refused by the check for that
+    with np.errstate(over="ignore"):
+        result = np.array(images, dtype=np.float32, order="C")
+        if preprocessing.changes_values:
+            result -= np.array(preprocessing.mean, np.float32).reshape(shape)
+            result *= np.array(preprocessing.scale, np.float32).reshape(shape)
+    return result
+
+
+def output_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int] | None:
+    """Return height and width after resize and crop; None where the crop does not fit."""
+    if preprocessing.resize_dims is not None:
+        height, width = preprocessing.resize_dims
+    if preprocessing.crop is None:
+        return height, width
+    crop = preprocessing.crop
+    return crop if crop[0] <= height and crop[1] <= width else None
+
+
+def resize_and_crop(image: NDArray[Any], preprocessing: Preprocessing) -> NDArray[Any]:
+    """Resize and crop one image; `output_size` says to what, and that it can be done.
+
+    Parameters
+    ----------
+    image : array of shape (height, width, channels)
+        Pixels; uint8 stays uint8 (rounded, as pillow does), all else becomes float32.
+    """
+    if preprocessing.resize_dims is not None:
+        height, width = preprocessing.resize_dims
+        if preprocessing.keep_aspect_ratio:
+            image = _letterbox(image, height, width, preprocessing.pad_value)
+        else:
+            image = _resize(image, height, width)
+    if preprocessing.crop is not None:
+        height, width = preprocessing.crop
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        image = image[top : top + height, left : left + width]
+    return image
+
+
+def _letterbox(image: NDArray[Any], height: int, width: int, pad: float) -> NDArray[Any]:
+    rows, columns = image.shape[:2]
+    # exact integers: rows * (height / rows) in floating point may fall one short of height
+    if height * columns <= width * rows:
+        inner = height, max(1, columns * height // rows)
+    else:
+        inner = max(1, rows * width // columns), width
+    image = _resize(image, *inner)
+    exact = image.dtype == np.uint8 and pad in range(256)
+    canvas = np.full((height, width, image.shape[2]), pad, dtype=np.uint8 if exact else np.float32)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    canvas[top : top + inner[0], left : left + inner[1]] = image
+    return canvas
+
+
+def _resize(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    if image.shape[:2] == (height, width):
+        return image
+    if image.dtype != np.uint8:
+        with np.errstate(over="ignore"):
+            image = image.astype(np.float32)
+    bilinear = Image.Resampling.BILINEAR
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        pixels = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(pixels.resize((width, height), bilinear))
+    planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0))
+    return np.stack([np.asarray(plane.resize((width, height), bilinear)) for plane in planes], -1)

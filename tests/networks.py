@@ -1,0 +1,121 @@
+"""Small networks that hold the patterns real exporters write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.insert import insert
+from onnxqat.model import Model, from_proto
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
+
+W4A4 = ("weight.bits=4", "activation.bits=4", "first.bits=8", "last.bits=8")
+RULES = ("onnxruntime-cpu", "sophgo-bm1684x", "sophgo-bm1690")
+
+
+class _Graph:
+    """Collects nodes and random initializers."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def weight(self, name: str, *shape: int, size: float = 0.3) -> str:
+        values = self.rng.normal(scale=size, size=shape).astype(np.float32)
+        self.weights.append(numpy_helper.from_array(values, name))
+        return name
+
+    def constant(self, name: str, values: Any) -> str:
+        self.weights.append(numpy_helper.from_array(values, name))
+        return name
+
+    def node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        node = helper.make_node(op_type, inputs, [output], name=f"n_{output}", **attributes)
+        self.nodes.append(node)
+        return output
+
+    def model(self, shape: list[Any], classes: list[Any], opset: int = 17) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes,
+            "network",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("output", TensorProto.FLOAT, classes)],
+            self.weights,
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def convnet(*, seed: int = 0, activation: str = "Relu", opset: int = 17) -> onnx.ModelProto:
+    """Conv-act, depthwise, residual Add-Relu, MaxPool, Concat, pooling, Gemm."""
+    g = _Graph(seed)
+    pads = {"pads": [1, 1, 1, 1]}
+    g.node("Conv", ["input", g.weight("w1", 6, 3, 3, 3), g.weight("b1", 6)], "c1", **pads)
+    alpha = {"alpha": 0.1} if activation == "LeakyRelu" else {}
+    g.node(activation, ["c1"], "r1", **alpha)
+    g.node("Conv", ["r1", g.weight("w2", 6, 1, 3, 3), g.weight("b2", 6)], "c2", group=6, **pads)
+    limits = [g.constant("zero", np.float32(0)), g.constant("six", np.float32(6))]
+    g.node("Clip", ["c2", *limits], "r2")
+    g.node("Conv", ["r2", g.weight("w3", 6, 6, 1, 1)], "c3")
+    g.node("Add", ["c3", "r1"], "a1")
+    g.node("Relu", ["a1"], "r3")
+    g.node("MaxPool", ["r3"], "p1", kernel_shape=[2, 2], strides=[2, 2])
+    g.node("Conv", ["p1", g.weight("w4", 4, 6, 3, 3), g.weight("b4", 4)], "c4", **pads)
+    g.node("Concat", ["p1", "c4"], "k1", axis=1)
+    g.node("AveragePool", ["k1"], "v1", kernel_shape=[2, 2], strides=[2, 2])
+    g.node("GlobalAveragePool", ["v1"], "v2")
+    g.node("Flatten", ["v2"], "f1")
+    g.node("Gemm", ["f1", g.weight("w5", 5, 10), g.weight("b5", 5)], "output", transB=1)
+    return g.model(["N", 3, 8, 8], ["N", 5], opset)
+
+
+def attention(*, seed: int = 0) -> onnx.ModelProto:
+    """One self-attention block: MatMul + bias, MatMul of activations, Softmax, LayerNorm."""
+    g = _Graph(seed)
+    for name in ("q", "k", "v"):
+        g.node("MatMul", ["input", g.weight(f"w{name}", 8, 8)], f"{name}0")
+        g.node("Add", [f"{name}0", g.weight(f"b{name}", 8)], name)
+    g.node("Transpose", ["k"], "kt", perm=[0, 2, 1])
+    g.node("MatMul", ["q", "kt"], "s0")
+    g.node("Mul", ["s0", g.constant("scaling", np.float32(8**-0.5))], "s1")
+    g.node("Softmax", ["s1"], "s2", axis=-1)
+    g.node("MatMul", ["s2", "v"], "m")
+    g.node("Add", ["m", "input"], "a")
+    ln = [g.constant("gamma", np.ones(8, np.float32)), g.constant("beta", np.zeros(8, np.float32))]
+    g.node("LayerNormalization", ["a", *ln], "l", axis=-1)
+    g.node("ReduceMean", ["l"], "p", axes=[1], keepdims=0)
+    g.node("Gemm", ["p", g.weight("wo", 8, 3), g.weight("bo", 3)], "output")
+    return g.model(["N", 6, 8], ["N", 3])
+
+
+def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
+    """Return random inputs of a network, float32."""
+    dims = model.graph.input[0].type.tensor_type.shape.dim[1:]
+    shape = (count, *(d.dim_value for d in dims))
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def quantized(
+    network: onnx.ModelProto,
+    rule: str = "sophgo-bm1684x",
+    overrides: tuple[str, ...] = (),
+    *,
+    observer: str = "minmax",
+) -> tuple[Model, Model]:
+    """Return the prepared float model and its calibrated Q/DQ model."""
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    batches = [{"input": samples(network, 16, seed=s)} for s in range(2)]
+    return floats, calibrate(empty, batches, observer=observer)

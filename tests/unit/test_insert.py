@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from onnxqat.calibrate import placeholder_params
+from onnxqat.errors import ModelError, PlanError
+from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
+from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.qparams import fake_quantize
+from onnxqat.rules import load_rule
+from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
+from tests.oracles import run_ort
+
+OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
+NETWORKS = pytest.mark.parametrize("network", [convnet, attention], ids=["convnet", "attention"])
+EVERY_RULE = pytest.mark.parametrize("rule", RULES)
+
+
+def as_bytes(model) -> bytes:
+    return to_proto(model).SerializeToString(deterministic=True)
+
+
+@EVERY_RULE
+@OVERRIDES
+@NETWORKS
+def test_strip_undoes_insert_bit_for_bit(network, rule, overrides, tmp_path):
+    floats, qdq = quantized(network(), rule, overrides)
+    save_model(qdq, tmp_path / "model.qdq.onnx")
+
+    assert as_bytes(strip(qdq)) == as_bytes(floats)
+    assert as_bytes(strip(load_model(tmp_path / "model.qdq.onnx"))) == as_bytes(floats)
+
+
+@EVERY_RULE
+@OVERRIDES
+@NETWORKS
+def test_every_state_is_a_valid_model_that_runs(network, rule, overrides):
+    network = network()
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(rule))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    _, calibrated = quantized(network, rule, overrides)
+    for model in (empty, calibrated):
+        proto = to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+        del proto.metadata_props[:]  # the file is whole without our metadata
+        outputs = run_ort(proto, {"input": samples(network, 4)})
+
+        assert [o.name for o in proto.graph.output] == ["output"]
+        assert np.isfinite(outputs[0]).all()
+
+
+def test_qdq_arithmetic_is_that_of_the_parameters():
+    """The value behind the first activation pair, computed by numpy alone."""
+    network = convnet()
+    _, qdq = quantized(network, overrides=("activation.bits=4",))
+    point = next(p for p in plan_of(qdq).points if p.tensor == "r1")
+    proto = to_proto(qdq)
+    for name in ("r1", "r1/dequantized"):
+        proto.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
+    _, before, after = run_ort(proto, {"input": samples(network, 4)})
+    expected = fake_quantize(before, read_params(qdq)["r1"], point.spec)
+
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_insert_changes_neither_model_nor_plan():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    before = as_bytes(floats), plan.to_json()
+    insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+
+    assert (as_bytes(floats), plan.to_json()) == before
+
+
+def test_parameters_read_back_bit_for_bit():
+    _, qdq = quantized(convnet())
+    params = read_params(qdq)
+    again = read_params(with_params(qdq, params, state="calibrated"))
+
+    assert params.keys() == again.keys()
+    assert all(params[name].same_as(again[name]) for name in params)
+
+
+def test_group_shares_one_scale():
+    _, qdq = quantized(convnet())
+    scales = {n.inputs[1].name for n in qdq.graph.nodes if n.name.startswith(("r3/", "k1/", "c4/"))}
+
+    assert "r3/scale" in scales
+    assert not scales & {"k1/scale", "c4/scale"}
+
+
+def test_shared_weight_has_one_pair():
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4] x) => (float[N,4] y)
+    <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1}> {
+        a = MatMul(x, w)
+        y = MatMul(a, w)
+    }"""
+    floats = prepare(from_proto(onnx.parser.parse_model(text)))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    qdq = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    weights = [p for p in plan.points if p.role == "weight"]
+
+    assert len(weights) == 1
+    assert len(weights[0].consumers) == 2
+    assert [n.name for n in qdq.graph.nodes].count("w/QuantizeLinear") == 1
+    assert as_bytes(strip(qdq)) == as_bytes(floats)
+
+
+def test_inserting_twice_is_refused():
+    _, qdq = quantized(convnet())
+    with pytest.raises(ModelError, match="already holds a quantization plan"):
+        insert(qdq, plan_of(qdq), read_params(qdq), state="calibrated")
+
+
+def test_missing_parameters_are_named():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    with pytest.raises(PlanError, match="No parameters for 'input'"):
+        insert(floats, plan, {}, state="calibrated")
+
+
+def test_plan_of_another_model_is_refused():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    params = placeholder_params(floats, plan)
+    first = plan.points[0]
+    moved = msgspec.structs.replace(first, consumers=(first.consumers[0].__class__("n_c2", 0),))
+    wrong = msgspec.structs.replace(plan, points=(moved, *plan.points[1:]))
+    with pytest.raises(PlanError, match=r"Plan expects 'input' at \('n_c2', 0\)"):
+        insert(floats, wrong, params, state="calibrated")
+
+
+def test_file_without_plan_or_pairs_says_what_to_do():
+    with pytest.raises(ModelError, match="Run 'onnxqat insert'"):
+        plan_of(from_proto(convnet()))
+
+    _, qdq = quantized(convnet())
+    broken = qdq.copy()
+    broken.graph.nodes = [n for n in broken.graph.nodes if n.name != "r1/QuantizeLinear"]
+    with pytest.raises(PlanError, match="Q/DQ pair of 'r1' is missing"):
+        strip(broken)
+
+
+def test_state_is_stored():
+    assert state_of(quantized(convnet())[1]) == "calibrated"
