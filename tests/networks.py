@@ -57,8 +57,14 @@ class _Graph:
         return model
 
 
-def convnet(*, seed: int = 0, activation: str = "Relu", opset: int = 17) -> onnx.ModelProto:
-    """Conv-act, depthwise, residual Add-Relu, MaxPool, Concat, pooling, Gemm."""
+def convnet(
+    *, seed: int = 0, activation: str = "Relu", opset: int = 17, kinks: bool = True
+) -> onnx.ModelProto:
+    """Conv-act, depthwise, residual Add-Relu, MaxPool, Concat, pooling, Gemm.
+
+    Without ``kinks`` nothing that bends follows a quantized tensor: values on a grid often are
+    exactly zero or exactly equal, where Relu and MaxPool have no derivative to compare with.
+    """
     g = _Graph(seed)
     pads = {"pads": [1, 1, 1, 1]}
     g.node("Conv", ["input", g.weight("w1", 6, 3, 3, 3), g.weight("b1", 6)], "c1", **pads)
@@ -69,8 +75,9 @@ def convnet(*, seed: int = 0, activation: str = "Relu", opset: int = 17) -> onnx
     g.node("Clip", ["c2", *limits], "r2")
     g.node("Conv", ["r2", g.weight("w3", 6, 6, 1, 1)], "c3")
     g.node("Add", ["c3", "r1"], "a1")
-    g.node("Relu", ["a1"], "r3")
-    g.node("MaxPool", ["r3"], "p1", kernel_shape=[2, 2], strides=[2, 2])
+    g.node("Relu" if kinks else "Tanh", ["a1"], "r3")
+    pool = "MaxPool" if kinks else "AveragePool"
+    g.node(pool, ["r3"], "p1", kernel_shape=[2, 2], strides=[2, 2])
     g.node("Conv", ["p1", g.weight("w4", 4, 6, 3, 3), g.weight("b4", 4)], "c4", **pads)
     g.node("Concat", ["p1", "c4"], "k1", axis=1)
     g.node("AveragePool", ["k1"], "v1", kernel_shape=[2, 2], strides=[2, 2])

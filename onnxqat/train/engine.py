@@ -95,7 +95,7 @@ class StepSession:
         model = _fix_batch(add_loss(form.proto, loss), set(form.parameters), batch_size)
         graph = _gradient_graph(model.SerializeToString(), set(learned))
         self._session = open_session(graph, optimization="basic", threads=threads)
-        outputs = [o.name for o in self._session.get_outputs()]
+        outputs = {o.name: o.shape for o in self._session.get_outputs()}
         self._inputs = {i.name for i in self._session.get_inputs()}
         reached = {n: v for n, v in learned.items() if f"{n}_grad" in outputs}
         self.gradients = Flat(reached)
@@ -104,8 +104,10 @@ class StepSession:
         for name, array in (*self.values.views.items(), *constants.items()):
             if name in self._inputs:
                 self._bind(self._binding.bind_input, name, array)
-        for name in outputs:
+        for name, shape in outputs.items():
             array = self._loss if name == "loss" else self.gradients.views[name[: -len("_grad")]]
+            # the gradient of a scalar weight comes as (1,)
+            array = array.reshape(1) if array.ndim == 0 and shape == [1] else array
             self._bind(self._binding.bind_output, name, array)
         self._constants = constants  # the session reads them by address
 

@@ -114,9 +114,11 @@ def test_what_cannot_be_used(name: str, message: str) -> None:
 
 
 def test_values_are_checked_as_those_of_files() -> None:
-    with open_data("user_loader:not_finite", [SPEC]) as data:
-        with pytest.raises(DataError, match=r"user_loader:not_finite: sample 0 of array 'x' holds"):
-            list(data.batches(2))
+    with (
+        open_data("user_loader:not_finite", [SPEC]) as data,
+        pytest.raises(DataError, match=r"user_loader:not_finite: sample 0 of array 'x' holds"),
+    ):
+        list(data.batches(2))
 
 
 def test_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def test_resize_crop_bgr_mean_scale(tmp_path: Path) -> None:
     found, _ = read(tmp_path, **options)
     resized = np.asarray(Image.fromarray(image).resize((11, 12), Image.Resampling.BILINEAR))
     bgr = resized[2:10, 2:8, ::-1].astype(np.float32)
-    expected = (bgr - np.float32(mean)) * np.float32(scale)
+    expected = (bgr - np.array(mean, np.float32)) * np.array(scale, np.float32)
     np.testing.assert_array_equal(found[0], expected.transpose(2, 0, 1))
     last, _ = read(
         tmp_path, InputSpec(name="input", shape=(1, 8, 6, 3), dtype="float32"), **options
@@ -151,9 +151,11 @@ def test_an_undecodable_image_is_named(tmp_path: Path) -> None:
         save(tmp_path / name, 64, 64)
     content = (tmp_path / "b.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(content[: len(content) // 2])
-    with open_data(tmp_path, [RGB]) as data:
-        with pytest.raises(DataError, match=r"b\.jpg: cannot be decoded \(.*\)\. Repair or remove"):
-            list(data.batches(2))
+    with (
+        open_data(tmp_path, [RGB]) as data,
+        pytest.raises(DataError, match=r"b\.jpg: cannot be decoded \(.*\)\. Repair or remove"),
+    ):
+        list(data.batches(2))
     (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
         open_data(tmp_path, [RGB])
@@ -172,9 +174,11 @@ def test_images_of_different_sizes_need_a_size(tmp_path: Path) -> None:
     spec = InputSpec(name="input", shape=("n", 3, "h", "w"), dtype="float32")
     save(tmp_path / "a.png", 8, 6)
     save(tmp_path / "b.png", 8, 7)
-    with open_data(tmp_path, [spec]) as data:
-        with pytest.raises(DataError, match=r"b\.png: is 8 x 7 pixels.* Give --resize-dims"):
-            list(data.batches(2))
+    with (
+        open_data(tmp_path, [spec]) as data,
+        pytest.raises(DataError, match=r"b\.png: is 8 x 7 pixels.* Give --resize-dims"),
+    ):
+        list(data.batches(2))
 
 
 def test_a_crop_larger_than_the_image(tmp_path: Path) -> None:

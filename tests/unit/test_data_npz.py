@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,11 @@ def test_labels_are_one_integer_per_sample(tmp_path: Path, labels: NDArray[Any])
 
 def test_a_negative_label_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=floats(4, 5), y=np.array([0, 1, -1, 2]))
-    with open_data(tmp_path / "a.npz", [VECTOR]) as data:
-        with pytest.raises(DataError, match=r"a\.npz: sample 2 of array 'y' is -1\."):
-            list(data.batches(4))
+    with (
+        open_data(tmp_path / "a.npz", [VECTOR]) as data,
+        pytest.raises(DataError, match=r"a\.npz: sample 2 of array 'y' is -1\."),
+    ):
+        list(data.batches(4))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -158,16 +161,20 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None
     np.savez(tmp_path / "a.npz", x=x)
     x[4, 2] = bad
     np.savez(tmp_path / "b.npz", x=x)
-    with open_data(tmp_path, [VECTOR]) as data:
-        with pytest.raises(DataError, match=r"b\.npz: sample 4 of array 'x' holds NaN or infinity"):
-            list(data.batches(4))
+    with (
+        open_data(tmp_path, [VECTOR]) as data,
+        pytest.raises(DataError, match=r"b\.npz: sample 4 of array 'x' holds NaN or infinity"),
+    ):
+        list(data.batches(4))
 
 
 def test_float64_beyond_float32_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.full((2, 5), 1e300))
-    with open_data(tmp_path / "a.npz", [VECTOR]) as data:
-        with pytest.raises(DataError, match=r"sample 0 of array 'x' holds NaN or infinity"):
-            list(data.batches(2))
+    with (
+        open_data(tmp_path / "a.npz", [VECTOR]) as data,
+        pytest.raises(DataError, match=r"sample 0 of array 'x' holds NaN or infinity"),
+    ):
+        list(data.batches(2))
 
 
 def test_integer_inputs_keep_their_values(tmp_path: Path) -> None:
@@ -180,9 +187,11 @@ def test_integer_inputs_keep_their_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read, ids)
     ids[3, 0] = 2**40
     np.savez(tmp_path / "b.npz", ids=ids)
-    with open_data(tmp_path / "b.npz", [spec]) as data:
-        with pytest.raises(DataError, match=r"sample 3 of array 'ids' holds a value outside int32"):
-            all_of(data, "ids")
+    with (
+        open_data(tmp_path / "b.npz", [spec]) as data,
+        pytest.raises(DataError, match=r"sample 3 of array 'ids' holds a value outside int32"),
+    ):
+        all_of(data, "ids")
 
 
 def test_floats_do_not_feed_an_integer_input(tmp_path: Path) -> None:
@@ -282,9 +291,11 @@ def test_a_damaged_member(tmp_path: Path, save: Any) -> None:
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "a.npz").write_bytes(content)
-    with open_data(tmp_path / "a.npz", [VECTOR]) as data:
-        with pytest.raises(DataError, match=r"a\.npz: cannot be read"):
-            list(data.batches(10))
+    with (
+        open_data(tmp_path / "a.npz", [VECTOR]) as data,
+        pytest.raises(DataError, match=r"a\.npz: cannot be read"),
+    ):
+        list(data.batches(10))
 
 
 @pytest.mark.parametrize(
@@ -334,9 +345,11 @@ def test_other_compression_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "a.npz", x=floats(4, 5))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with open_data(tmp_path / "a.npz", [VECTOR]) as data:
-        with pytest.raises(DataError, match=r"where 10 are free\. Set TMPDIR"):
-            list(data.batches(4))
+    with (
+        open_data(tmp_path / "a.npz", [VECTOR]) as data,
+        pytest.raises(DataError, match=r"where 10 are free\. Set TMPDIR"),
+    ):
+        list(data.batches(4))
 
 
 def test_member_names_do_not_choose_where_files_go(tmp_path: Path) -> None:
@@ -384,3 +397,17 @@ def test_iterators_may_share_the_files(tmp_path: Path) -> None:
             thread.join()
     assert len(found) == 4
     assert all(np.array_equal(each, x) for each in found)
+
+
+def test_memory_is_that_of_a_few_batches(tmp_path: Path) -> None:
+    x = np.zeros((4000, 1000), np.float32)
+    np.savez_compressed(tmp_path / "a.npz", x=x)
+    spec = InputSpec(name="x", shape=("n", 1000), dtype="float32")
+    tracemalloc.start()
+    try:
+        with open_data(tmp_path / "a.npz", [spec]) as data:
+            assert sum(len(batch.indices) for batch in data.batches(40)) == 4000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 2

@@ -72,7 +72,9 @@ def test_both_layouts_of_data_give_the_same(
         **options,
         layout="nchw" if explicit else None,
     )
-    expected = (PIXELS.astype(np.float32) - np.float32(MEAN)) * np.float32(SCALE)
+    expected = (PIXELS.astype(np.float32) - np.array(MEAN, np.float32)) * np.array(
+        SCALE, np.float32
+    )
     np.testing.assert_array_equal(
         last, expected.transpose(0, 3, 1, 2) if model is NCHW else expected
     )
@@ -109,7 +111,7 @@ def test_uint8_inputs_get_pixels_unchanged(tmp_path: Path) -> None:
 def test_mean_and_scale_reach_float16_by_way_of_float32(tmp_path: Path) -> None:
     spec = InputSpec(name="x", shape=("n", 3, 8, 6), dtype="float16")
     found = read(tmp_path, PIXELS, spec, mean=MEAN, scale=SCALE)
-    exact = (PIXELS.astype(np.float32) - np.float32(MEAN)) * np.float32(SCALE)
+    exact = (PIXELS.astype(np.float32) - np.array(MEAN, np.float32)) * np.array(SCALE, np.float32)
     np.testing.assert_array_equal(found, exact.astype(np.float16).transpose(0, 3, 1, 2))
 
 

@@ -1,0 +1,322 @@
+"""Gradients against numpy's formula and against finite differences in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import to_proto
+from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
+from onnxqat.runtime import open_session
+from onnxqat.train.engine import StepSession, _gradient_graph
+from onnxqat.train.form import training_form
+from onnxqat.train.gradients import DOMAIN, FakeQuantize, LeakyRelu
+from onnxqat.train.losses import LABELS, teacher_input
+from tests.networks import attention, convnet, quantized, samples
+from tests.oracles import run_ort
+
+SPECS = {
+    "int8": QuantSpec(),
+    "uint8": QuantSpec(signedness="unsigned"),
+    "asymmetric": QuantSpec(signedness="unsigned", symmetric=False),
+    "int4": QuantSpec(bits=4),
+    "uint4": QuantSpec(bits=4, signedness="unsigned"),
+    "narrow": QuantSpec(narrow_range=True),
+    "per-axis 0": QuantSpec(axis=0),
+    "per-axis 1": QuantSpec(axis=1, bits=4),
+}
+
+
+def one_op(variant, x, params, upstream):
+    """Return y, dL/dx and dL/ds of one fake-quantize with L = sum(upstream * y)."""
+    variant.register()
+    value = helper.make_tensor_value_info
+    s = params.scale
+    nodes = [
+        helper.make_node(variant.op_type, list(variant.inputs), ["y"], domain=DOMAIN),
+        helper.make_node("Mul", ["y", "g"], ["yg"]),
+        helper.make_node("ReduceSum", ["yg"], ["loss"], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "step",
+        [
+            value("x", TensorProto.FLOAT, x.shape),
+            value("s", TensorProto.FLOAT, s.shape),
+            value("g", TensorProto.FLOAT, x.shape),
+        ],
+        [value("loss", TensorProto.FLOAT, [])],
+        [numpy_helper.from_array(params.zero_point, "z")],
+        value_info=[value("y", TensorProto.FLOAT, x.shape)],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
+    functions = [variant.function(17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
+    learned = {n for n, wanted in (("x", variant.learns_x), ("s", variant.learns_scale)) if wanted}
+    session = open_session(
+        _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
+    )
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"x": x, "s": s, "g": upstream}), strict=True))
+
+
+def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):
+    """Random values, and exact ties, range ends and values just past them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    s = float(params.scale.flat[0])
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    z = int(params.zero_point.flat[0])
+    special = [qmin - z, qmax - z, qmin - z - 0.5, qmax - z + 0.5, 0, 0.5, 1.5, -0.5]
+    special += [qmax - z + 0.51, qmin - z - 0.51, qmax - z + 0.49, 3 * qmax, -3 * qmax]
+    x.reshape(-1)[: len(special)] = np.float32(special) * np.float32(s)
+    return x
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("learns_x", [True, False], ids=["x", "data"])
+def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
+    channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
+    high = np.linspace(0.5, 1.5, int(np.prod(channels)), dtype=np.float32).reshape(channels)
+    low = np.zeros_like(high) if spec.signedness == "unsigned" and spec.symmetric else -high
+    params = choose_qparams(low, high, spec)
+    x = values_with_ties_and_ends(spec, params)
+    upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    variant = FakeQuantize(
+        dtype=params.zero_point.dtype.name,
+        qmin=qmin,
+        qmax=qmax,
+        axis=spec.axis,
+        rank=None if spec.axis is None else x.ndim,
+        learns_x=learns_x,
+        learns_scale=True,
+    )
+    result = one_op(variant, x, params, upstream)
+
+    def aligned(a):
+        return (
+            a if spec.axis is None else np.expand_dims(a, [i for i in range(3) if i != spec.axis])
+        )
+
+    s, z = aligned(params.scale), aligned(params.zero_point).astype(np.float32)
+    position = np.rint(x / s) + z
+    inside = (qmin <= position) & (position <= qmax)
+    # exactly half a level past an end either answer will do: the mask calls it inside
+    ends = np.minimum(abs(x / s + z - (qmax + 0.5)), abs(x / s + z - (qmin - 0.5)))
+    tie = ends < 2**-13
+    assert tie.sum() <= 3
+    inside |= tie
+    q = quantize(x, params, spec).astype(np.float64)
+    terms = upstream * np.where(inside, q - z - x.astype(np.float64) / s, q - z)
+    axes = None if spec.axis is None else tuple(i for i in range(3) if i != spec.axis)
+
+    if learns_x:
+        np.testing.assert_array_equal(result["x_grad"], upstream * inside)
+    assert result["s_grad"].shape == channels
+    # float32 sums of terms that reach q: each is right to 2^-22 of its parts
+    bound = 2.0**-22 * (np.abs(upstream) * (np.abs(q - z) + np.abs(x / s))).sum(axes)
+    assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5])
+def test_leaky_relu_variant_equals_leaky_relu_and_its_derivative(alpha):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    x[0, 0] = [0.0, -0.0, 1e-30, -1e-30, 5]
+    upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    variant = LeakyRelu(alpha=alpha)
+    variant.register()
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node(variant.op_type, ["x"], ["y"], domain=DOMAIN),
+        helper.make_node("Mul", ["y", "g"], ["yg"]),
+        helper.make_node("ReduceSum", ["yg"], ["loss"], keepdims=0),
+    ]
+    inputs = [value("x", 1, x.shape), value("g", 1, x.shape)]
+    graph = helper.make_graph(
+        nodes, "g", inputs, [value("loss", 1, [])], value_info=[value("y", 1, x.shape)]
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
+    functions = [variant.function(17)]
+    ours = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+    session = open_session(
+        _gradient_graph(ours.SerializeToString(), {"x"}), optimization="basic", threads=1
+    )
+    gradient = dict(
+        zip(
+            (o.name for o in session.get_outputs()),
+            session.run(None, {"x": x, "g": upstream}),
+            strict=True,
+        )
+    )["x_grad"]
+    ours.graph.output.append(value("y", 1, x.shape))
+    node = helper.make_node("LeakyRelu", ["x"], ["y"], alpha=alpha)
+    theirs = helper.make_graph([node], "g", inputs[:1], [value("y", 1, x.shape)])
+    theirs = helper.make_model(theirs, opset_imports=opsets[:1], ir_version=8)
+
+    np.testing.assert_array_equal(
+        run_ort(ours, {"x": x, "g": upstream})[1], run_ort(theirs, {"x": x})[0]
+    )
+    # 1e30 * y reaches 1 for every y above 1e-30
+    clear = np.abs(x) > 1e-28
+    expected = upstream * np.where(x > 0, np.float32(1), np.float32(alpha))
+    np.testing.assert_array_equal(gradient[clear], expected[clear])
+
+
+class Surrogate:
+    """The network with every rounding error held constant, in float64.
+
+    Around the current parameters LSQ treats fake-quantize as ``y = inside * x + s * c`` with the
+    constant ``c = q - z - x / s`` inside the range and ``q - z`` outside; finite differences of
+    that network are the gradient that training should compute.
+    """
+
+    def __init__(self, qdq, x):
+        self.values = {}
+        proto = to_proto(qdq)
+        params = read_params(qdq)
+        points = plan_of(qdq).grid_points()
+        observed = self._observe(proto, [p.tensor for p in points], x)
+        for tensor in proto.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.dtype == np.float32:
+                self.values[tensor.name] = array.astype(np.float64)
+        nodes, skipped = [], {}
+        for point in points:
+            entry = params[point.parameters]
+            target = next(
+                n.output[0]
+                for n in proto.graph.node
+                if n.name == f"{point.tensor}/DequantizeLinear"
+            )
+            source = next(
+                n.input[0] for n in proto.graph.node if n.name == f"{point.tensor}/QuantizeLinear"
+            )
+            skipped[f"{point.tensor}/QuantizeLinear"] = self._pair(
+                point, entry, observed[point.tensor], source, target
+            )
+        for node in proto.graph.node:
+            if node.name in skipped:
+                nodes += skipped[node.name]
+            elif not node.name.endswith(("/Clip", "/DequantizeLinear")):
+                nodes.append(node)
+        self.constants = {}
+        integers = [
+            t for t in proto.graph.initializer
+            if numpy_helper.to_array(t).dtype == np.int64
+        ]  # fmt: skip
+        inputs = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, None) for n in self.values]
+        inputs.append(helper.make_tensor_value_info("input", TensorProto.DOUBLE, None))
+        outputs = [helper.make_tensor_value_info("output", TensorProto.DOUBLE, None)]
+        graph = helper.make_graph(nodes, "surrogate", inputs, outputs, integers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        self.run_model = onnx.reference.ReferenceEvaluator(model)
+        self.x = x.astype(np.float64)
+
+    @staticmethod
+    def _observe(proto, tensors, x):
+        watched = onnx.ModelProto()
+        watched.CopyFrom(proto)
+        sources = {
+            n.name.removesuffix("/QuantizeLinear"): n.input[0]
+            for n in proto.graph.node
+            if n.op_type == "QuantizeLinear"
+        }
+        weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+        fetched = [s for t in tensors if (s := sources[t]) not in weights and s != "input"]
+        del watched.graph.output[:]
+        for name in fetched:
+            watched.graph.output.append(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            )
+        found = dict(zip(fetched, run_ort(watched, {"input": x}), strict=True))
+        found |= weights | {"input": x}
+        return {t: found[sources[t]] for t in tensors}
+
+    def _pair(self, point, entry, value, source, target):
+        spec = point.spec
+        qmin, qmax = quantized_range(spec, signed=entry.signed)
+        shape = [1] * value.ndim
+        if spec.axis is not None:
+            shape[spec.axis] = -1
+        s = entry.scale.reshape(shape if spec.axis is not None else ())
+        z = entry.zero_point.astype(np.float64).reshape(s.shape)
+        position = np.rint(value / s) + z
+        inside = ((qmin <= position) & (position <= qmax)).astype(np.float64)
+        q = np.clip(position, qmin, qmax)
+        residual = q - z - inside * (value.astype(np.float64) / s)
+        name = point.tensor
+        self.values[f"{name}/inside"], self.values[f"{name}/residual"] = inside, residual
+        scale = f"{point.parameters}/scale"
+        nodes = []
+        if spec.axis is not None:
+            axes = [i for i in range(value.ndim) if i != spec.axis]
+            constant = numpy_helper.from_array(np.array(axes, np.int64))
+            nodes = [
+                helper.make_node("Constant", [], [f"{name}/axes"], value=constant),
+                helper.make_node("Unsqueeze", [scale, f"{name}/axes"], [f"{name}/s"]),
+            ]
+            scale = f"{name}/s"
+        return [
+            *nodes,
+            helper.make_node("Mul", [source, f"{name}/inside"], [f"{name}/kept"]),
+            helper.make_node("Mul", [scale, f"{name}/residual"], [f"{name}/error"]),
+            helper.make_node("Add", [f"{name}/kept", f"{name}/error"], [target]),
+        ]
+
+    def output(self, **changed):
+        feeds = self.values | changed | {"input": self.x}
+        return self.run_model.run(None, feeds)[0]
+
+
+def log_softmax(scores):
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def loss_of(scores, labels, teacher):
+    log_q, log_p = log_softmax(scores), log_softmax(teacher.astype(np.float64))
+    cross_entropy = -log_q[np.arange(len(labels)), labels].mean()
+    return cross_entropy + (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize("rule", ["sophgo-bm1684x", "onnxruntime-cpu"])
+@pytest.mark.parametrize(
+    "network",
+    [lambda: convnet(kinks=False), attention],
+    ids=["convnet", "attention"],
+)
+def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
+    network = network()
+    _, qdq = quantized(network, rule)
+    rng = np.random.default_rng(3)
+    x = samples(network, 8, seed=5)
+    form = training_form(qdq, learn_scales=True)
+    session = StepSession(form, ("cross-entropy", "kl"), batch_size=8, threads=1)
+    surrogate = Surrogate(qdq, x)
+    scores = surrogate.output()
+    labels = rng.integers(scores.shape[1], size=8)
+    teacher = rng.normal(size=scores.shape).astype(np.float32)
+    loss = session.run({"input": x, LABELS: labels, teacher_input("output"): teacher})
+
+    assert loss == pytest.approx(loss_of(scores, labels, teacher), rel=1e-5)
+    assert session.gradients.views.keys() == form.parameters.keys()
+    for name, gradient in session.gradients.views.items():
+        value = surrogate.values[name]
+        largest = max(np.abs(gradient).max(), 1e-3 * np.abs(session.gradients.buffer).max())
+        for flat in rng.choice(value.size, size=min(3, value.size), replace=False):
+            step = 1e-6 * max(abs(value.flat[flat]), 1e-3)
+            ends = []
+            for sign in (1, -1):
+                moved = value.copy()
+                moved.flat[flat] += sign * step
+                ends.append(loss_of(surrogate.output(**{name: moved}), labels, teacher))
+            expected = (ends[0] - ends[1]) / (2 * step)
+            # float32 against float64; a key's bias has gradient 0, its float32 sum has not quite
+            assert float(gradient.flat[flat]) == pytest.approx(
+                expected, rel=1e-3, abs=1e-4 * float(largest)
+            ), name
