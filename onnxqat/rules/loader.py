@@ -47,10 +47,10 @@ def load_rule(name: str) -> HardwareRule:
     return rule
 
 
-def _read(name: str, *, depth: int, folder: Path | None = None) -> dict[str, Any]:
+def _read(name: str, *, depth: int) -> dict[str, Any]:
     if depth > MAX_EXTENDS:
         raise RuleError(f"{name}: 'extends' goes round in a circle.")
-    text = _text(name, folder)
+    text = _text(name)
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -60,18 +60,19 @@ def _read(name: str, *, depth: int, folder: Path | None = None) -> dict[str, Any
         return table
     if not isinstance(parent, str):
         raise RuleError(f"{name}: 'extends' is {parent!r}. Name one rule.")
-    here = Path(name).parent if name.endswith(".toml") else None
-    return _merge(_read(parent, depth=depth + 1, folder=here), table)
+    if parent.endswith(".toml"):  # beside the file that names it
+        parent = str(Path(name).parent / parent)
+    return _merge(_read(parent, depth=depth + 1), table)
 
 
-def _text(name: str, folder: Path | None) -> str:
+def _text(name: str) -> str:
     if name in bundled_rules():
         return (resources.files("onnxqat.rules") / f"{name}.toml").read_text(encoding="utf-8")
     if not name.endswith(".toml"):
         close = difflib.get_close_matches(name, bundled_rules(), n=3, cutoff=0.3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See 'onnxqat rules list'."
         raise RuleError(f"Unknown rule '{name}'. {hint} Or give the path of a .toml file.")
-    path = folder / name if folder else Path(name)
+    path = Path(name)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a rule file.")

@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
 TARGET_STEPS = 1000
 MAX_EPOCHS = 20
-GUARD_STEPS = 20  # the loss is compared over windows of this many steps
+GUARD_STEPS = 20  # the mean loss over this many steps is compared with that of the first ones
+FIRST_STEPS = 5  # change nothing: they measure the loss to compare with, and fill Adam's means
 MAX_BACKOFFS = 3
 
 
@@ -242,7 +243,7 @@ class _Run:
                 if self._rising(losses):
                     self._back_off(rate)
                     return False
-                updater.step(rate * cosine_rate(len(losses) - 1, steps, warmup))
+                updater.step(rate * _rate(len(losses) - 1, steps, warmup))
                 self._tell(losses, epoch, steps)
             self._keep_best(epoch)
             self._tell(losses, epoch, steps, self.figures)
@@ -273,10 +274,10 @@ class _Run:
             )
 
     def _rising(self, losses: list[float]) -> bool:
-        """Whether the last window's mean loss lies clearly above the first steps'."""
-        if len(losses) < 2 * GUARD_STEPS or len(losses) % GUARD_STEPS:
+        """Whether the mean of the last losses lies clearly above that of the first."""
+        if len(losses) % GUARD_STEPS:
             return False
-        start = np.mean(losses[:GUARD_STEPS])
+        start = np.mean(losses[:FIRST_STEPS])
         return bool(np.mean(losses[-GUARD_STEPS:]) > 1.5 * start + 0.05)
 
     def _back_off(self, rate: float) -> None:
@@ -318,6 +319,13 @@ class _Run:
         self.figures = self._validate(candidate)
         if _score(self.figures) > _score(self.best_figures):
             self.best, self.best_epoch, self.best_figures = candidate, epoch, self.figures
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate: none for the first steps, then the schedule."""
+    if step < FIRST_STEPS:
+        return 0.0
+    return cosine_rate(step - FIRST_STEPS, steps - FIRST_STEPS, warmup)
 
 
 def _score(figures: Evaluation) -> tuple[float, float]:

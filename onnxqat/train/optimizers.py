@@ -55,14 +55,15 @@ class AdamW(Optimizer):
         """Return ``mean / (sqrt(square) + epsilon)``, both corrected for their start at zero."""
         self.steps += 1
         beta1, beta2 = np.float32(self.beta1), np.float32(self.beta2)
+        rest1, rest2 = np.float32(1 - self.beta1), np.float32(1 - self.beta2)
         mean_correction = np.float32(1 / (1 - self.beta1**self.steps))
         square_correction = np.float32(1 / (1 - self.beta2**self.steps))
         for part in _chunks(gradient.size):
             g, mean, square = gradient[part], self.mean[part], self.square[part]
             mean *= beta1
-            mean += (1 - beta1) * g
+            mean += rest1 * g
             square *= beta2
-            square += (1 - beta2) * g * g
+            square += rest2 * g * g
             np.multiply(square, square_correction, out=g)
             np.sqrt(g, out=g)
             g += self.epsilon

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxqat.calibrate import calibrate, fit_bias_range, placeholder_params
+from onnxqat.errors import DataError, ModelError
+from onnxqat.insert import insert, plan_of, read_params, state_of, with_params
+from onnxqat.model import from_proto, to_proto
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.qparams import QuantParams, choose_qparams
+from onnxqat.rules import load_rule
+from tests.networks import convnet, quantized, samples
+from tests.oracles import run_ort
+
+
+def uncalibrated(network, rule="sophgo-bm1684x"):
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(rule))
+    return insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+
+
+def test_minmax_scales_are_those_of_the_extremes():
+    """Against the float model's own tensors, fetched with plain onnxruntime."""
+    network = convnet()
+    _, qdq = quantized(network)
+    watched = to_proto(prepare(from_proto(network)))
+    del watched.graph.output[:]
+    for name in ("r1", "c3"):
+        watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    runs = [run_ort(watched, {"input": samples(network, 16, seed=s)}) for s in range(2)]
+    params = read_params(qdq)
+    largest_r1 = max(r[0].max() for r in runs)
+    largest_c3 = max(np.abs(r[1]).max() for r in runs)
+
+    assert params["r1"].scale == np.float32(largest_r1) / np.float32(255)
+    assert params["r1"].zero_point.dtype == np.uint8
+    assert params["c3"].scale == np.float32(largest_c3) / np.float32(127)
+    assert params["c3"].zero_point.dtype == np.int8
+
+
+def test_group_takes_the_range_of_all_its_tensors():
+    network = convnet()
+    _, qdq = quantized(network)
+    watched = to_proto(prepare(from_proto(network)))
+    del watched.graph.output[:]
+    for name in ("r3", "c4"):
+        watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+    runs = [run_ort(watched, {"input": samples(network, 16, seed=s)}) for s in range(2)]
+    largest = max(np.abs(a).max() for r in runs for a in r)
+
+    assert read_params(qdq)["r3"].scale == np.float32(largest) / np.float32(127)
+
+
+def test_signedness_is_settled_and_stored():
+    _, qdq = quantized(convnet())
+
+    assert {p.spec.signedness for p in plan_of(qdq).grid_points()} == {"signed", "unsigned"}
+    assert state_of(qdq) == "calibrated"
+
+
+def test_batches_are_read_one_at_a_time():
+    network = convnet()
+    alive = []
+
+    def batches():
+        for seed in range(4):
+            batch = {"input": samples(network, 4, seed=seed)}
+            alive.append(seed)
+            yield batch
+
+    steps = []
+    calibrate(uncalibrated(network), batches(), progress=lambda: steps.append(len(alive)))
+
+    assert steps == [1, 2, 3, 4]  # each was used before the next was made
+
+
+def test_calibrating_changes_nothing_given():
+    network = convnet()
+    model = uncalibrated(network)
+    before = to_proto(model).SerializeToString(deterministic=True)
+    calibrate(model, [{"input": samples(network, 4)}])
+
+    assert to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_no_data_and_bad_data_are_errors():
+    model = uncalibrated(convnet())
+    with pytest.raises(DataError):
+        calibrate(model, [])
+    x = samples(convnet(), 4)
+    x[1, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="nan"):
+        calibrate(model, [{"input": x}])
+
+
+def test_fine_tuned_model_is_not_calibrated_again():
+    _, qdq = quantized(convnet())
+    tuned = with_params(qdq, read_params(qdq), state="finetuned")
+    with pytest.raises(ModelError, match="is fine-tuned"):
+        calibrate(tuned, [])
+
+
+def test_scale_is_raised_where_the_bias_would_overflow_int32():
+    floats, qdq = quantized(convnet())
+    plan, params = plan_of(qdq), read_params(qdq)
+    tiny = params["w1"].scale.copy()
+    tiny[2] = 1e-12
+    params["w1"] = QuantParams(scale=tiny, zero_point=params["w1"].zero_point)
+    fit_bias_range(plan, params, floats.graph.tensors())
+    bias = floats.graph.tensors()["b1"].values.astype(np.float64)
+    stored = bias / (float(params["input"].scale) * params["w1"].scale.astype(np.float64))
+
+    assert np.abs(stored).max() <= 2**30 * (1 + 2**-20)
+    np.testing.assert_array_equal(np.delete(params["w1"].scale, 2), np.delete(tiny, 2))
+
+
+def test_placeholders_are_valid_and_weights_are_real():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    params = placeholder_params(floats, plan)
+    weight = floats.graph.tensors()["w1"].values
+    spec = next(p.spec for p in plan.points if p.tensor == "w1")
+    expected = choose_qparams(weight.min(axis=(1, 2, 3)), weight.max(axis=(1, 2, 3)), spec)
+
+    assert params["w1"].same_as(expected)
+    assert params["r1"].scale > 0

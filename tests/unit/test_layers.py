@@ -1,0 +1,74 @@
+"""A module imports only from modules above it in this list, which is the architecture."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ORDER = [
+    "errors",
+    "files",
+    "qparams",
+    "model",
+    "runtime",
+    "rules",
+    "prepare",
+    "overrides",
+    "plan",
+    "insert",
+    "data",
+    "settings",
+    "calibrate",
+    "evaluate",
+    "train",
+    "formats",
+    "deploy",
+    "progress",
+    "cli",
+]
+PACKAGE = Path(__file__).parents[2] / "onnxqat"
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    return {n.split(".")[1] for n in names if n.startswith("onnxqat.")}
+
+
+def test_modules_import_only_from_above():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path == PACKAGE / "__init__.py":
+            continue
+        here = ORDER.index(room(path))
+        below = [other for other in imported_rooms(path) if ORDER.index(other) > here]
+        wrong += [f"{path.relative_to(PACKAGE)} imports {other}" for other in below]
+
+    assert wrong == []
+
+
+def test_only_the_engine_and_gradients_touch_training_internals():
+    users = {
+        str(p.relative_to(PACKAGE))
+        for p in PACKAGE.rglob("*.py")
+        if "onnxruntime.capi" in p.read_text(encoding="utf-8")
+    }
+
+    assert users == {"train/engine.py", "train/gradients.py"}
+
+
+def test_chips_are_data():
+    names = {p.stem for p in (PACKAGE / "rules").glob("*.toml")} - {"onnxruntime-cpu"}
+    users = [
+        str(p.relative_to(PACKAGE))
+        for p in PACKAGE.rglob("*.py")
+        for name in names
+        if f'"{name}"' in p.read_text(encoding="utf-8")
+    ]
+
+    assert users == []
