@@ -290,7 +290,7 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
 @click.option("--val-data", help="Chooses the best state; 10 % of DATA by default.")
 @click.option("--teacher", help="Float model to distil from; MODEL itself by default.")
 @click.option("--loss", help="cross-entropy, kl, mse, or a sum as in cross-entropy+kl.")
-@click.option("--epochs", type=click.IntRange(1), help="Default: about 1,000 steps, at most 20.")
+@click.option("--epochs", type=click.IntRange(1), help="Default: about 1,000 steps, at most 10.")
 @click.option(
     "--method",
     type=click.Choice(["lsq", "ste"]),

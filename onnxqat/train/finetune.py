@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
 TARGET_STEPS = 1000
-MAX_EPOCHS = 20
+MAX_EPOCHS = 10
 GUARD_STEPS = 20  # the mean loss over this many steps is compared with that of the first ones
 FIRST_STEPS = 5  # change nothing: they measure the loss to compare with, and fill Adam's means
 MAX_BACKOFFS = 3
