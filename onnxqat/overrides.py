@@ -45,6 +45,15 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return f"{self.kind}{pattern}.{self.key}={value}"
 
+    @property
+    def selects_nodes(self) -> bool:
+        """Whether the selector names nodes, and so covers the points they read."""
+        return self.kind in ("first", "last", "op", "name")
+
+    def covers_point(self, role: str, tensor: str) -> bool:
+        """Return whether a selector of points covers this one."""
+        return self.matches(tensor) if self.kind == "tensor" else role == self.kind
+
     def matches(self, text: str) -> bool:
         """Return whether the pattern covers the whole of ``text``."""
         if self.kind == "op":

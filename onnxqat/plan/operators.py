@@ -1,0 +1,77 @@
+"""Facts of the ONNX operators that planning needs: not of any chip."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+__all__ = [
+    "BIAS_INPUT",
+    "NONNEGATIVE_OPS",
+    "SINGLE_DATA_INPUT",
+    "WEIGHTED_OPS",
+    "channel_axis",
+    "clips_from_zero",
+    "is_bias_add",
+    "is_constant",
+    "is_float",
+    "is_kind",
+    "weight_index",
+]
+
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
+NONNEGATIVE_OPS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs")
+# Ops whose inputs behind the first are parameters (shapes, limits, slopes), not data.
+SINGLE_DATA_INPUT = (
+    *("Clip", "Expand", "Gather", "PRelu", "Pad", "ReduceMean", "Reshape", "Resize", "Slice"),
+    *("Split", "Squeeze", "Tile", "Unsqueeze"),
+)
+
+
+def channel_axis(node: gs.Node, index: int) -> int:
+    """Return the axis of the output channels in constant operand ``index`` of ``node``."""
+    rank = len(node.inputs[index].shape)
+    if node.op == "Gemm":
+        return 0 if node.attrs.get("transB", 0) else 1
+    if node.op == "MatMul":
+        return rank - 1 if index == 1 else max(rank - 2, 0)
+    return 1 if node.op == "ConvTranspose" else 0
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is known to hold float32."""
+    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.float32
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is an initializer."""
+    return isinstance(tensor, gs.Constant)
+
+
+def is_bias_add(node: gs.Node) -> bool:
+    """Return whether a node adds a constant vector."""
+    constants = [t for t in node.inputs if is_constant(t)]
+    return node.op == "Add" and len(constants) == 1 and len(constants[0].shape) == 1
+
+
+def clips_from_zero(node: gs.Node) -> bool:
+    """Return whether a node is a Clip that lets nothing negative through."""
+    if node.op != "Clip" or len(node.inputs) < 2 or not is_constant(node.inputs[1]):
+        return False
+    return bool(np.all(node.inputs[1].values >= 0))
+
+
+def is_kind(node: gs.Node, kind: str) -> bool:
+    """Return whether a node is what a rule's chain calls ``kind``."""
+    if kind == "BiasAdd":
+        return is_bias_add(node)
+    return bool(node.op == kind and (kind != "Clip" or clips_from_zero(node)))
+
+
+def weight_index(node: gs.Node) -> int | None:
+    """Return which input of a weighted op is its constant weight, if one is."""
+    if node.op not in WEIGHTED_OPS:
+        return None
+    found = [i for i, t in enumerate(node.inputs[:2]) if is_constant(t) and is_float(t)]
+    return found[-1] if found else None

@@ -1,0 +1,131 @@
+"""What a plan is: pure data with a stable text and JSON form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from onnxqat.errors import PlanError
+from onnxqat.qparams import QuantSpec
+
+__all__ = ["Edge", "QuantPlan", "QuantPoint", "Skip"]
+
+
+class Edge(msgspec.Struct, frozen=True, order=True):
+    """Input ``index`` of the node named ``node``; ``node`` is "" for graph output ``index``."""
+
+    node: str
+    index: int
+
+
+class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor that is quantized.
+
+    Attributes
+    ----------
+    tensor : str
+        Its name in the float graph.
+    role : {"weight", "activation", "bias"}
+        A bias stays float in the working model; its point says what the export makes of it.
+    consumers : tuple of Edge
+        Who reads the quantized values.
+    spec : QuantSpec
+        How.
+    group : str or None
+        Points of one group share one set of parameters, named after this tensor.
+    derived_from : (str, str) or None
+        Of a bias: the activation and the weight whose scales multiply to its scale.
+    reason : str
+        Why it is quantized, and what was changed by whom.
+    """
+
+    tensor: str
+    role: Literal["weight", "activation", "bias"]
+    consumers: tuple[Edge, ...]
+    spec: QuantSpec
+    group: str | None = None
+    derived_from: tuple[str, str] | None = None
+    reason: str
+
+    @property
+    def parameters(self) -> str:
+        """The name that its scale and zero_point go by."""
+        return self.group or self.tensor
+
+    def __str__(self) -> str:
+        """Return one line for people: tensor -> consumers, spec, role, reason."""
+        readers = " ".join(f"{e.node or 'output'}[{e.index}]" for e in self.consumers)
+        group = f" group={self.group}" if self.group else ""
+        derived = f" scale={' * '.join(self.derived_from)}" if self.derived_from else ""
+        return (
+            f"{self.tensor} -> {readers}  {_describe(self.spec)}{group}{derived}  "
+            f"{self.role}  ({self.reason})"
+        )
+
+
+class Skip(msgspec.Struct, frozen=True):
+    """One node that stays float, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is quantized and why, as pure data with a stable JSON form.
+
+    Attributes
+    ----------
+    rule : str
+        Name of the hardware rule.
+    points, skips : tuple
+        The quantized tensors, and the nodes that stay float.
+    chains : tuple of tuple of str
+        Names of the nodes that the chip runs as one.
+    overrides : tuple of str
+        What the user changed.
+    """
+
+    rule: str
+    points: tuple[QuantPoint, ...]
+    skips: tuple[Skip, ...]
+    chains: tuple[tuple[str, ...], ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return stable JSON: the same plan gives the same text."""
+        return msgspec.json.encode(self, order="deterministic").decode()
+
+    @staticmethod
+    def from_json(text: str) -> QuantPlan:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        PlanError
+            The text is not a plan.
+        """
+        try:
+            return msgspec.json.decode(text, type=QuantPlan)
+        except msgspec.MsgspecError as error:
+            raise PlanError(f"The stored plan cannot be read ({error}). Insert again.") from error
+
+    def __str__(self) -> str:
+        """Return one line per point, then one per skip."""
+        skips = (f"float: {s.node} ({s.op_type}): {s.reason}" for s in self.skips)
+        return "\n".join((*map(str, self.points), *skips))
+
+    def grid_points(self) -> tuple[QuantPoint, ...]:
+        """Return the points that have Q/DQ nodes: all but the biases."""
+        return tuple(p for p in self.points if p.role != "bias")
+
+
+def _describe(spec: QuantSpec) -> str:
+    kind = {"signed": "int", "unsigned": "uint", "from_range": "int|uint"}[spec.signedness]
+    words = [kind.replace("|", f"{spec.bits}|") + str(spec.bits)]
+    words.append("sym" if spec.symmetric else "asym")
+    words += ["narrow"] if spec.narrow_range else []
+    words += [f"axis={spec.axis}"] if spec.axis is not None else []
+    words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []
+    return " ".join(words)
