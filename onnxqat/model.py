@@ -12,7 +12,6 @@ Functions are put back whole: no stage may edit the body of one.
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxqat.errors import ModelError
 from onnxqat.files import atomic_output
+from onnxqat.preserve import all_nodes, restore, subgraphs, without_weights
 
 __all__ = ["Model", "constant", "from_proto", "load_model", "save_model", "to_proto"]
 
@@ -139,12 +139,12 @@ def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
 def _stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor that a file stores: initializers and attributes, at any depth."""
     yield from proto.graph.initializer
-    for node in _all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
+    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for subgraph in _subgraphs(attribute):
+            for subgraph in subgraphs(attribute):
                 yield from subgraph.initializer
 
 
@@ -153,7 +153,7 @@ def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     _check_versions(proto, name)
     _check_depth(proto.graph, name)
     _check_held(proto, name)
-    rest = _without_weights(proto)
+    rest = without_weights(proto)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     try:
         graph = gs.import_onnx(proto)
@@ -163,76 +163,12 @@ def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     return Model(graph=graph, metadata=metadata, rest=rest, name=name)
 
 
-def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    rest = onnx.ModelProto()
-    for descriptor, value in proto.ListFields():
-        if descriptor.name == "graph":
-            continue
-        if descriptor.is_repeated:
-            getattr(rest, descriptor.name).extend(value)
-        else:
-            setattr(rest, descriptor.name, value)
-    graph, source = rest.graph, proto.graph
-    graph.doc_string = source.doc_string
-    graph.quantization_annotation.extend(source.quantization_annotation)
-    graph.metadata_props.extend(source.metadata_props)
-    graph.input.extend(source.input)
-    graph.output.extend(source.output)
-    graph.value_info.extend(
-        v
-        for v in source.value_info
-        if v.doc_string or v.metadata_props or not v.type.HasField("tensor_type")
-    )
-    for node in _all_nodes(source.node):
-        if node.doc_string or node.metadata_props or node.overload:
-            kept = graph.node.add(op_type=node.op_type, name=node.name)
-            kept.doc_string, kept.overload = node.doc_string, node.overload
-            kept.output.extend(node.output)
-            kept.metadata_props.extend(node.metadata_props)
-    _keep_initializers(graph, source)
-    return rest
-
-
-def _keep_initializers(rest: onnx.GraphProto, source: onnx.GraphProto) -> None:
-    """Keep whole what no node reads; of the others what graphsurgeon forgets.
-
-    An entry without data also says that the initializer belongs to the outermost graph.
-    """
-    here = {name for node in source.node for name in node.input}
-    here |= {value.name for value in source.output}
-    everywhere = here | {name for node in _all_nodes(source.node) for name in node.input}
-    for tensor in source.initializer:
-        if tensor.name not in everywhere:
-            rest.initializer.add().CopyFrom(tensor)
-        elif tensor.doc_string or tensor.metadata_props or tensor.name not in here:
-            kept = rest.initializer.add(name=tensor.name, doc_string=tensor.doc_string)
-            kept.metadata_props.extend(tensor.metadata_props)
-    rest.sparse_initializer.extend(
-        t for t in source.sparse_initializer if t.values.name not in everywhere
-    )
-
-
-def _subgraphs(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
-    if attribute.HasField("g"):
-        yield attribute.g
-    yield from attribute.graphs
-
-
-def _all_nodes(*lists: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of these lists and of their subgraphs."""
-    for nodes in lists:
-        for node in nodes:
-            yield node
-            for attribute in node.attribute:
-                yield from _all_nodes(*(subgraph.node for subgraph in _subgraphs(attribute)))
-
-
 def _check_depth(graph: onnx.GraphProto, name: str, depth: int = 0) -> None:
     if depth > MAX_SUBGRAPH_DEPTH:
         raise ModelError(f"{name}: subgraphs nest deeper than {MAX_SUBGRAPH_DEPTH} levels.")
     for node in graph.node:
         for attribute in node.attribute:
-            for subgraph in _subgraphs(attribute):
+            for subgraph in subgraphs(attribute):
                 _check_depth(subgraph, name, depth + 1)
 
 
@@ -256,7 +192,7 @@ def _check_held(proto: onnx.ModelProto, name: str) -> None:
         kind = value.type.WhichOneof("value")
         if kind not in (None, "tensor_type", "sequence_type", "sparse_tensor_type"):
             raise ModelError(f"{name}: value '{value.name}' has the unsupported type '{kind}'.")
-    for node in _all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
+    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
         for attribute in node.attribute:
             where = f"{name}: attribute '{attribute.name}' of node '{node.name or node.op_type}'"
             if attribute.type not in (*_SINGLE_ATTRIBUTES, *_LIST_ATTRIBUTES):
@@ -287,137 +223,10 @@ def _check_versions(proto: onnx.ModelProto, name: str) -> None:
 def to_proto(model: Model) -> onnx.ModelProto:
     """Return the model as a protobuf message that shares nothing with ``model``."""
     proto: onnx.ModelProto = gs.export_onnx(model.graph)
-    rest = model.rest
-    for name in ("producer_name", "producer_version"):
-        if not getattr(proto, name):
-            proto.ClearField(name)
-    for name in ("doc_string", "domain", "model_version"):
-        if rest.HasField(name):
-            setattr(proto, name, getattr(rest, name))
-    proto.training_info.extend(rest.training_info)
     for key, value in model.metadata.items():
         proto.metadata_props.add(key=key, value=value)
-    if [(f.domain, f.name) for f in proto.functions] == [
-        (f.domain, f.name) for f in rest.functions
-    ]:
-        del proto.functions[:]
-        proto.functions.extend(rest.functions)
-    _restore_graph(proto.graph, rest.graph)
+    restore(proto, model.rest)
     return proto
-
-
-def _restore_graph(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    _restore_doc_string(graph, rest)
-    graph.metadata_props.extend(rest.metadata_props)
-    scope = ChainMap({tensor.name: tensor for tensor in graph.initializer})
-    _restore_scopes(graph, scope, graph, {t.name for t in rest.initializer if not t.data_type})
-    _restore_nodes(graph, rest)
-    _restore_initializers(graph, rest)
-    _restore_values(graph, rest)
-    names = {v.name for v in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)}
-    names |= {output for node in graph.node for output in node.output}
-    graph.quantization_annotation.extend(
-        a for a in rest.quantization_annotation if a.tensor_name in names
-    )
-
-
-def _restore_doc_string(target: Any, source: Any) -> None:
-    target.ClearField("doc_string")  # graphsurgeon writes an empty one
-    if source.doc_string:
-        target.doc_string = source.doc_string
-
-
-def _restore_scopes(
-    graph: onnx.GraphProto,
-    scope: ChainMap[str, onnx.TensorProto],
-    root: onnx.GraphProto,
-    hoisted: set[str],
-) -> None:
-    """Take out of subgraphs what graphsurgeon writes there although it is of an outer scope.
-
-    These are copies of outer initializers, types of outer values, and initializers of ``root``
-    that only subgraphs read; the latter, ``hoisted``, move back to it.
-    """
-    for attribute in (a for node in graph.node for a in node.attribute):
-        for subgraph in _subgraphs(attribute):
-            own = []
-            for tensor in subgraph.initializer:
-                outer = scope.get(tensor.name)
-                if outer is None and tensor.name in hoisted:
-                    root.initializer.append(tensor)
-                    scope.maps[-1][tensor.name] = root.initializer[-1]
-                elif outer is None or outer != tensor:
-                    own.append(tensor)
-            local = {name for node in subgraph.node for name in node.output}
-            _replace(subgraph.initializer, own)
-            _replace(subgraph.value_info, [v for v in subgraph.value_info if v.name in local])
-            if not subgraph.doc_string:
-                subgraph.ClearField("doc_string")
-            inner = scope.new_child({tensor.name: tensor for tensor in subgraph.initializer})
-            _restore_scopes(subgraph, inner, root, hoisted)
-
-
-def _replace(field: Any, messages: Iterable[Any]) -> None:
-    copies = [type(message).FromString(message.SerializeToString()) for message in messages]
-    del field[:]
-    field.extend(copies)
-
-
-def _restore_nodes(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    """Find each node by its outputs, or by its name where a stage gave it other outputs."""
-    by_outputs = {(node.op_type, tuple(node.output)): node for node in rest.node}
-    by_name = {(node.op_type, node.name): node for node in rest.node if node.name}
-    for node in _all_nodes(graph.node) if by_outputs else ():
-        source = by_outputs.get((node.op_type, tuple(node.output)))
-        source = source or by_name.get((node.op_type, node.name))
-        if source is not None:
-            _restore_doc_string(node, source)
-            if source.overload:
-                node.overload = source.overload
-            node.metadata_props.extend(source.metadata_props)
-
-
-def _restore_initializers(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    present = {tensor.name: tensor for tensor in graph.initializer}
-    names = {output for node in graph.node for output in node.output}
-    for source in rest.initializer:
-        if source.name in present:
-            _restore_doc_string(present[source.name], source)
-            del present[source.name].metadata_props[:]
-            present[source.name].metadata_props.extend(source.metadata_props)
-        elif source.data_type and source.name not in names:
-            graph.initializer.add().CopyFrom(source)
-    graph.sparse_initializer.extend(
-        t for t in rest.sparse_initializer if t.values.name not in names
-    )
-
-
-def _restore_values(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    # graphsurgeon takes initializers for constants and leaves them out of the inputs
-    initializers = {tensor.name for tensor in graph.initializer}
-    written = {value.name: value for value in graph.input}
-    listed = {value.name for value in rest.input}
-    inputs = [written.get(v.name, v) for v in rest.input if v.name in written.keys() | initializers]
-    _replace(graph.input, [*inputs, *(v for v in graph.input if v.name not in listed)])
-    sources = {v.name: v for v in (*rest.value_info, *rest.input, *rest.output)}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        source = sources.get(value.name, onnx.ValueInfoProto())
-        _restore_doc_string(value, source)
-        del value.metadata_props[:]
-        value.metadata_props.extend(source.metadata_props)
-        if _same_but_for_denotations(value.type, source.type):
-            value.type.CopyFrom(source.type)
-
-
-def _same_but_for_denotations(written: onnx.TypeProto, source: onnx.TypeProto) -> bool:
-    if not source.HasField("tensor_type"):  # graphsurgeon loses the shapes within
-        return bool(source.WhichOneof("value") == written.WhichOneof("value"))
-    bare = onnx.TypeProto()
-    bare.CopyFrom(source)
-    bare.ClearField("denotation")
-    for dimension in bare.tensor_type.shape.dim:
-        dimension.ClearField("denotation")
-    return bool(bare == written)
 
 
 def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:

@@ -9,6 +9,7 @@ ORDER = [
     "errors",
     "files",
     "qparams",
+    "preserve",
     "model",
     "runtime",
     "rules",
