@@ -15,7 +15,6 @@ from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
-from tests.oracles import run_ort
 
 W4A4 = ("weight.bits=4", "activation.bits=4", "first.bits=8", "last.bits=8")
 RULES = ("onnxruntime-cpu", "sophgo-bm1684x", "sophgo-bm1690")
@@ -112,19 +111,6 @@ def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[
     dims = model.graph.input[0].type.tensor_type.shape.dim[1:]
     shape = (count, *(d.dim_value for d in dims))
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def balanced(network: onnx.ModelProto) -> onnx.ModelProto:
-    """Change the last layer of `convnet` so that every class is sometimes the largest."""
-    x = samples(network, 256, seed=11)
-    tensors = {t.name: t for t in network.graph.initializer}
-    weight = numpy_helper.to_array(tensors["w5"])
-    scores = run_ort(network, {"input": x})[0]
-    factor = np.float32(2) / scores.std(axis=0)
-    bias = (numpy_helper.to_array(tensors["b5"]) - scores.mean(axis=0)) * factor
-    tensors["w5"].CopyFrom(numpy_helper.from_array(weight * factor[:, None], "w5"))
-    tensors["b5"].CopyFrom(numpy_helper.from_array(bias, "b5"))
-    return network
 
 
 def quantized(
