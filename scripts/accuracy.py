@@ -108,7 +108,7 @@ def measure(case: Case, models: Path, data: Path, work: Path) -> dict:
 def table(results: dict[str, dict]) -> str:
     """Return the results as a Markdown table, in points of top-1."""
     lines = [
-        "| case | float | post-training (observer) | start | tuned | recovered | epochs | minutes |",
+        "| case | float | post-training (observer) | start | tuned | recovered | epochs | min |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases():

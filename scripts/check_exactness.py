@@ -1,0 +1,94 @@
+"""Compare training form, saved Q/DQ file and rebuilt table bit for bit on real images.
+
+    python scripts/check_exactness.py QDQ DATA [QDQ DATA ...]
+
+For each Q/DQ model: the training form's forward pass, and the model rebuilt from the stripped
+float model and its Sophgo table (where the rule has one), against the file in onnxruntime with
+optimizations off, on the first 256 samples. Exits with 1 if any value differs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from onnxqat.data import open_data
+from onnxqat.deploy import read_table, write_deployment
+from onnxqat.errors import FormatError
+from onnxqat.insert import insert, plan_of
+from onnxqat.model import Model, load_model, to_proto
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
+from onnxqat.runtime import open_session
+from onnxqat.settings import input_specs, stored_settings
+from onnxqat.train.engine import forward_session
+from onnxqat.train.form import training_form
+
+SAMPLES, BATCH = 256, 32
+
+
+def rebuilt(model: Model) -> Model | None:
+    """Return the Q/DQ model that the stripped model and its table make."""
+    plan = plan_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            files = write_deployment(model, folder, table="sophgo")
+        except FormatError:
+            return None  # zero points: not a Sophgo rule
+        floats = prepare(load_model(files["model"]))
+        overrides = [parse_override(text) for text in plan.overrides]
+        again, params = read_table(
+            files["table"], floats, make_plan(floats.graph, load_rule(plan.rule), overrides)
+        )
+    return insert(floats, again, params, state="calibrated")
+
+
+def check(path: str, source: str) -> bool:
+    model = load_model(path)
+    settings = stored_settings(model)
+    data = open_data(
+        source,
+        input_specs(model),
+        preprocessing=settings.preprocessing(),
+        label=settings.label,
+        input_map=settings.input_map,
+    )
+    form = training_form(model, learn_scales=True)
+    training, saved = forward_session(form), open_session(to_proto(model), optimization="none")
+    other = rebuilt(model)
+    table = open_session(to_proto(other), optimization="none") if other else None
+    differing = {"training form": 0, "table": 0}
+    values = 0
+    with data:
+        for batch in data.subset(np.arange(SAMPLES)).batches(BATCH):
+            expected = saved.run(None, batch.inputs)
+            found = training.run(None, batch.inputs | form.parameters)
+            pairs = {"training form": found}
+            if table:
+                pairs["table"] = table.run(None, batch.inputs)
+            values += sum(e.size for e in expected)
+            for name, outputs in pairs.items():
+                differing[name] += sum(
+                    int((a != b).sum()) for a, b in zip(outputs, expected, strict=True)
+                )
+    table_text = f"{differing['table']} differ" if table else "no Sophgo table"
+    print(f"{Path(path).name}: {values} values; training form {differing['training form']} differ; "
+          f"rebuilt from table: {table_text}")  # fmt: skip
+    return not any(differing.values())
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or len(arguments) % 2:
+        sys.exit(__doc__)
+    results = [check(*pair) for pair in zip(arguments[::2], arguments[1::2], strict=True)]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every command in the README and the docs runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxqat.rules import load_rule
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = (line for block in blocks(page, "console") for line in block.splitlines())
+    return [line.removeprefix("$ ") for line in lines]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_of_a_page_run_in_order(page, tmp_path):
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in commands(page):
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+def test_rule_file_in_the_docs_loads(tmp_path):
+    path = tmp_path / "my-chip.toml"
+    path.write_text(blocks("docs/rules.md", "toml")[0])
+
+    assert load_rule(str(path)).name == "my-chip"
+
+
+def test_python_in_the_readme_runs(tmp_path):
+    code = blocks("README.md", "python")[0]
+    (tmp_path / "model.onnx").write_bytes((ROOT / "models" / "lenet5.onnx").read_bytes())
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+    assert (tmp_path / "model.qdq.onnx").exists()
