@@ -17,7 +17,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     loss : str or None
         See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
     epochs : int or None
-        None: enough for about 1,000 steps, at most 10.
+        None: enough for about 2,000 steps, at most 10.
     batch_size : int
         Samples per step.
     method : {"lsq", "ste"}
@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     loss: str | None = None
     epochs: int | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     method: Literal["lsq", "ste"] = "lsq"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3

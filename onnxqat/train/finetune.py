@@ -39,7 +39,7 @@ __all__ = ["DivergedError", "Finetuned", "Progress", "finetune"]
 logger = logging.getLogger(__name__)
 
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
-TARGET_STEPS = 1000
+TARGET_STEPS = 2000
 MAX_EPOCHS = 10
 GUARD_STEPS = 20  # the mean loss over this many steps is compared with that of the first ones
 FIRST_STEPS = 5  # change nothing: they measure the loss to compare with, and fill Adam's means
