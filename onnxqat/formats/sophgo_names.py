@@ -8,7 +8,8 @@ A weight goes by ``<op>_weight``, the op being the last of its fused chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,6 +20,7 @@ from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.plan.operators import BIAS_INPUT, SINGLE_DATA_INPUT, WEIGHTED_OPS
 from onnxqat.qparams import QuantParams, storage_dtype
 
 __all__ = ["float_ops", "params_from_table", "table_of"]
@@ -33,6 +35,9 @@ class _Names:
         self.nodes = {n.name: n for n in graph.nodes}
         self.last = {name: chain[-1] for chain in plan.chains for name in chain}
         self.points = {p.tensor: p for p in plan.grid_points()}
+        inner = (name for chain in plan.chains for name in chain[:-1])
+        self.inner = {self.nodes[name].outputs[0].name for name in inner}
+        self.outputs = {t.name for t in graph.outputs}
 
     def of_output(self, node: gs.Node, index: int = 0) -> str:
         return f"{node.outputs[index].name}_{node.op}"
@@ -57,6 +62,30 @@ class _Names:
                     end = self.nodes[self.last.get(edge.node, edge.node)]
                     yield f"{self.of_output(end)}_weight", point
 
+    def floats(self) -> Iterator[gs.Node]:
+        """Yield the nodes that run in float: skipped ones, and those an override left off the grid.
+
+        A chain runs as one node; it is in float as soon as one of its nodes is.
+        """
+        skipped = {skip.node for skip in self.plan.skips}
+        off = (n.name for n in self.graph.nodes if n.name in skipped or self._is_off_grid(n))
+        ends = {self.last.get(name, name) for name in off}
+        for node in self.graph.nodes:
+            if node.outputs[0].dtype == np.float32 and self.last.get(node.name, node.name) in ends:
+                yield node
+
+    def _is_off_grid(self, node: gs.Node) -> bool:
+        """Return whether a node reads or writes data that are not quantized."""
+        data = node.inputs[:1] if node.op in SINGLE_DATA_INPUT else node.inputs
+        read = [t for i, t in enumerate(data) if i != BIAS_INPUT.get(node.op)]
+        if node.op not in WEIGHTED_OPS:  # a constant elsewhere is the rule's business
+            read = [t for t in read if not isinstance(t, gs.Constant)]
+        written = [t for t in node.outputs if t.outputs or t.name in self.outputs]
+        return any(
+            t.dtype == np.float32 and t.name not in self.points and t.name not in self.inner
+            for t in (*read, *written)
+        )
+
 
 def table_of(model: Model) -> CalibrationTable:
     """Return the calibration table of a calibrated or fine-tuned Q/DQ model.
@@ -70,26 +99,16 @@ def table_of(model: Model) -> CalibrationTable:
     names = _Names(strip(model).graph, plan)
     activations: dict[str, Threshold] = {}
     int4: dict[str, Threshold] = {}
+    weights: dict[str, WeightScales] = {}
     for name, point in names.activations():
-        entry = params[point.parameters]
-        if np.any(entry.zero_point):
-            raise FormatError(
-                f"'{point.tensor}' has zero_point {entry.zero_point}; a Sophgo table holds "
-                "symmetric ranges only. Insert with a Sophgo rule."
-            )
-        if point.spec.bits not in (4, 8):
-            raise FormatError(
-                f"'{point.tensor}' has {point.spec.bits} bits; a Sophgo table holds 8 and 4."
-            )
+        _check_sayable(point, params[point.parameters], (4, 8))
         section = int4 if point.spec.bits == 4 else activations
-        section[name] = sophgo.threshold(float(entry.scale), point.spec.bits, entry.signed)
-    weights = {}
+        _add(section, name, _threshold(point, params[point.parameters]))
     for name, point in names.weights():
-        entry = params[point.parameters]
-        zeros = tuple(np.atleast_1d(entry.zero_point).tolist())
-        scales = tuple(np.atleast_1d(entry.scale).astype(np.float64).tolist())
-        weights[name] = WeightScales(scales=scales, zero_points=zeros)
-    mixed = int4 or any(p.spec.bits == 4 for p in plan.grid_points())
+        # a grid narrower than 8 bits is a part of that of 8 bits, at the same scale
+        _check_sayable(point, params[point.parameters], range(2, 9))
+        _add(weights, name, _scales(params[point.parameters]))
+    mixed = any(p.spec.bits == 4 for p in plan.grid_points())
     return CalibrationTable(
         activations=activations,
         int4=int4,
@@ -98,15 +117,44 @@ def table_of(model: Model) -> CalibrationTable:
     )
 
 
+def _threshold(point: QuantPoint, params: QuantParams) -> Threshold:
+    return sophgo.threshold(float(params.scale), point.spec.bits, params.signed)
+
+
+def _scales(params: QuantParams) -> WeightScales:
+    scales = np.atleast_1d(params.scale).astype(np.float64).tolist()
+    zeros = np.atleast_1d(params.zero_point).tolist()
+    return WeightScales(scales=tuple(scales), zero_points=tuple(zeros))
+
+
+def _check_sayable(point: QuantPoint, params: QuantParams, widths: Collection[int]) -> None:
+    if np.any(params.zero_point):
+        raise FormatError(
+            f"'{point.tensor}' has a zero_point other than 0; a Sophgo table holds symmetric "
+            "ranges only. Insert with a Sophgo rule."
+        )
+    if point.spec.bits not in widths:
+        raise FormatError(
+            f"'{point.tensor}' has {point.spec.bits} bits; a Sophgo table holds 8 and 4 bits. "
+            "Insert again with one of them."
+        )
+
+
+_Entry = TypeVar("_Entry", Threshold, WeightScales)
+
+
+def _add(section: dict[str, _Entry], name: str, entry: _Entry) -> None:
+    if section.setdefault(name, entry) != entry:
+        raise FormatError(
+            f"Two tensors go by '{name}' in a Sophgo table, at different scales. Rename one in "
+            "the model."
+        )
+
+
 def float_ops(model: Model) -> list[str]:
-    """Return the names of the ops that run in float on the chip: the table has no line for them."""
-    plan = plan_of(model)
-    names = _Names(strip(model).graph, plan)
-    return [
-        names.of_output(names.nodes[skip.node])
-        for skip in plan.skips
-        if names.nodes[skip.node].outputs[0].dtype == np.float32
-    ]
+    """Return the names of the ops that run in float on the chip, for the ``qtable``."""
+    names = _Names(strip(model).graph, plan_of(model))
+    return [names.of_output(node) for node in names.floats()]
 
 
 def params_from_table(
@@ -131,37 +179,53 @@ def params_from_table(
     missing = []
     for name, point in names.activations():
         lines = table.int4 if point.spec.bits == 4 else table.activations
-        if name not in lines:
+        if name in lines:
+            params = _activation_params(point, lines[name])
+            _store(found, point.parameters, params, f"{source}: '{name}'")
+        else:
             missing.append(name)
-            continue
-        scale, signed = sophgo.scale_of(lines[name], point.spec.bits)
-        dtype = storage_dtype(point.spec, signed=signed)
-        params = QuantParams(scale=np.asarray(scale), zero_point=np.zeros((), dtype))
-        _store(found, point.parameters, params, f"{source}: '{name}'")
+    tensors = graph.tensors()
     for name, point in names.weights():
-        if name not in table.weights:
+        if name in table.weights:
+            place, shape = f"{source}: '{name}'", tensors[point.tensor].shape
+            params = _weight_params(point, shape, table.weights[name], found, place)
+            _store(found, point.parameters, params, place)
+        else:
             missing.append(name)
-            continue
-        scales = np.asarray(table.weights[name].scales, np.float32)
-        shape = (
-            ()
-            if point.spec.axis is None
-            else (graph.tensors()[point.tensor].shape[point.spec.axis],)
-        )
-        if scales.size != int(np.prod(shape)):
-            raise FormatError(
-                f"{source}: '{name}' has {scales.size} scales; its weight takes "
-                f"{int(np.prod(shape))}. Is the rule the one the table was made for?"
-            )
-        zero_point = np.zeros(shape, storage_dtype(point.spec, signed=True))
-        params = QuantParams(scale=scales.reshape(shape), zero_point=zero_point)
-        _store(found, point.parameters, params, f"{source}: '{name}'")
     if missing:
         raise FormatError(
             f"{source}: lacks {len(missing)} names that the model needs: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Is it the table of this model and rule?"
         )
     return found
+
+
+def _activation_params(point: QuantPoint, entry: Threshold) -> QuantParams:
+    scale, signed = sophgo.scale_of(entry, point.spec.bits)
+    zero_point = np.zeros((), storage_dtype(point.spec, signed=signed))
+    return QuantParams(scale=np.asarray(scale), zero_point=zero_point)
+
+
+def _weight_params(
+    point: QuantPoint,
+    shape: Sequence[int],
+    entry: WeightScales,
+    found: Mapping[str, QuantParams],
+    place: str,
+) -> QuantParams:
+    wanted = () if point.spec.axis is None else (shape[point.spec.axis],)
+    scales = np.asarray(entry.scales, np.float32)
+    if scales.size != int(np.prod(wanted)):
+        raise FormatError(
+            f"{place} has {scales.size} scales; its weight takes {int(np.prod(wanted))}. "
+            "Is the rule the one the table was made for?"
+        )
+    if any(entry.zero_points):
+        raise FormatError(f"{place} has zero_points other than 0, which no rule can hold.")
+    shared = found.get(point.parameters)  # a constant takes part in its group's signedness
+    signed = shared.signed if shared is not None else point.spec.signedness != "unsigned"
+    zero_point = np.zeros(wanted, storage_dtype(point.spec, signed=signed))
+    return QuantParams(scale=scales.reshape(wanted), zero_point=zero_point)
 
 
 def _store(found: dict[str, QuantParams], key: str, params: QuantParams, place: str) -> None:

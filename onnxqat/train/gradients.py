@@ -26,6 +26,16 @@ import onnx
 from onnx import helper
 from onnxruntime.capi import _pybind_state as ort_internals
 
+from onnxqat.errors import TrainingError
+
+if not hasattr(ort_internals, "GradientGraphBuilder"):
+    message = (
+        "The onnxruntime that is installed cannot train: a plain onnxruntime package lies over "
+        "onnxruntime-training-cpu. Run 'pip uninstall onnxruntime' and 'pip install "
+        "--force-reinstall onnxruntime-training-cpu==1.19.2'."
+    )
+    raise TrainingError(message)
+
 __all__ = ["DOMAIN", "FakeQuantize", "LeakyRelu", "register_relu_gradient"]
 
 DOMAIN = "onnxqat"

@@ -25,6 +25,8 @@ ORDER = [
     "formats",
     "deploy",
     "progress",
+    "options",
+    "commands",
     "cli",
 ]
 PACKAGE = Path(__file__).parents[2] / "onnxqat"

@@ -1,0 +1,129 @@
+"""The Q/DQ model that onnxruntime runs with integer kernels.
+
+Weights become integer initializers behind DequantizeLinear, biases int32 initializers behind
+DequantizeLinear of scale ``s_x * s_w`` and zero_point 0, as onnxruntime's selectors want them
+(``onnxruntime/core/optimizer/qdq_transformer/selectors_actions``, release 1.19.2). Activations keep
+their pairs. The file is about a quarter of the float model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.errors import FormatError, PlanError
+from onnxqat.insert import plan_of, read_params, state_of
+from onnxqat.model import Model, constant
+from onnxqat.plan import QuantPoint
+from onnxqat.qparams import FloatArray, QuantParams, quantize
+
+__all__ = ["bias_scale", "integer_model", "quantize_bias"]
+
+
+def bias_scale(x: QuantParams, w: QuantParams, size: int) -> FloatArray:
+    """Return the scale of a bias of ``size`` elements: s_x * s_w in float32, () or (size,).
+
+    A grouped ConvTranspose has one weight scale for the same channel of every group.
+    """
+    scale: FloatArray = np.asarray(x.scale * w.scale, np.float32)
+    return np.tile(scale, size // scale.size) if scale.ndim else scale
+
+
+def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.int32]:
+    """Return ``round(bias / scale)`` as int32, same shape, ties to even.
+
+    Raises
+    ------
+    FormatError
+        A value does not fit into int32.
+    """
+    levels = np.rint(np.asarray(bias, np.float64) / scale)
+    limits = np.iinfo(np.int32)
+    if levels.size and (levels.min() < limits.min or levels.max() > limits.max):
+        raise FormatError(
+            f"Bias '{name}': bias / (s_x * s_w) reaches {np.abs(levels).max():.3g}, beyond int32. "
+            "Its weights are almost zero; calibrate again."
+        )
+    return levels.astype(np.int32)
+
+
+def integer_model(model: Model) -> Model:
+    """Return the export of a calibrated or fine-tuned Q/DQ model.
+
+    Raises
+    ------
+    PlanError
+        The model is not calibrated.
+    FormatError
+        A bias does not fit into int32.
+    """
+    if state_of(model) == "uncalibrated":
+        raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
+    plan, params = plan_of(model), read_params(model)
+    result = model.copy()
+    graph = result.graph
+    nodes = {n.name: n for n in graph.nodes}
+    tensors = graph.tensors()
+    points = {p.tensor: p for p in plan.grid_points()}
+    removed: set[str] = set()
+    for point in points.values():
+        if point.role == "weight":
+            removed |= _store_integers(point, params[point.parameters], nodes, tensors)
+    for bias in plan.points:
+        if bias.derived_from is not None:
+            x, w = (params[points[name].parameters] for name in bias.derived_from)
+            _store_bias(bias, x, w, nodes, tensors, graph)
+    kept = [n for n in graph.nodes if n.name not in removed]
+    graph.nodes.clear()
+    graph.nodes.extend(kept)
+    for key in [k for k in result.metadata if k.startswith("onnxqat.")]:
+        del result.metadata[key]
+    return result
+
+
+def _store_integers(
+    point: QuantPoint,
+    params: QuantParams,
+    nodes: dict[str, gs.Node],
+    tensors: dict[str, gs.Tensor],
+) -> set[str]:
+    """Feed a weight's DequantizeLinear with integers; return the nodes that are left over."""
+    integers = quantize(tensors[point.tensor].values, params, point.spec)
+    nodes[f"{point.tensor}/DequantizeLinear"].inputs[0] = constant(
+        f"{point.tensor}/integers", integers
+    )
+    over = {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
+    for name in over:
+        nodes[name].inputs.clear()
+        nodes[name].outputs.clear()
+    return over
+
+
+def _store_bias(
+    bias: QuantPoint,
+    x: QuantParams,
+    w: QuantParams,
+    nodes: dict[str, gs.Node],
+    tensors: dict[str, gs.Tensor],
+    graph: gs.Graph,
+) -> None:
+    values: Any = tensors[bias.tensor].values
+    edge = bias.consumers[0]
+    name = f"{edge.node}/bias"  # a bias may be shared; its scale is that of this node
+    scale = bias_scale(x, w, values.size)
+    integers = constant(f"{name}/integers", quantize_bias(values, scale, bias.tensor))
+    zero_point = constant(f"{name}/zero_point", np.zeros(scale.shape, np.int32))
+    output = gs.Variable(f"{name}/dequantized", np.float32, values.shape)
+    attributes = {"axis": 0} if scale.ndim else {}
+    inputs = [integers, constant(f"{name}/scale", scale), zero_point]
+    node = gs.Node("DequantizeLinear", f"{name}/DequantizeLinear", attributes, inputs, [output])
+    reader = nodes[edge.node]
+    graph.nodes.insert(_position(graph, reader), node)
+    reader.inputs[edge.index] = output
+
+
+def _position(graph: gs.Graph, node: gs.Node) -> int:
+    return next(i for i, n in enumerate(graph.nodes) if n is node)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.onnxruntime_qdq import integer_model, quantize_bias
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import to_proto
+from onnxqat.qparams import quantize
+from tests.networks import W4A4, convnet, quantized, samples
+from tests.oracles import run_ort
+
+
+def optimized(model: onnx.ModelProto, path) -> onnx.ModelProto:
+    """Return what onnxruntime's own optimizer makes of a model at level 2."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(path)
+
+
+def test_every_heavy_node_becomes_an_integer_kernel(tmp_path):
+    _, qdq = quantized(convnet(), "onnxruntime-cpu")
+    found = Counter(
+        n.op_type for n in optimized(to_proto(integer_model(qdq)), tmp_path / "o.onnx").graph.node
+    )
+
+    assert found["QLinearConv"] == 4
+    assert found["QGemm"] == 1
+    assert found["QLinearAdd"] == 1
+    assert found["QLinearAveragePool"] == 1
+    assert found["QLinearGlobalAveragePool"] == 1
+    assert found["QLinearConcat"] == 1
+    assert not found.keys() & {"Conv", "Gemm", "Add", "AveragePool", "GlobalAveragePool", "Relu"}
+
+
+@pytest.mark.parametrize("rule", ["onnxruntime-cpu", "sophgo-bm1684x"])
+@pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
+def test_integers_are_those_of_the_working_model(rule, overrides):
+    network = convnet()
+    _, qdq = quantized(network, rule, overrides)
+    exported = to_proto(integer_model(qdq))
+    onnx.checker.check_model(exported, full_check=True)
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in exported.graph.initializer}
+    params, plan = read_params(qdq), plan_of(qdq)
+    weights = {t.name: t.values for t in qdq.graph.tensors().values() if hasattr(t, "values")}
+    for point in (p for p in plan.points if p.role == "weight"):
+        expected = quantize(weights[point.tensor], params[point.parameters], point.spec)
+
+        np.testing.assert_array_equal(arrays[f"{point.tensor}/integers"], expected)
+        assert point.tensor not in arrays
+    bias, s_x, s_w = weights["b1"], params["input"].scale, params["w1"].scale
+
+    np.testing.assert_array_equal(
+        arrays["n_c1/bias/integers"], np.rint(bias / (s_x * s_w).astype(np.float64))
+    )
+
+
+def test_outputs_are_within_one_level_of_the_working_model():
+    """They differ by the rounding of the bias only."""
+    network = convnet()
+    _, qdq = quantized(network, "onnxruntime-cpu")
+    x = samples(network, 64, seed=4)
+    scale = read_params(qdq)["output"].scale
+    expected = run_ort(to_proto(qdq), {"input": x})[0]
+    actual = run_ort(to_proto(integer_model(qdq)), {"input": x})[0]
+
+    assert np.abs(np.rint((actual - expected) / scale)).max() <= 1
+
+
+def test_bias_beyond_int32_is_an_error():
+    with pytest.raises(FormatError, match="beyond int32"):
+        quantize_bias(np.float32([1.0, 2.0]), np.float32([1e-10, 1.0]), "b")
