@@ -63,16 +63,21 @@ def test_integers_are_those_of_the_working_model(rule, overrides):
     )
 
 
-def test_outputs_are_within_one_level_of_the_working_model():
-    """They differ by the rounding of the bias only."""
+def test_first_layer_is_within_one_level_of_the_working_model():
+    """On the same input they differ by the rounding of the bias only."""
     network = convnet()
     _, qdq = quantized(network, "onnxruntime-cpu")
-    x = samples(network, 64, seed=4)
-    scale = read_params(qdq)["output"].scale
-    expected = run_ort(to_proto(qdq), {"input": x})[0]
-    actual = run_ort(to_proto(integer_model(qdq)), {"input": x})[0]
+    scale = read_params(qdq)["r1"].scale
+    found = []
+    for model in (qdq, integer_model(qdq)):
+        proto = to_proto(model)
+        del proto.graph.output[:]
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("r1/dequantized", 1, None))
+        found.append(run_ort(proto, {"input": samples(network, 64, seed=4)})[0])
+    levels = np.rint((found[0] - found[1]) / scale)
 
-    assert np.abs(np.rint((actual - expected) / scale)).max() <= 1
+    assert np.abs(levels).max() <= 1
+    assert np.count_nonzero(levels) <= 1e-3 * levels.size
 
 
 def test_bias_beyond_int32_is_an_error():
