@@ -30,9 +30,9 @@ from onnxqat.preserve import all_nodes, restore, subgraphs, without_weights
 
 __all__ = ["Model", "constant", "from_proto", "load_model", "save_model", "to_proto"]
 
-# onnxruntime-training 1.19.2 reads IR <= 10 and opset <= 21; per-axis Q/DQ needs opset 13.
+# onnxruntime-training 1.19.2 reads IR <= 10 and opsets 7 to 21; `prepare` upgrades those below 13.
 MAX_IR_VERSION = 10
-MIN_OPSET, MAX_OPSET = 13, 21
+MIN_OPSET, MAX_OPSET = 7, 21
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_SUBGRAPH_DEPTH = 32
 

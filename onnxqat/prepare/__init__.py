@@ -16,9 +16,10 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
-from onnxqat.prepare.constants import lift_constants
+from onnxqat.prepare.constants import lift_constants, read_typed_weights
 from onnxqat.prepare.folding import fold_constants
 from onnxqat.prepare.names import name_nodes
+from onnxqat.prepare.opset import upgrade_opset
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.padding import make_pads_explicit
 from onnxqat.prepare.passthrough import remove_passthroughs
@@ -52,7 +53,7 @@ def prepare(model: Model) -> Model:
     no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
     known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
     shape where these can be inferred. Names of inputs, outputs and of values that are still
-    there are unchanged; dynamic dimensions stay dynamic.
+    there are unchanged; dynamic dimensions stay dynamic. An opset below 13 becomes 13.
 
     Parameters
     ----------
@@ -68,9 +69,11 @@ def prepare(model: Model) -> Model:
     Raises
     ------
     ModelError
-        The graph has a cycle, or its types contradict each other.
+        The graph has a cycle, its types contradict each other, or its opset is below 13 and
+        cannot be upgraded without changing its outputs.
     """
-    prepared = model.copy()
+    prepared = upgrade_opset(model).copy()
+    rest = prepared.rest
     changed = True
     while changed:
         changed = False
@@ -78,8 +81,9 @@ def prepare(model: Model) -> Model:
             changes = apply(prepared.graph)
             logger.debug("%s: %d changes", apply.__name__, changes)
             changed |= changes > 0
+    read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
-    prepared.rest = _without_unread(model.rest, {tensor.name for tensor in prepared.graph.inputs})
+    prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})
     return prepared
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
 
-__all__ = ["lift_constants"]
+__all__ = ["lift_constants", "read_typed_weights"]
 
 # https://onnx.ai/onnx/operators/onnx__Constant.html
 _VALUE_DTYPES = {
@@ -42,6 +44,19 @@ def lift_constants(graph: gs.Graph) -> int:
             node.outputs[0].to_constant(values)
             lifted.append(node)
     return remove_nodes(graph, lifted)
+
+
+def read_typed_weights(graph: gs.Graph) -> None:
+    """Read the initializers that a file keeps as typed fields instead of raw bytes.
+
+    graphsurgeon writes raw bytes once anybody looked at the values: without this the same
+    weights would be written in two forms, depending on who looked.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues):
+            stored = tensor._values.tensor
+            if isinstance(stored, onnx.TensorProto) and not stored.HasField("raw_data"):
+                tensor.values = tensor.values
 
 
 def _value(node: gs.Node) -> NDArray[Any] | None:

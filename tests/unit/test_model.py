@@ -233,8 +233,8 @@ def test_constants_keep_the_shape_of_scalars() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param(SMALL.replace("17", "12"), "opset 12 is outside of 13 to 21", id="old-opset"),
-        pytest.param(SMALL.replace("17", "22"), "opset 22 is outside of 13 to 21", id="new-opset"),
+        pytest.param(SMALL.replace("17", "6"), "opset 6 is outside of 7 to 21", id="old-opset"),
+        pytest.param(SMALL.replace("17", "22"), "opset 22 is outside of 7 to 21", id="new-opset"),
         pytest.param(
             SMALL.replace('"": 17', '"my": 1'), "no version of the default", id="no-opset"
         ),
