@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from onnxqat.errors import FormatError, OnnxQatError, PlanError, RuleError
 from onnxqat.files import check_writable, write_text
 from onnxqat.formats import float_ops, params_from_table, sophgo, table_of
 from onnxqat.insert import plan_of, read_params, state_of, strip
 from onnxqat.model import Model, save_model
-from onnxqat.plan import QuantPlan
+from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, fake_quantize
 from onnxqat.rules import load_rule
 
@@ -38,7 +40,8 @@ def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Mod
         for point in plan.grid_points():
             if point.role == "weight":
                 tensor = tensors[point.tensor]
-                tensor.values = fake_quantize(tensor.values, params[point.parameters], point.spec)
+                snapped = fake_quantize(tensor.values, params[point.parameters], point.spec)
+                tensor.values = np.asarray(snapped)  # of a scalar, arithmetic makes no array
     return floats
 
 
@@ -69,30 +72,47 @@ def write_deployment(
     FormatError
         The table cannot say what the plan says.
     """
+    rule = plan_of(model).rule  # of a float model, an error
     if state_of(model) == "uncalibrated":
         raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
-    chosen = table or _table_of_rule(plan_of(model).rule)
-    texts: dict[str, str] = {}
-    if chosen == "sophgo":
-        texts["table"] = sophgo.write(table_of(model))
-        if floats := float_ops(model):
-            texts["qtable"] = sophgo.write_qtable(floats)
+    texts = _texts(model, table or _table_of_rule(rule))
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OnnxQatError(f"{folder}: cannot be made ({error.strerror}).") from error
-    paths = {"model": folder / "model.onnx"}
-    paths |= {kind: folder / f"model_{SUFFIXES[kind]}" for kind in texts}
-    for path in paths.values():
-        check_writable(path, force=force)
+    tables = {kind: folder / f"model_{suffix}" for kind, suffix in SUFFIXES.items()}
+    paths = {"model": folder / "model.onnx"} | {kind: tables[kind] for kind in texts}
+    # a table of an earlier model would pass for one of this model
+    stale = [path for kind, path in tables.items() if kind not in texts]
+    _make_folder(folder, (*paths.values(), *filter(Path.exists, stale)), force=force)
     save_model(deployed_model(model, weights=weights), paths["model"], force=force)
     for kind, text in texts.items():
         write_text(paths[kind], text, force=force)
+    for path in stale:
+        path.unlink(missing_ok=True)
     return paths
 
 
 SUFFIXES = {"table": "cali_table", "qtable": "qtable"}
+
+
+def _texts(model: Model, table: str) -> dict[str, str]:
+    """Return the tables' texts by kind."""
+    if table != "sophgo":
+        return {}
+    texts = {"table": sophgo.write(table_of(model))}
+    if floats := float_ops(model):
+        texts["qtable"] = sophgo.write_qtable(floats)
+    return texts
+
+
+def _make_folder(folder: Path, outputs: Iterable[Path], *, force: bool) -> None:
+    """Make the folder, and refuse outputs in it that could not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxQatError(
+            f"{folder}: cannot be made ({error.strerror}). Choose another directory."
+        ) from error
+    for path in outputs:
+        check_writable(path, force=force)
 
 
 def _table_of_rule(name: str) -> str:
@@ -122,21 +142,23 @@ def read_table(
         The file is not such a table, or not that of this model and rule.
     """
     path = Path(path)
+    if not all(p.spec.symmetric for p in plan.grid_points()):
+        raise FormatError(
+            f"{path}: cannot be read under the rule '{plan.rule}', which is asymmetric; a Sophgo "
+            "table holds symmetric ranges only. Name the rule it was made with by --rules."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read ({error}).") from error
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise FormatError(f"{path}: cannot be read ({reason}). Give a cali_table.") from error
     params = params_from_table(model.graph, plan, sophgo.read(text, str(path)), str(path))
 
-    def signed(name: str) -> str:
-        return "signed" if params[name].signed else "unsigned"
+    def resolved(point: QuantPoint) -> QuantPoint:
+        if point.role == "bias" or (point.role == "weight" and point.group is None):
+            return point
+        signedness = "signed" if params[point.parameters].signed else "unsigned"
+        spec = msgspec.structs.replace(point.spec, signedness=signedness)
+        return msgspec.structs.replace(point, spec=spec)
 
-    points = tuple(
-        msgspec.structs.replace(
-            p, spec=msgspec.structs.replace(p.spec, signedness=signed(p.parameters))
-        )
-        if p.role == "activation"
-        else p
-        for p in plan.points
-    )
-    return msgspec.structs.replace(plan, points=points), params
+    return msgspec.structs.replace(plan, points=tuple(map(resolved, plan.points))), params

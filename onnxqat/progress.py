@@ -25,7 +25,8 @@ def _bar(*fields: str) -> Progress:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
     columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -40,7 +41,6 @@ class FinetuneReport:
     """Shows step, loss, validation figures and ETA of a fine-tuning."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
         self.bar = _bar("figures")
         self.task: Any = None
         self.started = time.monotonic()
@@ -67,15 +67,20 @@ class FinetuneReport:
         self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
         if progress.note != self.note:
             self.note = progress.note
-            self.bar.console.print(progress.note)
+            self._print(progress.note)
         if progress.validation is not None:
-            self.bar.console.print(self._epoch_line(progress))
+            self._print(self._epoch_line(progress))
+
+    def _print(self, line: str) -> None:
+        # as it is: a log file has no width, and names may look like rich's markup
+        self.bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _epoch_line(self, progress: Any) -> str:
         seconds = time.monotonic() - self.started
         remaining = seconds / progress.step * (progress.steps - progress.step)
         words = [f"epoch {progress.epoch}/{progress.epochs}", f"loss {progress.loss:.4f}"]
         words += [f"{k} {100 * v:.2f} %" for k, v in progress.validation.metrics.items()]
-        words.append(f"agreement {100 * progress.validation.agreement:.2f} %")
+        if progress.validation.agreement is not None:
+            words.append(f"agreement {100 * progress.validation.agreement:.2f} %")
         words.append(f"{seconds:.0f} s, {remaining:.0f} s left")
         return "  ".join(words)

@@ -10,15 +10,26 @@ from onnxqat.data import InputSpec, Preprocessing
 from onnxqat.errors import DataError, ModelError
 from onnxqat.model import Model
 
-__all__ = ["Settings", "input_specs", "settle", "stored_settings"]
+__all__ = [
+    "Settings",
+    "adopt",
+    "check_batch_size",
+    "input_specs",
+    "settle",
+    "settle_classes",
+    "stored_settings",
+]
 
 KEY = "onnxqat.data"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Settings(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """How data become model inputs; None where the user said nothing.
 
-    The fields from ``mean`` to ``layout`` are those of `onnxqat.data.Preprocessing`.
+    The fields from ``mean`` to ``pixel_format`` are those of `onnxqat.data.Preprocessing`, whose
+    ``layout`` is not among them: it belongs to one set of arrays, not to the model.
     """
 
     mean: tuple[float, ...] | None = None
@@ -28,30 +39,51 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keep_aspect_ratio: bool | None = None
     pad_value: float | None = None
     pixel_format: Literal["rgb", "bgr", "gray"] | None = None
-    layout: Literal["nchw", "nhwc"] | None = None
     label: str | None = None
     input_map: dict[str, str] | None = None
     classes: tuple[str, ...] | None = None
 
-    def preprocessing(self) -> Preprocessing:
-        """Return the preprocessing, with the defaults where nothing was said."""
+    def preprocessing(self, layout: Literal["nchw", "nhwc"] | None = None) -> Preprocessing:
+        """Return the preprocessing, with the defaults where nothing was said.
+
+        Parameters
+        ----------
+        layout : {"nchw", "nhwc"}, optional
+            Of the data arrays at hand.
+
+        Raises
+        ------
+        DataError
+            A value is out of its range, or contradicts another.
+        """
         given = {
             name: value
             for name in Preprocessing.__struct_fields__
-            if (value := getattr(self, name)) is not None
+            if (value := getattr(self, name, None)) is not None
         }
-        return Preprocessing(**given)
+        return Preprocessing(**given, layout=layout)
 
 
 def stored_settings(model: Model) -> Settings:
-    """Return what the file knows about its data."""
+    """Return what the file knows about its data.
+
+    Raises
+    ------
+    ModelError
+        What is stored cannot be read.
+    """
     text = model.metadata.get(KEY)
     if text is None:
         return Settings()
     try:
-        return msgspec.json.decode(text, type=Settings)
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"{model.name}: metadata '{KEY}' cannot be read ({error}).") from error
+        settings = msgspec.json.decode(text, type=Settings)
+        settings.preprocessing()
+    except (msgspec.MsgspecError, DataError) as error:
+        raise ModelError(
+            f"{model.name}: metadata '{KEY}' cannot be read ({str(error).rstrip('.')}). "
+            "Insert again."
+        ) from error
+    return settings
 
 
 def settle(model: Model, given: Settings) -> Settings:
@@ -60,7 +92,7 @@ def settle(model: Model, given: Settings) -> Settings:
     Raises
     ------
     DataError
-        The two contradict each other.
+        The two contradict each other, or a value is out of its range.
     """
     stored = stored_settings(model)
     joined: dict[str, Any] = {}
@@ -74,12 +106,63 @@ def settle(model: Model, given: Settings) -> Settings:
             )
         joined[name] = new if old is None else old
     settings = Settings(**joined)
+    settings.preprocessing()  # what is stored can be used
     if settings != Settings():
-        model.metadata[KEY] = msgspec.json.encode(settings, order="deterministic").decode()
+        try:
+            text = msgspec.json.encode(settings, order="deterministic").decode()
+        except UnicodeEncodeError as error:  # file names need not be text
+            name = error.object.encode("utf-8", "backslashreplace").decode()
+            raise DataError(f"'{name}': is not UTF-8. Rename it.") from error
+        model.metadata[KEY] = text
     return settings
 
 
+def adopt(model: Model, other: Model) -> None:
+    """Store in ``model`` what ``other`` knows about the data that both will read.
+
+    Raises
+    ------
+    DataError
+        They were made for different data.
+    """
+    ours, theirs = stored_settings(model), stored_settings(other)
+    for name in Settings.__struct_fields__:
+        mine, its = getattr(ours, name), getattr(theirs, name)
+        if mine is not None and its is not None and mine != its:
+            raise DataError(
+                f"{model.name}: reads data with {name} = {_text(mine)}, {other.name} with "
+                f"{_text(its)}. Compare models that read the same data."
+            )
+    settle(model, theirs)
+
+
+def settle_classes(model: Model, classes: tuple[str, ...] | None, source: str) -> None:
+    """Store the names of the class folders, or compare them with the stored ones.
+
+    Parameters
+    ----------
+    classes : tuple of str or None
+        By class index; None where the data give the indices themselves.
+    source : str
+        What the user called the data.
+
+    Raises
+    ------
+    DataError
+        The folders differ, so that the same class would get another index.
+    """
+    known = stored_settings(model).classes
+    if None not in (known, classes) and known != classes:
+        raise DataError(
+            f"{source}: its class folders are {_text(classes)}; those that '{model.name}' was made "
+            f"with are {_text(known)}. Use the same folders, empty where there are no images."
+        )
+    settle(model, Settings(classes=classes))
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = tuple(f"{name}={array}" for name, array in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -89,3 +172,20 @@ def input_specs(model: Model) -> list[InputSpec]:
         InputSpec(name=t.name, shape=tuple(t.shape or ()), dtype=str(t.dtype))
         for t in model.graph.inputs
     ]
+
+
+def check_batch_size(model: Model, batch_size: int) -> None:
+    """Refuse a batch size other than the one a model is fixed to.
+
+    Raises
+    ------
+    ModelError
+        The first dimension of an input is another number.
+    """
+    for spec in input_specs(model):
+        fixed = spec.shape[0] if spec.shape else None
+        if isinstance(fixed, int) and fixed != batch_size:
+            raise ModelError(
+                f"{model.name}: input '{spec.name}' takes batches of {fixed} only. "
+                f"Pass --batch-size {fixed}, or export with a dynamic batch."
+            )

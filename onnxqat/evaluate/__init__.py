@@ -1,5 +1,5 @@
 """Evaluation: a model over data, and the figures that come of it."""
 
-from onnxqat.evaluate.run import Evaluation, evaluate
+from onnxqat.evaluate.run import Evaluation, check_interface, evaluate
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "check_interface", "evaluate"]

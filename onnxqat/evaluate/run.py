@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.errors import DataError
+from onnxqat.errors import DataError, ModelError
 from onnxqat.insert import PLAN_KEY, strip
 from onnxqat.model import Model, to_proto
 from onnxqat.runtime import open_session
 
-__all__ = ["Evaluation", "Mode", "Samples", "evaluate", "model_session"]
+__all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
 
 Mode = Literal["float", "qdq"]
 
@@ -49,9 +49,12 @@ class Evaluation:
     reference : dict of str to float
         The same figures of the reference model.
     agreement : float or None
-        Fraction of samples with the same largest output as the reference model's.
+        Fraction of samples with the same largest value in the first output as the reference
+        model's, along its last axis; where that leaves several positions, their mean. None
+        without a reference, or where there is one value per sample.
     max_abs_diff : float or None
-        Largest difference of any output value from the reference model's, in its units.
+        Largest difference of any output value from the reference model's, in its units; NaN if
+        any is NaN.
     """
 
     samples: int
@@ -98,16 +101,57 @@ def evaluate(
     ------
     DataError
         There are no samples, or a label is outside of the model's classes.
+    ModelError
+        The reference has other inputs or outputs, or a model cannot run on the data.
     """
-    session = model_session(model, mode, threads=threads)
-    reference = model_session(against, "qdq", threads=threads) if against else None
-    counts = _Counts()
+    counts, runs = _Counts(), [(model_session(model, mode, threads=threads), model)]
+    if against is not None:
+        check_interface(model, against)
+        runs.append((model_session(against, "qdq", threads=threads), against))
     for batch in batches:
-        outputs = session.run(None, batch.inputs)
-        expected = reference.run(None, batch.inputs) if reference else None
-        counts.add(outputs, batch.labels, expected)
+        counts.add(batch, *(_run(session, batch, run) for session, run in runs))
         progress()
     return counts.result()
+
+
+def check_interface(model: Model, other: Model, *, output_names: bool = False) -> None:
+    """Refuse two models that cannot be compared.
+
+    Parameters
+    ----------
+    output_names : bool
+        Whether the names of the outputs must agree too, not their number alone.
+
+    Raises
+    ------
+    ModelError
+        They differ in the names of their inputs, or in their outputs.
+    """
+    inputs, others = ({t.name for t in m.graph.inputs} for m in (model, other))
+    if inputs != others:
+        raise ModelError(
+            f"{other.name}: has the inputs {_listed(others)}, {model.name} has {_listed(inputs)}. "
+            "Give models with the same inputs."
+        )
+    ours, theirs = ([t.name for t in m.graph.outputs] for m in (model, other))
+    if len(ours) != len(theirs) or (output_names and ours != theirs):
+        raise ModelError(
+            f"{other.name}: has the outputs {_listed(theirs)}, {model.name} has {_listed(ours)}. "
+            "Give models with the same outputs."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _run(session: ort.InferenceSession, batch: Samples, model: Model) -> list[NDArray[Any]]:
+    try:
+        outputs: list[NDArray[Any]] = session.run(None, batch.inputs)
+    except Exception as error:  # the bindings raise a class per status code
+        message = str(error).splitlines()[0]
+        raise ModelError(f"{model.name}: does not run on the data: {message}") from error
+    return outputs
 
 
 class _Counts:
@@ -122,21 +166,21 @@ class _Counts:
 
     def add(
         self,
+        batch: Samples,
         outputs: list[NDArray[Any]],
-        labels: NDArray[np.int64] | None,
-        expected: list[NDArray[Any]] | None,
+        expected: list[NDArray[Any]] | None = None,
     ) -> None:
-        scores = outputs[0]
-        self.samples += len(scores)
-        if labels is not None:
-            _count_labels(scores, labels, self.correct)
-        if expected is not None:
-            if labels is not None:
-                _count_labels(expected[0], labels, self.reference)
-            pairs = zip(outputs, expected, strict=True)
-            largest = max(float(np.max(np.abs(a - b), initial=0)) for a, b in pairs)
-            self.max_abs_diff = max(largest, self.max_abs_diff or 0.0)
-            same = np.argmax(scores, -1) == np.argmax(expected[0], -1)
+        self.samples += len(next(iter(batch.inputs.values())))
+        if batch.labels is not None:
+            _count_labels(outputs[0], batch.labels, self.correct)
+        if expected is None:
+            return
+        if batch.labels is not None:
+            _count_labels(expected[0], batch.labels, self.reference)
+        found = [self.max_abs_diff or 0.0, *map(_difference, outputs, expected)]
+        self.max_abs_diff = float(np.max(found))  # Python's own can lose a NaN
+        if outputs[0].ndim > 1:
+            same = np.argmax(outputs[0], -1) == np.argmax(expected[0], -1)
             mean = same.reshape(len(same), -1).mean(axis=1)
             self.agreeing = (self.agreeing or 0.0) + float(mean.sum())
 
@@ -153,6 +197,15 @@ class _Counts:
         )
 
 
+def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return the largest difference; infinities of one sign are equal, NaN is unequal to all."""
+    if a.shape != b.shape:
+        raise ModelError(f"The outputs have shapes {a.shape} and {b.shape}. They must be alike.")
+    unequal = a != b  # in their own dtype: integers may be large
+    difference = np.abs(a[unequal].astype(np.float64) - b[unequal].astype(np.float64))
+    return float(np.max(difference, initial=0.0))
+
+
 def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict[str, int]) -> None:
     """Add the hits of one batch to ``correct``."""
     if scores.ndim != 2:
@@ -166,7 +219,7 @@ def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict
             f"Labels reach from {labels.min()} to {labels.max()}; the model has {classes} "
             f"classes, 0 to {classes - 1}. Check the labels."
         )
-    ranking = np.argsort(-scores, axis=1, kind="stable")
+    ranking = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")
     for name, depth in (("top1", 1), ("top5", 5)):
         if depth == 1 or classes >= 10:
             hits = int((ranking[:, :depth] == labels[:, None]).any(axis=1).sum())

@@ -8,6 +8,7 @@ A weight goes by ``<op>_weight``, the op being the last of its fused chain.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ from onnxqat.plan.operators import BIAS_INPUT, SINGLE_DATA_INPUT, WEIGHTED_OPS
 from onnxqat.qparams import QuantParams, storage_dtype
 
 __all__ = ["float_ops", "params_from_table", "table_of"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Names:
@@ -192,12 +195,32 @@ def params_from_table(
             _store(found, point.parameters, params, place)
         else:
             missing.append(name)
+    _refuse_missing(missing, source)
+    _tell_unused(names, table, source)
+    return found
+
+
+def _refuse_missing(missing: Sequence[str], source: str) -> None:
     if missing:
         raise FormatError(
             f"{source}: lacks {len(missing)} names that the model needs: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}. Is it the table of this model and rule?"
         )
-    return found
+
+
+def _tell_unused(names: _Names, table: CalibrationTable, source: str) -> None:
+    """Warn of lines that nothing reads: under the plan they came from, there are none."""
+    known = {name for name, _ in (*names.activations(), *names.weights())}
+    lines = (*table.activations, *table.int4, *table.weights)
+    unused = [name for name in lines if name not in known]
+    if unused:
+        logger.warning(
+            "%s: %d lines belong to nothing that the plan quantizes (%s). Are --rules and --set "
+            "those that the table was made with?",
+            source,
+            len(unused),
+            ", ".join(unused[:5]),
+        )
 
 
 def _activation_params(point: QuantPoint, entry: Threshold) -> QuantParams:

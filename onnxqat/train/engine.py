@@ -126,7 +126,11 @@ class StepSession:
         for name, array in feeds.items():
             if name in self._inputs:
                 self._binding.bind_cpu_input(name, array)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # the bindings raise bare RuntimeErrors
+            message = str(error).splitlines()[0]
+            raise TrainingError(f"onnxruntime failed in a training step: {message}") from error
         return float(self._loss)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxqat.calibrate import fit_bias_range
 from onnxqat.data import DataSet, augment, split
-from onnxqat.errors import TrainingError
+from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import Evaluation, evaluate
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import (
@@ -172,6 +172,7 @@ class _Run:
         config = self.config
         if state_of(self.model) == "uncalibrated":
             raise TrainingError(f"{self.model.name}: is not calibrated. Calibrate it first.")
+        self._check_batch()
         self._divide()
         terms = self._loss_terms()
         self.reference = _teacher_of(self.model, self.teacher)
@@ -196,6 +197,16 @@ class _Run:
             seconds=time.monotonic() - started,
             notes=tuple(self.notes),
         )
+
+    def _check_batch(self) -> None:
+        for tensor in self.model.graph.inputs:
+            length = tensor.shape[0] if tensor.shape else None
+            if isinstance(length, int) and length != self.config.batch_size:
+                raise TrainingError(
+                    f"Input '{tensor.name}' takes {length} samples at a time, and batches have "
+                    f"{self.config.batch_size}. Pass --batch-size {length}, or export the model "
+                    "with a free first axis."
+                )
 
     def _divide(self) -> None:
         """Settle what is trained on, what is held out, and for how long."""
@@ -262,8 +273,18 @@ class _Run:
                 names = (o.name for o in self.teaching.get_outputs())
                 feeds |= {teacher_input(n): o for n, o in zip(names, outputs, strict=True)}
             if batch.labels is not None:
+                self._check_labels(batch.labels)
                 feeds[LABELS] = batch.labels
             yield feeds
+
+    def _check_labels(self, labels: NDArray[np.int64]) -> None:
+        shape = self.model.graph.outputs[0].shape or ()
+        classes = shape[1] if len(shape) > 1 else None
+        if isinstance(classes, int) and labels.max(initial=0) >= classes:
+            raise DataError(
+                f"A label is {labels.max()}; the model has {classes} classes, 0 to "
+                f"{classes - 1}. Check the labels, or distil with --loss kl."
+            )
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -323,9 +344,10 @@ class _Run:
 
 def _rate(step: int, steps: int, warmup: int) -> float:
     """Return the factor of the learning rate: none for the first steps, then the schedule."""
-    if step < FIRST_STEPS:
+    first = min(FIRST_STEPS, steps // 10)
+    if step < first:
         return 0.0
-    return cosine_rate(step - FIRST_STEPS, steps - FIRST_STEPS, warmup)
+    return cosine_rate(step - first, steps - first, warmup)
 
 
 def _score(figures: Evaluation) -> tuple[float, float]:

@@ -1,0 +1,128 @@
+"""What several commands do on the way: open the data, calibrate, print the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from onnxqat.data import DataSet
+    from onnxqat.model import Model
+    from onnxqat.plan import QuantPlan
+    from onnxqat.settings import Settings
+
+__all__ = [
+    "calibrated",
+    "open_for",
+    "percentages",
+    "planned",
+    "print_result",
+    "renamed",
+    "take_settings",
+]
+
+
+def take_settings(options: dict[str, Any]) -> Settings:
+    """Take what is stored about the data out of a command's arguments."""
+    from onnxqat.settings import Settings
+
+    names = [name for name in Settings.__struct_fields__ if name in options]
+    return Settings(**{name: options.pop(name) for name in names})
+
+
+def open_for(
+    model: Model, source: str, given: Settings, *, layout: Any, batch_size: int
+) -> DataSet:
+    """Open a data source for a model, and store what was said about it in the model.
+
+    ``layout`` is not stored: it tells how the arrays of this one source lie.
+    """
+    from onnxqat.data import open_data
+    from onnxqat.settings import check_batch_size, input_specs, settle, settle_classes
+
+    settings = settle(model, given)
+    check_batch_size(model, batch_size)
+    data = open_data(
+        source,
+        input_specs(model),
+        preprocessing=settings.preprocessing(layout),
+        label=settings.label,
+        input_map=settings.input_map,
+    )
+    try:
+        settle_classes(model, data.classes, source)
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def planned(model: Model, rules: str, overrides: tuple[str, ...]) -> tuple[Model, QuantPlan]:
+    """Prepare a float model and plan for it."""
+    from onnxqat.errors import ModelError
+    from onnxqat.insert import PLAN_KEY
+    from onnxqat.overrides import parse_override
+    from onnxqat.plan import make_plan
+    from onnxqat.prepare import prepare
+    from onnxqat.rules import load_rule
+
+    rule = load_rule(rules)
+    parsed = [parse_override(text) for text in overrides]
+    if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
+        raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
+    prepared = prepare(model)
+    return prepared, make_plan(prepared.graph, rule, parsed)
+
+
+def calibrated(
+    model: Model,
+    source: str,
+    given: Settings,
+    *,
+    layout: Any,
+    observer: str,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    threads: int,
+) -> tuple[Model, int]:
+    """Calibrate on a seeded choice of samples; return the model, and how many samples it saw."""
+    import numpy as np
+
+    from onnxqat.calibrate import calibrate
+    from onnxqat.progress import progress_bar
+
+    with open_for(model, source, given, layout=layout, batch_size=batch_size) as data:
+        chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
+        batches = data.batches(batch_size, indices=np.sort(chosen))
+        with progress_bar("calibrating", -(-len(chosen) // batch_size)) as advance:
+            inputs = (batch.inputs for batch in batches)
+            result = calibrate(model, inputs, observer=observer, threads=threads, progress=advance)
+    return result, len(chosen)
+
+
+def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, Any]]) -> None:
+    """Print the result: a JSON document, or a short table."""
+    if as_json:
+        click.echo(json.dumps(document, indent=2, allow_nan=False))
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def percentages(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """Return rows of fractions as percentages."""
+    return [(name, f"{100 * value:.2f} %") for name, value in metrics.items()]
+
+
+def renamed(path: str, word: str) -> str:
+    """Return ``model.onnx`` -> ``model.<word>.onnx``; an earlier stage's word is replaced."""
+    name = Path(path)
+    stem = name.stem
+    for earlier in (".qdq", ".calibrated"):
+        stem = stem.removesuffix(earlier)
+    return str(name.with_name(f"{stem}.{word}.onnx"))

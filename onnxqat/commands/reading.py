@@ -1,0 +1,154 @@
+"""The commands that read a model or a rule: evaluate, strip, rules."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import open_for, percentages, print_result, take_settings
+from onnxqat.options import data_options, force_option, json_option, run_options
+
+if TYPE_CHECKING:
+    from onnxqat.evaluate import Evaluation
+
+__all__ = ["evaluate", "rules", "strip"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data")
+@click.option(
+    "--mode",
+    type=click.Choice(["float", "qdq"]),
+    default="qdq",
+    show_default=True,
+    help="float: without Q/DQ; qdq: the file's arithmetic, unfused.",
+)
+@click.option("--against", help="Reference model; adds agreement and largest difference.")
+@click.option(
+    "--max-drop",
+    type=float,
+    help="With --against: exit 1 if top-1 falls by more than this fraction.",
+)
+@data_options
+@run_options
+@json_option
+def evaluate(model: str, data: str, mode: Any, against: str | None, max_drop: float | None,
+             as_json: bool, batch_size: int, threads: int, layout: Any,
+             **options: Any) -> None:  # fmt: skip
+    """Measure the accuracy of MODEL on DATA."""
+    from onnxqat.evaluate import evaluate as run
+    from onnxqat.model import load_model
+    from onnxqat.progress import progress_bar
+    from onnxqat.settings import adopt, settle
+
+    if max_drop is not None and against is None:
+        raise click.UsageError("--max-drop needs --against.")
+    loaded, given = load_model(model), take_settings(options)
+    reference = load_model(against) if against else None
+    if reference is not None:  # a float model has nothing stored; both read the same data
+        settle(loaded, given)
+        adopt(loaded, reference)
+    with open_for(loaded, data, given, layout=layout, batch_size=batch_size) as samples:
+        if max_drop is not None and not samples.has_labels:
+            raise click.ClickException("--max-drop needs labels, and the data have none.")
+        with progress_bar("evaluating", -(-len(samples) // batch_size)) as advance:
+            result = run(loaded, samples.batches(batch_size), mode=mode, against=reference,
+                         threads=threads, progress=advance)  # fmt: skip
+    _print_evaluation(result, mode, reference is not None, as_json)
+    if max_drop is not None:
+        drop = result.reference["top1"] - result.metrics["top1"]
+        if not drop <= max_drop:
+            raise click.ClickException(f"top1 dropped by {drop:.4f}, more than {max_drop:g}.")
+
+
+def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bool) -> None:
+    document: dict[str, Any] = {
+        "schema": "onnxqat.evaluate/1",
+        "samples": result.samples,
+        "mode": mode,
+        "metrics": result.metrics,
+    }
+    rows = [("samples", result.samples), ("mode", mode), *percentages(result.metrics)]
+    if compared:
+        difference = math.nan if result.max_abs_diff is None else result.max_abs_diff
+        document |= {
+            "reference": result.reference,
+            "agreement": result.agreement,
+            "max_abs_diff": difference if math.isfinite(difference) else None,
+        }
+        rows += [(f"reference {k}", v) for k, v in percentages(result.reference)]
+        if result.agreement is not None:
+            rows += percentages({"agreement": result.agreement})
+        rows.append(("max_abs_diff", f"{difference:.6g}"))
+    print_result(document, as_json, rows)
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Directory to write into.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["sophgo", "none"]),
+    help="Calibration table; the rule's own by default.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["snapped", "tuned"]),
+    default="snapped",
+    show_default=True,
+    help="snapped: on the grid, as training computed with them.",
+)
+@force_option
+@json_option
+def strip(model: str, output: str, format_name: str | None, weights: Any, force: bool,
+          as_json: bool) -> None:  # fmt: skip
+    """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
+    from onnxqat.deploy import write_deployment
+    from onnxqat.model import load_model
+
+    files = write_deployment(
+        load_model(model), output, table=format_name, weights=weights, force=force
+    )
+    document = {"schema": "onnxqat.strip/1", "files": {k: str(v) for k, v in files.items()}}
+    print_result(document, as_json, [(kind, str(path)) for kind, path in files.items()])
+
+
+@click.group()
+def rules() -> None:
+    """Show the hardware rules."""
+
+
+@rules.command("list")
+@json_option
+def rules_list(as_json: bool) -> None:
+    """List the bundled rules."""
+    from onnxqat.rules import bundled_rules, load_rule
+
+    found = [load_rule(name) for name in bundled_rules()]
+    entries = [{"name": r.name, "vendor": r.vendor, "summary": r.summary} for r in found]
+    document = {"schema": "onnxqat.rules/1", "rules": entries}
+    print_result(document, as_json, [(r.name, r.summary) for r in found])
+
+
+@rules.command("show")
+@click.argument("name")
+def rules_show(name: str) -> None:
+    """Print what a rule says, and where it was read."""
+    from onnxqat.rules import load_rule
+
+    rule = load_rule(name)
+    click.echo(f"{rule.name}: {rule.summary}")
+    click.echo(f"vendor: {rule.vendor}   table: {rule.table or 'none'}")
+    for kind, found in (("note", rule.notes), ("source", rule.sources)):
+        for text in found:
+            click.echo(f"{kind}: {text}")
+    click.echo("chains run as one: " + ", ".join("+".join(chain) for chain in rule.fuse))
+    for op_type, op in rule.ops.items():
+        specs = [f"{k}={v}" for k in ("inputs", "weight", "outputs") if (v := getattr(op, k))]
+        click.echo(f"  {op_type}: {' '.join(specs)} {op.parameters}")
+    for spec_name, spec in rule.specs.items():
+        click.echo(f"  [{spec_name}] {spec}")

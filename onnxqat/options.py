@@ -1,0 +1,166 @@
+"""What the commands accept: click's options, and how their text becomes values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+__all__ = [
+    "Command",
+    "calibration_options",
+    "data_options",
+    "force_option",
+    "json_option",
+    "output_option",
+    "rule_options",
+    "run_options",
+    "seed_option",
+    "training_options",
+]
+
+Command = Callable[..., None]
+AUGMENTATIONS = ("flip", "crop")
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return one decorator for several options."""
+    return lambda command: functools.reduce(lambda c, o: o(c), reversed(options), command)
+
+
+def _floats(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Read ``1,2,3``."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' is not a list of numbers such as 1,2,3") from error
+    if not all(math.isfinite(number) for number in numbers):
+        raise click.BadParameter(f"'{value}' has a number that is not finite")
+    return numbers
+
+
+def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Read ``height,width``."""
+    if value is None:
+        return None
+    try:
+        height, width = (int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' is not height,width such as 224,224") from error
+    if min(height, width) < 1:
+        raise click.BadParameter(f"'{value}' is not a size. Give height and width above 0")
+    return height, width
+
+
+def _pairs(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
+    """Read repeated ``INPUT=ARRAY``; model inputs may have a ``=`` in their name, arrays not."""
+    pairs: dict[str, str] = {}
+    for item in value:
+        name, _, array = item.rpartition("=")
+        if not (name and array):
+            raise click.BadParameter(f"'{item}' is not of the form INPUT=ARRAY")
+        if pairs.setdefault(name, array) != array:
+            raise click.BadParameter(f"'{name}' is given the arrays {pairs[name]} and {array}")
+    return pairs or None
+
+
+def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Read ``flip,crop``."""
+    if value is None:
+        return None
+    chosen = tuple(part.strip() for part in value.split(","))
+    for name in chosen:
+        if name not in AUGMENTATIONS:
+            raise click.BadParameter(f"unknown '{name}'; {' and '.join(AUGMENTATIONS)} exist")
+    return chosen
+
+
+data_options = _options(
+    click.option("--mean", callback=_floats, help="Per channel: x = (x - mean) * scale."),
+    click.option("--scale", callback=_floats, help="Per channel, see --mean."),
+    click.option("--resize-dims", callback=_size, help="height,width images are resized to."),
+    click.option("--crop", callback=_size, help="height,width of the centre crop."),
+    click.option("--keep-aspect-ratio", is_flag=True, default=None, help="Letterbox."),
+    click.option("--pad-value", type=float, help="Pixel value around a letterboxed image."),
+    click.option("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"])),
+    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of the data arrays."),
+    click.option("--label", help="Name of the label array."),
+    click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
+)
+run_options = _options(
+    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
+    click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
+)
+calibration_options = _options(
+    click.option(
+        "--observer",
+        type=click.Choice(["mse", "minmax", "moving-average", "percentile"]),
+        default="mse",
+        show_default=True,
+        help="How a clipping range is chosen.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="How many samples calibrate.",
+    ),
+)
+rule_options = _options(
+    click.option(
+        "--rules",
+        default="onnxruntime-cpu",
+        show_default=True,
+        help="A bundled rule (see 'rules list') or a .toml file.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SELECTOR.KEY=VALUE",
+        help="Override the rule, as in weight.bits=4; repeatable, later wins.",
+    ),
+)
+training_options = _options(
+    click.option("--loss", help="cross-entropy, kl, mse, or a sum as in cross-entropy+kl."),
+    click.option(
+        "--epochs", type=click.IntRange(1), help="Default: about 1,000 steps, at most 10."
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["lsq", "ste"]),
+        default="lsq",
+        show_default=True,
+        help="lsq learns the scales; ste keeps the calibrated ones.",
+    ),
+    click.option(
+        "--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True
+    ),
+    click.option(
+        "--lr",
+        type=click.FloatRange(0, min_open=True),
+        help="Of weights; for adamw relative to each channel's size.",
+    ),
+    click.option(
+        "--scale-lr", type=click.FloatRange(0, min_open=True), help="Of scales' logarithms."
+    ),
+    click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
+    click.option("--weight-decay", type=click.FloatRange(0)),
+    click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."
+)
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+def output_option(help_text: str) -> Callable[[Command], Command]:
+    """Return the ``-o`` option."""
+    return click.option("-o", "--output", help=help_text)

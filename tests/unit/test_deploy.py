@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqat.calibrate import placeholder_params
+from onnxqat.deploy import deployed_model, read_table, write_deployment
+from onnxqat.errors import FormatError, ModelError, PlanError
+from onnxqat.formats import float_ops, sophgo, table_of
+from onnxqat.insert import insert, plan_of, read_params, strip
+from onnxqat.model import from_proto, load_model, to_proto
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.qparams import fake_quantize, quantize
+from onnxqat.rules import load_rule
+from tests.networks import W4A4, attention, convnet, quantized, samples
+from tests.oracles import run_ort
+
+OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
+NETWORKS = pytest.mark.parametrize("network", [convnet, attention], ids=["convnet", "attention"])
+RULE = "sophgo-bm1684x"
+
+
+def as_bytes(model) -> bytes:
+    return to_proto(model).SerializeToString(deterministic=True)
+
+
+def imported(folder, overrides, rule=RULE):
+    """Return the Q/DQ model that the files in a folder make."""
+    floats = prepare(load_model(folder / "model.onnx"))
+    plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
+    plan, params = read_table(folder / "model_cali_table", floats, plan)
+    return insert(floats, plan, params, state="calibrated")
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@OVERRIDES
+@NETWORKS
+def test_snapped_weights_are_on_the_grid(network, overrides):
+    _, model = quantized(network(), RULE, overrides)
+    params = read_params(model)
+    before, after = (
+        m.graph.tensors() for m in (strip(model), deployed_model(model, weights="snapped"))
+    )
+    weights = [p for p in plan_of(model).grid_points() if p.role == "weight"]
+
+    assert weights
+    for point in weights:
+        kept, old = after[point.tensor].values, before[point.tensor].values
+        entry = params[point.parameters]
+        np.testing.assert_array_equal(kept, fake_quantize(kept, entry, point.spec))
+        np.testing.assert_array_equal(
+            quantize(kept, entry, point.spec), quantize(old, entry, point.spec)
+        )
+        assert kept.ndim == 0 or not np.array_equal(kept, old)  # a scalar has its own grid
+
+
+@NETWORKS
+def test_snapping_touches_nothing_but_weights(network):
+    _, model = quantized(network())
+    before, after = (
+        m.graph.tensors() for m in (strip(model), deployed_model(model, weights="snapped"))
+    )
+    weights = {p.tensor for p in plan_of(model).grid_points() if p.role == "weight"}
+    changed = {
+        name
+        for name, tensor in before.items()
+        if isinstance(tensor, gs.Constant) and not np.array_equal(tensor.values, after[name].values)
+    }
+
+    assert changed == weights - {"scaling"}  # a scalar is on its own grid
+
+
+@NETWORKS
+def test_tuned_weights_are_kept_as_they_are(network):
+    _, model = quantized(network())
+
+    assert as_bytes(deployed_model(model, weights="tuned")) == as_bytes(strip(model))
+
+
+# --- the round trip ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [RULE, "sophgo-bm1690"])
+@OVERRIDES
+@NETWORKS
+def test_table_and_stripped_model_reproduce_the_model_bit_for_bit(
+    network, overrides, rule, tmp_path
+):
+    network = network()
+    _, model = quantized(network, rule, overrides, observer="mse")
+    write_deployment(model, tmp_path)
+    again = imported(tmp_path, overrides, rule)
+    old, new = read_params(model), read_params(again)
+    x = {"input": samples(network, 32, seed=5)}
+
+    assert plan_of(again) == plan_of(model)
+    assert old.keys() == new.keys()
+    assert all(old[name].same_as(new[name]) for name in old)
+    np.testing.assert_array_equal(run_ort(to_proto(again), x)[0], run_ort(to_proto(model), x)[0])
+
+
+def concat_of_a_constant() -> onnx.ModelProto:
+    """Relu and a non-negative constant share unsigned parameters behind Concat."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.normal(size=(4, 3, 1, 1)).astype(np.float32),
+        "k": np.linspace(0, 3, 32, dtype=np.float32).reshape(1, 2, 4, 4),
+    }
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["c"], name="conv"),
+        helper.make_node("Relu", ["c"], ["r"], name="relu"),
+        helper.make_node("Concat", ["r", "k"], ["output"], name="concat", axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 4, 4])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 6, 4, 4])],
+        [numpy_helper.from_array(v, n) for n, v in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_constant_in_an_unsigned_group_comes_back_unsigned(tmp_path):
+    network = concat_of_a_constant()
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(RULE), [])
+    _, model = calibrated_on_one(floats, plan)
+    write_deployment(model, tmp_path)
+    again = imported(tmp_path, ())
+
+    assert not read_params(model)["r"].signed
+    assert plan_of(again) == plan_of(model)
+    assert all(p.same_as(read_params(again)[name]) for name, p in read_params(model).items())
+
+
+def calibrated_on_one(floats, plan):
+    from onnxqat.calibrate import calibrate
+
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    x = np.random.default_rng(1).normal(size=(1, 3, 4, 4)).astype(np.float32)
+    return floats, calibrate(empty, [{"input": x}], observer="minmax")
+
+
+# --- the names the compiler looks up ----------------------------------------------------------
+
+
+def looked_up(model) -> set[str]:
+    """Return every name of an activation, by the naming rule of the compiler alone."""
+    graph = strip(model).graph
+    names = {t.name for t in graph.inputs}
+    return names | {
+        f"{t.name}_{n.op}" for n in graph.nodes for t in n.outputs if t.dtype == np.float32
+    }
+
+
+@OVERRIDES
+@NETWORKS
+def test_every_activation_has_a_line_or_stands_in_the_qtable(network, overrides):
+    _, model = quantized(network(), RULE, overrides)
+    table = table_of(model)
+    lines = table.activations.keys() | table.int4.keys()
+
+    assert looked_up(model) <= lines | set(float_ops(model))
+    assert lines <= looked_up(model)
+    assert "input" in lines
+
+
+def test_inner_tensors_of_a_chain_have_the_line_of_its_end():
+    table = table_of(quantized(convnet())[1]).activations
+
+    assert table["c1_Conv"] == table["r1_Relu"]
+    assert table["c2_Conv"] == table["r2_Clip"]
+    assert table["a1_Add"] == table["r3_Relu"]
+    assert table["r1_Relu"].low == 0
+
+
+def test_weights_go_by_the_end_of_their_chain():
+    _, model = quantized(convnet())
+    table = table_of(model).weights
+
+    assert table.keys() == {
+        "r1_Relu_weight",
+        "r2_Clip_weight",
+        "c3_Conv_weight",
+        "c4_Conv_weight",
+        "output_Gemm_weight",
+    }
+    scales = read_params(model)["w1"].scale.astype(np.float64)
+    np.testing.assert_array_equal(table["r1_Relu_weight"].scales, scales)
+
+
+def test_mixed_widths_stand_in_their_own_section():
+    _, model = quantized(convnet(), RULE, W4A4)
+    table = table_of(model)
+
+    assert table.work_mode == "int4_and_int8_mix"
+    assert "input" in table.activations
+    assert table.int4.keys() >= {"r2_Clip", "c2_Conv"}
+    assert not table.int4.keys() & table.activations.keys()
+
+
+def test_float_ops_are_those_the_plan_left_float():
+    _, model = quantized(attention())
+
+    assert float_ops(model) == ["l_LayerNormalization"]
+    assert float_ops(quantized(convnet())[1]) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("name:n_c3.quantize=false", {"c3_Conv"}),
+        ("tensor:w3.quantize=false", {"c3_Conv"}),
+        ("tensor:w1.quantize=false", {"c1_Conv", "r1_Relu"}),  # a chain is one node
+        ("tensor:output.quantize=false", {"output_Gemm"}),
+        ("tensor:input.quantize=false", {"c1_Conv", "r1_Relu"}),
+    ],
+)
+def test_what_an_override_leaves_float_stands_in_the_qtable(override, expected):
+    _, model = quantized(convnet(), RULE, (override,))
+    table = table_of(model)
+
+    assert set(float_ops(model)) == expected
+    assert looked_up(model) <= table.activations.keys() | expected | {"input"}
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_files_are_what_they_are_called(tmp_path):
+    _, model = quantized(attention())
+    files = write_deployment(model, tmp_path / "new" / "chip")
+
+    assert {k: p.name for k, p in files.items()} == {
+        "model": "model.onnx",
+        "table": "model_cali_table",
+        "qtable": "model_qtable",
+    }
+    assert sorted(files.values()) == sorted((tmp_path / "new" / "chip").iterdir())
+    assert files["table"].read_text() == sophgo.write(table_of(model))
+    assert files["qtable"].read_text().splitlines()[2:] == ["l_LayerNormalization F32"]
+    assert load_model(files["model"]).metadata == {}
+
+
+def test_force_removes_the_table_of_an_earlier_model(tmp_path):
+    write_deployment(quantized(attention())[1], tmp_path)
+    (tmp_path / "model.onnx").unlink()
+    (tmp_path / "model_cali_table").unlink()
+    model = quantized(convnet())[1]
+    with pytest.raises(Exception, match="model_qtable: already exists"):
+        write_deployment(model, tmp_path)
+    write_deployment(model, tmp_path, force=True)
+
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model_cali_table"}
+
+
+def test_rule_without_a_table_writes_the_model_alone(tmp_path):
+    _, model = quantized(convnet(), "onnxruntime-cpu")
+
+    assert write_deployment(model, tmp_path).keys() == {"model"}
+
+
+@NETWORKS
+def test_asymmetric_plans_cannot_be_said(network, tmp_path):
+    _, model = quantized(network(), "onnxruntime-cpu")
+    with pytest.raises(FormatError, match="zero_point other than 0"):
+        write_deployment(model, tmp_path / "chip", table="sophgo")
+
+    assert not (tmp_path / "chip").exists()
+
+
+def test_widths_the_table_lacks_cannot_be_said(tmp_path):
+    _, model = quantized(convnet(), RULE, ("activation.bits=6",))
+    with pytest.raises(FormatError, match="has 6 bits"):
+        write_deployment(model, tmp_path)
+
+
+def test_uncalibrated_and_float_models_are_refused(tmp_path):
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule(RULE), [])
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    with pytest.raises(PlanError, match="is not calibrated"):
+        write_deployment(empty, tmp_path)
+    with pytest.raises(ModelError, match="holds no quantization plan"):
+        write_deployment(floats, tmp_path)
+
+
+# --- tables that do not fit -------------------------------------------------------------------
+
+
+@pytest.fixture
+def deployed(tmp_path):
+    write_deployment(quantized(convnet())[1], tmp_path)
+    return tmp_path
+
+
+def edit(folder, old, new):
+    path = folder / "model_cali_table"
+    text = path.read_text()
+
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def test_lines_of_one_group_must_agree(deployed):
+    edit(deployed, "\np1_MaxPool ", "\np1_MaxPool 1.0 0.0 1.0\nformer_Op ")
+    with pytest.raises(FormatError, match="differs from another line of the same group"):
+        imported(deployed, ())
+
+
+def test_weight_of_another_shape_is_refused(deployed):
+    with pytest.raises(FormatError, match="'r1_Relu_weight' has 6 scales; its weight takes 1"):
+        imported(deployed, ("weight.axis=none",))
+
+
+def test_missing_lines_are_named(deployed):
+    edit(deployed, "\ninput ", "\nother ")
+    with pytest.raises(FormatError, match="lacks 1 names that the model needs: input"):
+        imported(deployed, ())
+
+
+def test_lines_nobody_reads_are_told(deployed, caplog):
+    imported(deployed, ("name:n_c3.quantize=false",))
+
+    assert "c3_Conv_weight" in caplog.text
+
+
+def test_weight_zero_points_are_refused(deployed):
+    path = deployed / "model_cali_table"
+    lines = path.read_text().splitlines()
+    index = next(i for i, line in enumerate(lines) if line.startswith("r1_Relu_weight "))
+    lines[index] = lines[index][:-1] + "3"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(FormatError, match="zero_points other than 0"):
+        imported(deployed, ())
+
+
+def test_binary_table_is_refused(deployed):
+    (deployed / "model_cali_table").write_bytes(b"\xff\xfe")
+    with pytest.raises(FormatError, match="cannot be read"):
+        imported(deployed, ())
+
+
+def test_asymmetric_rule_cannot_take_a_table(deployed):
+    with pytest.raises(FormatError, match="'onnxruntime-cpu', which is asymmetric"):
+        imported(deployed, (), "onnxruntime-cpu")

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import onnxqat
+
+HEAVY = ("msgspec", "numpy", "onnx", "onnx_graphsurgeon", "onnxruntime", "PIL", "rich")
+VERBS = ("calibrate", "evaluate", "finetune", "insert", "strip", "prepare")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level modules that a fresh interpreter has loaded after ``code``."""
+    report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
+    )
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("name", onnxqat.__all__)
+def test_every_public_name_resolves(name):
+    found = getattr(onnxqat, name)
+
+    assert not isinstance(found, ModuleType)
+    assert found is getattr(importlib.import_module(onnxqat._HOMES[name]), name)
+
+
+def test_names_are_sorted_and_documented():
+    assert sorted(onnxqat.__all__) == onnxqat.__all__
+    assert all(getattr(onnxqat, name).__doc__ for name in onnxqat.__all__)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_importing_a_module_does_not_hide_the_verb(name):
+    code = (
+        f"import onnxqat.insert, onnxqat.calibrate, onnxqat.evaluate, onnxqat.prepare\n"
+        f"import onnxqat.train.finetune, onnxqat.cli\n"
+        f"assert callable(onnxqat.{name}), onnxqat.{name}\n"
+        f"from onnxqat import {name}\n"
+        f"assert callable({name})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        _ = onnxqat.quantise
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert not loaded_by("import onnxqat") & {*HEAVY, "click"}
+
+
+@pytest.mark.parametrize("command", ["--help", "insert --help", "finetune --help"])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "from onnxqat.cli import main\n"
+        f"assert main({command.split()}, standalone_mode=False) in (0, None)"
+    )
+    found = loaded_by(code)
+
+    assert "click" in found
+    assert not found & set(HEAVY)

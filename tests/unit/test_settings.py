@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from onnxqat.data import Preprocessing
+from onnxqat.errors import DataError, ModelError
+from onnxqat.model import from_proto
+from onnxqat.settings import (
+    KEY,
+    Settings,
+    adopt,
+    check_batch_size,
+    input_specs,
+    settle,
+    settle_classes,
+    stored_settings,
+)
+from tests.networks import convnet
+
+EVERYTHING = Settings(
+    mean=(1.5, 2.0, 3.0),
+    scale=(0.1,),
+    resize_dims=(10, 12),
+    crop=(8, 8),
+    keep_aspect_ratio=True,
+    pad_value=7.0,
+    pixel_format="bgr",
+    label="truth",
+    input_map={"input": "images"},
+    classes=("cat", "dog"),
+)
+
+
+@pytest.fixture
+def model():
+    return from_proto(convnet(), name="model.onnx")
+
+
+def test_what_is_said_once_is_stored(model):
+    assert settle(model, EVERYTHING) == EVERYTHING
+    assert stored_settings(model) == EVERYTHING
+    assert settle(model, Settings()) == EVERYTHING
+
+
+def test_saying_nothing_stores_nothing(model):
+    settle(model, Settings())
+
+    assert KEY not in model.metadata
+    assert stored_settings(model) == Settings()
+
+
+def test_only_what_was_said_is_stored(model):
+    settle(model, Settings(mean=(128.0,)))
+
+    assert json.loads(model.metadata[KEY]) == {"mean": [128.0]}
+
+
+def test_later_commands_add(model):
+    settle(model, Settings(mean=(128.0,)))
+    joined = settle(model, Settings(scale=(0.5,)))
+
+    assert joined == Settings(mean=(128.0,), scale=(0.5,))
+    assert stored_settings(model) == joined
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": (1.0,)}, "--mean is 1.0 now, and was 1.5,2.0,3.0 when"),
+        ({"resize_dims": (9, 9)}, "--resize-dims is 9,9 now, and was 10,12 when"),
+        ({"keep_aspect_ratio": False}, "--keep-aspect-ratio is False now, and was True"),
+        ({"pixel_format": "rgb"}, "--pixel-format is rgb now, and was bgr"),
+        ({"label": "y"}, "Leave --label out, or insert again"),
+        ({"input_map": {"input": "x"}}, "--input is input=x now, and was input=images"),
+    ],
+)
+def test_contradictions_name_the_option(model, change, message):
+    settle(model, EVERYTHING)
+    before = dict(model.metadata)
+    with pytest.raises(DataError, match=message):
+        settle(model, Settings(**change))
+
+    assert model.metadata == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Settings(scale=(0.0,)), "--scale"),
+        (Settings(resize_dims=(4, 4), crop=(8, 8)), "--crop"),
+        (Settings(mean=(float("nan"),)), "--mean"),
+        (Settings(pad_value=1.0), "--pad-value"),
+    ],
+)
+def test_values_out_of_range_are_not_stored(model, given, message):
+    with pytest.raises(DataError, match=message):
+        settle(model, given)
+
+    assert KEY not in model.metadata
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"mean": "many"}',
+        '{"mean": [null]}',
+        '{"scale": [0.0]}',
+        '{"crop": [1]}',
+        '{"sharpness": 3}',
+    ],
+)
+def test_what_cannot_be_read_is_an_error_of_the_model(model, text):
+    model.metadata[KEY] = text
+    with pytest.raises(ModelError, match=r"model.onnx: metadata 'onnxqat.data' cannot be read"):
+        stored_settings(model)
+
+
+def test_preprocessing_takes_the_layout_of_the_data_at_hand():
+    expected = Preprocessing(mean=(1.0,), crop=(3, 4), layout="nhwc")
+
+    assert Settings(mean=(1.0,), crop=(3, 4), label="y").preprocessing("nhwc") == expected
+    assert Settings().preprocessing() == Preprocessing()
+    assert "layout" not in Settings.__struct_fields__
+
+
+def test_class_folders_are_stored_and_compared(model):
+    settle_classes(model, ("cat", "dog"), "train")
+    settle_classes(model, ("cat", "dog"), "test")
+    settle_classes(model, None, "test.npz")
+
+    assert stored_settings(model).classes == ("cat", "dog")
+    with pytest.raises(DataError, match=r"other: .* cat,emu; .*'model.onnx' .* cat,dog"):
+        settle_classes(model, ("cat", "emu"), "other")
+
+
+def test_names_that_are_not_text_are_refused(model):
+    with pytest.raises(DataError, match="not UTF-8"):
+        settle_classes(model, ("cat", "d\udcffg"), "train")
+
+    assert KEY not in model.metadata
+
+
+def test_a_reference_tells_what_it_knows(model):
+    other = from_proto(convnet(), name="other.onnx")
+    settle(other, Settings(mean=(128.0,)))
+    settle(model, Settings(scale=(0.5,)))
+    adopt(model, other)
+
+    assert stored_settings(model) == Settings(mean=(128.0,), scale=(0.5,))
+    assert stored_settings(other) == Settings(mean=(128.0,))
+    settle(other, Settings(scale=(0.25,)))
+    with pytest.raises(DataError, match=r"model.onnx: .* scale = 0.5, other.onnx with 0.25"):
+        adopt(model, other)
+
+
+def test_inputs_as_the_data_want_them(model):
+    (spec,) = input_specs(model)
+
+    assert (spec.name, spec.shape, spec.dtype) == ("input", ("N", 3, 8, 8), "float32")
+
+
+def test_fixed_batch_takes_that_size_alone(model):
+    check_batch_size(model, 7)
+    model.graph.inputs[0].shape = (2, 3, 8, 8)
+    check_batch_size(model, 2)
+    with pytest.raises(ModelError, match="input 'input' takes batches of 2 only"):
+        check_batch_size(model, 7)
