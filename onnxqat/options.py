@@ -92,10 +92,16 @@ data_options = _options(
     click.option("--label", help="Name of the label array."),
     click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
 )
-run_options = _options(
-    click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True),
-    click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
-)
+
+
+def run_options(batch_size: int) -> Callable[[Command], Command]:
+    """Return the options of every command that runs a model; ``batch_size`` is the default."""
+    return _options(
+        click.option("--batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
+        click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
+    )
+
+
 calibration_options = _options(
     click.option(
         "--observer",

@@ -3,9 +3,9 @@
 Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
 """
 
-from onnxqat.commands.making import calibrate, finetune, import_table, insert
+from onnxqat.commands.making import calibrate, export, finetune, import_table, insert
 from onnxqat.commands.reading import evaluate, rules, strip
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (insert, calibrate, finetune, evaluate, strip, import_table, rules)
+COMMANDS = (insert, calibrate, finetune, evaluate, strip, export, import_table, rules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from onnxqat.settings import Settings
     from onnxqat.train import Config, Finetuned
 
-__all__ = ["calibrate", "finetune", "import_table", "insert"]
+__all__ = ["calibrate", "export", "finetune", "import_table", "insert"]
 
 
 @click.command()
@@ -45,7 +46,7 @@ __all__ = ["calibrate", "finetune", "import_table", "insert"]
 @click.option("--plan-only", is_flag=True, help="Print what would be quantized, and why.")
 @calibration_options
 @data_options
-@run_options
+@run_options(32)
 @seed_option
 @output_option("Q/DQ model; MODEL with .qdq before its suffix by default.")
 @force_option
@@ -112,7 +113,7 @@ def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> 
 @click.argument("data")
 @calibration_options
 @data_options
-@run_options
+@run_options(32)
 @seed_option
 @output_option("MODEL with .calibrated before its suffix by default.")
 @force_option
@@ -142,7 +143,7 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
 @training_options
 @calibration_options
 @data_options
-@run_options
+@run_options(16)
 @seed_option
 @output_option("MODEL with .qat before its suffix by default.")
 @force_option
@@ -266,3 +267,30 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     save_model(insert_pairs(prepared, plan, params, state="calibrated"), target, force=force)
     document = {"parameters": len(params), "output": target}
     print_result({"schema": "onnxqat.import-table/1", **document}, as_json, list(document.items()))
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["onnxruntime"]),
+    required=True,
+    help="onnxruntime: Q/DQ with integer weights and int32 biases.",
+)
+@output_option("MODEL with .int8 before its suffix by default.")
+@force_option
+@json_option
+def export(model: str, format_name: str, output: str | None, force: bool,
+           as_json: bool) -> None:  # fmt: skip
+    """Write a calibrated or fine-tuned Q/DQ MODEL with integer weights, for a runtime."""
+    from onnxqat.files import check_writable
+    from onnxqat.formats.onnxruntime_qdq import integer_model
+    from onnxqat.model import load_model, save_model
+
+    target = output or renamed(model, "int8")
+    check_writable(target, force=force)
+    save_model(integer_model(load_model(model)), target, force=force)
+    size = Path(target).stat().st_size
+    document = {"format": format_name, "bytes": size, "output": target}
+    print_result({"schema": "onnxqat.export/1", **document}, as_json, list(document.items()))

@@ -33,7 +33,7 @@ __all__ = ["evaluate", "rules", "strip"]
     help="With --against: exit 1 if top-1 falls by more than this fraction.",
 )
 @data_options
-@run_options
+@run_options(32)
 @json_option
 def evaluate(model: str, data: str, mode: Any, against: str | None, max_drop: float | None,
              as_json: bool, batch_size: int, threads: int, layout: Any,

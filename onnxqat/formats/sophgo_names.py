@@ -57,13 +57,17 @@ class _Names:
                 if source in self.points:
                     yield self.of_output(node, i), self.points[source]
 
-    def weights(self) -> Iterator[tuple[str, QuantPoint]]:
-        """Yield every name a weight goes by: one for each node that reads it."""
+    def weights(self) -> Iterator[tuple[str, QuantPoint, int]]:
+        """Yield every name a weight goes by, one for each node that reads it, and its channels.
+
+        The compiler quantizes a convolution per output channel always, and reads that many
+        scales: a per-tensor grid is the same scale again and again. 0: as many as the grid has.
+        """
         for point in self.plan.grid_points():
             if point.role == "weight":
                 for edge in point.consumers:
                     end = self.nodes[self.last.get(edge.node, edge.node)]
-                    yield f"{self.of_output(end)}_weight", point
+                    yield f"{self.of_output(end)}_weight", point, _channels(self.nodes[edge.node])
 
     def floats(self) -> Iterator[gs.Node]:
         """Yield the nodes that run in float: skipped ones, and those an override left off the grid.
@@ -90,6 +94,15 @@ class _Names:
         )
 
 
+def _channels(node: gs.Node) -> int:
+    """Return how many output channels a convolution has, 0 for other ops."""
+    if node.op == "Conv":
+        return int(node.inputs[1].shape[0])
+    if node.op == "ConvTranspose":
+        return int(node.inputs[1].shape[1] * node.attrs.get("group", 1))
+    return 0
+
+
 def table_of(model: Model) -> CalibrationTable:
     """Return the calibration table of a calibrated or fine-tuned Q/DQ model.
 
@@ -107,10 +120,10 @@ def table_of(model: Model) -> CalibrationTable:
         _check_sayable(point, params[point.parameters], (4, 8))
         section = int4 if point.spec.bits == 4 else activations
         _add(section, name, _threshold(point, params[point.parameters]))
-    for name, point in names.weights():
+    for name, point, channels in names.weights():
         # a grid narrower than 8 bits is a part of that of 8 bits, at the same scale
         _check_sayable(point, params[point.parameters], range(2, 9))
-        _add(weights, name, _scales(params[point.parameters]))
+        _add(weights, name, _scales(params[point.parameters], channels))
     mixed = any(p.spec.bits == 4 for p in plan.grid_points())
     return CalibrationTable(
         activations=activations,
@@ -124,10 +137,11 @@ def _threshold(point: QuantPoint, params: QuantParams) -> Threshold:
     return sophgo.threshold(float(params.scale), point.spec.bits, params.signed)
 
 
-def _scales(params: QuantParams) -> WeightScales:
-    scales = np.atleast_1d(params.scale).astype(np.float64).tolist()
-    zeros = np.atleast_1d(params.zero_point).tolist()
-    return WeightScales(scales=tuple(scales), zero_points=tuple(zeros))
+def _scales(params: QuantParams, channels: int) -> WeightScales:
+    scales = np.atleast_1d(params.scale).astype(np.float64)
+    if channels:  # of a grouped ConvTranspose, each group has the scales anew
+        scales = np.tile(scales, channels // scales.size)
+    return WeightScales(scales=tuple(scales.tolist()), zero_points=(0,) * scales.size)
 
 
 def _check_sayable(point: QuantPoint, params: QuantParams, widths: Collection[int]) -> None:
@@ -188,7 +202,7 @@ def params_from_table(
         else:
             missing.append(name)
     tensors = graph.tensors()
-    for name, point in names.weights():
+    for name, point, _ in names.weights():
         if name in table.weights:
             place, shape = f"{source}: '{name}'", tensors[point.tensor].shape
             params = _weight_params(point, shape, table.weights[name], found, place)
@@ -210,7 +224,7 @@ def _refuse_missing(missing: Sequence[str], source: str) -> None:
 
 def _tell_unused(names: _Names, table: CalibrationTable, source: str) -> None:
     """Warn of lines that nothing reads: under the plan they came from, there are none."""
-    known = {name for name, _ in (*names.activations(), *names.weights())}
+    known = {name for name, *_ in (*names.activations(), *names.weights())}
     lines = (*table.activations, *table.int4, *table.weights)
     unused = [name for name in lines if name not in known]
     if unused:
@@ -237,10 +251,12 @@ def _weight_params(
     place: str,
 ) -> QuantParams:
     wanted = () if point.spec.axis is None else (shape[point.spec.axis],)
+    count = int(np.prod(wanted))
     scales = np.asarray(entry.scales, np.float32)
-    if scales.size != int(np.prod(wanted)):
+    repeated = scales.size % count == 0 and (scales.reshape(-1, count) == scales[:count]).all()
+    if not repeated:
         raise FormatError(
-            f"{place} has {scales.size} scales; its weight takes {int(np.prod(wanted))}. "
+            f"{place} has {scales.size} scales; its weight takes {count}. "
             "Is the rule the one the table was made for?"
         )
     if any(entry.zero_points):
@@ -248,7 +264,7 @@ def _weight_params(
     shared = found.get(point.parameters)  # a constant takes part in its group's signedness
     signed = shared.signed if shared is not None else point.spec.signedness != "unsigned"
     zero_point = np.zeros(wanted, storage_dtype(point.spec, signed=signed))
-    return QuantParams(scale=scales.reshape(wanted), zero_point=zero_point)
+    return QuantParams(scale=scales[:count].reshape(wanted), zero_point=zero_point)
 
 
 def _store(found: dict[str, QuantParams], key: str, params: QuantParams, place: str) -> None:

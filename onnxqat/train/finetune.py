@@ -278,7 +278,7 @@ class _Run:
             yield feeds
 
     def _check_labels(self, labels: NDArray[np.int64]) -> None:
-        shape = self.model.graph.outputs[0].shape or ()
+        shape = list(self.model.graph.outputs[0].shape or ())
         classes = shape[1] if len(shape) > 1 else None
         if isinstance(classes, int) and labels.max(initial=0) >= classes:
             raise DataError(

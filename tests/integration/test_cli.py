@@ -240,6 +240,19 @@ def test_table_and_stripped_model_give_back_the_fine_tuned_one(work, digits, tmp
     )
 
 
+def test_export_is_small_and_predicts_the_same(work, digits, tmp_path):
+    exported = document(
+        "export", work / "lenet.qdq.onnx", "--format", "onnxruntime", "-o", tmp_path / "int8.onnx"
+    )
+    images = digits["images"]
+    actual = outputs(tmp_path / "int8.onnx", images).argmax(axis=1)
+    expected = outputs(work / "lenet.qdq.onnx", images).argmax(axis=1)
+
+    assert exported["bytes"] == (tmp_path / "int8.onnx").stat().st_size
+    assert exported["bytes"] < 0.3 * LENET.stat().st_size
+    assert (actual == expected).mean() >= 0.995  # they differ by the rounding of the biases
+
+
 def test_the_same_seed_gives_the_same_bytes(work, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         words = ("--data", work / "train.npz", *NORM, "--samples", 64, "--seed", seed)

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.calibrate import placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, ModelError, PlanError
-from onnxqat.formats import float_ops, sophgo, table_of
+from onnxqat.formats import float_ops, params_from_table, sophgo, table_of
 from onnxqat.insert import insert, plan_of, read_params, strip
 from onnxqat.model import from_proto, load_model, to_proto
 from onnxqat.overrides import parse_override
@@ -352,3 +352,23 @@ def test_binary_table_is_refused(deployed):
 def test_asymmetric_rule_cannot_take_a_table(deployed):
     with pytest.raises(FormatError, match="'onnxruntime-cpu', which is asymmetric"):
         imported(deployed, (), "onnxruntime-cpu")
+
+
+def test_per_tensor_convolution_lists_its_scale_for_every_channel():
+    """The compiler reads one scale per output channel of a convolution, whatever the grid."""
+    _, qdq = quantized(convnet(), overrides=("weight.axis=none",))
+    table = table_of(qdq)
+    scale = float(read_params(qdq)["w1"].scale)
+
+    assert table.weights["r1_Relu_weight"].scales == (scale,) * 6
+    assert len(table.weights["output_Gemm_weight"].scales) == 1
+    params = params_from_table(strip(qdq).graph, plan_of(qdq), table, "table")
+    assert all(params[name].same_as(p) for name, p in read_params(qdq).items())
+
+
+def test_unequal_scales_for_a_per_tensor_grid_are_refused():
+    _, qdq = quantized(convnet())
+    table = table_of(qdq)
+    _, per_tensor = quantized(convnet(), overrides=("weight.axis=none",))
+    with pytest.raises(FormatError, match="has 6 scales; its weight takes 1"):
+        params_from_table(strip(qdq).graph, plan_of(per_tensor), table, "table")
