@@ -145,9 +145,10 @@ def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) ->
 
 
 def _gradient_graph(model: bytes, learned: set[str]) -> bytes:
-    ort.set_default_logger_severity(FATAL)  # the builder reports on every pass it tried
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = FATAL  # the builder reports on every pass it tries
     try:
-        builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss")
+        builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss", quiet)
         builder.build()
         graph: bytes = builder.get_model()
     except Exception as error:  # the bindings raise bare RuntimeErrors

@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
 TARGET_STEPS = 2000
 MAX_EPOCHS = 10
-GUARD_STEPS = 20  # the mean loss over this many steps is compared with that of the first ones
-FIRST_STEPS = 5  # change nothing: they measure the loss to compare with, and fill Adam's means
+# The mean loss of the last steps is compared with that of as many at the start. Those change
+# nothing: they measure the loss to compare with, and fill Adam's means.
+GUARD_STEPS = 20
+RISE, STANDARD_ERRORS = 1.5, 4.0  # a rise is one by this factor, and beyond the noise
 MAX_BACKOFFS = 3
 
 
@@ -236,9 +238,10 @@ class _Run:
         return terms
 
     def _train(self, rate: float) -> bool:
-        """Run all epochs; return False when the loss rose and a smaller rate should be tried."""
+        """Run all epochs; return False when a smaller rate is to be tried from the start."""
         session, config = self.session, self.config
         steps = self.epochs * self.steps_per_epoch
+        self.guard_steps = min(GUARD_STEPS, steps // 10)
         warmup = max(1, round(config.warmup * steps))
         for name, value in self.form.parameters.items():
             if name in session.values.views:
@@ -252,13 +255,17 @@ class _Run:
                 self._check_finite(loss, len(losses) + 1)
                 losses.append(loss)
                 if self._rising(losses):
-                    self._back_off(rate)
-                    return False
-                updater.step(rate * _rate(len(losses) - 1, steps, warmup))
+                    return not self._back_off(rate)
+                updater.step(rate * self._rate(len(losses) - 1, steps, warmup))
                 self._tell(losses, epoch, steps)
             self._keep_best(epoch)
             self._tell(losses, epoch, steps, self.figures)
         return True
+
+    def _rate(self, step: int, steps: int, warmup: int) -> float:
+        """Return the factor of the learning rate: none for the first steps, then the schedule."""
+        first = self.guard_steps
+        return cosine_rate(step - first, steps - first, warmup) if step >= first else 0.0
 
     def _feeds(self, rng: np.random.Generator) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield the feeds of one epoch in a fresh random order."""
@@ -296,21 +303,24 @@ class _Run:
 
     def _rising(self, losses: list[float]) -> bool:
         """Whether the mean of the last losses lies clearly above that of the first."""
-        if len(losses) % GUARD_STEPS:
+        window = self.guard_steps
+        if not window or len(losses) % window or len(losses) < 2 * window:
             return False
-        start = np.mean(losses[:FIRST_STEPS])
-        return bool(np.mean(losses[-GUARD_STEPS:]) > 1.5 * start + 0.05)
+        first, last = np.array(losses[:window]), np.array(losses[-window:])
+        noise = math.sqrt((first.var() + last.var()) / window)
+        rise = last.mean() - first.mean()
+        return bool(last.mean() > RISE * first.mean() and rise > STANDARD_ERRORS * noise)
 
-    def _back_off(self, rate: float) -> None:
-        if len(self.notes) == MAX_BACKOFFS:
-            raise DivergedError(
-                f"The loss rises even at {rate:g} times the learning rate. The best state is "
-                "kept. Check the data and labels, or try --method ste.",
-                self.best,
-            )
-        note = f"the loss rose; starting again with {rate / 4:g} times the learning rate"
+    def _back_off(self, rate: float) -> bool:
+        """Say what is done about a rising loss; return whether to try again."""
+        again = len(self.notes) < MAX_BACKOFFS
+        if again:
+            note = f"the loss rose; starting again with {rate / 4:g} times the learning rate"
+        else:
+            note = f"the loss rose at {rate:g} times the learning rate too; the best state is kept"
         self.notes.append(note)
         logger.warning(note)
+        return again
 
     def _tell(
         self, losses: list[float], epoch: int, steps: int, figures: Evaluation | None = None
@@ -340,14 +350,6 @@ class _Run:
         self.figures = self._validate(candidate)
         if _score(self.figures) > _score(self.best_figures):
             self.best, self.best_epoch, self.best_figures = candidate, epoch, self.figures
-
-
-def _rate(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: none for the first steps, then the schedule."""
-    first = min(FIRST_STEPS, steps // 10)
-    if step < first:
-        return 0.0
-    return cosine_rate(step - first, steps - first, warmup)
 
 
 def _score(figures: Evaluation) -> tuple[float, float]:
