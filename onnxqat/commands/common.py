@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from onnxqat.data import DataSet
     from onnxqat.model import Model
     from onnxqat.plan import QuantPlan
+    from onnxqat.rules import HardwareRule
     from onnxqat.settings import Settings
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "renamed",
     "take_settings",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def take_settings(options: dict[str, Any]) -> Settings:
@@ -74,7 +79,26 @@ def planned(model: Model, rules: str, overrides: tuple[str, ...]) -> tuple[Model
     if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
         raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
-    return prepared, make_plan(prepared.graph, rule, parsed)
+    plan = make_plan(prepared.graph, rule, parsed)
+    _warn_of_widths(plan, rule)
+    return prepared, plan
+
+
+def _warn_of_widths(plan: QuantPlan, rule: HardwareRule) -> None:
+    for role, widths in (("weight", rule.weight_bits), ("activation", rule.activation_bits)):
+        others = sorted({p.spec.bits for p in plan.points if p.role == role} - set(widths))
+        if others:
+            logger.warning(
+                "%s bits of %ss are for study: %s runs %s.",
+                _listed(others),
+                role,
+                rule.name,
+                _listed(widths),
+            )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " and ".join(map(str, numbers))
 
 
 def calibrated(

@@ -8,7 +8,7 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import InputSpec, Preprocessing, open_data
-from onnxqat.errors import TrainingError
+from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import evaluate
 from onnxqat.insert import insert, plan_of, read_params, state_of, strip
 from onnxqat.model import from_proto, load_model, save_model, to_proto
@@ -205,3 +205,23 @@ def test_not_finite_loss_stops_and_keeps_the_best(coarse, data, monkeypatch):
         finetune(coarse, data, config=Config(**FAST))
 
     assert as_bytes(caught.value.best) == as_bytes(coarse)
+
+
+def test_label_beyond_the_classes_is_refused_before_it_is_read(coarse, data, tmp_path):
+    """onnxruntime would read behind the scores; the held-out data are clean."""
+    with np.load(MODELS / "digits-train.npz") as arrays:
+        images, labels = arrays["images"][:64], arrays["label"][:64].copy()
+    labels[5] = 10
+    np.savez(tmp_path / "wrong.npz", images=images, label=labels)
+    with (
+        open_data(tmp_path / "wrong.npz", [INPUT], preprocessing=PIXELS) as wrong,
+        pytest.raises(DataError, match="A label is 10; the model has 10 classes, 0 to 9"),
+    ):
+        finetune(coarse, wrong, validation=data, config=Config(**FAST))
+
+
+def test_fixed_batch_says_which_batch_size_it_takes(coarse, data):
+    fixed = coarse.copy()
+    fixed.graph.inputs[0].shape = [1, 1, 28, 28]
+    with pytest.raises(TrainingError, match=r"takes 1 samples at a time.*Pass --batch-size 1"):
+        finetune(fixed, data, config=Config(**FAST))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 
@@ -118,6 +119,15 @@ def test_keep_float_by_override():
 
     assert "w5" not in {p.tensor for p in plan.points}
     assert any(s.node == "n_output" and "op:Gemm.quantize=false" in s.reason for s in plan.skips)
+
+
+def test_high_precision_output_stays_float():
+    rule = msgspec.structs.replace(load_rule("sophgo-bm1684x"), graph_outputs="float")
+    graph = prepare(from_proto(convnet())).graph
+    plan = make_plan(graph, rule)
+
+    assert "output" not in {p.tensor for p in plan.points}
+    assert "w5" in {p.tensor for p in plan.points}
 
 
 @pytest.mark.parametrize(
