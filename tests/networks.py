@@ -14,10 +14,10 @@ from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
+from onnxqat.rules import bundled_rules, load_rule
 
 W4A4 = ("weight.bits=4", "activation.bits=4", "first.bits=8", "last.bits=8")
-RULES = ("onnxruntime-cpu", "sophgo-bm1684x", "sophgo-bm1690")
+RULES = bundled_rules()
 
 
 class _Graph:

@@ -233,8 +233,8 @@ class _Marker:
 
     def biases(self) -> list[QuantPoint]:
         """Return the derived point of every bias behind a quantized input and weight."""
-        found = []
-        for node in self.index.weighted():
+        found: list[QuantPoint] = []
+        for node in self.index.weighted() if self.rule.bias == "int32" else ():
             i = weight_index(node) or 0
             weight, x = node.inputs[i], node.inputs[1 - i]
             edge = self._bias_edge(node)

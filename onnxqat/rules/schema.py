@@ -79,6 +79,8 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Widths the chip runs; others are allowed for study, with a warning.
     graph_outputs : {"quantized", "float"}
         ``float``: a graph output leaves the chip before it is quantized (high-precision output).
+    bias : {"int32", "float"}
+        ``int32``: of scale s_x * s_w, a derived point of the plan; ``float``: left as it is.
     specs : dict of str to RuleSpec
         Named specs. The op tables refer to them.
     fuse : tuple of tuple of str
@@ -97,6 +99,7 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     graph_outputs: Literal["quantized", "float"] = "quantized"
+    bias: Literal["int32", "float"] = "int32"
     specs: dict[str, RuleSpec]
     fuse: tuple[tuple[str, ...], ...] = ()
     ops: dict[str, OpRule]
