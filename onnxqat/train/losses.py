@@ -7,6 +7,7 @@ kl                 mean over positions of KL(softmax(teacher) || softmax(output)
 mse                mean squared difference from the teacher's output
 =================  ====================================================================
 
+Where a model ends in Softmax, the logarithm of its output stands for the logits.
 A loss is a sum of these, as in ``cross-entropy+kl``. The teacher's outputs are inputs of the
 training graph, so that any model, or a file of recorded outputs, can teach.
 """
@@ -20,11 +21,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
+from onnxqat.train.gradients import DOMAIN
 
 __all__ = ["LABELS", "LOSSES", "add_loss", "parse_loss", "teacher_input"]
 
 LOSSES = ("cross-entropy", "kl", "mse")
 LABELS = "onnxqat/labels"
+SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
 
 
 def teacher_input(output: str) -> str:
@@ -95,7 +98,7 @@ def _cross_entropy(graph: onnx.GraphProto, output: onnx.ValueInfoProto) -> str:
     graph.node.append(
         helper.make_node(
             "SoftmaxCrossEntropyLoss",
-            [output.name, LABELS],
+            [_logits(graph, output.name, output.name), LABELS],
             [name, f"{name}/log_prob"],  # its gradient reads the second output
             name=name,
             reduction="mean",
@@ -110,38 +113,63 @@ def _from_teacher(graph: onnx.GraphProto, output: onnx.ValueInfoProto, term: str
         info = helper.make_tensor_value_info(teacher, TensorProto.FLOAT, _shape(output))
         graph.input.append(info)
     name = f"onnxqat/{term}/{output.name}"
+    symbols = {"student": output.name, "teacher": teacher, "loss": name}
     nodes: list[tuple[str, list[str], str, dict[str, Any]]]
     if term == "mse":
         nodes = [
-            ("Sub", [output.name, teacher], "difference", {}),
+            ("Sub", ["student", "teacher"], "difference", {}),
             ("Mul", ["difference", "difference"], "square", {}),
-            ("ReduceMean", ["square"], "", {"keepdims": 0}),
+            ("ReduceMean", ["square"], "loss", {"keepdims": 0}),
         ]
     else:
+        symbols["classes"] = _class_count(graph, output, name)
+        symbols["student"] = _logits(graph, output.name, output.name)
+        symbols["teacher"] = _logits(graph, output.name, teacher)
         nodes = [
-            ("LogSoftmax", [output.name], "log_q", {"axis": -1}),
-            ("LogSoftmax", [teacher], "log_p", {"axis": -1}),
-            ("Softmax", [teacher], "p", {"axis": -1}),
+            ("LogSoftmax", ["student"], "log_q", {"axis": -1}),
+            ("LogSoftmax", ["teacher"], "log_p", {"axis": -1}),
+            ("Softmax", ["teacher"], "p", {"axis": -1}),
             ("Sub", ["log_p", "log_q"], "ratio", {}),
             ("Mul", ["p", "ratio"], "terms", {}),
             ("ReduceMean", ["terms"], "mean", {"keepdims": 0}),  # over positions and classes
-            ("Mul", ["mean", _class_count(graph, output, name)], "", {}),
+            ("Mul", ["mean", "classes"], "loss", {}),
         ]
-    local = {n[2] for n in nodes} - {""}
     for op_type, inputs, result, attributes in nodes:
-        inputs = [f"{name}/{i}" if i in local else i for i in inputs]
-        target = f"{name}/{result}" if result else name
-        graph.node.append(helper.make_node(op_type, inputs, [target], **attributes))
+        tensors = [symbols.get(i, f"{name}/{i}") for i in (*inputs, result)]
+        node = helper.make_node(op_type, tensors[:-1], tensors[-1:], **attributes)
+        graph.node.append(node)
     return name
+
+
+def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
+    """Return what a softmax may be taken of: ``values``, or their logarithm.
+
+    A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
+    softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
+    """
+    producers = {o: n for n in graph.node for o in n.output}
+    producer = producers.get(output)
+    while producer is not None and producer.domain == DOMAIN:  # fake-quantize
+        source = next((i for i in producer.input if i in producers), "")
+        producer = producers.get(source)
+    if producer is None or producer.op_type != "Softmax":
+        return values
+    logits = f"onnxqat/log/{values}"
+    if logits not in producers:
+        floor = helper.make_tensor(f"{logits}/floor", TensorProto.FLOAT, [], [SMALLEST])
+        graph.initializer.append(floor)
+        graph.node.append(helper.make_node("Clip", [values, floor.name], [f"{logits}/raised"]))
+        graph.node.append(helper.make_node("Log", [f"{logits}/raised"], [logits]))
+    return logits
 
 
 def _class_count(graph: onnx.GraphProto, output: onnx.ValueInfoProto, name: str) -> str:
     """Add a constant: the length of the class axis, which ReduceMean divided by."""
     shape = _shape(output)
-    if len(shape) < 2 or not isinstance(shape[-1], int):
+    if not 2 <= len(shape) <= 3 or not isinstance(shape[-1], int):
         raise TrainingError(
-            f"Output '{output.name}' has shape {shape}; kl needs a last axis of fixed length. "
-            "Choose --loss mse."
+            f"Output '{output.name}' has shape {shape}; kl needs (N, classes) or (N, positions, "
+            "classes) with a fixed number of classes. Choose --loss mse."
         )
     count = helper.make_tensor(f"{name}/classes", TensorProto.FLOAT, [], [float(shape[-1])])
     graph.initializer.append(count)
