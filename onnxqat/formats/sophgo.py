@@ -24,7 +24,10 @@ Why not ``128 * s`` in seven decimals, as sophgo-mq writes: the compiler divides
 ``%.7f`` weight scales 196 of the 270,256 int8 weights of a ResNet-20 came out different. A float32
 scale times any of these factors is exact in float64, and the shortest decimal that reads back to
 the same float64 keeps it, so the scale survives bit for bit. An exponent makes the compiler abort;
-none is written, and none is accepted. Compiler-checked with tpu-mlir 1.30.2.
+none is written, and none is accepted.
+
+Format-checked: tables of this layout were read by tpu-mlir 1.30.2; those written here were not yet
+put through the compiler.
 """
 
 from __future__ import annotations
