@@ -115,7 +115,7 @@ def table(results: dict[str, dict]) -> str:
         if case.name in results:
             r = results[case.name]
             lost = r["float"] - r["post"]
-            recovered = f"{100 * (r['tuned'] - r['post']) / lost:.0f} %" if lost > 0.003 else "-"
+            recovered = f"{100 * (r['tuned'] - r['post']) / lost:.0f} %" if lost > 0.01 else "-"
             lines.append(
                 f"| {case.name} | {100 * r['float']:.2f} | {100 * r['post']:.2f} ({r['observer']}) "
                 f"| {100 * r['start']:.2f} | {100 * r['tuned']:.2f} | {recovered} | {r['epochs']} "
