@@ -12,7 +12,7 @@ renamed ``t/float`` meanwhile. Weights stay float, before their QuantizeLinear.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.prepare.editing import remove_nodes
 from onnxqat.qparams import QuantParams, quantized_range
 
 __all__ = [
     "State",
+    "forget_plan",
     "insert",
     "plan_of",
     "read_params",
@@ -256,18 +258,18 @@ def strip(model: Model) -> Model:
                 nodes[edge.node].inputs[edge.index] = source
             else:
                 graph.outputs[edge.index] = source
-        for node in pair:
-            node.inputs.clear()
-            node.outputs.clear()
-            removed.add(node.name)
+        removed.update(node.name for node in pair)
         if target.name == point.tensor:
             target.name, source.name = f"{point.tensor}/dequantized", point.tensor
-    kept = [n for n in graph.nodes if n.name not in removed]
-    graph.nodes.clear()
-    graph.nodes.extend(kept)
-    for key in [k for k in result.metadata if k.startswith("onnxqat.")]:
-        del result.metadata[key]
+    forget_plan(result, removed)
     return result
+
+
+def forget_plan(model: Model, removed: Set[str]) -> None:
+    """Take nodes, by name, and everything we stored in the metadata out of ``model``."""
+    remove_nodes(model.graph, [n for n in model.graph.nodes if n.name in removed])
+    for key in [k for k in model.metadata if k.startswith("onnxqat.")]:
+        del model.metadata[key]
 
 
 def _points_by_parameters(plan: QuantPlan) -> Iterator[QuantPoint]:

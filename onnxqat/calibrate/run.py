@@ -111,19 +111,20 @@ def _observe(
         if point.parameters not in watched:
             watched[point.parameters] = kind(point.spec, name=point.parameters)
     tensors = floats.graph.tensors()
-    for point in points:  # constants in a group are seen once
-        if isinstance(tensors[point.tensor], gs.Constant):
+    activations = []
+    for point in points:
+        if isinstance(tensors[point.tensor], gs.Constant):  # in a group; it is seen once
             watched[point.parameters].update(tensors[point.tensor].values)
+        else:
+            activations.append(point)
     inputs = {t.name for t in floats.graph.inputs}
-    names = [p.tensor for p in points if not isinstance(tensors[p.tensor], gs.Constant)]
-    fetched = [n for n in names if n not in inputs]
+    fetched = [p.tensor for p in activations if p.tensor not in inputs]
     session = open_session(_with_outputs(floats, fetched), optimization="basic", threads=threads)
     for batch in batches:
         values = dict(zip(fetched, session.run(fetched, dict(batch)), strict=True))
-        for point in points:
-            if point.tensor in names:
-                known = values if point.tensor in values else batch
-                watched[point.parameters].update(known[point.tensor])
+        for point in activations:
+            known = values if point.tensor in values else batch
+            watched[point.parameters].update(known[point.tensor])
         progress()
     return watched
 

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import FormatError, PlanError
-from onnxqat.insert import plan_of, read_params, state_of
+from onnxqat.insert import forget_plan, plan_of, read_params, state_of
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, quantize
@@ -76,11 +76,7 @@ def integer_model(model: Model) -> Model:
         if bias.derived_from is not None:
             x, w = (params[points[name].parameters] for name in bias.derived_from)
             _store_bias(bias, x, w, nodes, tensors, graph)
-    kept = [n for n in graph.nodes if n.name not in removed]
-    graph.nodes.clear()
-    graph.nodes.extend(kept)
-    for key in [k for k in result.metadata if k.startswith("onnxqat.")]:
-        del result.metadata[key]
+    forget_plan(result, removed)
     return result
 
 
@@ -95,11 +91,7 @@ def _store_integers(
     nodes[f"{point.tensor}/DequantizeLinear"].inputs[0] = constant(
         f"{point.tensor}/integers", integers
     )
-    over = {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
-    for name in over:
-        nodes[name].inputs.clear()
-        nodes[name].outputs.clear()
-    return over
+    return {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
 
 
 def _store_bias(

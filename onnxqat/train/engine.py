@@ -42,17 +42,11 @@ class Flat:
     def __init__(self, arrays: Mapping[str, FloatArray]) -> None:
         self.buffer: FloatArray = np.zeros(sum(a.size for a in arrays.values()), np.float32)
         self.views: dict[str, FloatArray] = {}
-        self.slices: dict[str, slice] = {}
         start = 0
         for name, array in arrays.items():
-            self.slices[name] = slice(start, start + array.size)
-            self.views[name] = self.buffer[self.slices[name]].reshape(array.shape)
+            self.views[name] = self.buffer[start : start + array.size].reshape(array.shape)
             self.views[name][...] = array
             start += array.size
-
-    def like(self) -> Flat:
-        """Return zeros of the same layout."""
-        return Flat({name: np.zeros_like(view) for name, view in self.views.items()})
 
 
 def forward_session(form: TrainingForm, *, threads: int = 0) -> ort.InferenceSession:

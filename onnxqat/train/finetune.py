@@ -359,8 +359,8 @@ def _score(figures: Evaluation) -> tuple[float, float]:
 
 def _written_back(model: Model, form: TrainingForm, values: Flat) -> Model:
     """Return the Q/DQ model with the trained weights and scales."""
-    floats = strip(model)
-    tensors = floats.graph.tensors()
+    tuned = model.copy()
+    tensors = tuned.graph.tensors()
     for name in form.weights:
         tensors[name].values = values.views[name].copy()
     params = read_params(model)
@@ -369,10 +369,5 @@ def _written_back(model: Model, form: TrainingForm, values: Flat) -> Model:
             name: replace(old, scale=values.views[f"{name}/scale"].copy())
             for name, old in params.items()
         }
-    plan = plan_of(model)
-    fit_bias_range(plan, params, tensors)
-    renewed = with_params(model, params, state="finetuned")
-    kept = renewed.graph.tensors()
-    for name in form.weights:
-        kept[name].values = values.views[name].copy()
-    return renewed
+    fit_bias_range(plan_of(model), params, tensors)
+    return with_params(tuned, params, state="finetuned")
