@@ -5,19 +5,32 @@ SELECTOR          what it covers
 ================  ==================================================================
 weight            every weight point
 activation        every activation point
+bias              every bias; its only key is ``quantize=false``
 first, last       weight and input activations of the first / last weighted nodes
 op:TYPE           weight and input activations of the nodes of this op type
 name:REGEX        weight and input activations of the nodes whose whole name matches
+between:A->B      weight and input activations of the nodes on the paths from tensor A to B
 tensor:REGEX      the points of the tensors whose whole name matches
 ================  ==================================================================
 
-KEY is a field of the spec (``bits``, ``signedness``, ``symmetric``, ``narrow_range``, ``axis``,
-``min_range``) or ``quantize``, whose only value is ``false``. Later overrides win.
+KEY is a field of the spec (``bits``, ``signedness``, ``symmetric``, ``narrow_range``,
+``power_of_two``, ``axis``, ``min_range``), ``spec``, whose value is the name of a spec of the
+rule, or ``quantize``: ``false`` leaves nodes or tensors float, ``true`` quantizes nodes that the
+rule, or an earlier override, leaves float. Later overrides win.
+
+A TOML file says the same, one table per selector, in order::
+
+    [weight]
+    bits = 4
+    ["name:/head/.*"]
+    quantize = false
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -25,16 +38,21 @@ import msgspec
 from onnxqat.errors import RuleError
 from onnxqat.rules import RuleSpec
 
-__all__ = ["Override", "parse_override"]
+__all__ = ["Override", "parse_override", "read_overrides"]
 
-SELECTORS = ("weight", "activation", "first", "last", "op:", "name:", "tensor:")
-SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k != "fixed_range")
+ROLES = ("weight", "activation", "bias")
+SELECTORS = (*ROLES, "first", "last", "op:", "name:", "between:", "tensor:")
+SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in ("fixed_range", "rounding"))
+KEYS = (*SPEC_KEYS, "spec", "quantize")
+MAX_FILE_BYTES = 2**20
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True):
     """One change of one field for the points that a selector covers."""
 
-    kind: Literal["weight", "activation", "first", "last", "op", "name", "tensor"]
+    kind: Literal[
+        "weight", "activation", "bias", "first", "last", "op", "name", "between", "tensor"
+    ]
     pattern: str = ""
     key: str
     value: Any
@@ -48,7 +66,13 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def selects_nodes(self) -> bool:
         """Whether the selector names nodes, and so covers the points they read."""
-        return self.kind in ("first", "last", "op", "name")
+        return self.kind in ("first", "last", "op", "name", "between")
+
+    @property
+    def tensors(self) -> tuple[str, str]:
+        """The two ends of ``between:A->B``."""
+        start, _, end = self.pattern.partition("->")
+        return start, end
 
     def covers_point(self, role: str, tensor: str) -> bool:
         """Return whether a selector of points covers this one."""
@@ -81,25 +105,76 @@ def parse_override(text: str) -> Override:
     kind, _, pattern = selector.partition(":")
     if kind not in {s.rstrip(":") for s in SELECTORS} or (f"{kind}:" in SELECTORS) != bool(pattern):
         raise RuleError(f"'{text}': unknown selector '{selector}'. One of {', '.join(SELECTORS)}.")
+    if kind == "between":
+        if not all(pattern.partition("->")):
+            raise RuleError(f"'{text}': not of the form between:TENSOR->TENSOR.KEY=VALUE.")
+    else:
+        _check_regex(text, pattern)
+    override = Override(kind=kind, pattern=pattern, key=key, value=_value(text, key, raw))  # type: ignore[arg-type]
+    _check_fit(text, override)
+    return override
+
+
+def read_overrides(path: str | Path) -> list[Override]:
+    """Read an overrides file: one table per selector, in order.
+
+    Raises
+    ------
+    RuleError
+        The file cannot be read, is not TOML, or holds what `parse_override` refuses.
+    """
+    try:
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not an overrides file.")
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RuleError(f"{path}: cannot be read ({error}).") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RuleError(f"{path}: not valid TOML: {error}.") from error
+    overrides = []
+    for selector, table in tables.items():
+        if not isinstance(table, dict):
+            raise RuleError(f"{path}: '{selector}' is not a table. Write [\"{selector}\"].")
+        for key, value in table.items():
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            try:
+                overrides.append(parse_override(f"{selector}.{key}={text}"))
+            except RuleError as error:
+                raise RuleError(f"{path}: {error}") from error
+    return overrides
+
+
+def _check_regex(text: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
         raise RuleError(f"'{text}': '{pattern}' is not a regular expression ({error}).") from error
-    return Override(kind=kind, pattern=pattern, key=key, value=_value(text, key, raw))  # type: ignore[arg-type]
+
+
+def _check_fit(text: str, override: Override) -> None:
+    """Refuse keys that a selector does not have."""
+    if override.kind == "bias" and override.key != "quantize":
+        raise RuleError(f"'{text}': a bias follows its input and weight; bias.quantize=false only.")
+    if override.key == "quantize" and override.value and not override.selects_nodes:
+        raise RuleError(
+            f"'{text}': quantize=true is for nodes. Select them by name:, op: or between:."
+        )
 
 
 def _value(text: str, key: str, raw: str) -> Any:
     if key == "quantize":
-        if raw != "false":
-            raise RuleError(f"'{text}': quantize takes 'false' only; leave it out to quantize.")
-        return False
+        if raw not in ("true", "false"):
+            raise RuleError(f"'{text}': quantize takes true or false.")
+        return raw == "true"
+    if key == "spec":
+        return raw
     if key not in SPEC_KEYS:
-        raise RuleError(f"'{text}': unknown key '{key}'. One of {', '.join(SPEC_KEYS)}, quantize.")
+        raise RuleError(f"'{text}': unknown key '{key}'. One of {', '.join(KEYS)}.")
     try:
         spec = msgspec.convert({key: raw}, RuleSpec, strict=False)
     except msgspec.ValidationError as error:
         raise RuleError(f"'{text}': {error}.") from error
     value = getattr(spec, key)
-    if key == "bits" and not 2 <= value <= 8:
-        raise RuleError(f"'{text}': bits = {value}. Widths are 2 to 8.")
+    if key == "bits" and not 2 <= value <= 16:
+        raise RuleError(f"'{text}': bits = {value}. Widths are 2 to 16.")
     return value

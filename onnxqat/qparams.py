@@ -30,10 +30,12 @@ __all__ = [
     "FloatArray",
     "QuantParams",
     "QuantSpec",
+    "Rounding",
     "Signedness",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "power_of_two",
     "quantize",
     "quantized_range",
     "storage_dtype",
@@ -41,6 +43,7 @@ __all__ = [
 
 FloatArray: TypeAlias = NDArray[np.float32]
 Signedness: TypeAlias = Literal["signed", "unsigned", "from_range"]
+Rounding: TypeAlias = Literal["half-even", "half-away", "half-up"]
 
 
 class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +59,11 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         zero_point is 0; the clipping range is ``[-t, t]`` (signed) or ``[0, t]`` (unsigned).
     narrow_range : bool
         Leave out the most negative integer, so that the range is ``[-qmax, qmax]``.
+    power_of_two : bool
+        Scales are powers of two: the smallest one that covers the range (symmetric only).
+    rounding : {"half-even", "half-away", "half-up"}
+        How the chip's own tools round ``x / s``. Training rounds half to even, as
+        QuantizeLinear does; weights that lie on the grid are the same under all three.
     axis : int or None
         One scale for each index of this axis; None is per-tensor.
     fixed_range : (float, float) or None
@@ -69,6 +77,8 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     signedness: Signedness = "signed"
     symmetric: bool = True
     narrow_range: bool = False
+    power_of_two: bool = False
+    rounding: Rounding = "half-even"
     axis: int | None = None
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
@@ -166,10 +176,12 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     floor = np.float32(spec.min_range)
     if spec.symmetric:
         threshold = np.maximum(np.maximum(-low, high) if signed else high, floor)
-        scale = threshold / np.float32(qmax)
+        scale = np.asarray(threshold / np.float32(qmax), np.float32)
     else:
         width = high.astype(np.float64) - low  # may exceed the largest float32
         scale = (np.maximum(width, floor) / (qmax - qmin)).astype(np.float32)
+    if spec.power_of_two:
+        scale = power_of_two(scale)
     if not np.all(scale > 0):
         raise PlanError(
             f"Clipping range [{low}, {high}] is too narrow for a float32 scale. Raise min_range."
@@ -181,6 +193,18 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
         scale=np.asarray(scale, np.float32),
         zero_point=np.asarray(zero_point).astype(storage_dtype(spec, signed=signed)),
     )
+
+
+def power_of_two(scale: FloatArray) -> FloatArray:
+    """Return the smallest powers of two that are not below ``scale``, same shape.
+
+    Examples
+    --------
+    >>> power_of_two(np.float32([0.3, 0.5, 1e-3])).tolist()
+    [0.5, 0.5, 0.0009765625]
+    """
+    mantissa, exponent = np.frexp(scale)  # mantissa in [0.5, 1)
+    return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
 
 
 def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:

@@ -17,15 +17,12 @@ from onnxqat.errors import ModelError
 from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.qparams import QuantParams, choose_qparams
+from onnxqat.qparams import QuantParams, choose_qparams, power_of_two
 from onnxqat.runtime import open_session
 
 __all__ = ["calibrate", "placeholder_params"]
 
 logger = logging.getLogger(__name__)
-
-# The chip keeps bias / (s_x * s_w) in int32; half of that leaves room for training to move it.
-BIAS_LIMIT = 2.0**30
 
 
 def calibrate(
@@ -115,7 +112,7 @@ def _observe(
     for point in points:
         if isinstance(tensors[point.tensor], gs.Constant):  # in a group; it is seen once
             watched[point.parameters].update(tensors[point.tensor].values)
-        else:
+        elif point.observed:
             activations.append(point)
     inputs = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in inputs]
@@ -141,10 +138,11 @@ def _with_outputs(floats: Model, names: list[str]) -> Any:
 def fit_bias_range(
     plan: QuantPlan, params: dict[str, QuantParams], tensors: Mapping[str, gs.Tensor]
 ) -> None:
-    """Raise weight scales where the int32 bias would overflow; changes ``params``.
+    """Raise weight scales where the integer bias would overflow; changes ``params``.
 
     A folded channel of almost zero weights has a tiny scale but an ordinary bias, and
-    ``bias / (s_x * s_w)`` leaves int32. Its weights carry nothing at the coarser scale either.
+    ``bias / (s_x * s_w)`` leaves its integers. Its weights carry nothing at the coarser scale
+    either.
     """
     points = {p.tensor: p for p in plan.grid_points()}
     for bias in plan.points:
@@ -153,15 +151,21 @@ def fit_bias_range(
         x, w = (points[name] for name in bias.derived_from)
         magnitude = np.abs(np.asarray(tensors[bias.tensor].values, np.float64)).reshape(-1)
         scale = params[w.parameters].scale
-        needed = magnitude / (float(params[x.parameters].scale) * BIAS_LIMIT)
+        # half of the range leaves room for training to move it
+        limit = 2.0 ** (bias.spec.bits - 2)
+        needed = magnitude / (float(params[x.parameters].scale) * limit)
         if scale.ndim:  # a grouped ConvTranspose shares one scale between its groups
             needed = needed.reshape(-1, scale.size).max(axis=0)
         else:
             needed = needed.max(initial=0.0)
         raised = np.maximum(scale, np.asarray(needed, np.float32)).reshape(scale.shape)
+        if w.spec.power_of_two:
+            raised = power_of_two(raised)
         count = int(np.count_nonzero(raised > scale))
         if count:
-            logger.info("%s: %d weight scales raised so that the bias fits int32", w.tensor, count)
+            logger.info(
+                "%s: %d weight scales raised so that the bias fits its integers", w.tensor, count
+            )
             params[w.parameters] = QuantParams(
                 scale=raised, zero_point=params[w.parameters].zero_point
             )

@@ -1,54 +1,60 @@
-"""Find the nodes that a chip runs as one."""
+"""Find the units that a chip runs as one."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
-import onnx_graphsurgeon as gs
-
-from onnxqat.plan.graph import GraphIndex
-from onnxqat.plan.operators import is_kind
+from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.operators import clips_from_zero, is_bias_add
 
 __all__ = ["find_chains"]
 
 
 def find_chains(
     index: GraphIndex, patterns: tuple[tuple[str, ...], ...], allowed: Container[str]
-) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the nodes in each chain, in order; longer patterns win.
+) -> list[tuple[Unit, ...]]:
+    """Return the units in each chain, in order; longer patterns win.
 
     Parameters
     ----------
     patterns : tuple of tuple of str
         Op types as in `HardwareRule.fuse`.
     allowed : container of str
-        Names of the nodes that may be part of one.
+        Names of the units that may be part of one.
     """
     ordered = sorted(patterns, key=len, reverse=True)
     taken: set[str] = set()
-    chains: list[tuple[str, ...]] = []
-    for node in index.graph.nodes:
-        if node.name in allowed and node.name not in taken:
-            matches = (_match(index, node, pattern, allowed) for pattern in ordered)
-            found = next((m for m in matches if m), None)
+    chains: list[tuple[Unit, ...]] = []
+    for unit in index.units:
+        if unit.name in allowed and unit.name not in taken:
+            matches = (_match(index, unit, pattern, allowed) for pattern in ordered)
+            found = next((m for m in matches if m and not taken & {u.name for u in m}), None)
             if found:
                 chains.append(found)
-                taken.update(found)
-    return tuple(chains)
+                taken.update(u.name for u in found)
+    return chains
 
 
 def _match(
-    index: GraphIndex, node: gs.Node, pattern: tuple[str, ...], allowed: Container[str]
-) -> tuple[str, ...] | None:
-    if not is_kind(node, pattern[0]):
+    index: GraphIndex, unit: Unit, pattern: tuple[str, ...], allowed: Container[str]
+) -> tuple[Unit, ...] | None:
+    if not _is_kind(unit, pattern[0]):
         return None
-    found = [node]
+    found = [unit]
     for kind in pattern[1:]:
         readers = index.readers.get(found[-1].outputs[0].name, [])
-        if len(readers) != 1 or not readers[0].node:  # an inner tensor has one reader, a node
+        names = {index.unit_of[e.node].name if e.node else "" for e in readers}
+        if len(names) != 1 or "" in names:  # what lies inside has one reader, and is no output
             return None
-        follower = index.nodes[readers[0].node]
-        if follower.name not in allowed or not is_kind(follower, kind):
+        follower = index.unit_of[readers[0].node]
+        if follower.name not in allowed or not _is_kind(follower, kind):
             return None
         found.append(follower)
-    return tuple(n.name for n in found)
+    return tuple(found)
+
+
+def _is_kind(unit: Unit, kind: str) -> bool:
+    """Return whether a unit is what a rule's chain calls ``kind``."""
+    if kind == "BiasAdd":
+        return is_bias_add(unit.nodes[-1])
+    return unit.kind == kind and (kind != "Clip" or clips_from_zero(unit.nodes[-1]))

@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import PlanError
 from onnxqat.overrides import Override
 from onnxqat.plan.operators import weight_index
+from onnxqat.plan.patterns import find_patterns
 from onnxqat.plan.types import Edge
 
-__all__ = ["GraphIndex"]
+__all__ = ["GraphIndex", "Unit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What a chip runs as one op: a node, or the nodes of a pattern.
+
+    Attributes
+    ----------
+    kind : str
+        Op type, or the name of the pattern.
+    nodes : tuple of Node
+        In the order of the graph; the last one writes what leaves the unit.
+    """
+
+    kind: str
+    nodes: tuple[gs.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the last node: the name the unit goes by."""
+        return str(self.nodes[-1].name)
+
+    @property
+    def outputs(self) -> list[gs.Tensor]:
+        """What leaves the unit."""
+        return list(self.nodes[-1].outputs)
+
+    @cached_property
+    def inner(self) -> frozenset[str]:
+        """Names of the tensors between the nodes of a pattern."""
+        return frozenset(t.name for node in self.nodes[:-1] for t in node.outputs)
+
+    def inputs(self) -> list[tuple[gs.Node, int, gs.Tensor]]:
+        """Return what enters the unit: node, index of its input, tensor."""
+        return [
+            (node, i, tensor)
+            for node in self.nodes
+            for i, tensor in enumerate(node.inputs)
+            if tensor.name not in self.inner
+        ]
 
 
 @dataclass
 class GraphIndex:
-    """Nodes by name, and who reads each tensor.
+    """Nodes by name, units, and who reads each tensor.
+
+    Attributes
+    ----------
+    patterns : collection of str
+        Which patterns count as one unit.
 
     Raises
     ------
@@ -26,8 +75,11 @@ class GraphIndex:
     """
 
     graph: gs.Graph
+    patterns: Collection[str] = ()
     nodes: dict[str, gs.Node] = field(default_factory=dict)
     readers: dict[str, list[Edge]] = field(default_factory=dict)
+    units: list[Unit] = field(default_factory=list)
+    unit_of: dict[str, Unit] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = Counter(node.name for node in self.graph.nodes)
@@ -40,6 +92,16 @@ class GraphIndex:
                 self.readers.setdefault(tensor.name, []).append(Edge(node.name, i))
         for i, tensor in enumerate(self.graph.outputs):
             self.readers.setdefault(tensor.name, []).append(Edge("", i))
+        self._make_units()
+
+    def _make_units(self) -> None:
+        found = find_patterns(self.graph, self.readers, self.patterns)
+        patterns = [Unit(kind, nodes) for kind, nodes in found]
+        self.unit_of = {node.name: unit for unit in patterns for node in unit.nodes}
+        for node in self.graph.nodes:
+            unit = self.unit_of.setdefault(node.name, Unit(node.op, (node,)))
+            if unit.nodes[0] is node:
+                self.units.append(unit)
 
     def weighted(self) -> list[gs.Node]:
         """Return the nodes with a constant weight, in order."""
@@ -48,28 +110,60 @@ class GraphIndex:
     def selected(self, override: Override) -> list[str]:
         """Return the names of the nodes that a node selector covers."""
         if override.kind in ("first", "last"):
-            return self._ends(first=override.kind == "first")
+            return sorted(self.ends(override.kind))
+        if override.kind == "between":
+            return self._between(*override.tensors)
         attribute = "op" if override.kind == "op" else "name"
         return [n.name for n in self.graph.nodes if override.matches(getattr(n, attribute))]
 
-    def _ends(self, *, first: bool) -> list[str]:
+    def ends(self, position: Literal["first", "last"]) -> frozenset[str]:
         """Return the weighted nodes that no weighted node precedes (or follows) on some path.
 
         A weighted node is first when a graph input reaches it over nodes without weights, and
         last when it reaches a graph output so.
         """
+        return self._first if position == "first" else self._last
+
+    @cached_property
+    def _first(self) -> frozenset[str]:
+        return self._reached(forward=True)
+
+    @cached_property
+    def _last(self) -> frozenset[str]:
+        return self._reached(forward=False)
+
+    def _reached(self, *, forward: bool) -> frozenset[str]:
         names = {n.name for n in self.weighted()}
-        found: list[str] = []
-        seen: set[str] = set()
-        frontier = list(self.graph.inputs if first else self.graph.outputs)
+        found, seen = set(), set()
+        frontier = list(self.graph.inputs if forward else self.graph.outputs)
         while frontier:
             tensor = frontier.pop()
-            for node in tensor.outputs if first else tensor.inputs:
+            for node in tensor.outputs if forward else tensor.inputs:
                 if node.name in seen:
                     continue
                 seen.add(node.name)
                 if node.name in names:
-                    found.append(node.name)
+                    found.add(node.name)
                 else:
-                    frontier += node.outputs if first else node.inputs
-        return found
+                    frontier += node.outputs if forward else node.inputs
+        return frozenset(found)
+
+    def _between(self, start: str, end: str) -> list[str]:
+        """Return the nodes on the paths from tensor ``start`` to tensor ``end``."""
+        tensors = self.graph.tensors()
+        if start not in tensors or end not in tensors:
+            return []
+        after, frontier = set(), [tensors[start]]
+        while frontier:
+            for node in frontier.pop().outputs:
+                if node.name not in after:
+                    after.add(node.name)
+                    frontier += node.outputs
+        before: set[str] = set()
+        frontier = [tensors[end]]
+        while frontier:
+            for node in frontier.pop().inputs:
+                if node.name in after and node.name not in before:
+                    before.add(node.name)
+                    frontier += node.inputs
+        return [node.name for node in self.graph.nodes if node.name in before]

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import msgspec
-import onnx_graphsurgeon as gs
 
+from onnxqat.plan.graph import Unit
 from onnxqat.qparams import QuantSpec
 from onnxqat.rules import OpRule
 
-__all__ = ["find_groups", "merged_spec"]
+__all__ = ["find_groups", "merged_spec", "unobserved_tensors"]
 
 
-def find_groups(
-    graph: gs.Graph, ops: Mapping[str, OpRule], tensors: Iterable[str]
-) -> dict[str, str]:
+def find_groups(units: Iterable[tuple[Unit, OpRule]], tensors: Iterable[str]) -> dict[str, str]:
     """Return tensor -> group for the points that share parameters, by union-find.
 
     Parameters
     ----------
-    ops : mapping of str to OpRule
-        By name of the node.
+    units : iterable of (Unit, OpRule)
+        What is quantized.
     tensors : iterable of str
         The tensors that have a point. A group is named after its first tensor.
     """
@@ -33,18 +31,32 @@ def find_groups(
             name = parent[name]
         return name
 
-    for node in graph.nodes:
-        op = ops.get(node.name)
-        if op is None or op.parameters == "own":
+    for unit, op in units:
+        if op.parameters == "own":
             continue
-        inputs = node.inputs[:1] if op.parameters == "passthrough" else node.inputs
-        shared = [t.name for t in (*inputs, *node.outputs) if t.name in parent]
+        inputs = [tensor for _, _, tensor in unit.inputs()]
+        inputs = inputs[:1] if op.parameters == "passthrough" else inputs
+        shared = [t.name for t in (*inputs, *unit.outputs) if t.name in parent]
         for name in shared[1:]:
             parent[root(name)] = root(shared[0])
     members: dict[str, list[str]] = {}
     for name in parent:
         members.setdefault(root(name), []).append(name)
     return {n: names[0] for names in members.values() if len(names) > 1 for n in names}
+
+
+def unobserved_tensors(
+    units: Iterable[tuple[Unit, OpRule]], groups: Mapping[str, str]
+) -> frozenset[str]:
+    """Return the tensors that take the range of the output of the unit that reads them."""
+    return frozenset(
+        tensor.name
+        for unit, op in units
+        if op.parameters == "from_output"
+        for _, _, tensor in unit.inputs()
+        if tensor.name in groups
+        and any(groups.get(t.name) == groups[tensor.name] for t in unit.outputs)
+    )
 
 
 def merged_spec(specs: list[QuantSpec]) -> QuantSpec:

@@ -1,19 +1,19 @@
 """Graph + rule -> `QuantPlan`.
 
-1. Every node gets its `OpRule`, or a `Skip` with a reason.
-2. Chains that the chip runs as one node are found; tensors inside of them get no point.
-3. Tensors that a quantized node writes or reads get a point; constants it reads a weight point;
-   the bias of a weighted node a derived point (int32, scale_x * scale_w).
-4. The user's overrides are laid over it; one that covers nothing is an error.
-5. Tensors whose parameters the chip shares form a group.
+1. Nodes that the chip runs as one pattern become one unit (`patterns`).
+2. Every unit gets its `OpRule`, or a `Skip` with a reason (`choose`, `masks`, `exceptions`).
+3. Chains that the chip runs as one are found; tensors inside of them get no point (`chains`).
+4. Tensors that a quantized unit writes or reads get a point; constants it reads a weight point;
+   the bias of a weighted node a derived point: int32, scale_x * scale_w (`mark`).
+5. The user's overrides are laid over it; one that covers nothing is an error.
+6. Tensors whose parameters the chip shares form a group (`groups`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import onnx_graphsurgeon as gs
@@ -21,37 +21,17 @@ import onnx_graphsurgeon as gs
 from onnxqat.errors import PlanError, RuleError
 from onnxqat.overrides import Override
 from onnxqat.plan.chains import find_chains
-from onnxqat.plan.graph import GraphIndex
-from onnxqat.plan.groups import find_groups, merged_spec
-from onnxqat.plan.operators import (
-    BIAS_INPUT,
-    NONNEGATIVE_OPS,
-    SINGLE_DATA_INPUT,
-    WEIGHTED_OPS,
-    channel_axis,
-    clips_from_zero,
-    is_bias_add,
-    is_constant,
-    is_float,
-    weight_index,
-)
-from onnxqat.plan.types import Edge, QuantPlan, QuantPoint, Skip
-from onnxqat.qparams import QuantSpec
-from onnxqat.rules import HardwareRule, OpRule
+from onnxqat.plan.choose import Choice, choose_ops
+from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.groups import find_groups, merged_spec, unobserved_tensors
+from onnxqat.plan.mark import Draft, Marker
+from onnxqat.plan.masks import find_masks
+from onnxqat.plan.operators import WEIGHTED_OPS, channel_axis
+from onnxqat.plan.patterns import PATTERNS
+from onnxqat.plan.types import QuantPlan, QuantPoint
+from onnxqat.rules import HardwareRule
 
 __all__ = ["make_plan"]
-
-Role = Literal["weight", "activation"]
-
-
-@dataclass
-class _Draft:
-    """A point while the plan is being made."""
-
-    role: Role
-    spec: QuantSpec
-    consumers: list[Edge]
-    reason: str
 
 
 def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override] = ()) -> QuantPlan:
@@ -71,206 +51,76 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     PlanError
         Node names are not unique, or the rule quantizes nothing here.
     RuleError
-        An override covers nothing.
+        An override covers nothing, or names a spec that the rule does not have.
     """
-    index = GraphIndex(graph)
-    ops, skips = _choose_ops(index, rule, overrides)
-    chains = find_chains(index, rule.fuse, ops)
-    skips += _drop_loose_followers(index, rule, ops, chains)
-    marker = _Marker(index, rule, ops, chains)
+    index = GraphIndex(graph, [kind for kind in PATTERNS if kind not in rule.split])
+    mask_reasons, masked = find_masks(graph)
+    choice = choose_ops(index, rule, overrides, mask_reasons)
+    chains = find_chains(index, rule.fuse, choice.ops)
+    _skip_loose_followers(index, rule, choice, chains)
+    marker = Marker(index, rule, choice.ops, chains, masked)
     marker.mark()
-    _apply_overrides(index, marker.drafts, overrides)
+    _apply_overrides(index, rule, marker.drafts, overrides)
     if not marker.drafts:
         raise PlanError(f"Rule {rule.name} quantizes nothing in this graph.")
-    groups = find_groups(graph, ops, marker.drafts)
-    for group in dict.fromkeys(groups.values()):
-        members = [marker.drafts[name] for name, g in groups.items() if g == group]
-        spec = merged_spec([draft.spec for draft in members])
-        for draft in members:
+    patterns = [(u,) for u in index.units if len(u.nodes) > 1 and u.name in choice.ops]
+    chained = {unit.name for chain in chains for unit in chain}
+    chains += [single for single in patterns if single[0].name not in chained]
+    no_bias = any(o.kind == "bias" for o in overrides)
+    return QuantPlan(
+        rule=rule.name,
+        points=(*_points(index, choice, marker.drafts), *(() if no_bias else marker.biases())),
+        skips=tuple(choice.skips),
+        chains=tuple(tuple(n.name for unit in c for n in unit.nodes) for c in chains),
+        overrides=tuple(str(o) for o in overrides),
+    )
+
+
+def _points(index: GraphIndex, choice: Choice, drafts: dict[str, Draft]) -> tuple[QuantPoint, ...]:
+    """Form the groups, and return the points of the drafts."""
+    units = [(unit, choice.ops[unit.name]) for unit in index.units if unit.name in choice.ops]
+    groups = find_groups(units, drafts)
+    unobserved = unobserved_tensors(units, groups)
+    members: dict[str, list[Draft]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(drafts[name])
+    for together in members.values():
+        spec = merged_spec([draft.spec for draft in together])
+        for draft in together:
             draft.spec = spec
-    points = (
+    return tuple(
         QuantPoint(
             tensor=name,
             role=draft.role,
             consumers=tuple(draft.consumers),
             spec=draft.spec,
             group=groups.get(name),
+            observed=name not in unobserved,
             reason=draft.reason,
         )
-        for name, draft in marker.drafts.items()
-    )
-    return QuantPlan(
-        rule=rule.name,
-        points=(*points, *marker.biases()),
-        skips=tuple(skips),
-        chains=chains,
-        overrides=tuple(str(o) for o in overrides),
+        for name, draft in drafts.items()
     )
 
 
-def _choose_ops(
-    index: GraphIndex, rule: HardwareRule, overrides: Sequence[Override]
-) -> tuple[dict[str, OpRule], list[Skip]]:
-    """Give every node its `OpRule` or a `Skip`."""
-    kept_float = {
-        name: override
-        for override in overrides
-        if override.key == "quantize" and override.selects_nodes
-        for name in index.selected(override)
-    }
-    followers = {kind for chain in rule.fuse for kind in chain[1:]}
-    ops: dict[str, OpRule] = {}
-    skips = []
-    for node in index.graph.nodes:
-        op = rule.ops.get(node.op)
-        if not any(is_float(t) for t in node.outputs):
-            reason = "no float32 output"
-        elif node.domain not in (None, "", "ai.onnx"):
-            reason = f"domain '{node.domain}' is not ONNX's own"
-        elif node.name in kept_float:
-            reason = f"override {kept_float[node.name]}"
-        elif op is None and node.op not in followers:
-            reason = f"rule {rule.name} leaves {node.op} in float"
-        else:
-            ops[node.name] = op or OpRule()
-            continue
-        skips.append(Skip(node.name, node.op, reason))
-    return ops, skips
-
-
-def _drop_loose_followers(
-    index: GraphIndex,
-    rule: HardwareRule,
-    ops: dict[str, OpRule],
-    chains: tuple[tuple[str, ...], ...],
-) -> list[Skip]:
-    """Skip the nodes that the rule knows only as a part of chains, and that are in none."""
-    chained = {name for chain in chains for name in chain}
-    loose = [n for n in ops if n not in chained and index.nodes[n].op not in rule.ops]
-    for name in loose:
-        del ops[name]
-    reason = "rule {} quantizes {} only behind a fused op"
-    return [
-        Skip(name, op_type, reason.format(rule.name, op_type))
-        for name in loose
-        for op_type in (index.nodes[name].op,)
-    ]
-
-
-class _Marker:
-    """Makes a draft of a point for every tensor that a quantized node reads or writes."""
-
-    def __init__(
-        self,
-        index: GraphIndex,
-        rule: HardwareRule,
-        ops: dict[str, OpRule],
-        chains: tuple[tuple[str, ...], ...],
-    ) -> None:
-        self.index = index
-        self.rule = rule
-        self.ops = ops
-        self.heads = {name: chain[0] for chain in chains for name in chain}
-        self.tails = {chain[0]: chain[1:] for chain in chains}
-        inner = (index.nodes[name] for chain in chains for name in chain[:-1])
-        self.inner = {node.outputs[0].name for node in inner}
-        self.drafts: dict[str, _Draft] = {}
-
-    def mark(self) -> None:
-        for node in self.index.graph.nodes:
-            op = self.ops.get(node.name)
-            if op is None:
-                continue
-            for i, tensor in enumerate(node.inputs):
-                if is_float(tensor) and tensor.name not in self.inner:
-                    self._mark_input(node, op, i, tensor)
-            outputs = op.outputs or self.ops[self.heads.get(node.name, node.name)].outputs
-            for tensor in node.outputs:
-                if outputs and is_float(tensor) and tensor.name not in self.inner:
-                    self._mark_output(node, tensor, outputs)
-
-    def _mark_input(self, node: gs.Node, op: OpRule, i: int, tensor: gs.Tensor) -> None:
-        if i == BIAS_INPUT.get(node.op) or (i and node.op in SINGLE_DATA_INPUT):
-            return
-        edge = Edge(node.name, i)
-        if not is_constant(tensor):
-            if op.inputs:
-                spec = self.rule.specs[op.inputs].resolve(None)
-                self._draft(tensor, "activation", spec, [edge], f"read by {node.op}")
-        elif op.weight and not self._is_chained_bias(node):
-            axis = channel_axis(node, i) if node.op in WEIGHTED_OPS else None
-            spec = self.rule.specs[op.weight].resolve(axis)
-            self._draft(tensor, "weight", spec, [edge], f"weight of {node.op}")
-
-    def _is_chained_bias(self, node: gs.Node) -> bool:
-        """Whether a node adds the bias of the MatMul at the head of its chain."""
-        return self.heads.get(node.name, node.name) != node.name and is_bias_add(node)
-
-    def _mark_output(self, node: gs.Node, tensor: gs.Tensor, spec_name: str) -> None:
-        edges = self.index.readers.get(tensor.name, [])
-        if self.rule.graph_outputs == "float":
-            edges = [e for e in edges if e.node]
-        if not edges:
-            return
-        spec = self.rule.specs[spec_name].resolve(None)
-        if spec.signedness == "from_range" and (
-            node.op in NONNEGATIVE_OPS or clips_from_zero(node)
-        ):
-            spec = msgspec.structs.replace(spec, signedness="unsigned")
-        self._draft(tensor, "activation", spec, edges, f"written by {node.op}")
-
-    def _draft(
-        self, tensor: gs.Tensor, role: Role, spec: QuantSpec, edges: Iterable[Edge], reason: str
-    ) -> None:
-        known = self.drafts.get(tensor.name)
-        if known is None:
-            self.drafts[tensor.name] = _Draft(role, spec, list(edges), reason)
-            return
-        known.consumers += [e for e in edges if e not in known.consumers]
-        if role == "weight" and known.spec.axis != spec.axis:
-            known.spec = msgspec.structs.replace(known.spec, axis=None)
-            known.reason += ", per-tensor: its consumers disagree on the channel axis"
-
-    def biases(self) -> list[QuantPoint]:
-        """Return the derived point of every bias behind a quantized input and weight."""
-        found: list[QuantPoint] = []
-        for node in self.index.weighted() if self.rule.bias == "int32" else ():
-            i = weight_index(node) or 0
-            weight, x = node.inputs[i], node.inputs[1 - i]
-            edge = self._bias_edge(node)
-            if edge is None or weight.name not in self.drafts or x.name not in self.drafts:
-                continue
-            per_axis = self.drafts[weight.name].spec.axis is not None
-            found.append(
-                QuantPoint(
-                    tensor=self.index.nodes[edge.node].inputs[edge.index].name,
-                    role="bias",
-                    consumers=(edge,),
-                    spec=QuantSpec(bits=32, axis=0 if per_axis else None),
-                    derived_from=(x.name, weight.name),
-                    reason=f"bias of {node.op}",
-                )
-            )
-        return found
-
-    def _bias_edge(self, node: gs.Node) -> Edge | None:
-        i = BIAS_INPUT.get(node.op)
-        if i is not None:
-            has_bias = len(node.inputs) > i and is_constant(node.inputs[i])
-            return Edge(node.name, i) if has_bias else None
-        followers = (self.index.nodes[name] for name in self.tails.get(node.name, ()))
-        for follower in followers:
-            if is_bias_add(follower):
-                inputs = enumerate(follower.inputs)
-                return Edge(follower.name, next(i for i, t in inputs if is_constant(t)))
-        return None
+def _skip_loose_followers(
+    index: GraphIndex, rule: HardwareRule, choice: Choice, chains: list[tuple[Unit, ...]]
+) -> None:
+    """Skip the units that the rule knows only as a part of chains, and that are in none."""
+    chained = {unit.name for chain in chains for unit in chain}
+    for unit in index.units:
+        table = choice.ops.get(unit.name)
+        if table is not None and unit.name not in chained and not (table.inputs or table.outputs):
+            del choice.ops[unit.name]
+            choice.skip(unit, f"rule {rule.name} quantizes {unit.kind} only behind a fused op")
 
 
 def _apply_overrides(
-    index: GraphIndex, drafts: dict[str, _Draft], overrides: Sequence[Override]
+    index: GraphIndex, rule: HardwareRule, drafts: dict[str, Draft], overrides: Sequence[Override]
 ) -> None:
     """Lay the overrides over the drafts, in order."""
     for override in overrides:
+        if override.kind == "bias":  # has one key, quantize=false
+            continue
         if override.selects_nodes:
             nodes = set(index.selected(override))
             names = [n for n, d in drafts.items() if any(e.node in nodes for e in d.consumers)]
@@ -283,24 +133,41 @@ def _apply_overrides(
             raise RuleError(_unmatched(index, drafts, override))
         for name in names:
             if override.key != "quantize":
-                _change(index, drafts[name], override, nodes)
+                _change(index, rule, drafts[name], override, nodes)
             elif not override.selects_nodes:  # nodes kept float were skipped before
                 del drafts[name]
 
 
-def _change(index: GraphIndex, draft: _Draft, override: Override, nodes: set[str]) -> None:
+def _change(
+    index: GraphIndex, rule: HardwareRule, draft: Draft, override: Override, nodes: set[str]
+) -> None:
+    draft.spec = msgspec.structs.replace(
+        draft.spec, **_new_fields(index, rule, draft, override, nodes)
+    )
+    draft.reason += f", {override}"
+
+
+def _new_fields(
+    index: GraphIndex, rule: HardwareRule, draft: Draft, override: Override, nodes: set[str]
+) -> dict[str, Any]:
     value = override.value
+    if override.key == "spec":
+        if value not in rule.specs:
+            raise RuleError(
+                f"Override '{override}': rule {rule.name} has no spec '{value}'. "
+                f"It has {', '.join(rule.specs)}."
+            )
+        return msgspec.structs.asdict(rule.specs[value].resolve(_channel_axis(index, draft)))
     if override.key == "axis":
         value = _channel_axis(index, draft) if value == "channel" else None
     elif override.key == "bits" and override.selects_nodes and draft.role == "activation":
         others = {e.node for e in draft.consumers} - nodes
         if others & {n.name for n in index.weighted()}:
             value = max(value, draft.spec.bits)  # a shared edge takes the higher precision
-    draft.spec = msgspec.structs.replace(draft.spec, **{override.key: value})
-    draft.reason += f", {override}"
+    return {override.key: value}
 
 
-def _channel_axis(index: GraphIndex, draft: _Draft) -> int | None:
+def _channel_axis(index: GraphIndex, draft: Draft) -> int | None:
     edge = draft.consumers[0]
     node = index.nodes.get(edge.node)
     if draft.role != "weight" or node is None or node.op not in WEIGHTED_OPS:
@@ -308,12 +175,21 @@ def _channel_axis(index: GraphIndex, draft: _Draft) -> int | None:
     return channel_axis(node, edge.index)
 
 
-def _unmatched(index: GraphIndex, drafts: dict[str, _Draft], override: Override) -> str:
-    candidates = {
-        "op": {n.op for n in index.graph.nodes},
-        "name": set(index.nodes),
-        "tensor": set(drafts),
-    }.get(override.kind, set())
-    close = difflib.get_close_matches(override.pattern, sorted(candidates), n=3, cutoff=0.3)
+def _unmatched(index: GraphIndex, drafts: dict[str, Draft], override: Override) -> str:
+    if override.kind == "between":
+        tensors = index.graph.tensors()
+        missing = next((t for t in override.tensors if t not in tensors), None)
+        if missing is None:
+            start, end = override.tensors
+            return f"Override '{override}' covers nothing: no path leads from {start} to {end}."
+        candidates, wanted = set(tensors), missing
+    else:
+        candidates = {
+            "op": {n.op for n in index.graph.nodes},
+            "name": set(index.nodes),
+            "tensor": set(drafts),
+        }.get(override.kind, set())
+        wanted = override.pattern
+    close = difflib.get_close_matches(wanted, sorted(candidates), n=3, cutoff=0.3)
     hint = f"Nearest: {', '.join(close)}." if close else "See 'onnxqat insert --plan-only'."
     return f"Override '{override}' covers nothing in this model. {hint}"

@@ -14,8 +14,9 @@ __all__ = [
     "clips_from_zero",
     "is_bias_add",
     "is_constant",
+    "is_depthwise",
     "is_float",
-    "is_kind",
+    "kernel_size",
     "weight_index",
 ]
 
@@ -62,11 +63,23 @@ def clips_from_zero(node: gs.Node) -> bool:
     return bool(np.all(node.inputs[1].values >= 0))
 
 
-def is_kind(node: gs.Node, kind: str) -> bool:
-    """Return whether a node is what a rule's chain calls ``kind``."""
-    if kind == "BiasAdd":
-        return is_bias_add(node)
-    return bool(node.op == kind and (kind != "Clip" or clips_from_zero(node)))
+def kernel_size(node: gs.Node) -> tuple[int, ...]:
+    """Return the spatial size of a kernel, () where there is none."""
+    if "kernel_shape" in node.attrs:
+        return tuple(node.attrs["kernel_shape"])
+    if node.op in ("Conv", "ConvTranspose") and is_constant(node.inputs[1]):
+        return tuple(node.inputs[1].shape[2:])
+    return ()
+
+
+def is_depthwise(node: gs.Node) -> bool:
+    """Return whether each group of a convolution has one input channel, and there are several."""
+    group = node.attrs.get("group", 1)
+    if node.op not in ("Conv", "ConvTranspose") or group == 1 or not is_constant(node.inputs[1]):
+        return False
+    # weight: (M, C / group, ...) of Conv, (C, M / group, ...) of ConvTranspose
+    shape = node.inputs[1].shape
+    return bool(shape[1] == 1 if node.op == "Conv" else shape[0] == group)
 
 
 def weight_index(node: gs.Node) -> int | None:

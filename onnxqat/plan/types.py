@@ -36,6 +36,8 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
         Points of one group share one set of parameters, named after this tensor.
     derived_from : (str, str) or None
         Of a bias: the activation and the weight whose scales multiply to its scale.
+    observed : bool
+        Whether its values count for the parameters, or only those of others in its group.
     reason : str
         Why it is quantized, and what was changed by whom.
     """
@@ -46,6 +48,7 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
     spec: QuantSpec
     group: str | None = None
     derived_from: tuple[str, str] | None = None
+    observed: bool = True
     reason: str
 
     @property
@@ -57,6 +60,7 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
         """Return one line for people: tensor -> consumers, spec, role, reason."""
         readers = " ".join(f"{e.node or 'output'}[{e.index}]" for e in self.consumers)
         group = f" group={self.group}" if self.group else ""
+        group += "" if self.observed else " unobserved"
         derived = f" scale={' * '.join(self.derived_from)}" if self.derived_from else ""
         return (
             f"{self.tensor} -> {readers}  {_describe(self.spec)}{group}{derived}  "
@@ -65,11 +69,12 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Skip(msgspec.Struct, frozen=True):
-    """One node that stays float, and why."""
+    """One node that stays float, and why; ``unsupported`` where the chip cannot run it."""
 
     node: str
     op_type: str
     reason: str
+    unsupported: bool = False
 
 
 class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +118,10 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Return one line per point, then one per skip."""
-        skips = (f"float: {s.node} ({s.op_type}): {s.reason}" for s in self.skips)
+        skips = (
+            f"{'unsupported' if s.unsupported else 'float'}: {s.node} ({s.op_type}): {s.reason}"
+            for s in self.skips
+        )
         return "\n".join((*map(str, self.points), *skips))
 
     def grid_points(self) -> tuple[QuantPoint, ...]:
@@ -126,6 +134,7 @@ def _describe(spec: QuantSpec) -> str:
     words = [kind.replace("|", f"{spec.bits}|") + str(spec.bits)]
     words.append("sym" if spec.symmetric else "asym")
     words += ["narrow"] if spec.narrow_range else []
+    words += ["pow2"] if spec.power_of_two else []
     words += [f"axis={spec.axis}"] if spec.axis is not None else []
     words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []
     return " ".join(words)

@@ -1,6 +1,14 @@
 """Hardware rules: one TOML file per chip, and the strict loader into frozen types."""
 
 from onnxqat.rules.loader import bundled_rules, load_rule
-from onnxqat.rules.schema import HardwareRule, OpRule, RuleSpec
+from onnxqat.rules.schema import Changes, HardwareRule, OpRule, RuleException, RuleSpec
 
-__all__ = ["HardwareRule", "OpRule", "RuleSpec", "bundled_rules", "load_rule"]
+__all__ = [
+    "Changes",
+    "HardwareRule",
+    "OpRule",
+    "RuleException",
+    "RuleSpec",
+    "bundled_rules",
+    "load_rule",
+]

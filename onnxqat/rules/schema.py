@@ -1,7 +1,12 @@
 """What a hardware rule file can say: frozen types, no behaviour.
 
-A rule names *specs* (how a tensor is quantized) and lists, per ONNX op type, which spec its
-inputs, weight and outputs get. Ops that no table names stay float, with that reason.
+A rule names *specs* (how a tensor is quantized) and lists, per op type, which spec its inputs,
+weight and outputs get. Ops that no table names stay float, with that reason. *Exceptions* say
+where an op deviates from its table: by attribute, by position, by size.
+
+An op type is ONNX's, or a pattern that exporters write as several nodes and a chip runs as one:
+``BiasAdd`` (an Add of a constant vector, only in ``fuse``), ``SiLU``, ``HardSwish``, ``Mish``,
+``Gelu``, ``LayerNormalization``, ``RMSNormalization`` (see `onnxqat.plan.patterns`).
 """
 
 from __future__ import annotations
@@ -10,12 +15,14 @@ from typing import Literal
 
 import msgspec
 
-from onnxqat.qparams import QuantSpec, Signedness
+from onnxqat.qparams import QuantSpec
 
-__all__ = ["HardwareRule", "OpRule", "RuleSpec"]
+__all__ = ["Changes", "HardwareRule", "OpRule", "RuleException", "RuleSpec"]
+
+Parameters = Literal["own", "passthrough", "unify", "from_output"]
 
 
-class RuleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A named spec of a rule: a `QuantSpec` whose axis is not yet tied to an op.
 
     Attributes
@@ -25,13 +32,7 @@ class RuleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         the op; ``none``: per-tensor. The other attributes are those of `QuantSpec`.
     """
 
-    bits: int = 8
-    signedness: Signedness = "signed"
-    symmetric: bool = True
-    narrow_range: bool = False
-    axis: Literal["channel", "none"] = "none"
-    fixed_range: tuple[float, float] | None = None
-    min_range: float = 1e-12
+    axis: Literal["channel", "none"] = "none"  # type: ignore[assignment]
 
     def resolve(self, channel_axis: int | None) -> QuantSpec:
         """Return the spec for a tensor whose output channels lie along ``channel_axis``."""
@@ -51,15 +52,71 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Spec of the activations it writes.
     weight : str or None
         Spec of its constant operand; None leaves a constant float.
-    parameters : {"own", "passthrough", "unify"}
+    reads : {"all", "residual"}
+        ``residual``: only the inputs that no weighted node (with what is fused into it) writes,
+        the skip side of an Add.
+    parameters : {"own", "passthrough", "unify", "from_output"}
         ``passthrough``: the outputs share the parameters of input 0; ``unify``: all inputs
-        and outputs share one set.
+        and outputs share one set, which covers them all; ``from_output``: they share one set,
+        measured on the output alone.
     """
 
     inputs: str | None = None
     outputs: str | None = None
     weight: str | None = None
-    parameters: Literal["own", "passthrough", "unify"] = "own"
+    reads: Literal["all", "residual"] = "all"
+    parameters: Parameters = "own"
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of an `OpRule` that an exception replaces; ``"none"`` takes a spec away."""
+
+    inputs: str | None = None
+    outputs: str | None = None
+    weight: str | None = None
+    parameters: Parameters | None = None
+
+
+class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an op deviates from its table. All of the conditions that are given must hold.
+
+    Attributes
+    ----------
+    op : tuple of str
+        Op types.
+    attributes : dict
+        Values of ONNX attributes, defaults included (``mode = "linear"``, ``strides = [1, 1]``).
+    depthwise : bool or None
+        Whether each group of a convolution has one input channel, and there are several.
+    constant_operand : bool or None
+        Whether one of the inputs is a constant.
+    kernel : tuple of int or None
+        Spatial size of the kernel.
+    kernel_above, channels_above, rank_above : int or None
+        Some spatial size of the kernel, the number of channels (axis 1 of the output), or the
+        rank of the output is larger than this.
+    position : {"first", "last"} or None
+        The first or last weighted nodes.
+    changes : Changes or None
+        Effect: other specs.
+    kept_float : str or None, ``float`` in the file
+        Effect: the node stays float, for this reason.
+    unsupported : str or None
+        Effect: the chip cannot run the node, for this reason.
+    """
+
+    op: tuple[str, ...]
+    attributes: dict[str, int | float | str | tuple[int, ...]] = msgspec.field(default_factory=dict)
+    depthwise: bool | None = None
+    constant_operand: bool | None = None
+    kernel: tuple[int, ...] | None = None
+    kernel_above: int | None = None
+    channels_above: int | None = None
+    rank_above: int | None = None
+    position: Literal["first", "last"] | None = None
+    changes: Changes | None = None
+    kept_float: str | None = msgspec.field(default=None, name="float")
+    unsupported: str | None = None
 
 
 class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,13 +138,21 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ``float``: a graph output leaves the chip before it is quantized (high-precision output).
     bias : {"int32", "float"}
         ``int32``: of scale s_x * s_w, a derived point of the plan; ``float``: left as it is.
+    bias_bits : int
+        Width of the integers of a bias, 16 to 32.
     specs : dict of str to RuleSpec
         Named specs. The op tables refer to them.
     fuse : tuple of tuple of str
         Chains of op types that the chip runs as one: no point between them. ``BiasAdd`` is an
         Add of a constant vector; a Clip is meant from 0 upwards.
     ops : dict of str to OpRule
-        By ONNX op type.
+        By op type.
+    split : tuple of str
+        Patterns whose nodes this chip runs, and quantizes, one by one.
+    kept_float, unsupported : dict of str to str, the first is ``float`` in the file
+        By op type: why the chip runs it in float, or not at all.
+    exceptions : tuple of RuleException
+        The first one that holds for a node decides.
     """
 
     name: str
@@ -100,6 +165,11 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     activation_bits: tuple[int, ...]
     graph_outputs: Literal["quantized", "float"] = "quantized"
     bias: Literal["int32", "float"] = "int32"
+    bias_bits: int = 32
     specs: dict[str, RuleSpec]
     fuse: tuple[tuple[str, ...], ...] = ()
     ops: dict[str, OpRule]
+    split: tuple[str, ...] = ()
+    kept_float: dict[str, str] = msgspec.field(default_factory=dict, name="float")
+    unsupported: dict[str, str] = msgspec.field(default_factory=dict)
+    exceptions: tuple[RuleException, ...] = ()

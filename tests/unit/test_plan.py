@@ -136,11 +136,14 @@ def test_high_precision_output_stays_float():
         ("weight.bits", "not of the form"),
         ("weights.bits=4", "unknown selector 'weights'"),
         ("weight.bit=4", "unknown key 'bit'"),
-        ("weight.bits=99", "Widths are 2 to 8"),
+        ("weight.bits=99", "Widths are 2 to 16"),
         ("weight.bits=four", "Expected `int`"),
         ("op.bits=4", "unknown selector 'op'"),
         ("name:[.bits=4", "not a regular expression"),
-        ("weight.quantize=true", "takes 'false' only"),
+        ("weight.quantize=true", "quantize=true is for nodes"),
+        ("op:Conv.quantize=maybe", "takes true or false"),
+        ("bias.bits=16", "bias.quantize=false only"),
+        ("between:a.bits=8", "between:TENSOR->TENSOR"),
     ],
 )
 def test_wrong_override_says_so(text, message):

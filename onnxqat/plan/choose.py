@@ -1,0 +1,118 @@
+"""Give every unit of a graph its `OpRule`, or a `Skip` with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from onnxqat.errors import RuleError
+from onnxqat.overrides import Override
+from onnxqat.plan.exceptions import changed, find_exception
+from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.operators import is_bias_add, is_float
+from onnxqat.plan.types import Skip
+from onnxqat.rules import HardwareRule, OpRule
+
+__all__ = ["Choice", "choose_ops"]
+
+# What a node that a rule leaves float gets when the user includes it.
+INCLUDED_SPEC = "activation"
+
+
+@dataclass
+class Choice:
+    """Units that are quantized, by name, with their table; the nodes that are not."""
+
+    ops: dict[str, OpRule] = field(default_factory=dict)
+    skips: list[Skip] = field(default_factory=list)
+
+    def skip(self, unit: Unit, reason: str, *, unsupported: bool = False) -> None:
+        """Leave every node of a unit float."""
+        part = "" if len(unit.nodes) == 1 else f"part of {unit.kind}: "
+        self.skips += (Skip(n.name, n.op, f"{part}{reason}", unsupported) for n in unit.nodes)
+
+
+def choose_ops(
+    index: GraphIndex,
+    rule: HardwareRule,
+    overrides: Sequence[Override],
+    masks: dict[str, str],
+) -> Choice:
+    """Choose for every unit.
+
+    Parameters
+    ----------
+    masks : dict of str to str
+        By name of the node, why a mask keeps it float.
+
+    Raises
+    ------
+    RuleError
+        The user includes an op that the rule does not know, and the rule has no spec for it.
+    """
+    choice = Choice()
+    decided = _user_decisions(index, overrides)
+    for unit in index.units:
+        by_user = next((decided[n.name] for n in reversed(unit.nodes) if n.name in decided), None)
+        if reason := _impossible(unit):
+            choice.skip(unit, reason)
+        elif by_user is not None and by_user.value:
+            choice.ops[unit.name] = rule.ops.get(unit.kind) or _included(rule, unit, by_user)
+        elif by_user is not None:
+            choice.skip(unit, f"override {by_user}")
+        elif unit.name in masks:
+            choice.skip(unit, masks[unit.name])
+        else:
+            _by_rule(index, rule, unit, choice)
+    return choice
+
+
+def _user_decisions(index: GraphIndex, overrides: Sequence[Override]) -> dict[str, Override]:
+    return {
+        name: override
+        for override in overrides
+        if override.key == "quantize" and override.selects_nodes
+        for name in index.selected(override)
+    }
+
+
+def _impossible(unit: Unit) -> str | None:
+    node = unit.nodes[-1]
+    if not any(is_float(t) for t in unit.outputs):
+        return "no float32 output"
+    if node.domain not in (None, "", "ai.onnx"):
+        return f"domain '{node.domain}' is not ONNX's own"
+    return None
+
+
+def _included(rule: HardwareRule, unit: Unit, override: Override) -> OpRule:
+    if INCLUDED_SPEC not in rule.specs:
+        raise RuleError(
+            f"Override '{override}': rule {rule.name} neither lists {unit.kind} nor has a spec "
+            f"'{INCLUDED_SPEC}' for it. Write a rule that extends it."
+        )
+    return OpRule(inputs=INCLUDED_SPEC, outputs=INCLUDED_SPEC)
+
+
+def _by_rule(index: GraphIndex, rule: HardwareRule, unit: Unit, choice: Choice) -> None:
+    exception = find_exception(index, rule, unit)
+    op = rule.ops.get(unit.kind)
+    if exception is not None and exception.unsupported:
+        choice.skip(unit, exception.unsupported, unsupported=True)
+    elif unit.kind in rule.unsupported:
+        choice.skip(unit, rule.unsupported[unit.kind], unsupported=True)
+    elif exception is not None and exception.kept_float:
+        choice.skip(unit, exception.kept_float)
+    elif op is not None:
+        choice.ops[unit.name] = changed(op, exception)
+    elif unit.kind in rule.kept_float:
+        choice.skip(unit, rule.kept_float[unit.kind])
+    elif _follows_in_a_chain(rule, unit):
+        choice.ops[unit.name] = OpRule()
+    else:
+        choice.skip(unit, f"rule {rule.name} leaves {unit.kind} in float")
+
+
+def _follows_in_a_chain(rule: HardwareRule, unit: Unit) -> bool:
+    kinds = {kind for chain in rule.fuse for kind in chain[1:]}
+    return unit.kind in kinds or ("BiasAdd" in kinds and is_bias_add(unit.nodes[-1]))

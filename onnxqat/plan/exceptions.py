@@ -1,0 +1,70 @@
+"""Decide whether an exception of a rule holds for a unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import onnx
+
+from onnxqat.errors import RuleError
+from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.operators import is_constant, is_depthwise, kernel_size
+from onnxqat.rules import HardwareRule, OpRule, RuleException
+
+__all__ = ["changed", "find_exception"]
+
+
+def find_exception(index: GraphIndex, rule: HardwareRule, unit: Unit) -> RuleException | None:
+    """Return the first exception of the rule that holds for a unit."""
+    return next((e for e in rule.exceptions if _holds(index, e, unit)), None)
+
+
+def changed(op: OpRule, exception: RuleException | None) -> OpRule:
+    """Return an op's table with an exception's changes."""
+    if exception is None or exception.changes is None:
+        return op
+    changes = {k: v for k, v in msgspec.structs.asdict(exception.changes).items() if v}
+    return msgspec.structs.replace(
+        op, **{k: None if v == "none" else v for k, v in changes.items()}
+    )
+
+
+def _holds(index: GraphIndex, exception: RuleException, unit: Unit) -> bool:
+    if unit.kind not in exception.op:
+        return False
+    node = unit.nodes[-1]
+    kernel = kernel_size(node)
+    shape = unit.outputs[0].shape
+    channels = shape[1] if shape and len(shape) > 1 else None
+    checks = (
+        exception.depthwise in (None, is_depthwise(node)),
+        exception.constant_operand in (None, any(map(is_constant, node.inputs))),
+        exception.kernel is None or kernel == exception.kernel,
+        _above(max(kernel, default=None), exception.kernel_above),
+        _above(channels, exception.channels_above),
+        _above(len(shape) if shape is not None else None, exception.rank_above),
+        exception.position is None or node.name in index.ends(exception.position),
+    )
+    return all(checks) and all(
+        _attribute(index, node, name) == value for name, value in exception.attributes.items()
+    )
+
+
+def _above(size: Any, limit: int | None) -> bool:
+    return limit is None or (isinstance(size, int) and size > limit)
+
+
+def _attribute(index: GraphIndex, node: Any, name: str) -> Any:
+    """Return the value of an attribute, its default where it is not written."""
+    value = node.attrs.get(name)
+    if value is None:
+        schema = onnx.defs.get_schema(node.op, index.graph.opset)
+        if name not in schema.attributes:
+            raise RuleError(f"{node.op} has no attribute '{name}', which an exception asks for.")
+        default = schema.attributes[name].default_value
+        value = onnx.helper.get_attribute_value(default) if default.name else None
+        value = value.decode() if isinstance(value, bytes) else value
+    if value is None and name in ("strides", "dilations") and (kernel := kernel_size(node)):
+        value = [1] * len(kernel)  # the defaults that the schema gives in words only
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,171 @@
+"""Make a draft of a point for every tensor that a quantized unit reads or writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import onnx_graphsurgeon as gs
+
+from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.operators import (
+    BIAS_INPUT,
+    NONNEGATIVE_OPS,
+    SINGLE_DATA_INPUT,
+    WEIGHTED_OPS,
+    channel_axis,
+    clips_from_zero,
+    is_bias_add,
+    is_constant,
+    is_float,
+    weight_index,
+)
+from onnxqat.plan.types import Edge, QuantPoint
+from onnxqat.qparams import QuantSpec
+from onnxqat.rules import HardwareRule, OpRule
+
+__all__ = ["Draft", "Marker"]
+
+Role = Literal["weight", "activation"]
+
+
+@dataclass
+class Draft:
+    """A point while the plan is being made."""
+
+    role: Role
+    spec: QuantSpec
+    consumers: list[Edge]
+    reason: str
+
+
+class Marker:
+    """Makes the drafts, and the derived points of biases.
+
+    Parameters
+    ----------
+    ops : dict of str to OpRule
+        By name of the unit.
+    chains : list of tuple of Unit
+        What the chip runs as one.
+    masked : frozenset of str
+        Tensors that get no point.
+    """
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        rule: HardwareRule,
+        ops: dict[str, OpRule],
+        chains: list[tuple[Unit, ...]],
+        masked: frozenset[str],
+    ) -> None:
+        self.index = index
+        self.rule = rule
+        self.ops = ops
+        self.masked = masked
+        self.heads = {unit.name: chain[0] for chain in chains for unit in chain}
+        self.tails = {chain[0].name: chain[1:] for chain in chains}
+        self.inner = {chain_unit.outputs[0].name for c in chains for chain_unit in c[:-1]}
+        self.drafts: dict[str, Draft] = {}
+
+    def mark(self) -> None:
+        """Draft the points of activations and constants."""
+        for unit in self.index.units:
+            op = self.ops.get(unit.name)
+            if op is None:
+                continue
+            for node, i, tensor in unit.inputs():
+                if is_float(tensor) and tensor.name not in self.inner | self.masked:
+                    self._mark_input(unit, node, op, i, tensor)
+            outputs = op.outputs or self.ops[self._head(unit).name].outputs
+            for tensor in unit.outputs:
+                if outputs and is_float(tensor) and tensor.name not in self.inner:
+                    self._mark_output(unit, tensor, outputs)
+
+    def _head(self, unit: Unit) -> Unit:
+        return self.heads.get(unit.name, unit)
+
+    def _mark_input(self, unit: Unit, node: gs.Node, op: OpRule, i: int, tensor: gs.Tensor) -> None:
+        if i == BIAS_INPUT.get(node.op) or (i and node.op in SINGLE_DATA_INPUT):
+            return
+        edge = Edge(node.name, i)
+        if not is_constant(tensor):
+            if op.inputs and not (op.reads == "residual" and self._from_weighted(tensor)):
+                spec = self.rule.specs[op.inputs].resolve(None)
+                self._draft(tensor, "activation", spec, [edge], f"read by {unit.kind}")
+        elif op.weight and len(unit.nodes) == 1 and not self._is_chained_bias(unit):
+            axis = channel_axis(node, i) if node.op in WEIGHTED_OPS else None
+            spec = self.rule.specs[op.weight].resolve(axis)
+            self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
+
+    def _from_weighted(self, tensor: gs.Tensor) -> bool:
+        """Whether a weighted node, with what is fused into it, writes a tensor."""
+        return any(
+            self._head(self.index.unit_of[node.name]).kind in WEIGHTED_OPS for node in tensor.inputs
+        )
+
+    def _is_chained_bias(self, unit: Unit) -> bool:
+        """Whether a unit adds the bias of the MatMul at the head of its chain."""
+        return self._head(unit) is not unit and is_bias_add(unit.nodes[-1])
+
+    def _mark_output(self, unit: Unit, tensor: gs.Tensor, spec_name: str) -> None:
+        edges = self.index.readers.get(tensor.name, [])
+        if self.rule.graph_outputs == "float":
+            edges = [e for e in edges if e.node]
+        if not edges:
+            return
+        spec = self.rule.specs[spec_name].resolve(None)
+        if spec.signedness == "from_range" and (
+            unit.kind in NONNEGATIVE_OPS or clips_from_zero(unit.nodes[-1])
+        ):
+            spec = msgspec.structs.replace(spec, signedness="unsigned")
+        self._draft(tensor, "activation", spec, edges, f"written by {unit.kind}")
+
+    def _draft(
+        self, tensor: gs.Tensor, role: Role, spec: QuantSpec, edges: Iterable[Edge], reason: str
+    ) -> None:
+        known = self.drafts.get(tensor.name)
+        if known is None:
+            self.drafts[tensor.name] = Draft(role, spec, list(edges), reason)
+            return
+        known.consumers += [e for e in edges if e not in known.consumers]
+        if role == "weight" and known.spec.axis != spec.axis:
+            known.spec = msgspec.structs.replace(known.spec, axis=None)
+            known.reason += ", per-tensor: its consumers disagree on the channel axis"
+
+    def biases(self) -> list[QuantPoint]:
+        """Return the derived point of every bias behind a quantized input and weight."""
+        found: list[QuantPoint] = []
+        for node in self.index.weighted() if self.rule.bias == "int32" else ():
+            i = weight_index(node) or 0
+            weight, x = node.inputs[i], node.inputs[1 - i]
+            edge = self._bias_edge(node)
+            if edge is None or weight.name not in self.drafts or x.name not in self.drafts:
+                continue
+            per_axis = self.drafts[weight.name].spec.axis is not None
+            found.append(
+                QuantPoint(
+                    tensor=self.index.nodes[edge.node].inputs[edge.index].name,
+                    role="bias",
+                    consumers=(edge,),
+                    spec=QuantSpec(bits=self.rule.bias_bits, axis=0 if per_axis else None),
+                    derived_from=(x.name, weight.name),
+                    reason=f"bias of {node.op}",
+                )
+            )
+        return found
+
+    def _bias_edge(self, node: gs.Node) -> Edge | None:
+        i = BIAS_INPUT.get(node.op)
+        if i is not None:
+            has_bias = len(node.inputs) > i and is_constant(node.inputs[i])
+            return Edge(node.name, i) if has_bias else None
+        followers = (unit.nodes[-1] for unit in self.tails.get(node.name, ()))
+        for follower in followers:
+            if is_bias_add(follower):
+                inputs = enumerate(follower.inputs)
+                return Edge(follower.name, next(i for i, t in inputs if is_constant(t)))
+        return None
