@@ -41,9 +41,10 @@ def _holds(index: GraphIndex, exception: RuleException, unit: Unit) -> bool:
         exception.depthwise in (None, is_depthwise(node)),
         exception.constant_operand in (None, any(map(is_constant, node.inputs))),
         exception.kernel is None or kernel == exception.kernel,
-        _above(max(kernel, default=None), exception.kernel_above),
+        _above(max(kernel, default=0), exception.kernel_above),
+        _above(max(node.attrs.get("dilations", [1])), exception.dilation_above),
+        _above(node.attrs.get("group", 1), exception.group_above),
         _above(channels, exception.channels_above),
-        _above(len(shape) if shape is not None else None, exception.rank_above),
         exception.position is None or node.name in index.ends(exception.position),
     )
     return all(checks) and all(

@@ -36,7 +36,8 @@ def find_groups(units: Iterable[tuple[Unit, OpRule]], tensors: Iterable[str]) ->
             continue
         inputs = [tensor for _, _, tensor in unit.inputs()]
         inputs = inputs[:1] if op.parameters == "passthrough" else inputs
-        shared = [t.name for t in (*inputs, *unit.outputs) if t.name in parent]
+        outputs = [] if op.parameters == "unify_inputs" else unit.outputs
+        shared = [t.name for t in (*inputs, *outputs) if t.name in parent]
         for name in shared[1:]:
             parent[root(name)] = root(shared[0])
     members: dict[str, list[str]] = {}

@@ -66,6 +66,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     patterns = [(u,) for u in index.units if len(u.nodes) > 1 and u.name in choice.ops]
     chained = {unit.name for chain in chains for unit in chain}
     chains += [single for single in patterns if single[0].name not in chained]
+    _skip_untouched(index, rule, choice, marker.drafts, chained)
     no_bias = any(o.kind == "bias" for o in overrides)
     return QuantPlan(
         rule=rule.name,
@@ -112,6 +113,20 @@ def _skip_loose_followers(
         if table is not None and unit.name not in chained and not (table.inputs or table.outputs):
             del choice.ops[unit.name]
             choice.skip(unit, f"rule {rule.name} quantizes {unit.kind} only behind a fused op")
+
+
+def _skip_untouched(
+    index: GraphIndex,
+    rule: HardwareRule,
+    choice: Choice,
+    drafts: dict[str, Draft],
+    chained: set[str],
+) -> None:
+    """Skip the units that read and write nothing quantized after all."""
+    for unit in index.units:
+        names = [t.name for _, _, t in unit.inputs()] + [t.name for t in unit.outputs]
+        if unit.name in choice.ops and unit.name not in chained and not drafts.keys() & set(names):
+            choice.skip(unit, f"rule {rule.name} quantizes nothing around this {unit.kind}")
 
 
 def _apply_overrides(

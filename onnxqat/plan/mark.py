@@ -93,13 +93,18 @@ class Marker:
             return
         edge = Edge(node.name, i)
         if not is_constant(tensor):
-            if op.inputs and not (op.reads == "residual" and self._from_weighted(tensor)):
+            if op.inputs and (op.reads == "all" or self._is_residual(unit, tensor)):
                 spec = self.rule.specs[op.inputs].resolve(None)
                 self._draft(tensor, "activation", spec, [edge], f"read by {unit.kind}")
         elif op.weight and len(unit.nodes) == 1 and not self._is_chained_bias(unit):
             axis = channel_axis(node, i) if node.op in WEIGHTED_OPS else None
             spec = self.rule.specs[op.weight].resolve(axis)
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
+
+    def _is_residual(self, unit: Unit, tensor: gs.Tensor) -> bool:
+        """Whether a unit adds a tensor to what a weighted node wrote."""
+        others = [t for _, _, t in unit.inputs() if t is not tensor]
+        return not self._from_weighted(tensor) and any(map(self._from_weighted, others))
 
     def _from_weighted(self, tensor: gs.Tensor) -> bool:
         """Whether a weighted node, with what is fused into it, writes a tensor."""

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
+BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2}
 NONNEGATIVE_OPS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs")
 # Ops whose inputs behind the first are parameters (shapes, limits, slopes), not data.
 SINGLE_DATA_INPUT = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -12,16 +11,13 @@ from typing import Any
 import msgspec
 
 from onnxqat.errors import RuleError
-from onnxqat.rules.schema import HardwareRule, OpRule, RuleSpec
+from onnxqat.rules.problems import Problem, find_problems, line_of
+from onnxqat.rules.schema import HardwareRule
 
-__all__ = ["bundled_rules", "load_rule"]
+__all__ = ["bundled_rules", "load_rule", "validate_rule"]
 
 MAX_FILE_BYTES = 2**20
 MAX_EXTENDS = 8  # a longer chain is a loop
-KNOWN_KEYS = sorted(
-    {field for kind in (HardwareRule, OpRule, RuleSpec) for field in kind.__struct_fields__}
-    | {"extends"}
-)
 
 
 def bundled_rules() -> tuple[str, ...]:
@@ -39,12 +35,28 @@ def load_rule(name: str) -> HardwareRule:
         Unknown name, unreadable file, or a key or value the schema does not have.
     """
     table = _read(name, depth=0)
-    try:
-        rule = msgspec.convert(table, HardwareRule)
-    except msgspec.ValidationError as error:
-        raise RuleError(f"{name}: {_explain(str(error))}") from error
-    _check(rule, name)
-    return rule
+    problems = find_problems(table)
+    if problems:
+        raise RuleError(_describe(name, problems[0]))
+    return msgspec.convert(table, HardwareRule)
+
+
+def validate_rule(name: str) -> list[str]:
+    """Return everything that is wrong in a rule file, one line each: file, line, key, advice.
+
+    Raises
+    ------
+    RuleError
+        The file cannot be read, or is not TOML.
+    """
+    return [_describe(name, problem) for problem in find_problems(_read(name, depth=0))]
+
+
+def _describe(name: str, problem: Problem) -> str:
+    """Return ``file:line [table]: message``, without the line where a parent file has it."""
+    line = line_of(_text(name), problem)
+    where = f"{name}:{line}" if line else name
+    return f"{where} {problem.place}".rstrip() + f": {problem.message}"
 
 
 def _read(name: str, *, depth: int) -> dict[str, Any]:
@@ -88,33 +100,3 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _explain(message: str) -> str:
-    """Add the nearest known key to msgspec's message about an unknown one."""
-    found = re.search(r"unknown field `(\w+)`", message)
-    close = difflib.get_close_matches(found[1], KNOWN_KEYS, n=1) if found else []
-    return message.replace("$.", "").rstrip(".") + (
-        f". Did you mean '{close[0]}'?" if close else "."
-    )
-
-
-def _check(rule: HardwareRule, name: str) -> None:
-    for op_type, op in rule.ops.items():
-        for key in ("inputs", "outputs", "weight"):
-            spec = getattr(op, key)
-            if spec is not None and spec not in rule.specs:
-                raise RuleError(
-                    f"{name} [ops.{op_type}]: {key} names spec '{spec}', which is not defined. "
-                    f"Defined: {', '.join(rule.specs)}."
-                )
-    for key, spec in rule.specs.items():
-        if not 2 <= spec.bits <= 16:
-            raise RuleError(f"{name} [specs.{key}]: bits = {spec.bits}. Widths are 2 to 16.")
-        if not spec.min_range > 0:
-            raise RuleError(f"{name} [specs.{key}]: min_range = {spec.min_range}. Give > 0.")
-        if not spec.symmetric and spec.signedness == "from_range":
-            raise RuleError(
-                f"{name} [specs.{key}]: an asymmetric spec has a fixed signedness. "
-                "Set signedness to 'signed' or 'unsigned'."
-            )

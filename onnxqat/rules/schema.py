@@ -17,9 +17,11 @@ import msgspec
 
 from onnxqat.qparams import QuantSpec
 
-__all__ = ["Changes", "HardwareRule", "OpRule", "RuleException", "RuleSpec"]
+__all__ = ["PATTERN_NAMES", "Changes", "HardwareRule", "OpRule", "RuleException", "RuleSpec"]
 
-Parameters = Literal["own", "passthrough", "unify", "from_output"]
+PATTERN_NAMES = ("SiLU", "HardSwish", "Mish", "Gelu", "LayerNormalization", "RMSNormalization")
+
+Parameters = Literal["own", "passthrough", "unify", "unify_inputs", "from_output"]
 
 
 class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,12 +55,12 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weight : str or None
         Spec of its constant operand; None leaves a constant float.
     reads : {"all", "residual"}
-        ``residual``: only the inputs that no weighted node (with what is fused into it) writes,
-        the skip side of an Add.
-    parameters : {"own", "passthrough", "unify", "from_output"}
+        ``residual``: only what is added to the output of a weighted node (with what is fused
+        into it), the skip side of an Add.
+    parameters : {"own", "passthrough", "unify", "unify_inputs", "from_output"}
         ``passthrough``: the outputs share the parameters of input 0; ``unify``: all inputs
-        and outputs share one set, which covers them all; ``from_output``: they share one set,
-        measured on the output alone.
+        and outputs share one set, which covers them all; ``unify_inputs``: the inputs do;
+        ``from_output``: all share one set, measured on the output alone.
     """
 
     inputs: str | None = None
@@ -92,9 +94,9 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Whether one of the inputs is a constant.
     kernel : tuple of int or None
         Spatial size of the kernel.
-    kernel_above, channels_above, rank_above : int or None
-        Some spatial size of the kernel, the number of channels (axis 1 of the output), or the
-        rank of the output is larger than this.
+    kernel_above, dilation_above, group_above, channels_above : int or None
+        Some spatial size of the kernel, some dilation, the number of groups, or the number of
+        channels (axis 1 of the output) is larger than this.
     position : {"first", "last"} or None
         The first or last weighted nodes.
     changes : Changes or None
@@ -111,8 +113,9 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     constant_operand: bool | None = None
     kernel: tuple[int, ...] | None = None
     kernel_above: int | None = None
+    dilation_above: int | None = None
+    group_above: int | None = None
     channels_above: int | None = None
-    rank_above: int | None = None
     position: Literal["first", "last"] | None = None
     changes: Changes | None = None
     kept_float: str | None = msgspec.field(default=None, name="float")

@@ -44,6 +44,8 @@ def test_every_node_is_quantized_fused_or_skipped_with_a_reason(rule):
         plan = make_plan(graph, load_rule(rule))
         covered = {e.node for p in plan.points for e in p.consumers} | {s.node for s in plan.skips}
         covered |= {name for chain in plan.chains for name in chain}
+        quantized = {p.tensor for p in plan.points}
+        covered |= {n.name for n in graph.nodes if n.outputs[0].name in quantized}
 
         assert {n.name for n in graph.nodes} <= covered
         assert all(s.reason for s in plan.skips)

@@ -1,0 +1,195 @@
+"""Find what is wrong in a rule, entry by entry, and the line where it stands."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import onnx
+
+from onnxqat.rules.schema import (
+    PATTERN_NAMES,
+    Changes,
+    HardwareRule,
+    OpRule,
+    RuleException,
+    RuleSpec,
+)
+
+__all__ = ["Problem", "find_problems", "json_schema", "line_of"]
+
+ENTRIES: dict[str, type[msgspec.Struct]] = {"specs": RuleSpec, "ops": OpRule}
+KINDS = (HardwareRule, OpRule, RuleSpec, RuleException, Changes)
+KNOWN_KEYS = sorted({f.encode_name for kind in KINDS for f in msgspec.structs.fields(kind)})
+EFFECTS = ("changes", "kept_float", "unsupported")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and the keys that lead to it; a number counts the tables of a list."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+    @property
+    def place(self) -> str:
+        """``[specs.weight]``, or nothing at the top of the file."""
+        return f"[{'.'.join(map(str, self.path))}]" if self.path else ""
+
+
+def find_problems(table: Mapping[str, Any]) -> list[Problem]:
+    """Return everything that is wrong in a rule's table, its ``extends`` resolved."""
+    problems = list(_wrong_entries(table))
+    if problems:
+        return problems
+    try:
+        rule = msgspec.convert(table, HardwareRule)
+    except msgspec.ValidationError as error:
+        return [Problem((), _explain(str(error)))]
+    return [*_wrong_specs(rule), *_wrong_ops(rule), *_wrong_exceptions(rule), *_wrong_rest(rule)]
+
+
+def _wrong_entries(table: Mapping[str, Any]) -> Iterator[Problem]:
+    """Convert every table of its own, so that each wrong one is named by its key."""
+    for section, kind in ENTRIES.items():
+        entries = table.get(section, {})
+        for key, value in entries.items() if isinstance(entries, Mapping) else ():
+            yield from _wrong(value, kind, (section, key))
+    exceptions = table.get("exceptions", [])
+    for number, value in enumerate(exceptions if isinstance(exceptions, list) else ()):
+        yield from _wrong(value, RuleException, ("exceptions", number))
+
+
+def _wrong(
+    value: Any, kind: type[msgspec.Struct], path: tuple[str | int, ...]
+) -> Iterator[Problem]:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        yield Problem(path, _explain(str(error)))
+
+
+def _explain(message: str) -> str:
+    """Add the nearest known key to msgspec's message about an unknown one."""
+    found = re.search(r"unknown field `(\w+)`", message)
+    close = difflib.get_close_matches(found[1], KNOWN_KEYS, n=1) if found else []
+    return message.replace("$.", "").rstrip(".") + (
+        f". Did you mean '{close[0]}'?" if close else "."
+    )
+
+
+def _wrong_specs(rule: HardwareRule) -> Iterator[Problem]:
+    for key, spec in rule.specs.items():
+        wrong = None
+        if not 2 <= spec.bits <= 16:
+            wrong = f"bits = {spec.bits}. Widths are 2 to 16."
+        elif not spec.min_range > 0:
+            wrong = f"min_range = {spec.min_range}. Give > 0."
+        elif not spec.symmetric and spec.signedness == "from_range":
+            wrong = (
+                "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or "
+                "'unsigned'."
+            )
+        elif not spec.symmetric and spec.power_of_two:
+            wrong = "power_of_two needs symmetric = true."
+        elif spec.fixed_range and not spec.fixed_range[0] <= 0 <= spec.fixed_range[1]:
+            wrong = f"fixed_range = {list(spec.fixed_range)} does not hold 0."
+        if wrong:
+            yield Problem(("specs", key), wrong)
+
+
+def _wrong_ops(rule: HardwareRule) -> Iterator[Problem]:
+    for op_type, op in rule.ops.items():
+        yield from _unknown_ops(("ops", op_type), (op_type,))
+        yield from _unknown_specs(rule, ("ops", op_type), op)
+    for section, ops in (("float", rule.kept_float), ("unsupported", rule.unsupported)):
+        yield from _unknown_ops((section,), tuple(ops))
+    for chain in rule.fuse:
+        yield from _unknown_ops(("fuse",), chain, ("BiasAdd",))
+        if len(chain) < 2:
+            yield Problem(("fuse",), f"{list(chain)} is no chain. Name two ops or more.")
+    for name in rule.split:
+        if name not in PATTERN_NAMES:
+            yield Problem(("split",), f"'{name}' is not one of {', '.join(PATTERN_NAMES)}.")
+
+
+def _unknown_ops(
+    path: tuple[str | int, ...], ops: tuple[str, ...], others: tuple[str, ...] = ()
+) -> Iterator[Problem]:
+    for op_type in ops:
+        if op_type in (*PATTERN_NAMES, *others) or onnx.defs.has(op_type):
+            continue
+        known = sorted({s.name for s in onnx.defs.get_all_schemas()} | {*PATTERN_NAMES, *others})
+        close = difflib.get_close_matches(op_type, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        yield Problem(path, f"'{op_type}' is not an op type of ONNX.{hint}")
+
+
+def _unknown_specs(
+    rule: HardwareRule, path: tuple[str | int, ...], table: OpRule | Changes
+) -> Iterator[Problem]:
+    for key in ("inputs", "outputs", "weight"):
+        spec = getattr(table, key)
+        allowed = spec == "none" and isinstance(table, Changes)
+        if spec is not None and spec not in rule.specs and not allowed:
+            defined = ", ".join(rule.specs)
+            yield Problem(
+                path, f"{key} names spec '{spec}', which is not defined. Defined: {defined}."
+            )
+
+
+def _wrong_exceptions(rule: HardwareRule) -> Iterator[Problem]:
+    for number, exception in enumerate(rule.exceptions):
+        path = ("exceptions", number)
+        yield from _unknown_ops(path, exception.op)
+        if sum(getattr(exception, effect) is not None for effect in EFFECTS) != 1:
+            yield Problem(path, "has not exactly one of changes, float, unsupported.")
+        if exception.changes is not None:
+            yield from _unknown_specs(rule, path, exception.changes)
+
+
+def _wrong_rest(rule: HardwareRule) -> Iterator[Problem]:
+    for key in ("weight_bits", "activation_bits"):
+        widths = getattr(rule, key)
+        if not widths or not all(2 <= width <= 16 for width in widths):
+            yield Problem((key,), f"{list(widths)}: give widths of 2 to 16.")
+    if not 16 <= rule.bias_bits <= 32:
+        yield Problem(("bias_bits",), f"bias_bits = {rule.bias_bits}. Widths are 16 to 32.")
+
+
+def line_of(text: str, problem: Problem) -> int | None:
+    """Return the line, from 1, on which the entry of a problem stands in a TOML text."""
+    if not problem.path:
+        return None
+    section, *rest = problem.path
+    lines = text.splitlines()
+    if rest and isinstance(rest[0], int):
+        heads = [i for i, line in enumerate(lines) if line.strip() == f"[[{section}]]"]
+        return heads[rest[0]] + 1 if rest[0] < len(heads) else None
+    if not rest:
+        return _find(lines, rf"^\s*(\[{section}\]|{section}\s*=)", 0)
+    key = re.escape(str(rest[0]))
+    own = _find(lines, rf'^\s*\[{section}\."?{key}"?\]', 0)
+    start = _find(lines, rf"^\s*\[{section}\]", 0)
+    return own or (_find(lines, rf'^\s*"?{key}"?\s*[.=]', start) if start else None)
+
+
+def _find(lines: list[str], pattern: str, start: int) -> int | None:
+    numbers = range(start, len(lines))
+    return next((i + 1 for i in numbers if re.match(pattern, lines[i])), None)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of rule files, for editors."""
+    schema = msgspec.json.schema(HardwareRule)
+    rule = schema["$defs"]["HardwareRule"]
+    rule["properties"]["extends"] = {
+        "type": "string",
+        "description": "A bundled rule, or a .toml file beside this one, that this one changes.",
+    }
+    rule["anyOf"] = [{"required": ["extends"]}, {"required": rule.pop("required")}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
