@@ -120,6 +120,12 @@ calibration_options = _options(
 )
 rule_options = _options(
     click.option(
+        "--overrides",
+        "overrides_file",
+        metavar="FILE",
+        help="TOML file of overrides, one table per selector; --set lies over it.",
+    ),
+    click.option(
         "--rules",
         default="onnxruntime-cpu",
         show_default=True,

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import msgspec
 
 from onnxqat.errors import RuleError
+from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
 
 __all__ = ["Override", "parse_override", "read_overrides"]
@@ -175,6 +176,6 @@ def _value(text: str, key: str, raw: str) -> Any:
     except msgspec.ValidationError as error:
         raise RuleError(f"'{text}': {error}.") from error
     value = getattr(spec, key)
-    if key == "bits" and not 2 <= value <= 16:
-        raise RuleError(f"'{text}': bits = {value}. Widths are 2 to 16.")
+    if key == "bits" and value not in WIDTHS:
+        raise RuleError(f"'{text}': bits = {value}. Widths are 2 to 8, and 16.")
     return value

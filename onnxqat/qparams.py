@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from onnxqat.errors import PlanError
 
 __all__ = [
+    "WIDTHS",
     "FloatArray",
     "QuantParams",
     "QuantSpec",
@@ -45,6 +46,9 @@ FloatArray: TypeAlias = NDArray[np.float32]
 Signedness: TypeAlias = Literal["signed", "unsigned", "from_range"]
 Rounding: TypeAlias = Literal["half-even", "half-away", "half-up"]
 
+# QuantizeLinear writes 8 or 16 bits; fewer are made by clipping 8, which runtimes do not do for 16.
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+
 
 class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How a tensor is quantized, before any data was seen.
@@ -52,7 +56,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     bits : int
-        Width of the integers, 2 to 16.
+        Width of the integers, one of `WIDTHS`.
     signedness : {"signed", "unsigned", "from_range"}
         ``from_range`` becomes unsigned in calibration when the range has no negative value.
     symmetric : bool

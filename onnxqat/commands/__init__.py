@@ -4,8 +4,9 @@ Heavy modules are imported inside of the commands, so that ``--help`` answers at
 """
 
 from onnxqat.commands.making import calibrate, export, finetune, import_table, insert
-from onnxqat.commands.reading import evaluate, rules, strip
+from onnxqat.commands.planning import check, rules
+from onnxqat.commands.reading import evaluate, strip
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (insert, calibrate, finetune, evaluate, strip, export, import_table, rules)
+COMMANDS = (check, insert, calibrate, finetune, evaluate, strip, export, import_table, rules)

@@ -21,6 +21,7 @@ __all__ = [
     "calibrated",
     "open_for",
     "percentages",
+    "plan_document",
     "planned",
     "print_result",
     "renamed",
@@ -65,23 +66,33 @@ def open_for(
     return data
 
 
-def planned(model: Model, rules: str, overrides: tuple[str, ...]) -> tuple[Model, QuantPlan]:
-    """Prepare a float model and plan for it."""
+def planned(
+    model: Model, rules: str, overrides: tuple[str, ...], overrides_file: str | None
+) -> tuple[Model, QuantPlan]:
+    """Prepare a float model and plan for it; ``--set`` lies over the overrides file."""
     from onnxqat.errors import ModelError
     from onnxqat.insert import PLAN_KEY
-    from onnxqat.overrides import parse_override
+    from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
     from onnxqat.prepare import prepare
     from onnxqat.rules import load_rule
 
     rule = load_rule(rules)
-    parsed = [parse_override(text) for text in overrides]
+    parsed = read_overrides(overrides_file) if overrides_file else []
+    parsed += [parse_override(text) for text in overrides]
     if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
         raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
     plan = make_plan(prepared.graph, rule, parsed)
     _warn_of_widths(plan, rule)
     return prepared, plan
+
+
+def plan_document(plan: QuantPlan) -> dict[str, Any]:
+    """Return a plan as JSON that scripts read."""
+    document: dict[str, Any] = json.loads(plan.to_json())
+    unsupported = [skip for skip in document["skips"] if skip["unsupported"]]
+    return {"schema": "onnxqat.insert/1", **document, "unsupported": unsupported}
 
 
 def _warn_of_widths(plan: QuantPlan, rule: HardwareRule) -> None:

@@ -13,6 +13,7 @@ from onnxqat.commands.common import (
     calibrated,
     open_for,
     percentages,
+    plan_document,
     planned,
     print_result,
     renamed,
@@ -51,7 +52,7 @@ __all__ = ["calibrate", "export", "finetune", "import_table", "insert"]
 @output_option("Q/DQ model; MODEL with .qdq before its suffix by default.")
 @force_option
 @json_option
-def insert(model: str, rules: str, overrides: tuple[str, ...],
+def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
            data: str | None, plan_only: bool, output: str | None, force: bool, as_json: bool,
            **options: Any) -> None:  # fmt: skip
     """Insert Q/DQ pairs into MODEL as the rule says."""
@@ -67,9 +68,9 @@ def insert(model: str, rules: str, overrides: tuple[str, ...],
     target = output or renamed(model, "qdq")
     if not plan_only:
         check_writable(target, force=force)
-    prepared, plan = planned(load_model(model), rules, overrides)
+    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
     if plan_only:
-        click.echo(json.dumps(_plan_document(plan), indent=2) if as_json else str(plan))
+        click.echo(json.dumps(plan_document(plan), indent=2) if as_json else str(plan))
         return
     result = insert_pairs(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
     given = take_settings(options)
@@ -90,11 +91,6 @@ def _refuse_given(*names: str) -> None:
             raise click.UsageError(f"--{name} needs --data.", ctx)
 
 
-def _plan_document(plan: QuantPlan) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(plan.to_json())
-    return {"schema": "onnxqat.insert/1", **document}
-
-
 def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> None:
     counts = {role: sum(p.role == role for p in plan.points) for role in ("weight", "activation")}
     rows = [
@@ -105,7 +101,7 @@ def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> 
         ("state", state),
         ("output", target),
     ]
-    print_result(_plan_document(plan) | {"state": state, "output": target}, as_json, rows)
+    print_result(plan_document(plan) | {"state": state, "output": target}, as_json, rows)
 
 
 @click.command()
@@ -253,7 +249,8 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
 @force_option
 @json_option
 def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
-                 output: str | None, force: bool, as_json: bool) -> None:  # fmt: skip
+                 overrides_file: str | None, output: str | None, force: bool,
+                 as_json: bool) -> None:  # fmt: skip
     """Make a calibrated Q/DQ model from a Sophgo TABLE and its float MODEL."""
     from onnxqat.deploy import read_table
     from onnxqat.files import check_writable
@@ -262,7 +259,7 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
 
     target = output or renamed(model, "qdq")
     check_writable(target, force=force)
-    prepared, plan = planned(load_model(model), rules, overrides)
+    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
     plan, params = read_table(table, prepared, plan)
     save_model(insert_pairs(prepared, plan, params, state="calibrated"), target, force=force)
     document = {"parameters": len(params), "output": target}

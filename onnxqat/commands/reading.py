@@ -1,4 +1,4 @@
-"""The commands that read a model or a rule: evaluate, strip, rules."""
+"""The commands that read a Q/DQ model: evaluate, strip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxqat.options import data_options, force_option, json_option, run_options
 if TYPE_CHECKING:
     from onnxqat.evaluate import Evaluation
 
-__all__ = ["evaluate", "rules", "strip"]
+__all__ = ["evaluate", "strip"]
 
 
 @click.command()
@@ -115,40 +115,3 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
     )
     document = {"schema": "onnxqat.strip/1", "files": {k: str(v) for k, v in files.items()}}
     print_result(document, as_json, [(kind, str(path)) for kind, path in files.items()])
-
-
-@click.group()
-def rules() -> None:
-    """Show the hardware rules."""
-
-
-@rules.command("list")
-@json_option
-def rules_list(as_json: bool) -> None:
-    """List the bundled rules."""
-    from onnxqat.rules import bundled_rules, load_rule
-
-    found = [load_rule(name) for name in bundled_rules()]
-    entries = [{"name": r.name, "vendor": r.vendor, "summary": r.summary} for r in found]
-    document = {"schema": "onnxqat.rules/1", "rules": entries}
-    print_result(document, as_json, [(r.name, r.summary) for r in found])
-
-
-@rules.command("show")
-@click.argument("name")
-def rules_show(name: str) -> None:
-    """Print what a rule says, and where it was read."""
-    from onnxqat.rules import load_rule
-
-    rule = load_rule(name)
-    click.echo(f"{rule.name}: {rule.summary}")
-    click.echo(f"vendor: {rule.vendor}   table: {rule.table or 'none'}")
-    for kind, found in (("note", rule.notes), ("source", rule.sources)):
-        for text in found:
-            click.echo(f"{kind}: {text}")
-    click.echo("chains run as one: " + ", ".join("+".join(chain) for chain in rule.fuse))
-    for op_type, op in rule.ops.items():
-        specs = [f"{k}={v}" for k in ("inputs", "weight", "outputs") if (v := getattr(op, k))]
-        click.echo(f"  {op_type}: {' '.join(specs)} {op.parameters}")
-    for spec_name, spec in rule.specs.items():
-        click.echo(f"  [{spec_name}] {spec}")

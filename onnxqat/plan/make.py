@@ -29,7 +29,7 @@ from onnxqat.plan.masks import find_masks
 from onnxqat.plan.operators import WEIGHTED_OPS, channel_axis
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.plan.types import QuantPlan, QuantPoint
-from onnxqat.rules import HardwareRule
+from onnxqat.rules import HardwareRule, wrong_spec
 
 __all__ = ["make_plan"]
 
@@ -159,6 +159,8 @@ def _change(
     draft.spec = msgspec.structs.replace(
         draft.spec, **_new_fields(index, rule, draft, override, nodes)
     )
+    if wrong := wrong_spec(draft.spec):
+        raise RuleError(f"Override '{override}' on rule {rule.name}: {wrong}")
     draft.reason += f", {override}"
 
 

@@ -1,17 +1,28 @@
 """Hardware rules: one TOML file per chip, and the strict loader into frozen types."""
 
+from onnxqat.rules.describe import describe_rule
 from onnxqat.rules.loader import bundled_rules, load_rule, validate_rule
-from onnxqat.rules.problems import json_schema
-from onnxqat.rules.schema import Changes, HardwareRule, OpRule, RuleException, RuleSpec
+from onnxqat.rules.problems import json_schema, wrong_spec
+from onnxqat.rules.schema import (
+    PATTERN_NAMES,
+    Changes,
+    HardwareRule,
+    OpRule,
+    RuleException,
+    RuleSpec,
+)
 
 __all__ = [
+    "PATTERN_NAMES",
     "Changes",
     "HardwareRule",
     "OpRule",
     "RuleException",
     "RuleSpec",
     "bundled_rules",
+    "describe_rule",
     "json_schema",
     "load_rule",
     "validate_rule",
+    "wrong_spec",
 ]

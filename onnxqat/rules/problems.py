@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import onnx
 
+from onnxqat.qparams import WIDTHS, QuantSpec
 from onnxqat.rules.schema import (
     PATTERN_NAMES,
     Changes,
@@ -20,7 +21,7 @@ from onnxqat.rules.schema import (
     RuleSpec,
 )
 
-__all__ = ["Problem", "find_problems", "json_schema", "line_of"]
+__all__ = ["Problem", "find_problems", "json_schema", "line_of", "wrong_spec"]
 
 ENTRIES: dict[str, type[msgspec.Struct]] = {"specs": RuleSpec, "ops": OpRule}
 KINDS = (HardwareRule, OpRule, RuleSpec, RuleException, Changes)
@@ -84,22 +85,27 @@ def _explain(message: str) -> str:
 
 def _wrong_specs(rule: HardwareRule) -> Iterator[Problem]:
     for key, spec in rule.specs.items():
-        wrong = None
-        if not 2 <= spec.bits <= 16:
-            wrong = f"bits = {spec.bits}. Widths are 2 to 16."
-        elif not spec.min_range > 0:
-            wrong = f"min_range = {spec.min_range}. Give > 0."
-        elif not spec.symmetric and spec.signedness == "from_range":
-            wrong = (
-                "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or "
-                "'unsigned'."
-            )
-        elif not spec.symmetric and spec.power_of_two:
-            wrong = "power_of_two needs symmetric = true."
-        elif spec.fixed_range and not spec.fixed_range[0] <= 0 <= spec.fixed_range[1]:
-            wrong = f"fixed_range = {list(spec.fixed_range)} does not hold 0."
-        if wrong:
+        if wrong := wrong_spec(spec):
             yield Problem(("specs", key), wrong)
+
+
+def wrong_spec(spec: QuantSpec) -> str | None:
+    """Return what no grid can do of what a spec asks for, None where all is well."""
+    if spec.bits not in WIDTHS:
+        return f"bits = {spec.bits}. Widths are 2 to 8, and 16."
+    if spec.bits == 16 and spec.narrow_range:
+        return "narrow_range goes with 8 bits or fewer: no runtime clips 16-bit integers."
+    if not spec.min_range > 0:
+        return f"min_range = {spec.min_range}. Give > 0."
+    if not spec.symmetric and spec.signedness == "from_range":
+        return (
+            "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or 'unsigned'."
+        )
+    if not spec.symmetric and spec.power_of_two:
+        return "power_of_two needs symmetric = true."
+    if spec.fixed_range and not spec.fixed_range[0] <= 0 <= spec.fixed_range[1]:
+        return f"fixed_range = {list(spec.fixed_range)} does not hold 0."
+    return None
 
 
 def _wrong_ops(rule: HardwareRule) -> Iterator[Problem]:
@@ -155,8 +161,8 @@ def _wrong_exceptions(rule: HardwareRule) -> Iterator[Problem]:
 def _wrong_rest(rule: HardwareRule) -> Iterator[Problem]:
     for key in ("weight_bits", "activation_bits"):
         widths = getattr(rule, key)
-        if not widths or not all(2 <= width <= 16 for width in widths):
-            yield Problem((key,), f"{list(widths)}: give widths of 2 to 16.")
+        if not widths or not all(width in WIDTHS for width in widths):
+            yield Problem((key,), f"{list(widths)}: widths are 2 to 8, and 16.")
     if not 16 <= rule.bias_bits <= 32:
         yield Problem(("bias_bits",), f"bias_bits = {rule.bias_bits}. Widths are 16 to 32.")
 

@@ -138,7 +138,7 @@ def test_high_precision_output_stays_float():
         ("weight.bits", "not of the form"),
         ("weights.bits=4", "unknown selector 'weights'"),
         ("weight.bit=4", "unknown key 'bit'"),
-        ("weight.bits=99", "Widths are 2 to 16"),
+        ("weight.bits=99", "Widths are 2 to 8, and 16"),
         ("weight.bits=four", "Expected `int`"),
         ("op.bits=4", "unknown selector 'op'"),
         ("name:[.bits=4", "not a regular expression"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from onnxqat.errors import RuleError
-from onnxqat.rules import bundled_rules, load_rule
+from onnxqat.rules import bundled_rules, describe_rule, json_schema, load_rule, validate_rule
 
 SMALL = """
 name = "small"
@@ -52,7 +52,7 @@ def test_own_rule_and_extension(tmp_path):
         (('inputs = "a"', 'inputs = "b"'), r"\[ops.Conv\]: inputs names spec 'b'"),
         (('name = "small"', ""), "missing required field `name`"),
         (('"from_range"', '"sometimes"'), "sometimes"),
-        (('signedness = "from_range"', "bits = 40"), "Widths are 2 to 16"),
+        (('signedness = "from_range"', "bits = 40"), "Widths are 2 to 8, and 16"),
         (('signedness = "from_range"', "min_range = 0.0"), "Give > 0"),
         (("from_range", 'from_range", symmetric = false, axis = "none'), "asymmetric"),
         (("[specs]", "[specs"), "not valid TOML"),
@@ -71,3 +71,67 @@ def test_unknown_name_suggests_and_missing_file_says_so(tmp_path):
         load_rule("sophgo-bm1684")
     with pytest.raises(RuleError, match="cannot be read"):
         load_rule(str(tmp_path / "none.toml"))
+
+
+WRONG = """name = "wrong"
+vendor = "nobody"
+summary = "for tests"
+sources = ["none"]
+weight_bits = [9]
+activation_bits = [8]
+fuse = [["Conv", "Reluu"]]
+[specs]
+a = { bitz = 4 }
+b = { symmetric = false, signedness = "from_range" }
+
+[specs.c]
+bits = 40
+[ops]
+Conv = { inputs = "a", outputs = "d" }
+Cnov = { inputs = "a" }
+[[exceptions]]
+op = ["Conv"]
+float = "because"
+[[exceptions]]
+op = ["Conv"]
+kernel = 3
+"""
+
+
+def test_validation_names_every_mistake_with_its_line(tmp_path):
+    path = tmp_path / "wrong.toml"
+    path.write_text(WRONG)
+
+    assert validate_rule(str(path)) == [
+        f"{path}:9 [specs.a]: Object contains unknown field `bitz`. Did you mean 'bits'?",
+        f"{path}:20 [exceptions.1]: Expected `array | null`, got `int` - at `kernel`.",
+    ]
+    advice = "Set signedness to 'signed' or 'unsigned'."
+    path.write_text(WRONG.replace("bitz", "bits").replace("kernel = 3", 'unsupported = ""'))
+
+    assert validate_rule(str(path)) == [
+        f"{path}:10 [specs.b]: an asymmetric spec has a fixed signedness. {advice}",
+        f"{path}:12 [specs.c]: bits = 40. Widths are 2 to 8, and 16.",
+        f"{path}:15 [ops.Conv]: outputs names spec 'd', which is not defined. Defined: a, b, c.",
+        f"{path}:16 [ops.Cnov]: 'Cnov' is not an op type of ONNX. Did you mean 'Conv'?",
+        f"{path}:7 [fuse]: 'Reluu' is not an op type of ONNX. Did you mean 'Relu'?",
+        f"{path}:5 [weight_bits]: [9]: widths are 2 to 8, and 16.",
+    ]
+
+
+@pytest.mark.parametrize("name", bundled_rules())
+def test_bundled_rule_is_valid_and_described(name):
+    assert validate_rule(name) == []
+
+    text = describe_rule(load_rule(name))
+    assert text.startswith(f"{name}: ")
+    assert "source: " in text
+
+
+def test_schema_knows_the_keys_of_rule_files():
+    schema = json_schema()
+    rule = schema["$defs"]["HardwareRule"]["properties"]
+
+    assert {"extends", "specs", "ops", "float", "unsupported", "exceptions"} <= rule.keys()
+    assert "float" in schema["$defs"]["RuleException"]["properties"]
+    assert schema["$defs"]["RuleSpec"]["additionalProperties"] is False

@@ -1,0 +1,104 @@
+"""The commands that look at rules and plans, and make nothing: check, rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import plan_document, planned, print_result
+from onnxqat.options import json_option, rule_options
+
+if TYPE_CHECKING:
+    from onnxqat.plan import Skip
+
+__all__ = ["check", "rules"]
+
+
+@click.command()
+@click.argument("model")
+@rule_options
+@json_option
+def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
+          as_json: bool) -> None:  # fmt: skip
+    """Say what of MODEL the chip cannot run, or runs in float, and why."""
+    from onnxqat.model import load_model
+
+    _, plan = planned(load_model(model), rules, overrides, overrides_file)
+    unsupported = sum(skip.unsupported for skip in plan.skips)
+    if as_json:
+        click.echo(json.dumps({**plan_document(plan), "schema": "onnxqat.check/1"}, indent=2))
+    else:
+        _print_skips(plan.skips)
+        click.echo(
+            f"{len(plan.grid_points())} tensors quantized; {len(plan.skips) - unsupported} nodes "
+            f"in float, {unsupported} unsupported"
+        )
+    if unsupported:
+        raise click.ClickException(f"{unsupported} nodes cannot run on {plan.rule}.")
+
+
+def _print_skips(skips: Iterable[Skip]) -> None:
+    """Print one line for each op type and reason, the unsupported ones first."""
+    groups: dict[tuple[bool, str, str], list[str]] = {}
+    for skip in skips:
+        groups.setdefault((not skip.unsupported, skip.op_type, skip.reason), []).append(skip.node)
+    rows = [("verdict", "op", "nodes", "first", "why")]
+    for (is_float, op_type, reason), names in sorted(groups.items()):
+        verdict = "float" if is_float else "unsupported"
+        rows.append((verdict, op_type, str(len(names)), names[0], reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows if len(rows) > 1 else ():
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+        click.echo("  ".join((*cells, row[4])))
+
+
+@click.group()
+def rules() -> None:
+    """Show and validate hardware rules."""
+
+
+@rules.command("list")
+@json_option
+def rules_list(as_json: bool) -> None:
+    """List the bundled rules."""
+    from onnxqat.rules import bundled_rules, load_rule
+
+    found = [load_rule(name) for name in bundled_rules()]
+    entries = [{"name": r.name, "vendor": r.vendor, "summary": r.summary} for r in found]
+    document = {"schema": "onnxqat.rules/1", "rules": entries}
+    print_result(document, as_json, [(r.name, r.summary) for r in found])
+
+
+@rules.command("show")
+@click.argument("name")
+def rules_show(name: str) -> None:
+    """Print what a rule says, and where it was read."""
+    from onnxqat.rules import describe_rule, load_rule
+
+    click.echo(describe_rule(load_rule(name)))
+
+
+@rules.command("validate")
+@click.argument("file")
+@json_option
+def rules_validate(file: str, as_json: bool) -> None:
+    """Say everything that is wrong in a rule FILE: line, key and advice."""
+    from onnxqat.rules import validate_rule
+
+    problems = validate_rule(file)
+    document: dict[str, Any] = {"schema": "onnxqat.rules-validate/1", "problems": problems}
+    rows = [("wrong", text) for text in problems] or [("valid", file)]
+    print_result(document, as_json, rows)
+    if problems:
+        raise click.ClickException(f"{len(problems)} problems in {file}.")
+
+
+@rules.command("schema")
+def rules_schema() -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    from onnxqat.rules import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))

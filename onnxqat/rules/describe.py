@@ -1,0 +1,86 @@
+"""Say in words what a rule says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from onnxqat.rules.schema import HardwareRule, OpRule, RuleException, RuleSpec
+
+__all__ = ["describe_rule"]
+
+
+def describe_rule(rule: HardwareRule) -> str:
+    """Return what a person needs to know about a chip, as lines of text."""
+    return "\n".join(_lines(rule))
+
+
+def _lines(rule: HardwareRule) -> Iterator[str]:
+    yield f"{rule.name}: {rule.summary}"
+    yield f"vendor: {rule.vendor}"
+    yield f"weights: {_listed(rule.weight_bits)}"
+    yield f"activations: {_listed(rule.activation_bits)}"
+    bias = f"int{rule.bias_bits}, scale_x * scale_w" if rule.bias == "int32" else "float"
+    yield f"bias: {bias}"
+    yield f"graph outputs: {rule.graph_outputs}"
+    yield f"calibration table: {rule.table or 'none'}"
+    yield from (f"note: {text}" for text in rule.notes)
+    yield "specs:"
+    yield from (f"  {name}: {_spec(spec)}" for name, spec in rule.specs.items())
+    yield "ops:"
+    yield from (f"  {', '.join(names)}: {table}" for table, names in _same_tables(rule).items())
+    if rule.fuse:
+        yield "run as one: " + ", ".join("+".join(chain) for chain in rule.fuse)
+    if rule.split:
+        yield "run one by one: the parts of " + ", ".join(rule.split)
+    yield from (f"float: {op}: {why}" for op, why in rule.kept_float.items())
+    yield from (f"unsupported: {op}: {why}" for op, why in rule.unsupported.items())
+    yield from (f"exception: {_exception(e)}" for e in rule.exceptions)
+    yield "every other op stays float"
+    yield from (f"source: {text}" for text in rule.sources)
+
+
+def _listed(widths: tuple[int, ...]) -> str:
+    return " or ".join(map(str, widths)) + " bits"
+
+
+def _spec(spec: RuleSpec) -> str:
+    kind = {"signed": "signed", "unsigned": "unsigned", "from_range": "signed or unsigned by range"}
+    words = [f"{spec.bits} bits", kind[spec.signedness]]
+    words.append("symmetric" if spec.symmetric else "asymmetric")
+    words.append("per output channel" if spec.axis == "channel" else "per-tensor")
+    words += ["narrow range"] if spec.narrow_range else []
+    words += ["power-of-two scale"] if spec.power_of_two else []
+    words += [f"fixed range {list(spec.fixed_range)}"] if spec.fixed_range else []
+    words += [f"at least {spec.min_range:g} wide"] if spec.min_range > 1e-12 else []
+    return ", ".join(words)
+
+
+def _same_tables(rule: HardwareRule) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, op in rule.ops.items():
+        found.setdefault(_op(op), []).append(name)
+    return found
+
+
+def _op(op: OpRule) -> str:
+    words = [f"{k} {v}" for k in ("inputs", "weight", "outputs") if (v := getattr(op, k))]
+    words += ["reads the skip side only"] if op.reads == "residual" else []
+    words += [f"parameters {op.parameters}"] if op.parameters != "own" else []
+    return ", ".join(words)
+
+
+def _exception(exception: RuleException) -> str:
+    given = msgspec.structs.asdict(exception)
+    ops = ", ".join(given.pop("op"))
+    changes, kept_float = given.pop("changes"), given.pop("kept_float")
+    unsupported = given.pop("unsupported")
+    attributes = given.pop("attributes")
+    where = [f"{k} {v}" for k, v in {**given, **attributes}.items() if v is not None]
+    if changes is not None:
+        fields = msgspec.structs.asdict(changes).items()
+        effect = ", ".join(f"{k} {v}" for k, v in fields if v is not None)
+    else:
+        effect = f"float: {kept_float}" if kept_float else f"unsupported: {unsupported}"
+    return f"{ops} with {', '.join(where)}: {effect}"
