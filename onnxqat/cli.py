@@ -6,6 +6,7 @@ an error or a check that said no, 2 is wrong usage, 130 is an interruption.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from typing import Any
@@ -18,6 +19,9 @@ from onnxqat.errors import OnnxQatError
 __all__ = ["main"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# A graph is hundreds of thousands of objects that all live on: looking through them for garbage
+# after every 700 new ones took a third of `insert` on 5,000 nodes.
+GARBAGE_THRESHOLD = 200_000
 
 
 class _UsageLineError(click.ClickException):
@@ -60,6 +64,7 @@ def _one_line(text: str) -> str:
 @click.option("-v", "--verbose", count=True, help="Say more; twice shows tracebacks.")
 def main(verbose: int) -> None:
     """Quantization-aware training for an exported ONNX model."""
+    gc.set_threshold(GARBAGE_THRESHOLD)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
