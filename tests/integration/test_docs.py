@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from onnxqat.overrides import read_overrides
 from onnxqat.rules import load_rule
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,8 @@ def commands(page: str) -> list[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_of_a_page_run_in_order(page, tmp_path):
     (tmp_path / "models").symlink_to(ROOT / "models")
+    for text in blocks(page, "toml")[:1]:  # the rule file that the page writes
+        (tmp_path / "my-chip.toml").write_text(text)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands(page):
         result = subprocess.run(
@@ -43,11 +46,22 @@ def test_commands_of_a_page_run_in_order(page, tmp_path):
         assert result.returncode == 0, f"{command}\n{result.stderr}"
 
 
-def test_rule_file_in_the_docs_loads(tmp_path):
+@pytest.mark.parametrize("page", ["docs/rules.md", "docs/add-a-chip.md"])
+def test_rule_file_in_the_docs_loads(page, tmp_path):
     path = tmp_path / "my-chip.toml"
-    path.write_text(blocks("docs/rules.md", "toml")[0])
+    path.write_text(blocks(page, "toml")[0])
 
     assert load_rule(str(path)).name == "my-chip"
+
+
+def test_overrides_file_in_the_docs_is_read(tmp_path):
+    path = tmp_path / "my-overrides.toml"
+    path.write_text(blocks("docs/rules.md", "toml")[1])
+
+    assert [str(o) for o in read_overrides(path)] == [
+        "weight.bits=4",
+        "name:/classifier/.*.quantize=false",
+    ]
 
 
 def test_python_in_the_readme_runs(tmp_path):
