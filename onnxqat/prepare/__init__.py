@@ -16,8 +16,10 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
+from onnxqat.prepare.branches import inline_branches
 from onnxqat.prepare.constants import lift_constants, read_typed_weights
-from onnxqat.prepare.folding import fold_constants
+from onnxqat.prepare.folding import fold_constants, fold_shapes
+from onnxqat.prepare.functions import inline_functions
 from onnxqat.prepare.names import name_nodes
 from onnxqat.prepare.opset import upgrade_opset
 from onnxqat.prepare.order import sort_nodes
@@ -39,7 +41,9 @@ PASSES: tuple[Callable[[gs.Graph], int], ...] = (
     remove_unused,  # a consumer without effect does not keep anything from being folded
     lift_constants,
     remove_passthroughs,
+    fold_shapes,
     fold_constants,
+    inline_branches,
     infer_shapes,
     make_pads_explicit,
     fold_batchnorms,
@@ -72,7 +76,7 @@ def prepare(model: Model) -> Model:
         The graph has a cycle, its types contradict each other, or its opset is below 13 and
         cannot be upgraded without changing its outputs.
     """
-    prepared = upgrade_opset(model).copy()
+    prepared = upgrade_opset(inline_functions(model)).copy()
     rest = prepared.rest
     changed = True
     while changed:

@@ -8,7 +8,6 @@ size fits in the message that the inference is given. Values within subgraphs ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +15,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
+from onnxqat.model import weights_left_out
+from onnxqat.preserve import replace_messages
 
-__all__ = ["infer_shapes"]
+__all__ = ["infer_shapes", "reliable_shapes"]
 
 # Larger initializers are weights; smaller ones may be shapes, whose values matter.
 MAX_ELEMENTS = 1024
@@ -33,10 +34,7 @@ def infer_shapes(graph: gs.Graph) -> int:
     ModelError
         onnx refuses the graph: it has, for example, a node with too few inputs.
     """
-    try:
-        inferred = onnx.shape_inference.infer_shapes(_typed_skeleton(graph), data_prop=True).graph
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"{graph.name}: shapes cannot be inferred ({error}).") from error
+    inferred = _inferred(_skeleton(graph))
     names = _dimension_names(graph)
     tensors = graph.tensors()
     changed = 0
@@ -47,15 +45,45 @@ def infer_shapes(graph: gs.Graph) -> int:
     return changed
 
 
-def _typed_skeleton(graph: gs.Graph) -> onnx.ModelProto:
-    proto: onnx.ModelProto = gs.export_onnx(graph)
-    initializers = proto.graph.initializer
-    for index in reversed(range(len(initializers))):
-        tensor = initializers[index]
-        if math.prod(tensor.dims) > MAX_ELEMENTS:
+def reliable_shapes(graph: gs.Graph) -> dict[str, list[Dimension]]:
+    """Return the shapes that follow from the inputs and initializers alone, by name.
+
+    A name or None stands for a size that does not.
+    """
+    proto = _skeleton(graph)
+    del proto.graph.value_info[:]
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = _inferred(proto)
+    return {
+        value.name: [_size(d) for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _size(dimension: onnx.TensorShapeProto.Dimension) -> Dimension:
+    return int(dimension.dim_value) if dimension.HasField("dim_value") else None
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        name = proto.graph.name
+        raise ModelError(f"{name}: shapes cannot be inferred ({error}).") from error
+
+
+def _skeleton(graph: gs.Graph) -> onnx.ModelProto:
+    """Return the graph with large initializers as inputs."""
+    with weights_left_out(graph, MAX_ELEMENTS) as left_out:
+        proto: onnx.ModelProto = gs.export_onnx(graph)
+    stay = [tensor for tensor in proto.graph.initializer if tensor.name not in left_out]
+    for tensor in proto.graph.initializer:
+        if tensor.name in left_out:
             typed = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             proto.graph.input.append(typed)
-            del initializers[index]
+    replace_messages(proto.graph.initializer, stay)
     return proto
 
 

@@ -10,6 +10,7 @@ ORDER = [
     "files",
     "qparams",
     "preserve",
+    "versions",
     "model",
     "runtime",
     "rules",
