@@ -142,7 +142,9 @@ def _restore_scopes(
                     own.append(tensor)
             local = {name for node in subgraph.node for name in node.output}
             replace_messages(subgraph.initializer, own)
-            replace_messages(subgraph.value_info, [v for v in subgraph.value_info if v.name in local])
+            replace_messages(
+                subgraph.value_info, [v for v in subgraph.value_info if v.name in local]
+            )
             if not subgraph.doc_string:
                 subgraph.ClearField("doc_string")
             inner = scope.new_child({tensor.name: tensor for tensor in subgraph.initializer})

@@ -3,9 +3,9 @@
 onnxruntime-training 1.19.2 reads IR versions up to 10 and opsets 7 to 21. A newer model is read as
 opset 21 where every node means the same there: its operator did not change, or changed only in the
 types it takes and in attributes and inputs that the node does not use. A new attribute's default
-is what the operator did before; the operators that changed otherwise (Softmax 13, Clip 11) changed a
-default or an input with it, which shows in the schemas of ``onnx.defs``. The texts of opsets 22 to
-28 were compared with those of 21 by hand.
+is what the operator did before; the operators that changed otherwise (Softmax 13, Clip 11) changed
+a default or an input with it, which shows in the schemas of ``onnx.defs``. The texts of opsets 22
+to 28 were compared with those of 21 by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from onnx.defs import OpSchema, SchemaError
 from onnxqat.errors import ModelError
 from onnxqat.preserve import all_nodes
 
-__all__ = ["MAX_IR_VERSION", "MAX_OPSET", "MIN_OPSET", "changed_node", "default_opset", "readable_opset"]
+__all__ = [
+    "MAX_IR_VERSION",
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "changed_node",
+    "default_opset",
+    "readable_opset",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +75,9 @@ def _check_lowers(nodes: Iterable[onnx.NodeProto], opset: int, name: str) -> Non
         )
 
 
-def changed_node(nodes: Iterable[onnx.NodeProto], source: int, target: int) -> onnx.NodeProto | None:
+def changed_node(
+    nodes: Iterable[onnx.NodeProto], source: int, target: int
+) -> onnx.NodeProto | None:
     """Return the first node that does not mean the same in both opsets, if there is one."""
     for node in all_nodes(nodes):
         if node.domain in ("", "ai.onnx") and not _same_meaning(node, source, target):

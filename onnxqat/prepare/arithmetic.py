@@ -36,7 +36,7 @@ def _is_exact(values: Array) -> bool:
     return values.dtype.kind in "iub" or values.dtype == np.float32
 
 
-def _elementwise(function: Callable[..., Array]) -> Evaluator:
+def _elementwise(function: Callable[..., Array | None]) -> Evaluator:
     """Return an evaluator that broadcasts, and keeps the inputs' type."""
 
     def evaluate(_: gs.Node, inputs: list[Array]) -> Array | None:
@@ -85,7 +85,7 @@ def _cast(node: gs.Node, inputs: list[Array]) -> Array | None:
     if target.isbuiltin != 1 or target.kind not in "fiub" or "saturate" in node.attrs:
         return None
     if target.kind == "b":
-        return values != 0
+        return np.not_equal(values, 0)
     if source.kind == "f" and target.kind in "iu":
         return _truncated(values, target)
     rounds_once = target.itemsize > 2 or source == np.float32 or source.itemsize <= 2
@@ -108,7 +108,7 @@ def _range(_: gs.Node, inputs: list[Array]) -> Array | None:
     # of floats, runtimes add up delta
     if inputs[0].dtype.kind not in "iu" or (int(limit) - int(start)) / int(delta) > 2**20:
         return None
-    return np.arange(start, limit, delta, dtype=inputs[0].dtype)
+    return np.asarray(np.arange(int(start), int(limit), int(delta)), inputs[0].dtype)
 
 
 def _size(_: gs.Node, inputs: list[Array]) -> Array:

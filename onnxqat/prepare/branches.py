@@ -72,7 +72,11 @@ def _rename(branch: gs.Graph, names: dict[str, str]) -> None:
     """Rename tensors of the branch, also where graphs within it read them."""
     found: dict[int, gs.Tensor] = {}
     for graph in (branch, *branch.subgraphs(recursive=True)):
-        for tensors in (graph.inputs, graph.outputs, *((*n.inputs, *n.outputs) for n in graph.nodes)):
+        for tensors in (
+            graph.inputs,
+            graph.outputs,
+            *((*n.inputs, *n.outputs) for n in graph.nodes),
+        ):
             found.update((id(tensor), tensor) for tensor in tensors if tensor.name in names)
     for tensor in found.values():
         tensor.name = names[tensor.name]

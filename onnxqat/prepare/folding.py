@@ -74,7 +74,7 @@ def _evaluate(node: gs.Node, inputs: list[Array | None]) -> list[Array]:
 
 
 def fold_shapes(graph: gs.Graph) -> int:
-    """Replace Shape, and Gather and Slice of a Shape, where the sizes are known; return how many."""
+    """Replace Shape, and Gather and Slice of one, where the sizes are known; return how many."""
     shapes = [node for node in graph.nodes if is_op(node, "Shape")]
     if not shapes:
         return 0
@@ -104,4 +104,4 @@ def _partial(node: gs.Node, values: Array) -> Array | None:
 
 
 def _is_known(sizes: Array | None) -> bool:
-    return sizes is not None and all(isinstance(s, int) for s in np.asarray(sizes).reshape(-1))
+    return sizes is not None and all(s is not None for s in sizes.reshape(-1).tolist())

@@ -62,7 +62,8 @@ def _gather(node: gs.Node, inputs: list[Array]) -> Array | None:
 
 
 def _slice(_: gs.Node, inputs: list[Array]) -> Array:
-    data, starts, ends, axes, steps = (*inputs, None, None)[:5]
+    data, starts, ends = inputs[:3]
+    axes, steps = [*inputs[3:], None, None][:2]
     chosen = range(starts.size) if axes is None else axes.tolist()
     strides = [1] * starts.size if steps is None else steps.tolist()
     key = [slice(None)] * data.ndim

@@ -214,6 +214,7 @@ def test_static_shapes_are_folded() -> None:
     [
         pytest.param("s=Shape(x) y=Gather(s, i)", 1, id="graph-output"),
         pytest.param("s=Shape(x) c=Gather(s, i) y=Neg(c)", 0, id="gather"),
+        pytest.param("s=Shape(x) c=Gather(s, k) y=Unsqueeze(c, j)", 0, id="gather-scalar"),
         pytest.param("s=Shape(x) c=Slice(s, one, two) y=Neg(c)", 0, id="slice"),
         pytest.param("s=Shape<start=3>(x) y=Neg(s)", 0, id="start"),
         pytest.param("s=Shape<start=-3, end=2>(x) y=Neg(s)", 0, id="start-end"),
@@ -223,8 +224,8 @@ def test_static_shapes_are_folded() -> None:
 )
 def test_what_is_known_of_a_shape_is_folded(body: str, shapes: int) -> None:
     model = parse(
-        "g (float[N,3,H,8] x) => (int64[k] y) <int64[2] i = {1,3}, int64[1] j = {0}, "
-        f"int64[1] one = {{1}}, int64[1] two = {{2}}> {{ {body} }}"
+        "g (float[N,3,H,8] x) => (int64[m] y) <int64[2] i = {1,3}, int64[1] j = {0}, "
+        f"int64 k = {{1}}, int64[1] one = {{1}}, int64[1] two = {{2}}> {{ {body} }}"
     )
     before = to_proto(model)
 
