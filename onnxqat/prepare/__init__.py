@@ -17,11 +17,11 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
 from onnxqat.prepare.branches import inline_branches
-from onnxqat.prepare.constants import lift_constants, read_typed_weights
+from onnxqat.prepare.constants import lift_constants, read_typed_weights, refuse_sparse
 from onnxqat.prepare.folding import fold_constants, fold_shapes
 from onnxqat.prepare.functions import inline_functions
 from onnxqat.prepare.names import name_nodes
-from onnxqat.prepare.opset import upgrade_opset
+from onnxqat.prepare.opset import MIN_TARGET, upgrade_opset
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.padding import make_pads_explicit
 from onnxqat.prepare.passthrough import remove_passthroughs
@@ -50,19 +50,21 @@ PASSES: tuple[Callable[[gs.Graph], int], ...] = (
 )
 
 
-def prepare(model: Model) -> Model:
+def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     """Return the canonical form of a float model.
 
     Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
     no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
     known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
     shape where these can be inferred. Names of inputs, outputs and of values that are still
-    there are unchanged; dynamic dimensions stay dynamic. An opset below 13 becomes 13.
+    there are unchanged; dynamic dimensions stay dynamic.
 
     Parameters
     ----------
     model : Model
         A float model; not changed.
+    opset : int
+        The lowest opset of the result, 13 to 21: int16 QuantizeLinear needs 21.
 
     Returns
     -------
@@ -73,11 +75,12 @@ def prepare(model: Model) -> Model:
     Raises
     ------
     ModelError
-        The graph has a cycle, its types contradict each other, or its opset is below 13 and
-        cannot be upgraded without changing its outputs.
+        The graph has a cycle, its types contradict each other, its weights are sparse, a function
+        cannot be inlined, or the opset cannot be upgraded without changing the outputs.
     """
-    prepared = upgrade_opset(inline_functions(model)).copy()
+    prepared = upgrade_opset(inline_functions(model), opset).copy()
     rest = prepared.rest
+    refuse_sparse(prepared.graph, model.name)
     changed = True
     while changed:
         changed = False
