@@ -78,7 +78,8 @@ def fold_shapes(graph: gs.Graph) -> int:
     shapes = [node for node in graph.nodes if is_op(node, "Shape")]
     if not shapes:
         return 0
-    pinned, known = pinned_names(graph), reliable_shapes(graph)
+    pinned = pinned_names(graph)
+    known = reliable_shapes(graph, {node.inputs[0].name for node in shapes})
     folded: list[gs.Node] = []
     for node in shapes:
         sizes = known.get(node.inputs[0].name)

@@ -1,4 +1,4 @@
-"""Upgrade a model below the opset that is wanted: 13, where per-axis QuantizeLinear begins, or above.
+"""Upgrade a model to the opset that is wanted: 13, where per-axis QuantizeLinear begins, or above.
 
 Where every node means the same in both opsets, only the version changes. Otherwise onnx's own
 version converter does the work; what it is known to get wrong is mended after it::

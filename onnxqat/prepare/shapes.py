@@ -8,7 +8,7 @@ size fits in the message that the inference is given. Values within subgraphs ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import onnx
@@ -45,25 +45,19 @@ def infer_shapes(graph: gs.Graph) -> int:
     return changed
 
 
-def reliable_shapes(graph: gs.Graph) -> dict[str, list[Dimension]]:
-    """Return the shapes that follow from the inputs and initializers alone, by name.
-
-    A name or None stands for a size that does not.
-    """
+def reliable_shapes(graph: gs.Graph, names: Container[str]) -> dict[str, list[int | None]]:
+    """Return the shapes of some values, as far as inputs and initializers alone decide them."""
     proto = _skeleton(graph)
     del proto.graph.value_info[:]
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = _inferred(proto)
     return {
-        value.name: [_size(d) for d in value.type.tensor_type.shape.dim]
+        value.name: [int(d.dim_value) if d.HasField("dim_value") else None for d in shape.dim]
         for value in (*inferred.input, *inferred.value_info, *inferred.output)
-        if value.type.tensor_type.HasField("shape")
+        if value.name in names and value.type.tensor_type.HasField("shape")
+        for shape in [value.type.tensor_type.shape]
     }
-
-
-def _size(dimension: onnx.TensorShapeProto.Dimension) -> Dimension:
-    return int(dimension.dim_value) if dimension.HasField("dim_value") else None
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
