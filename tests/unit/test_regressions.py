@@ -39,9 +39,11 @@ LAYERS = {
     ),
     "auto-pad": (
         "float[N,4,9,7] x",
-        'a=Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w) '
-        'b=MaxPool<auto_pad="SAME_LOWER", kernel_shape=[2,2], strides=[2,2]>(a) '
-        'y=ConvTranspose<auto_pad="SAME_UPPER", strides=[2,2]>(b, v)',
+        (
+            'a=Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w) '
+            'b=MaxPool<auto_pad="SAME_LOWER", kernel_shape=[2,2], strides=[2,2]>(a) '
+            'y=ConvTranspose<auto_pad="SAME_UPPER", strides=[2,2]>(b, v)'
+        ),
         {"w": (6, 4, 3, 3), "v": (6, 2, 3, 3)},
         "wv",
     ),
