@@ -24,7 +24,7 @@ from onnx import helper
 
 from onnxqat.runtime import open_session
 
-__all__ = ["ARITHMETIC"]
+__all__ = ["ARITHMETIC", "dequantize_constant"]
 
 Array = NDArray[Any]
 Evaluator = Callable[[gs.Node, list[Array]], Array | None]
@@ -129,7 +129,7 @@ def _reduction(function: Callable[..., Array]) -> Evaluator:
     return evaluate
 
 
-def _dequantize(node: gs.Node, inputs: list[Array]) -> Array | None:
+def dequantize_constant(node: gs.Node, inputs: list[Array]) -> Array | None:
     """Return (q - zero_point) * scale, rounded once (onnx__DequantizeLinear.html)."""
     quantized, scale = inputs[:2]
     if scale.dtype != np.float32 or node.attrs.get("block_size", 0) or scale.ndim > 1:
@@ -166,7 +166,7 @@ ARITHMETIC: dict[str, Any] = {
     "Add": _elementwise(np.add),
     "And": _elementwise(np.logical_and),
     "Cast": _cast,
-    "DequantizeLinear": _dequantize,
+    "DequantizeLinear": dequantize_constant,
     "Div": _elementwise(_divide),
     "Equal": _elementwise(np.equal),
     "Greater": _elementwise(np.greater),

@@ -18,6 +18,7 @@ ORDER = [
     "overrides",
     "plan",
     "insert",
+    "foreign",
     "data",
     "settings",
     "calibrate",
