@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 # Initializers may be absent from the graph's inputs since this IR version.
 MIN_IR_VERSION = 4
 
-PASSES: tuple[Callable[[gs.Graph], int], ...] = (
+_QUICK: tuple[Callable[[gs.Graph], int], ...] = (
     name_nodes,  # first, so that what later passes name after a node is unique
     sort_nodes,  # later passes see a producer before its consumers
     remove_unused,  # a consumer without effect does not keep anything from being folded
     lift_constants,
     remove_passthroughs,
-    fold_shapes,
     fold_constants,
     inline_branches,
-    infer_shapes,
-    make_pads_explicit,
     fold_batchnorms,
 )
+# These export the graph; they run when the others have nothing left to do.
+_COSTLY: tuple[Callable[[gs.Graph], int], ...] = (fold_shapes, infer_shapes, make_pads_explicit)
+PASSES = (*_QUICK, *_COSTLY)
 
 
 def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
@@ -81,17 +81,22 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     prepared = upgrade_opset(inline_functions(model), opset).copy()
     rest = prepared.rest
     refuse_sparse(prepared.graph, model.name)
-    changed = True
-    while changed:
-        changed = False
-        for apply in PASSES:
-            changes = apply(prepared.graph)
-            logger.debug("%s: %d changes", apply.__name__, changes)
-            changed |= changes > 0
+    _settle(prepared.graph)
     read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
     prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})
     return prepared
+
+
+def _settle(graph: gs.Graph) -> None:
+    """Run the passes until none finds anything to do."""
+    while True:
+        changes = {apply.__name__: apply(graph) for apply in _QUICK}
+        if not any(changes.values()):
+            changes = {apply.__name__: apply(graph) for apply in _COSTLY}
+            if not any(changes.values()):
+                return
+        logger.debug("changes: %s", changes)
 
 
 def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:

@@ -76,6 +76,10 @@ def _slice(_: gs.Node, inputs: list[Array]) -> Array:
     return data[tuple(key)]
 
 
+def _shape(node: gs.Node, inputs: list[Array]) -> Array:
+    return np.array(inputs[0].shape, np.int64)[node.attrs.get("start", 0) : node.attrs.get("end")]
+
+
 def _split(node: gs.Node, inputs: list[Array]) -> list[Array] | None:
     if len(inputs) < 2:
         return None
@@ -122,6 +126,7 @@ MOVEMENT: dict[str, Any] = {
     "Flatten": _flatten,
     "Gather": _gather,
     "Reshape": _reshape,
+    "Shape": _shape,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,

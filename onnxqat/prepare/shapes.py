@@ -16,7 +16,6 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
 from onnxqat.model import weights_left_out
-from onnxqat.preserve import replace_messages
 
 __all__ = ["infer_shapes", "reliable_shapes"]
 
@@ -69,15 +68,8 @@ def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
 
 
 def _skeleton(graph: gs.Graph) -> onnx.ModelProto:
-    """Return the graph with large initializers as inputs."""
-    with weights_left_out(graph, MAX_ELEMENTS) as left_out:
+    with weights_left_out(graph, MAX_ELEMENTS):
         proto: onnx.ModelProto = gs.export_onnx(graph)
-    stay = [tensor for tensor in proto.graph.initializer if tensor.name not in left_out]
-    for tensor in proto.graph.initializer:
-        if tensor.name in left_out:
-            typed = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            proto.graph.input.append(typed)
-    replace_messages(proto.graph.initializer, stay)
     return proto
 
 

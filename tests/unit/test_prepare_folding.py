@@ -79,6 +79,7 @@ FOLDED = {
     "and": ("And", [INTEGERS > 0, DIVISORS > 0], {}),
     "not": ("Not", [INTEGERS > 0], {}),
     "range": ("Range", [np.array(3), np.array(-9), np.array(-4)], {}),
+    "shape": ("Shape", [WEIGHTS[None]], {"start": -2, "end": -1}),
     "size": ("Size", [WEIGHTS], {}),
     "reduce-product": ("ReduceProd", [INTEGERS], {"axes": [0], "keepdims": 0}),
     "reduce-sum": ("ReduceSum", [INTEGERS, ints(-1)], {}),
