@@ -92,11 +92,9 @@ def _settle(graph: gs.Graph) -> None:
     """Run the passes until none finds anything to do."""
     while True:
         changes = {apply.__name__: apply(graph) for apply in _QUICK}
-        if not any(changes.values()):
-            changes = {apply.__name__: apply(graph) for apply in _COSTLY}
-            if not any(changes.values()):
-                return
         logger.debug("changes: %s", changes)
+        if not any(changes.values()) and not any(apply(graph) for apply in _COSTLY):
+            return
 
 
 def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:
