@@ -26,9 +26,11 @@ from onnxqat.prepare.editing import remove_nodes
 from onnxqat.qparams import QuantParams, quantized_range
 
 __all__ = [
+    "OPSET_OF_16_BITS",
     "State",
     "forget_plan",
     "insert",
+    "needs_16_bits",
     "plan_of",
     "read_params",
     "state_of",
@@ -37,8 +39,14 @@ __all__ = [
     "with_params",
 ]
 
+OPSET_OF_16_BITS = 21  # https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 State = Literal["uncalibrated", "calibrated", "finetuned"]
 PLAN_KEY, STATE_KEY, SOURCE_KEY = "onnxqat.plan", "onnxqat.state", "onnxqat.source"
+
+
+def needs_16_bits(plan: QuantPlan) -> bool:
+    """Return whether a plan has points that QuantizeLinear writes as 16 bits."""
+    return any(point.spec.bits > 8 for point in plan.grid_points())
 
 
 def plan_of(model: Model) -> QuantPlan:
@@ -99,6 +107,11 @@ def insert(
     """
     if PLAN_KEY in model.metadata:
         raise ModelError(f"{model.name}: already holds a quantization plan. Strip it first.")
+    if needs_16_bits(plan) and model.graph.opset < OPSET_OF_16_BITS:
+        raise PlanError(
+            f"{model.name}: the plan has 16-bit points, which QuantizeLinear of opset "
+            f"{model.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, plan again."
+        )
     result = model.copy()
     _Inserter(result.graph, plan, params).run()
     result.metadata |= {

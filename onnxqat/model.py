@@ -12,7 +12,9 @@ Functions are put back whole: no stage may edit the body of one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,25 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxqat.errors import ModelError
 from onnxqat.files import atomic_output
 from onnxqat.preserve import all_nodes, restore, subgraphs, without_weights
+from onnxqat.versions import MAX_IR_VERSION, MAX_OPSET, readable_opset
 
-__all__ = ["Model", "constant", "from_proto", "load_model", "save_model", "to_proto"]
+__all__ = [
+    "Model",
+    "constant",
+    "from_proto",
+    "load_model",
+    "save_model",
+    "to_proto",
+    "weights_left_out",
+]
 
-# onnxruntime-training 1.19.2 reads IR <= 10 and opsets 7 to 21; `prepare` upgrades those below 13.
-MAX_IR_VERSION = 10
-MIN_OPSET, MAX_OPSET = 7, 21
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_SUBGRAPH_DEPTH = 32
 
@@ -95,8 +105,8 @@ def load_model(path: str | Path) -> Model:
     Raises
     ------
     ModelError
-        Missing or not an ONNX file, an opset or IR version outside what onnxruntime-training
-        reads, or external data outside of the model's folder.
+        Missing or not an ONNX file, an opset that `onnxqat.versions` cannot make readable, or
+        external data outside of the model's folder.
     """
     path = Path(path)
     try:
@@ -150,7 +160,7 @@ def _stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     """Wrap a model that is already in memory; see `load_model`."""
-    _check_versions(proto, name)
+    opset = readable_opset(proto, name)
     _check_depth(proto.graph, name)
     _check_held(proto, name)
     rest = without_weights(proto)
@@ -160,7 +170,18 @@ def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     except Exception as error:  # graphsurgeon raises whatever a malformed file provokes
         raise ModelError(f"{name}: malformed ONNX graph ({error}).") from error
     graph.import_domains = _copy_opsets(proto.opset_import)
+    _set_versions(graph, rest, opset)
     return Model(graph=graph, metadata=metadata, rest=rest, name=name)
+
+
+def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
+    """Stamp the versions that the model is read as."""
+    graph.opset = opset
+    graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
+    for holder in (graph.import_domains, *(f.opset_import for f in rest.functions)):
+        for entry in holder:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = min(entry.version, MAX_OPSET)
 
 
 def _check_depth(graph: onnx.GraphProto, name: str, depth: int = 0) -> None:
@@ -204,22 +225,6 @@ def _check_held(proto: onnx.ModelProto, name: str) -> None:
                 raise ModelError(f"{where} is an empty list. Leave it out of the export.")
 
 
-def _check_versions(proto: onnx.ModelProto, name: str) -> None:
-    if proto.ir_version > MAX_IR_VERSION:
-        raise ModelError(
-            f"{name}: IR version {proto.ir_version} is newer than {MAX_IR_VERSION}, the newest "
-            f"that onnxruntime-training 1.19.2 reads. Export with opset {MAX_OPSET} or lower."
-        )
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
-    if opset is None:
-        raise ModelError(f"{name}: imports no version of the default ONNX opset.")
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ModelError(
-            f"{name}: opset {opset} is outside of {MIN_OPSET} to {MAX_OPSET}. Export again within "
-            "it, or convert with onnx.version_converter and compare the outputs."
-        )
-
-
 def to_proto(model: Model) -> onnx.ModelProto:
     """Return the model as a protobuf message that shares nothing with ``model``."""
     proto: onnx.ModelProto = gs.export_onnx(model.graph)
@@ -227,6 +232,30 @@ def to_proto(model: Model) -> onnx.ModelProto:
         proto.metadata_props.add(key=key, value=value)
     restore(proto, model.rest)
     return proto
+
+
+@contextmanager
+def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Constant]]:
+    """Let the initializers of more than ``size`` elements be exported without their data.
+
+    Yields them by name. Within the block nothing may read the values of the graph's constants.
+    """
+    tensors = graph.tensors().values()
+    large = [t for t in tensors if isinstance(t, gs.Constant) and _elements(t) > size]
+    stored = [tensor._values for tensor in large]
+    try:
+        for tensor in large:
+            kind = dtype_to_onnx(tensor.dtype)
+            empty = onnx.TensorProto(name=tensor.name, data_type=kind, dims=tensor.shape)
+            tensor._values = LazyValues(empty)
+        yield {tensor.name: tensor for tensor in large}
+    finally:
+        for tensor, values in zip(large, stored, strict=True):
+            tensor._values = values
+
+
+def _elements(tensor: gs.Constant) -> int:
+    return 0 if isinstance(tensor._values, SparseValues) else math.prod(tensor.shape)
 
 
 def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:

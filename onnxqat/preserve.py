@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-__all__ = ["all_nodes", "restore", "subgraphs", "without_weights"]
+__all__ = ["all_nodes", "replace_messages", "restore", "subgraphs", "without_weights"]
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -141,15 +141,18 @@ def _restore_scopes(
                 elif outer is None or outer != tensor:
                     own.append(tensor)
             local = {name for node in subgraph.node for name in node.output}
-            _replace(subgraph.initializer, own)
-            _replace(subgraph.value_info, [v for v in subgraph.value_info if v.name in local])
+            replace_messages(subgraph.initializer, own)
+            replace_messages(
+                subgraph.value_info, [v for v in subgraph.value_info if v.name in local]
+            )
             if not subgraph.doc_string:
                 subgraph.ClearField("doc_string")
             inner = scope.new_child({tensor.name: tensor for tensor in subgraph.initializer})
             _restore_scopes(subgraph, inner, root, hoisted)
 
 
-def _replace(field: Any, messages: Iterable[Any]) -> None:
+def replace_messages(field: Any, messages: Iterable[Any]) -> None:
+    """Let a repeated field hold these messages, some of which it may hold already."""
     copies = [type(message).FromString(message.SerializeToString()) for message in messages]
     del field[:]
     field.extend(copies)
@@ -190,7 +193,7 @@ def _restore_values(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
     written = {value.name: value for value in graph.input}
     listed = {value.name for value in rest.input}
     inputs = [written.get(v.name, v) for v in rest.input if v.name in written.keys() | initializers]
-    _replace(graph.input, [*inputs, *(v for v in graph.input if v.name not in listed)])
+    replace_messages(graph.input, [*inputs, *(v for v in graph.input if v.name not in listed)])
     sources = {v.name: v for v in (*rest.value_info, *rest.input, *rest.output)}
     for value in (*graph.input, *graph.output, *graph.value_info):
         source = sources.get(value.name, onnx.ValueInfoProto())

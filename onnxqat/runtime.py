@@ -44,8 +44,8 @@ def open_session(
     options.log_severity_level = LOG_FATAL_ONLY
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
-    data = model if isinstance(model, bytes) else model.SerializeToString()
     try:
+        data = model if isinstance(model, bytes) else model.SerializeToString()
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the bindings raise a class per status code
         message = str(error).splitlines()[0]

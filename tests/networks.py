@@ -9,10 +9,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.insert import insert
+from onnxqat.insert import OPSET_OF_16_BITS, insert, needs_16_bits
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
-from onnxqat.plan import make_plan
+from onnxqat.plan import QuantPlan, make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import bundled_rules, load_rule
 
@@ -113,6 +113,19 @@ def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def planned(
+    network: onnx.ModelProto, rule: str, overrides: tuple[str, ...] = ()
+) -> tuple[Model, QuantPlan]:
+    """Return the prepared float model, at the opset its plan needs, and the plan."""
+    parsed = [parse_override(o) for o in overrides]
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(rule), parsed)
+    if needs_16_bits(plan):
+        floats = prepare(from_proto(network), opset=OPSET_OF_16_BITS)
+        plan = make_plan(floats.graph, load_rule(rule), parsed)
+    return floats, plan
+
+
 def quantized(
     network: onnx.ModelProto,
     rule: str = "sophgo-bm1684x",
@@ -121,8 +134,7 @@ def quantized(
     observer: str = "minmax",
 ) -> tuple[Model, Model]:
     """Return the prepared float model and its calibrated Q/DQ model."""
-    floats = prepare(from_proto(network))
-    plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
+    floats, plan = planned(network, rule, overrides)
     empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     batches = [{"input": samples(network, 16, seed=s)} for s in range(2)]
     return floats, calibrate(empty, batches, observer=observer)

@@ -1,7 +1,12 @@
 """Calibration: observers of clipping ranges, and the streaming run that feeds them."""
 
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
-from onnxqat.calibrate.run import calibrate, fit_bias_range, placeholder_params
+from onnxqat.calibrate.run import (
+    calibrate,
+    fit_bias_range,
+    placeholder_params,
+    resolved_plan,
+)
 
 __all__ = [
     "OBSERVERS",
@@ -9,5 +14,6 @@ __all__ = [
     "calibrate",
     "fit_bias_range",
     "placeholder_params",
+    "resolved_plan",
     "weight_range",
 ]

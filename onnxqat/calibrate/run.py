@@ -14,13 +14,14 @@ from onnx import TensorProto, helper
 
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
 from onnxqat.errors import ModelError
+from onnxqat.foreign import taken_params
 from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, power_of_two
 from onnxqat.runtime import open_session
 
-__all__ = ["calibrate", "placeholder_params"]
+__all__ = ["calibrate", "placeholder_params", "resolved_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def calibrate(
     progress: Callable[[], None] = lambda: None,
 ) -> Model:
     """Return a copy of a Q/DQ model with parameters measured on data.
+
+    Parameters that were taken over from another tool stay.
 
     Parameters
     ----------
@@ -62,13 +65,14 @@ def calibrate(
     plan, floats = plan_of(model), strip(model)
     tensors = floats.graph.tensors()
     params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
+    params |= taken_params(model)
     watched = _observe(floats, plan, batches, OBSERVERS[observer], threads, progress)
     for point in plan.grid_points():
         if point.role == "activation" and point.parameters not in params:
             low, high = watched[point.parameters].range()
             params[point.parameters] = choose_qparams(low, high, point.spec)
     fit_bias_range(plan, params, tensors)
-    return with_params(model, params, state="calibrated", plan=_resolved(plan, params))
+    return with_params(model, params, state="calibrated", plan=resolved_plan(plan, params))
 
 
 def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
@@ -171,8 +175,8 @@ def fit_bias_range(
             )
 
 
-def _resolved(plan: QuantPlan, params: Mapping[str, QuantParams]) -> QuantPlan:
-    """Return the plan with the signedness that the data decided."""
+def resolved_plan(plan: QuantPlan, params: Mapping[str, QuantParams]) -> QuantPlan:
+    """Return the plan with the signedness that the parameters have."""
 
     def resolve(point: QuantPoint) -> QuantPoint:
         if point.spec.signedness != "from_range":

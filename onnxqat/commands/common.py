@@ -71,7 +71,7 @@ def planned(
 ) -> tuple[Model, QuantPlan]:
     """Prepare a float model and plan for it; ``--set`` lies over the overrides file."""
     from onnxqat.errors import ModelError
-    from onnxqat.insert import PLAN_KEY
+    from onnxqat.insert import OPSET_OF_16_BITS, PLAN_KEY, needs_16_bits
     from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
     from onnxqat.prepare import prepare
@@ -84,6 +84,9 @@ def planned(
         raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
     plan = make_plan(prepared.graph, rule, parsed)
+    if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(plan):
+        prepared = prepare(model, opset=OPSET_OF_16_BITS)
+        plan = make_plan(prepared.graph, rule, parsed)
     _warn_of_widths(plan, rule)
     return prepared, plan
 

@@ -32,6 +32,9 @@ from onnxqat.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnxqat.foreign import ForeignParams
     from onnxqat.model import Model
     from onnxqat.plan import QuantPlan
     from onnxqat.settings import Settings
@@ -56,10 +59,9 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
            data: str | None, plan_only: bool, output: str | None, force: bool, as_json: bool,
            **options: Any) -> None:  # fmt: skip
     """Insert Q/DQ pairs into MODEL as the rule says."""
-    from onnxqat.calibrate import placeholder_params
     from onnxqat.files import check_writable
-    from onnxqat.insert import insert as insert_pairs
-    from onnxqat.insert import plan_of
+    from onnxqat.foreign import read_foreign_qdq
+    from onnxqat.insert import plan_of, state_of
     from onnxqat.model import load_model, save_model
     from onnxqat.settings import settle
 
@@ -68,19 +70,43 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     target = output or renamed(model, "qdq")
     if not plan_only:
         check_writable(target, force=force)
-    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
+    floats, foreign = read_foreign_qdq(load_model(model))
+    prepared, plan = planned(floats, rules, overrides, overrides_file)
     if plan_only:
         click.echo(json.dumps(plan_document(plan), indent=2) if as_json else str(plan))
         return
-    result = insert_pairs(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
+    result = _inserted(prepared, plan, foreign)
     given = take_settings(options)
     settle(result, given)
     if data is not None:
         result, _ = calibrated(result, data, given, **options)
     save_model(result, target, force=force)
-    _print_inserted(
-        plan_of(result), "uncalibrated" if data is None else "calibrated", target, as_json
+    _print_inserted(plan_of(result), state_of(result), target, as_json)
+
+
+def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]) -> Model:
+    """Insert the pairs, with the parameters of another tool where the model had some."""
+    from onnxqat.calibrate import placeholder_params, resolved_plan
+    from onnxqat.foreign import mark_taken, take_over
+    from onnxqat.insert import insert as insert_pairs
+
+    params = placeholder_params(prepared, plan)
+    taken, ignored = take_over(plan, prepared.graph, foreign)
+    missing = params.keys() - taken.keys()
+    if not foreign:
+        return insert_pairs(prepared, plan, params, state="uncalibrated")
+    click.echo(
+        f"{len(taken)} of {len(params)} parameters are those of the model's pairs.", err=True
     )
+    if missing:
+        click.echo(f"Calibration measures the others: {', '.join(sorted(missing))}.", err=True)
+    if ignored:
+        click.echo(f"Pairs that do not fit the rule: {', '.join(ignored)}.", err=True)
+    if missing:
+        result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
+        mark_taken(result, taken)
+        return result
+    return insert_pairs(prepared, resolved_plan(plan, taken), taken, state="calibrated")
 
 
 def _refuse_given(*names: str) -> None:

@@ -16,10 +16,12 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
-from onnxqat.prepare.constants import lift_constants, read_typed_weights
-from onnxqat.prepare.folding import fold_constants
+from onnxqat.prepare.branches import inline_branches
+from onnxqat.prepare.constants import lift_constants, read_typed_weights, refuse_sparse
+from onnxqat.prepare.folding import fold_constants, fold_shapes
+from onnxqat.prepare.functions import inline_functions
 from onnxqat.prepare.names import name_nodes
-from onnxqat.prepare.opset import upgrade_opset
+from onnxqat.prepare.opset import MIN_TARGET, upgrade_opset
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.padding import make_pads_explicit
 from onnxqat.prepare.passthrough import remove_passthroughs
@@ -33,32 +35,36 @@ logger = logging.getLogger(__name__)
 # Initializers may be absent from the graph's inputs since this IR version.
 MIN_IR_VERSION = 4
 
-PASSES: tuple[Callable[[gs.Graph], int], ...] = (
+_QUICK: tuple[Callable[[gs.Graph], int], ...] = (
     name_nodes,  # first, so that what later passes name after a node is unique
     sort_nodes,  # later passes see a producer before its consumers
     remove_unused,  # a consumer without effect does not keep anything from being folded
     lift_constants,
     remove_passthroughs,
     fold_constants,
-    infer_shapes,
-    make_pads_explicit,
+    inline_branches,
     fold_batchnorms,
 )
+# These export the graph; they run when the others have nothing left to do.
+_COSTLY: tuple[Callable[[gs.Graph], int], ...] = (fold_shapes, infer_shapes, make_pads_explicit)
+PASSES = (*_QUICK, *_COSTLY)
 
 
-def prepare(model: Model) -> Model:
+def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     """Return the canonical form of a float model.
 
     Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
     no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
     known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
     shape where these can be inferred. Names of inputs, outputs and of values that are still
-    there are unchanged; dynamic dimensions stay dynamic. An opset below 13 becomes 13.
+    there are unchanged; dynamic dimensions stay dynamic.
 
     Parameters
     ----------
     model : Model
         A float model; not changed.
+    opset : int
+        The lowest opset of the result, 13 to 21: int16 QuantizeLinear needs 21.
 
     Returns
     -------
@@ -69,22 +75,26 @@ def prepare(model: Model) -> Model:
     Raises
     ------
     ModelError
-        The graph has a cycle, its types contradict each other, or its opset is below 13 and
-        cannot be upgraded without changing its outputs.
+        The graph has a cycle, its types contradict each other, its weights are sparse, a function
+        cannot be inlined, or the opset cannot be upgraded without changing the outputs.
     """
-    prepared = upgrade_opset(model).copy()
+    prepared = upgrade_opset(inline_functions(model), opset).copy()
     rest = prepared.rest
-    changed = True
-    while changed:
-        changed = False
-        for apply in PASSES:
-            changes = apply(prepared.graph)
-            logger.debug("%s: %d changes", apply.__name__, changes)
-            changed |= changes > 0
+    refuse_sparse(prepared.graph, model.name)
+    _settle(prepared.graph)
     read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
     prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})
     return prepared
+
+
+def _settle(graph: gs.Graph) -> None:
+    """Run the passes until none finds anything to do."""
+    while True:
+        changes = {apply.__name__: apply(graph) for apply in _QUICK}
+        logger.debug("changes: %s", changes)
+        if not any(changes.values()) and not any(apply(graph) for apply in _COSTLY):
+            return
 
 
 def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:

@@ -17,11 +17,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
+from onnxqat.errors import ModelError
 from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
 
-__all__ = ["lift_constants", "read_typed_weights"]
+__all__ = ["lift_constants", "read_typed_weights", "refuse_sparse"]
 
 # https://onnx.ai/onnx/operators/onnx__Constant.html
 _VALUE_DTYPES = {
@@ -44,6 +45,20 @@ def lift_constants(graph: gs.Graph) -> int:
             node.outputs[0].to_constant(values)
             lifted.append(node)
     return remove_nodes(graph, lifted)
+
+
+def refuse_sparse(graph: gs.Graph, where: str) -> None:
+    """Refuse sparse initializers, which nothing can quantize or train.
+
+    Raises
+    ------
+    ModelError
+        There is one.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
+            message = f"{where}: initializer '{tensor.name}' is sparse. Export it dense."
+            raise ModelError(message)
 
 
 def read_typed_weights(graph: gs.Graph) -> None:

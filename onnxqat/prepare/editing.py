@@ -50,6 +50,8 @@ def names_in_subgraphs(nodes: Iterable[gs.Node]) -> set[str]:
     """Return the names that subgraphs of these nodes read, write or list, at any depth."""
     names: set[str] = set()
     for node in nodes:
+        if not any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            continue  # almost all; gs.Node.subgraphs is slow
         for subgraph in node.subgraphs(recursive=True):
             names.update(tensor.name for tensor in (*subgraph.inputs, *subgraph.outputs))
             for inner in subgraph.nodes:

@@ -1,100 +1,108 @@
-"""Compute at once what only rearranges or converts an initializer.
+"""Compute at once what depends on constants only, where every runtime computes the same.
 
 ::
 
     initializer v -> Transpose -> w ; MatMul(x, w)     =>     initializer w ; MatMul(x, w)
+    x [N, 3, 8, 8] -> Shape -> Gather(1) -> c          =>     initializer c = 3
 
-Transpose, Reshape, Flatten, Squeeze, Unsqueeze move values; Cast converts between float types,
-between integer types, and from integers or booleans to float types, where the result is exact or
-rounded once, the same in numpy and every runtime. Left as they are: casts from float to integer,
-which runtimes saturate differently, and those to float16 that onnxruntime rounds twice, by way
-of float32. The result has the name of the node's output, which must not be a graph output or
-read in a subgraph. A node that cannot be evaluated is left for the runtime to complain of.
+What moves values, `onnxqat.prepare.movement`, and what computes with them, `arithmetic`, is folded
+where the result is exact or rounded once, so that numpy and onnxruntime agree bit for bit. Shape of
+a value is folded where the graph's inputs decide it (what a file says of inner values may be
+stale); Gather and Slice of a shape that is known in part, where they take known sizes only.
+
+The result has the name of the node's output, which must not be a graph output or read in a
+subgraph. Together the results are at most 64 MiB larger than what they are computed from. A node
+that cannot be evaluated is left for the runtime to complain of.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.prepare.arithmetic import ARITHMETIC
 from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
+from onnxqat.prepare.movement import MOVEMENT
+from onnxqat.prepare.shapes import reliable_shapes
 
-__all__ = ["fold_constants"]
+__all__ = ["fold_constants", "fold_shapes"]
 
 Array = NDArray[Any]
 
+MAX_GROWTH = 64 * 2**20  # bytes
+_EVALUATORS: dict[str, Callable[[gs.Node, list[Array | None]], Array | list[Array] | None]] = {
+    **MOVEMENT,
+    **ARITHMETIC,
+}
+
 
 def fold_constants(graph: gs.Graph) -> int:
-    """Replace the operators above by their results; return how many."""
+    """Replace operators on constants by their results; return how many."""
     pinned = pinned_names(graph)
-    folded = []
+    folded: list[gs.Node] = []
+    room = MAX_GROWTH
     for node in graph.nodes:
-        if not is_op(node, *_EVALUATORS) or node.outputs[0].name in pinned:
+        if not is_op(node, *_EVALUATORS) or any(t.name in pinned for t in node.outputs):
             continue
-        inputs = [constant_values(tensor) for tensor in node.inputs]
-        present = [values for values in inputs if values is not None]
-        if not present or len(present) != len(inputs):
+        inputs = [constant_values(tensor) if tensor.name else None for tensor in node.inputs]
+        if any(v is None and t.name for v, t in zip(inputs, node.inputs, strict=True)):
             continue
-        try:
-            result = _EVALUATORS[node.op](node, present)
-        except (ValueError, IndexError):
-            continue
-        if result is not None:
-            node.outputs[0].to_constant(np.ascontiguousarray(result).reshape(result.shape))
+        results = _evaluate(node, inputs)
+        growth = sum(r.nbytes for r in results) - sum(v.nbytes for v in inputs if v is not None)
+        if len(results) == len(node.outputs) and growth <= room:
+            room -= max(growth, 0)
+            for tensor, result in zip(node.outputs, results, strict=True):
+                tensor.to_constant(np.ascontiguousarray(result).reshape(result.shape))
             folded.append(node)
     return remove_nodes(graph, folded)
 
 
-def _transpose(node: gs.Node, inputs: list[Array]) -> Array:
-    return np.transpose(inputs[0], node.attrs.get("perm"))
-
-
-def _reshape(node: gs.Node, inputs: list[Array]) -> Array:
-    data, shape = inputs
-    sizes = [int(size) for size in shape]
-    if not node.attrs.get("allowzero", 0):
-        sizes = [data.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
-    return data.reshape(sizes)
-
-
-def _flatten(node: gs.Node, inputs: list[Array]) -> Array:
-    axis, shape = node.attrs.get("axis", 1), inputs[0].shape
-    return inputs[0].reshape(math.prod(shape[:axis]), math.prod(shape[axis:]))
-
-
-def _squeeze(_: gs.Node, inputs: list[Array]) -> Array:
-    axes = tuple(int(axis) for axis in inputs[1]) if len(inputs) > 1 else None
-    return np.squeeze(inputs[0], axes)
-
-
-def _unsqueeze(_: gs.Node, inputs: list[Array]) -> Array:
-    return np.expand_dims(inputs[0], tuple(int(axis) for axis in inputs[1]))
-
-
-def _cast(node: gs.Node, inputs: list[Array]) -> Array | None:
+def _evaluate(node: gs.Node, inputs: list[Array | None]) -> list[Array]:
+    """Return the outputs; none where the node is left alone."""
     try:
-        target = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-    except KeyError:
-        return None
-    source = inputs[0].dtype
-    between_integers = source.kind in "iub" and target.kind in "iu"
-    rounds_once = target.itemsize > 2 or source == np.float32 or source.itemsize <= 2
-    if not between_integers and not (target.kind == "f" and rounds_once):
-        return None
-    with np.errstate(over="ignore"):  # float32 above float16's range is infinite there
-        return inputs[0].astype(target)
+        with np.errstate(all="ignore"):  # infinity and NaN are results like others
+            results = _EVALUATORS[node.op](node, inputs)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
+        return []
+    if results is None:
+        return []
+    return [np.asarray(r) for r in (results if isinstance(results, list) else [results])]
 
 
-_EVALUATORS = {
-    "Cast": _cast,
-    "Flatten": _flatten,
-    "Reshape": _reshape,
-    "Squeeze": _squeeze,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-}
+def fold_shapes(graph: gs.Graph) -> int:
+    """Replace Shape, and Gather and Slice of one, where the sizes are known; return how many."""
+    shapes = [node for node in graph.nodes if is_op(node, "Shape")]
+    if not shapes:
+        return 0
+    pinned = pinned_names(graph)
+    known = reliable_shapes(graph, {node.inputs[0].name for node in shapes})
+    folded: list[gs.Node] = []
+    for node in shapes:
+        sizes = known.get(node.inputs[0].name)
+        if sizes is None:
+            continue
+        values = np.array(sizes, dtype=object)[node.attrs.get("start", 0) : node.attrs.get("end")]
+        readers = [r for r in node.outputs[0].outputs if is_op(r, "Gather", "Slice")]
+        for candidate, result in [(node, values), *((r, _partial(r, values)) for r in readers)]:
+            target = candidate.outputs[0]
+            if target.name not in pinned and _is_known(result):
+                target.to_constant(np.asarray(result, np.int64))
+                folded.append(candidate)
+    return remove_nodes(graph, folded)
+
+
+def _partial(node: gs.Node, values: Array) -> Array | None:
+    """Return what a Gather or Slice takes from the sizes."""
+    inputs = [constant_values(tensor) for tensor in node.inputs[1:]]
+    if any(v is None for v in inputs):
+        return None
+    results = _evaluate(node, [values, *inputs])
+    return results[0] if results else None
+
+
+def _is_known(sizes: Array | None) -> bool:
+    return sizes is not None and all(s is not None for s in sizes.reshape(-1).tolist())

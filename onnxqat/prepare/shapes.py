@@ -8,16 +8,16 @@ size fits in the message that the inference is given. Values within subgraphs ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
+from onnxqat.model import weights_left_out
 
-__all__ = ["infer_shapes"]
+__all__ = ["infer_shapes", "reliable_shapes"]
 
 # Larger initializers are weights; smaller ones may be shapes, whose values matter.
 MAX_ELEMENTS = 1024
@@ -33,10 +33,7 @@ def infer_shapes(graph: gs.Graph) -> int:
     ModelError
         onnx refuses the graph: it has, for example, a node with too few inputs.
     """
-    try:
-        inferred = onnx.shape_inference.infer_shapes(_typed_skeleton(graph), data_prop=True).graph
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(f"{graph.name}: shapes cannot be inferred ({error}).") from error
+    inferred = _inferred(_skeleton(graph))
     names = _dimension_names(graph)
     tensors = graph.tensors()
     changed = 0
@@ -47,15 +44,32 @@ def infer_shapes(graph: gs.Graph) -> int:
     return changed
 
 
-def _typed_skeleton(graph: gs.Graph) -> onnx.ModelProto:
-    proto: onnx.ModelProto = gs.export_onnx(graph)
-    initializers = proto.graph.initializer
-    for index in reversed(range(len(initializers))):
-        tensor = initializers[index]
-        if math.prod(tensor.dims) > MAX_ELEMENTS:
-            typed = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            proto.graph.input.append(typed)
-            del initializers[index]
+def reliable_shapes(graph: gs.Graph, names: Container[str]) -> dict[str, list[int | None]]:
+    """Return the shapes of some values, as far as inputs and initializers alone decide them."""
+    proto = _skeleton(graph)
+    del proto.graph.value_info[:]
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = _inferred(proto)
+    return {
+        value.name: [int(d.dim_value) if d.HasField("dim_value") else None for d in shape.dim]
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        if value.name in names and value.type.tensor_type.HasField("shape")
+        for shape in [value.type.tensor_type.shape]
+    }
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        name = proto.graph.name
+        raise ModelError(f"{name}: shapes cannot be inferred ({error}).") from error
+
+
+def _skeleton(graph: gs.Graph) -> onnx.ModelProto:
+    with weights_left_out(graph, MAX_ELEMENTS):
+        proto: onnx.ModelProto = gs.export_onnx(graph)
     return proto
 
 

@@ -13,7 +13,7 @@ from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import fake_quantize
 from onnxqat.rules import load_rule
-from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
+from tests.networks import RULES, W4A4, attention, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
 OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
@@ -41,8 +41,7 @@ def test_strip_undoes_insert_bit_for_bit(network, rule, overrides, tmp_path):
 @NETWORKS
 def test_every_state_is_a_valid_model_that_runs(network, rule, overrides):
     network = network()
-    floats = prepare(from_proto(network))
-    plan = make_plan(floats.graph, load_rule(rule))
+    floats, plan = planned(network, rule)
     empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     _, calibrated = quantized(network, rule, overrides)
     for model in (empty, calibrated):
@@ -55,10 +54,14 @@ def test_every_state_is_a_valid_model_that_runs(network, rule, overrides):
         assert np.isfinite(outputs[0]).all()
 
 
-def test_qdq_arithmetic_is_that_of_the_parameters():
+@pytest.mark.parametrize(
+    ("rule", "overrides"),
+    [("sophgo-bm1684x", ("activation.bits=4",)), ("qnn-htp-16", ()), ("esp32-s3", ())],
+)
+def test_qdq_arithmetic_is_that_of_the_parameters(rule, overrides):
     """The value behind the first activation pair, computed by numpy alone."""
     network = convnet()
-    _, qdq = quantized(network, overrides=("activation.bits=4",))
+    _, qdq = quantized(network, rule, overrides)
     point = next(p for p in plan_of(qdq).points if p.tensor == "r1")
     proto = to_proto(qdq)
     for name in ("r1", "r1/dequantized"):
@@ -69,6 +72,13 @@ def test_qdq_arithmetic_is_that_of_the_parameters():
     expected = fake_quantize(before, read_params(qdq)["r1"], point.spec)
 
     np.testing.assert_array_equal(after, expected)
+
+
+def test_16_bits_at_an_opset_without_them_are_an_error():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("qnn-htp-16"))
+    with pytest.raises(PlanError, match=r"opset 17 cannot write\. Prepare with opset=21"):
+        insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
 
 def test_insert_changes_neither_model_nor_plan():

@@ -233,12 +233,11 @@ def test_constants_keep_the_shape_of_scalars() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param(SMALL.replace("17", "6"), "opset 6 is outside of 7 to 21", id="old-opset"),
-        pytest.param(SMALL.replace("17", "22"), "opset 22 is outside of 7 to 21", id="new-opset"),
+        pytest.param(SMALL.replace("17", "6"), "opset 6 is outside of 7 to", id="old-opset"),
+        pytest.param(SMALL.replace("17", "99"), "opset 99 is outside of 7 to", id="new-opset"),
         pytest.param(
             SMALL.replace('"": 17', '"my": 1'), "no version of the default", id="no-opset"
         ),
-        pytest.param(SMALL.replace("8", "11"), "IR version 11 is newer than 10", id="new-ir"),
     ],
 )
 def test_versions_outside_of_the_runtime(text: str, message: str) -> None:

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.folding import fold_constants
 from onnxqat.prepare.names import name_nodes
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.passthrough import remove_passthroughs
@@ -205,68 +204,6 @@ def test_an_operator_of_another_domain_is_not_an_identity() -> None:
     )
 
     assert remove_passthroughs(model.graph) == 0
-
-
-# folding
-
-FOLDED = {
-    "transpose": ("Transpose(w)", "float[2,3] w = {1,2,3,4,5,6}"),
-    "transpose-perm": ("Transpose<perm=[0,1]>(w)", "float[2,3] w = {1,2,3,4,5,6}"),
-    "reshape": ("Reshape(w, s)", "float[2,3] w = {1,2,3,4,5,6}, int64[2] s = {0,-1}"),
-    "flatten": ("Flatten<axis=-1>(w)", "float[1,2,3] w = {1,2,3,4,5,6}"),
-    "flatten-0": ("Flatten<axis=0>(w)", "float[2,3] w = {1,2,3,4,5,6}"),
-    "squeeze": ("Squeeze(w, s)", "float[1,2,1] w = {1,2}, int64[1] s = {-1}"),
-    "squeeze-all": ("Squeeze(w)", "float[1,2,1] w = {1,2}"),
-    "unsqueeze": ("Unsqueeze(w, s)", "float[2] w = {1,2}, int64[2] s = {0,-1}"),
-    "cast": ("Cast<to=1>(w)", "int64[2] w = {16777217,-3}"),
-    "cast-float16": ("Cast<to=1>(h)", "float[1] w = {1}, float16[2] h = {15361, 1}"),
-}
-
-
-@pytest.mark.parametrize(("expression", "initializers"), FOLDED.values(), ids=FOLDED)
-def test_folded_constants_are_what_onnxruntime_computes(expression: str, initializers: str) -> None:
-    body = f"{{ c={expression} y=Neg(c) z=Neg(x) }}"
-    model = parse(f"g (float[1] x) => (float y, float z) <{initializers}> {body}")
-    for tensor in model.graph.outputs:
-        tensor.shape = None
-    before = to_proto(model)
-
-    assert fold_constants(model.graph) == 1
-    assert ops(model) == ["Neg", "Neg"]
-    assert isinstance(model.graph.tensors()["c"], gs.Constant)
-    x = {"x": np.ones(1, np.float32)}
-    expected, found = run_ort(before, x)[0], run_ort(to_proto(model), x)[0]
-    assert expected.shape == found.shape
-    assert np.array_equal(expected, found)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param("c=Transpose(x) y=Neg(c)", id="variable"),
-        pytest.param("y=Transpose(w)", id="graph-output"),
-        pytest.param("c=Cast<to=7>(w) d=Cast<to=1>(c) y=Neg(d)", id="float-to-integer"),
-        pytest.param("c=Cast<to=8>(w) d=Cast<to=1>(c) y=Neg(d)", id="to-string"),
-        pytest.param("c=Cast<to=10>(d) e=Cast<to=1>(c) y=Neg(e)", id="double-to-float16"),
-        pytest.param("c=Reshape(w, s) y=Neg(c)", id="impossible"),
-    ],
-)
-def test_not_folded(body: str) -> None:
-    initializers = "<float[2,2] w = {1,2,3,4}, int64[1] s = {5}, double[1] d = {0.1}>"
-    model = parse(f"g (float[2,2] x) => (float[2,2] y) {initializers} {{ {body} }}")
-
-    assert fold_constants(model.graph) == 0
-
-
-def test_folding_a_shared_initializer_leaves_the_other_reader_alone() -> None:
-    model = parse(
-        "g (float[1,2] x) => (float[1,2] y) <float[2,2] w = {1,2,3,4}> "
-        "{ c=Transpose(w) a=MatMul(x, w) y=MatMul(a, c) }"
-    )
-    before = to_proto(model)
-
-    assert fold_constants(model.graph) == 1
-    assert outputs_equal(before, model, 1, 2)
 
 
 # unused

@@ -221,22 +221,6 @@ def test_subgraphs(text: str, condition: bool) -> None:
     assert serialized(again) == serialized(result)
 
 
-def test_functions_are_left_alone() -> None:
-    proto = onnx.parser.parse_model(
-        """<ir_version: 8, opset_import: ["": 17, "my": 1]>
-        g (float[2] x) => (float[2] y) { a = my.twice(x) b = Identity(a) y = Relu(b) }
-        <domain: "my", opset_import: ["": 17]>
-        twice (p) => (q) { i = Identity(p) q = Add(i, p) }"""
-    )
-
-    result = to_proto(prepare(from_proto(proto)))
-
-    assert [node.op_type for node in result.graph.node] == ["twice", "Relu"]
-    assert list(result.functions) == list(proto.functions)
-    x = {"x": np.float32([1, -2])}
-    assert np.array_equal(run_ort(result, x)[0], [2, 0])
-
-
 def test_a_graph_that_onnx_cannot_type_is_an_error() -> None:
     proto = make([helper.make_node("Relu", [], ["y"])], {})
 

@@ -1,0 +1,92 @@
+"""Put the bodies of model-local functions where they are called.
+
+::
+
+    y = my.act<slope = 0.5>(x)     =>     r = Mul(x, c__1)
+                                          y = LeakyRelu<alpha = 0.5>(r)
+
+onnx's inliner does the work: values and nodes of the body are numbered, so that names stay unique;
+what the call reads and writes keeps its name. Two things are done for it first. An attribute that
+the call leaves out takes the function's default, which the inliner forgets; and a function that
+imports another opset is inlined where each of its operators is the same in the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx.inliner
+
+from onnxqat.errors import ModelError
+from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.preserve import all_nodes
+from onnxqat.versions import changed_node, default_opset
+
+__all__ = ["inline_functions"]
+
+Key = tuple[str, str, str]
+
+
+def inline_functions(model: Model) -> Model:
+    """Return the model without functions; the same object if it has none.
+
+    Raises
+    ------
+    ModelError
+        A function calls itself, or means something else in the model's opset.
+    """
+    if not model.graph.functions:
+        return model
+    proto = to_proto(model)
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    _check_recursion(functions, model.name)
+    for function in proto.functions:
+        _match_opset(function, model)
+    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
+        if _key(node) in functions:
+            _give_defaults(node, functions[_key(node)])
+    inlined = onnx.inliner.inline_local_functions(proto)
+    del inlined.functions[:]  # those that nothing calls
+    result = from_proto(inlined, name=model.name)
+    result.metadata = dict(model.metadata)
+    return result
+
+
+def _key(node: onnx.NodeProto) -> Key:
+    return node.domain, node.op_type, node.overload
+
+
+def _check_recursion(functions: dict[Key, onnx.FunctionProto], name: str) -> None:
+    calls = {
+        key: {_key(node) for node in all_nodes(function.node)} & functions.keys()
+        for key, function in functions.items()
+    }
+    while leaves := [key for key, called in calls.items() if not called & calls.keys()]:
+        for key in leaves:
+            del calls[key]
+    if calls:
+        domain, function, _ = next(iter(calls))
+        raise ModelError(f"{name}: function '{domain}.{function}' calls itself. Export without it.")
+
+
+def _match_opset(function: onnx.FunctionProto, model: Model) -> None:
+    """Let a function import the model's default opset, where this changes nothing."""
+    opset = default_opset(function.opset_import) or model.graph.opset
+    changed = None
+    if opset != model.graph.opset:
+        changed = changed_node(function.node, opset, model.graph.opset)
+    if changed is not None:
+        raise ModelError(
+            f"{model.name}: function '{function.domain}.{function.name}' is of opset {opset}, the "
+            f"model of {model.graph.opset}; its {changed.op_type} differs between them. Export "
+            "again with one opset."
+        )
+    for entry in function.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = model.graph.opset
+
+
+def _give_defaults(node: onnx.NodeProto, function: onnx.FunctionProto) -> None:
+    given: Iterable[str] = {attribute.name for attribute in node.attribute}
+    node.attribute.extend(a for a in function.attribute_proto if a.name not in given)

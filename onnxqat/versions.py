@@ -1,0 +1,117 @@
+"""Which ONNX versions can be read, and how newer ones become readable.
+
+onnxruntime-training 1.19.2 reads IR versions up to 10 and opsets 7 to 21. A newer model is read as
+opset 21 where every node means the same there: its operator did not change, or changed only in the
+types it takes and in attributes and inputs that the node does not use. A new attribute's default
+is what the operator did before; the operators that changed otherwise (Softmax 13, Clip 11) changed
+a default or an input with it, which shows in the schemas of ``onnx.defs``. The texts of opsets 22
+to 28 were compared with those of 21 by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import onnx
+from onnx.defs import OpSchema, SchemaError
+
+from onnxqat.errors import ModelError
+from onnxqat.preserve import all_nodes
+
+__all__ = [
+    "MAX_IR_VERSION",
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "changed_node",
+    "default_opset",
+    "readable_opset",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_IR_VERSION = 10
+MIN_OPSET, MAX_OPSET = 7, 21
+MAX_LOWERED_OPSET = 28
+
+
+def readable_opset(proto: onnx.ModelProto, name: str) -> int:
+    """Return the default-domain opset that the model can be read as.
+
+    Raises
+    ------
+    ModelError
+        No opset of the default domain, one that is too old, or a node that opset 21 lacks.
+    """
+    opset = default_opset(proto.opset_import)
+    if opset is None:
+        raise ModelError(f"{name}: imports no version of the default ONNX opset.")
+    newest = min(MAX_LOWERED_OPSET, onnx.defs.onnx_opset_version())
+    if not MIN_OPSET <= opset <= newest:
+        raise ModelError(
+            f"{name}: opset {opset} is outside of {MIN_OPSET} to {newest}. Export again within "
+            "it, or convert with onnx.version_converter and compare the outputs."
+        )
+    _check_lowers(proto.graph.node, opset, name)
+    for function in proto.functions:
+        _check_lowers(function.node, default_opset(function.opset_import) or opset, name)
+    if opset > MAX_OPSET:
+        logger.info("%s: opset %d is read as %d", name, opset, MAX_OPSET)
+    return min(opset, MAX_OPSET)
+
+
+def default_opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int | None:
+    """Return the version of the default domain."""
+    return next((o.version for o in imports if o.domain in ("", "ai.onnx")), None)
+
+
+def _check_lowers(nodes: Iterable[onnx.NodeProto], opset: int, name: str) -> None:
+    node = changed_node(nodes, opset, MAX_OPSET) if opset > MAX_OPSET else None
+    if node is not None:
+        raise ModelError(
+            f"{name}: node '{node.name or node.output[0]}' ({node.op_type}) of opset {opset} "
+            f"has no equal in opset {MAX_OPSET}, the newest that onnxruntime-training 1.19.2 "
+            f"reads. Export with opset {MAX_OPSET} or lower."
+        )
+
+
+def changed_node(
+    nodes: Iterable[onnx.NodeProto], source: int, target: int
+) -> onnx.NodeProto | None:
+    """Return the first node that does not mean the same in both opsets, if there is one."""
+    for node in all_nodes(nodes):
+        if node.domain in ("", "ai.onnx") and not _same_meaning(node, source, target):
+            return node
+    return None
+
+
+def _same_meaning(node: onnx.NodeProto, source: int, target: int) -> bool:
+    here, there = _schema(node, source), _schema(node, target)
+    if here is None or there is None:
+        return here is there  # not an operator at all: the runtime will say so
+    if here.since_version == there.since_version:
+        return True
+    shared = here.attributes.keys() & there.attributes.keys()
+    return (
+        all(attribute.name in shared for attribute in node.attribute)
+        and all(_facts(here.attributes[name]) == _facts(there.attributes[name]) for name in shared)
+        and _used(here.inputs, node.input) == _used(there.inputs, node.input)
+        and _used(here.outputs, node.output) == _used(there.outputs, node.output)
+    )
+
+
+def _schema(node: onnx.NodeProto, opset: int) -> OpSchema | None:
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, "")
+    except SchemaError:
+        return None
+
+
+def _facts(attribute: OpSchema.Attribute) -> tuple[object, ...]:
+    return attribute.type, attribute.required, str(attribute.default_value)
+
+
+def _used(
+    parameters: Sequence[OpSchema.FormalParameter], names: Sequence[str]
+) -> list[tuple[str, object]]:
+    return [(parameter.name, parameter.option) for parameter in parameters[: len(names)]]
