@@ -160,18 +160,25 @@ def refused_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def low_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line per graph: how many rules are low, and where the lowest loses most."""
     lines = []
     for row in rows:
-        for rule, cell in row["cells"].items():
-            low = cell.get("sqnr_db")
-            if low is None or low >= LOW_DB:
-                continue
+        found = [(cell["sqnr_db"], rule) for rule, cell in row["cells"].items() if is_low(cell)]
+        if found:
+            worst, rule = min(found)
             lost = [
                 f"{name} ({op}) {before:.1f} -> {after:.1f}"
-                for name, op, before, after in cell["lost_in"]
+                for name, op, before, after in row["cells"][rule]["lost_in"]
             ]
-            lines.append(f"- {row['graph']}, {rule}: {low:.1f} dB; most in {', '.join(lost)}")
+            lines.append(
+                f"- {row['graph']}: {len(found)} rules, from {worst:.1f} dB ({rule}) to "
+                f"{max(found)[0]:.1f} dB; most is lost in {', '.join(lost)}"
+            )
     return lines or ["None."]
+
+
+def is_low(cell: dict[str, Any]) -> bool:
+    return cell.get("sqnr_db") is not None and cell["sqnr_db"] < LOW_DB
 
 
 def skip_lines(rows: list[dict[str, Any]], rules: list[str]) -> list[str]:
