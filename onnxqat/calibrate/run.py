@@ -122,7 +122,9 @@ def _observe(
     fetched = [p.tensor for p in activations if p.tensor not in inputs]
     session = open_session(_with_outputs(floats, fetched), optimization="basic", threads=threads)
     for batch in batches:
-        values = dict(zip(fetched, session.run(fetched, dict(batch)), strict=True))
+        # of no names, a session returns all of its outputs
+        results = session.run(fetched, dict(batch)) if fetched else []
+        values = dict(zip(fetched, results, strict=True))
         for point in activations:
             known = values if point.tensor in values else batch
             watched[point.parameters].update(known[point.tensor])

@@ -80,7 +80,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
 def _points(index: GraphIndex, choice: Choice, drafts: dict[str, Draft]) -> tuple[QuantPoint, ...]:
     """Form the groups, and return the points of the drafts."""
     units = [(unit, choice.ops[unit.name]) for unit in index.units if unit.name in choice.ops]
-    groups = find_groups(units, drafts)
+    groups = find_groups(units, {name: draft.spec for name, draft in drafts.items()})
     unobserved = unobserved_tensors(units, groups)
     members: dict[str, list[Draft]] = {}
     for name, group in groups.items():

@@ -41,6 +41,11 @@ class Draft:
     reason: str
 
 
+def _is_parameter(node: gs.Node, index: int) -> bool:
+    """Return whether an input is no data: a bias, a shape, limits, slopes."""
+    return index == BIAS_INPUT.get(node.op) or (index > 0 and node.op in SINGLE_DATA_INPUT)
+
+
 class Marker:
     """Makes the drafts, and the derived points of biases.
 
@@ -117,7 +122,8 @@ class Marker:
         return self._head(unit) is not unit and is_bias_add(unit.nodes[-1])
 
     def _mark_output(self, unit: Unit, tensor: gs.Tensor, spec_name: str) -> None:
-        edges = self.index.readers.get(tensor.name, [])
+        nodes, all_edges = self.index.nodes, self.index.readers.get(tensor.name, [])
+        edges = [e for e in all_edges if not e.node or not _is_parameter(nodes[e.node], e.index)]
         if self.rule.graph_outputs == "float":
             edges = [e for e in edges if e.node]
         if not edges:

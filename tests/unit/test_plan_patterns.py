@@ -10,7 +10,7 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import RuleError
-from onnxqat.insert import insert, strip
+from onnxqat.insert import insert, state_of, strip
 from onnxqat.model import from_proto, to_proto
 from onnxqat.overrides import parse_override, read_overrides
 from onnxqat.plan import make_plan
@@ -19,6 +19,7 @@ from onnxqat.plan.patterns import PATTERNS
 from onnxqat.prepare import prepare
 from onnxqat.rules import PATTERN_NAMES, HardwareRule, OpRule, RuleException, RuleSpec, load_rule
 from onnxqat.rules.schema import Changes
+from tests import networks
 from tests.networks import convnet
 
 
@@ -263,6 +264,40 @@ def test_inputs_take_the_range_of_the_output():
     assert to_proto(strip(measured)).SerializeToString(deterministic=True) == to_proto(
         model
     ).SerializeToString(deterministic=True)
+
+
+def test_forced_range_is_passed_on_and_kept_out_of_other_groups():
+    body = "a = Sigmoid(x) b, c = Split<axis=1>(a, sizes) d = Relu(b) y = Concat<axis=1>(d, c)"
+    graph = graph_of(body, constants="int64[2] sizes = {2, 2}")
+    plan = make_plan(graph, load_rule("sophgo-bm1684x"))
+    found = {p.tensor: (p.group, p.spec.fixed_range) for p in plan.points}
+
+    assert {found[name] for name in "abc"} == {("a", (0.0, 1.0))}
+    assert found["y"] == (None, None)
+
+
+def test_float_parameters_of_a_reader_have_no_point():
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1,2,4,4] x, float[2] s) '
+        "=> (float[1,2,8,8] y) <float[2] ones = {1, 1}> "
+        "{t = Concat<axis=0>(ones, s) r = Relu(x) y = Resize(r, , t)}"
+    )
+    graph = prepare(from_proto(onnx.parser.parse_model(text))).graph
+    op = OpRule(inputs="a", outputs="a")
+    rule = rule_of(ops=dict.fromkeys(("Concat", "Relu", "Resize"), op))
+    readers = {(p.tensor, e.index) for p in make_plan(graph, rule).points for e in p.consumers}
+
+    assert ("r", 0) in readers
+    assert ("t", 2) not in readers
+
+
+def test_calibration_without_a_computed_activation():
+    """Only the input and a weight are quantized, so that nothing is fetched."""
+    floats, plan = networks.planned(convnet(), "ncnn", ("activation.quantize=false",))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    x = networks.samples(convnet(), 4)
+
+    assert state_of(calibrate(empty, [{"input": x}])) == "calibrated"
 
 
 def planned(*overrides: str):
