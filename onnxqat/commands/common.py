@@ -72,6 +72,7 @@ def planned(model: Model, rules: str, overrides: tuple[str, ...]) -> tuple[Model
     from onnxqat.overrides import parse_override
     from onnxqat.plan import make_plan
     from onnxqat.prepare import prepare
+    from onnxqat.prepare.float16 import refuse_other_floats
     from onnxqat.rules import load_rule
 
     rule = load_rule(rules)
@@ -79,6 +80,7 @@ def planned(model: Model, rules: str, overrides: tuple[str, ...]) -> tuple[Model
     if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
         raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
+    refuse_other_floats(prepared.graph, model.name)
     plan = make_plan(prepared.graph, rule, parsed)
     _warn_of_widths(plan, rule)
     return prepared, plan
