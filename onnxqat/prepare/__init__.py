@@ -55,8 +55,9 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     """Return the canonical form of a float model.
 
     Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
-    no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
-    known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
+    no function, no Identity or inactive Dropout, nothing computed of constants and known shapes
+    alone, no If whose condition is constant, no ``auto_pad`` where the shapes are known, and no
+    BatchNormalization behind a layer that can absorb it; values have a type and a
     shape where these can be inferred. Names of inputs, outputs and of values that are still
     there are unchanged; dynamic dimensions stay dynamic. A float16 model becomes float32, inputs
     and outputs included.

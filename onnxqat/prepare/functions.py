@@ -46,7 +46,13 @@ def inline_functions(model: Model) -> Model:
     for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
         if _key(node) in functions:
             _give_defaults(node, functions[_key(node)])
-    inlined = onnx.inliner.inline_local_functions(proto)
+    try:
+        inlined = onnx.inliner.inline_local_functions(proto)
+    except Exception as error:  # C++ assertions, or a message above 2 GB
+        text = str(error).splitlines()[0]
+        raise ModelError(
+            f"{model.name}: functions cannot be inlined ({text}). Export without them."
+        ) from error
     del inlined.functions[:]  # those that nothing calls
     result = from_proto(inlined, name=model.name)
     result.metadata = dict(model.metadata)
