@@ -15,6 +15,7 @@ from onnxqat.formats import float_ops, params_from_table, sophgo, table_of
 from onnxqat.insert import plan_of, read_params, state_of, strip
 from onnxqat.model import Model, save_model
 from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, fake_quantize
 from onnxqat.rules import load_rule
 
@@ -22,7 +23,7 @@ __all__ = ["deployed_model", "read_table", "write_deployment"]
 
 
 def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Model:
-    """Return the float model of a Q/DQ model.
+    """Return the float model of a Q/DQ model; float16 where the model it was made from was.
 
     Parameters
     ----------
@@ -42,7 +43,8 @@ def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Mod
                 tensor = tensors[point.tensor]
                 snapped = fake_quantize(tensor.values, params[point.parameters], point.spec)
                 tensor.values = np.asarray(snapped)  # of a scalar, arithmetic makes no array
-    return floats
+    note = model.metadata.get(FLOAT16_KEY)
+    return floats if note is None else narrow_to_float16(floats, note)
 
 
 def write_deployment(

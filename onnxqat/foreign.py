@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
@@ -117,7 +118,7 @@ def _take_pair_out(
         raise _refused(where, node, "is not behind a QuantizeLinear")
     source, target = quantize.inputs[0], node.outputs[0]
     rank = len(source.shape) if source.shape is not None else None
-    pair = [_params(n, _dtype(n), rank, where) for n in (quantize, node)]
+    pair = [_params(n, _dtype(quantize), rank, where) for n in (quantize, node)]
     if not pair[0].params.same_as(pair[1].params):
         raise _refused(where, node, f"has other parameters than '{quantize.name}' before it")
     _restore_relu(graph, quantize, pair[0])
@@ -128,17 +129,18 @@ def _take_pair_out(
     node.inputs = [source]
 
 
-def _dtype(node: gs.Node) -> np.dtype[np.generic] | None:
-    """Return the integers' type where there is no zero_point: uint8, as ONNX has it."""
-    return None if len(node.inputs) > 2 else np.dtype(np.uint8)
+def _dtype(node: gs.Node) -> np.dtype[np.generic]:
+    """Return the type of the integers that a QuantizeLinear writes without a zero_point."""
+    kind = node.attrs.get("output_dtype", 0) or onnx.TensorProto.UINT8
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
 def _params(
-    node: gs.Node, dtype: np.dtype[np.generic] | None, rank: int | None, where: str
+    node: gs.Node, dtype: np.dtype[np.generic], rank: int | None, where: str
 ) -> ForeignParams:
     scale = constant_values(node.inputs[1])
     zero_point = constant_values(node.inputs[2]) if len(node.inputs) > 2 else None
-    if zero_point is None and dtype is not None and scale is not None:
+    if len(node.inputs) < 3 and scale is not None:
         zero_point = np.zeros(scale.shape, dtype)
     if (
         scale is None

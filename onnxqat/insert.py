@@ -80,7 +80,7 @@ def weights_hash(graph: gs.Graph) -> str:
         tensor = tensors[name]
         if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(tensor.values).tobytes())
+            digest.update(np.ascontiguousarray(tensor.values).data)
     return digest.hexdigest()
 
 

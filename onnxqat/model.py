@@ -29,6 +29,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxqat.errors import ModelError
+from onnxqat.external import read_external_data, write_external_data
 from onnxqat.files import atomic_output
 from onnxqat.preserve import all_nodes, restore, subgraphs, without_weights
 from onnxqat.versions import MAX_IR_VERSION, MAX_OPSET, readable_opset
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
+MAX_INLINE_ELEMENTS = 256  # of an initializer that stays in the model file where others leave it
 MAX_SUBGRAPH_DEPTH = 32
 
 # graphsurgeon reports on stdout, where commands put their JSON.
@@ -121,41 +123,12 @@ def load_model(path: str | Path) -> Model:
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX file, or an empty graph. Give the exported .onnx.")
     _check_depth(proto.graph, str(path))
-    _load_external_data(proto, path)
-    return from_proto(proto, name=path.name)
-
-
-def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    folder = path.parent.resolve()
-    for tensor in _stored_tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        target = (folder / location).resolve()
-        if not location or not target.is_relative_to(folder):
-            message = (
-                f"{path}: initializer '{tensor.name}' keeps its data at '{location}', outside of "
-                "the model's folder. Move the file beside the model."
-            )
-            raise ModelError(message)
-        if not target.is_file():
-            raise ModelError(f"{path}: external data file '{location}' is missing.")
-    try:
-        onnx.load_external_data_for_model(proto, str(folder))
-    except (ValueError, OSError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"{path}: external data cannot be read ({error}).") from error
-
-
-def _stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor that a file stores: initializers and attributes, at any depth."""
-    yield from proto.graph.initializer
-    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for subgraph in subgraphs(attribute):
-                yield from subgraph.initializer
+    mapped = read_external_data(proto, path)
+    model = from_proto(proto, name=path.name)
+    tensors = model.graph.tensors() if mapped else {}
+    for name, values in mapped.items():
+        tensors[name].values = values
+    return model
 
 
 def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
@@ -240,22 +213,18 @@ def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Consta
 
     Yields them by name. Within the block nothing may read the values of the graph's constants.
     """
-    tensors = graph.tensors().values()
-    large = [t for t in tensors if isinstance(t, gs.Constant) and _elements(t) > size]
-    stored = [tensor._values for tensor in large]
+    plain = {name: tensor for name, tensor in graph.tensors().items() if _is_plain(tensor)}
+    large = {name: tensor for name, tensor in plain.items() if math.prod(tensor.shape) > size}
+    stored = {name: tensor._values for name, tensor in large.items()}
     try:
-        for tensor in large:
+        for name, tensor in large.items():
             kind = dtype_to_onnx(tensor.dtype)
-            empty = onnx.TensorProto(name=tensor.name, data_type=kind, dims=tensor.shape)
+            empty = onnx.TensorProto(name=name, data_type=kind, dims=tensor.shape)
             tensor._values = LazyValues(empty)
-        yield {tensor.name: tensor for tensor in large}
+        yield large
     finally:
-        for tensor, values in zip(large, stored, strict=True):
-            tensor._values = values
-
-
-def _elements(tensor: gs.Constant) -> int:
-    return 0 if isinstance(tensor._values, SparseValues) else math.prod(tensor.shape)
+        for name, tensor in large.items():
+            tensor._values = stored[name]
 
 
 def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:
@@ -267,19 +236,27 @@ def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:
         The file exists and ``force`` is not set, or it cannot be written.
     """
     path = Path(path)
-    proto = to_proto(model)
+    weights = {n: t for n, t in model.graph.tensors().items() if _is_plain(t)}
+    size = sum(tensor._values.nbytes for tensor in weights.values())
     with atomic_output(path, force=force) as temporary:
-        weights = sum(len(t.raw_data) for t in proto.graph.initializer)
-        if weights > MAX_PROTOBUF_BYTES - 2**24:
-            onnx.save(
-                proto,
-                str(temporary),
-                save_as_external_data=True,
-                location=f"{path.name}.data",
-                size_threshold=1024,
-            )
+        if size > MAX_PROTOBUF_BYTES - 2**24:
+            with weights_left_out(model.graph, MAX_INLINE_ELEMENTS) as left_out:
+                proto = to_proto(model)
+            values = ((name, tensor.values) for name, tensor in left_out.items())
+            write_external_data(proto, values, temporary.with_name(f"{path.name}.data"))
         else:
-            temporary.write_bytes(proto.SerializeToString(deterministic=True))
+            proto = to_proto(model)
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _is_plain(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is an initializer of a type that numpy knows."""
+    return (
+        isinstance(tensor, gs.Constant)
+        and not isinstance(tensor._values, SparseValues)
+        and isinstance(tensor.dtype, np.dtype)
+        and tensor.dtype.isbuiltin == 1
+    )
 
 
 def constant(name: str, values: NDArray[Any]) -> gs.Constant:

@@ -12,7 +12,14 @@ from typing import Any
 
 import onnx
 
-__all__ = ["all_nodes", "replace_messages", "restore", "subgraphs", "without_weights"]
+__all__ = [
+    "all_nodes",
+    "replace_messages",
+    "restore",
+    "stored_tensors",
+    "subgraphs",
+    "without_weights",
+]
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -63,6 +70,18 @@ def _keep_initializers(rest: onnx.GraphProto, source: onnx.GraphProto) -> None:
     rest.sparse_initializer.extend(
         t for t in source.sparse_initializer if t.values.name not in everywhere
     )
+
+
+def stored_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor that a file stores: initializers and attributes, at any depth."""
+    yield from proto.graph.initializer
+    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for subgraph in subgraphs(attribute):
+                yield from subgraph.initializer
 
 
 def subgraphs(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:

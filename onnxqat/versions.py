@@ -41,8 +41,14 @@ def readable_opset(proto: onnx.ModelProto, name: str) -> int:
     Raises
     ------
     ModelError
-        No opset of the default domain, one that is too old, or a node that opset 21 lacks.
+        No opset of the default domain, one that is too old, a node that opset 21 lacks, or an IR
+        version that onnx does not know.
     """
+    if proto.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{name}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest "
+            f"that the installed onnx knows. Export with opset {MAX_OPSET} or lower."
+        )
     opset = default_opset(proto.opset_import)
     if opset is None:
         raise ModelError(f"{name}: imports no version of the default ONNX opset.")

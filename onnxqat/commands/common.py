@@ -75,6 +75,7 @@ def planned(
     from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
     from onnxqat.prepare import prepare
+    from onnxqat.prepare.float16 import refuse_other_floats
     from onnxqat.rules import load_rule
 
     rule = load_rule(rules)
@@ -83,6 +84,7 @@ def planned(
     if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
         raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
+    refuse_other_floats(prepared.graph, model.name)
     plan = make_plan(prepared.graph, rule, parsed)
     if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(plan):
         prepared = prepare(model, opset=OPSET_OF_16_BITS)

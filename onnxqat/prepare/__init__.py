@@ -18,6 +18,7 @@ from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
 from onnxqat.prepare.branches import inline_branches
 from onnxqat.prepare.constants import lift_constants, read_typed_weights, refuse_sparse
+from onnxqat.prepare.float16 import note_float16, widen_float16
 from onnxqat.prepare.folding import fold_constants, fold_shapes
 from onnxqat.prepare.functions import inline_functions
 from onnxqat.prepare.names import name_nodes
@@ -54,10 +55,12 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     """Return the canonical form of a float model.
 
     Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
-    no Identity or inactive Dropout, no computed weight, no ``auto_pad`` where the shapes are
-    known, and no BatchNormalization behind a layer that can absorb it; values have a type and a
+    no function, no Identity or inactive Dropout, nothing computed of constants and known shapes
+    alone, no If whose condition is constant, no ``auto_pad`` where the shapes are known, and no
+    BatchNormalization behind a layer that can absorb it; values have a type and a
     shape where these can be inferred. Names of inputs, outputs and of values that are still
-    there are unchanged; dynamic dimensions stay dynamic.
+    there are unchanged; dynamic dimensions stay dynamic. A float16 model becomes float32, inputs
+    and outputs included.
 
     Parameters
     ----------
@@ -81,7 +84,9 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     prepared = upgrade_opset(inline_functions(model), opset).copy()
     rest = prepared.rest
     refuse_sparse(prepared.graph, model.name)
+    names = widen_float16(prepared.graph, model.name)
     _settle(prepared.graph)
+    note_float16(prepared, names)
     read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
     prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})

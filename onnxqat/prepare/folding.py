@@ -11,8 +11,9 @@ a value is folded where the graph's inputs decide it (what a file says of inner 
 stale); Gather and Slice of a shape that is known in part, where they take known sizes only.
 
 The result has the name of the node's output, which must not be a graph output or read in a
-subgraph. Together the results are at most 64 MiB larger than what they are computed from. A node
-that cannot be evaluated is left for the runtime to complain of.
+subgraph. It is at most 64 MiB larger than what it is computed from, and 4 KiB where the graph's
+constants make 2 GiB already. A node that cannot be evaluated is left for the runtime to complain
+of.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ __all__ = ["fold_constants", "fold_shapes"]
 
 Array = NDArray[Any]
 
-MAX_GROWTH = 64 * 2**20  # bytes
+MAX_GROWTH = 2**26  # bytes of one result, beyond those of its inputs
+SMALL_GROWTH = 2**12
+MAX_CONSTANTS = 2**31  # bytes of all constants, beyond which results may grow by little only
 _EVALUATORS: dict[str, Callable[[gs.Node, list[Array | None]], Array | list[Array] | None]] = {
     **MOVEMENT,
     **ARITHMETIC,
@@ -43,8 +46,10 @@ _EVALUATORS: dict[str, Callable[[gs.Node, list[Array | None]], Array | list[Arra
 def fold_constants(graph: gs.Graph) -> int:
     """Replace operators on constants by their results; return how many."""
     pinned = pinned_names(graph)
+    room = MAX_CONSTANTS - sum(
+        t._values.nbytes for t in graph.tensors().values() if isinstance(t, gs.Constant)
+    )
     folded: list[gs.Node] = []
-    room = MAX_GROWTH
     for node in graph.nodes:
         if not is_op(node, *_EVALUATORS) or any(t.name in pinned for t in node.outputs):
             continue
@@ -53,8 +58,10 @@ def fold_constants(graph: gs.Graph) -> int:
             continue
         results = _evaluate(node, inputs)
         growth = sum(r.nbytes for r in results) - sum(v.nbytes for v in inputs if v is not None)
-        if len(results) == len(node.outputs) and growth <= room:
-            room -= max(growth, 0)
+        if len(results) == len(node.outputs) and growth <= (
+            MAX_GROWTH if room > 0 else SMALL_GROWTH
+        ):
+            room -= sum(result.nbytes for result in results)
             for tensor, result in zip(node.outputs, results, strict=True):
                 tensor.to_constant(np.ascontiguousarray(result).reshape(result.shape))
             folded.append(node)

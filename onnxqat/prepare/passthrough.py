@@ -1,7 +1,8 @@
-"""Remove nodes that hand on their input: Identity, and Dropout outside of training.
+"""Remove nodes that hand on their input: Identity, and some forms of Cast and Dropout.
 
 ===========  ==================================================================
 Identity     always
+Cast         to the type that the input has
 Dropout      ``training_mode`` absent or constantly false, mask not used
              (https://onnx.ai/onnx/operators/onnx__Dropout.html)
 ===========  ==================================================================
@@ -23,6 +24,7 @@ a subgraph reads.
 from __future__ import annotations
 
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from onnxqat.prepare.editing import is_op, pinned_names, remove_nodes, replace_input, scalar
 
@@ -30,7 +32,7 @@ __all__ = ["remove_passthroughs"]
 
 
 def remove_passthroughs(graph: gs.Graph) -> int:
-    """Remove Identity and inactive Dropout nodes; return how many."""
+    """Remove nodes that hand on their input; return how many."""
     pinned = pinned_names(graph)
     outputs = {tensor.name for tensor in graph.outputs}
     removed = []
@@ -54,6 +56,9 @@ def remove_passthroughs(graph: gs.Graph) -> int:
 def _passes_through(node: gs.Node, pinned: set[str]) -> bool:
     if is_op(node, "Identity"):
         return True
+    if is_op(node, "Cast"):
+        source, target = node.inputs[0].dtype, node.attrs["to"]
+        return source is not None and dtype_to_onnx(source) == target
     if not is_op(node, "Dropout"):
         return False
     mask = node.outputs[1] if len(node.outputs) > 1 else gs.Variable.empty()

@@ -10,6 +10,7 @@ ORDER = [
     "files",
     "qparams",
     "preserve",
+    "external",
     "versions",
     "model",
     "runtime",

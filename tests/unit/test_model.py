@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxqat.model
 from onnxqat.errors import ModelError, OnnxQatError
 from onnxqat.model import constant, from_proto, load_model, save_model, to_proto
+from onnxqat.preserve import stored_tensors
 from tests.oracles import run_ort
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]>'
@@ -235,6 +236,7 @@ def test_constants_keep_the_shape_of_scalars() -> None:
     [
         pytest.param(SMALL.replace("17", "6"), "opset 6 is outside of 7 to", id="old-opset"),
         pytest.param(SMALL.replace("17", "99"), "opset 99 is outside of 7 to", id="new-opset"),
+        pytest.param(SMALL.replace("8", "99"), "IR version 99 is newer than", id="new-ir"),
         pytest.param(
             SMALL.replace('"": 17', '"my": 1'), "no version of the default", id="no-opset"
         ),
@@ -339,7 +341,7 @@ def test_external_data_outside_of_the_folder(text: str, location: str, tmp_path:
     folder.mkdir()
     (tmp_path / "secret").write_bytes(bytes(8))
     proto = parse(text)
-    for tensor in onnxqat.model._stored_tensors(proto):
+    for tensor in stored_tensors(proto):
         tensor.ClearField("float_data")
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value=location)

@@ -166,17 +166,24 @@ def test_not_folded(body: str) -> None:
     assert fold_constants(from_proto(proto).graph) == 0
 
 
-def test_results_do_not_grow_beyond_a_bound_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "MAX_GROWTH", 100)
-    model = parse(
-        "g (float[8] x) => (float[8] y) <int64[1] s = {8}> "
-        "{ a=ConstantOfShape(s) b=Expand(a, s) c=Add(a, b) d=ConstantOfShape(s) "
-        "e=ConstantOfShape(s) f=ConstantOfShape(s) h=ConstantOfShape(s) "
-        "y=Sum(x, c, d, e, f, h) }"
-    )
+@pytest.mark.parametrize(
+    ("growth", "constants", "left"), [(23, 2**31, 5), (24, 72, 3), (24, 2**31, 0)]
+)
+def test_results_grow_within_bounds(
+    growth: int, constants: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "MAX_GROWTH", growth)
+    monkeypatch.setattr(folding, "MAX_CONSTANTS", constants)
+    monkeypatch.setattr(folding, "SMALL_GROWTH", 0)
+    names = "abcde"
+    nodes = " ".join(f"{n}=ConstantOfShape(s)" for n in names)  # 8 bytes become 32
+    text = f"<int64[1] s = {{8}}> {{ {nodes} y=Sum(x, {', '.join(names)}) }}"
+    model = parse(f"g (float[8] x) => (float[8] y) {text}")
 
-    assert fold_constants(model.graph) == 6
-    assert [node.op for node in model.graph.nodes] == ["ConstantOfShape", "Sum"]
+    while fold_constants(model.graph):
+        pass
+
+    assert [node.op for node in model.graph.nodes] == [*["ConstantOfShape"] * left, "Sum"]
 
 
 def parse(text: str) -> Model:

@@ -101,3 +101,15 @@ def test_functions_that_call_each_other_are_refused() -> None:
 
     with pytest.raises(ModelError, match=r"m: function 'my\.(one|two)' calls itself"):
         prepare(from_proto(model("y = my.one(x)", one, two), name="m"))
+
+
+def test_calls_that_multiply_beyond_all_measure_are_refused() -> None:
+    functions = ['<domain: "my", opset_import: ["": 17]> f0 (p) => (q) { q = Neg(p) }']
+    functions += [
+        f"""<domain: "my", opset_import: ["": 17, "my": 1]>
+        f{i} (p) => (q) {{ r = my.f{i - 1}(p) q = my.f{i - 1}(r) }}"""
+        for i in range(1, 64)
+    ]
+
+    with pytest.raises(ModelError, match=f"would make {2**63} nodes, more than 1000000"):
+        prepare(from_proto(model("y = my.f63(x)", *functions)))

@@ -1,0 +1,134 @@
+"""Weights in files beside the model: mapped into memory when read, streamed when written.
+
+A model above 2 GB does not fit into one protobuf message. Its large initializers are never held
+twice: what is read is the file's own pages, what is written goes to the file tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
+
+from onnxqat.errors import ModelError
+from onnxqat.preserve import stored_tensors
+
+__all__ = ["read_external_data", "write_external_data"]
+
+MAP_BYTES = 2**20  # smaller tensors are loaded
+ALIGNMENT = 4096  # of a page, so that runtimes can map the tensors too
+
+
+def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[Any]]:
+    """Load the data that ``proto`` keeps in files; return its large initializers, read-only.
+
+    The others are loaded into ``proto``. The returned arrays are views of the mapped files.
+
+    Raises
+    ------
+    ModelError
+        A file is missing, too short, or outside of the model's folder.
+    """
+    folder = path.parent.resolve()
+    read = {name for node in proto.graph.node for name in node.input}
+    files: dict[Path, NDArray[np.uint8]] = {}
+    mapped: dict[str, NDArray[Any]] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in read and _can_map(tensor):
+            target = _file_of(tensor, folder, path)
+            if target not in files:
+                files[target] = np.memmap(target, np.uint8, "r").view(np.ndarray)
+            mapped[tensor.name] = _view(tensor, files[target], path)
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+    for tensor in stored_tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _file_of(tensor, folder, path)
+            try:
+                load_external_data_for_tensor(tensor, str(folder))
+            except (ValueError, OSError, onnx.checker.ValidationError) as error:
+                raise ModelError(f"{path}: external data cannot be read ({error}).") from error
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return mapped
+
+
+def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    size = _dtype(tensor).itemsize
+    for length in tensor.dims:  # not numpy's product, which wraps around
+        size *= length
+    return size
+
+
+def _can_map(tensor: onnx.TensorProto) -> bool:
+    return (
+        tensor.data_location == onnx.TensorProto.EXTERNAL
+        and tensor.data_type != onnx.TensorProto.STRING
+        and _dtype(tensor).isbuiltin == 1
+        and _size(tensor) >= MAP_BYTES
+    )
+
+
+def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
+    location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+    target = (folder / location).resolve()
+    if not location or not target.is_relative_to(folder):
+        raise ModelError(
+            f"{path}: initializer '{tensor.name}' keeps its data at '{location}', outside of "
+            "the model's folder. Move the file beside the model."
+        )
+    if not target.is_file():
+        raise ModelError(f"{path}: external data file '{location}' is missing.")
+    return target
+
+
+def _view(tensor: onnx.TensorProto, data: NDArray[np.uint8], path: Path) -> NDArray[Any]:
+    size = _size(tensor)
+    try:
+        info = ExternalDataInfo(tensor)
+        start, length = int(info.offset or 0), int(info.length or size)
+    except ValueError as error:
+        raise ModelError(f"{path}: external data cannot be read ({error}).") from error
+    if length != size or start < 0 or start + size > data.size:
+        raise ModelError(
+            f"{path}: initializer '{tensor.name}' needs {size} bytes of '{info.location}' from "
+            f"{start}; the file has {data.size}, the entry says {length}."
+        )
+    values = data[start : start + size].view(_dtype(tensor))
+    return values.reshape(tuple(tensor.dims))
+
+
+def write_external_data(
+    proto: onnx.ModelProto, values: Iterable[tuple[str, NDArray[Any]]], path: Path
+) -> None:
+    """Write initializers into one file, one after the other, and let ``proto`` refer to it.
+
+    Parameters
+    ----------
+    values : iterable of (str, array)
+        By name of an initializer that ``proto`` holds without data.
+    path : Path
+        The file, which is to lie beside the model.
+    """
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    with path.open("wb") as file:
+        for name, array in values:
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            tensor = tensors[name]
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (
+                ("location", path.name),
+                ("offset", str(file.tell())),
+                ("length", str(array.nbytes)),
+            ):
+                tensor.external_data.add(key=key, value=value)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
