@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedule on flat numpy buffers.
+"""Optimizers on flat numpy buffers.
 
 An optimizer turns gradients into *directions*; `onnxqat.train.updater` applies them.
 Buffers are walked in chunks that stay in the processor's cache.
@@ -6,7 +6,6 @@ Buffers are walked in chunks that stay in the processor's cache.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from onnxqat.qparams import FloatArray
 
-__all__ = ["AdamW", "Optimizer", "Sgd", "cosine_rate"]
+__all__ = ["AdamW", "Optimizer", "Sgd"]
 
 CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
 
@@ -86,19 +85,3 @@ class Sgd(Optimizer):
             velocity += gradient[part]
             gradient[part] = velocity
         return gradient
-
-
-def cosine_rate(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate at ``step``, 0 to 1.
-
-    Linear from 0 over ``warmup`` steps, then half a cosine to 0 (Loshchilov and Hutter 2017,
-    https://arxiv.org/abs/1608.03983, equation 5 without restarts).
-
-    Examples
-    --------
-    >>> [round(cosine_rate(step, 10, 2), 2) for step in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.04]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from onnxqat.train.optimizers import AdamW, Sgd, cosine_rate
+from onnxqat.train.optimizers import AdamW, Sgd
 
 
 def test_adam_directions_are_the_papers():
@@ -33,12 +32,3 @@ def test_momentum_is_pytorchs():
     actual = optimizer.direct(np.float32([1, 0]))
 
     np.testing.assert_array_equal(actual, np.float32([1.5, 1.0]))
-
-
-@pytest.mark.parametrize("warmup", [1, 5])
-def test_rate_warms_up_and_falls_to_zero(warmup):
-    rates = [cosine_rate(step, 100, warmup) for step in range(100)]
-
-    assert rates[warmup - 1] == 1.0
-    assert rates == sorted(rates[:warmup]) + sorted(rates[warmup:], reverse=True)
-    assert 0 < rates[-1] < 1e-3
