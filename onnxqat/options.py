@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 __all__ = [
     "Command",
     "calibration_options",
+    "checkpoint_options",
     "data_options",
     "force_option",
     "json_option",
@@ -80,6 +82,17 @@ def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | No
     return chosen
 
 
+def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
+    """Read ``200steps``, ``5min`` or ``never`` as what `onnxqat.train.Checkpoints` takes."""
+    if value == "never":
+        return None
+    if re.fullmatch(r"[1-9]\d{0,8}steps", value):
+        return {"steps": int(value.removesuffix("steps"))}
+    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?min", value):
+        return {"minutes": float(value.removesuffix("min"))}
+    raise click.BadParameter(f"'{value}' is none of 200steps, 5min, never and their like")
+
+
 data_options = _options(
     click.option("--mean", callback=_floats, help="Per channel: x = (x - mean) * scale."),
     click.option("--scale", callback=_floats, help="Per channel, see --mean."),
@@ -136,7 +149,7 @@ rule_options = _options(
 training_options = _options(
     click.option("--loss", help="cross-entropy, kl, mse, or a sum as in cross-entropy+kl."),
     click.option(
-        "--epochs", type=click.IntRange(1), help="Default: about 1,000 steps, at most 10."
+        "--epochs", type=click.IntRange(1), help="Default: about 2,000 steps, at most 10."
     ),
     click.option(
         "--method",
@@ -159,6 +172,17 @@ training_options = _options(
     click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
     click.option("--weight-decay", type=click.FloatRange(0)),
     click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
+)
+checkpoint_options = _options(
+    click.option(
+        "--checkpoint-every",
+        callback=_interval,
+        default="5min",
+        show_default=True,
+        metavar="INTERVAL",
+        help="As in 200steps or 5min, or never; written beside the output.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."

@@ -1,7 +1,16 @@
 """Training: the training form, its gradients, and the fine-tuning loop."""
 
+from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
-from onnxqat.train.loop import DivergedError, Finetuned, Progress
+from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 
-__all__ = ["Config", "DivergedError", "Finetuned", "Progress", "finetune"]
+__all__ = [
+    "Checkpoints",
+    "Config",
+    "DivergedError",
+    "Finetuned",
+    "Progress",
+    "StoppedError",
+    "finetune",
+]

@@ -12,11 +12,19 @@ from onnxqat.evaluate import Evaluation, evaluate
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import SOURCE_KEY, state_of, strip, weights_hash
 from onnxqat.model import Model
+from onnxqat.train.checkpoint import (
+    Checkpoints,
+    Identity,
+    data_identity,
+    model_identity,
+    settings_identity,
+)
 from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
-from onnxqat.train.loop import Finetuned, Loop, Progress
+from onnxqat.train.loop import Loop
 from onnxqat.train.losses import parse_loss
+from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.supply import Supply
 
 __all__ = ["finetune"]
@@ -34,6 +42,8 @@ def finetune(
     teacher: Model | None = None,
     config: Config = Config(),  # noqa: B008 (frozen)
     report: Callable[[Progress], None] = lambda _: None,
+    checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Finetuned:
     """Fine-tune weights and scales with the quantization in the loop.
 
@@ -51,6 +61,11 @@ def finetune(
         Hyper-parameters.
     report : callable
         Told about every step and epoch.
+    checkpoints : Checkpoints, optional
+        Where the state is saved, and whether to go on from there. The file is left behind, for the
+        caller to remove when the result is safe.
+    stop : callable
+        Asked often; once it returns true, the state is saved and the run ends.
 
     Raises
     ------
@@ -58,6 +73,8 @@ def finetune(
         Nothing to teach, too few samples, or a gradient that does not exist.
     DivergedError
         The loss left the finite numbers.
+    StoppedError
+        ``stop`` said so.
     """
     if state_of(model) == "uncalibrated":
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
@@ -78,13 +95,35 @@ def finetune(
         validate=partial(_validate, held_out=held_out, reference=reference, config=config),
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
+        checkpoints=checkpoints,
+        identity=partial(_identity, model, reference, training, held_out, config),
+        stop=stop,
     )
     return loop.run()
 
 
-def _validate(model: Model, held_out: DataSet, reference: Model, config: Config) -> Evaluation:
+def _validate(
+    model: Model,
+    progress: Callable[[], None],
+    *,
+    held_out: DataSet,
+    reference: Model,
+    config: Config,
+) -> Evaluation:
     batches = held_out.batches(config.batch_size)
-    return evaluate(model, batches, against=reference, threads=config.threads)
+    threads = config.threads
+    return evaluate(model, batches, against=reference, threads=threads, progress=progress)
+
+
+def _identity(
+    model: Model, reference: Model, training: DataSet, held_out: DataSet, config: Config
+) -> Identity:
+    return settings_identity(config) | {
+        "the model": model_identity(model),
+        "the teacher": model_identity(reference),
+        "the training data": data_identity(training),
+        "the held-out data": data_identity(held_out),
+    }
 
 
 def _check_batch(model: Model, config: Config) -> None:

@@ -11,118 +11,25 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from onnxqat.calibrate import fit_bias_range
-from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
 from onnxqat.insert import plan_of, read_params, with_params
 from onnxqat.model import Model
 from onnxqat.qparams import FloatArray
+from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
+from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import cosine_rate
 from onnxqat.train.supply import Supply
 from onnxqat.train.updater import Updater
 
-__all__ = ["DivergedError", "Finetuned", "Loop", "Progress"]
+__all__ = ["Loop"]
 
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFFS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a running fine-tuning stands; passed to the caller after every step and epoch.
-
-    Attributes
-    ----------
-    step, steps, epoch, epochs : int
-        Done and in all; counted from 1.
-    loss : float
-        Mean over the last steps.
-    validation : Evaluation or None
-        After an epoch.
-    note : str
-        Something the user should read.
-    """
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    validation: Evaluation | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetuned:
-    """The outcome.
-
-    Attributes
-    ----------
-    model : Model
-        The best state by the validation metric; the start itself if nothing was better.
-    before, after : Evaluation
-        On the held-out data.
-    epochs : int
-        How many were run.
-    best_epoch : int
-        The one the model is of; 0 is the start.
-    seconds : float
-        Wall time of training, without loading.
-    notes : tuple of str
-        What was done about a rising loss.
-    """
-
-    model: Model
-    before: Evaluation
-    after: Evaluation
-    epochs: int
-    best_epoch: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-class DivergedError(TrainingError):
-    """The loss became infinite or NaN; ``best`` is the last good state."""
-
-    def __init__(self, message: str, best: Model) -> None:
-        super().__init__(message)
-        self.best = best
-
-
-class Record(msgspec.Struct, kw_only=True):
-    """What a run has come to, besides its arrays.
-
-    Attributes
-    ----------
-    before, best : Evaluation
-        Of the start and of the best state so far.
-    best_epoch : int
-        The epoch of the best state; 0 is the start.
-    backoffs : int
-        How often training started again at a quarter of the rate.
-    step, epoch : int
-        Steps taken and epochs validated since it last started.
-    losses : LossHistory
-        Since then.
-    notes : list of str
-        What was done about a rising loss.
-    seconds : float
-        Wall time so far.
-    """
-
-    before: Evaluation
-    best: Evaluation
-    losses: LossHistory
-    best_epoch: int = 0
-    backoffs: int = 0
-    step: int = 0
-    epoch: int = 0
-    notes: list[str] = []
-    seconds: float = 0.0
 
 
 @dataclass
@@ -134,11 +41,17 @@ class Loop:
     model, form, session, supply, config
         What is trained, how, on what.
     validate : callable
-        Evaluates a Q/DQ model on the held-out data.
+        Evaluates a Q/DQ model on the held-out data, calling its second argument meanwhile.
     epochs : int
         How many to run.
     report : callable
         Told about every step and epoch.
+    checkpoints : Checkpoints or None
+        Where the state is saved.
+    identity : callable
+        Returns what must be the same for a run to go on.
+    stop : callable
+        Whether to stop here; asked after every step and while evaluating.
     """
 
     model: Model
@@ -146,20 +59,23 @@ class Loop:
     session: StepSession
     supply: Supply
     config: Config
-    validate: Callable[[Model], Evaluation]
+    validate: Callable[[Model, Callable[[], None]], Evaluation]
     epochs: int
     report: Callable[[Progress], None]
+    checkpoints: Checkpoints | None
+    identity: Callable[[], Identity]
+    stop: Callable[[], bool]
 
     def run(self) -> Finetuned:
         """Train, and return the best state."""
-        started = time.monotonic()
+        self.started = time.monotonic()
         self.steps = self.epochs * self.supply.steps
         self.best = Flat(self.session.values.views)
-        before = self.validate(self.model)
-        self.record = Record(before=before, best=before, losses=self._no_losses())
-        self._begin()
+        self._reset()
+        self.record = self._first_record()
         while not self._train():
-            self._begin()
+            self._reset()
+            self.record = self._again()
         record = self.record
         return Finetuned(
             model=self._best_model(),
@@ -167,23 +83,66 @@ class Loop:
             after=record.best,
             epochs=self.epochs,
             best_epoch=record.best_epoch,
-            seconds=time.monotonic() - started,
+            seconds=self._seconds(),
             notes=tuple(record.notes),
         )
 
-    def _no_losses(self) -> LossHistory:
-        return LossHistory(window=min(GUARD_STEPS, self.steps // 10))
-
-    def _begin(self) -> None:
-        """Set everything that training changes to the start."""
-        session, record = self.session, self.record
+    def _reset(self) -> None:
+        """Set every array that training changes to the start."""
+        session = self.session
         for name, value in self.form.parameters.items():
             if name in session.values.views:
                 session.values.views[name][...] = value
         self.updater = Updater(
             self.form, session.values, session.gradients, self.model, self.config
         )
-        record.step, record.epoch, record.losses = 0, 0, self._no_losses()
+
+    def _first_record(self) -> Record:
+        """Evaluate the start, or take up where the checkpoint left."""
+        self.known = self.identity() if self.checkpoints else {}
+        if self.checkpoints and self.checkpoints.resume:
+            record = self.checkpoints.load(self.known, Record, self._arrays())
+            self.updater.optimizer.steps = record.step
+            self.started -= record.seconds
+            return record
+        before = self.validate(self.model, self._stop_at_start)
+        return Record(before=before, best=before, losses=self._no_losses())
+
+    def _again(self) -> Record:
+        return msgspec.structs.replace(self.record, step=0, epoch=0, losses=self._no_losses())
+
+    def _no_losses(self) -> LossHistory:
+        return LossHistory(window=min(GUARD_STEPS, self.steps // 10))
+
+    def _arrays(self) -> dict[str, FloatArray]:
+        """Return every array that training changes."""
+        moments = self.updater.optimizer.buffers
+        arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
+        return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        self.record.seconds = self._seconds()
+        self.checkpoints.save(self.known, self.record, self._arrays())
+
+    def _stop_at_start(self) -> None:
+        if self.stop():
+            raise StoppedError("Interrupted before the first step.")
+
+    def _stop_if_asked(self) -> None:
+        """Stop, with a checkpoint of the last step."""
+        if not self.stop():
+            return
+        where = f"Interrupted at step {self.record.step} of {self.steps}"
+        if self.checkpoints is None:
+            raise StoppedError(f"{where}. Nothing was kept.")
+        self._save()
+        raise StoppedError(
+            f"{where}, kept in {self.checkpoints.path}. Go on with the same command and --resume."
+        )
 
     def _train(self) -> bool:
         """Run the epochs; return False when a smaller rate is to be tried from the start."""
@@ -199,6 +158,9 @@ class Loop:
                 self.updater.step(self._rate())
                 record.step += 1
                 self._tell()
+                self._stop_if_asked()
+                if self.checkpoints and self.checkpoints.due(record.step):
+                    self._save()
             self._end_epoch()
         return True
 
@@ -252,7 +214,8 @@ class Loop:
     def _end_epoch(self) -> None:
         """Evaluate, and keep the state if it is the best."""
         record, values = self.record, self.session.values
-        figures = self.validate(_written_back(self.model, self.form, values.views))
+        candidate = _written_back(self.model, self.form, values.views)
+        figures = self.validate(candidate, self._stop_if_asked)
         record.epoch += 1
         if _score(figures) > _score(record.best):
             record.best, record.best_epoch = figures, record.epoch

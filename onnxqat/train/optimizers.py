@@ -23,7 +23,19 @@ def _chunks(size: int) -> Iterator[slice]:
 
 
 class Optimizer(ABC):
-    """Turns a flat gradient into a flat direction, keeping state between steps."""
+    """Turns a flat gradient into a flat direction, keeping state between steps.
+
+    Attributes
+    ----------
+    buffers : dict of str to float32 array of shape (total,)
+        The state, by name.
+    steps : int
+        How many directions were given.
+    """
+
+    def __init__(self, size: int, *names: str) -> None:
+        self.buffers: dict[str, FloatArray] = {n: np.zeros(size, np.float32) for n in names}
+        self.steps = 0
 
     @abstractmethod
     def direct(self, gradient: FloatArray) -> FloatArray:
@@ -45,10 +57,8 @@ class AdamW(Optimizer):
     def __init__(
         self, size: int, *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-12
     ) -> None:
-        self.mean: FloatArray = np.zeros(size, np.float32)
-        self.square: FloatArray = np.zeros(size, np.float32)
+        super().__init__(size, "mean", "square")
         self.beta1, self.beta2, self.epsilon = beta1, beta2, np.float32(epsilon)
-        self.steps = 0
 
     def direct(self, gradient: FloatArray) -> FloatArray:
         """Return ``mean / (sqrt(square) + epsilon)``, both corrected for their start at zero."""
@@ -58,7 +68,7 @@ class AdamW(Optimizer):
         mean_correction = np.float32(1 / (1 - self.beta1**self.steps))
         square_correction = np.float32(1 / (1 - self.beta2**self.steps))
         for part in _chunks(gradient.size):
-            g, mean, square = gradient[part], self.mean[part], self.square[part]
+            g, mean, square = (a[part] for a in (gradient, *self.buffers.values()))
             mean *= beta1
             mean += rest1 * g
             square *= beta2
@@ -74,13 +84,14 @@ class Sgd(Optimizer):
     """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch writes it)."""
 
     def __init__(self, size: int, *, momentum: float = 0.9) -> None:
-        self.velocity: FloatArray = np.zeros(size, np.float32)
+        super().__init__(size, "velocity")
         self.momentum = np.float32(momentum)
 
     def direct(self, gradient: FloatArray) -> FloatArray:
         """Return ``velocity = momentum * velocity + gradient``."""
+        self.steps += 1
         for part in _chunks(gradient.size):
-            velocity = self.velocity[part]
+            velocity = self.buffers["velocity"][part]
             velocity *= self.momentum
             velocity += gradient[part]
             gradient[part] = velocity
