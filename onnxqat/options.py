@@ -152,6 +152,11 @@ training_options = _options(
         "--epochs", type=click.IntRange(1), help="Default: about 2,000 steps, at most 10."
     ),
     click.option(
+        "--accumulate",
+        type=click.IntRange(1),
+        help="Batches per step, whose gradients are averaged; 1 by default.",
+    ),
+    click.option(
         "--method",
         type=click.Choice(["lsq", "ste"]),
         default="lsq",

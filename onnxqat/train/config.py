@@ -19,7 +19,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int
-        Samples per step.
+        Samples per batch.
+    accumulate : int
+        Batches per step, whose gradients are averaged: as one batch so many times larger, up to
+        the order of summation.
     method : {"lsq", "ste"}
         ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
     optimizer : {"adamw", "sgd"}
@@ -46,6 +49,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     loss: str | None = None
     epochs: int | None = None
     batch_size: int = 16
+    accumulate: int = 1
     method: Literal["lsq", "ste"] = "lsq"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3

@@ -143,10 +143,11 @@ def _divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[
     if validation is None:
         trained, kept = split(count, config.validation, config.seed)
         data, validation = data.subset(trained), data.subset(kept)
-    if len(data) < config.batch_size or len(validation) == 0:
+    if len(data) < config.batch_size * config.accumulate or len(validation) == 0:
+        times = f"{config.accumulate} " if config.accumulate > 1 else ""
         raise TrainingError(
-            f"{count} samples are too few for batches of {config.batch_size} and a held-out "
-            "slice. Give more data or a smaller --batch-size."
+            f"{count} samples are too few for {times}batches of {config.batch_size} and a "
+            "held-out slice. Give more data or a smaller --batch-size."
         )
     return data, validation
 

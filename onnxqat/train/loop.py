@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 
 from onnxqat.calibrate import fit_bias_range
 from onnxqat.evaluate import Evaluation
@@ -22,7 +23,7 @@ from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import cosine_rate
-from onnxqat.train.supply import Supply
+from onnxqat.train.supply import Feeds, Supply
 from onnxqat.train.updater import Updater
 
 __all__ = ["Loop"]
@@ -149,8 +150,8 @@ class Loop:
         record = self.record
         while record.epoch < self.epochs:
             done = record.step - record.epoch * self.supply.steps
-            for feeds in self.supply.epoch(record.epoch + 1, done=done):
-                loss = self.session.run(feeds)
+            for batches in self.supply.epoch(record.epoch + 1, done=done):
+                loss = self._gradient(batches)
                 self._check_finite(loss)
                 record.losses.add(loss)
                 if record.losses.rising():
@@ -163,6 +164,18 @@ class Loop:
                     self._save()
             self._end_epoch()
         return True
+
+    def _gradient(self, batches: Iterator[Feeds]) -> float:
+        """Set the gradients to their mean over the batches of a step; return the mean loss."""
+        gradients = self.session.gradients.buffer
+        losses = [self.session.run(next(batches))]
+        if self.config.accumulate > 1:
+            total = gradients.copy()
+            for feeds in batches:
+                losses.append(self.session.run(feeds))
+                total += gradients
+            np.divide(total, np.float32(len(losses)), out=gradients)
+        return sum(losses) / len(losses)
 
     def _rate(self) -> float:
         """Return the factor of the learning rate at this step.

@@ -7,6 +7,7 @@ follow from the seed, the epoch and the step alone, so that a run can go on anyw
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,17 +51,24 @@ class Supply:
         self.data, self.teacher, self.config = data, teacher, config
         shape = list(model.graph.outputs[0].shape or ())
         self.classes = shape[1] if len(shape) > 1 else None
-        self.steps = len(data) // config.batch_size
+        self.steps = len(data) // (config.batch_size * config.accumulate)
         self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
 
-    def epoch(self, number: int, *, done: int = 0) -> Iterator[Feeds]:
-        """Yield the feeds of the steps of an epoch, counted from 1, after the first ``done``."""
+    def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
+        """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
+        parts = self.config.accumulate
+        order = self._order(number)[: self.steps * parts * self.config.batch_size]
+        batches = self._batches(number, order, done * parts)
+        for _ in range(done, self.steps):
+            yield islice(batches, parts)
+
+    def _batches(self, epoch: int, order: NDArray[np.int64], done: int) -> Iterator[Feeds]:
         size = self.config.batch_size
-        order = self._order(number)[done * size : self.steps * size]
-        for index, batch in enumerate(self.data.batches(size, indices=order), start=done):
+        batches = self.data.batches(size, indices=order[done * size :])
+        for index, batch in enumerate(batches, start=done):
             feeds = batch.inputs
             if self.config.augment:
-                rng = np.random.default_rng((self.config.seed, number, index))
+                rng = np.random.default_rng((self.config.seed, epoch, index))
                 feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
             if self.teacher is not None:
                 outputs = self.teacher.run(None, feeds)
