@@ -176,6 +176,16 @@ training_options = _options(
     ),
     click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
     click.option("--weight-decay", type=click.FloatRange(0)),
+    click.option(
+        "--schedule",
+        type=click.Choice(["cosine", "constant", "step", "one-cycle"]),
+        default="cosine",
+        show_default=True,
+        help="Of the learning rates.",
+    ),
+    click.option(
+        "--warmup", type=click.FloatRange(0, 1), help="Fraction of the steps; 0.05 by default."
+    ),
     click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
 )
 checkpoint_options = _options(

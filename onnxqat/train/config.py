@@ -34,8 +34,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Learning rate of the scales, in their logarithm.
     weight_decay : float
         Decoupled; fraction of the weight per step and unit of learning rate.
-    warmup : float
-        Fraction of all steps over which the rate rises from zero.
+    schedule : {"cosine", "constant", "step", "one-cycle"}
+        How the rate changes, see `onnxqat.train.schedules`.
+    warmup : float or None
+        Fraction of all steps over which the rate rises at the start. None: 0.05, and 0.3 for
+        one-cycle.
     augment : tuple of str
         Random changes of the training images: ``flip``, ``crop``.
     validation : float
@@ -56,7 +59,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     scale_lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
-    warmup: float = 0.05
+    schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
+    warmup: float | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1
     seed: int = 0

@@ -22,7 +22,7 @@ from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
-from onnxqat.train.schedules import cosine_rate
+from onnxqat.train.schedules import rate_factor
 from onnxqat.train.supply import Feeds, Supply
 from onnxqat.train.updater import Updater
 
@@ -183,12 +183,9 @@ class Loop:
         The first steps change nothing: they measure the loss that later ones are compared with,
         and fill Adam's means.
         """
-        first = self.record.losses.window
-        step, steps = self.record.step - first, self.steps - first
-        if step < 0:
-            return 0.0
-        warmup = max(1, round(self.config.warmup * self.steps))
-        return 0.25**self.record.backoffs * cosine_rate(step, steps, warmup)
+        record = self.record
+        factor = rate_factor(self.config, record.step, self.steps, first=record.losses.window)
+        return 0.25**record.backoffs * factor
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
