@@ -164,18 +164,32 @@ training_options = _options(
         help="lsq learns the scales; ste keeps the calibrated ones.",
     ),
     click.option(
-        "--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True
+        "--optimizer",
+        type=click.Choice(["adamw", "adam", "sgd"]),
+        default="adamw",
+        show_default=True,
     ),
     click.option(
         "--lr",
         type=click.FloatRange(0, min_open=True),
-        help="Of weights; for adamw relative to each channel's size.",
+        help="Of weights; for adam(w) relative to each channel's size.",
     ),
     click.option(
         "--scale-lr", type=click.FloatRange(0, min_open=True), help="Of scales' logarithms."
     ),
     click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
+    click.option("--nesterov", is_flag=True, help="Nesterov's momentum, of sgd."),
     click.option("--weight-decay", type=click.FloatRange(0)),
+    click.option(
+        "--group",
+        "groups",
+        multiple=True,
+        metavar="SELECTOR.KEY=VALUE",
+        help="Own lr, weight_decay, freeze or freeze_from for weight, bias, scale, name:REGEX or "
+        "tensor:REGEX; repeatable, later wins.",
+    ),
+    click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
+    click.option("--clip-value", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
     click.option(
         "--schedule",
         type=click.Choice(["cosine", "constant", "step", "one-cycle"]),

@@ -150,6 +150,7 @@ def _fill(array: NDArray[Any], stored: NDArray[Any], name: str) -> None:
 def settings_identity(config: Config) -> Identity:
     """Return the hyper-parameters by the names of their options."""
     settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
+    settings["group"] = settings.pop("groups")
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 

@@ -25,15 +25,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         the order of summation.
     method : {"lsq", "ste"}
         ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
-    optimizer : {"adamw", "sgd"}
+    optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
     lr : float
-        Learning rate of the weights. For AdamW it is relative to the weight's size: a step moves
+        Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
         a weight by about ``lr`` times the root mean square of its output channel.
     scale_lr : float
         Learning rate of the scales, in their logarithm.
+    momentum, nesterov : float, bool
+        Of sgd.
     weight_decay : float
-        Decoupled; fraction of the weight per step and unit of learning rate.
+        Fraction of the weight per step and unit of learning rate; decoupled, except for adam.
+    groups : tuple of str
+        Parameters with their own rates, and frozen ones, see `onnxqat.train.groups`.
+    clip_norm, clip_value : float, optional
+        Limit of the gradient's length, and of each of its numbers. Those of frozen parameters do
+        not count, those of scales are as the optimizer sees them.
     schedule : {"cosine", "constant", "step", "one-cycle"}
         How the rate changes, see `onnxqat.train.schedules`.
     warmup : float or None
@@ -54,11 +61,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 16
     accumulate: int = 1
     method: Literal["lsq", "ste"] = "lsq"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 2e-3
     scale_lr: float = 1e-3
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
+    groups: tuple[str, ...] = ()
+    clip_norm: float | None = None
+    clip_value: float | None = None
     schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
     warmup: float | None = None
     augment: tuple[str, ...] = ()

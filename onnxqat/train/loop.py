@@ -156,7 +156,7 @@ class Loop:
                 record.losses.add(loss)
                 if record.losses.rising():
                     return not self._back_off()
-                self.updater.step(self._rate())
+                self.updater.step(self._rate(), record.step)
                 record.step += 1
                 self._tell()
                 self._stop_if_asked()

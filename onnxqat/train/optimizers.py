@@ -6,6 +6,7 @@ Buffers are walked in chunks that stay in the processor's cache.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from onnxqat.qparams import FloatArray
 
-__all__ = ["AdamW", "Optimizer", "Sgd"]
+__all__ = ["Adam", "Optimizer", "Sgd", "clip"]
 
 CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
 
@@ -48,10 +49,10 @@ class Optimizer(ABC):
         """
 
 
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, alg. 2).
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1).
 
-    The decay is applied in `onnxqat.train.updater`. Directions are about 1, whatever the gradient.
+    Directions are about 1, whatever the gradient.
     """
 
     def __init__(
@@ -83,16 +84,42 @@ class AdamW(Optimizer):
 class Sgd(Optimizer):
     """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch writes it)."""
 
-    def __init__(self, size: int, *, momentum: float = 0.9) -> None:
+    def __init__(self, size: int, *, momentum: float = 0.9, nesterov: bool = False) -> None:
         super().__init__(size, "velocity")
-        self.momentum = np.float32(momentum)
+        self.momentum, self.nesterov = np.float32(momentum), nesterov
 
     def direct(self, gradient: FloatArray) -> FloatArray:
-        """Return ``velocity = momentum * velocity + gradient``."""
+        """Return ``velocity = momentum * velocity + gradient``.
+
+        With ``nesterov``, the direction is ``momentum * velocity + gradient`` with that velocity.
+        """
         self.steps += 1
         for part in _chunks(gradient.size):
             velocity = self.buffers["velocity"][part]
             velocity *= self.momentum
             velocity += gradient[part]
-            gradient[part] = velocity
+            if self.nesterov:
+                gradient[part] += self.momentum * velocity
+            else:
+                gradient[part] = velocity
         return gradient
+
+
+def clip(gradient: FloatArray, *, norm: float | None = None, value: float | None = None) -> None:
+    """Limit a gradient in place: each number to ``value``, then the whole to the length ``norm``.
+
+    The length is the Euclidean norm over all parameters (Pascanu et al. 2013,
+    https://arxiv.org/abs/1211.5063, algorithm 1).
+    """
+    if value is not None:
+        np.clip(gradient, np.float32(-value), np.float32(value), out=gradient)
+    if norm is not None:
+        length = math.sqrt(math.fsum(_square_sums(gradient)))
+        if length > norm:
+            gradient *= np.float32(norm / length)
+
+
+def _square_sums(gradient: FloatArray) -> Iterator[float]:
+    for part in _chunks(gradient.size):
+        wide = gradient[part].astype(np.float64)
+        yield float(wide @ wide)
