@@ -200,6 +200,17 @@ training_options = _options(
     click.option(
         "--warmup", type=click.FloatRange(0, 1), help="Fraction of the steps; 0.05 by default."
     ),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Keep the moving average with this decay.",
+    ),
+    click.option("--select", metavar="METRIC", help="Figure that the best state is chosen by."),
+    click.option(
+        "--patience",
+        type=click.IntRange(1),
+        help="End after so many epochs without a better state.",
+    ),
     click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
 )
 checkpoint_options = _options(

@@ -38,7 +38,7 @@ SAMPLES = 64  # are read to tell whether data are the same
 RECORD = "record"  # the member of the file that is no array of the run
 
 # What must be the same for a run to go on, by the name a user knows it by.
-Identity = dict[str, str | int | float | list[str] | None]
+Identity = dict[str, Any]
 
 
 class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -46,6 +46,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     warmup : float or None
         Fraction of all steps over which the rate rises at the start. None: 0.05, and 0.3 for
         one-cycle.
+    ema : float or None
+        Decay of the moving average of the weights and scales, which is evaluated and kept in their
+        place. None: they themselves.
+    select : str or None
+        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement`` or
+        ``max_abs_diff``. None: top1 where there are labels, agreement otherwise.
+    patience : int or None
+        Training ends after so many epochs without a better state.
     augment : tuple of str
         Random changes of the training images: ``flip``, ``crop``.
     validation : float
@@ -72,6 +80,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     clip_value: float | None = None
     schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
     warmup: float | None = None
+    ema: float | None = None
+    select: str | None = None
+    patience: int | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1
     seed: int = 0

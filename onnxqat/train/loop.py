@@ -23,6 +23,7 @@ from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor
+from onnxqat.train.selection import score
 from onnxqat.train.supply import Feeds, Supply
 from onnxqat.train.updater import Updater
 
@@ -71,7 +72,9 @@ class Loop:
         """Train, and return the best state."""
         self.started = time.monotonic()
         self.steps = self.epochs * self.supply.steps
-        self.best = Flat(self.session.values.views)
+        values = self.session.values
+        self.best = Flat(values.views)
+        self.kept = values if self.config.ema is None else Flat(values.views)
         self._reset()
         self.record = self._first_record()
         while not self._train():
@@ -82,7 +85,7 @@ class Loop:
             model=self._best_model(),
             before=record.before,
             after=record.best,
-            epochs=self.epochs,
+            epochs=record.epoch,
             best_epoch=record.best_epoch,
             seconds=self._seconds(),
             notes=tuple(record.notes),
@@ -94,6 +97,7 @@ class Loop:
         for name, value in self.form.parameters.items():
             if name in session.values.views:
                 session.values.views[name][...] = value
+        self.kept.buffer[...] = session.values.buffer
         self.updater = Updater(
             self.form, session.values, session.gradients, self.model, self.config
         )
@@ -107,10 +111,13 @@ class Loop:
             self.started -= record.seconds
             return record
         before = self.validate(self.model, self._stop_at_start)
+        score(before, self.config.select)  # a figure that does not exist is said at once
         return Record(before=before, best=before, losses=self._no_losses())
 
     def _again(self) -> Record:
-        return msgspec.structs.replace(self.record, step=0, epoch=0, losses=self._no_losses())
+        return msgspec.structs.replace(
+            self.record, step=0, epoch=0, waited=0, losses=self._no_losses()
+        )
 
     def _no_losses(self) -> LossHistory:
         return LossHistory(window=min(GUARD_STEPS, self.steps // 10))
@@ -119,6 +126,8 @@ class Loop:
         """Return every array that training changes."""
         moments = self.updater.optimizer.buffers
         arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
+        if self.config.ema is not None:
+            arrays["average"] = self.kept.buffer
         return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
 
     def _seconds(self) -> float:
@@ -148,7 +157,7 @@ class Loop:
     def _train(self) -> bool:
         """Run the epochs; return False when a smaller rate is to be tried from the start."""
         record = self.record
-        while record.epoch < self.epochs:
+        while record.epoch < self.epochs and self._patient():
             done = record.step - record.epoch * self.supply.steps
             for batches in self.supply.epoch(record.epoch + 1, done=done):
                 loss = self._gradient(batches)
@@ -157,6 +166,7 @@ class Loop:
                 if record.losses.rising():
                     return not self._back_off()
                 self.updater.step(self._rate(), record.step)
+                self._average()
                 record.step += 1
                 self._tell()
                 self._stop_if_asked()
@@ -186,6 +196,12 @@ class Loop:
         record = self.record
         factor = rate_factor(self.config, record.step, self.steps, first=record.losses.window)
         return 0.25**record.backoffs * factor
+
+    def _average(self) -> None:
+        """Follow the values with the moving average, if that is what is kept."""
+        if self.config.ema is not None:
+            self.kept.buffer *= np.float32(self.config.ema)
+            self.kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -223,24 +239,30 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Evaluate, and keep the state if it is the best."""
-        record, values = self.record, self.session.values
-        candidate = _written_back(self.model, self.form, values.views)
+        record, kept = self.record, self.kept
+        candidate = _written_back(self.model, self.form, kept.views)
         figures = self.validate(candidate, self._stop_if_asked)
         record.epoch += 1
-        if _score(figures) > _score(record.best):
-            record.best, record.best_epoch = figures, record.epoch
-            self.best.buffer[...] = values.buffer
+        record.waited += 1
+        if score(figures, self.config.select) > score(record.best, self.config.select):
+            record.best, record.best_epoch, record.waited = figures, record.epoch, 0
+            self.best.buffer[...] = kept.buffer
         self._tell(figures)
+
+    def _patient(self) -> bool:
+        """Whether to go on looking for a better state."""
+        patience, waited = self.config.patience, self.record.waited
+        if patience is None or waited < patience or self.record.epoch == self.epochs:
+            return True
+        times = "epoch" if waited == 1 else f"{waited} epochs"
+        note = f"stopped after epoch {self.record.epoch}: no better state in the last {times}"
+        self.record.notes.append(note)
+        return False
 
     def _best_model(self) -> Model:
         if self.record.best_epoch == 0:
             return self.model
         return _written_back(self.model, self.form, self.best.views)
-
-
-def _score(figures: Evaluation) -> tuple[float, float]:
-    """Order states by accuracy where there are labels, then by agreement with the teacher."""
-    return figures.metrics.get("top1", 0.0), figures.agreement or 0.0
 
 
 def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArray]) -> Model:

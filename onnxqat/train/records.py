@@ -56,7 +56,7 @@ class Finetuned:
     seconds : float
         Wall time of training, without loading.
     notes : tuple of str
-        What was done about a rising loss.
+        What was done about a rising loss, and why it ended early.
     """
 
     model: Model
@@ -93,10 +93,12 @@ class Record(msgspec.Struct, kw_only=True):
         How often training started again at a quarter of the rate.
     step, epoch : int
         Steps taken and epochs validated since it last started.
+    waited : int
+        Epochs since the last better state.
     losses : LossHistory
         Since then.
     notes : list of str
-        What was done about a rising loss.
+        What was done about a rising loss, and why it ended early.
     seconds : float
         Wall time so far.
     """
@@ -108,5 +110,6 @@ class Record(msgspec.Struct, kw_only=True):
     backoffs: int = 0
     step: int = 0
     epoch: int = 0
+    waited: int = 0
     notes: list[str] = []
     seconds: float = 0.0
