@@ -17,6 +17,7 @@ __all__ = [
     "data_options",
     "force_option",
     "json_option",
+    "log_options",
     "output_option",
     "rule_options",
     "run_options",
@@ -223,6 +224,12 @@ checkpoint_options = _options(
         help="As in 200steps or 5min, or never; written beside the output.",
     ),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
+)
+log_options = _options(
+    click.option("--log", metavar="FILE.jsonl", help="Write losses, rates and figures there."),
+    click.option(
+        "--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS"
+    ),
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."

@@ -23,6 +23,7 @@ from onnxqat.options import (
     data_options,
     force_option,
     json_option,
+    log_options,
     output_option,
     run_options,
     seed_option,
@@ -44,6 +45,7 @@ __all__ = ["finetune"]
 @click.option("--teacher", help="Float model to distil from; MODEL itself by default.")
 @training_options
 @checkpoint_options
+@log_options
 @calibration_options
 @data_options
 @run_options(16)
@@ -53,7 +55,8 @@ __all__ = ["finetune"]
 @json_option
 def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
              checkpoint_every: dict[str, Any] | None, resume: bool,
-             output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
+             log: str | None, log_every: int, output: str | None, force: bool, as_json: bool,
+             **options: Any) -> None:  # fmt: skip
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
@@ -63,6 +66,9 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     target = output or renamed(model, "qat")
     check_writable(target, force=force)
     checkpoints = _checkpoints(f"{target}.checkpoint", checkpoint_every, resume, force)
+    if log:
+        check_writable(log, force=force or resume)
+    logging = {"path": log, "every": log_every, "resume": resume} if log else None
     loaded = load_model(model)
     plan_of(loaded)
     taught_by = _teacher(teacher, loaded) if teacher else None
@@ -75,8 +81,8 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     with noted_signals() as received:
         try:
             result = _tuned(
-                loaded, data, val_data, given, layout, teacher=taught_by, config=config,
-                checkpoints=checkpoints, stop=lambda: bool(received),
+                loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
+                config=config, checkpoints=checkpoints, stop=lambda: bool(received),
             )  # fmt: skip
         except StoppedError as error:
             click.echo(str(error), err=True)
@@ -138,9 +144,10 @@ def _config(options: dict[str, Any]) -> Config:
 
 
 def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
-           config: Config, **others: Any) -> Finetuned:  # fmt: skip
+           logging: dict[str, Any] | None, config: Config, **others: Any) -> Finetuned:  # fmt: skip
     """Open the data and fine-tune on them."""
     from onnxqat.progress import FinetuneReport
+    from onnxqat.train import TrainingLog
     from onnxqat.train import finetune as run
 
     def opened(source: str) -> Any:
@@ -149,7 +156,16 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
     with ExitStack() as stack:
         training = stack.enter_context(opened(data))
         validation = stack.enter_context(opened(val_data)) if val_data else None
-        report = stack.enter_context(FinetuneReport())
+        reports: list[Any] = [stack.enter_context(FinetuneReport())]
+        if logging:
+            batch = next(iter((validation or training).batches(config.batch_size))).inputs
+            log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
+            reports.append(stack.enter_context(log))
+
+        def report(progress: Any) -> None:
+            for each in reports:
+                each(progress)
+
         return run(model, training, validation=validation, config=config, report=report, **others)
 
 

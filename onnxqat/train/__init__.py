@@ -3,6 +3,7 @@
 from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
+from onnxqat.train.log import TrainingLog
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "Finetuned",
     "Progress",
     "StoppedError",
+    "TrainingLog",
     "finetune",
 ]

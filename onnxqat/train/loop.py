@@ -74,6 +74,7 @@ class Loop:
         self.steps = self.epochs * self.supply.steps
         values = self.session.values
         self.best = Flat(values.views)
+        self.factor = 0.0
         self.kept = values if self.config.ema is None else Flat(values.views)
         self._reset()
         self.record = self._first_record()
@@ -165,7 +166,8 @@ class Loop:
                 record.losses.add(loss)
                 if record.losses.rising():
                     return not self._back_off()
-                self.updater.step(self._rate(), record.step)
+                self.factor = self._rate()
+                self.updater.step(self.factor, record.step)
                 self._average()
                 record.step += 1
                 self._tell()
@@ -224,7 +226,7 @@ class Loop:
         logger.warning(note)
         return again
 
-    def _tell(self, figures: Evaluation | None = None) -> None:
+    def _tell(self, figures: Evaluation | None = None, model: Model | None = None) -> None:
         record = self.record
         progress = Progress(
             step=record.step,
@@ -232,7 +234,10 @@ class Loop:
             epoch=record.epoch + (figures is None),
             epochs=self.epochs,
             loss=record.losses.mean,
+            lr=self.factor * self.config.lr,
+            scale_lr=self.factor * self.config.scale_lr,
             validation=figures,
+            model=model,
             note=record.notes[-1] if record.notes else "",
         )
         self.report(progress)
@@ -247,7 +252,7 @@ class Loop:
         if score(figures, self.config.select) > score(record.best, self.config.select):
             record.best, record.best_epoch, record.waited = figures, record.epoch, 0
             self.best.buffer[...] = kept.buffer
-        self._tell(figures)
+        self._tell(figures, candidate)
 
     def _patient(self) -> bool:
         """Whether to go on looking for a better state."""

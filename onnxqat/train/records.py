@@ -24,8 +24,12 @@ class Progress:
         Done and in all; counted from 1.
     loss : float
         Mean over the last steps.
+    lr, scale_lr : float
+        Learning rates of weights and scales at this step, of groups without their own.
     validation : Evaluation or None
-        After an epoch.
+        After an epoch,
+    model : Model or None
+        and the Q/DQ model it is of.
     note : str
         Something the user should read.
     """
@@ -35,7 +39,10 @@ class Progress:
     epoch: int
     epochs: int
     loss: float
+    lr: float
+    scale_lr: float
     validation: Evaluation | None = None
+    model: Model | None = None
     note: str = ""
 
 
