@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ from onnxqat.options import (
 if TYPE_CHECKING:
     from onnxqat.model import Model
     from onnxqat.settings import Settings
-    from onnxqat.train import Checkpoints, Config, Finetuned
+    from onnxqat.train import Checkpoints, Config, Finetuned, Workers
 
 __all__ = ["finetune"]
 
@@ -61,14 +63,15 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
     from onnxqat.model import load_model
-    from onnxqat.train import DivergedError, StoppedError
+    from onnxqat.train import join_workers
 
     target = output or renamed(model, "qat")
+    workers = join_workers()
     check_writable(target, force=force)
     checkpoints = _checkpoints(f"{target}.checkpoint", checkpoint_every, resume, force)
     if log:
         check_writable(log, force=force or resume)
-    logging = {"path": log, "every": log_every, "resume": resume} if log else None
+    workers.any(False)  # all have looked before one writes
     loaded = load_model(model)
     plan_of(loaded)
     taught_by = _teacher(teacher, loaded) if teacher else None
@@ -77,21 +80,57 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     config = _config(options)
     if state_of(loaded) == "uncalibrated":
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
-        loaded, _ = calibrated(loaded, data, given, layout=layout, **calibration, **shared)
+        shared |= {**calibration, "layout": layout}
+        loaded = _calibrated_once(workers, loaded, data, given, **shared)
+    logging = {"path": log, "every": log_every, "resume": resume} if log else None
+    with _ending_well(workers, target, force, checkpoints) as stop:
+        result = _tuned(
+            loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
+            config=config, checkpoints=checkpoints, stop=stop, workers=workers,
+        )  # fmt: skip
+    if workers.rank == 0:
+        _finish(result.model, target, force, checkpoints)
+        _print_finetuned(result, target, as_json)
+    workers.leave()
+
+
+@contextmanager
+def _ending_well(
+    workers: Workers, target: str, force: bool, checkpoints: Checkpoints | None
+) -> Iterator[Callable[[], bool]]:
+    """Yield what says whether to stop; turn a stop or a diverged loss into the command's end."""
+    from onnxqat.train import DivergedError, StoppedError
+
     with noted_signals() as received:
         try:
-            result = _tuned(
-                loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
-                config=config, checkpoints=checkpoints, stop=lambda: bool(received),
-            )  # fmt: skip
+            yield lambda: bool(received)
         except StoppedError as error:
-            click.echo(str(error), err=True)
-            click.get_current_context().exit(128 + received[0])
+            if workers.rank == 0:
+                click.echo(str(error), err=True)
+            workers.leave()
+            number = received[0] if received else signal.SIGINT  # another worker's
+            click.get_current_context().exit(128 + number)
         except DivergedError as error:
-            _finish(error.best, target, force, checkpoints)
+            if workers.rank == 0:
+                _finish(error.best, target, force, checkpoints)
             raise click.ClickException(f"{error} Written to {target}.") from error
-    _finish(result.model, target, force, checkpoints)
-    _print_finetuned(result, target, as_json)
+
+
+def _calibrated_once(
+    workers: Workers, model: Model, data: str, given: Settings, **options: Any
+) -> Model:
+    """Let worker 0 calibrate, and give the others what it measured."""
+    from onnx import ModelProto
+
+    from onnxqat.model import from_proto, to_proto
+
+    def measured() -> Model:
+        return calibrated(model, data, given, **options)[0]
+
+    if workers.size == 1:
+        return measured()
+    text = workers.first(lambda: to_proto(measured()).SerializeToString())
+    return from_proto(ModelProto.FromString(text), name=model.name)
 
 
 def _checkpoints(
@@ -144,7 +183,8 @@ def _config(options: dict[str, Any]) -> Config:
 
 
 def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
-           logging: dict[str, Any] | None, config: Config, **others: Any) -> Finetuned:  # fmt: skip
+           logging: dict[str, Any] | None, config: Config, workers: Workers,
+           **others: Any) -> Finetuned:  # fmt: skip
     """Open the data and fine-tune on them."""
     from onnxqat.progress import FinetuneReport
     from onnxqat.train import TrainingLog
@@ -153,20 +193,18 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
     def opened(source: str) -> Any:
         return open_for(model, source, given, layout=layout, batch_size=config.batch_size)
 
+    reports: list[Callable[[Any], None]] = []
     with ExitStack() as stack:
         training = stack.enter_context(opened(data))
         validation = stack.enter_context(opened(val_data)) if val_data else None
-        reports: list[Any] = [stack.enter_context(FinetuneReport())]
-        if logging:
+        if workers.rank == 0:
+            reports.append(stack.enter_context(FinetuneReport()))
+        if workers.rank == 0 and logging:
             batch = next(iter((validation or training).batches(config.batch_size))).inputs
             log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
             reports.append(stack.enter_context(log))
-
-        def report(progress: Any) -> None:
-            for each in reports:
-                each(progress)
-
-        return run(model, training, validation=validation, config=config, report=report, **others)
+        others["report"] = lambda progress: [report(progress) for report in reports]
+        return run(model, training, validation=validation, config=config, workers=workers, **others)
 
 
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.log import TrainingLog
+from onnxqat.train.parallel import Workers, join_workers
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "Progress",
     "StoppedError",
     "TrainingLog",
+    "Workers",
     "finetune",
+    "join_workers",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
@@ -24,6 +24,7 @@ from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import parse_loss
+from onnxqat.train.parallel import Workers
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.supply import Supply
 
@@ -44,6 +45,7 @@ def finetune(
     report: Callable[[Progress], None] = lambda _: None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
+    workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> Finetuned:
     """Fine-tune weights and scales with the quantization in the loop.
 
@@ -66,6 +68,9 @@ def finetune(
         caller to remove when the result is safe.
     stop : callable
         Asked often; once it returns true, the state is saved and the run ends.
+    workers : Workers
+        The processes that train together, see `onnxqat.train.parallel`. All call this function
+        with the same arguments, and all return the same.
 
     Raises
     ------
@@ -79,13 +84,13 @@ def finetune(
     if state_of(model) == "uncalibrated":
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
     _check_batch(model, config)
-    training, held_out = _divide(data, validation, config)
+    training, held_out = _divide(data, validation, config, workers.size)
     terms = _loss_terms(data, config)
     reference = _teacher_of(model, teacher)
     teaching = any(term != "cross-entropy" for term in terms)
     teaching_session = model_session(reference, "float") if teaching else None
     form = training_form(model, learn_scales=config.method == "lsq")
-    supply = Supply(model, training, teaching_session, config)
+    supply = Supply(model, training, teaching_session, config, workers)
     loop = Loop(
         model=model,
         form=form,
@@ -96,8 +101,9 @@ def finetune(
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
         checkpoints=checkpoints,
-        identity=partial(_identity, model, reference, training, held_out, config),
+        identity=cache(partial(_identity, model, reference, training, held_out, config, workers)),
         stop=stop,
+        workers=workers,
     )
     return loop.run()
 
@@ -116,9 +122,15 @@ def _validate(
 
 
 def _identity(
-    model: Model, reference: Model, training: DataSet, held_out: DataSet, config: Config
+    model: Model,
+    reference: Model,
+    training: DataSet,
+    held_out: DataSet,
+    config: Config,
+    workers: Workers,
 ) -> Identity:
     return settings_identity(config) | {
+        "the number of processes": workers.size,
         "the model": model_identity(model),
         "the teacher": model_identity(reference),
         "the training data": data_identity(training),
@@ -137,14 +149,16 @@ def _check_batch(model: Model, config: Config) -> None:
             )
 
 
-def _divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[DataSet, DataSet]:
+def _divide(
+    data: DataSet, validation: DataSet | None, config: Config, workers: int
+) -> tuple[DataSet, DataSet]:
     """Return what is trained on, and what is held out."""
-    count = len(data)
+    count, batches = len(data), config.accumulate * workers
     if validation is None:
         trained, kept = split(count, config.validation, config.seed)
         data, validation = data.subset(trained), data.subset(kept)
-    if len(data) < config.batch_size * config.accumulate or len(validation) == 0:
-        times = f"{config.accumulate} " if config.accumulate > 1 else ""
+    if len(data) < config.batch_size * batches or len(validation) == 0:
+        times = f"{batches} " if batches > 1 else ""
         raise TrainingError(
             f"{count} samples are too few for {times}batches of {config.batch_size} and a "
             "held-out slice. Give more data or a smaller --batch-size."

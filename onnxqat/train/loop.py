@@ -21,6 +21,7 @@ from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
+from onnxqat.train.parallel import Workers
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor
 from onnxqat.train.selection import score
@@ -54,6 +55,8 @@ class Loop:
         Returns what must be the same for a run to go on.
     stop : callable
         Whether to stop here; asked after every step and while evaluating.
+    workers : Workers
+        Who trains together.
     """
 
     model: Model
@@ -67,6 +70,7 @@ class Loop:
     checkpoints: Checkpoints | None
     identity: Callable[[], Identity]
     stop: Callable[[], bool]
+    workers: Workers
 
     def run(self) -> Finetuned:
         """Train, and return the best state."""
@@ -105,15 +109,25 @@ class Loop:
 
     def _first_record(self) -> Record:
         """Evaluate the start, or take up where the checkpoint left."""
-        self.known = self.identity() if self.checkpoints else {}
         if self.checkpoints and self.checkpoints.resume:
-            record = self.checkpoints.load(self.known, Record, self._arrays())
+            record = self.workers.first(self._load)
+            for array in self._arrays().values():
+                self.workers.spread(array)
             self.updater.optimizer.steps = record.step
             self.started -= record.seconds
             return record
-        before = self.validate(self.model, self._stop_at_start)
+        before = self._evaluate(self.model, self._stop_at_start)
         score(before, self.config.select)  # a figure that does not exist is said at once
         return Record(before=before, best=before, losses=self._no_losses())
+
+    def _load(self) -> Record:
+        assert self.checkpoints is not None
+        return self.checkpoints.load(self.identity(), Record, self._arrays())
+
+    def _evaluate(self, model: Model, stop: Callable[[], None]) -> Evaluation:
+        """Let worker 0 evaluate; ``stop`` may end it, where nobody waits for the result."""
+        progress = stop if self.workers.size == 1 else lambda: None
+        return self.workers.first(lambda: self.validate(model, progress))
 
     def _again(self) -> Record:
         return msgspec.structs.replace(
@@ -137,7 +151,8 @@ class Loop:
     def _save(self) -> None:
         assert self.checkpoints is not None
         self.record.seconds = self._seconds()
-        self.checkpoints.save(self.known, self.record, self._arrays())
+        if self.workers.rank == 0:
+            self.checkpoints.save(self.identity(), self.record, self._arrays())
 
     def _stop_at_start(self) -> None:
         if self.stop():
@@ -145,7 +160,7 @@ class Loop:
 
     def _stop_if_asked(self) -> None:
         """Stop, with a checkpoint of the last step."""
-        if not self.stop():
+        if not self.workers.any(self.stop()):
             return
         where = f"Interrupted at step {self.record.step} of {self.steps}"
         if self.checkpoints is None:
@@ -178,7 +193,7 @@ class Loop:
         return True
 
     def _gradient(self, batches: Iterator[Feeds]) -> float:
-        """Set the gradients to their mean over the batches of a step; return the mean loss."""
+        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
         gradients = self.session.gradients.buffer
         losses = [self.session.run(next(batches))]
         if self.config.accumulate > 1:
@@ -187,7 +202,10 @@ class Loop:
                 losses.append(self.session.run(feeds))
                 total += gradients
             np.divide(total, np.float32(len(losses)), out=gradients)
-        return sum(losses) / len(losses)
+        self.workers.average(gradients)
+        loss = np.array(sum(losses) / len(losses))
+        self.workers.average(loss)
+        return float(loss)
 
     def _rate(self) -> float:
         """Return the factor of the learning rate at this step.
@@ -246,7 +264,7 @@ class Loop:
         """Evaluate, and keep the state if it is the best."""
         record, kept = self.record, self.kept
         candidate = _written_back(self.model, self.form, kept.views)
-        figures = self.validate(candidate, self._stop_if_asked)
+        figures = self._evaluate(candidate, self._stop_if_asked)
         record.epoch += 1
         record.waited += 1
         if score(figures, self.config.select) > score(record.best, self.config.select):

@@ -19,6 +19,7 @@ from onnxqat.errors import DataError
 from onnxqat.model import Model
 from onnxqat.train.config import Config
 from onnxqat.train.losses import LABELS, teacher_input
+from onnxqat.train.parallel import Workers
 
 __all__ = ["Feeds", "Supply"]
 
@@ -38,6 +39,8 @@ class Supply:
         Its outputs are fed too.
     config : Config
         Batch size, augmentation and seed.
+    workers : Workers
+        Which share of the samples is for this process.
 
     Attributes
     ----------
@@ -46,29 +49,36 @@ class Supply:
     """
 
     def __init__(
-        self, model: Model, data: DataSet, teacher: ort.InferenceSession | None, config: Config
+        self,
+        model: Model,
+        data: DataSet,
+        teacher: ort.InferenceSession | None,
+        config: Config,
+        workers: Workers,
     ) -> None:
-        self.data, self.teacher, self.config = data, teacher, config
+        self.data, self.teacher, self.config, self.workers = data, teacher, config, workers
         shape = list(model.graph.outputs[0].shape or ())
         self.classes = shape[1] if len(shape) > 1 else None
-        self.steps = len(data) // (config.batch_size * config.accumulate)
+        self.steps = len(data) // (config.batch_size * config.accumulate * workers.size)
         self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
 
     def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
         """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
         parts = self.config.accumulate
-        order = self._order(number)[: self.steps * parts * self.config.batch_size]
-        batches = self._batches(number, order, done * parts)
+        batches = self._batches(number, done)
         for _ in range(done, self.steps):
             yield islice(batches, parts)
 
-    def _batches(self, epoch: int, order: NDArray[np.int64], done: int) -> Iterator[Feeds]:
-        size = self.config.batch_size
-        batches = self.data.batches(size, indices=order[done * size :])
-        for index, batch in enumerate(batches, start=done):
+    def _batches(self, epoch: int, done: int) -> Iterator[Feeds]:
+        """Yield this worker's batches; every step's samples are divided in order of rank."""
+        size, parts, workers = self.config.batch_size, self.config.accumulate, self.workers
+        numbers = np.arange(self.steps * workers.size * parts)
+        mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
+        order = self._order(epoch)[: len(numbers) * size].reshape(-1, size)[mine].reshape(-1)
+        for index, batch in zip(mine, self.data.batches(size, indices=order), strict=True):
             feeds = batch.inputs
             if self.config.augment:
-                rng = np.random.default_rng((self.config.seed, epoch, index))
+                rng = np.random.default_rng((self.config.seed, epoch, int(index)))
                 feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
             if self.teacher is not None:
                 outputs = self.teacher.run(None, feeds)
