@@ -1,8 +1,8 @@
 """Several processes that train one model, each on its share of every step's samples.
 
 ``mpirun -n N`` starts them; they meet through mpi4py, the optional extra ``mpi``. All hold the
-same parameters, since all apply the same averaged gradient: MPI gives every process the same
-result of an Allreduce (MPI 4.1, section 6.9.6).
+same parameters, since all apply the same averaged gradient: the MPI standard requires that every
+process receives the identical result of an Allreduce.
 """
 
 from __future__ import annotations
