@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,12 +66,9 @@ class TrainingLog:
         threads: int = 0,
     ) -> None:
         self.start, self.batch, self.every, self.threads = start, batch, every, threads
-        self.note = ""
-        try:
-            self.file = Path(path).open("a" if resume else "w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            message = f"{path}: cannot be written ({error.strerror}). Choose another --log."
-            raise OnnxQatError(message) from error
+        self.path, self.note = Path(path), ""
+        with self._writing():
+            self.file = self.path.open("a" if resume else "w", encoding="utf-8")
         self._write(event="resume" if resume else "start", schema="onnxqat.log/1")
 
     def __enter__(self) -> TrainingLog:
@@ -105,5 +103,14 @@ class TrainingLog:
         )
 
     def _write(self, **document: Any) -> None:
-        self.file.write(json.dumps(document, allow_nan=False) + "\n")
-        self.file.flush()
+        with self._writing():
+            self.file.write(json.dumps(document, allow_nan=False) + "\n")
+            self.file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"{self.path}: cannot be written ({error.strerror}). Choose another --log."
+            raise OnnxQatError(message) from error

@@ -241,7 +241,8 @@ class Loop:
         else:
             note = f"the loss rose at {rate:g} times the learning rate too; the best state is kept"
         self.record.notes.append(note)
-        logger.warning(note)
+        if self.workers.rank == 0:
+            logger.warning(note)
         return again
 
     def _tell(self, figures: Evaluation | None = None, model: Model | None = None) -> None:

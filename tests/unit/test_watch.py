@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +151,17 @@ def test_a_log_goes_on_and_notes_what_happened(model, data, tmp_path):
 def test_a_log_that_cannot_be_written_is_said(model, tmp_path):
     with pytest.raises(OnnxQatError, match=r"cannot be written .* Choose another --log"):
         TrainingLog(tmp_path / "no" / "l", model, {})
+
+
+class FullDisk(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_said(model, data, tmp_path):
+    batch, config = next(iter(data.batches(16))).inputs, Config(epochs=1, threads=1)
+    log = TrainingLog(tmp_path / "l", model, batch, every=5)
+    log.file.close()
+    log.file = FullDisk()
+    with pytest.raises(OnnxQatError, match=r"l: cannot be written \(No space left"):
+        finetune(model, data, config=config, report=log)
