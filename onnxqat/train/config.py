@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from onnxqat.errors import TrainingError
 
 __all__ = ["Config"]
+
+Count = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(ge=0)]
+Limit = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,25 +73,38 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     loss: str | None = None
-    epochs: int | None = None
-    batch_size: int = 16
-    accumulate: int = 1
+    epochs: Count | None = None
+    batch_size: Count = 16
+    accumulate: Count = 1
     method: Literal["lsq", "ste"] = "lsq"
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: float = 2e-3
-    scale_lr: float = 1e-3
-    momentum: float = 0.9
+    lr: Rate = 2e-3
+    scale_lr: Rate = 1e-3
+    momentum: Fraction = 0.9
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: Rate = 0.0
     groups: tuple[str, ...] = ()
-    clip_norm: float | None = None
-    clip_value: float | None = None
+    clip_norm: Limit | None = None
+    clip_value: Limit | None = None
     schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
-    warmup: float | None = None
-    ema: float | None = None
+    warmup: Fraction | None = None
+    ema: Annotated[float, Meta(ge=0, lt=1)] | None = None
     select: str | None = None
-    patience: int | None = None
+    patience: Count | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1
-    seed: int = 0
-    threads: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
+    threads: Annotated[int, Meta(ge=0)] = 0
+
+    def check(self) -> None:
+        """Refuse a value outside of its type or range, which making a struct does not.
+
+        Raises
+        ------
+        TrainingError
+            It is named.
+        """
+        try:
+            msgspec.convert(msgspec.to_builtins(self), Config)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise TrainingError(f"Config: {error}.") from error

@@ -75,12 +75,14 @@ def finetune(
     Raises
     ------
     TrainingError
-        Nothing to teach, too few samples, or a gradient that does not exist.
+        A wrong hyper-parameter, nothing to teach, too few samples, a gradient that does not exist,
+        or a checkpoint that is not of this run.
     DivergedError
         The loss left the finite numbers.
     StoppedError
         ``stop`` said so.
     """
+    config.check()
     if state_of(model) == "uncalibrated":
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
     _check_batch(model, config)
