@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ import click
 __all__ = [
     "Command",
     "calibration_options",
+    "checkpoint_options",
     "data_options",
     "force_option",
     "json_option",
+    "log_options",
     "output_option",
     "rule_options",
     "run_options",
@@ -80,6 +83,17 @@ def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | No
     return chosen
 
 
+def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
+    """Read ``200steps``, ``5min`` or ``never`` as what `onnxqat.train.Checkpoints` takes."""
+    if value == "never":
+        return None
+    if re.fullmatch(r"[1-9]\d{0,8}steps", value):
+        return {"steps": int(value.removesuffix("steps"))}
+    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?min", value):
+        return {"minutes": float(value.removesuffix("min"))}
+    raise click.BadParameter(f"'{value}' is none of 200steps, 5min, never and their like")
+
+
 data_options = _options(
     click.option("--mean", callback=_floats, help="Per channel: x = (x - mean) * scale."),
     click.option("--scale", callback=_floats, help="Per channel, see --mean."),
@@ -142,7 +156,12 @@ rule_options = _options(
 training_options = _options(
     click.option("--loss", help="cross-entropy, kl, mse, or a sum as in cross-entropy+kl."),
     click.option(
-        "--epochs", type=click.IntRange(1), help="Default: about 1,000 steps, at most 10."
+        "--epochs", type=click.IntRange(1), help="Default: about 2,000 steps, at most 10."
+    ),
+    click.option(
+        "--accumulate",
+        type=click.IntRange(1),
+        help="Batches per step, whose gradients are averaged; 1 by default.",
     ),
     click.option(
         "--method",
@@ -152,19 +171,71 @@ training_options = _options(
         help="lsq learns the scales; ste keeps the calibrated ones.",
     ),
     click.option(
-        "--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True
+        "--optimizer",
+        type=click.Choice(["adamw", "adam", "sgd"]),
+        default="adamw",
+        show_default=True,
     ),
     click.option(
         "--lr",
         type=click.FloatRange(0, min_open=True),
-        help="Of weights; for adamw relative to each channel's size.",
+        help="Of weights; for adam(w) relative to each channel's size.",
     ),
     click.option(
         "--scale-lr", type=click.FloatRange(0, min_open=True), help="Of scales' logarithms."
     ),
     click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
+    click.option("--nesterov", is_flag=True, help="Nesterov's momentum, of sgd."),
     click.option("--weight-decay", type=click.FloatRange(0)),
+    click.option(
+        "--group",
+        "groups",
+        multiple=True,
+        metavar="SELECTOR.KEY=VALUE",
+        help="Own lr, weight_decay, freeze or freeze_from for weight, bias, scale, name:REGEX or "
+        "tensor:REGEX; repeatable, later wins.",
+    ),
+    click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
+    click.option("--clip-value", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
+    click.option(
+        "--schedule",
+        type=click.Choice(["cosine", "constant", "step", "one-cycle"]),
+        default="cosine",
+        show_default=True,
+        help="Of the learning rates.",
+    ),
+    click.option(
+        "--warmup", type=click.FloatRange(0, 1), help="Fraction of the steps; 0.05 by default."
+    ),
+    click.option(
+        "--ema",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Keep the moving average with this decay.",
+    ),
+    click.option("--select", metavar="METRIC", help="Figure that the best state is chosen by."),
+    click.option(
+        "--patience",
+        type=click.IntRange(1),
+        help="End after so many epochs without a better state.",
+    ),
     click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
+)
+checkpoint_options = _options(
+    click.option(
+        "--checkpoint-every",
+        callback=_interval,
+        default="5min",
+        show_default=True,
+        metavar="INTERVAL",
+        help="As in 200steps or 5min, or never; written beside the output.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
+)
+log_options = _options(
+    click.option("--log", metavar="FILE.jsonl", help="Write losses, rates and figures there."),
+    click.option(
+        "--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS"
+    ),
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."

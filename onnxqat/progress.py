@@ -44,6 +44,7 @@ class FinetuneReport:
         self.bar = _bar("figures")
         self.task: Any = None
         self.started = time.monotonic()
+        self.start = 0  # the step a resumed run goes on from
         self.note = ""
 
     def __enter__(self) -> FinetuneReport:
@@ -62,7 +63,9 @@ class FinetuneReport:
         """Take one report of `onnxqat.train.finetune`."""
         figures = f"loss {progress.loss:.4f}"
         if self.task is None:
+            self.start = progress.step - 1
             self.task = self.bar.add_task("fine-tuning", total=progress.steps, figures=figures)
+        self.start = min(self.start, progress.step - 1)  # training may start again
         title = f"epoch {progress.epoch}/{progress.epochs}"
         self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
         if progress.note != self.note:
@@ -77,7 +80,7 @@ class FinetuneReport:
 
     def _epoch_line(self, progress: Any) -> str:
         seconds = time.monotonic() - self.started
-        remaining = seconds / progress.step * (progress.steps - progress.step)
+        remaining = seconds / (progress.step - self.start) * (progress.steps - progress.step)
         words = [f"epoch {progress.epoch}/{progress.epochs}", f"loss {progress.loss:.4f}"]
         words += [f"{k} {100 * v:.2f} %" for k, v in progress.validation.metrics.items()]
         if progress.validation.agreement is not None:

@@ -3,9 +3,10 @@
 Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
 """
 
-from onnxqat.commands.making import calibrate, export, finetune, import_table, insert
+from onnxqat.commands.making import calibrate, export, import_table, insert
 from onnxqat.commands.planning import check, rules
 from onnxqat.commands.reading import evaluate, strip
+from onnxqat.commands.tuning import finetune
 
 __all__ = ["COMMANDS"]
 

@@ -1,9 +1,8 @@
-"""The commands that make a Q/DQ model: insert, calibrate, finetune, import-table."""
+"""The commands that make a Q/DQ model: insert, calibrate, import-table, export."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ import click
 
 from onnxqat.commands.common import (
     calibrated,
-    open_for,
-    percentages,
     plan_document,
     planned,
     print_result,
@@ -28,7 +25,6 @@ from onnxqat.options import (
     rule_options,
     run_options,
     seed_option,
-    training_options,
 )
 
 if TYPE_CHECKING:
@@ -37,10 +33,8 @@ if TYPE_CHECKING:
     from onnxqat.foreign import ForeignParams
     from onnxqat.model import Model
     from onnxqat.plan import QuantPlan
-    from onnxqat.settings import Settings
-    from onnxqat.train import Config, Finetuned
 
-__all__ = ["calibrate", "export", "finetune", "import_table", "insert"]
+__all__ = ["calibrate", "export", "import_table", "insert"]
 
 
 @click.command()
@@ -155,116 +149,6 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     save_model(result, target, force=force)
     document = {"observer": options["observer"], "samples": samples, "output": target}
     print_result({"schema": "onnxqat.calibrate/1", **document}, as_json, list(document.items()))
-
-
-@click.command()
-@click.argument("model")
-@click.argument("data")
-@click.option("--val-data", help="Chooses the best state; 10 % of DATA by default.")
-@click.option("--teacher", help="Float model to distil from; MODEL itself by default.")
-@training_options
-@calibration_options
-@data_options
-@run_options(16)
-@seed_option
-@output_option("MODEL with .qat before its suffix by default.")
-@force_option
-@json_option
-def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
-             output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
-    from onnxqat.files import check_writable
-    from onnxqat.insert import plan_of, state_of
-    from onnxqat.model import load_model, save_model
-    from onnxqat.train import DivergedError
-
-    target = output or renamed(model, "qat")
-    check_writable(target, force=force)
-    loaded = load_model(model)
-    plan_of(loaded)
-    taught_by = _teacher(teacher, loaded) if teacher else None
-    given, layout = take_settings(options), options.pop("layout")
-    calibration = {name: options.pop(name) for name in ("observer", "samples")}
-    config = _config(options)
-    if state_of(loaded) == "uncalibrated":
-        shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
-        loaded, _ = calibrated(loaded, data, given, layout=layout, **calibration, **shared)
-    try:
-        result = _tuned(loaded, data, val_data, given, taught_by, config, layout)
-    except DivergedError as error:
-        save_model(error.best, target, force=force)
-        raise click.ClickException(f"{error} Written to {target}.") from error
-    save_model(result.model, target, force=force)
-    _print_finetuned(result, target, as_json)
-
-
-def _teacher(path: str, student: Model) -> Model:
-    """Load and prepare the float model that teaches."""
-    from onnxqat.errors import ModelError
-    from onnxqat.evaluate import check_interface
-    from onnxqat.insert import PLAN_KEY
-    from onnxqat.model import load_model
-    from onnxqat.prepare import prepare
-
-    teacher = load_model(path)
-    if PLAN_KEY in teacher.metadata:
-        raise ModelError(f"{path}: holds Q/DQ pairs. Give a float model as --teacher.")
-    check_interface(student, teacher, output_names=True)
-    return prepare(teacher)
-
-
-def _config(options: dict[str, Any]) -> Config:
-    """Return the hyper-parameters: defaults where an option was not given."""
-    from onnxqat.train import Config
-
-    return Config(**{name: value for name, value in options.items() if value is not None})
-
-
-def _tuned(model: Model, data: str, val_data: str | None, given: Settings, teacher: Model | None,
-           config: Config, layout: Any) -> Finetuned:  # fmt: skip
-    """Open the data and fine-tune on them."""
-    from onnxqat.progress import FinetuneReport
-    from onnxqat.train import finetune as run
-
-    def opened(source: str) -> Any:
-        return open_for(model, source, given, layout=layout, batch_size=config.batch_size)
-
-    with ExitStack() as stack:
-        training = stack.enter_context(opened(data))
-        validation = stack.enter_context(opened(val_data)) if val_data else None
-        report = stack.enter_context(FinetuneReport())
-        return run(
-            model, training, validation=validation, teacher=teacher, config=config, report=report
-        )
-
-
-def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
-    def figures(evaluation: Any) -> dict[str, float]:
-        found = {**evaluation.metrics, "agreement": evaluation.agreement}
-        return {name: value for name, value in found.items() if value is not None}
-
-    before, after = figures(result.before), figures(result.after)
-    document = {
-        "schema": "onnxqat.finetune/1",
-        "before": before,
-        "after": after,
-        "samples": result.after.samples,
-        "epochs": result.epochs,
-        "best_epoch": result.best_epoch,
-        "seconds": round(result.seconds, 1),
-        "notes": list(result.notes),
-        "output": target,
-    }
-    rows: list[tuple[str, Any]] = [(f"{k} before", v) for k, v in percentages(before)]
-    rows += [(f"{k} after", v) for k, v in percentages(after)]
-    rows += [
-        ("held-out samples", result.after.samples),
-        ("epochs", f"{result.epochs}, best {result.best_epoch}"),
-        ("seconds", document["seconds"]),
-        *(("note", note) for note in result.notes),
-        ("output", target),
-    ]
-    print_result(document, as_json, rows)
 
 
 @click.command("import-table")

@@ -1,6 +1,21 @@
 """Training: the training form, its gradients, and the fine-tuning loop."""
 
+from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
-from onnxqat.train.finetune import DivergedError, Finetuned, Progress, finetune
+from onnxqat.train.finetune import finetune
+from onnxqat.train.log import TrainingLog
+from onnxqat.train.parallel import Workers, join_workers
+from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 
-__all__ = ["Config", "DivergedError", "Finetuned", "Progress", "finetune"]
+__all__ = [
+    "Checkpoints",
+    "Config",
+    "DivergedError",
+    "Finetuned",
+    "Progress",
+    "StoppedError",
+    "TrainingLog",
+    "Workers",
+    "finetune",
+    "join_workers",
+]

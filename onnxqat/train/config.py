@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from onnxqat.errors import TrainingError
 
 __all__ = ["Config"]
+
+Count = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(ge=0)]
+Limit = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,20 +27,41 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int
-        Samples per step.
+        Samples per batch.
+    accumulate : int
+        Batches per step, whose gradients are averaged: as one batch so many times larger, up to
+        the order of summation.
     method : {"lsq", "ste"}
         ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
-    optimizer : {"adamw", "sgd"}
+    optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
     lr : float
-        Learning rate of the weights. For AdamW it is relative to the weight's size: a step moves
+        Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
         a weight by about ``lr`` times the root mean square of its output channel.
     scale_lr : float
         Learning rate of the scales, in their logarithm.
+    momentum, nesterov : float, bool
+        Of sgd.
     weight_decay : float
-        Decoupled; fraction of the weight per step and unit of learning rate.
-    warmup : float
-        Fraction of all steps over which the rate rises from zero.
+        Fraction of the weight per step and unit of learning rate; decoupled, except for adam.
+    groups : tuple of str
+        Parameters with their own rates, and frozen ones, see `onnxqat.train.groups`.
+    clip_norm, clip_value : float, optional
+        Limit of the gradient's length, and of each of its numbers. Those of frozen parameters do
+        not count, those of scales are as the optimizer sees them.
+    schedule : {"cosine", "constant", "step", "one-cycle"}
+        How the rate changes, see `onnxqat.train.schedules`.
+    warmup : float or None
+        Fraction of all steps over which the rate rises at the start. None: 0.05, and 0.3 for
+        one-cycle.
+    ema : float or None
+        Decay of the moving average of the weights and scales, which is evaluated and kept in their
+        place. None: they themselves.
+    select : str or None
+        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement`` or
+        ``max_abs_diff``. None: top1 where there are labels, agreement otherwise.
+    patience : int or None
+        Training ends after so many epochs without a better state.
     augment : tuple of str
         Random changes of the training images: ``flip``, ``crop``.
     validation : float
@@ -44,16 +73,38 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     loss: str | None = None
-    epochs: int | None = None
-    batch_size: int = 16
+    epochs: Count | None = None
+    batch_size: Count = 16
+    accumulate: Count = 1
     method: Literal["lsq", "ste"] = "lsq"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 2e-3
-    scale_lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warmup: float = 0.05
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Rate = 2e-3
+    scale_lr: Rate = 1e-3
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: Rate = 0.0
+    groups: tuple[str, ...] = ()
+    clip_norm: Limit | None = None
+    clip_value: Limit | None = None
+    schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
+    warmup: Fraction | None = None
+    ema: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    select: str | None = None
+    patience: Count | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1
-    seed: int = 0
-    threads: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
+    threads: Annotated[int, Meta(ge=0)] = 0
+
+    def check(self) -> None:
+        """Refuse a value outside of its type or range, which making a struct does not.
+
+        Raises
+        ------
+        TrainingError
+            It is named.
+        """
+        try:
+            msgspec.convert(msgspec.to_builtins(self), Config)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise TrainingError(f"Config: {error}.") from error

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedule on flat numpy buffers.
+"""Optimizers on flat numpy buffers.
 
 An optimizer turns gradients into *directions*; `onnxqat.train.updater` applies them.
 Buffers are walked in chunks that stay in the processor's cache.
@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxqat.qparams import FloatArray
 
-__all__ = ["AdamW", "Optimizer", "Sgd", "cosine_rate"]
+__all__ = ["Adam", "Optimizer", "Sgd", "clip"]
 
 CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
 
@@ -24,7 +24,19 @@ def _chunks(size: int) -> Iterator[slice]:
 
 
 class Optimizer(ABC):
-    """Turns a flat gradient into a flat direction, keeping state between steps."""
+    """Turns a flat gradient into a flat direction, keeping state between steps.
+
+    Attributes
+    ----------
+    buffers : dict of str to float32 array of shape (total,)
+        The state, by name.
+    steps : int
+        How many directions were given.
+    """
+
+    def __init__(self, size: int, *names: str) -> None:
+        self.buffers: dict[str, FloatArray] = {n: np.zeros(size, np.float32) for n in names}
+        self.steps = 0
 
     @abstractmethod
     def direct(self, gradient: FloatArray) -> FloatArray:
@@ -37,19 +49,17 @@ class Optimizer(ABC):
         """
 
 
-class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, alg. 2).
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1).
 
-    The decay is applied in `onnxqat.train.updater`. Directions are about 1, whatever the gradient.
+    Directions are about 1, whatever the gradient.
     """
 
     def __init__(
         self, size: int, *, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-12
     ) -> None:
-        self.mean: FloatArray = np.zeros(size, np.float32)
-        self.square: FloatArray = np.zeros(size, np.float32)
+        super().__init__(size, "mean", "square")
         self.beta1, self.beta2, self.epsilon = beta1, beta2, np.float32(epsilon)
-        self.steps = 0
 
     def direct(self, gradient: FloatArray) -> FloatArray:
         """Return ``mean / (sqrt(square) + epsilon)``, both corrected for their start at zero."""
@@ -59,7 +69,7 @@ class AdamW(Optimizer):
         mean_correction = np.float32(1 / (1 - self.beta1**self.steps))
         square_correction = np.float32(1 / (1 - self.beta2**self.steps))
         for part in _chunks(gradient.size):
-            g, mean, square = gradient[part], self.mean[part], self.square[part]
+            g, mean, square = (a[part] for a in (gradient, *self.buffers.values()))
             mean *= beta1
             mean += rest1 * g
             square *= beta2
@@ -74,31 +84,42 @@ class AdamW(Optimizer):
 class Sgd(Optimizer):
     """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch writes it)."""
 
-    def __init__(self, size: int, *, momentum: float = 0.9) -> None:
-        self.velocity: FloatArray = np.zeros(size, np.float32)
-        self.momentum = np.float32(momentum)
+    def __init__(self, size: int, *, momentum: float = 0.9, nesterov: bool = False) -> None:
+        super().__init__(size, "velocity")
+        self.momentum, self.nesterov = np.float32(momentum), nesterov
 
     def direct(self, gradient: FloatArray) -> FloatArray:
-        """Return ``velocity = momentum * velocity + gradient``."""
+        """Return ``velocity = momentum * velocity + gradient``.
+
+        With ``nesterov``, the direction is ``momentum * velocity + gradient`` with that velocity.
+        """
+        self.steps += 1
         for part in _chunks(gradient.size):
-            velocity = self.velocity[part]
+            velocity = self.buffers["velocity"][part]
             velocity *= self.momentum
             velocity += gradient[part]
-            gradient[part] = velocity
+            if self.nesterov:
+                gradient[part] += self.momentum * velocity
+            else:
+                gradient[part] = velocity
         return gradient
 
 
-def cosine_rate(step: int, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate at ``step``, 0 to 1.
+def clip(gradient: FloatArray, *, norm: float | None = None, value: float | None = None) -> None:
+    """Limit a gradient in place: each number to ``value``, then the whole to the length ``norm``.
 
-    Linear from 0 over ``warmup`` steps, then half a cosine to 0 (Loshchilov and Hutter 2017,
-    https://arxiv.org/abs/1608.03983, equation 5 without restarts).
-
-    Examples
-    --------
-    >>> [round(cosine_rate(step, 10, 2), 2) for step in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.04]
+    The length is the Euclidean norm over all parameters (Pascanu et al. 2013,
+    https://arxiv.org/abs/1211.5063, algorithm 1).
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    if value is not None:
+        np.clip(gradient, np.float32(-value), np.float32(value), out=gradient)
+    if norm is not None:
+        length = math.sqrt(math.fsum(_square_sums(gradient)))
+        if length > norm:
+            gradient *= np.float32(norm / length)
+
+
+def _square_sums(gradient: FloatArray) -> Iterator[float]:
+    for part in _chunks(gradient.size):
+        wide = gradient[part].astype(np.float64)
+        yield float(wide @ wide)

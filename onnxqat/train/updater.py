@@ -1,9 +1,12 @@
 """One step of descent: weights relative to their size, scales in the log domain.
 
-``w -= rate * unit * direction`` with AdamW directions of about 1 and ``unit`` the root mean square
+``w -= rate * unit * direction`` with Adam's directions of about 1 and ``unit`` the root mean square
 of the weight's output channel: a network that takes raw 0..255 pixels and one whose folded
 channels differ by orders of magnitude then need the same rate. ``s *= exp(-rate * direction)``
 keeps scales positive.
+
+Weight decay is decoupled, ``w *= 1 - rate * decay`` (AdamW: Loshchilov and Hutter 2019,
+https://arxiv.org/abs/1711.05101, algorithm 2); of ``adam`` alone it is a part of the gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from onnxqat.qparams import FloatArray, QuantParams, quantized_range
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.optimizers import AdamW, Optimizer, Sgd
+from onnxqat.train.groups import parameter_rates
+from onnxqat.train.optimizers import Adam, Optimizer, Sgd, clip
 
 __all__ = ["Updater"]
 
@@ -47,37 +51,51 @@ class Updater:
         self.weights = [n for n in gradients.views if n not in scales]
         self.scales = [n for n in gradients.views if n in scales]
         plan, params = plan_of(model), read_params(model)
+        self.rates = parameter_rates(gradients.views, self.scales, model, config)
         self.factors = _scale_gradient_factors(plan, params, model)
         self.units = self._units(plan)
         self.optimizer = self._optimizer(gradients.buffer.size)
 
     def _optimizer(self, size: int) -> Optimizer:
         if self.config.optimizer == "sgd":
-            return Sgd(size, momentum=self.config.momentum)
-        return AdamW(size)
+            return Sgd(size, momentum=self.config.momentum, nesterov=self.config.nesterov)
+        return Adam(size)
 
     def _units(self, plan: QuantPlan) -> dict[str, FloatArray | float]:
-        """Return the size of an AdamW step for each weight: its root mean square."""
+        """Return the size of a step of Adam for each weight: its root mean square."""
         if self.config.optimizer == "sgd":
             return dict.fromkeys(self.weights, 1.0)
         axes = {p.tensor: p.spec.axis for p in plan.points if p.role == "weight"}
         return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
 
-    def step(self, factor: float) -> None:
-        """Move every parameter by one step at ``factor`` times the learning rates."""
+    def step(self, factor: float, step: int) -> None:
+        """Move every parameter at ``factor`` times its learning rate; ``step`` counts from 0."""
+        self._prepare_gradients(step)
+        self.optimizer.direct(self.gradients.buffer)
+        for name, rates in self.rates.items():
+            if rates.frozen(step):
+                continue
+            value, direction = self.values.views[name], self.gradients.views[name]
+            rate = factor * rates.lr
+            if name in self.units:
+                if rates.weight_decay and self.config.optimizer != "adam":
+                    value *= np.float32(1 - rate * rates.weight_decay)
+                value -= np.asarray(rate * self.units[name], np.float32) * direction
+            else:
+                value *= np.exp(-np.float32(rate) * direction)
+
+    def _prepare_gradients(self, step: int) -> None:
+        """Turn the gradients into those that the optimizer sees."""
         for name in self.scales:  # into the log domain, with the LSQ factor
             gradient = self.gradients.views[name]
             gradient *= self.values.views[name] * self.factors[name.removesuffix("/scale")]
-        self.optimizer.direct(self.gradients.buffer)
-        rate = factor * self.config.lr
-        for name in self.weights:
-            value, direction = self.values.views[name], self.gradients.views[name]
-            if self.config.weight_decay and value.ndim > 1:
-                value *= np.float32(1 - rate * self.config.weight_decay)
-            value -= np.asarray(rate * self.units[name], np.float32) * direction
-        rate = factor * self.config.scale_lr
-        for name in self.scales:
-            self.values.views[name][...] *= np.exp(-np.float32(rate) * self.gradients.views[name])
+        for name, rates in self.rates.items():
+            if rates.frozen(step):
+                self.gradients.views[name][...] = 0
+            elif rates.weight_decay and self.config.optimizer == "adam":
+                decay = np.float32(rates.weight_decay)
+                self.gradients.views[name][...] += decay * self.values.views[name]
+        clip(self.gradients.buffer, norm=self.config.clip_norm, value=self.config.clip_value)
 
 
 def _rms(values: FloatArray, axis: int | None) -> FloatArray:

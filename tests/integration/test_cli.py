@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -522,21 +520,3 @@ def test_twice_verbose_shows_the_traceback(tmp_path):
 
     assert result.returncode == 1
     assert "Traceback" in result.stderr
-
-
-def test_interruption_is_said_and_leaves_nothing(work, tmp_path):
-    command = process("finetune", work / "w4.qdq.onnx", work / "train.npz", *TUNE[2:])
-    words = ("--epochs", "10000", "-o", str(tmp_path / "out.onnx"))
-    with subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        for line in running.stderr:  # wait for the first epoch
-            if line.startswith("epoch 1/"):
-                break
-        time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-
-    assert running.returncode == 130
-    assert rest.splitlines()[-1] == "Interrupted: no half-written file is left."
-    assert "Traceback" not in rest
-    assert list(tmp_path.iterdir()) == []

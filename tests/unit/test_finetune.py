@@ -220,6 +220,39 @@ def test_label_beyond_the_classes_is_refused_before_it_is_read(coarse, data, tmp
         finetune(coarse, wrong, validation=data, config=Config(**FAST))
 
 
+def values(model):
+    """Return the trained weights and scales in one vector."""
+    tensors = strip(model).graph.tensors()
+    weights = [p.tensor for p in plan_of(model).points if p.role != "activation"]
+    scales = [p.scale for p in read_params(model).values()]
+    return np.concatenate([np.ravel(a) for a in [*(tensors[n].values for n in weights), *scales]])
+
+
+def test_accumulated_batches_are_one_larger_batch(coarse, data):
+    """Up to the order of summation; plain descent, since Adam's directions amplify noise."""
+    few = {"epochs": 1, "threads": 1, "optimizer": "sgd", "lr": 1e-4, "validation": 0.2}
+    large = finetune(coarse, data, config=Config(**few, batch_size=32))
+    small = finetune(coarse, data, config=Config(**few, batch_size=8, accumulate=4))
+    moved = np.abs(values(large.model) - values(coarse))
+
+    assert large.best_epoch == small.best_epoch == 1
+    assert moved.max() > 1e-3
+    np.testing.assert_allclose(values(small.model), values(large.model), rtol=0, atol=1e-5)
+
+
+def test_a_model_of_fixed_batch_takes_larger_steps(coarse, data):
+    single = coarse.copy()
+    for tensor in (*single.graph.inputs, *single.graph.outputs):
+        tensor.shape = [1, *tensor.shape[1:]]
+    few = {"epochs": 1, "threads": 1, "optimizer": "sgd", "lr": 1e-4}
+    config = Config(**few, batch_size=1, accumulate=16)
+    small = finetune(single, data.subset(np.arange(400)), config=config)
+    large = finetune(coarse, data.subset(np.arange(400)), config=Config(**few, batch_size=16))
+
+    assert small.best_epoch == large.best_epoch == 1
+    np.testing.assert_allclose(values(small.model), values(large.model), rtol=0, atol=1e-5)
+
+
 def test_fixed_batch_says_which_batch_size_it_takes(coarse, data):
     fixed = coarse.copy()
     fixed.graph.inputs[0].shape = [1, 1, 28, 28]

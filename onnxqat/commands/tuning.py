@@ -1,0 +1,236 @@
+"""The command that trains: finetune."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import (
+    calibrated,
+    open_for,
+    percentages,
+    print_result,
+    renamed,
+    take_settings,
+)
+from onnxqat.commands.signals import noted_signals
+from onnxqat.options import (
+    calibration_options,
+    checkpoint_options,
+    data_options,
+    force_option,
+    json_option,
+    log_options,
+    output_option,
+    run_options,
+    seed_option,
+    training_options,
+)
+
+if TYPE_CHECKING:
+    from onnxqat.model import Model
+    from onnxqat.settings import Settings
+    from onnxqat.train import Checkpoints, Config, Finetuned, Workers
+
+__all__ = ["finetune"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data")
+@click.option("--val-data", help="Chooses the best state; 10 % of DATA by default.")
+@click.option("--teacher", help="Float model to distil from; MODEL itself by default.")
+@training_options
+@checkpoint_options
+@log_options
+@calibration_options
+@data_options
+@run_options(16)
+@seed_option
+@output_option("MODEL with .qat before its suffix by default.")
+@force_option
+@json_option
+def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
+             checkpoint_every: dict[str, Any] | None, resume: bool,
+             log: str | None, log_every: int, output: str | None, force: bool, as_json: bool,
+             **options: Any) -> None:  # fmt: skip
+    """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
+    from onnxqat.files import check_writable
+    from onnxqat.insert import plan_of, state_of
+    from onnxqat.model import load_model
+    from onnxqat.train import join_workers
+
+    target = output or renamed(model, "qat")
+    workers = join_workers()
+    check_writable(target, force=force)
+    checkpoints = _checkpoints(f"{target}.checkpoint", checkpoint_every, resume, force)
+    if log:
+        check_writable(log, force=force or resume)
+    workers.any(False)  # all have looked before one writes
+    loaded = load_model(model)
+    plan_of(loaded)
+    taught_by = _teacher(teacher, loaded) if teacher else None
+    given, layout = take_settings(options), options.pop("layout")
+    calibration = {name: options.pop(name) for name in ("observer", "samples")}
+    config = _config(options)
+    if state_of(loaded) == "uncalibrated":
+        shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
+        shared |= {**calibration, "layout": layout}
+        loaded = _calibrated_once(workers, loaded, data, given, **shared)
+    logging = {"path": log, "every": log_every, "resume": resume} if log else None
+    with _ending_well(workers, target, force, checkpoints) as stop:
+        result = _tuned(
+            loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
+            config=config, checkpoints=checkpoints, stop=stop, workers=workers,
+        )  # fmt: skip
+    if workers.rank == 0:
+        _finish(result.model, target, force, checkpoints)
+        _print_finetuned(result, target, as_json)
+    workers.leave()
+
+
+@contextmanager
+def _ending_well(
+    workers: Workers, target: str, force: bool, checkpoints: Checkpoints | None
+) -> Iterator[Callable[[], bool]]:
+    """Yield what says whether to stop; turn a stop or a diverged loss into the command's end."""
+    from onnxqat.train import DivergedError, StoppedError
+
+    with noted_signals() as received:
+        try:
+            yield lambda: bool(received)
+        except StoppedError as error:
+            if workers.rank == 0:
+                click.echo(str(error), err=True)
+            workers.leave()
+            number = received[0] if received else signal.SIGINT  # another worker's
+            click.get_current_context().exit(128 + number)
+        except DivergedError as error:
+            if workers.rank == 0:
+                _finish(error.best, target, force, checkpoints)
+            raise click.ClickException(f"{error} Written to {target}.") from error
+
+
+def _calibrated_once(
+    workers: Workers, model: Model, data: str, given: Settings, **options: Any
+) -> Model:
+    """Let worker 0 calibrate, and give the others what it measured."""
+    from onnx import ModelProto
+
+    from onnxqat.model import from_proto, to_proto
+
+    def measured() -> Model:
+        return calibrated(model, data, given, **options)[0]
+
+    if workers.size == 1:
+        return measured()
+    text = workers.first(lambda: to_proto(measured()).SerializeToString())
+    return from_proto(ModelProto.FromString(text), name=model.name)
+
+
+def _checkpoints(
+    path: str, every: dict[str, Any] | None, resume: bool, force: bool
+) -> Checkpoints | None:
+    """Return where to save the state, after refusing what could be a mistake."""
+    from onnxqat.errors import TrainingError
+    from onnxqat.files import check_writable
+    from onnxqat.train import Checkpoints
+
+    if resume:
+        return Checkpoints(path, **(every or {}), resume=True)
+    if Path(path).is_file() and not force:
+        raise TrainingError(
+            f"{path}: a run was interrupted. Pass --resume to go on, or --force to start again."
+        )
+    check_writable(path, force=force)
+    return None if every is None else Checkpoints(path, **every)
+
+
+def _finish(model: Model, target: str, force: bool, checkpoints: Checkpoints | None) -> None:
+    """Write the result; only then is the checkpoint not needed any more."""
+    from onnxqat.model import save_model
+
+    save_model(model, target, force=force)
+    if checkpoints:
+        checkpoints.remove()
+
+
+def _teacher(path: str, student: Model) -> Model:
+    """Load and prepare the float model that teaches."""
+    from onnxqat.errors import ModelError
+    from onnxqat.evaluate import check_interface
+    from onnxqat.insert import PLAN_KEY
+    from onnxqat.model import load_model
+    from onnxqat.prepare import prepare
+
+    teacher = load_model(path)
+    if PLAN_KEY in teacher.metadata:
+        raise ModelError(f"{path}: holds Q/DQ pairs. Give a float model as --teacher.")
+    check_interface(student, teacher, output_names=True)
+    return prepare(teacher)
+
+
+def _config(options: dict[str, Any]) -> Config:
+    """Return the hyper-parameters: defaults where an option was not given."""
+    from onnxqat.train import Config
+
+    return Config(**{name: value for name, value in options.items() if value is not None})
+
+
+def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
+           logging: dict[str, Any] | None, config: Config, workers: Workers,
+           **others: Any) -> Finetuned:  # fmt: skip
+    """Open the data and fine-tune on them."""
+    from onnxqat.progress import FinetuneReport
+    from onnxqat.train import TrainingLog
+    from onnxqat.train import finetune as run
+
+    def opened(source: str) -> Any:
+        return open_for(model, source, given, layout=layout, batch_size=config.batch_size)
+
+    reports: list[Callable[[Any], None]] = []
+    with ExitStack() as stack:
+        training = stack.enter_context(opened(data))
+        validation = stack.enter_context(opened(val_data)) if val_data else None
+        if workers.rank == 0:
+            reports.append(stack.enter_context(FinetuneReport()))
+        if workers.rank == 0 and logging:
+            batch = next(iter((validation or training).batches(config.batch_size))).inputs
+            log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
+            reports.append(stack.enter_context(log))
+        others["report"] = lambda progress: [report(progress) for report in reports]
+        return run(model, training, validation=validation, config=config, workers=workers, **others)
+
+
+def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
+    def figures(evaluation: Any) -> dict[str, float]:
+        found = {**evaluation.metrics, "agreement": evaluation.agreement}
+        return {name: value for name, value in found.items() if value is not None}
+
+    before, after = figures(result.before), figures(result.after)
+    document = {
+        "schema": "onnxqat.finetune/1",
+        "before": before,
+        "after": after,
+        "samples": result.after.samples,
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "seconds": round(result.seconds, 1),
+        "notes": list(result.notes),
+        "output": target,
+    }
+    rows: list[tuple[str, Any]] = [(f"{k} before", v) for k, v in percentages(before)]
+    rows += [(f"{k} after", v) for k, v in percentages(after)]
+    rows += [
+        ("held-out samples", result.after.samples),
+        ("epochs", f"{result.epochs}, best {result.best_epoch}"),
+        ("seconds", document["seconds"]),
+        *(("note", note) for note in result.notes),
+        ("output", target),
+    ]
+    print_result(document, as_json, rows)

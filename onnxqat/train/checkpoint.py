@@ -1,0 +1,173 @@
+"""A running fine-tuning in a file, so that it can go on as if it had never stopped.
+
+The file is an uncompressed ``.npz`` without pickle: the arrays of the run, and ``record``, a JSON
+document in UTF-8 with the identity of the run and everything else that it changes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.data import DataSet
+from onnxqat.errors import TrainingError
+from onnxqat.files import atomic_output
+from onnxqat.model import Model, to_proto
+from onnxqat.train.config import Config
+
+__all__ = [
+    "Checkpoints",
+    "Identity",
+    "data_identity",
+    "model_identity",
+    "settings_identity",
+]
+
+T = TypeVar("T")
+SAMPLES = 64  # are read to tell whether data are the same
+RECORD = "record"  # the member of the file that is no array of the run
+
+# What must be the same for a run to go on, by the name a user knows it by.
+Identity = dict[str, Any]
+
+
+class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    schema: Literal["onnxqat.checkpoint/1"] = "onnxqat.checkpoint/1"
+    identity: Identity
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoint of one run.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    steps : int, optional
+        It is written after so many steps,
+    minutes : float, optional
+        or when so much time has passed.
+    resume : bool
+        Whether the run goes on from the file, which must exist then.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        steps: int | None = None,
+        minutes: float | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.path, self.resume = Path(path), resume
+        self.steps, self.minutes = steps, minutes
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is to be written after ``step`` steps."""
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        return self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
+
+    def save(
+        self, identity: Identity, record: msgspec.Struct, arrays: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Replace the file by the present state, whole or not at all."""
+        document = _Document(identity=identity, record=msgspec.to_builtins(record))
+        text = np.frombuffer(json.dumps(msgspec.to_builtins(document)).encode(), np.uint8)
+        with atomic_output(self.path, force=True) as temporary, temporary.open("wb") as file:
+            members: dict[str, Any] = {RECORD: text, **arrays}
+            np.savez(file, **members)
+        self._saved = time.monotonic()
+
+    def load(self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]) -> T:
+        """Fill ``arrays`` from the file and return the record.
+
+        Raises
+        ------
+        TrainingError
+            There is no such file, it is not a checkpoint, or of a run with other settings, model
+            or data, of which the first is named.
+        """
+        if not self.path.is_file():
+            raise TrainingError(f"{self.path}: no such file. Leave out --resume to start.")
+        try:
+            with np.load(_uncompressed(self.path), allow_pickle=False) as stored:
+                text = stored[RECORD].tobytes()
+                document = msgspec.convert(json.loads(text), _Document)
+                self._compare(document.identity, identity)
+                record = msgspec.convert(document.record, kind)
+                for name, array in arrays.items():
+                    _fill(array, stored[name], name)
+        except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
+            raise TrainingError(
+                f"{self.path}: is no checkpoint of this version ({error}). Leave out --resume and "
+                "pass --force to start again."
+            ) from error
+        return record
+
+    def _compare(self, theirs: Identity, ours: Identity) -> None:
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                was, now = ("not given" if v is None else v for v in (theirs.get(name), value))
+                raise TrainingError(
+                    f"{self.path}: {name} was {was}, and is {now} now. Repeat what the run was "
+                    "started with, or leave out --resume and pass --force to start again."
+                )
+
+    def remove(self) -> None:
+        """Delete the file, and what a run left that was killed while it wrote one."""
+        self.path.unlink(missing_ok=True)
+        for partial in self.path.parent.glob(f".onnxqat-*/{glob.escape(self.path.name)}"):
+            partial.unlink()
+            partial.parent.rmdir()
+
+
+def _uncompressed(path: Path) -> Path:
+    with zipfile.ZipFile(path) as archive:  # so that no member is larger than the file
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("it is compressed")
+    return path
+
+
+def _fill(array: NDArray[Any], stored: NDArray[Any], name: str) -> None:
+    if (stored.dtype, stored.shape) != (array.dtype, array.shape):
+        raise ValueError(f"array '{name}' is not that of the model")
+    array[...] = stored
+
+
+def settings_identity(config: Config) -> Identity:
+    """Return the hyper-parameters by the names of their options."""
+    settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
+    settings["group"] = settings.pop("groups")
+    return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+
+
+def model_identity(model: Model) -> str:
+    """Return the beginning of the SHA-256 of a model as it would be written."""
+    return hashlib.sha256(to_proto(model).SerializeToString(deterministic=True)).hexdigest()[:16]
+
+
+def data_identity(data: DataSet) -> str:
+    """Return how many samples there are, and the beginning of the SHA-256 of some of them.
+
+    They are read as the model takes them, so that preprocessing counts too.
+    """
+    digest = hashlib.sha256()
+    chosen = np.unique(np.linspace(0, len(data) - 1, SAMPLES).astype(np.int64))
+    for batch in data.batches(1, indices=chosen):
+        for name in sorted(batch.inputs):
+            digest.update(batch.inputs[name].tobytes())
+        digest.update(b"" if batch.labels is None else batch.labels.tobytes())
+    return f"{len(data)} samples, {digest.hexdigest()[:16]}"

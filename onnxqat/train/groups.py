@@ -1,0 +1,185 @@
+"""Groups of parameters with their own rates: ``SELECTOR.KEY=VALUE``, as `--group` takes them.
+
+================  ===============================================================================
+SELECTOR          what it covers
+================  ===============================================================================
+weight            trained tensors of two axes and more
+bias              trained tensors of one axis: biases, parameters of normalisation
+scale             scales of weights and activations
+name:REGEX        what the nodes read whose whole name matches: weight, bias, and both scales
+tensor:REGEX      tensors whose whole name matches; the scales of ``t`` are named ``t/scale``
+================  ===============================================================================
+
+================  ===============================================================================
+KEY               VALUE
+================  ===============================================================================
+lr                learning rate, in the place of `--lr` or `--scale-lr`
+weight_decay      in the place of `--weight-decay`; scales have none
+freeze            ``true`` or ``false``: whether it stays as it is
+freeze_from       the step, counted from 0, from which on it stays as it is
+================  ===============================================================================
+
+The grammar is that of `onnxqat.overrides`. Later groups win.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from onnxqat.errors import TrainingError
+from onnxqat.insert import plan_of, strip
+from onnxqat.model import Model
+from onnxqat.qparams import FloatArray
+from onnxqat.train.config import Config
+
+__all__ = ["Group", "Rates", "parameter_rates", "parse_group"]
+
+ROLES, PATTERNS = ("weight", "bias", "scale"), ("name", "tensor")
+KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
+
+
+@dataclass(kw_only=True)
+class Rates:
+    """How one parameter is trained.
+
+    Attributes
+    ----------
+    lr, weight_decay : float
+        Learning rate, and decay per step and unit of it.
+    freeze_from : int or None
+        The step from which on it stays as it is.
+    """
+
+    lr: float
+    weight_decay: float
+    freeze_from: int | None = None
+
+    def frozen(self, step: int) -> bool:
+        """Return whether the parameter stays as it is at ``step``, counted from 0."""
+        return self.freeze_from is not None and step >= self.freeze_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One field of `Rates` for the parameters that a selector covers."""
+
+    text: str
+    kind: str
+    pattern: str
+    key: str
+    value: float | None
+
+
+def parse_group(text: str) -> Group:
+    """Read ``SELECTOR.KEY=VALUE``.
+
+    Raises
+    ------
+    TrainingError
+        Unknown selector or key, a value outside of its range, or an invalid regex.
+
+    Examples
+    --------
+    >>> parse_group("name:conv.*.freeze=true")
+    Group(text='name:conv.*.freeze=true', kind='name', pattern='conv.*', key='freeze_from', value=0)
+    """
+    left, equals, raw = text.rpartition("=")
+    selector, dot, key = left.rpartition(".")
+    if not (equals and dot and selector):
+        raise TrainingError(f"'{text}': not of the form SELECTOR.KEY=VALUE, as in bias.lr=0.001.")
+    kind, _, pattern = selector.partition(":")
+    if not (kind in PATTERNS and pattern) and selector not in ROLES:
+        known = ", ".join((*ROLES, *(f"{name}:REGEX" for name in PATTERNS)))
+        raise TrainingError(f"'{text}': unknown selector '{selector}'. One of {known}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise TrainingError(
+            f"'{text}': '{pattern}' is not a regular expression ({error})."
+        ) from error
+    key, value = _field(text, key, raw)
+    return Group(text=text, kind=kind, pattern=pattern, key=key, value=value)
+
+
+def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
+    """Return the field of `Rates` that ``KEY=VALUE`` sets, and its value."""
+    if key not in KEYS:
+        raise TrainingError(f"'{text}': unknown key '{key}'. One of {', '.join(KEYS)}.")
+    if key == "freeze":
+        if raw not in ("true", "false"):
+            raise TrainingError(f"'{text}': freeze takes true or false.")
+        return "freeze_from", 0 if raw == "true" else None
+    try:
+        value = int(raw) if key == "freeze_from" else float(raw)
+    except ValueError as error:
+        raise TrainingError(f"'{text}': '{raw}' is not a number.") from error
+    if not (math.isfinite(value) and value >= 0):
+        raise TrainingError(f"'{text}': {key} = {raw}. It is 0 or above.")
+    return key, value
+
+
+def parameter_rates(
+    parameters: dict[str, FloatArray], scales: Iterable[str], model: Model, config: Config
+) -> dict[str, Rates]:
+    """Return how each parameter is trained.
+
+    Parameters
+    ----------
+    parameters : dict of str to array
+        What is trained, by the input's name in the training form.
+    scales : iterable of str
+        Which of them are scales.
+    model : Model
+        The Q/DQ model, which says what the nodes read.
+    config : Config
+        Rates and groups.
+
+    Raises
+    ------
+    TrainingError
+        A group is wrong, or covers nothing.
+    """
+    scales = set(scales)
+    rates = {}
+    for name, value in parameters.items():
+        decay = config.weight_decay if value.ndim > 1 else 0.0
+        rates[name] = (
+            Rates(lr=config.scale_lr, weight_decay=0.0)
+            if name in scales
+            else Rates(lr=config.lr, weight_decay=decay)
+        )
+    for group in map(parse_group, config.groups):
+        covered = [n for n in _covered(group, parameters, scales, model) if n in parameters]
+        if group.key == "weight_decay":
+            covered = [n for n in covered if n not in scales]
+        if not covered:
+            raise TrainingError(f"'{group.text}' covers nothing that is trained.")
+        for name in covered:
+            setattr(rates[name], group.key, group.value)
+    return rates
+
+
+def _covered(
+    group: Group, parameters: dict[str, FloatArray], scales: set[str], model: Model
+) -> Iterable[str]:
+    if group.kind == "name":
+        return _read_by(group.pattern, model)
+    if group.kind == "tensor":
+        return [n for n in parameters if re.fullmatch(group.pattern, n)]
+    roles = {n: "bias" if v.ndim <= 1 else "weight" for n, v in parameters.items()}
+    roles |= dict.fromkeys(scales, "scale")
+    return [n for n, role in roles.items() if role == group.kind]
+
+
+def _read_by(pattern: str, model: Model) -> set[str]:
+    """Return the tensors, and the scales of what they quantize, that matching nodes read."""
+    nodes = {n.name: n for n in strip(model).graph.nodes if re.fullmatch(pattern, n.name)}
+    names: set[Any] = {tensor.name for node in nodes.values() for tensor in node.inputs}
+    for point in plan_of(model).grid_points():
+        if any(edge.node in nodes for edge in point.consumers):
+            names.add(f"{point.parameters}/scale")
+    return names

@@ -1,0 +1,304 @@
+"""The training loop: steps, epochs, the best state, and what is done when the loss rises."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from onnxqat.calibrate import fit_bias_range
+from onnxqat.evaluate import Evaluation
+from onnxqat.insert import plan_of, read_params, with_params
+from onnxqat.model import Model
+from onnxqat.qparams import FloatArray
+from onnxqat.train.checkpoint import Checkpoints, Identity
+from onnxqat.train.config import Config
+from onnxqat.train.engine import Flat, StepSession
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.guard import GUARD_STEPS, LossHistory
+from onnxqat.train.parallel import Workers
+from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
+from onnxqat.train.schedules import rate_factor
+from onnxqat.train.selection import score
+from onnxqat.train.supply import Feeds, Supply
+from onnxqat.train.updater import Updater
+
+__all__ = ["Loop"]
+
+logger = logging.getLogger(__name__)
+
+MAX_BACKOFFS = 3
+
+
+@dataclass
+class Loop:
+    """One fine-tuning, everything being settled.
+
+    Parameters
+    ----------
+    model, form, session, supply, config
+        What is trained, how, on what.
+    validate : callable
+        Evaluates a Q/DQ model on the held-out data, calling its second argument meanwhile.
+    epochs : int
+        How many to run.
+    report : callable
+        Told about every step and epoch.
+    checkpoints : Checkpoints or None
+        Where the state is saved.
+    identity : callable
+        Returns what must be the same for a run to go on.
+    stop : callable
+        Whether to stop here; asked after every step and while evaluating.
+    workers : Workers
+        Who trains together.
+    """
+
+    model: Model
+    form: TrainingForm
+    session: StepSession
+    supply: Supply
+    config: Config
+    validate: Callable[[Model, Callable[[], None]], Evaluation]
+    epochs: int
+    report: Callable[[Progress], None]
+    checkpoints: Checkpoints | None
+    identity: Callable[[], Identity]
+    stop: Callable[[], bool]
+    workers: Workers
+
+    def run(self) -> Finetuned:
+        """Train, and return the best state."""
+        self.started = time.monotonic()
+        self.steps = self.epochs * self.supply.steps
+        values = self.session.values
+        self.best = Flat(values.views)
+        self.factor = 0.0
+        self.kept = values if self.config.ema is None else Flat(values.views)
+        self._reset()
+        self.record = self._first_record()
+        while not self._train():
+            self._reset()
+            self.record = self._again()
+        record = self.record
+        return Finetuned(
+            model=self._best_model(),
+            before=record.before,
+            after=record.best,
+            epochs=record.epoch,
+            best_epoch=record.best_epoch,
+            seconds=self._seconds(),
+            notes=tuple(record.notes),
+        )
+
+    def _reset(self) -> None:
+        """Set every array that training changes to the start."""
+        session = self.session
+        for name, value in self.form.parameters.items():
+            if name in session.values.views:
+                session.values.views[name][...] = value
+        self.kept.buffer[...] = session.values.buffer
+        self.updater = Updater(
+            self.form, session.values, session.gradients, self.model, self.config
+        )
+
+    def _first_record(self) -> Record:
+        """Evaluate the start, or take up where the checkpoint left."""
+        if self.checkpoints and self.checkpoints.resume:
+            record = self.workers.first(self._load)
+            for array in self._arrays().values():
+                self.workers.spread(array)
+            self.updater.optimizer.steps = record.step
+            self.started -= record.seconds
+            return record
+        before = self._evaluate(self.model, self._stop_at_start)
+        score(before, self.config.select)  # a figure that does not exist is said at once
+        return Record(before=before, best=before, losses=self._no_losses())
+
+    def _load(self) -> Record:
+        assert self.checkpoints is not None
+        return self.checkpoints.load(self.identity(), Record, self._arrays())
+
+    def _evaluate(self, model: Model, stop: Callable[[], None]) -> Evaluation:
+        """Let worker 0 evaluate; ``stop`` may end it, where nobody waits for the result."""
+        progress = stop if self.workers.size == 1 else lambda: None
+        return self.workers.first(lambda: self.validate(model, progress))
+
+    def _again(self) -> Record:
+        return msgspec.structs.replace(
+            self.record, step=0, epoch=0, waited=0, losses=self._no_losses()
+        )
+
+    def _no_losses(self) -> LossHistory:
+        return LossHistory(window=min(GUARD_STEPS, self.steps // 10))
+
+    def _arrays(self) -> dict[str, FloatArray]:
+        """Return every array that training changes."""
+        moments = self.updater.optimizer.buffers
+        arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
+        if self.config.ema is not None:
+            arrays["average"] = self.kept.buffer
+        return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        self.record.seconds = self._seconds()
+        if self.workers.rank == 0:
+            self.checkpoints.save(self.identity(), self.record, self._arrays())
+
+    def _stop_at_start(self) -> None:
+        if self.stop():
+            raise StoppedError("Interrupted before the first step.")
+
+    def _stop_if_asked(self) -> None:
+        """Stop, with a checkpoint of the last step."""
+        if not self.workers.any(self.stop()):
+            return
+        where = f"Interrupted at step {self.record.step} of {self.steps}"
+        if self.checkpoints is None:
+            raise StoppedError(f"{where}. Nothing was kept.")
+        self._save()
+        raise StoppedError(
+            f"{where}, kept in {self.checkpoints.path}. Go on with the same command and --resume."
+        )
+
+    def _train(self) -> bool:
+        """Run the epochs; return False when a smaller rate is to be tried from the start."""
+        record = self.record
+        while record.epoch < self.epochs and self._patient():
+            done = record.step - record.epoch * self.supply.steps
+            for batches in self.supply.epoch(record.epoch + 1, done=done):
+                loss = self._gradient(batches)
+                self._check_finite(loss)
+                record.losses.add(loss)
+                if record.losses.rising():
+                    return not self._back_off()
+                self.factor = self._rate()
+                self.updater.step(self.factor, record.step)
+                self._average()
+                record.step += 1
+                self._tell()
+                self._stop_if_asked()
+                if self.checkpoints and self.checkpoints.due(record.step):
+                    self._save()
+            self._end_epoch()
+        return True
+
+    def _gradient(self, batches: Iterator[Feeds]) -> float:
+        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        gradients = self.session.gradients.buffer
+        losses = [self.session.run(next(batches))]
+        if self.config.accumulate > 1:
+            total = gradients.copy()
+            for feeds in batches:
+                losses.append(self.session.run(feeds))
+                total += gradients
+            np.divide(total, np.float32(len(losses)), out=gradients)
+        self.workers.average(gradients)
+        loss = np.array(sum(losses) / len(losses))
+        self.workers.average(loss)
+        return float(loss)
+
+    def _rate(self) -> float:
+        """Return the factor of the learning rate at this step.
+
+        The first steps change nothing: they measure the loss that later ones are compared with,
+        and fill Adam's means.
+        """
+        record = self.record
+        factor = rate_factor(self.config, record.step, self.steps, first=record.losses.window)
+        return 0.25**record.backoffs * factor
+
+    def _average(self) -> None:
+        """Follow the values with the moving average, if that is what is kept."""
+        if self.config.ema is not None:
+            self.kept.buffer *= np.float32(self.config.ema)
+            self.kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"The loss became {loss} at step {self.record.step + 1}. The best state so far "
+                f"(epoch {self.record.best_epoch}) is kept. Try a smaller --lr.",
+                self._best_model(),
+            )
+
+    def _back_off(self) -> bool:
+        """Say what is done about a rising loss; return whether to try again."""
+        rate = 0.25**self.record.backoffs
+        again = self.record.backoffs < MAX_BACKOFFS
+        if again:
+            self.record.backoffs += 1
+            note = f"the loss rose; starting again with {rate / 4:g} times the learning rate"
+        else:
+            note = f"the loss rose at {rate:g} times the learning rate too; the best state is kept"
+        self.record.notes.append(note)
+        if self.workers.rank == 0:
+            logger.warning(note)
+        return again
+
+    def _tell(self, figures: Evaluation | None = None, model: Model | None = None) -> None:
+        record = self.record
+        progress = Progress(
+            step=record.step,
+            steps=self.steps,
+            epoch=record.epoch + (figures is None),
+            epochs=self.epochs,
+            loss=record.losses.mean,
+            lr=self.factor * self.config.lr,
+            scale_lr=self.factor * self.config.scale_lr,
+            validation=figures,
+            model=model,
+            note=record.notes[-1] if record.notes else "",
+        )
+        self.report(progress)
+
+    def _end_epoch(self) -> None:
+        """Evaluate, and keep the state if it is the best."""
+        record, kept = self.record, self.kept
+        candidate = _written_back(self.model, self.form, kept.views)
+        figures = self._evaluate(candidate, self._stop_if_asked)
+        record.epoch += 1
+        record.waited += 1
+        if score(figures, self.config.select) > score(record.best, self.config.select):
+            record.best, record.best_epoch, record.waited = figures, record.epoch, 0
+            self.best.buffer[...] = kept.buffer
+        self._tell(figures, candidate)
+
+    def _patient(self) -> bool:
+        """Whether to go on looking for a better state."""
+        patience, waited = self.config.patience, self.record.waited
+        if patience is None or waited < patience or self.record.epoch == self.epochs:
+            return True
+        times = "epoch" if waited == 1 else f"{waited} epochs"
+        note = f"stopped after epoch {self.record.epoch}: no better state in the last {times}"
+        self.record.notes.append(note)
+        return False
+
+    def _best_model(self) -> Model:
+        if self.record.best_epoch == 0:
+            return self.model
+        return _written_back(self.model, self.form, self.best.views)
+
+
+def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArray]) -> Model:
+    """Return the Q/DQ model with the trained weights and scales."""
+    tuned = model.copy()
+    tensors = tuned.graph.tensors()
+    for name in form.weights:
+        tensors[name].values = views[name].copy()
+    params = read_params(model)
+    if form.learns_scales:
+        params = {
+            name: replace(old, scale=views[f"{name}/scale"].copy()) for name, old in params.items()
+        }
+    fit_bias_range(plan_of(model), params, tensors)
+    return with_params(tuned, params, state="finetuned")

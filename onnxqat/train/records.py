@@ -1,0 +1,122 @@
+"""What a fine-tuning tells on the way, remembers, and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from onnxqat.errors import TrainingError
+from onnxqat.evaluate import Evaluation
+from onnxqat.model import Model
+from onnxqat.train.guard import LossHistory
+
+__all__ = ["DivergedError", "Finetuned", "Progress", "Record", "StoppedError"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a running fine-tuning stands; passed to the caller after every step and epoch.
+
+    Attributes
+    ----------
+    step, steps, epoch, epochs : int
+        Done and in all; counted from 1.
+    loss : float
+        Mean over the last steps.
+    lr, scale_lr : float
+        Learning rates of weights and scales at this step, of groups without their own.
+    validation : Evaluation or None
+        After an epoch,
+    model : Model or None
+        and the Q/DQ model it is of.
+    note : str
+        Something the user should read.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    lr: float
+    scale_lr: float
+    validation: Evaluation | None = None
+    model: Model | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """The outcome.
+
+    Attributes
+    ----------
+    model : Model
+        The best state by the validation metric; the start itself if nothing was better.
+    before, after : Evaluation
+        On the held-out data.
+    epochs : int
+        How many were run.
+    best_epoch : int
+        The one the model is of; 0 is the start.
+    seconds : float
+        Wall time of training, without loading.
+    notes : tuple of str
+        What was done about a rising loss, and why it ended early.
+    """
+
+    model: Model
+    before: Evaluation
+    after: Evaluation
+    epochs: int
+    best_epoch: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class DivergedError(TrainingError):
+    """The loss became infinite or NaN; ``best`` is the last good state."""
+
+    def __init__(self, message: str, best: Model) -> None:
+        super().__init__(message)
+        self.best = best
+
+
+class StoppedError(TrainingError):
+    """The caller asked a run to stop; it can go on from its checkpoint, if it has one."""
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """What a run has come to, besides its arrays.
+
+    Attributes
+    ----------
+    before, best : Evaluation
+        Of the start and of the best state so far.
+    best_epoch : int
+        The epoch of the best state; 0 is the start.
+    backoffs : int
+        How often training started again at a quarter of the rate.
+    step, epoch : int
+        Steps taken and epochs validated since it last started.
+    waited : int
+        Epochs since the last better state.
+    losses : LossHistory
+        Since then.
+    notes : list of str
+        What was done about a rising loss, and why it ended early.
+    seconds : float
+        Wall time so far.
+    """
+
+    before: Evaluation
+    best: Evaluation
+    losses: LossHistory
+    best_epoch: int = 0
+    backoffs: int = 0
+    step: int = 0
+    epoch: int = 0
+    waited: int = 0
+    notes: list[str] = []
+    seconds: float = 0.0

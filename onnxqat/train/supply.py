@@ -1,0 +1,107 @@
+"""What the training steps are fed: samples in a seeded order, labels, the teacher's outputs.
+
+Nothing here depends on what ran before: the order of an epoch and the changes of a batch's images
+follow from the seed, the epoch and the step alone, so that a run can go on anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxqat.data import DataSet, augment
+from onnxqat.errors import DataError
+from onnxqat.model import Model
+from onnxqat.train.config import Config
+from onnxqat.train.losses import LABELS, teacher_input
+from onnxqat.train.parallel import Workers
+
+__all__ = ["Feeds", "Supply"]
+
+Feeds = dict[str, NDArray[Any]]
+
+
+class Supply:
+    """The feeds of every step.
+
+    Parameters
+    ----------
+    model : Model
+        The Q/DQ model, which says how many classes there are.
+    data : DataSet
+        Training samples.
+    teacher : InferenceSession or None
+        Its outputs are fed too.
+    config : Config
+        Batch size, augmentation and seed.
+    workers : Workers
+        Which share of the samples is for this process.
+
+    Attributes
+    ----------
+    steps : int
+        Per epoch. Samples that do not fill a step are left out; others in each epoch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: DataSet,
+        teacher: ort.InferenceSession | None,
+        config: Config,
+        workers: Workers,
+    ) -> None:
+        self.data, self.teacher, self.config, self.workers = data, teacher, config, workers
+        shape = list(model.graph.outputs[0].shape or ())
+        self.classes = shape[1] if len(shape) > 1 else None
+        self.steps = len(data) // (config.batch_size * config.accumulate * workers.size)
+        self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
+
+    def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
+        """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
+        parts = self.config.accumulate
+        batches = self._batches(number, done)
+        for _ in range(done, self.steps):
+            yield islice(batches, parts)
+
+    def _batches(self, epoch: int, done: int) -> Iterator[Feeds]:
+        """Yield this worker's batches; every step's samples are divided in order of rank."""
+        size, parts, workers = self.config.batch_size, self.config.accumulate, self.workers
+        numbers = np.arange(self.steps * workers.size * parts)
+        mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
+        order = self._order(epoch)[: len(numbers) * size].reshape(-1, size)[mine].reshape(-1)
+        for index, batch in zip(mine, self.data.batches(size, indices=order), strict=True):
+            feeds = batch.inputs
+            if self.config.augment:
+                rng = np.random.default_rng((self.config.seed, epoch, int(index)))
+                feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
+            if self.teacher is not None:
+                outputs = self.teacher.run(None, feeds)
+                names = (o.name for o in self.teacher.get_outputs())
+                feeds = feeds | {teacher_input(n): o for n, o in zip(names, outputs, strict=True)}
+            if batch.labels is not None:
+                self._check_labels(batch.labels)
+                feeds = feeds | {LABELS: batch.labels}
+            yield feeds
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the order of an epoch: what the seed's generator gives at that turn."""
+        if epoch <= self._shuffled:
+            self._shuffles, self._shuffled = np.random.default_rng(self.config.seed), 0
+        for _ in range(epoch - self._shuffled):
+            order = self._shuffles.permutation(len(self.data))
+        self._shuffled = epoch
+        return order
+
+    def _check_labels(self, labels: NDArray[np.int64]) -> None:
+        classes = self.classes
+        if isinstance(classes, int) and labels.max(initial=0) >= classes:
+            raise DataError(
+                f"A label is {labels.max()}; the model has {classes} classes, 0 to "
+                f"{classes - 1}. Check the labels, or distil with --loss kl."
+            )

@@ -1,0 +1,74 @@
+"""What training did to the quantization: how far scales moved, and what is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import Model, to_proto
+from onnxqat.plan import QuantPoint
+from onnxqat.qparams import QuantParams, quantized_range
+from onnxqat.runtime import open_session
+
+__all__ = ["clipped_shares", "scale_drift"]
+
+
+def scale_drift(start: Model, model: Model) -> dict[str, float]:
+    """Return log2 of how far each scale moved from ``start``, by `QuantPoint.parameters`.
+
+    Where there is one scale per channel, it is that of the channel which moved furthest.
+    """
+    before, drift = read_params(start), {}
+    for name, params in read_params(model).items():
+        logs = np.log2(params.scale.astype(np.float64) / before[name].scale).reshape(-1)
+        drift[name] = float(logs[np.argmax(np.abs(logs))])
+    return drift
+
+
+def clipped_shares(
+    model: Model, inputs: Mapping[str, NDArray[Any]], *, threads: int = 0
+) -> dict[str, float]:
+    """Return which fraction of the values lies beyond the clipping range, by `QuantPoint.tensor`.
+
+    A value is beyond it when its rounded level is not in ``[qmin, qmax]``.
+
+    Parameters
+    ----------
+    model : Model
+        Q/DQ; activations are what it computes for ``inputs``.
+    inputs : mapping of str to array
+        One batch, by model input.
+    threads : int
+        0 takes all cores.
+    """
+    nodes = {n.name: n for n in model.graph.nodes}
+    points = plan_of(model).grid_points()
+    sources = {p.tensor: nodes[f"{p.tensor}/QuantizeLinear"].inputs[0] for p in points}
+    known = dict(inputs)
+    known |= {t.name: t.values for t in sources.values() if isinstance(t, gs.Constant)}
+    wanted = list({t.name for t in sources.values()} - set(known))
+    proto = to_proto(model)
+    present = {value.name for value in proto.graph.output}
+    for name in wanted:
+        if name not in present:
+            proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = open_session(proto, optimization="basic", threads=threads)
+    known |= dict(zip(wanted, session.run(wanted, dict(inputs)), strict=True))
+    params = read_params(model)
+    return {p.tensor: _clipped(known[sources[p.tensor].name], p, params) for p in points}
+
+
+def _clipped(values: NDArray[Any], point: QuantPoint, params: dict[str, QuantParams]) -> float:
+    scale, zero_point = params[point.parameters].scale, params[point.parameters].zero_point
+    if point.spec.axis is not None:
+        shape = [-1 if i == point.spec.axis else 1 for i in range(values.ndim)]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    qmin, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
+    levels = np.rint(values / scale) + zero_point
+    return float(np.mean((levels < qmin) | (levels > qmax)))

@@ -1,0 +1,104 @@
+"""What `finetune` takes besides data, on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from onnxqat.cli import main
+from onnxqat.insert import read_params, strip
+from onnxqat.model import load_model
+
+MODELS = Path(__file__).parents[2] / "models"
+NORM = ("--mean", 128, "--scale", 0.0078125)
+ALL = (
+    *("--accumulate", 2, "--schedule", "one-cycle", "--warmup", 0.2, "--optimizer", "sgd"),
+    *("--lr", 1e-4, "--nesterov", "--weight-decay", 1e-4, "--clip-norm", 5, "--clip-value", 1),
+    *("--group", "bias.lr=1e-5", "--group", "name:.*conv.*.freeze_from=3", "--ema", 0.5),
+    *("--select", "agreement", "--patience", 2, "--augment", "crop"),
+)
+
+
+def invoke(*words: Any) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    with np.load(MODELS / "digits-train.npz") as digits:
+        images, labels = digits["images"][:200], digits["label"][:200]
+    np.savez(folder / "train.npz", images=images, label=labels)
+    words = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2", *NORM)
+    source = ("--data", folder / "train.npz", "-o", folder / "qdq.onnx")
+    result = invoke("insert", MODELS / "lenet5.onnx", *words, *source)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def finetune(work, output, *words) -> Any:
+    fixed = ("--epochs", 2, "--threads", 1, "-o", output)
+    return invoke("finetune", work / "qdq.onnx", work / "train.npz", *fixed, *words)
+
+
+def test_all_options_together_train_and_log(work, tmp_path):
+    log = tmp_path / "log.jsonl"
+    result = finetune(work, tmp_path / "a.onnx", *ALL, "--log", log, "--log-every", 4, "--json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["epochs"] == 2
+    # 180 samples are 5 steps of twice 16
+    assert [(x["event"], x.get("step")) for x in lines[1:]] == [
+        ("step", 4),
+        ("epoch", 5),
+        ("step", 8),
+        ("epoch", 10),
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "log.jsonl"]
+
+
+def test_frozen_weights_are_in_the_result_as_they_were(work, tmp_path):
+    group = ("--group", "weight.freeze=true", "--group", "bias.freeze=true")
+    words = (*group, "--val-data", work / "train.npz", "--scale-lr", 0.01)
+    result = finetune(work, tmp_path / "a.onnx", *words)
+    before, after = load_model(work / "qdq.onnx"), load_model(tmp_path / "a.onnx")
+    assert result.exit_code == 0, result.output
+
+    moved = [
+        name for name, p in read_params(after).items() if not p.same_as(read_params(before)[name])
+    ]
+    assert moved
+    tensors = [strip(m).graph.tensors() for m in (before, after)]
+    for name, tensor in tensors[0].items():
+        if hasattr(tensor, "values"):
+            np.testing.assert_array_equal(tensor.values, tensors[1][name].values)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--group", "wight.lr=1"), 1, "unknown selector 'wight'"),
+        (("--select", "top9"), 1, "no figure 'top9'"),
+        (("--schedule", "linear"), 2, "'linear' is not one of"),
+        (("--ema", 1), 2, "1.0 is not in the range"),
+        (("--checkpoint-every", "5"), 2, "'5' is none of 200steps, 5min, never"),
+        (("--checkpoint-every", "0steps"), 2, "'0steps' is none of"),
+        (("--resume",), 1, "no such file. Leave out --resume to start"),
+        (("--log", "{folder}/none/log"), 1, "directory '{folder}/none' does not exist"),
+        (("--accumulate", 99), 1, "too few for 99 batches of 16"),
+    ],
+)
+def test_wrong_options_are_one_line_and_leave_nothing(work, tmp_path, words, code, message):
+    words = [str(word).format(folder=tmp_path) for word in words]
+    result = finetune(work, tmp_path / "a.onnx", *words)
+
+    assert result.exit_code == code
+    assert message.format(folder=tmp_path) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

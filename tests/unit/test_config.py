@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from onnxqat.errors import TrainingError
+from onnxqat.train import Config
+
+
+def test_the_defaults_are_right():
+    Config().check()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schedule": "linear"}, r"Invalid enum value 'linear' - at `\$.schedule`"),
+        ({"optimizer": "lion"}, r"Invalid enum value 'lion' - at `\$.optimizer`"),
+        ({"accumulate": 0}, r"`int` >= 1 - at `\$.accumulate`"),
+        ({"epochs": 1.5}, r"Expected `int .*, got `float` - at `\$.epochs`"),
+        ({"lr": -1e-3}, r"`float` >= 0.0 - at `\$.lr`"),
+        ({"ema": 1.0}, r"`float` < 1.0 - at `\$.ema`"),
+        ({"clip_norm": 0.0}, r"`float` > 0.0 - at `\$.clip_norm`"),
+        ({"warmup": 2.0}, r"`float` <= 1.0 - at `\$.warmup`"),
+        ({"groups": "weight.lr=1"}, r"Expected `array`, got `str` - at `\$.groups`"),
+        ({"loss": object()}, r"object"),
+    ],
+)
+def test_wrong_values_are_named(wrong, message):
+    with pytest.raises(TrainingError, match=message):
+        Config(**wrong).check()
