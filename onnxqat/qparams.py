@@ -36,6 +36,7 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "nearest_power_of_two",
     "power_of_two",
     "quantize",
     "quantized_range",
@@ -209,6 +210,17 @@ def power_of_two(scale: FloatArray) -> FloatArray:
     """
     mantissa, exponent = np.frexp(scale)  # mantissa in [0.5, 1)
     return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
+
+
+def nearest_power_of_two(scale: FloatArray) -> FloatArray:
+    """Return the powers of two nearest to ``scale`` in its logarithm, same shape.
+
+    Examples
+    --------
+    >>> nearest_power_of_two(np.float32([0.3, 0.5, 0.7, 0.8])).tolist()
+    [0.25, 0.5, 0.5, 1.0]
+    """
+    return power_of_two(np.asarray(scale * np.float32(0.5**0.5), np.float32))
 
 
 def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from onnxqat.calibrate import fit_bias_range
 from onnxqat.evaluate import Evaluation
 from onnxqat.insert import plan_of, read_params, with_params
 from onnxqat.model import Model
-from onnxqat.qparams import FloatArray
+from onnxqat.qparams import FloatArray, nearest_power_of_two
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
@@ -141,6 +141,7 @@ class Loop:
         """Return every array that training changes."""
         moments = self.updater.optimizer.buffers
         arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
+        arrays |= {f"latent/{name}": latent for name, latent in self.updater.latents.items()}
         if self.config.ema is not None:
             arrays["average"] = self.kept.buffer
         return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
@@ -292,13 +293,15 @@ class Loop:
 def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArray]) -> Model:
     """Return the Q/DQ model with the trained weights and scales."""
     tuned = model.copy()
-    tensors = tuned.graph.tensors()
+    tensors, plan = tuned.graph.tensors(), plan_of(model)
     for name in form.weights:
         tensors[name].values = views[name].copy()
     params = read_params(model)
     if form.learns_scales:
-        params = {
-            name: replace(old, scale=views[f"{name}/scale"].copy()) for name, old in params.items()
-        }
-    fit_bias_range(plan_of(model), params, tensors)
+        scales = {name: views[f"{name}/scale"].copy() for name in params}
+        for point in plan.grid_points():
+            if point.spec.power_of_two:  # a moving average of powers of two is none
+                scales[point.parameters] = nearest_power_of_two(scales[point.parameters])
+        params = {name: replace(old, scale=scales[name]) for name, old in params.items()}
+    fit_bias_range(plan, params, tensors)
     return with_params(tuned, params, state="finetuned")

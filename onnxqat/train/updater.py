@@ -5,6 +5,11 @@ of the weight's output channel: a network that takes raw 0..255 pixels and one w
 channels differ by orders of magnitude then need the same rate. ``s *= exp(-rate * direction)``
 keeps scales positive.
 
+Where the chip's scales are powers of two, a latent scale moves like that, and the scale is the
+power of two nearest to it (trained quantization thresholds: Jain et al. 2020,
+https://arxiv.org/abs/1903.08066, section 3; they round up from a threshold between two powers, here
+training starts on one).
+
 Weight decay is decoupled, ``w *= 1 - rate * decay`` (AdamW: Loshchilov and Hutter 2019,
 https://arxiv.org/abs/1711.05101, algorithm 2); of ``adam`` alone it is a part of the gradient.
 """
@@ -18,7 +23,7 @@ import numpy as np
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
-from onnxqat.qparams import FloatArray, QuantParams, quantized_range
+from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
@@ -41,6 +46,11 @@ class Updater:
         The Q/DQ model: the plan and the grids.
     config : Config
         Rates and optimizer.
+
+    Attributes
+    ----------
+    latents : dict of str to float32 array
+        What moves in the place of scales that are powers of two, by name.
     """
 
     def __init__(
@@ -54,6 +64,8 @@ class Updater:
         self.rates = parameter_rates(gradients.views, self.scales, model, config)
         self.factors = _scale_gradient_factors(plan, params, model)
         self.units = self._units(plan)
+        powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
+        self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
         self.optimizer = self._optimizer(gradients.buffer.size)
 
     def _optimizer(self, size: int) -> Optimizer:
@@ -81,6 +93,9 @@ class Updater:
                 if rates.weight_decay and self.config.optimizer != "adam":
                     value *= np.float32(1 - rate * rates.weight_decay)
                 value -= np.asarray(rate * self.units[name], np.float32) * direction
+            elif name in self.latents:
+                self.latents[name] *= np.exp(-np.float32(rate) * direction)
+                value[...] = nearest_power_of_two(self.latents[name])
             else:
                 value *= np.exp(-np.float32(rate) * direction)
 

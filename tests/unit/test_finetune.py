@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, plan_of, read_params, state_of, strip
+from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
 from onnxqat.model import from_proto, load_model, save_model, to_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
@@ -126,6 +127,26 @@ def test_scales_stay_positive_and_zero_points_stay(coarse, data):
     assert all((p.scale > 0).all() for p in after.values())
     for name, params in before.items():
         np.testing.assert_array_equal(params.zero_point, after[name].zero_point)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_scales_that_are_powers_of_two_stay_so_and_move(network, data, ema):
+    powers = ("weight.bits=2", "activation.power_of_two=true", "weight.power_of_two=true")
+    start = calibrated(network, data, powers)
+    # every scale twice too large, which the straight-through gradient sees
+    params = {
+        name: replace(p, scale=p.scale * np.float32(2)) for name, p in read_params(start).items()
+    }
+    start = with_params(start, params, state="calibrated")
+    config = Config(**FAST, scale_lr=0.05, ema=ema)
+    tuned = read_params(finetune(start, data, config=config).model)
+
+    moved = 0
+    for name, before in params.items():
+        mantissas, _ = np.frexp(tuned[name].scale)
+        assert np.all(mantissas == 0.5), name
+        moved += np.count_nonzero(tuned[name].scale != before.scale)
+    assert moved > 0
 
 
 def test_inputs_are_not_changed(coarse, data):
