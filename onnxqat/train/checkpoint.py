@@ -6,7 +6,6 @@ document in UTF-8 with the identity of the run and everything else that it chang
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import time
@@ -20,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.data import DataSet
-from onnxqat.errors import TrainingError
-from onnxqat.files import atomic_output
+from onnxqat.errors import OnnxQatError, TrainingError
 from onnxqat.model import Model, to_proto
 from onnxqat.train.config import Config
 
@@ -72,6 +70,8 @@ class Checkpoints:
     ) -> None:
         self.path, self.resume = Path(path), resume
         self.steps, self.minutes = steps, minutes
+        # of a fixed name, so that a run that is killed again and again leaves one at most
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._saved = time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -83,12 +83,23 @@ class Checkpoints:
     def save(
         self, identity: Identity, record: msgspec.Struct, arrays: Mapping[str, NDArray[Any]]
     ) -> None:
-        """Replace the file by the present state, whole or not at all."""
+        """Replace the file by the present state, whole or not at all.
+
+        Raises
+        ------
+        OnnxQatError
+            The file system refuses the write.
+        """
         document = _Document(identity=identity, record=msgspec.to_builtins(record))
         text = np.frombuffer(json.dumps(msgspec.to_builtins(document)).encode(), np.uint8)
-        with atomic_output(self.path, force=True) as temporary, temporary.open("wb") as file:
-            members: dict[str, Any] = {RECORD: text, **arrays}
-            np.savez(file, **members)
+        members: dict[str, Any] = {RECORD: text, **arrays}
+        try:
+            with self._partial.open("wb") as file:
+                np.savez(file, **members)
+            self._partial.replace(self.path)
+        except OSError as error:
+            message = f"{self.path}: cannot be written ({error.strerror}). Free some space."
+            raise OnnxQatError(message) from error
         self._saved = time.monotonic()
 
     def load(self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]) -> T:
@@ -127,11 +138,9 @@ class Checkpoints:
                 )
 
     def remove(self) -> None:
-        """Delete the file, and what a run left that was killed while it wrote one."""
+        """Delete the file, and the half of one that a killed run may have left."""
         self.path.unlink(missing_ok=True)
-        for partial in self.path.parent.glob(f".onnxqat-*/{glob.escape(self.path.name)}"):
-            partial.unlink()
-            partial.parent.rmdir()
+        self._partial.unlink(missing_ok=True)
 
 
 def _uncompressed(path: Path) -> Path:

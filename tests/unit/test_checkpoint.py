@@ -12,7 +12,7 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import InputSpec, Preprocessing, open_data
-from onnxqat.errors import TrainingError
+from onnxqat.errors import OnnxQatError, TrainingError
 from onnxqat.insert import insert
 from onnxqat.model import from_proto, to_proto
 from onnxqat.overrides import parse_override
@@ -20,6 +20,7 @@ from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
+from onnxqat.train.guard import LossHistory
 
 MODELS = Path(__file__).parents[2] / "models"
 INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
@@ -272,10 +273,19 @@ def test_a_checkpoint_is_a_plain_archive(kept):
 
 
 def test_what_a_killed_write_left_is_removed_too(tmp_path):
-    (tmp_path / ".onnxqat-1").mkdir()
-    (tmp_path / ".onnxqat-2").mkdir()
-    for name in ("a.checkpoint", ".onnxqat-1/a.checkpoint", ".onnxqat-2/b.checkpoint"):
+    for name in ("a.checkpoint", "a.checkpoint.partial", "b.checkpoint.partial"):
         (tmp_path / name).write_text("half")
     Checkpoints(tmp_path / "a.checkpoint").remove()
 
-    assert [p.name for p in tmp_path.iterdir()] == [".onnxqat-2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["b.checkpoint.partial"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(kept, tmp_path):
+    (tmp_path / "c").write_bytes(kept.read_bytes())
+    (tmp_path / "c.partial").symlink_to("/dev/full")
+    checkpoints = Checkpoints(tmp_path / "c")
+    values = np.zeros(10_000, np.float32)
+    with pytest.raises(OnnxQatError, match=r"c: cannot be written \(No space left"):
+        checkpoints.save({}, LossHistory(window=0), {"values": values})
+
+    assert (tmp_path / "c").read_bytes() == kept.read_bytes()
