@@ -10,9 +10,10 @@ Bengio et al. 2013; LSQ, Esser et al. 2020, https://arxiv.org/abs/1902.08153, eq
     dL/dx  = dy * inside
     dL/ds  = sum(dy * ((q - z) - x / s * inside)) = sum(dy * y - dL/dx * x) / s
 
-``inside`` is built from |y - x| <= s / 2, which holds inside the clipping range and nowhere else:
-a comparison and a cast to float cost more than the Conv beside them on a CPU. A gradient
-definition cannot read attributes, so that each variant is an op type of its own.
+Up to 8 bits ``inside`` is built from |y - x| <= s / 2, which holds inside the clipping range and
+nowhere else: a comparison and a cast to float cost more than the Conv beside them on a CPU. With
+more levels the rounding of x and y in float32 blurs that, and the level itself is compared. A
+gradient definition cannot read attributes, so that each variant is an op type of its own.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class FakeQuantize:
         attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes)]
         integers = "q"
-        if (self.qmin, self.qmax) not in ((-128, 127), (0, 255)):
+        stored = np.iinfo(self.dtype)
+        if (self.qmin, self.qmax) != (stored.min, stored.max):
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
             for name, value in (("low", self.qmin), ("high", self.qmax)):
                 tensor = helper.make_tensor(name, kind, [], [value])
@@ -110,18 +112,12 @@ class FakeQuantize:
             ort_internals.register_gradient_definition(f"{DOMAIN}::{self.op_type}", definition)
 
     def _gradient(self) -> list[Node]:
-        x, s = (f"I({self.inputs.index(name)})" for name in "xs")
-        nodes: list[Node] = [_constant("half", HALF_LEVEL), *self._broadcast_scale(s)]
-        nodes += [
-            ("Sub", ["O(0)", x], ["error"], []),
-            ("Abs", ["error"], ["distance"], []),
-            ("Mul", ["scale", "half"], ["limit"], []),
-            ("Sub", ["limit", "distance"], ["room"], []),
-            _constant("big", 1e30),
+        x, s, z = (f"I({self.inputs.index(name)})" for name in "xsz")
+        nodes: list[Node] = [
+            *self._broadcast(s, "scale"),
             _constant("zero", 0.0),
             _constant("one", 1.0),
-            ("Mul", ["room", "big"], ["steep"], []),
-            ("Clip", ["steep", "zero", "one"], ["inside"], []),
+            *(self._inside(x) if self._has_few_levels else self._inside_by_level(x, z)),
             ("Mul", ["GO(0)", "inside"], ["dx"], []),
         ]
         if self.learns_x:
@@ -130,14 +126,52 @@ class FakeQuantize:
             nodes += self._scale_gradient(x, s, f"GI({self.inputs.index('s')})")
         return nodes
 
-    def _broadcast_scale(self, s: str) -> list[Node]:
+    @property
+    def _has_few_levels(self) -> bool:
+        return self.qmax - self.qmin < 2**8
+
+    def _inside(self, x: str) -> list[Node]:
+        """Return the mask from |y - x| <= s / 2."""
+        return [
+            ("Sub", ["O(0)", x], ["error"], []),
+            ("Abs", ["error"], ["distance"], []),
+            _constant("half", HALF_LEVEL),
+            ("Mul", ["scale", "half"], ["limit"], []),
+            ("Sub", ["limit", "distance"], ["room"], []),
+            _constant("big", 1e30),
+            ("Mul", ["room", "big"], ["steep"], []),
+            ("Clip", ["steep", "zero", "one"], ["inside"], []),
+        ]
+
+    def _inside_by_level(self, x: str, z: str) -> list[Node]:
+        """Return the mask from the level that x rounds to, exact for any number of levels.
+
+        The level is an integer, so that the distance to the first one outside is 1 or more
+        inside, 0 or less outside.
+        """
+        return [
+            ("Cast", [z], ["z"], [("to", onnx.TensorProto.FLOAT, "int", False)]),
+            *self._broadcast("z", "offset"),
+            ("Div", [x, "scale"], ["position"], []),
+            ("Round", ["position"], ["rounded"], []),
+            ("Add", ["rounded", "offset"], ["level"], []),
+            _constant("below", self.qmin - 1.0),
+            _constant("above", self.qmax + 1.0),
+            ("Sub", ["level", "below"], ["from_below"], []),
+            ("Sub", ["above", "level"], ["from_above"], []),
+            ("Min", ["from_below", "from_above"], ["nearest"], []),
+            ("Clip", ["nearest", "zero", "one"], ["inside"], []),
+        ]
+
+    def _broadcast(self, values: str, name: str) -> list[Node]:
+        """Return nodes that align scale or zero_point with x."""
         if self.axis is None or self.rank is None:
-            return [("Identity", [s], ["scale"], [])]
+            return [("Identity", [values], [name], [])]
         shape = [1] * self.rank
         shape[self.axis] = -1
         return [
-            ("Constant", [], ["shape"], [("value", shape, "int", True)]),
-            ("Reshape", [s, "shape"], ["scale"], []),
+            ("Constant", [], [f"{name}_shape"], [("value", shape, "int", True)]),
+            ("Reshape", [values, f"{name}_shape"], [name], []),
         ]
 
     def _scale_gradient(self, x: str, s: str, target: str) -> list[Node]:

@@ -31,7 +31,16 @@ SPECS = {
 }
 
 
-def one_op(variant, x, params, upstream):
+WIDE_SPECS = {
+    "int16": QuantSpec(bits=16),
+    "uint16": QuantSpec(bits=16, signedness="unsigned"),
+    "asymmetric": QuantSpec(bits=16, signedness="unsigned", symmetric=False),
+    "per-axis 0": QuantSpec(bits=16, axis=0),
+    "per-axis 1 asymmetric": QuantSpec(bits=16, axis=1, signedness="unsigned", symmetric=False),
+}
+
+
+def one_op(variant, x, params, upstream, opset=17):
     """Return y, dL/dx and dL/ds of one fake-quantize with L = sum(upstream * y)."""
     variant.register()
     value = helper.make_tensor_value_info
@@ -53,9 +62,9 @@ def one_op(variant, x, params, upstream):
         [numpy_helper.from_array(params.zero_point, "z")],
         value_info=[value("y", TensorProto.FLOAT, x.shape)],
     )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    functions = [variant.function(17)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    functions = [variant.function(opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     learned = {n for n, wanted in (("x", variant.learns_x), ("s", variant.learns_scale)) if wanted}
     session = open_session(
         _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
@@ -120,6 +129,45 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
     assert result["s_grad"].shape == channels
     # float32 sums of terms that reach q: each is right to 2^-22 of its parts
     bound = 2.0**-22 * (np.abs(upstream) * (np.abs(q - z) + np.abs(x / s))).sum(axes)
+    assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
+
+
+@pytest.mark.parametrize("spec", WIDE_SPECS.values(), ids=WIDE_SPECS)
+def test_mask_of_16_bits_is_exact_at_ties_and_range_ends(spec):
+    channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
+    high = np.linspace(0.5, 1.5, int(np.prod(channels)), dtype=np.float32).reshape(channels)
+    low = np.zeros_like(high) if spec.signedness == "unsigned" and spec.symmetric else -high
+    params = choose_qparams(low, high, spec)
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    shape = [1, 1, 1]
+    if spec.axis is not None:
+        shape[spec.axis] = -1
+    s, z = params.scale.reshape(shape), params.zero_point.astype(np.float32).reshape(shape)
+    # levels around both ends, half a level and one float32 to each side of it
+    ends = np.float32([qmin - 1, qmin, qmax, qmax + 1, (qmin + qmax) // 2])
+    offsets = np.float32([0, 0.5, -0.5, 0.5 + 2**-8, 0.5 - 2**-8, -0.5 + 2**-8])
+    x = ((ends + offsets[:, None])[None] - z).repeat(4, axis=0)[:4, :6] * s
+    x = np.broadcast_to(x, (4, 6, 5)).astype(np.float32)
+    upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    variant = FakeQuantize(
+        dtype=params.zero_point.dtype.name,
+        qmin=qmin,
+        qmax=qmax,
+        axis=spec.axis,
+        rank=None if spec.axis is None else x.ndim,
+        learns_x=True,
+        learns_scale=True,
+    )
+    result = one_op(variant, x, params, upstream, opset=21)
+    position = np.rint(x / s) + z
+    inside = (qmin <= position) & (position <= qmax)
+    q = np.clip(position, qmin, qmax).astype(np.float64)
+    terms = upstream * np.where(inside, q - z - x.astype(np.float64) / s, q - z)
+    axes = None if spec.axis is None else tuple(i for i in range(3) if i != spec.axis)
+    bound = 2.0**-22 * (np.abs(upstream) * (np.abs(q - z) + np.abs(x / s))).sum(axes)
+
+    assert 20 < inside.sum() < 100
+    np.testing.assert_array_equal(result["x_grad"], upstream * inside)
     assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
 
 
