@@ -37,9 +37,10 @@ if not hasattr(ort_internals, "GradientGraphBuilder"):
     )
     raise TrainingError(message)
 
-__all__ = ["DOMAIN", "FakeQuantize", "LeakyRelu", "register_relu_gradient"]
+__all__ = ["DOMAIN", "LOWERED_DOMAIN", "CustomOp", "FakeQuantize", "register_relu_gradient"]
 
-DOMAIN = "onnxqat"
+DOMAIN = "onnxqat"  # of fake-quantize
+LOWERED_DOMAIN = "onnxqat.lowered"  # of what stands for an op of the model
 
 # |y - x| exceeds s / 2 by float32 rounding of x / s and of q * s: each below 2^-16 * s for the
 # 256 levels of 8 bits. A value is misjudged as inside only within this slack of the range's end.
@@ -191,55 +192,51 @@ class FakeQuantize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeakyRelu:
-    """LeakyRelu with one slope, by kernels 20 times faster than onnxruntime's own.
-
-    Forward PRelu, which computes the same product; backward ``dy * (1 if y > 0 else alpha)``.
+class CustomOp:
+    """An op whose forward pass and gradient are two model-local functions.
 
     Attributes
     ----------
-    alpha : float
-        Slope of the negative side, below 1.
+    forward : onnx.FunctionProto
+        Its inputs that have gradients come first; its only output is ``y``.
+    gradient : onnx.FunctionProto
+        Reads any of the forward's inputs, ``y`` and the upstream gradient ``dy``; its outputs
+        are the gradients of the first inputs, in order. As one node it is free of the rule that
+        drops the outputs of each gradient node by the forward's inputs.
     """
 
-    alpha: float
+    forward: onnx.FunctionProto
+    gradient: onnx.FunctionProto
 
     @property
     def op_type(self) -> str:
-        """The op type that stands for this slope."""
-        return f"LeakyRelu_{np.float32(self.alpha).tobytes().hex()}"
-
-    def function(self, opset: int) -> onnx.FunctionProto:
-        """Return the forward pass as a model-local function."""
-        slope = helper.make_tensor("slope", onnx.TensorProto.FLOAT, [], [self.alpha])
-        nodes = [
-            helper.make_node("Constant", [], ["slope"], value=slope),
-            helper.make_node("PRelu", ["x", "slope"], ["y"]),
-        ]
-        opsets = [helper.make_opsetid("", opset)]
-        return helper.make_function(DOMAIN, self.op_type, ["x"], ["y"], nodes, opsets)
+        """The op type."""
+        return self.forward.name
 
     def register(self) -> None:
-        """Tell onnxruntime the gradient."""
-        definition = _definitions(_step_gradient(low=self.alpha))
-        ort_internals.register_gradient_definition(f"{DOMAIN}::{self.op_type}", definition)
+        """Tell onnxruntime the gradient; its first registration holds for the process."""
+        roles = {name: f"I({i})" for i, name in enumerate(self.forward.input)}
+        roles |= {"y": "O(0)", "dy": "GO(0)"}
+        node = ort_internals.GradientNodeDefinition()
+        node.op_type, node.domain = self.gradient.name, LOWERED_DOMAIN
+        node.inputs = [roles[name] for name in self.gradient.input]
+        node.outputs = [f"GI({i})" for i in range(len(self.gradient.output))]
+        node.attributes = []
+        key = f"{LOWERED_DOMAIN}::{self.op_type}"
+        ort_internals.register_gradient_definition(key, [node])
 
 
 def register_relu_gradient() -> None:
     """Replace onnxruntime's ReluGrad, whose CPU kernel is 30 times slower than a Clip."""
-    ort_internals.register_gradient_definition("::Relu", _definitions(_step_gradient(low=0.0)))
-
-
-def _step_gradient(*, low: float) -> list[Node]:
-    """Return dx = dy where the output is positive, low * dy elsewhere."""
-    return [
+    nodes: list[Node] = [
         _constant("big", 1e30),
-        _constant("low", low),
+        _constant("zero", 0.0),
         _constant("one", 1.0),
         ("Mul", ["O(0)", "big"], ["steep"], []),
-        ("Clip", ["steep", "low", "one"], ["slope"], []),
+        ("Clip", ["steep", "zero", "one"], ["slope"], []),
         ("Mul", ["GO(0)", "slope"], ["GI(0)"], []),
     ]
+    ort_internals.register_gradient_definition("::Relu", _definitions(nodes))
 
 
 def _constant(name: str, value: float) -> Node:
