@@ -106,6 +106,37 @@ def attention(*, seed: int = 0) -> onnx.ModelProto:
     return g.model(["N", 6, 8], ["N", 3])
 
 
+def upsampling(*, seed: int = 0) -> onnx.ModelProto:
+    """What detection and segmentation networks write: ops that training needs a stand-in for.
+
+    Softplus, InstanceNormalization, squeeze and excite with HardSigmoid, ConvTranspose, linear
+    Resize, reflect Pad, DepthToSpace, Einsum, Mish; nothing bends behind a quantized tensor.
+    """
+    g = _Graph(seed)
+    pads = {"pads": [1, 1, 1, 1]}
+    g.node("Conv", ["input", g.weight("w1", 6, 3, 3, 3), g.weight("b1", 6)], "c1", **pads)
+    g.node("Softplus", ["c1"], "h1")
+    norm = [g.weight("gamma", 6, size=1), g.weight("beta", 6)]
+    g.node("InstanceNormalization", ["h1", *norm], "i1")
+    g.node("GlobalAveragePool", ["i1"], "v1")
+    g.node("Conv", ["v1", g.weight("w2", 6, 6, 1, 1)], "c2")
+    g.node("HardSigmoid", ["c2"], "s2")
+    g.node("Mul", ["i1", "s2"], "m1")
+    upwards = {"strides": [2, 2], "kernel_shape": [2, 2]}
+    g.node("ConvTranspose", ["m1", g.weight("w3", 6, 4, 2, 2), g.weight("b3", 4)], "t1", **upwards)
+    scales = g.constant("scales", np.float32([1, 1, 2, 2]))
+    g.node("Resize", ["m1", "", scales], "z1", mode="linear")
+    g.node("Concat", ["t1", "z1"], "k1", axis=1)
+    g.node("Pad", ["k1", g.constant("pads", np.int64([0, 0, 1, 1] * 2))], "e1", mode="reflect")
+    g.node("Conv", ["e1", g.weight("w4", 8, 10, 3, 3)], "c4")
+    g.node("DepthToSpace", ["c4"], "d1", blocksize=2)
+    g.node("Einsum", ["d1", g.weight("w5", 2, 4)], "x1", equation="bchw,cd->bdhw")
+    g.node("Mish", ["x1"], "y1")
+    g.node("GlobalAveragePool", ["y1"], "v2")
+    g.node("Flatten", ["v2"], "output", axis=1)
+    return g.model(["N", 3, 4, 4], ["N", 4], 18)
+
+
 def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
     """Return random inputs of a network, float32."""
     dims = model.graph.input[0].type.tensor_type.shape.dim[1:]

@@ -26,6 +26,7 @@ from onnxqat.train.losses import add_loss
 __all__ = ["Flat", "StepSession", "forward_session"]
 
 FATAL = 4
+FLOAT = onnx.TensorProto.FLOAT
 
 
 class Flat:
@@ -87,7 +88,7 @@ class StepSession:
         self.values = Flat(learned)
         register_relu_gradient()
         model = _fix_batch(add_loss(form.proto, loss), set(form.parameters), batch_size)
-        graph = _gradient_graph(model.SerializeToString(), set(learned))
+        graph = _gradient_graph(model.SerializeToString(), _reaching(model) & set(learned))
         self._session = open_session(graph, optimization="basic", threads=threads)
         outputs = {o.name: o.shape for o in self._session.get_outputs()}
         self._inputs = {i.name for i in self._session.get_inputs()}
@@ -136,6 +137,20 @@ def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) ->
             dims[0].dim_value = batch_size
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _reaching(model: onnx.ModelProto) -> set[str]:
+    """Return the values from which floats lead to the loss; the builder refuses others."""
+    others = {
+        value.name
+        for value in (*model.graph.value_info, *model.graph.input)
+        if value.type.tensor_type.elem_type not in (onnx.TensorProto.UNDEFINED, FLOAT)
+    }
+    names = {"loss"}
+    for node in reversed(model.graph.node):
+        if names.intersection(node.output):
+            names.update(name for name in node.input if name not in others)
+    return names
 
 
 def _gradient_graph(model: bytes, learned: set[str]) -> bytes:

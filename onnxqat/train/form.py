@@ -6,40 +6,40 @@ grid (behind a MaxPool, a Reshape, a Concat of one group ...) is the identity an
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
+from onnxqat.calibrate import placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import plan_of, read_params
+from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import WEIGHTED_OPS, QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, quantized_range
-from onnxqat.train.gradients import DOMAIN, FakeQuantize, LeakyRelu
+from onnxqat.train.gradients import DOMAIN, CustomOp, FakeQuantize
+from onnxqat.train.lowering import (
+    FIRST_INPUT_ONLY,
+    TRAINED_INPUTS,
+    Refusal,
+    ShapeUnknown,
+    fixed_shapes,
+    lower,
+)
 
-__all__ = ["TrainingForm", "training_form"]
+__all__ = ["TrainingForm", "Untrainable", "training_form", "untrainable_nodes"]
+
+logger = logging.getLogger(__name__)
 
 # Ops that only move or pick values: what goes in on a grid comes out on it.
 GRID_PRESERVING = (
     *("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
     *("Tile", "Gather", "Expand", "DepthToSpace", "SpaceToDepth", "Identity", "Relu", "Concat"),
 )
-# Ops whose gradient in onnxruntime 1.19.2 was found right against finite differences.
-DIFFERENTIABLE = frozenset(
-    (
-        *("Abs", "Add", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Div", "Erf", "Exp"),
-        *("Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm"),
-        *("GlobalAveragePool", "Identity", "LayerNormalization", "LeakyRelu", "Log"),
-        *("LogSoftmax", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Pad", "Pow"),
-        *("Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice"),
-        *("Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "Transpose", "Trilu"),
-        *("Unsqueeze", "Where"),
-    )
-)
-OPSET_OF_REDUCTION_AXES = 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +84,19 @@ def training_form(model: Model, *, learn_scales: bool) -> TrainingForm:
     TrainingError
         An op on the way from a parameter to an output has no right gradient.
     """
-    plan, params = plan_of(model), read_params(model)
-    work = model.copy()
-    graph = work.graph
-    weights = _make_inputs(graph, _trainable(graph, plan))
-    builder = _Builder(graph, plan, params, set(weights), learn_scales)
-    variants = builder.run()
+    work, weights, builder = _build(model, learn_scales=learn_scales)
+    if builder.refused:
+        raise TrainingError(_refusal(builder.refused))
     work.metadata.clear()
     proto = to_proto(work)
-    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    proto.functions.extend(v.function(graph.opset) for v in variants)
-    for variant in variants:
+    proto.functions.extend(builder.functions)
+    needed = {f.domain for f in builder.functions}
+    needed |= {opset.domain for f in builder.functions for opset in f.opset_import}
+    for domain in sorted(needed - {"", *(o.domain for o in proto.opset_import)}):
+        proto.opset_import.append(helper.make_opsetid(domain, 1))
+    for variant in builder.variants.values():
         variant.register()
-    scales = {name: p.scale for name, p in params.items()}
+    scales = {name: p.scale for name, p in builder.params.items()}
     for name, scale in scales.items():
         proto.graph.input.append(
             helper.make_tensor_value_info(f"{name}/scale", TensorProto.FLOAT, scale.shape)
@@ -104,15 +104,82 @@ def training_form(model: Model, *, learn_scales: bool) -> TrainingForm:
     return TrainingForm(proto=proto, weights=weights, scales=scales, learns_scales=learn_scales)
 
 
+class Untrainable(NamedTuple):
+    """A node through which no gradient can pass, although something before it is trained."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
+    """Return what would keep a model from being fine-tuned under a plan; empty if nothing does.
+
+    Parameters
+    ----------
+    model : Model
+        The prepared float model.
+    plan : QuantPlan
+        Made for it.
+    """
+    qdq = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    return _build(qdq, learn_scales=True)[2].refused
+
+
+def _refusal(nodes: list[Untrainable]) -> str:
+    named = "; ".join(f"'{n.node}' ({n.op_type}: {n.reason})" for n in nodes)
+    noun = "Node" if len(nodes) == 1 else f"{len(nodes)} nodes:"
+    return (
+        f"{noun} {named}. Parameters before are trained. Exclude the nodes before "
+        "(--set 'name:...quantize=false') or rewrite the model."
+    )
+
+
+def _build(model: Model, *, learn_scales: bool) -> tuple[Model, dict[str, FloatArray], _Builder]:
+    """Return the Q/DQ model with the graph of its training form, and its weights.
+
+    Float weights before a node that has no gradient are left as they are: a node can be kept
+    from being trained by keeping it from being quantized.
+    """
+    plan, params = plan_of(model), read_params(model)
+    names = _trainable(model.graph, plan)
+    while True:
+        work = model.copy()
+        weights = _make_inputs(work.graph, names)
+        builder = _Builder(work.graph, model, plan, params, set(weights), learn_scales)
+        builder.run()
+        before = _before(model.graph, builder.refused) - {p.tensor for p in plan.points}
+        if before.isdisjoint(names):
+            return work, weights, builder
+        logger.info(
+            "Not trained, because they are float and no gradient passes '%s': %s",
+            builder.refused[0].node,
+            ", ".join(name for name in names if name in before),
+        )
+        names = [name for name in names if name not in before]
+
+
+def _before(graph: gs.Graph, refused: list[Untrainable]) -> set[str]:
+    """Return the tensors that the refused nodes depend on."""
+    stops, names = {node.node for node in refused}, set[str]()
+    for node in reversed(graph.nodes):
+        if node.name in stops or any(t.name in names for t in node.outputs):
+            names.update(t.name for t in node.inputs)
+    return names
+
+
 def _trainable(graph: gs.Graph, plan: QuantPlan) -> list[str]:
     """Return the float initializers that are trained: of points and of weighted nodes."""
     names = [p.tensor for p in plan.points if p.role != "activation"]
+    # an exponent or a limit has no gradient, whoever else reads the same constant
+    fixed = {t.name for n in graph.nodes if n.op in FIRST_INPUT_ONLY for t in n.inputs[1:]}
     for node in graph.nodes:
-        if node.op in (*WEIGHTED_OPS, "LayerNormalization"):
-            names += [
-                t.name for t in node.inputs if isinstance(t, gs.Constant) and t.dtype == np.float32
-            ]
-    return list(dict.fromkeys(names))
+        indices = TRAINED_INPUTS.get(node.op, ())
+        if node.op in WEIGHTED_OPS:
+            indices = tuple(range(len(node.inputs)))
+        trained = [t for i, t in enumerate(node.inputs) if i in indices]
+        names += [t.name for t in trained if isinstance(t, gs.Constant) and t.dtype == np.float32]
+    return [name for name in dict.fromkeys(names) if name not in fixed]
 
 
 def _make_inputs(graph: gs.Graph, names: list[str]) -> dict[str, FloatArray]:
@@ -134,61 +201,79 @@ class _Builder:
     def __init__(
         self,
         graph: gs.Graph,
+        source: Model,
         plan: QuantPlan,
         params: dict[str, QuantParams],
         trained: set[str],
         learn_scales: bool,
     ) -> None:
         self.graph = graph
+        self.source: Model | None = source  # until the shapes in it are used
         self.params = params
         self.learn_scales = learn_scales
         self.points = {f"{p.tensor}/QuantizeLinear": p for p in plan.grid_points()}
         self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
         self.trained = set(trained)  # tensors that need a gradient
-        self.variants: dict[str, FakeQuantize | LeakyRelu] = {}
+        self.variants: dict[str, FakeQuantize | CustomOp] = {}
+        self.functions: list[onnx.FunctionProto] = []
+        self.refused: list[Untrainable] = []
         self.scale_inputs: dict[str, gs.Variable] = {}
         self.dead: set[int] = set()
+        self.reaching = _reaching(graph)
 
-    def run(self) -> list[FakeQuantize | LeakyRelu]:
+    def run(self) -> None:
         nodes: list[gs.Node] = []
         for node in list(self.graph.nodes):
             if id(node) in self.dead:
                 continue
             point = self.points.get(node.name)
-            if point is not None:
-                nodes += self._replace(node, point)
-                continue
-            self._follow(node)
-            self._lower(node)
-            nodes.append(node)
+            nodes += self._follow(node) if point is None else self._replace(node, point)
         self.graph.nodes.clear()
         self.graph.nodes.extend(nodes)
-        return list(self.variants.values())
 
-    def _follow(self, node: gs.Node) -> None:
-        """Carry grids and the need of a gradient over one node."""
-        floats = [t.name for t in node.outputs if t.dtype in (None, np.float32)]
-        if floats and any(t.name in self.trained for t in node.inputs):
-            if node.op not in DIFFERENTIABLE:
-                raise TrainingError(
-                    f"Node '{node.name}': {node.op} has no gradient here, and parameters before "
-                    "it are trained. Exclude the nodes before it (--set 'name:...quantize=false') "
-                    "or rewrite the node."
-                )
-            self.trained.update(floats)
-        if node.op == "LayerNormalization":
-            _declare_statistics(node)
+    def _follow(self, node: gs.Node) -> list[gs.Node]:
+        """Carry grids and the need of a gradient over one node; return what stands for it."""
         sources = node.inputs if node.op == "Concat" else node.inputs[:1]
         grids = {self.grid.get(t.name) for t in sources}
         if node.op in GRID_PRESERVING and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
+        floats = [t.name for t in node.outputs if t.dtype in (None, np.float32)]
+        learned = [i for i, t in enumerate(node.inputs) if t.name in self.trained]
+        if not floats or not learned:
+            return [node]
+        self.trained.update(floats)
+        return self._lower(node, learned)
 
-    def _lower(self, node: gs.Node) -> None:
-        """Put an op of ours in the place of one whose kernels are slow."""
-        if node.op == "LeakyRelu" and (alpha := node.attrs.get("alpha", 0.01)) < 1:
-            variant = LeakyRelu(alpha=alpha)
+    def _lower(self, node: gs.Node, learned: list[int]) -> list[gs.Node]:
+        complete = all(t.name in self.reaching for t in node.outputs)
+        try:
+            nodes, ops = lower(node, learned, opset=self.graph.opset, all_reach_loss=complete)
+        except Refusal as refusal:
+            if isinstance(refusal, ShapeUnknown) and self.source is not None:
+                self._fix_shapes(self.source)
+                return self._lower(node, learned)
+            self.refused.append(Untrainable(node.name, node.op, str(refusal)))
+            return [node]
+        if all(made is not node for made in nodes):
+            node.inputs.clear()
+            node.outputs.clear()
+        for op in ops:
+            self._use(op, op.forward, op.gradient)
+        return nodes
+
+    def _fix_shapes(self, source: Model) -> None:
+        """Fill in what does not depend on the batch, where a length is missing."""
+        self.source = None
+        found = fixed_shapes(source)
+        for name, tensor in self.graph.tensors().items():
+            missing = tensor.shape is None or not all(isinstance(n, int) for n in tensor.shape[1:])
+            if missing and name in found:
+                tensor.shape = found[name]
+
+    def _use(self, variant: FakeQuantize | CustomOp, *functions: onnx.FunctionProto) -> None:
+        if variant.op_type not in self.variants:
             self.variants[variant.op_type] = variant
-            node.op, node.domain, node.attrs = variant.op_type, DOMAIN, {}
+            self.functions += functions
 
     def _replace(self, node: gs.Node, point: QuantPoint) -> list[gs.Node]:
         chain = _chain(node)
@@ -226,7 +311,7 @@ class _Builder:
             learns_x=source.name in self.trained,
             learns_scale=self.learn_scales,
         )
-        self.variants[variant.op_type] = variant
+        self._use(variant, variant.function(self.graph.opset))
         return variant
 
     def _inputs(self, point: QuantPoint) -> tuple[gs.Variable, gs.Constant]:
@@ -245,7 +330,10 @@ def _chain(node: gs.Node) -> list[gs.Node]:
     return chain
 
 
-def _declare_statistics(node: gs.Node) -> None:
-    """Give a LayerNormalization its optional outputs, which its gradient reads."""
-    for suffix in ("mean", "inverse_std")[len(node.outputs) - 1 :]:
-        node.outputs.append(gs.Variable(f"{node.name}/{suffix}", np.float32))
+def _reaching(graph: gs.Graph) -> set[str]:
+    """Return the tensors from which floats lead to the first output, which every loss reads."""
+    names = {t.name for t in graph.outputs[:1]}
+    for node in reversed(graph.nodes):
+        if any(t.name in names for t in node.outputs):
+            names.update(t.name for t in node.inputs if t.dtype in (None, np.float32))
+    return names

@@ -10,9 +10,10 @@ Bengio et al. 2013; LSQ, Esser et al. 2020, https://arxiv.org/abs/1902.08153, eq
     dL/dx  = dy * inside
     dL/ds  = sum(dy * ((q - z) - x / s * inside)) = sum(dy * y - dL/dx * x) / s
 
-``inside`` is built from |y - x| <= s / 2, which holds inside the clipping range and nowhere else:
-a comparison and a cast to float cost more than the Conv beside them on a CPU. A gradient
-definition cannot read attributes, so that each variant is an op type of its own.
+Up to 8 bits ``inside`` is built from |y - x| <= s / 2, which holds inside the clipping range and
+nowhere else: a comparison and a cast to float cost more than the Conv beside them on a CPU. With
+more levels the rounding of x and y in float32 blurs that, and the level itself is compared. A
+gradient definition cannot read attributes, so that each variant is an op type of its own.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ if not hasattr(ort_internals, "GradientGraphBuilder"):
     )
     raise TrainingError(message)
 
-__all__ = ["DOMAIN", "FakeQuantize", "LeakyRelu", "register_relu_gradient"]
+__all__ = ["DOMAIN", "LOWERED_DOMAIN", "CustomOp", "FakeQuantize", "register_relu_gradient"]
 
-DOMAIN = "onnxqat"
+DOMAIN = "onnxqat"  # of fake-quantize
+LOWERED_DOMAIN = "onnxqat.lowered"  # of what stands for an op of the model
 
 # |y - x| exceeds s / 2 by float32 rounding of x / s and of q * s: each below 2^-16 * s for the
 # 256 levels of 8 bits. A value is misjudged as inside only within this slack of the range's end.
@@ -90,7 +92,8 @@ class FakeQuantize:
         attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes)]
         integers = "q"
-        if (self.qmin, self.qmax) not in ((-128, 127), (0, 255)):
+        stored = np.iinfo(self.dtype)
+        if (self.qmin, self.qmax) != (stored.min, stored.max):
             kind = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
             for name, value in (("low", self.qmin), ("high", self.qmax)):
                 tensor = helper.make_tensor(name, kind, [], [value])
@@ -110,18 +113,12 @@ class FakeQuantize:
             ort_internals.register_gradient_definition(f"{DOMAIN}::{self.op_type}", definition)
 
     def _gradient(self) -> list[Node]:
-        x, s = (f"I({self.inputs.index(name)})" for name in "xs")
-        nodes: list[Node] = [_constant("half", HALF_LEVEL), *self._broadcast_scale(s)]
-        nodes += [
-            ("Sub", ["O(0)", x], ["error"], []),
-            ("Abs", ["error"], ["distance"], []),
-            ("Mul", ["scale", "half"], ["limit"], []),
-            ("Sub", ["limit", "distance"], ["room"], []),
-            _constant("big", 1e30),
+        x, s, z = (f"I({self.inputs.index(name)})" for name in "xsz")
+        nodes: list[Node] = [
+            *self._broadcast(s, "scale"),
             _constant("zero", 0.0),
             _constant("one", 1.0),
-            ("Mul", ["room", "big"], ["steep"], []),
-            ("Clip", ["steep", "zero", "one"], ["inside"], []),
+            *(self._inside(x) if self._has_few_levels else self._inside_by_level(x, z)),
             ("Mul", ["GO(0)", "inside"], ["dx"], []),
         ]
         if self.learns_x:
@@ -130,14 +127,52 @@ class FakeQuantize:
             nodes += self._scale_gradient(x, s, f"GI({self.inputs.index('s')})")
         return nodes
 
-    def _broadcast_scale(self, s: str) -> list[Node]:
+    @property
+    def _has_few_levels(self) -> bool:
+        return self.qmax - self.qmin < 2**8
+
+    def _inside(self, x: str) -> list[Node]:
+        """Return the mask from |y - x| <= s / 2."""
+        return [
+            ("Sub", ["O(0)", x], ["error"], []),
+            ("Abs", ["error"], ["distance"], []),
+            _constant("half", HALF_LEVEL),
+            ("Mul", ["scale", "half"], ["limit"], []),
+            ("Sub", ["limit", "distance"], ["room"], []),
+            _constant("big", 1e30),
+            ("Mul", ["room", "big"], ["steep"], []),
+            ("Clip", ["steep", "zero", "one"], ["inside"], []),
+        ]
+
+    def _inside_by_level(self, x: str, z: str) -> list[Node]:
+        """Return the mask from the level that x rounds to, exact for any number of levels.
+
+        The level is an integer, so that the distance to the first one outside is 1 or more
+        inside, 0 or less outside.
+        """
+        return [
+            ("Cast", [z], ["z"], [("to", onnx.TensorProto.FLOAT, "int", False)]),
+            *self._broadcast("z", "offset"),
+            ("Div", [x, "scale"], ["position"], []),
+            ("Round", ["position"], ["rounded"], []),
+            ("Add", ["rounded", "offset"], ["level"], []),
+            _constant("below", self.qmin - 1.0),
+            _constant("above", self.qmax + 1.0),
+            ("Sub", ["level", "below"], ["from_below"], []),
+            ("Sub", ["above", "level"], ["from_above"], []),
+            ("Min", ["from_below", "from_above"], ["nearest"], []),
+            ("Clip", ["nearest", "zero", "one"], ["inside"], []),
+        ]
+
+    def _broadcast(self, values: str, name: str) -> list[Node]:
+        """Return nodes that align scale or zero_point with x."""
         if self.axis is None or self.rank is None:
-            return [("Identity", [s], ["scale"], [])]
+            return [("Identity", [values], [name], [])]
         shape = [1] * self.rank
         shape[self.axis] = -1
         return [
-            ("Constant", [], ["shape"], [("value", shape, "int", True)]),
-            ("Reshape", [s, "shape"], ["scale"], []),
+            ("Constant", [], [f"{name}_shape"], [("value", shape, "int", True)]),
+            ("Reshape", [values, f"{name}_shape"], [name], []),
         ]
 
     def _scale_gradient(self, x: str, s: str, target: str) -> list[Node]:
@@ -157,55 +192,51 @@ class FakeQuantize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeakyRelu:
-    """LeakyRelu with one slope, by kernels 20 times faster than onnxruntime's own.
-
-    Forward PRelu, which computes the same product; backward ``dy * (1 if y > 0 else alpha)``.
+class CustomOp:
+    """An op whose forward pass and gradient are two model-local functions.
 
     Attributes
     ----------
-    alpha : float
-        Slope of the negative side, below 1.
+    forward : onnx.FunctionProto
+        Its inputs that have gradients come first; its only output is ``y``.
+    gradient : onnx.FunctionProto
+        Reads any of the forward's inputs, ``y`` and the upstream gradient ``dy``; its outputs
+        are the gradients of the first inputs, in order. As one node it is free of the rule that
+        drops the outputs of each gradient node by the forward's inputs.
     """
 
-    alpha: float
+    forward: onnx.FunctionProto
+    gradient: onnx.FunctionProto
 
     @property
     def op_type(self) -> str:
-        """The op type that stands for this slope."""
-        return f"LeakyRelu_{np.float32(self.alpha).tobytes().hex()}"
-
-    def function(self, opset: int) -> onnx.FunctionProto:
-        """Return the forward pass as a model-local function."""
-        slope = helper.make_tensor("slope", onnx.TensorProto.FLOAT, [], [self.alpha])
-        nodes = [
-            helper.make_node("Constant", [], ["slope"], value=slope),
-            helper.make_node("PRelu", ["x", "slope"], ["y"]),
-        ]
-        opsets = [helper.make_opsetid("", opset)]
-        return helper.make_function(DOMAIN, self.op_type, ["x"], ["y"], nodes, opsets)
+        """The op type."""
+        return self.forward.name
 
     def register(self) -> None:
-        """Tell onnxruntime the gradient."""
-        definition = _definitions(_step_gradient(low=self.alpha))
-        ort_internals.register_gradient_definition(f"{DOMAIN}::{self.op_type}", definition)
+        """Tell onnxruntime the gradient; its first registration holds for the process."""
+        roles = {name: f"I({i})" for i, name in enumerate(self.forward.input)}
+        roles |= {"y": "O(0)", "dy": "GO(0)"}
+        node = ort_internals.GradientNodeDefinition()
+        node.op_type, node.domain = self.gradient.name, LOWERED_DOMAIN
+        node.inputs = [roles[name] for name in self.gradient.input]
+        node.outputs = [f"GI({i})" for i in range(len(self.gradient.output))]
+        node.attributes = []
+        key = f"{LOWERED_DOMAIN}::{self.op_type}"
+        ort_internals.register_gradient_definition(key, [node])
 
 
 def register_relu_gradient() -> None:
     """Replace onnxruntime's ReluGrad, whose CPU kernel is 30 times slower than a Clip."""
-    ort_internals.register_gradient_definition("::Relu", _definitions(_step_gradient(low=0.0)))
-
-
-def _step_gradient(*, low: float) -> list[Node]:
-    """Return dx = dy where the output is positive, low * dy elsewhere."""
-    return [
+    nodes: list[Node] = [
         _constant("big", 1e30),
-        _constant("low", low),
+        _constant("zero", 0.0),
         _constant("one", 1.0),
         ("Mul", ["O(0)", "big"], ["steep"], []),
-        ("Clip", ["steep", "low", "one"], ["slope"], []),
+        ("Clip", ["steep", "zero", "one"], ["slope"], []),
         ("Mul", ["GO(0)", "slope"], ["GI(0)"], []),
     ]
+    ort_internals.register_gradient_definition("::Relu", _definitions(nodes))
 
 
 def _constant(name: str, value: float) -> Node:

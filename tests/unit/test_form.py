@@ -1,15 +1,25 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from msgspec.structs import replace
+from onnx import numpy_helper
 
+from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import with_params
+from onnxqat.insert import insert, with_params
 from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session
-from onnxqat.train.engine import forward_session
-from onnxqat.train.form import training_form
-from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
+from onnxqat.train.engine import StepSession, forward_session
+from onnxqat.train.form import training_form, untrainable_nodes
+from onnxqat.train.losses import add_loss, teacher_input
+from onnxqat.train.lowering import fixed_shapes
+from tests.networks import RULES, W4A4, attention, convnet, quantized, samples, upsampling
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -50,28 +60,169 @@ def test_weights_biases_and_scales_are_parameters():
     assert {"input/scale", "w1/scale", "r3/scale"} <= form.parameters.keys()
 
 
-def test_op_without_gradient_is_named():
-    import onnx
+UNTRAINABLE = """<ir_version: 8, opset_import: ["": 17]>
+g (float[N,4] x) => (float[N,4] y)
+<float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1}> {
+    [before] h = Hardmax(x)
+    a = MatMul(h, w)
+    [pick] b = Hardmax(a)
+    c = Relu(b)
+    [again] y = Hardmax(c)
+}"""
 
+
+def test_every_op_without_gradient_is_named():
+    floats, qdq = quantized_text(UNTRAINABLE)
+    reason = "it has no gradient here"
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+
+    assert untrainable_nodes(floats, plan) == [
+        ("pick", "Hardmax", reason),
+        ("again", "Hardmax", reason),
+    ]
+    with pytest.raises(TrainingError, match=r"2 nodes: 'pick' \(Hardmax: .*'again' \(Hardmax: "):
+        training_form(qdq, learn_scales=True)
+
+
+def test_a_trainable_network_has_no_untrainable_nodes():
+    floats, _ = quantized(convnet())
+
+    assert untrainable_nodes(floats, make_plan(floats.graph, load_rule("sophgo-bm1684x"))) == []
+
+
+def test_an_op_of_ours_behind_softmax_is_not_taken_for_fake_quantize():
     text = """<ir_version: 8, opset_import: ["": 17]>
     g (float[N,4] x) => (float[N,4] y)
     <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1}> {
         a = MatMul(x, w)
-        [bend] y = Softplus(a)
+        p = Softmax(a)
+        y = HardSigmoid(p)
     }"""
-    _, qdq = quantized_text(onnx.parser.parse_model(text))
-    with pytest.raises(TrainingError, match="Node 'bend': Softplus has no gradient here"):
+    _, qdq = quantized_text(text)
+    form = training_form(qdq, learn_scales=True)
+    with_loss = add_loss(form.proto, ("kl",))
+
+    assert any(node.op_type.startswith("HardSigmoid_") for node in with_loss.graph.node)
+    assert not any(node.op_type == "Log" for node in with_loss.graph.node)
+
+
+def widened(network, rule):
+    """Return a Q/DQ model with activations of 16 bits, which no rule asks for yet."""
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule(rule))
+    points = [
+        replace(p, spec=replace(p.spec, bits=16)) if p.role == "activation" else p
+        for p in plan.points
+    ]
+    plan = replace(plan, points=tuple(points))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return calibrate(empty, [{"input": samples(network, 16)}], observer="minmax")
+
+
+@pytest.mark.parametrize("rule", ["sophgo-bm1684x", "onnxruntime-cpu"])
+def test_16_bits_of_opset_21_train_and_equal_the_file_bit_for_bit(rule):
+    network = convnet(opset=21)
+    qdq = widened(network, rule)
+    x = samples(network, 4, seed=7) * 2
+    expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
+    form = training_form(qdq, learn_scales=True)
+    actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
+    session = StepSession(form, ("mse",), batch_size=4, threads=1)
+    session.run({"input": x, teacher_input("output"): np.zeros_like(expected[0])})
+
+    assert any("int16" in node.op_type for node in form.proto.graph.node)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    assert all(np.any(gradient) for gradient in session.gradients.views.values())
+
+
+def recurrent():
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,2,4] x) => (float[N,1,2,4] y)
+    <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1},
+     float[3,4] v = {1,0,0,2, 0,1,0,0, 0,0,1,0}> {
+        [first] a = MatMul(x, w)
+        [gru] h, last = GRU <hidden_size = 3> (a, i, r)
+        [second] y = MatMul(h, v)
+    }"""
+    network = onnx.parser.parse_model(text)
+    for name, shape in (("i", (1, 9, 4)), ("r", (1, 9, 3))):
+        values = np.ones(shape, np.float32)
+        network.graph.initializer.append(numpy_helper.from_array(values, name))
+    return network
+
+
+def test_recurrent_layer_is_refused_with_its_reason():
+    _, qdq = quantized_text(recurrent())
+    message = r"Node 'gru' \(GRU: a recurrent layer has no .*--set 'name:\.\.\.quantize=false'"
+    with pytest.raises(TrainingError, match=message):
         training_form(qdq, learn_scales=True)
 
 
-def quantized_text(network):
-    from onnxqat.calibrate import placeholder_params
-    from onnxqat.insert import insert
-    from onnxqat.plan import make_plan
-    from onnxqat.prepare import prepare
-    from onnxqat.rules import load_rule
+def test_what_stands_before_it_can_be_excluded_and_is_not_trained():
+    _, qdq = quantized_text(recurrent(), overrides=("name:first.quantize=false",))
+    form = training_form(qdq, learn_scales=True)
 
+    assert form.weights.keys() == {"v"}
+
+
+SCALED = """<ir_version: 8, opset_import: ["": 17]>
+g (float[N,4] x) => (float[N,4] y)
+<float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1}, float two = {2}> {
+    a = MatMul(x, w)
+    b = Mul(a, two)
+    y = Pow(b, two)
+}"""
+
+
+def test_an_exponent_is_not_trained_although_a_product_reads_it_too():
+    _, qdq = quantized_text(SCALED, "onnxruntime-cpu")
+    form = training_form(qdq, learn_scales=True)
+
+    assert form.weights.keys() == {"w"}
+
+
+SHUFFLED = """<ir_version: 8, opset_import: ["": 17]>
+g (float[N,4,5,6] x) => (float[N,4,10,12] y)
+<int64[1] first = {0}, int64[3] rest = {4,5,6}, int64[1] half = {2},
+ int64[3] parts = {2,5,6}, float[4] scales = {1,1,2,2}> {
+    a = Conv(x, w)
+    s = Shape(a)
+    n = Gather(s, first)
+    split = Concat <axis = 0> (n, half, parts)
+    b = Reshape(a, split)
+    c = Transpose <perm = [0, 2, 1, 3, 4]> (b)
+    whole = Concat <axis = 0> (n, rest)
+    d = Reshape(c, whole)
+    y = Resize <mode = "linear"> (d, , scales)
+}"""
+
+
+def test_shapes_that_a_free_batch_hides_are_found():
+    network = onnx.parser.parse_model(SHUFFLED)
+    values = np.arange(16, dtype=np.float32).reshape(4, 4, 1, 1)
+    network.graph.initializer.append(numpy_helper.from_array(values, "w"))
+    floats, qdq = quantized_text(network)
+    form = training_form(qdq, learn_scales=True)
+
+    assert fixed_shapes(floats)["d"] == [None, 4, 5, 6]
+    assert any(node.op_type.startswith("Resize_") for node in form.proto.graph.node)
+
+
+def test_lowered_ops_leave_the_forward_pass_as_it_was_bit_for_bit():
+    network = upsampling()
+    _, qdq = quantized(network, "sophgo-bm1684x")
+    x = samples(network, 4, seed=7)
+    expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
+    form = training_form(qdq, learn_scales=True)
+    actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
+
+    np.testing.assert_array_equal(actual[0], expected[0])
+
+
+def quantized_text(network, rule="sophgo-bm1684x", overrides=()):
+    if isinstance(network, str):
+        network = onnx.parser.parse_model(network)
     floats = prepare(from_proto(network))
-    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
     empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return floats, with_params(empty, placeholder_params(floats, plan), state="calibrated")

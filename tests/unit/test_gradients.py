@@ -14,9 +14,9 @@ from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import StepSession, _gradient_graph
 from onnxqat.train.form import training_form
-from onnxqat.train.gradients import DOMAIN, FakeQuantize, LeakyRelu
+from onnxqat.train.gradients import DOMAIN, FakeQuantize
 from onnxqat.train.losses import LABELS, teacher_input
-from tests.networks import attention, convnet, quantized, samples
+from tests.networks import attention, convnet, quantized, samples, upsampling
 from tests.oracles import run_ort
 
 SPECS = {
@@ -31,7 +31,16 @@ SPECS = {
 }
 
 
-def one_op(variant, x, params, upstream):
+WIDE_SPECS = {
+    "int16": QuantSpec(bits=16),
+    "uint16": QuantSpec(bits=16, signedness="unsigned"),
+    "asymmetric": QuantSpec(bits=16, signedness="unsigned", symmetric=False),
+    "per-axis 0": QuantSpec(bits=16, axis=0),
+    "per-axis 1 asymmetric": QuantSpec(bits=16, axis=1, signedness="unsigned", symmetric=False),
+}
+
+
+def one_op(variant, x, params, upstream, opset=17):
     """Return y, dL/dx and dL/ds of one fake-quantize with L = sum(upstream * y)."""
     variant.register()
     value = helper.make_tensor_value_info
@@ -53,9 +62,9 @@ def one_op(variant, x, params, upstream):
         [numpy_helper.from_array(params.zero_point, "z")],
         value_info=[value("y", TensorProto.FLOAT, x.shape)],
     )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    functions = [variant.function(17)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    functions = [variant.function(opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     learned = {n for n, wanted in (("x", variant.learns_x), ("s", variant.learns_scale)) if wanted}
     session = open_session(
         _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
@@ -123,48 +132,43 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
     assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
 
 
-@pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5])
-def test_leaky_relu_variant_equals_leaky_relu_and_its_derivative(alpha):
-    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
-    x[0, 0] = [0.0, -0.0, 1e-30, -1e-30, 5]
+@pytest.mark.parametrize("spec", WIDE_SPECS.values(), ids=WIDE_SPECS)
+def test_mask_of_16_bits_is_exact_at_ties_and_range_ends(spec):
+    channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
+    high = np.linspace(0.5, 1.5, int(np.prod(channels)), dtype=np.float32).reshape(channels)
+    low = np.zeros_like(high) if spec.signedness == "unsigned" and spec.symmetric else -high
+    params = choose_qparams(low, high, spec)
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    shape = [1, 1, 1]
+    if spec.axis is not None:
+        shape[spec.axis] = -1
+    s, z = params.scale.reshape(shape), params.zero_point.astype(np.float32).reshape(shape)
+    # levels around both ends, half a level and one float32 to each side of it
+    ends = np.float32([qmin - 1, qmin, qmax, qmax + 1, (qmin + qmax) // 2])
+    offsets = np.float32([0, 0.5, -0.5, 0.5 + 2**-8, 0.5 - 2**-8, -0.5 + 2**-8])
+    x = ((ends + offsets[:, None])[None] - z).repeat(4, axis=0)[:4, :6] * s
+    x = np.broadcast_to(x, (4, 6, 5)).astype(np.float32)
     upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    variant = LeakyRelu(alpha=alpha)
-    variant.register()
-    value = helper.make_tensor_value_info
-    nodes = [
-        helper.make_node(variant.op_type, ["x"], ["y"], domain=DOMAIN),
-        helper.make_node("Mul", ["y", "g"], ["yg"]),
-        helper.make_node("ReduceSum", ["yg"], ["loss"], keepdims=0),
-    ]
-    inputs = [value("x", 1, x.shape), value("g", 1, x.shape)]
-    graph = helper.make_graph(
-        nodes, "g", inputs, [value("loss", 1, [])], value_info=[value("y", 1, x.shape)]
+    variant = FakeQuantize(
+        dtype=params.zero_point.dtype.name,
+        qmin=qmin,
+        qmax=qmax,
+        axis=spec.axis,
+        rank=None if spec.axis is None else x.ndim,
+        learns_x=True,
+        learns_scale=True,
     )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    functions = [variant.function(17)]
-    ours = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
-    session = open_session(
-        _gradient_graph(ours.SerializeToString(), {"x"}), optimization="basic", threads=1
-    )
-    gradient = dict(
-        zip(
-            (o.name for o in session.get_outputs()),
-            session.run(None, {"x": x, "g": upstream}),
-            strict=True,
-        )
-    )["x_grad"]
-    ours.graph.output.append(value("y", 1, x.shape))
-    node = helper.make_node("LeakyRelu", ["x"], ["y"], alpha=alpha)
-    theirs = helper.make_graph([node], "g", inputs[:1], [value("y", 1, x.shape)])
-    theirs = helper.make_model(theirs, opset_imports=opsets[:1], ir_version=8)
+    result = one_op(variant, x, params, upstream, opset=21)
+    position = np.rint(x / s) + z
+    inside = (qmin <= position) & (position <= qmax)
+    q = np.clip(position, qmin, qmax).astype(np.float64)
+    terms = upstream * np.where(inside, q - z - x.astype(np.float64) / s, q - z)
+    axes = None if spec.axis is None else tuple(i for i in range(3) if i != spec.axis)
+    bound = 2.0**-22 * (np.abs(upstream) * (np.abs(q - z) + np.abs(x / s))).sum(axes)
 
-    np.testing.assert_array_equal(
-        run_ort(ours, {"x": x, "g": upstream})[1], run_ort(theirs, {"x": x})[0]
-    )
-    # 1e30 * y reaches 1 for every y above 1e-30
-    clear = np.abs(x) > 1e-28
-    expected = upstream * np.where(x > 0, np.float32(1), np.float32(alpha))
-    np.testing.assert_array_equal(gradient[clear], expected[clear])
+    assert 20 < inside.sum() < 100
+    np.testing.assert_array_equal(result["x_grad"], upstream * inside)
+    assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
 
 
 class Surrogate:
@@ -213,7 +217,8 @@ class Surrogate:
         inputs.append(helper.make_tensor_value_info("input", TensorProto.DOUBLE, None))
         outputs = [helper.make_tensor_value_info("output", TensorProto.DOUBLE, None)]
         graph = helper.make_graph(nodes, "surrogate", inputs, outputs, integers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        opset = helper.make_opsetid("", proto.opset_import[0].version)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
         self.run_model = onnx.reference.ReferenceEvaluator(model)
         self.x = x.astype(np.float64)
 
@@ -287,8 +292,8 @@ def loss_of(scores, labels, teacher):
 @pytest.mark.parametrize("rule", ["sophgo-bm1684x", "onnxruntime-cpu"])
 @pytest.mark.parametrize(
     "network",
-    [lambda: convnet(kinks=False), attention],
-    ids=["convnet", "attention"],
+    [lambda: convnet(kinks=False), attention, upsampling],
+    ids=["convnet", "attention", "upsampling"],
 )
 def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
     network = network()
@@ -320,3 +325,26 @@ def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
             assert float(gradient.flat[flat]) == pytest.approx(
                 expected, rel=1e-3, abs=1e-4 * float(largest)
             ), name
+
+
+def test_a_scale_that_only_a_comparison_reads_has_no_gradient():
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4] input) => (float[N,4] output)
+    <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1},
+     float[4] c = {1,2,3,4}, float zero = {0}> {
+        a = MatMul(input, w)
+        b = Add(a, c)
+        below = Less(b, zero)
+        tenth = Mul(a, c)
+        output = Where(below, tenth, a)
+    }"""
+    network = onnx.parser.parse_model(text)
+    _, qdq = quantized(network)
+    form = training_form(qdq, learn_scales=True)
+    session = StepSession(form, ("mse",), batch_size=4, threads=1)
+    x = samples(network, 4)
+    session.run({"input": x, teacher_input("output"): np.zeros((4, 4), np.float32)})
+
+    assert "b/scale" in form.parameters
+    assert "b/scale" not in session.gradients.views
+    assert np.abs(session.gradients.views["w"]).max() > 0

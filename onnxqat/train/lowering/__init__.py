@@ -1,0 +1,175 @@
+"""Training-only stand-ins for ops whose gradient onnxruntime 1.19.2 lacks or has wrong.
+
+The saved model keeps the original ops. In the training form a node is, in this order:
+
+1. refused, with the reason (`REFUSED`, or what a gradient cannot cover);
+2. left as it is, where onnxruntime's gradient equals finite differences (`NATIVE`);
+3. rewritten into such nodes (`onnxqat.train.lowering.chains`);
+4. an op of ours: the original as its forward pass, and a gradient in ONNX text.
+
+Every one of them computes the same values as the original node, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.model import constant
+from onnxqat.prepare.editing import is_op
+from onnxqat.train.gradients import CustomOp
+from onnxqat.train.lowering import chains, pointwise, reductions, separable
+from onnxqat.train.lowering.convolution import conv_transpose
+from onnxqat.train.lowering.gradient import (
+    Gradient,
+    Refusal,
+    ShapeUnknown,
+    custom_op,
+    static_shape,
+)
+from onnxqat.train.lowering.normalization import NORMALIZATIONS, TRAINED_INPUTS
+from onnxqat.train.lowering.rearranging import (
+    depth_to_space,
+    einsum,
+    product_with_vector,
+    space_to_depth,
+)
+from onnxqat.train.lowering.shapes import fixed_shapes
+
+__all__ = ["FIRST_INPUT_ONLY", "TRAINED_INPUTS", "Refusal", "ShapeUnknown", "fixed_shapes", "lower"]
+
+NATIVE = frozenset(
+    (
+        *("Abs", "Add", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "Div", "Erf"),
+        *("Exp", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm"),
+        *("GlobalAveragePool", "Identity", "LayerNormalization", "Log", "LogSoftmax", "MatMul"),
+        *("Max", "MaxPool", "Min", "Mul", "Neg", "Pad", "Pow", "Reciprocal", "Relu", "Reshape"),
+        *("ScatterND", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub"),
+        *("Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze"),
+    )
+)
+FIRST_INPUT_ONLY = ("Clip", "Pow")  # whose other inputs get no gradient, or a wrong one
+RECURRENT = "a recurrent layer has no gradient here"
+SUBGRAPH = "what a subgraph computes has no gradient here"
+REFUSED = {
+    "GRU": RECURRENT,
+    "LSTM": RECURRENT,
+    "RNN": RECURRENT,
+    "If": SUBGRAPH,
+    "Loop": SUBGRAPH,
+    "Scan": SUBGRAPH,
+    "GridSample": "sampling at computed positions has no gradient here",
+}
+GRADIENTS: dict[str, Callable[[gs.Node], Gradient]] = {
+    **dict.fromkeys(reductions.REDUCTIONS, reductions.reduction),
+    **{op_type: pointwise.slope_gradient(op_type) for op_type in pointwise.SLOPES},
+    **NORMALIZATIONS,
+    "ConvTranspose": conv_transpose,
+    "CumSum": separable.cumsum,
+    "DepthToSpace": depth_to_space,
+    "Dropout": pointwise.dropout,
+    "Einsum": einsum,
+    "GlobalLpPool": reductions.global_pool("ReduceL2"),
+    "GlobalMaxPool": reductions.global_pool("ReduceMax"),
+    "LpPool": reductions.lp_pool,
+    "Mod": pointwise.mod,
+    "PRelu": pointwise.prelu,
+    "SpaceToDepth": space_to_depth,
+    "Where": pointwise.where,
+}
+
+
+def lower(
+    node: gs.Node, learned: Sequence[int], *, opset: int, all_reach_loss: bool
+) -> tuple[list[gs.Node], list[CustomOp]]:
+    """Return the nodes that stand for ``node`` while training, and the ops of ours in them.
+
+    Parameters
+    ----------
+    node : gs.Node
+        A node on the way from a parameter to an output.
+    learned : sequence of int
+        Which of its inputs need a gradient.
+    opset : int
+        Of the graph.
+    all_reach_loss : bool
+        Whether every output of the node gets a gradient.
+
+    Raises
+    ------
+    Refusal
+        Neither onnxruntime nor this package has a right gradient.
+    """
+    if not is_op(node, node.op):
+        raise Refusal(f"ops of the domain '{node.domain}' have no gradient here")
+    if node.op in REFUSED:
+        raise Refusal(REFUSED[node.op])
+    rewritten = _rewritten(node, all_reach_loss=all_reach_loss)
+    if rewritten is not None:
+        return rewritten, []
+    if node.op == "LeakyRelu":
+        node = pointwise.leaky_relu(node)
+    gradient = _gradient(node, opset)
+    if gradient is not None:
+        op, made = custom_op(node, gradient, learned, opset)
+        return [made], [op]
+    _check_native(node, learned)
+    if node.op == "LayerNormalization":
+        _complete(node)
+    return [node], []
+
+
+def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:
+    if node.op == "Sum":
+        return chains.chain(node, "Add")
+    if node.op == "Mean":
+        return chains.mean(node)
+    if node.op in ("Max", "Min") and len(node.inputs) != 2:
+        return chains.chain(node, node.op)
+    if node.op == "Split" and not all_reach_loss:
+        return chains.slices(node)
+    return None
+
+
+def _gradient(node: gs.Node, opset: int) -> Gradient | None:
+    """Return the gradient of ours, None where there is none."""
+    if node.op == "Resize":
+        return separable.resize(node, opset)
+    # onnxruntime's gradient is that of constant mode without the axes input
+    if node.op == "Pad" and (node.attrs.get("mode", "constant") != "constant" or node.inputs[3:]):
+        return separable.pad(node, opset)
+    if node.op == "Gelu" and node.attrs.get("approximate", "none") == "none":
+        return None  # onnxruntime's gradient is that of this form, whatever the attribute
+    if node.op == "Slice" and separable.goes_backwards(node):
+        return separable.backward_slice(node, opset)
+    if node.op == "MatMul" and len(node.inputs[1].shape or ()) == 1:
+        return product_with_vector(node)
+    maker = GRADIENTS.get(node.op)
+    return maker(node) if maker else None
+
+
+def _check_native(node: gs.Node, learned: Sequence[int]) -> None:
+    """Refuse a node whose gradient onnxruntime lacks or has wrong."""
+    if node.op not in NATIVE:
+        raise Refusal("it has no gradient here")
+    mode = node.attrs.get("auto_pad", "NOTSET")
+    if mode.startswith("SAME"):
+        raise Refusal(f"onnxruntime's gradient is wrong with auto_pad {mode}; export fixed sizes")
+    if node.op == "AveragePool" and set(node.attrs.get("dilations", [1])) != {1}:
+        raise Refusal("onnxruntime's gradient is wrong with dilations")
+    ranks = [len(tensor.shape or ()) for tensor in node.inputs[:2]]
+    if node.op == "MatMul" and ranks[0] == 1 and ranks[1] > 2:
+        raise Refusal("a vector times a batch of matrices has no gradient here")
+    if node.op in FIRST_INPUT_ONLY and any(index > 0 for index in learned):
+        raise Refusal("it has a gradient for its first input only")
+
+
+def _complete(node: gs.Node) -> None:
+    """Give a LayerNormalization what its gradient reads: a bias, and its optional outputs."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        zeros = np.zeros(static_shape(node.inputs[1], "scale"), np.float32)
+        node.inputs = [*node.inputs[:2], constant(f"{node.name}/bias", zeros)]
+    for suffix in ("mean", "inverse_std")[len(node.outputs) - 1 :]:
+        node.outputs.append(gs.Variable(f"{node.name}/{suffix}", np.float32))

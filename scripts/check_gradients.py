@@ -1,0 +1,196 @@
+"""Take one training step of exported models, and compare gradients with finite differences.
+
+    python scripts/check_gradients.py FILE_OR_FOLDER... [--batch 2] [--rule NAME] [--markdown OUT]
+
+For each model, on the CPU and with random inputs:
+
+1. prepared, calibrated (8 bits, min-max) and turned into the training form: the gradients of all
+   weights and scales must be finite;
+2. the float model's training form, without fake-quantization: for some weights the derivative of
+   the loss along a random direction near the gradient is compared with central differences of
+   float32 forward passes, at several step sizes, the best of which counts.
+
+In a model published without its weights, ConstantOfShape stands for them: they are replaced by
+random ones (He et al. 2015), and a Softmax at the end, which they saturate, is left out. The loss
+is the mean squared difference from random targets. Exits with 1 if a model is refused, a gradient
+is not finite, or a derivative is off by more than 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.errors import OnnxQatError
+from onnxqat.insert import insert
+from onnxqat.model import constant, load_model
+from onnxqat.plan import QuantPlan, make_plan
+from onnxqat.prepare import prepare
+from onnxqat.prepare.editing import constant_values, remove_nodes, replace_input
+from onnxqat.rules import load_rule
+from onnxqat.train.engine import StepSession, forward_session
+from onnxqat.train.form import training_form
+from onnxqat.train.losses import teacher_input
+
+TOLERANCE = 0.02
+FEW = 64  # elements; a model that stores a larger constant has its weights
+PARAMETERS = 5
+# Of the loss. Large ones cross kinks, small ones drown in float32 rounding.
+CHANGES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    model: str
+    nodes: int
+    parameters: int
+    zero: int
+    seconds: float
+    worst: float
+    result: str
+
+
+def random_inputs(graph, batch, rng):
+    """Return values for every input: small integers, booleans, or normal floats."""
+    feeds = {}
+    for tensor in graph.inputs:
+        shape = [size if isinstance(size, int) else 1 for size in tensor.shape]
+        if shape and not isinstance(tensor.shape[0], int):
+            shape[0] = batch
+        if np.issubdtype(tensor.dtype, np.floating):
+            feeds[tensor.name] = rng.normal(size=shape).astype(tensor.dtype)
+        else:
+            feeds[tensor.name] = rng.integers(0, 2, shape).astype(tensor.dtype)
+    return feeds
+
+
+def fill_in_weights(graph, rng):
+    """Give a model without weights random ones; vectors may be variances: positive."""
+    stored = (constant_values(tensor) for tensor in graph.tensors().values())
+    empty = [n for n in graph.nodes if n.op == "ConstantOfShape"]
+    if not empty or max(values.size for values in stored if values is not None) > FEW:
+        return
+    for node in empty:
+        shape, target = constant_values(node.inputs[0]).tolist(), node.outputs[0]
+        size = np.sqrt(2 * shape[0] / np.prod(shape)) if len(shape) > 1 else 0
+        values = rng.normal(scale=size, size=shape) if size else rng.uniform(0.5, 1.5, shape)
+        replace_input(target, constant(target.name, values.astype(np.float32)))
+    remove_nodes(graph, empty)
+    last = graph.outputs[0].inputs[0]
+    if last.op == "Softmax":
+        graph.outputs = [last.inputs[0]]
+
+
+def step(form, feeds, batch):
+    """Return gradients by name, the targets, the forward session, and the seconds of a step."""
+    session = forward_session(form)
+    outputs = session.run(None, feeds | form.parameters)
+    names = [o.name for o in session.get_outputs()]
+    rng = np.random.default_rng(1)
+    targets = {
+        name: y + (np.std(y) + 1e-3) * rng.normal(size=y.shape).astype(np.float32)
+        for name, y in zip(names, outputs, strict=True)
+    }
+    training = StepSession(form, ("mse",), batch_size=batch)
+    teacher = {teacher_input(name): y for name, y in targets.items()}
+    training.run(feeds | teacher)
+    start = time.perf_counter()
+    training.run(feeds | teacher)
+    return training.gradients.views, targets, session, time.perf_counter() - start
+
+
+def worst_derivative(form, feeds, batch, rng):
+    """Return the largest relative error over some weights."""
+    gradients, targets, session, _ = step(form, feeds, batch)
+    values = feeds | {name: value.copy() for name, value in form.parameters.items()}
+
+    def loss():
+        outputs = session.run(None, values)
+        pairs = zip(outputs, targets.values(), strict=True)
+        return sum(float(np.mean(np.square(y.astype(np.float64) - t))) for y, t in pairs)
+
+    moved = [n for n, g in gradients.items() if np.linalg.norm(g) > 0]
+    start, worst = loss(), 0.0 if moved else np.inf
+    for name in rng.choice(moved, size=min(PARAMETERS, len(moved)), replace=False):
+        gradient, value = gradients[name].astype(np.float64), values[name].copy()
+        line = gradient * rng.uniform(0.5, 1.5, gradient.shape)
+        slope = float((gradient * line).sum())
+        errors = []
+        for change in CHANGES:
+            distance = change * start / slope
+            ends = []
+            for sign in (1, -1):
+                values[name] = (value + sign * distance * line).astype(np.float32)
+                ends.append(loss())
+            values[name] = value
+            errors.append(abs((ends[0] - ends[1]) / (2 * distance) / slope - 1))
+        worst = max(worst, min(errors))
+    return worst
+
+
+def check(path, rule, batch):
+    rng = np.random.default_rng(0)
+    floats = prepare(load_model(path))
+    fill_in_weights(floats.graph, rng)
+    floats = prepare(floats)
+    plan = make_plan(floats.graph, load_rule(rule))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    feeds = random_inputs(floats.graph, batch, rng)
+    sizes = {a.shape[0] for a in feeds.values() if a.ndim}
+    batch = max(sizes, default=batch)
+    form = training_form(calibrate(empty, [feeds], observer="minmax"), learn_scales=True)
+    gradients, _, _, seconds = step(form, feeds, batch)
+    finite = all(np.isfinite(g).all() for g in gradients.values())
+    zero = len(form.parameters) - sum(bool(np.any(g)) for g in gradients.values())
+    nothing = QuantPlan(rule=rule, points=(), skips=())
+    float_form = training_form(insert(floats, nothing, {}, state="calibrated"), learn_scales=True)
+    worst = worst_derivative(float_form, feeds, batch, rng)
+    result = "ok" if finite and worst <= TOLERANCE else "WRONG" if finite else "NOT FINITE"
+    return Row(
+        path.stem, len(floats.graph.nodes), len(form.parameters), zero, seconds, worst, result
+    )
+
+
+def table(rows):
+    lines = [
+        "| model | nodes | parameters | with gradient 0 | step, s | finite differences | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.model} | {r.nodes} | {r.parameters} | {r.zero} | {r.seconds:.2f} | {r.worst:.1e} "
+        f"| {r.result} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rule", default="onnxruntime-cpu")
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args()
+    files = [f for p in arguments.paths for f in (sorted(p.glob("*.onnx")) if p.is_dir() else [p])]
+    rows = []
+    for path in files:
+        try:
+            row = check(path, arguments.rule, arguments.batch)
+        except OnnxQatError as error:
+            row = Row(path.stem, 0, 0, 0, 0.0, float("nan"), str(error))
+        rows.append(row)
+        print(*table([row]).splitlines()[2:], flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text(table(rows) + "\n", encoding="utf-8")
+    sys.exit(any(row.result != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
