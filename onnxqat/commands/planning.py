@@ -20,24 +20,37 @@ __all__ = ["check", "rules"]
 @click.command()
 @click.argument("model")
 @rule_options
+@click.option("--train", is_flag=True, help="Also say which nodes keep it from being fine-tuned.")
 @json_option
 def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
-          as_json: bool) -> None:  # fmt: skip
+          train: bool, as_json: bool) -> None:  # fmt: skip
     """Say what of MODEL the chip cannot run, or runs in float, and why."""
     from onnxqat.model import load_model
 
-    _, plan = planned(load_model(model), rules, overrides, overrides_file)
+    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
     unsupported = sum(skip.unsupported for skip in plan.skips)
+    document = {**plan_document(plan), "schema": "onnxqat.check/1"}
+    untrainable: list[dict[str, str]] = []
+    if train:
+        from onnxqat.train import untrainable_nodes
+
+        untrainable = [node._asdict() for node in untrainable_nodes(prepared, plan)]
+        document["untrainable"] = untrainable
     if as_json:
-        click.echo(json.dumps({**plan_document(plan), "schema": "onnxqat.check/1"}, indent=2))
+        click.echo(json.dumps(document, indent=2))
     else:
         _print_skips(plan.skips)
+        for node in untrainable:
+            click.echo("untrainable  {op_type}  {node}: {reason}".format(**node))
         click.echo(
             f"{len(plan.grid_points())} tensors quantized; {len(plan.skips) - unsupported} nodes "
             f"in float, {unsupported} unsupported"
+            + (f", {len(untrainable)} without gradient" if train else "")
         )
     if unsupported:
         raise click.ClickException(f"{unsupported} nodes cannot run on {plan.rule}.")
+    if untrainable:
+        raise click.ClickException(f"{len(untrainable)} nodes keep it from being fine-tuned.")
 
 
 def _print_skips(skips: Iterable[Skip]) -> None:

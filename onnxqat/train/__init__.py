@@ -3,6 +3,7 @@
 from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
+from onnxqat.train.form import Untrainable, untrainable_nodes
 from onnxqat.train.log import TrainingLog
 from onnxqat.train.parallel import Workers, join_workers
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
@@ -15,7 +16,9 @@ __all__ = [
     "Progress",
     "StoppedError",
     "TrainingLog",
+    "Untrainable",
     "Workers",
     "finetune",
     "join_workers",
+    "untrainable_nodes",
 ]

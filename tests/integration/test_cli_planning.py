@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import onnx
+
 from tests.integration.test_cli import LENET, MOBILENET, document, invoke, run
 
 
@@ -20,6 +22,24 @@ def test_check_says_what_runs_in_float():
 
     assert "float    MaxPool  2      /pool1/MaxPool    rule tensorrt leaves MaxPool" in result
     assert result.endswith("10 tensors quantized; 7 nodes in float, 0 unsupported\n")
+
+
+def test_check_says_what_keeps_a_model_from_being_fine_tuned(tmp_path):
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[4,1,4] x) => (float[4,1,1,2] y) '
+        "<float[1,4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, "
+        "float[1,8,4] a = {0.5,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}, "
+        "float[1,8,2] b = {0.5,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}> "
+        "{h = MatMul(x, w) y = LSTM<hidden_size=2>(h, a, b)}"
+    )
+    path = tmp_path / "lstm.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    result = invoke("check", path, "--rules", "tensorrt", "--train")
+
+    assert result.exit_code == 1
+    assert "untrainable  LSTM" in result.stdout
+    assert "Error: 1 nodes keep it from being fine-tuned." in result.stderr
+    assert document("check", LENET, "--train")["untrainable"] == []
 
 
 def test_check_as_json_has_points_skips_and_unsupported():
