@@ -25,9 +25,11 @@ __all__ = ["check", "rules"]
 def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
           train: bool, as_json: bool) -> None:  # fmt: skip
     """Say what of MODEL the chip cannot run, or runs in float, and why."""
+    from onnxqat.foreign import read_foreign_qdq
     from onnxqat.model import load_model
 
-    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
+    floats, _ = read_foreign_qdq(load_model(model))
+    prepared, plan = planned(floats, rules, overrides, overrides_file)
     unsupported = sum(skip.unsupported for skip in plan.skips)
     document = {**plan_document(plan), "schema": "onnxqat.check/1"}
     untrainable: list[dict[str, str]] = []
