@@ -1,13 +1,22 @@
-"""Calibration tables of the deployment targets, each with ``write`` and ``read``."""
+"""What the deployment targets read: calibration tables, and models with integer weights."""
 
-from onnxqat.formats.sophgo_names import float_ops, params_from_table, table_of
-from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
+from collections.abc import Callable, Mapping
 
-__all__ = [
-    "CalibrationTable",
-    "Threshold",
-    "WeightScales",
-    "float_ops",
-    "params_from_table",
-    "table_of",
-]
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.neutral import NEUTRAL
+from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.formats.sophgo_names import SOPHGO
+from onnxqat.model import Model
+
+__all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Written"]
+
+# Calibration tables, by the name that --format and the rules give them.
+FORMATS: Mapping[str, Format] = {
+    "onnxqat": NEUTRAL,
+    "sophgo": SOPHGO,
+}
+
+# Models with integer weights.
+EXPORTS: Mapping[str, Callable[[Model], Model]] = {
+    "onnxruntime": integer_model,
+}
