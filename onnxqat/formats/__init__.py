@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.neutral import NEUTRAL
+from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.sophgo_names import SOPHGO
+from onnxqat.formats.tensorrt import TENSORRT
 from onnxqat.model import Model
 
 __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Written"]
@@ -13,7 +15,9 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 # Calibration tables, by the name that --format and the rules give them.
 FORMATS: Mapping[str, Format] = {
     "onnxqat": NEUTRAL,
+    "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "sophgo": SOPHGO,
+    "tensorrt": TENSORRT,
 }
 
 # Models with integer weights.
