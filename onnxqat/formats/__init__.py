@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
@@ -16,6 +17,8 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 FORMATS: Mapping[str, Format] = {
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
+    "qnn": ENCODINGS,
+    "qnn-1.0.0": ENCODINGS_1,
     "sophgo": SOPHGO,
     "tensorrt": TENSORRT,
 }
