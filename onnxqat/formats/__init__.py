@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from onnxqat.formats.amct import AMCT
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.neutral import NEUTRAL
@@ -15,6 +16,7 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 
 # Calibration tables, by the name that --format and the rules give them.
 FORMATS: Mapping[str, Format] = {
+    "amct": AMCT,
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "qnn": ENCODINGS,
