@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from onnxqat.formats.amct import AMCT
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.mindspore import MINDSPORE
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
 from onnxqat.formats.onnxruntime_qdq import integer_model
@@ -17,6 +18,7 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 # Calibration tables, by the name that --format and the rules give them.
 FORMATS: Mapping[str, Format] = {
     "amct": AMCT,
+    "mindspore": MINDSPORE,
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "qnn": ENCODINGS,
