@@ -6,6 +6,7 @@ from onnxqat.formats.amct import AMCT
 from onnxqat.formats.cambricon import CAMBRICON
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.horizon import HORIZON
 from onnxqat.formats.mindspore import MINDSPORE
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
@@ -20,6 +21,7 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 FORMATS: Mapping[str, Format] = {
     "amct": AMCT,
     "cambricon": CAMBRICON,
+    "horizon": HORIZON,
     "mindspore": MINDSPORE,
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
