@@ -8,6 +8,7 @@ from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.horizon import HORIZON
 from onnxqat.formats.mindspore import MINDSPORE
+from onnxqat.formats.ncnn import NCNN
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
 from onnxqat.formats.onnxruntime_qdq import integer_model
@@ -23,6 +24,7 @@ FORMATS: Mapping[str, Format] = {
     "cambricon": CAMBRICON,
     "horizon": HORIZON,
     "mindspore": MINDSPORE,
+    "ncnn": NCNN,
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "qnn": ENCODINGS,
