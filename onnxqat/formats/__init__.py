@@ -8,11 +8,13 @@ from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.horizon import HORIZON
 from onnxqat.formats.mindspore import MINDSPORE
+from onnxqat.formats.mnn import MNN
 from onnxqat.formats.ncnn import NCNN
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.sophgo_names import SOPHGO
+from onnxqat.formats.tengine import TENGINE
 from onnxqat.formats.tensorrt import TENSORRT
 from onnxqat.model import Model
 
@@ -24,12 +26,14 @@ FORMATS: Mapping[str, Format] = {
     "cambricon": CAMBRICON,
     "horizon": HORIZON,
     "mindspore": MINDSPORE,
+    "mnn": MNN,
     "ncnn": NCNN,
     "onnxqat": NEUTRAL,
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "qnn": ENCODINGS,
     "qnn-1.0.0": ENCODINGS_1,
     "sophgo": SOPHGO,
+    "tengine": TENGINE,
     "tensorrt": TENSORRT,
 }
 
