@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from onnxqat.formats.amct import AMCT
+from onnxqat.formats.axera import AXERA
 from onnxqat.formats.cambricon import CAMBRICON
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
@@ -23,6 +24,7 @@ __all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Writ
 # Calibration tables, by the name that --format and the rules give them.
 FORMATS: Mapping[str, Format] = {
     "amct": AMCT,
+    "axera": AXERA,
     "cambricon": CAMBRICON,
     "horizon": HORIZON,
     "mindspore": MINDSPORE,
