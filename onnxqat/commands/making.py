@@ -277,9 +277,9 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["onnxruntime", "openvino", "tensorrt"]),
+    type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
     required=True,
-    help="Q/DQ with integer weights; biases are int32 for onnxruntime, float for the others.",
+    help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see docs/formats.md.",
 )
 @output_option("MODEL with .int8 before its suffix by default.")
 @force_option

@@ -8,7 +8,7 @@ from onnxqat.formats.cambricon import CAMBRICON
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.horizon import HORIZON
-from onnxqat.formats.integer_models import openvino_model, tensorrt_model
+from onnxqat.formats.integer_models import openvino_model, qoperator_model, tensorrt_model
 from onnxqat.formats.mindspore import MINDSPORE
 from onnxqat.formats.mnn import MNN
 from onnxqat.formats.ncnn import NCNN
@@ -44,5 +44,6 @@ FORMATS: Mapping[str, Format] = {
 EXPORTS: Mapping[str, Callable[[Model], Model]] = {
     "onnxruntime": integer_model,
     "openvino": openvino_model,
+    "qoperator": qoperator_model,
     "tensorrt": tensorrt_model,
 }

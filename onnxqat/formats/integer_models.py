@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import onnxruntime as ort
+
+from onnxqat.errors import ModelError
 from onnxqat.formats.format import Calibrated, refuse
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.thresholds import require_symmetric
-from onnxqat.model import Model
+from onnxqat.model import Model, load_model, to_proto
+from onnxqat.runtime import LOG_FATAL_ONLY
 
-__all__ = ["openvino_model", "tensorrt_model"]
+__all__ = ["openvino_model", "qoperator_model", "tensorrt_model"]
 
 
 def openvino_model(model: Model) -> Model:
@@ -41,6 +48,32 @@ def tensorrt_model(model: Model) -> Model:
     require_symmetric(Calibrated(model), "A model for TensorRT", weight_bits=range(2, 9))
     _refuse_clips(model, "TensorRT")
     return integer_model(model, biases=False)
+
+
+def qoperator_model(model: Model) -> Model:
+    """Return the model with QLinearConv, QGemm and their like in place of Q/DQ pairs.
+
+    onnxruntime's own optimizer makes them, at the level that knows no hardware; what it leaves in
+    Q/DQ stays so. Besides ONNX's, the operators are of the domain ``com.microsoft``.
+
+    Raises
+    ------
+    ModelError
+        onnxruntime refuses the model.
+    """
+    data = to_proto(integer_model(model)).SerializeToString()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = LOG_FATAL_ONLY
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / model.name
+        options.optimized_model_filepath = str(path)
+        try:
+            ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the bindings raise a class per status code
+            message = str(error).splitlines()[0]
+            raise ModelError(f"onnxruntime cannot optimize the model: {message}") from error
+        return load_model(path)
 
 
 def _refuse_clips(model: Model, runtime: str) -> None:
