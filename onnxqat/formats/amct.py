@@ -154,7 +154,7 @@ def _parse(table: Table) -> dict[str, _Record]:
         if len(key) < 3 or key[0] != '"' or key[-1] != '"' or "\\" in key:
             raise tokens.error(f"'{key[:40]}' is not a plain name in quotes")
         if key[1:-1] in found:
-            raise tokens.error(f"record {key} appears twice")
+            raise tokens.error(f"record {key[:80]} appears twice")
         tokens.take("value")
         tokens.accept(":")
         tokens.take("{")

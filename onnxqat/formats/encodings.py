@@ -161,7 +161,7 @@ def _entries(table: Table) -> dict[str, _Entry]:
         old = read_json(table, _Document)
         for name, channels in (old.activation_encodings | old.param_encodings).items():
             if not channels or len({(c.bitwidth, c.is_symmetric) for c in channels}) > 1:
-                raise FormatError(f"{table.name}: '{name}' has no encoding, or unlike ones.")
+                raise FormatError(f"{table.name}: '{name[:80]}' has no encoding, or unlike ones.")
             first = channels[0]
             scales, offsets = [c.scale for c in channels], [c.offset for c in channels]
             found[name] = (first.bitwidth, first.is_symmetric == "True", scales, offsets)
@@ -170,7 +170,7 @@ def _entries(table: Table) -> dict[str, _Entry]:
         for e in (*new.activation_encodings, *new.param_encodings):
             if e.name in found or len(e.scale) != len(e.offset):
                 raise FormatError(
-                    f"{table.name}: '{e.name}' appears twice, or has unlike numbers of scales "
+                    f"{table.name}: '{e.name[:80]}' appears twice, or has unlike numbers of scales "
                     "and offsets. Write the table again."
                 )
             found[e.name] = (e.bw, e.is_sym, e.scale, [float(o) for o in e.offset])

@@ -90,7 +90,7 @@ def _scales(text: str, name: str) -> dict[str, float]:
         if not separator or not _SCALE.fullmatch(digits):
             raise FormatError(f"{name}:{number}: expected 'tensor: 3c010a14'. Write it again.")
         if tensor in scales:
-            raise FormatError(f"{name}:{number}: '{tensor}' appears twice. Remove a line.")
+            raise FormatError(f"{name}:{number}: '{tensor[:80]}' appears twice. Remove a line.")
         scale = struct.unpack(">f", bytes.fromhex(digits.zfill(8)))[0]
         if not (np.isfinite(scale) and scale > 0):
             raise FormatError(f"{name}:{number}: scale {scale} is not positive. Calibrate again.")
