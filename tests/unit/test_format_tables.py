@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import onnx
@@ -27,9 +28,14 @@ from tests.networks import _Graph, attention, convnet, quantized
 BITS_8 = [rule for rule in bundled_rules() if not rule.endswith("16")]
 
 
+@cache
+def calibrated(rule, overrides=()):
+    return quantized(convnet(), rule, overrides)[1]
+
+
 def written(name, rule, overrides=(), network=None):
     """Return the files of a format, and what it leaves out."""
-    _, model = quantized(network or convnet(), rule, overrides)
+    model = quantized(network, rule, overrides)[1] if network else calibrated(rule, overrides)
     return FORMATS[name].write(Calibrated(model)), read_params(model)
 
 
@@ -54,7 +60,7 @@ ROUNDINGS = {
 @pytest.mark.parametrize("rule", BITS_8)
 def test_snapped_weights_round_to_the_same_integers_in_any_mode(rule, rounding):
     """Dividing or multiplying by the reciprocal, in float32 or float64."""
-    _, model = quantized(convnet(), rule, observer="mse")
+    model = calibrated(rule)
     old, new = strip(model).graph.tensors(), deployed_model(model, weights="snapped")
     params, count = read_params(model), 0
     for point in (p for p in plan_of(model).grid_points() if p.role == "weight"):
@@ -297,7 +303,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "rule", "overrides", "message"), REFUSED)
 def test_what_a_table_cannot_say_is_listed(name, rule, overrides, message, tmp_path):
-    _, model = quantized(convnet(), rule, overrides)
+    model = calibrated(rule, overrides)
     with pytest.raises(FormatError, match=message):
         write_deployment(model, tmp_path / "chip", table=name)
 
@@ -447,7 +453,7 @@ def test_a_table_that_does_not_read_back_is_not_written(tmp_path, monkeypatch):
     before = dict(FORMATS)
     wrong = {**before, "onnxqat": replace(FORMATS["onnxqat"], read=doubled)}
     monkeypatch.setattr(onnxqat.deploy, "FORMATS", wrong)
-    _, model = quantized(convnet(), "tflite")
+    model = calibrated("tflite")
     with pytest.raises(FormatError, match="'input' does not come back"):
         write_deployment(model, tmp_path / "chip", table="onnxqat")
 
