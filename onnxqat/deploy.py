@@ -159,8 +159,8 @@ def _tell(left_out: Mapping[str, tuple[str, ...]], regridded: Mapping[str, int])
         logger.info("The table leaves out %d %s: %s.", len(names), kind, listed(names))
     if regridded:
         logger.warning(
-            "The table does not say how weights are quantized; by absmax, %d of them get other "
-            "integers than in training: %s.",
+            "By the table alone, %d weights get other integers than in training (by tensor): %s. "
+            "See docs/formats.md.",
             len(regridded),
             listed([f"{name} ({count})" for name, count in regridded.items()]),
         )

@@ -125,5 +125,7 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
         counts = (f"{len(names)} {kind}" for kind, names in result.left_out.items())
         rows.append(("left out", ", ".join(counts)))
     if result.regridded:
-        rows.append(("regridded", f"{len(result.regridded)} weights, as the target takes absmax"))
+        rows.append(
+            ("regridded", f"{len(result.regridded)} weights: the table does not say their grid")
+        )
     print_result(document, as_json, rows)

@@ -70,12 +70,13 @@ def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Layer]:
 
 def _write(source: Calibrated) -> Written:
     refuse(_problems(source), "An AMCT record cannot say it; insert with the rule for Ascend")
-    texts, left_out = [], []
+    texts, left_out, covered = [], [], set[str]()
     for layer in _layers(source.graph, source.plan):
         first, *others = (source.params(p) for p in layer.inputs)
         if not all(first.same_as(other) for other in others):
             left_out.append(layer.node.name)
             continue
+        covered.update(p.parameters for p in (*layer.inputs, *layer.weights))
         values = [("scale_d", float(first.scale)), ("offset_d", int(first.zero_point))]
         for point in layer.weights:
             scales = np.atleast_1d(source.params(point).scale).tolist()
@@ -84,13 +85,16 @@ def _write(source: Calibrated) -> Written:
         fields = "".join(f"    {name}: {value!r}\n" for name, value in values)
         texts.append(f'record {{\n  key: "{layer.node.name}"\n  value {{\n{fields}  }}\n}}\n')
     unequal = {"ops with inputs at two scales": tuple(left_out)} if left_out else {}
-    return Written(files={"table": "".join(texts)}, left_out=unequal | source.left_out("biases"))
+    rest = source.others(covered, "activation", "weight")
+    return Written(
+        files={"table": "".join(texts)}, left_out=unequal | rest | source.left_out("biases")
+    )
 
 
 def _problems(source: Calibrated) -> Iterator[str]:
     for layer in _layers(source.graph, source.plan):
         name, op = layer.node.name, layer.node.op
-        if re.search(r'["\\\x00-\x1f\x7f-\uffff]', name):
+        if re.search(r'["\\]|[^\x20-\x7e]', name):
             yield f"name {name!r} is not plain ASCII"
         if len(layer.weights) > 1 or not layer.inputs:
             yield f"'{name}' ({op}) has no activation or two weights"

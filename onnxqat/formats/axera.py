@@ -92,7 +92,8 @@ def _put(
     found: Found, point: QuantPoint, scale: np.ndarray[Any, Any], zero_point: np.ndarray[Any, Any]
 ) -> None:
     signed = bool(np.issubdtype(zero_point.dtype, np.signedinteger))
-    if scale.dtype != np.float32 or zero_point.size != scale.size:
+    integers = np.issubdtype(zero_point.dtype, np.integer)
+    if scale.dtype != np.float32 or not integers or zero_point.size != scale.size:
         raise FormatError(f"{found.source}: '{point.tensor}' has no float32 scale and zero_point.")
     found.put(point, scale.ravel(), zero_point.ravel(), signed=signed, name=point.tensor)
 

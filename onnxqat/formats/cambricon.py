@@ -69,14 +69,14 @@ def _write(source: Calibrated) -> Written:
                 raise FormatError(f"Two nodes go by '{module}', at different scales. Rename one.")
     ranges = {p.tensor: _range(p, float(q.scale)) for p, q in source.points("activation")}
     covered = {p.parameters for _, *points in modules for p in points}
-    others = tuple(p.tensor for p in source.plan.grid_points() if p.parameters not in covered)
+    others = source.others(covered, "activation", "weight")
     return Written(
         files={
             "table": write_json(state),
             "ranges": write_json({"custom_ranges": ranges}),
             "config": write_json(_config(source)),
         },
-        left_out=({"tensors of other ops": others} if others else {}) | source.left_out("biases"),
+        left_out=others | source.left_out("biases"),
     )
 
 

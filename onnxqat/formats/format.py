@@ -7,7 +7,7 @@ parameters of a plan in one of these files. No format decides what is quantized:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,12 @@ class Calibrated:
     def points(self, role: str) -> Iterator[tuple[QuantPoint, QuantParams]]:
         """Yield the points of a role, with their parameters."""
         return ((p, self.params(p)) for p in self.plan.grid_points() if p.role == role)
+
+    def others(self, covered: Set[str], *roles: str) -> dict[str, tuple[str, ...]]:
+        """Return the tensors whose parameters are not among ``covered``, as something left out."""
+        points = (p for p in self.plan.grid_points() if p.role in roles)
+        names = tuple(p.tensor for p in points if p.parameters not in covered)
+        return {"tensors of other ops": names} if names else {}
 
     def left_out(self, *kinds: str) -> dict[str, tuple[str, ...]]:
         """Return the names of all biases and weights, for formats that cannot say them."""

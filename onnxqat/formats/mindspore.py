@@ -85,11 +85,10 @@ def _write(source: Calibrated) -> Written:
             entry |= {"symmetric": point.spec.symmetric, "weight_num_bits": point.spec.bits}
         entry[_narrow(place)] = point.spec.narrow_range
         covered.add(point.parameters)
-    others = tuple(p.tensor for p in source.plan.grid_points() if p.parameters not in covered)
-    left_out = {"tensors of other ops": others} if others else {}
+    others = source.others(covered, "activation", "weight")
     return Written(
         files={"table": write_json({"schema": _SCHEMA, "nodes": nodes})},
-        left_out=left_out | source.left_out("biases"),
+        left_out=others | source.left_out("biases"),
     )
 
 

@@ -56,13 +56,8 @@ def _write(source: Calibrated) -> Written:
     table: dict[str, Any] = {"shape": _shape(source.graph)}
     table |= {key: float(source.params(p).scale) for key, p in entries if p is not None}
     covered = {p.parameters for _, p in entries if p is not None}
-    others = tuple(
-        p.tensor for p, _ in source.points("activation") if p.parameters not in covered
-    )  # fmt: skip
-    left_out = {"tensors of other ops": others} if others else {}
-    return Written(
-        files={"table": write_json(table)}, left_out=left_out | source.left_out(*LEFT_OUT)
-    )
+    others = source.others(covered, "activation")
+    return Written(files={"table": write_json(table)}, left_out=others | source.left_out(*LEFT_OUT))
 
 
 def _shape(graph: gs.Graph) -> dict[str, int]:

@@ -58,12 +58,9 @@ def _write(source: Calibrated) -> Written:
         weights.append(f"{node.name}{_WEIGHT}0 {' '.join(_decimal(1 / s) for s in scales)}\n")
         inputs.append(f"{node.name} {_decimal(1 / float(source.params(x).scale))}\n")
     covered = {p.parameters for _, x, weight in layers for p in (x, weight)}
-    others = tuple(
-        p.tensor for p in source.plan.grid_points() if p.parameters not in covered
-    )  # fmt: skip
-    left_out = {"tensors of other ops": others} if others else {}
+    others = source.others(covered, "activation", "weight")
     return Written(
-        files={"table": "".join(weights + inputs)}, left_out=left_out | source.left_out("biases")
+        files={"table": "".join(weights + inputs)}, left_out=others | source.left_out("biases")
     )
 
 

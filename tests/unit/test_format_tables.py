@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 import onnxqat.deploy
 from onnxqat.deploy import deployed_model, read_table, write_deployment
@@ -135,7 +135,10 @@ def test_amct_lists_additions_at_two_scales():
     made, params = written("amct", "ascend")
     text = made.files["table"]
 
-    assert made.left_out == {"ops with inputs at two scales": ("n_a1",)}
+    assert made.left_out == {
+        "ops with inputs at two scales": ("n_a1",),
+        "tensors of other ops": ("c3",),
+    }
     assert 'key: "n_a1"' not in text
     record = re.search(r'record \{\n  key: "n_c1"\n  value \{\n(.*?)  \}\n\}', text, re.DOTALL)
     assert record is not None
@@ -425,6 +428,26 @@ def test_table_of_another_rule_is_refused(name, made_with, read_with, message):
     made, _ = written(name, made_with)
     with pytest.raises(FormatError, match=message):
         read(name, made.files["table"], read_with)
+
+
+def test_zero_points_of_an_axera_file_are_integers():
+    made, _ = written("axera", "axera-ax650")
+    proto = onnx.load_model_from_string(made.files["table"])
+    tensor = next(t for t in proto.graph.initializer if t.name == "input/zero_point")
+    tensor.CopyFrom(numpy_helper.from_array(np.array([b"x"], object), tensor.name))
+    with pytest.raises(FormatError, match="'input' has no float32 scale and zero_point"):
+        read("axera", proto.SerializeToString(), "axera-ax650")
+
+
+def test_axera_files_do_not_lead_to_other_files():
+    made, _ = written("axera", "axera-ax650")
+    proto = onnx.load_model_from_string(made.files["table"])
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="secret")
+    with pytest.raises(FormatError, match="keeps its data outside of the file"):
+        read("axera", proto.SerializeToString(), "axera-ax650")
 
 
 def test_large_files_are_not_read(tmp_path, monkeypatch):
