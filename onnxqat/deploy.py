@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +12,41 @@ import msgspec
 import numpy as np
 
 from onnxqat.errors import FormatError, OnnxQatError, PlanError, RuleError
-from onnxqat.files import check_writable, write_text
-from onnxqat.formats import float_ops, params_from_table, sophgo, table_of
+from onnxqat.files import atomic_output, check_writable
+from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
+from onnxqat.formats.format import listed
 from onnxqat.insert import plan_of, read_params, state_of, strip
 from onnxqat.model import Model, save_model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
-from onnxqat.qparams import QuantParams, fake_quantize
+from onnxqat.qparams import QuantParams, fake_quantize, quantize
 from onnxqat.rules import load_rule
 
-__all__ = ["deployed_model", "read_table", "write_deployment"]
+__all__ = ["Deployment", "deployed_model", "read_table", "write_deployment"]
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 256 * 2**20  # the scales of a billion-parameter network take a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What was written.
+
+    Attributes
+    ----------
+    files : dict of str to Path
+        ``model``, ``table``, and what else the format has.
+    left_out : dict of str to tuple of str
+        What the plan says and the table cannot, by what it is; names.
+    regridded : dict of str to int
+        Weights that the target quantizes on another grid than training did, because the table
+        does not say how; how many of their integers differ.
+    """
+
+    files: Mapping[str, Path]
+    left_out: Mapping[str, tuple[str, ...]]
+    regridded: Mapping[str, int]
 
 
 def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Model:
@@ -54,18 +81,13 @@ def write_deployment(
     table: str | None = None,
     weights: Literal["snapped", "tuned"] = "snapped",
     force: bool = False,
-) -> dict[str, Path]:
+) -> Deployment:
     """Write ``model.onnx`` and the calibration table into ``folder``.
 
     Parameters
     ----------
-    table : {"sophgo", "none"}, optional
-        The rule's own table by default.
-
-    Returns
-    -------
-    dict of str to Path
-        What was written: ``model``, ``table``, and ``qtable`` where ops run in float.
+    table : str, optional
+        A name in `onnxqat.formats.FORMATS`, or ``none``; the rule's own by default.
 
     Raises
     ------
@@ -74,35 +96,76 @@ def write_deployment(
     FormatError
         The table cannot say what the plan says.
     """
-    rule = plan_of(model).rule  # of a float model, an error
+    plan = plan_of(model)  # of a float model, an error
     if state_of(model) == "uncalibrated":
         raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
-    texts = _texts(model, table or _table_of_rule(rule))
+    chosen = _format(table or _table_of_rule(plan.rule))
+    floats = deployed_model(model, weights=weights)
+    written = chosen.write(Calibrated(model)) if chosen else Written(files={})
+    regridded = _regridded(chosen, written, model, floats) if chosen else {}
     folder = Path(folder)
-    tables = {kind: folder / f"model_{suffix}" for kind, suffix in SUFFIXES.items()}
-    paths = {"model": folder / "model.onnx"} | {kind: tables[kind] for kind in texts}
+    suffixes = {f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()}
+    tables = {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
+    paths = {"model": folder / "model.onnx"} | tables
     # a table of an earlier model would pass for one of this model
-    stale = [path for kind, path in tables.items() if kind not in texts]
+    stale = sorted({folder / suffix for suffix in suffixes} - set(tables.values()))
     _make_folder(folder, (*paths.values(), *filter(Path.exists, stale)), force=force)
-    save_model(deployed_model(model, weights=weights), paths["model"], force=force)
-    for kind, text in texts.items():
-        write_text(paths[kind], text, force=force)
+    save_model(floats, paths["model"], force=force)
+    for kind, content in written.files.items():
+        with atomic_output(paths[kind], force=force) as temporary:
+            temporary.write_bytes(_bytes(content))
     for path in stale:
         path.unlink(missing_ok=True)
-    return paths
+    _tell(written.left_out, regridded)
+    return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
 
 
-SUFFIXES = {"table": "cali_table", "qtable": "qtable"}
+def _format(name: str) -> Format | None:
+    if name != "none" and name not in FORMATS:
+        raise FormatError(f"Table '{name}' is unknown. Choose one of {', '.join(FORMATS)}, none.")
+    return FORMATS.get(name)
 
 
-def _texts(model: Model, table: str) -> dict[str, str]:
-    """Return the tables' texts by kind."""
-    if table != "sophgo":
-        return {}
-    texts = {"table": sophgo.write(table_of(model))}
-    if floats := float_ops(model):
-        texts["qtable"] = sophgo.write_qtable(floats)
-    return texts
+def _bytes(content: str | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.encode()
+
+
+def _regridded(chosen: Format, written: Written, model: Model, floats: Model) -> dict[str, int]:
+    """Read the table back; return the weights whose integers differ from those of training.
+
+    Raises
+    ------
+    FormatError
+        An activation came back with other parameters.
+    """
+    source = Calibrated(model)
+    table = Table(name="table", data=_bytes(written.files["table"]))
+    found = chosen.read(table, floats.graph, source.plan).params
+    for point, params in source.points("activation"):
+        if point.parameters in found and not params.same_as(found[point.parameters]):
+            raise FormatError(
+                f"'{point.tensor}' does not come back from its table. Calibrate again."
+            )
+    old, new = source.graph.tensors(), floats.graph.tensors()
+    differing = {}
+    for point, params in source.points("weight"):
+        if point.parameters in found:
+            trained = quantize(old[point.tensor].values, params, point.spec)
+            by_target = quantize(new[point.tensor].values, found[point.parameters], point.spec)
+            differing[point.tensor] = int(np.count_nonzero(trained != by_target))
+    return {name: count for name, count in differing.items() if count}
+
+
+def _tell(left_out: Mapping[str, tuple[str, ...]], regridded: Mapping[str, int]) -> None:
+    for kind, names in left_out.items():
+        logger.info("The table leaves out %d %s: %s.", len(names), kind, listed(names))
+    if regridded:
+        logger.warning(
+            "By the table alone, %d weights get other integers than in training (by tensor): %s. "
+            "See docs/formats.md.",
+            len(regridded),
+            listed([f"{name} ({count})" for name, count in regridded.items()]),
+        )
 
 
 def _make_folder(folder: Path, outputs: Iterable[Path], *, force: bool) -> None:
@@ -129,14 +192,20 @@ def _table_of_rule(name: str) -> str:
 
 
 def read_table(
-    path: str | Path, model: Model, plan: QuantPlan
+    path: str | Path, model: Model, plan: QuantPlan, *, table: str | None = None
 ) -> tuple[QuantPlan, dict[str, QuantParams]]:
-    """Read a Sophgo table for a prepared float model and a plan made for it.
+    """Read a calibration table for a prepared float model and a plan made for it.
+
+    Parameters
+    ----------
+    table : str, optional
+        A name in `onnxqat.formats.FORMATS`; the rule's own by default.
 
     Returns
     -------
     plan, params
-        The plan with signedness as the table has it, and the parameters.
+        The plan with signedness as the table has it, and the parameters. Where a table says
+        nothing of weights, they are quantized by their largest absolute value.
 
     Raises
     ------
@@ -144,17 +213,13 @@ def read_table(
         The file is not such a table, or not that of this model and rule.
     """
     path = Path(path)
-    if not all(p.spec.symmetric for p in plan.grid_points()):
+    chosen = _format(table or _table_of_rule(plan.rule))
+    if chosen is None:
         raise FormatError(
-            f"{path}: cannot be read under the rule '{plan.rule}', which is asymmetric; a Sophgo "
-            "table holds symmetric ranges only. Name the rule it was made with by --rules."
+            f"{path}: the rule '{plan.rule}' has no table of its own. Name its format with "
+            f"--format: one of {', '.join(FORMATS)}."
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise FormatError(f"{path}: cannot be read ({reason}). Give a cali_table.") from error
-    params = params_from_table(model.graph, plan, sophgo.read(text, str(path)), str(path))
+    params = chosen.read(_read_file(path), model.graph, plan).complete()
 
     def resolved(point: QuantPoint) -> QuantPoint:
         if point.role == "bias" or (point.role == "weight" and point.group is None):
@@ -164,3 +229,13 @@ def read_table(
         return msgspec.structs.replace(point, spec=spec)
 
     return msgspec.structs.replace(plan, points=tuple(map(resolved, plan.points))), params
+
+
+def _read_file(path: Path) -> Table:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise FormatError(f"{path}: larger than 256 MiB. This is not a calibration table.")
+        return Table(name=str(path), data=path.read_bytes())
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror}). Give a calibration table."
+        raise FormatError(message) from error

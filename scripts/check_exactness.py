@@ -37,13 +37,16 @@ def rebuilt(model: Model) -> Model | None:
     plan = plan_of(model)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            files = write_deployment(model, folder, table="sophgo")
+            files = write_deployment(model, folder, table="sophgo").files
         except FormatError:
             return None  # zero points: not a Sophgo rule
         floats = prepare(load_model(files["model"]))
         overrides = [parse_override(text) for text in plan.overrides]
         again, params = read_table(
-            files["table"], floats, make_plan(floats.graph, load_rule(plan.rule), overrides)
+            files["table"],
+            floats,
+            make_plan(floats.graph, load_rule(plan.rule), overrides),
+            table="sophgo",
         )
     return insert(floats, again, params, state="calibrated")
 

@@ -155,13 +155,19 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
 @click.argument("table")
 @click.argument("model")
 @rule_options
+@click.option(
+    "--format",
+    "format_name",
+    metavar="NAME",
+    help="What TABLE is, see docs/formats.md; the rule's own by default.",
+)
 @output_option("Q/DQ model; MODEL with .qdq before its suffix by default.")
 @force_option
 @json_option
 def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
-                 overrides_file: str | None, output: str | None, force: bool,
-                 as_json: bool) -> None:  # fmt: skip
-    """Make a calibrated Q/DQ model from a Sophgo TABLE and its float MODEL."""
+                 overrides_file: str | None, format_name: str | None, output: str | None,
+                 force: bool, as_json: bool) -> None:  # fmt: skip
+    """Make a calibrated Q/DQ model from a calibration TABLE and its float MODEL."""
     from onnxqat.deploy import read_table
     from onnxqat.files import check_writable
     from onnxqat.insert import insert as insert_pairs
@@ -170,7 +176,7 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     target = output or renamed(model, "qdq")
     check_writable(target, force=force)
     prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
-    plan, params = read_table(table, prepared, plan)
+    plan, params = read_table(table, prepared, plan, table=format_name)
     save_model(insert_pairs(prepared, plan, params, state="calibrated"), target, force=force)
     document = {"parameters": len(params), "output": target}
     print_result({"schema": "onnxqat.import-table/1", **document}, as_json, list(document.items()))
@@ -181,9 +187,9 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["onnxruntime"]),
+    type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
     required=True,
-    help="onnxruntime: Q/DQ with integer weights and int32 biases.",
+    help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see docs/formats.md.",
 )
 @output_option("MODEL with .int8 before its suffix by default.")
 @force_option
@@ -192,12 +198,12 @@ def export(model: str, format_name: str, output: str | None, force: bool,
            as_json: bool) -> None:  # fmt: skip
     """Write a calibrated or fine-tuned Q/DQ MODEL with integer weights, for a runtime."""
     from onnxqat.files import check_writable
-    from onnxqat.formats.onnxruntime_qdq import integer_model
+    from onnxqat.formats import EXPORTS
     from onnxqat.model import load_model, save_model
 
     target = output or renamed(model, "int8")
     check_writable(target, force=force)
-    save_model(integer_model(load_model(model)), target, force=force)
+    save_model(EXPORTS[format_name](load_model(model)), target, force=force)
     size = Path(target).stat().st_size
     document = {"format": format_name, "bytes": size, "output": target}
     print_result({"schema": "onnxqat.export/1", **document}, as_json, list(document.items()))

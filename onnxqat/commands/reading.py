@@ -92,8 +92,8 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["sophgo", "none"]),
-    help="Calibration table; the rule's own by default.",
+    metavar="NAME",
+    help="Calibration table, see docs/formats.md; the rule's own by default, or none.",
 )
 @click.option(
     "--weights",
@@ -110,8 +110,22 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
     from onnxqat.deploy import write_deployment
     from onnxqat.model import load_model
 
-    files = write_deployment(
+    result = write_deployment(
         load_model(model), output, table=format_name, weights=weights, force=force
     )
-    document = {"schema": "onnxqat.strip/1", "files": {k: str(v) for k, v in files.items()}}
-    print_result(document, as_json, [(kind, str(path)) for kind, path in files.items()])
+    files = {kind: str(path) for kind, path in result.files.items()}
+    document = {
+        "schema": "onnxqat.strip/1",
+        "files": files,
+        "left_out": {kind: list(names) for kind, names in result.left_out.items()},
+        "regridded": dict(result.regridded),
+    }
+    rows: list[tuple[str, Any]] = list(files.items())
+    if result.left_out:
+        counts = (f"{len(names)} {kind}" for kind, names in result.left_out.items())
+        rows.append(("left out", ", ".join(counts)))
+    if result.regridded:
+        rows.append(
+            ("regridded", f"{len(result.regridded)} weights: the table does not say their grid")
+        )
+    print_result(document, as_json, rows)

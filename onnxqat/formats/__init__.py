@@ -1,13 +1,49 @@
-"""Calibration tables of the deployment targets, each with ``write`` and ``read``."""
+"""What the deployment targets read: calibration tables, and models with integer weights."""
 
-from onnxqat.formats.sophgo_names import float_ops, params_from_table, table_of
-from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
+from collections.abc import Callable, Mapping
 
-__all__ = [
-    "CalibrationTable",
-    "Threshold",
-    "WeightScales",
-    "float_ops",
-    "params_from_table",
-    "table_of",
-]
+from onnxqat.formats.amct import AMCT
+from onnxqat.formats.axera import AXERA
+from onnxqat.formats.cambricon import CAMBRICON
+from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.horizon import HORIZON
+from onnxqat.formats.integer_models import openvino_model, qoperator_model, tensorrt_model
+from onnxqat.formats.mindspore import MINDSPORE
+from onnxqat.formats.mnn import MNN
+from onnxqat.formats.ncnn import NCNN
+from onnxqat.formats.neutral import NEUTRAL
+from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
+from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.formats.sophgo_names import SOPHGO
+from onnxqat.formats.tengine import TENGINE
+from onnxqat.formats.tensorrt import TENSORRT
+from onnxqat.model import Model
+
+__all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Written"]
+
+# Calibration tables, by the name that --format and the rules give them.
+FORMATS: Mapping[str, Format] = {
+    "amct": AMCT,
+    "axera": AXERA,
+    "cambricon": CAMBRICON,
+    "horizon": HORIZON,
+    "mindspore": MINDSPORE,
+    "mnn": MNN,
+    "ncnn": NCNN,
+    "onnxqat": NEUTRAL,
+    "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
+    "qnn": ENCODINGS,
+    "qnn-1.0.0": ENCODINGS_1,
+    "sophgo": SOPHGO,
+    "tengine": TENGINE,
+    "tensorrt": TENSORRT,
+}
+
+# Models with integer weights.
+EXPORTS: Mapping[str, Callable[[Model], Model]] = {
+    "onnxruntime": integer_model,
+    "openvino": openvino_model,
+    "qoperator": qoperator_model,
+    "tensorrt": tensorrt_model,
+}

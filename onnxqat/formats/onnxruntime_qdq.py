@@ -8,6 +8,7 @@ their pairs. The file is about a quarter of the float model.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnxqat.errors import FormatError, PlanError
 from onnxqat.insert import forget_plan, plan_of, read_params, state_of
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPoint
-from onnxqat.qparams import FloatArray, QuantParams, quantize
+from onnxqat.qparams import FloatArray, QuantParams, fake_quantize, quantize
 
 __all__ = ["bias_scale", "integer_model", "quantize_bias"]
 
@@ -50,8 +51,17 @@ def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.
     return levels.astype(np.int32)
 
 
-def integer_model(model: Model) -> Model:
+def integer_model(
+    model: Model, *, biases: bool = True, float_weights: Set[str] = frozenset()
+) -> Model:
     """Return the export of a calibrated or fine-tuned Q/DQ model.
+
+    Parameters
+    ----------
+    biases : bool
+        Whether biases become integers where the plan says so; they stay float otherwise.
+    float_weights : set of str
+        Weights that stay float, on their grid, without Q/DQ.
 
     Raises
     ------
@@ -70,9 +80,11 @@ def integer_model(model: Model) -> Model:
     points = {p.tensor: p for p in plan.grid_points()}
     removed: set[str] = set()
     for point in points.values():
-        if point.role == "weight":
+        if point.tensor in float_weights:
+            removed |= _store_floats(point, params[point.parameters], nodes, tensors)
+        elif point.role == "weight":
             removed |= _store_integers(point, params[point.parameters], nodes, tensors)
-    for bias in plan.points:
+    for bias in plan.points if biases else ():
         if bias.derived_from is not None:
             x, w = (params[points[name].parameters] for name in bias.derived_from)
             _store_bias(bias, x, w, nodes, tensors, graph)
@@ -92,6 +104,21 @@ def _store_integers(
         f"{point.tensor}/integers", integers
     )
     return {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
+
+
+def _store_floats(
+    point: QuantPoint,
+    params: QuantParams,
+    nodes: dict[str, gs.Node],
+    tensors: dict[str, gs.Tensor],
+) -> set[str]:
+    """Let the readers of a weight read its values on the grid; return the nodes left over."""
+    weight = tensors[point.tensor]
+    weight.values = np.asarray(fake_quantize(weight.values, params, point.spec))
+    for edge in point.consumers:
+        nodes[edge.node].inputs[edge.index] = weight
+    pair = ("QuantizeLinear", "Clip", "DequantizeLinear")
+    return {f"{point.tensor}/{op}" for op in pair} & nodes.keys()
 
 
 def _store_bias(

@@ -246,7 +246,7 @@ class _LineError(Exception):
 def _parse_decimal(text: str) -> float:
     if _EXPONENT.fullmatch(text):
         raise _LineError(
-            f"'{text}' has an exponent, which makes the compiler abort. Write a plain decimal."
+            f"'{text[:40]}' has an exponent, which makes the compiler abort. Write a plain decimal."
         )
     if not _DECIMAL.fullmatch(text):
         raise _LineError(f"'{text[:40]}' is not a plain decimal number. Write it as 0.125.")
@@ -292,7 +292,7 @@ def _add(
     """Parse one line into ``section``."""
     name, *fields = line.split()
     if name in section:
-        raise _LineError(f"'{name}' appears twice in this section. Remove one of the lines.")
+        raise _LineError(f"'{name[:80]}' appears twice in this section. Remove one of the lines.")
     entry = parse(fields)
     problem = _name_problem(name) or check(entry)
     if problem:
@@ -313,7 +313,7 @@ def _parse_head(number: int, line: str) -> str | None:
         )
     mode = line[len(_WORK_MODE) :].partition("#")[0].strip()
     if mode not in WORK_MODES:
-        raise _LineError(f"unknown work mode '{mode}'. Choose one of {', '.join(WORK_MODES)}.")
+        raise _LineError(f"unknown work mode '{mode[:40]}'. Choose one of {', '.join(WORK_MODES)}.")
     return mode
 
 

@@ -8,8 +8,7 @@ A weight goes by ``<op>_weight``, the op being the last of its fused chain.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -17,16 +16,15 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import sophgo
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.plan.operators import BIAS_INPUT, SINGLE_DATA_INPUT, WEIGHTED_OPS
-from onnxqat.qparams import QuantParams, storage_dtype
+from onnxqat.qparams import QuantParams
 
-__all__ = ["float_ops", "params_from_table", "table_of"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["SOPHGO", "float_ops", "found_in", "table_of"]
 
 
 class _Names:
@@ -174,10 +172,24 @@ def float_ops(model: Model) -> list[str]:
     return [names.of_output(node) for node in names.floats()]
 
 
-def params_from_table(
-    graph: gs.Graph, plan: QuantPlan, table: CalibrationTable, source: str
-) -> dict[str, QuantParams]:
-    """Return the parameters that a table gives the points of ``plan``; undo `table_of`.
+def _write(source: Calibrated) -> Written:
+    files = {"table": sophgo.write(table_of(source.model))}
+    if floats := float_ops(source.model):
+        files["qtable"] = sophgo.write_qtable(floats)
+    return Written(files=files, left_out=source.left_out("biases"))
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    if not all(p.spec.symmetric for p in plan.grid_points()):
+        raise FormatError(
+            f"{table.name}: cannot be read under the rule '{plan.rule}', which is asymmetric; a "
+            "Sophgo table holds symmetric ranges only. Name the rule it was made with by --rules."
+        )
+    return found_in(sophgo.read(table.text(), table.name), graph, plan, table.name)
+
+
+def found_in(table: CalibrationTable, graph: gs.Graph, plan: QuantPlan, source: str) -> Found:
+    """Find the parameters that a table gives the points of ``plan``; undo `table_of`.
 
     Parameters
     ----------
@@ -189,88 +201,43 @@ def params_from_table(
     Raises
     ------
     FormatError
-        A name is missing, or two lines that must agree do not.
+        Two lines that must agree do not, or a weight has another number of scales.
     """
-    names = _Names(graph, plan)
-    found: dict[str, QuantParams] = {}
-    missing = []
+    names, found = _Names(graph, plan), Found(source, graph)
     for name, point in names.activations():
         lines = table.int4 if point.spec.bits == 4 else table.activations
         if name in lines:
-            params = _activation_params(point, lines[name])
-            _store(found, point.parameters, params, f"{source}: '{name}'")
+            scale, signed = sophgo.scale_of(lines[name], point.spec.bits)
+            found.put(point, scale, signed=signed, name=name)
         else:
-            missing.append(name)
-    tensors = graph.tensors()
+            found.missing.append(name)
     for name, point, _ in names.weights():
         if name in table.weights:
-            place, shape = f"{source}: '{name}'", tensors[point.tensor].shape
-            params = _weight_params(point, shape, table.weights[name], found, place)
-            _store(found, point.parameters, params, place)
+            _put_weight(found, point, table.weights[name], name)
         else:
-            missing.append(name)
-    _refuse_missing(missing, source)
-    _tell_unused(names, table, source)
+            found.missing.append(name)
+    known = {name for name, *_ in (*names.activations(), *names.weights())}
+    all_lines = (*table.activations, *table.int4, *table.weights)
+    found.unused += [name for name in all_lines if name not in known]
     return found
 
 
-def _refuse_missing(missing: Sequence[str], source: str) -> None:
-    if missing:
-        raise FormatError(
-            f"{source}: lacks {len(missing)} names that the model needs: {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}. Is it the table of this model and rule?"
-        )
-
-
-def _tell_unused(names: _Names, table: CalibrationTable, source: str) -> None:
-    """Warn of lines that nothing reads: under the plan they came from, there are none."""
-    known = {name for name, *_ in (*names.activations(), *names.weights())}
-    lines = (*table.activations, *table.int4, *table.weights)
-    unused = [name for name in lines if name not in known]
-    if unused:
-        logger.warning(
-            "%s: %d lines belong to nothing that the plan quantizes (%s). Are --rules and --set "
-            "those that the table was made with?",
-            source,
-            len(unused),
-            ", ".join(unused[:5]),
-        )
-
-
-def _activation_params(point: QuantPoint, entry: Threshold) -> QuantParams:
-    scale, signed = sophgo.scale_of(entry, point.spec.bits)
-    zero_point = np.zeros((), storage_dtype(point.spec, signed=signed))
-    return QuantParams(scale=np.asarray(scale), zero_point=zero_point)
-
-
-def _weight_params(
-    point: QuantPoint,
-    shape: Sequence[int],
-    entry: WeightScales,
-    found: Mapping[str, QuantParams],
-    place: str,
-) -> QuantParams:
-    wanted = () if point.spec.axis is None else (shape[point.spec.axis],)
-    count = int(np.prod(wanted))
-    scales = np.asarray(entry.scales, np.float32)
-    repeated = scales.size % count == 0 and (scales.reshape(-1, count) == scales[:count]).all()
-    if not repeated:
-        raise FormatError(
-            f"{place} has {scales.size} scales; its weight takes {count}. "
-            "Is the rule the one the table was made for?"
-        )
-    if any(entry.zero_points):
-        raise FormatError(f"{place} has zero_points other than 0, which no rule can hold.")
-    shared = found.get(point.parameters)  # a constant takes part in its group's signedness
+def _put_weight(found: Found, point: QuantPoint, entry: WeightScales, name: str) -> None:
+    """Take in a weight's scales, which the table may repeat."""
+    axis = point.spec.axis
+    count = 1 if axis is None else int(found.tensors[point.tensor].shape[axis])
+    scales = np.asarray(entry.scales)
+    if scales.size % count == 0 and (scales.reshape(-1, count) == scales[:count]).all():
+        scales = scales[:count]
+    # a constant takes part in its group's signedness
+    shared = found.params.get(point.parameters)
     signed = shared.signed if shared is not None else point.spec.signedness != "unsigned"
-    zero_point = np.zeros(wanted, storage_dtype(point.spec, signed=signed))
-    return QuantParams(scale=scales[:count].reshape(wanted), zero_point=zero_point)
+    found.put(point, scales, entry.zero_points[: scales.size], signed=signed, name=name)
 
 
-def _store(found: dict[str, QuantParams], key: str, params: QuantParams, place: str) -> None:
-    known = found.setdefault(key, params)
-    if not known.same_as(params):
-        raise FormatError(
-            f"{place} differs from another line of the same group ({params.scale} instead of "
-            f"{known.scale}). Tensors that share parameters need equal lines."
-        )
+SOPHGO = Format(
+    summary="cali_table and qtable of Sophgo's tpu-mlir",
+    files={"table": "cali_table", "qtable": "qtable"},
+    write=_write,
+    read=_read,
+)

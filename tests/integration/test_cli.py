@@ -478,7 +478,14 @@ WRONG = [
     ("strip {q} -o {work}/chip", 1, "already exists. Pass --force"),
     (f"import-table {{wrong}}/none {{lenet}} --rules {RULE[1]} {OUT}", 1, "none: cannot be read"),
     (f"import-table {{table}} {{lenet}} --rules {RULE[1]} {OUT}", 1, "names that the model needs"),
-    (f"import-table {{table}} {{lenet}} {OUT}", 1, "'onnxruntime-cpu', which is asymmetric"),
+    (f"import-table {{table}} {{lenet}} {OUT}", 1, "'onnxruntime-cpu' has no table of its own"),
+    (
+        f"import-table {{table}} {{lenet}} --format sophgo {OUT}",
+        1,
+        "'onnxruntime-cpu', which is asymmetric",
+    ),
+    (f"import-table {{table}} {{lenet}} --format tea {OUT}", 1, "Table 'tea' is unknown"),
+    ("strip {q} -o {out}/chip --format tea", 1, "Table 'tea' is unknown"),
     (
         f"import-table {{wrong}}/malformed_table {{lenet}} --rules {RULE[1]} {OUT}",
         1,

@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.calibrate import placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, ModelError, PlanError
-from onnxqat.formats import float_ops, params_from_table, sophgo, table_of
+from onnxqat.formats import sophgo
+from onnxqat.formats.sophgo_names import float_ops, found_in, table_of
 from onnxqat.insert import insert, plan_of, read_params, strip
 from onnxqat.model import from_proto, load_model, to_proto
 from onnxqat.overrides import parse_override
@@ -29,11 +30,11 @@ def as_bytes(model) -> bytes:
     return to_proto(model).SerializeToString(deterministic=True)
 
 
-def imported(folder, overrides, rule=RULE):
+def imported(folder, overrides, rule=RULE, table=None):
     """Return the Q/DQ model that the files in a folder make."""
     floats = prepare(load_model(folder / "model.onnx"))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
-    plan, params = read_table(folder / "model_cali_table", floats, plan)
+    plan, params = read_table(folder / "model_cali_table", floats, plan, table=table)
     return insert(floats, plan, params, state="calibrated")
 
 
@@ -237,7 +238,7 @@ def test_what_an_override_leaves_float_stands_in_the_qtable(override, expected):
 
 def test_files_are_what_they_are_called(tmp_path):
     _, model = quantized(attention())
-    files = write_deployment(model, tmp_path / "new" / "chip")
+    files = write_deployment(model, tmp_path / "new" / "chip").files
 
     assert {k: p.name for k, p in files.items()} == {
         "model": "model.onnx",
@@ -265,7 +266,7 @@ def test_force_removes_the_table_of_an_earlier_model(tmp_path):
 def test_rule_without_a_table_writes_the_model_alone(tmp_path):
     _, model = quantized(convnet(), "onnxruntime-cpu")
 
-    assert write_deployment(model, tmp_path).keys() == {"model"}
+    assert write_deployment(model, tmp_path).files.keys() == {"model"}
 
 
 @NETWORKS
@@ -312,12 +313,12 @@ def edit(folder, old, new):
 
 def test_lines_of_one_group_must_agree(deployed):
     edit(deployed, "\np1_MaxPool ", "\np1_MaxPool 1.0 0.0 1.0\nformer_Op ")
-    with pytest.raises(FormatError, match="differs from another line of the same group"):
+    with pytest.raises(FormatError, match="differs from another entry of the same group"):
         imported(deployed, ())
 
 
 def test_weight_of_another_shape_is_refused(deployed):
-    with pytest.raises(FormatError, match="'r1_Relu_weight' has 6 scales; its weight takes 1"):
+    with pytest.raises(FormatError, match="'r1_Relu_weight' has 6 scales; its tensor takes 1"):
         imported(deployed, ("weight.axis=none",))
 
 
@@ -339,7 +340,7 @@ def test_weight_zero_points_are_refused(deployed):
     index = next(i for i, line in enumerate(lines) if line.startswith("r1_Relu_weight "))
     lines[index] = lines[index][:-1] + "3"
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(FormatError, match="zero_points other than 0"):
+    with pytest.raises(FormatError, match="zero_point other than 0"):
         imported(deployed, ())
 
 
@@ -351,7 +352,7 @@ def test_binary_table_is_refused(deployed):
 
 def test_asymmetric_rule_cannot_take_a_table(deployed):
     with pytest.raises(FormatError, match="'onnxruntime-cpu', which is asymmetric"):
-        imported(deployed, (), "onnxruntime-cpu")
+        imported(deployed, (), "onnxruntime-cpu", "sophgo")
 
 
 def test_per_tensor_convolution_lists_its_scale_for_every_channel():
@@ -362,7 +363,7 @@ def test_per_tensor_convolution_lists_its_scale_for_every_channel():
 
     assert table.weights["r1_Relu_weight"].scales == (scale,) * 6
     assert len(table.weights["output_Gemm_weight"].scales) == 1
-    params = params_from_table(strip(qdq).graph, plan_of(qdq), table, "table")
+    params = found_in(table, strip(qdq).graph, plan_of(qdq), "table").complete()
     assert all(params[name].same_as(p) for name, p in read_params(qdq).items())
 
 
@@ -370,5 +371,5 @@ def test_unequal_scales_for_a_per_tensor_grid_are_refused():
     _, qdq = quantized(convnet())
     table = table_of(qdq)
     _, per_tensor = quantized(convnet(), overrides=("weight.axis=none",))
-    with pytest.raises(FormatError, match="has 6 scales; its weight takes 1"):
-        params_from_table(strip(qdq).graph, plan_of(per_tensor), table, "table")
+    with pytest.raises(FormatError, match="has 6 scales; its tensor takes 1"):
+        found_in(table, strip(qdq).graph, plan_of(per_tensor), "table")

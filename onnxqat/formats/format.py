@@ -1,0 +1,307 @@
+"""What every format is made of: the model it writes, the file it reads, what it finds there.
+
+A format is a `Format`: ``write`` turns a calibrated model into files, ``read`` finds the
+parameters of a plan in one of these files. No format decides what is quantized: that is the plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import ArrayLike
+
+from onnxqat.errors import FormatError
+from onnxqat.insert import plan_of, read_params, strip
+from onnxqat.model import Model
+from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
+
+__all__ = ["Calibrated", "Format", "Found", "Table", "Written", "edges_of", "listed", "refuse"]
+
+logger = logging.getLogger(__name__)
+
+LISTED = 5
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, for a message."""
+    return ", ".join(names[:LISTED]) + (" ..." if len(names) > LISTED else "")
+
+
+def refuse(problems: Iterable[str], advice: str) -> None:
+    """Raise FormatError with what is wrong, if anything is."""
+    found = list(problems)
+    if found:
+        raise FormatError(f"{listed(found)}. {advice}")
+
+
+class Calibrated:
+    """A calibrated model as a writer wants it.
+
+    Attributes
+    ----------
+    model : Model
+        The Q/DQ model.
+    graph : onnx_graphsurgeon.Graph
+        Its float graph, with the names that the target sees.
+    plan : QuantPlan
+        What is quantized.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.graph = strip(model).graph
+        self.plan = plan_of(model)
+        self._params = read_params(model)
+
+    def params(self, point: QuantPoint) -> QuantParams:
+        """Return the parameters of a point."""
+        return self._params[point.parameters]
+
+    def points(self, role: str) -> Iterator[tuple[QuantPoint, QuantParams]]:
+        """Yield the points of a role, with their parameters."""
+        return ((p, self.params(p)) for p in self.plan.grid_points() if p.role == role)
+
+    def others(self, covered: Set[str], *roles: str) -> dict[str, tuple[str, ...]]:
+        """Return the tensors whose parameters are not among ``covered``, as something left out."""
+        points = (p for p in self.plan.grid_points() if p.role in roles)
+        names = tuple(p.tensor for p in points if p.parameters not in covered)
+        return {"tensors of other ops": names} if names else {}
+
+    def left_out(self, *kinds: str) -> dict[str, tuple[str, ...]]:
+        """Return the names of all biases and weights, for formats that cannot say them."""
+        roles = {"biases": "bias", "weight scales": "weight"}
+        found = {
+            kind: tuple(p.tensor for p in self.plan.points if p.role == roles[kind])
+            for kind in kinds
+        }
+        return {kind: names for kind, names in found.items() if names}
+
+
+def edges_of(plan: QuantPlan) -> dict[tuple[str, int], QuantPoint]:
+    """Return the point that each quantized input (node, index) reads."""
+    return {(e.node, e.index): p for p in plan.grid_points() for e in p.consumers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a writer made.
+
+    Attributes
+    ----------
+    files : dict of str to str or bytes
+        Contents by kind; the kinds are those of `Format.files`.
+    left_out : dict of str to tuple of str
+        What the plan says and the format cannot, by what it is; names.
+    """
+
+    files: Mapping[str, str | bytes]
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A file that was read.
+
+    Attributes
+    ----------
+    name : str
+        What errors call it, usually its path.
+    data : bytes
+        All of it.
+    """
+
+    name: str
+    data: bytes
+
+    def text(self) -> str:
+        """Return the contents as text.
+
+        Raises
+        ------
+        FormatError
+            It is not UTF-8.
+        """
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            message = f"{self.name}: cannot be read (not UTF-8 text). Give a calibration table."
+            raise FormatError(message) from error
+
+
+class Found:
+    """What a table says of the points of a plan, checked as it comes in.
+
+    Attributes
+    ----------
+    params : dict of str to QuantParams
+        By `QuantPoint.parameters`.
+    missing : list of str
+        Names that the plan needs and the table lacks.
+    unused : list of str
+        Names in the table that the plan does not ask for.
+    """
+
+    def __init__(self, source: str, graph: gs.Graph) -> None:
+        self.source = source
+        self.tensors: dict[str, gs.Tensor] = graph.tensors()
+        self.params: dict[str, QuantParams] = {}
+        self.missing: list[str] = []
+        self.unused: list[str] = []
+
+    def put(
+        self,
+        point: QuantPoint,
+        scale: ArrayLike,
+        zero_point: ArrayLike = 0,
+        *,
+        signed: bool,
+        name: str,
+    ) -> None:
+        """Take in what stands under ``name`` for a point.
+
+        Parameters
+        ----------
+        scale : float64 of shape () or (C,)
+            Rounded to float32 here.
+        zero_point : int of shape () or as ``scale``
+            In the dtype of the quantized tensor.
+        signed : bool
+            Whether the integers are signed.
+
+        Raises
+        ------
+        FormatError
+            Numbers that are no parameters, or that contradict others of the same group.
+        """
+        place = f"{self.source}: '{name}'"
+        scales = _float32(scale, place)
+        axis = point.spec.axis
+        wanted = () if axis is None else (self.tensors[point.tensor].shape[axis],)
+        if scales.size != int(np.prod(wanted)):
+            raise FormatError(
+                f"{place} has {scales.size} scales; its tensor takes {int(np.prod(wanted))}. "
+                "Is the rule the one the table was made for?"
+            )
+        zeros = np.broadcast_to(np.asarray(zero_point, np.int64).reshape(-1), scales.shape)
+        self._check_zero_points(point, zeros, signed=signed, place=place)
+        params = QuantParams(
+            scale=scales.reshape(wanted),
+            zero_point=zeros.astype(storage_dtype(point.spec, signed=signed)).reshape(wanted),
+        )
+        known = self.params.setdefault(point.parameters, params)
+        if not known.same_as(params):
+            raise FormatError(
+                f"{place} differs from another entry of the same group ({params.scale} instead "
+                f"of {known.scale}). Tensors that share parameters need equal entries."
+            )
+
+    def _check_zero_points(
+        self, point: QuantPoint, zeros: np.ndarray[Any, Any], *, signed: bool, place: str
+    ) -> None:
+        qmin, qmax = quantized_range(point.spec, signed=signed)
+        wanted = point.spec.signedness
+        if wanted != "from_range" and signed != (wanted == "signed"):
+            raise FormatError(
+                f"{place} is {'signed' if signed else 'unsigned'}, the plan has it {wanted}. "
+                "Are --rules and --set those that the table was made with?"
+            )
+        if zeros.min() < qmin or zeros.max() > qmax:
+            raise FormatError(
+                f"{place} has a zero_point outside of [{qmin}, {qmax}]. Is the rule the one the "
+                "table was made for?"
+            )
+        if point.spec.symmetric and zeros.any():
+            raise FormatError(
+                f"{place} has a zero_point other than 0; the plan has it symmetric. Are --rules "
+                "and --set those that the table was made with?"
+            )
+
+    def put_weights_by_absmax(self, plan: QuantPlan) -> None:
+        """Give the weights without an entry what compilers give them: absmax / 127.
+
+        Per channel where the plan has it so.
+        """
+        for point in plan.grid_points():
+            if point.role == "weight" and point.parameters not in self.params:
+                values, axis = self.tensors[point.tensor].values, point.spec.axis
+                others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
+                low, high = np.min(values, axis=others), np.max(values, axis=others)
+                self.params[point.parameters] = choose_qparams(low, high, point.spec)
+
+    def complete(self) -> dict[str, QuantParams]:
+        """Return the parameters of the whole plan.
+
+        Raises
+        ------
+        FormatError
+            The table lacks some.
+        """
+        if self.missing:
+            raise FormatError(
+                f"{self.source}: lacks {len(self.missing)} names that the model needs: "
+                f"{listed(self.missing)}. Is it the table of this model and rule?"
+            )
+        if self.unused:  # under the plan they came from, there are none
+            logger.warning(
+                "%s: %d entries belong to nothing that the plan quantizes (%s). Are --rules and "
+                "--set those that the table was made with?",
+                self.source,
+                len(self.unused),
+                listed(self.unused),
+            )
+        return self.params
+
+    def signed(self, point: QuantPoint, name: str) -> bool:
+        """Return the signedness of a point, for tables that do not say it.
+
+        Raises
+        ------
+        FormatError
+            Neither the table nor the plan says it.
+        """
+        if point.parameters in self.params:
+            return self.params[point.parameters].signed
+        if point.spec.signedness == "from_range":
+            raise FormatError(
+                f"{self.source}: '{name}' may be signed or not, and the table does not say. "
+                f"Add --set 'tensor:{point.tensor}.signedness=signed' or =unsigned."
+            )
+        return point.spec.signedness == "signed"
+
+
+def _float32(scale: ArrayLike, place: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return positive float32 scales of shape (n,)."""
+    values = np.atleast_1d(np.asarray(scale, np.float64))
+    with np.errstate(over="ignore", under="ignore"):
+        scales = values.astype(np.float32)
+    if not (scales.size and np.isfinite(scales).all() and (scales > 0).all()):
+        raise FormatError(f"{place} has a scale that is no positive float32. Calibrate again.")
+    return scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One format of calibration tables.
+
+    Attributes
+    ----------
+    summary : str
+        One line: whose it is, and what for.
+    files : dict of str to str
+        Suffix of each kind of file it writes; ``table`` is the one that `read` is made for.
+    write : function
+        Calibrated -> Written. Raises FormatError for what the target needs and the plan lacks.
+    read : function
+        (Table, Graph, QuantPlan) -> Found. Raises FormatError for what is no such table.
+    """
+
+    summary: str
+    files: Mapping[str, str]
+    write: Callable[[Calibrated], Written]
+    read: Callable[[Table, gs.Graph, QuantPlan], Found]

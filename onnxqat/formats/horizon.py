@@ -1,0 +1,102 @@
+"""Thresholds for Horizon's tools, by tensor, and the widths of nodes.
+
+Horizon documents no file of thresholds: its plugin keeps them in the attributes ``thresholds`` and
+``axis`` of HzCalibration nodes (HorizonRobotics/OE-Skills ``hbdk/j6-hbdk-compile/SKILL.md``). The
+file here lists such nodes, for a script of yours that sets them::
+
+    {"schema": "onnxqat.horizon/1", "calibration_nodes": [
+      {"tensor": "input", "nodes": ["conv1"], "qtype": "int8", "thresholds": [1.0], "axis": null}]}
+
+A threshold is ``127 * s`` (int16: ``32767 * s``): the scale is threshold / 127, inferred from the
+tool's printed column, where an input of scale 1 has 127.0. Beside it, ``quant_config`` of the J6
+(OE-Skills ``task-calibration-tuning.md``) says the width of each node. Format-checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.json_table import numbers, read_json, write_json
+from onnxqat.formats.thresholds import largest, require_symmetric
+from onnxqat.plan import QuantPlan
+
+__all__ = ["HORIZON"]
+
+_TITLE = "A threshold of Horizon's"
+_SCHEMA = "onnxqat.horizon/1"
+_WIDTHS = (8, 16)
+
+
+class _Calibration(msgspec.Struct):
+    tensor: str
+    qtype: Literal["int8", "int16"]
+    thresholds: list[float]
+    axis: int | None
+
+
+class _Document(msgspec.Struct):
+    schema: Literal["onnxqat.horizon/1"]
+    calibration_nodes: list[_Calibration]
+
+
+def _write(source: Calibrated) -> Written:
+    require_symmetric(source, _TITLE, bits=_WIDTHS, weight_bits=_WIDTHS)
+    nodes, widths = [], dict[str, int]()
+    for point in source.plan.grid_points():
+        thresholds = source.params(point).scale.astype(np.float64) * largest(point.spec.bits)
+        readers = [e.node for e in point.consumers if e.node]
+        nodes.append(
+            {
+                "tensor": point.tensor,
+                "nodes": readers,
+                "qtype": f"int{point.spec.bits}",
+                "thresholds": numbers(thresholds),
+                "axis": point.spec.axis,
+            }
+        )
+        if point.role == "activation":
+            for name in readers:  # a node that reads one input of 16 bits runs in int16
+                widths[name] = max(point.spec.bits, widths.get(name, 0))
+    config: dict[str, Any] = {
+        "node_config": {name: {"qtype": f"int{bits}"} for name, bits in widths.items()}
+    }
+    document = {"schema": _SCHEMA, "calibration_nodes": nodes}
+    return Written(
+        files={"table": write_json(document), "config": write_json(config)},
+        left_out=source.left_out("biases"),
+    )
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    found, nodes = Found(table.name, graph), read_json(table, _Document).calibration_nodes
+    entries = {node.tensor: node for node in nodes}
+    if len(entries) < len(nodes):
+        raise FormatError(f"{table.name}: a tensor appears twice. Write the table again.")
+    for point in plan.grid_points():
+        entry = entries.pop(point.tensor, None)
+        if entry is None:
+            found.missing.append(point.tensor)
+            continue
+        if (entry.qtype, entry.axis) != (f"int{point.spec.bits}", point.spec.axis):
+            raise FormatError(
+                f"{table.name}: '{point.tensor}' has {entry.qtype}, axis {entry.axis}; the plan "
+                f"has int{point.spec.bits}, axis {point.spec.axis}. Is it the table of this rule?"
+            )
+        scales = np.asarray(entry.thresholds, np.float64) / largest(point.spec.bits)
+        found.put(point, scales, signed=True, name=point.tensor)
+    found.unused += entries
+    return found
+
+
+HORIZON = Format(
+    summary="thresholds as Horizon's HzCalibration nodes have them",
+    files={"table": "hz_thresholds.json", "config": "quant_config.json"},
+    write=_write,
+    read=_read,
+)

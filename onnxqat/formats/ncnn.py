@@ -1,0 +1,120 @@
+"""ncnn's calibration table, for ``ncnn2int8``.
+
+::
+
+    conv1_param_0 83.2 91.7 ...         127 / absmax of each channel, that is 1 / scale
+    conv1 46.1                          1 / scale of its input
+
+one of each for a layer, by the name of its node (OpenPPL/ppq ``ppq/parser/ncnn_exporter.py``).
+ncnn2int8 (Tencent/ncnn ``tools/quantize/ncnn2int8.cpp``) reads names of 255 bytes, numbers by
+``%f`` into float32, and stops at an empty line. A convolution of several groups has one scale for
+each group: the largest of its channels, so that those with smaller ones get another grid than in
+training.
+
+Printed are all digits of a float64, from which the float32 scale comes back bit for bit; ncnn
+itself multiplies by the float32 nearest to 1 / scale. ``%f``, six decimals, is what PPQ writes.
+Format-checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
+from onnxqat.formats.text_table import check_names, rows
+from onnxqat.formats.thresholds import require_symmetric
+from onnxqat.plan import QuantPlan, QuantPoint
+
+__all__ = ["NCNN"]
+
+_TITLE = "An ncnn table"
+_LAYERS = {"Conv": "Convolution", "Gemm": "InnerProduct"}
+_WEIGHT = "_param_"  # a name with it is taken for a weight's
+
+
+def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[gs.Node, QuantPoint, QuantPoint]]:
+    """Yield the nodes that ncnn quantizes, with the points of input and weight."""
+    edges = edges_of(plan)
+    for node in graph.nodes:
+        x, weight = (edges.get((node.name, i)) for i in (0, 1))
+        if node.op in _LAYERS and x is not None and weight is not None and weight.role == "weight":
+            yield node, x, weight
+
+
+def _write(source: Calibrated) -> Written:
+    require_symmetric(source, _TITLE, weight_bits=range(2, 9))
+    layers = list(_layers(source.graph, source.plan))
+    names = [node.name for node, _, _ in layers]
+    check_names((f"{name}{_WEIGHT}0" for name in names), longest=255)
+    refuse((f"name '{n}' contains {_WEIGHT}" for n in names if _WEIGHT in n), "Rename the nodes")
+    inputs, weights = [], []
+    for node, x, weight in layers:
+        scales = _for_groups(node, source.params(weight).scale.astype(np.float64))
+        weights.append(f"{node.name}{_WEIGHT}0 {' '.join(_decimal(1 / s) for s in scales)}\n")
+        inputs.append(f"{node.name} {_decimal(1 / float(source.params(x).scale))}\n")
+    covered = {p.parameters for _, x, weight in layers for p in (x, weight)}
+    others = source.others(covered, "activation", "weight")
+    return Written(
+        files={"table": "".join(weights + inputs)}, left_out=others | source.left_out("biases")
+    )
+
+
+def _decimal(value: float) -> str:
+    return np.format_float_positional(value, unique=True, trim="0")
+
+
+def _count(node: gs.Node) -> int:
+    """Return how many weight scales ncnn takes for a node."""
+    group = int(node.attrs.get("group", 1))
+    if node.op == "Conv":
+        return group if group > 1 else int(node.inputs[1].shape[0])
+    return int(node.inputs[1].shape[0 if node.attrs.get("transB", 0) else 1])
+
+
+def _for_groups(node: gs.Node, scales: NDArray[Any]) -> NDArray[Any]:
+    """Return the scales that ncnn takes: one for each group, or each output channel."""
+    count = _count(node)
+    return np.broadcast_to(scales, count) if scales.ndim == 0 else scales.reshape(count, -1).max(1)
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    found, lines = Found(table.name, graph), rows(table, range(1, 2**20))
+    points = {p.parameters: p.tensor for p in plan.grid_points()}
+    for node, x, weight in _layers(graph, plan):
+        for point, name in ((weight, f"{node.name}{_WEIGHT}0"), (x, node.name)):
+            numbers = lines.pop(name, None)
+            if numbers is None:
+                found.missing.append(name)
+                points.pop(point.parameters, None)
+                continue
+            points.pop(point.parameters, None)
+            with np.errstate(divide="ignore"):
+                scales = np.float64(1) / np.asarray(numbers)
+            scales = _for_channels(node, point, scales)
+            found.put(point, scales, signed=True, name=name)
+    found.missing += points.values()
+    found.unused += lines
+    return found
+
+
+def _for_channels(node: gs.Node, point: QuantPoint, scales: NDArray[Any]) -> NDArray[Any]:
+    """Return a group's scale for each of its channels, one scale for a per-tensor grid."""
+    if point.role == "weight" and scales.size == _count(node):
+        if point.spec.axis is None:
+            return scales[:1] if (scales == scales[0]).all() else scales
+        channels = node.inputs[1].shape[point.spec.axis]
+        return np.repeat(scales, channels // scales.size)
+    return scales
+
+
+NCNN = Format(
+    summary="calibration table of ncnn2int8",
+    files={"table": "ncnn.table"},
+    write=_write,
+    read=_read,
+)

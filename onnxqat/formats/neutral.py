@@ -1,0 +1,132 @@
+"""Our own table: everything a plan and its parameters say, complete and exact, for any rule.
+
+::
+
+    {"schema": "onnxqat.table/1", "rule": "tflite", "overrides": [],
+     "points": [{"tensor": "w1", "role": "weight", "consumers": [{"node": "conv1", "index": 1}],
+                 "dtype": "int8", "bits": 8, "qmin": -127, "qmax": 127, "axis": 0,
+                 "scale": [0.01, 0.02], "zero_point": [0, 0]}],
+     "biases": [{"tensor": "b1", "node": "conv1", "index": 2, "dtype": "int32", "axis": 0,
+                 "scale": [0.0002, 0.0004]}],
+     "float": [{"node": "pool", "op_type": "MaxPool", "reason": "..."}]}
+
+``y = (clip(round_half_even(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``, float32;
+``axis`` null is per-tensor, with one scale. ``dtype`` is the ONNX type that holds the integers. The
+bias's scale is s_x * s_w in float32, its zero_point 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.json_table import numbers, read_json, write_json
+from onnxqat.formats.onnxruntime_qdq import bias_scale
+from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.qparams import QuantParams, quantized_range, storage_dtype
+
+__all__ = ["NEUTRAL"]
+
+_SCHEMA = "onnxqat.table/1"
+
+
+class _Point(msgspec.Struct):
+    tensor: str
+    dtype: Literal["int8", "uint8", "int16", "uint16"]
+    bits: int
+    qmin: int
+    qmax: int
+    axis: int | None
+    scale: list[float]
+    zero_point: list[int]
+
+
+class _Document(msgspec.Struct):
+    schema: Literal["onnxqat.table/1"]
+    points: list[_Point]
+
+
+def _point(point: QuantPoint, params: QuantParams) -> dict[str, Any]:
+    qmin, qmax = quantized_range(point.spec, signed=params.signed)
+    return {
+        "tensor": point.tensor,
+        "role": point.role,
+        "consumers": [{"node": e.node, "index": e.index} for e in point.consumers],
+        "dtype": params.zero_point.dtype.name,
+        "bits": point.spec.bits,
+        "qmin": qmin,
+        "qmax": qmax,
+        "axis": point.spec.axis,
+        "scale": numbers(params.scale.astype(np.float64)),
+        "zero_point": numbers(params.zero_point),
+    }
+
+
+def _bias(source: Calibrated, point: QuantPoint) -> dict[str, Any]:
+    points = {p.tensor: p for p in source.plan.grid_points()}
+    x, w = (source.params(points[name]) for name in point.derived_from or ())
+    size = source.graph.tensors()[point.tensor].values.size
+    scale = bias_scale(x, w, size)
+    return {
+        "tensor": point.tensor,
+        "node": point.consumers[0].node,
+        "index": point.consumers[0].index,
+        "dtype": "int32",
+        "bits": point.spec.bits,
+        "axis": 0 if scale.ndim else None,
+        "scale": numbers(scale.astype(np.float64)),
+    }
+
+
+def _write(source: Calibrated) -> Written:
+    plan = source.plan
+    document = {
+        "schema": _SCHEMA,
+        "rule": plan.rule,
+        "overrides": list(plan.overrides),
+        "points": [_point(p, source.params(p)) for p in plan.grid_points()],
+        "biases": [_bias(source, p) for p in plan.points if p.role == "bias"],
+        "float": [{"node": s.node, "op_type": s.op_type, "reason": s.reason} for s in plan.skips],
+    }
+    return Written(files={"table": write_json(document)})
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    found, points = Found(table.name, graph), read_json(table, _Document).points
+    entries = {entry.tensor: entry for entry in points}
+    if len(entries) < len(points):
+        raise FormatError(f"{table.name}: a tensor appears twice. Write the table again.")
+    for point in plan.grid_points():
+        entry = entries.pop(point.tensor, None)
+        if entry is None:
+            found.missing.append(point.tensor)
+            continue
+        signed = not entry.dtype.startswith("u")
+        limits = quantized_range(point.spec, signed=signed)
+        wanted = (storage_dtype(point.spec, signed=signed).name, *limits, point.spec.axis)
+        if (entry.dtype, entry.qmin, entry.qmax, entry.axis) != wanted:
+            raise FormatError(
+                f"{table.name}: '{point.tensor}' has dtype, qmin, qmax, axis "
+                f"{entry.dtype}, {entry.qmin}, {entry.qmax}, {entry.axis}; the plan has "
+                f"{', '.join(map(str, wanted))}. Are --rules and --set those of the table?"
+            )
+        if len(entry.zero_point) != len(entry.scale) or any(
+            abs(z) > 2**16 for z in entry.zero_point
+        ):
+            raise FormatError(f"{table.name}: '{point.tensor}' has wrong zero points.")
+        found.put(point, entry.scale, entry.zero_point, signed=signed, name=point.tensor)
+    found.unused += entries
+    return found
+
+
+NEUTRAL = Format(
+    summary="all scales and zero points of any rule, exact",
+    files={"table": "onnxqat.json"},
+    write=_write,
+    read=_read,
+)

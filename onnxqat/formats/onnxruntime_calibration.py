@@ -1,0 +1,66 @@
+"""The calibration files that onnxruntime's TensorRT and QNN tools exchange.
+
+``write_calibration_table`` (microsoft/onnxruntime 1.19.2
+``onnxruntime/python/tools/quantization/quant_utils.py``) writes two texts::
+
+    {"input": [-1.0, 1.0]}              calibration.json: tensor, its range
+    input 1.0                           calibration.cache: tensor, absmax
+
+and a FlatBuffers file with the content of the second, which that function makes from the first.
+The reader divides absmax by 127; ranges are ``[-127 * s, 127 * s]``. Weights are not in it.
+Format-checked.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, refuse
+from onnxqat.formats.json_table import read_json, write_json
+from onnxqat.formats.text_table import rows
+from onnxqat.formats.thresholds import LEFT_OUT, put_thresholds, thresholds
+from onnxqat.plan import QuantPlan
+
+__all__ = ["ONNXRUNTIME_CALIBRATION"]
+
+_TITLE = "A calibration table of onnxruntime"
+
+
+def _write(source: Calibrated) -> Written:
+    ranges = thresholds(source, _TITLE)
+    refuse(
+        (f"{name!r} has white space" for name in ranges if name.split() != [name]),
+        "It separates fields; rename the tensors",
+    )
+    lines = [f"{name} {value!r}\n" for name, value in sorted(ranges.items())]
+    document = {name: [-value, value] for name, value in ranges.items()}
+    return Written(
+        files={"table": write_json(document), "cache": "".join(lines)},
+        left_out=source.left_out(*LEFT_OUT),
+    )
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    found = Found(table.name, graph)
+    if table.text().lstrip().startswith("{"):
+        document = read_json(table, dict[str, tuple[float, float]])
+        for name, (low, high) in document.items():
+            if low != -high:
+                raise FormatError(
+                    f"{table.name}: '{name}' has the range [{low}, {high}], which is not "
+                    "symmetric. Calibrate with symmetric activations."
+                )
+        ranges = {name: high for name, (_, high) in document.items()}
+    else:
+        ranges = {name: numbers[0] for name, numbers in rows(table, (1,)).items()}
+    put_thresholds(found, plan, ranges)
+    return found
+
+
+ONNXRUNTIME_CALIBRATION = Format(
+    summary="calibration.json and .cache of onnxruntime's quantization tools",
+    files={"table": "calibration.json", "cache": "ort_calibration.cache"},
+    write=_write,
+    read=_read,
+)

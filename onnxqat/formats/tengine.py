@@ -1,0 +1,76 @@
+"""Tengine's scale file: one line ``tensor scale zero_point`` for each activation.
+
+As ModelTC/MQBench ``mqbench/deploy/deploy_tengine.py`` writes ``<model>_for_tengine.scale``.
+Tengine fuses Conv + Relu and looks up the convolution's output, which takes the line of the
+chain's end. The file does not say the dtype: Tengine's option does (uint8 or int8). Weights are
+quantized by Tengine. Scales are printed with all digits of a float64, where MQBench has Python's
+too. Format-checked.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import FormatError
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, refuse
+from onnxqat.formats.text_table import check_names, rows
+from onnxqat.formats.thresholds import LEFT_OUT
+from onnxqat.plan import QuantPlan
+
+__all__ = ["TENGINE"]
+
+
+def _write(source: Calibrated) -> Written:
+    refuse(
+        (
+            f"'{point.tensor}' has {point.spec.bits} bits"
+            for point, _ in source.points("activation")
+            if point.spec.bits != 8
+        ),
+        "A Tengine scale file holds 8 bits; insert again with them",
+    )
+    lines = {
+        point.tensor: f"{float(params.scale)!r} {int(params.zero_point)}"
+        for point, params in source.points("activation")
+    }
+    lines |= {
+        inner: lines[end]
+        for inner, end in _inner(source.graph, source.plan).items()
+        if end in lines
+    }
+    check_names(lines)
+    text = "".join(f"{name} {numbers}\n" for name, numbers in lines.items())
+    return Written(files={"table": text}, left_out=source.left_out(*LEFT_OUT))
+
+
+def _inner(graph: gs.Graph, plan: QuantPlan) -> dict[str, str]:
+    """Return the tensor that leaves the chain, for each tensor inside of one."""
+    outputs = {node.name: node.outputs[0].name for node in graph.nodes}
+    return {outputs[name]: outputs[chain[-1]] for chain in plan.chains for name in chain[:-1]}
+
+
+def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
+    found, lines = Found(table.name, graph), rows(table, (2,))
+    for point in plan.grid_points():
+        if point.role != "activation":
+            continue
+        if point.tensor not in lines:
+            found.missing.append(point.tensor)
+            continue
+        scale, zero_point = lines[point.tensor]
+        if zero_point != int(zero_point):
+            raise FormatError(f"{table.name}: '{point.tensor}' has zero_point {zero_point}.")
+        signed = found.signed(point, point.tensor)
+        found.put(point, scale, int(zero_point), signed=signed, name=point.tensor)
+    found.put_weights_by_absmax(plan)
+    known = {p.tensor for p in plan.grid_points()} | _inner(graph, plan).keys()
+    found.unused += [name for name in lines if name not in known]
+    return found
+
+
+TENGINE = Format(
+    summary="Tengine scale file",
+    files={"table": "for_tengine.scale"},
+    write=_write,
+    read=_read,
+)
