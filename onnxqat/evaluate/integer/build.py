@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from onnxqat.errors import RuleError
 from onnxqat.evaluate.integer.averages import build_mean
 from onnxqat.evaluate.integer.context import Context, Group, Operand, find_groups, make_context
-from onnxqat.evaluate.integer.kernels import add, add_constant, leaky_relu, multiply
+from onnxqat.evaluate.integer.kernels import (
+    add,
+    add_constant,
+    leaky_relu,
+    multiply,
+    multiply_constant,
+)
 from onnxqat.evaluate.integer.matrix import PRODUCTS, build_product
 from onnxqat.evaluate.integer.steps import (
     ElementwiseStep,
@@ -26,6 +32,7 @@ from onnxqat.evaluate.integer.steps import (
     QuantizeStep,
     Step,
     TableStep,
+    Target,
 )
 from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
 from onnxqat.insert import plan_of
@@ -203,6 +210,8 @@ def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) ->
     target = make_target(context, group)
     if any(o.grid is None for o in pair) or target is None or len(pair) != 2:
         return _float(context, group, operands)
+    if arithmetic.rescaled_operands and any(o.values is not None for o in pair):
+        return _with_constant(context, pair, target, node.op)
     grids = [context.grids[o.tensor] for o in pair]
     constants = {
         o.tensor: grid.quantize(o.values, "half-even")
@@ -211,13 +220,28 @@ def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) ->
     }
     if node.op == "Mul":
         kernel = multiply(grids, target.grid, arithmetic)
-    elif constants and arithmetic.rescaled_operands:
-        values = [o.values for o in pair]
-        kernel = add_constant(grids, target.grid, arithmetic, values, subtract=node.op == "Sub")
     else:
         kernel = add(grids, target.grid, arithmetic, subtract=node.op == "Sub")
     sources = tuple(o.tensor for o in pair)
     return ElementwiseStep(sources=sources, constants=constants, kernel=kernel, target=target)
+
+
+def _with_constant(
+    context: Context, pair: Sequence[Operand], target: Target, op: str
+) -> ElementwiseStep:
+    """Return an Add, Sub or Mul whose constant was compiled into the scales."""
+    (source,) = [o.tensor for o in pair if o.values is None]
+    if op == "Mul":
+        (values,) = [o.values for o in pair if o.values is not None]
+        grid = context.grids[source]
+        kernel = multiply_constant(grid, target.grid, context.arithmetic, values)
+    else:
+        grids = [context.grids[o.tensor] for o in pair]
+        constants = [o.values for o in pair]
+        kernel = add_constant(
+            grids, target.grid, context.arithmetic, constants, subtract=op == "Sub"
+        )
+    return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
 
 
 def _leaky_relu(context: Context, group: Group, operands: Sequence[Operand]) -> Step:

@@ -166,7 +166,7 @@ def add_constant(
     *,
     subtract: bool = False,
 ) -> Kernel:
-    """Return `add` where one operand is a constant that was rounded to the output's scale.
+    """Return `add` where an operand is a constant that was rounded to the output's scale.
 
     ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir: int8 if the constant has a negative value,
     uint8 otherwise.
@@ -176,16 +176,49 @@ def add_constant(
     values : sequence of array or None
         Of the operands that are constants, in float.
     """
-    terms = [
-        _rescaler(grid, output, arithmetic) if value is None else _merged(value, output)
-        for grid, value in zip(operands, values, strict=True)
-    ]
-    sign = -1 if subtract else 1
-    return lambda x, y: terms[0](x) + sign * terms[1](y)
+    signs = (1, -1 if subtract else 1)
+    merged: Int64Array = np.asarray(0, np.int64)
+    rescale, sign = None, 1
+    for grid, value, own in zip(operands, values, signs, strict=True):
+        if value is None:
+            rescale, sign = _rescaler(grid, output, arithmetic), own
+        else:
+            merged = own * _merged(value, output)
+    assert rescale is not None
+    run = rescale
+    return lambda x: sign * run(x) + merged
 
 
-def _merged(values: NDArray[Any], output: Grid) -> Callable[[Levels], Int64Array]:
+def _merged(values: NDArray[Any], output: Grid) -> Int64Array:
     low, high = (-128, 127) if values.min(initial=0) < 0 else (0, 255)
     scaled = values.astype(np.float64) / output.scale
-    integers = np.clip(round_levels(scaled, "half-away"), low, high)
-    return lambda _: integers
+    return np.clip(round_levels(scaled, "half-away"), low, high)
+
+
+def multiply_constant(
+    grid: Grid, output: Grid, arithmetic: Arithmetic, values: NDArray[Any]
+) -> Kernel:
+    """Return a kernel for the product of centered integers and a constant.
+
+    ``MulConstLowering`` and ``MulLowering::LoweringINT8`` of sophgo/tpu-mlir: a single number is
+    part of M; other constants are int8 of scale max / 127 if one is negative, uint8 of
+    max / 255 otherwise.
+    """
+    if values.size == 1:
+        constant, scale = None, values.reshape(()).astype(np.float64)
+    else:
+        signed = values.min() < 0
+        top, low = (127, -128) if signed else (255, 0)
+        scale = np.asarray(values.max() / np.float32(top), np.float64)
+        if not scale > 0:
+            raise RuleError("The product with a constant without a positive value is unknown.")
+        levels = round_levels(values.astype(np.float64) / scale, "half-away")
+        constant = np.clip(levels, low, top)
+    factor = ratio(arithmetic, grid.scale, scale, divisor=output.scale)
+    requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
+
+    def kernel(x: Levels) -> Int64Array:
+        centered = grid.centered(x).astype(np.int64)
+        return requantize(centered if constant is None else centered * constant)
+
+    return kernel
