@@ -82,7 +82,6 @@ class Context:
         Inputs of nodes that read integers.
     biases : frozenset of (str, int)
         Inputs of nodes that read an int32 bias.
-    bias_bits : int
     float_nodes : frozenset of str
         What the plan keeps in float.
     """
