@@ -108,7 +108,7 @@ def simulated(
 
 def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
     """Count the integers of the weights, and those that differ."""
-    (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu_weights.npz"))
+    (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
     params, tensors = read_params(model), model.graph.tensors()
     counts = {"weights": 0, "weights_differing": 0, "weights_not_found": 0}
     with np.load(path) as weights:

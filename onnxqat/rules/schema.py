@@ -151,8 +151,8 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     operand_bits : int
         The same for elementwise ops and averages.
     rescaled_operands : bool
-        An Add rounds each operand to the output's scale before it adds them; constants of Add,
-        Sub and Mul are merged into the scales when the model is compiled.
+        An Add rounds each operand to the output's scale before it adds them, and constants of
+        Add, Sub and Mul get the compiler's own scale: absmax / 127, or / 255.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
         Op types that run in integers, by a look-up table over all integers, or in float between
         DequantizeLinear and QuantizeLinear. Ops that move values need no entry.

@@ -189,21 +189,21 @@ def test_shifted_add_needs_one_scale():
         add([a, y], y, SHIFT)
 
 
-@pytest.mark.parametrize("values", [[-0.5, 0.3, 2.0], [0.1, 0.3, 2.0]])
-def test_constant_of_an_add_is_merged_at_the_output_scale(values):
+@pytest.mark.parametrize(("values", "top"), [([-0.5, 0.3, 2.0], 127), ([0.1, 0.3, 2.0], 255)])
+def test_constant_of_an_add_has_the_compilers_scale(values, top):
     a, y = grid(0.02), grid(0.011)
     constant, x = np.float32(values), levels(a, 3)
-    low, high = (-128, 127) if min(values) < 0 else (0, 255)
-    merged = [
-        min(max(rounded(Fraction(float(c)) / Fraction(float(y.scale)), "half-away"), low), high)
-        for c in constant
-    ]
-    alone = add_constant([a, a], y, SOPHGO, [None, np.zeros(3, np.float32)])(x)
+    scale = 2.0 / top
+    integers = [rounded(Fraction(float(c)) / Fraction(scale), "half-away") for c in constant]
+    m, n = nearest_multiplier(np.asarray(scale / np.float64(y.scale)), 8, lowest_shift=0)
+    merged = [rounded(Fraction(c * int(m), 2 ** int(n)), "half-up") for c in integers]
+    alone = add_constant(a, y, SOPHGO, np.zeros(3, np.float32))(x)
 
-    found = add_constant([a, a], y, SOPHGO, [None, constant])(x)
+    found = add_constant(a, y, SOPHGO, constant)(x)
     assert (found - alone).tolist() == merged
-    turned = add_constant([a, a], y, SOPHGO, [constant, None], subtract=True)(x)
-    assert turned.tolist() == (np.array(merged) - alone).tolist()
+    at_output = np.clip(np.rint(constant / np.float64(y.scale)), -128 if top == 127 else 0, top)
+    assert (add_constant(a, y, SOPHGO, constant, signs=(-1, 1))(x) + alone == at_output).all()
+    assert (alone - add_constant(a, y, SOPHGO, constant, signs=(1, -1))(x) == at_output).all()
 
 
 def test_products_are_exact_before_they_are_requantized():
@@ -226,8 +226,6 @@ def test_constant_of_a_product():
     found = multiply_constant(a, y, SOPHGO, vector)(x[:, None])
     exact = x[:, None] * vector * (np.float64(a.scale) / y.scale)
     np.testing.assert_allclose(found, exact, rtol=1 / 126 + 1 / 510, atol=1)
-    with pytest.raises(RuleError, match="without a positive value"):
-        multiply_constant(a, y, SOPHGO, -vector)
 
 
 def test_leaky_relu_scales_the_negative_side():

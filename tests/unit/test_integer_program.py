@@ -96,8 +96,8 @@ def test_whole_network_is_that_of_onnxruntimes_integer_kernels(tmp_path):
         np.testing.assert_allclose(found[tensor].astype(int), expected[tensor], atol=1)
 
 
-# Add and averages differ in more than a few values where multipliers have 8 bits, or where many sums
-# lie on ties (power-of-two grids, averages of four values) that the rule rounds in another way.
+# Add and averages differ in more than a few values where multipliers have 8 bits, or where many
+# sums lie on ties (power-of-two grids, averages of four values) that the rule rounds otherwise.
 COARSE = {"sophgo-bm1684x", "sophgo-bm1688", "sophgo-bm1690", "esp32-s3", "tflite"}
 
 

@@ -14,7 +14,7 @@ from onnxqat.evaluate.integer.rounding import Int64Array
 from onnxqat.evaluate.integer.steps import Array, MeanStep
 from onnxqat.evaluate.integer.tails import make_target
 
-__all__ = ["build_mean"]
+__all__ = ["build_mean", "is_spatial"]
 
 
 def build_mean(context: Context, group: Group, operands: Sequence[Operand]) -> MeanStep:
@@ -47,6 +47,23 @@ def build_mean(context: Context, group: Group, operands: Sequence[Operand]) -> M
     )
 
 
+def is_spatial(node: gs.Node) -> bool:
+    """Whether an average runs over the axes from 2 on: as a pool does."""
+    if node.op != "ReduceMean":
+        return True
+    shape = node.inputs[0].shape
+    rank = len(shape) if shape is not None else 0
+    axes = _given_axes(node)
+    return axes is not None and {a % max(rank, 1) for a in axes} == set(range(2, rank))
+
+
+def _given_axes(node: gs.Node) -> list[int] | None:
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+        axes = node.inputs[1].values.tolist()
+    return None if axes is None else [int(axis) for axis in axes]
+
+
 def _window(node: gs.Node) -> Window:
     kernel = tuple(node.attrs["kernel_shape"])
     rank = len(kernel)
@@ -76,9 +93,7 @@ def _axes(node: gs.Node, centered: Array) -> tuple[int, ...]:
     """Return the axes that a GlobalAveragePool or a ReduceMean runs over."""
     if node.op == "GlobalAveragePool":
         return tuple(range(2, centered.ndim))
-    axes = node.attrs.get("axes")
-    if axes is None and len(node.inputs) > 1:
-        axes = node.inputs[1].values.tolist()
+    axes = _given_axes(node)
     return tuple(axes) if axes is not None else tuple(range(centered.ndim))
 
 

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
-from onnxqat.evaluate.integer.averages import build_mean
+from onnxqat.evaluate.integer.averages import build_mean, is_spatial
 from onnxqat.evaluate.integer.context import Context, Group, Operand, find_groups, make_context
 from onnxqat.evaluate.integer.kernels import (
     add,
@@ -108,7 +108,7 @@ def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Make
     if group.kind in PRODUCTS:
         return build_product if _all_integer(context, operands) else _float
     if group.kind in MEANS:
-        return build_mean
+        return build_mean if is_spatial(group.nodes[0]) else _float
     return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
 
 
@@ -230,17 +230,16 @@ def _with_constant(
     context: Context, pair: Sequence[Operand], target: Target, op: str
 ) -> ElementwiseStep:
     """Return an Add, Sub or Mul whose constant was compiled into the scales."""
-    (source,) = [o.tensor for o in pair if o.values is None]
+    fixed = 0 if pair[0].values is not None else 1
+    source, values = pair[1 - fixed].tensor, pair[fixed].values
+    assert values is not None
+    grid, arithmetic = context.grids[source], context.arithmetic
     if op == "Mul":
-        (values,) = [o.values for o in pair if o.values is not None]
-        grid = context.grids[source]
-        kernel = multiply_constant(grid, target.grid, context.arithmetic, values)
+        kernel = multiply_constant(grid, target.grid, arithmetic, values)
     else:
-        grids = [context.grids[o.tensor] for o in pair]
-        constants = [o.values for o in pair]
-        kernel = add_constant(
-            grids, target.grid, context.arithmetic, constants, subtract=op == "Sub"
-        )
+        signs = (1, -1 if op == "Sub" else 1)
+        ordered = signs if fixed == 1 else signs[::-1]
+        kernel = add_constant(grid, target.grid, arithmetic, values, signs=ordered)
     return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
 
 

@@ -159,40 +159,36 @@ def window_sums(values: NDArray[Any], window: Window) -> Int64Array:
 
 
 def add_constant(
-    operands: Sequence[Grid],
+    grid: Grid,
     output: Grid,
     arithmetic: Arithmetic,
-    values: Sequence[NDArray[Any] | None],
+    values: NDArray[Any],
     *,
-    subtract: bool = False,
+    signs: tuple[int, int] = (1, 1),
 ) -> Kernel:
-    """Return `add` where an operand is a constant that was rounded to the output's scale.
+    """Return a kernel for an operand and a constant, each rounded to the output's scale.
 
-    ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir: int8 if the constant has a negative value,
-    uint8 otherwise.
+    ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir rounds the constant to a scale of its own
+    first, ``SubLowering::LoweringINT8`` does not.
 
     Parameters
     ----------
-    values : sequence of array or None
-        Of the operands that are constants, in float.
+    values : array
+        The constant, in float.
+    signs : tuple of int
+        What the operand and the constant are multiplied by; a -1 makes it a Sub.
     """
-    signs = (1, -1 if subtract else 1)
-    merged: Int64Array = np.asarray(0, np.int64)
-    rescale, sign = None, 1
-    for grid, value, own in zip(operands, values, signs, strict=True):
-        if value is None:
-            rescale, sign = _rescaler(grid, output, arithmetic), own
-        else:
-            merged = own * _merged(value, output)
-    assert rescale is not None
-    run = rescale
-    return lambda x: sign * run(x) + merged
-
-
-def _merged(values: NDArray[Any], output: Grid) -> Int64Array:
-    low, high = (-128, 127) if values.min(initial=0) < 0 else (0, 255)
-    scaled = values.astype(np.float64) / output.scale
-    return np.clip(round_levels(scaled, "half-away"), low, high)
+    if signs == (1, 1):
+        levels, scale = _compiled_constant(values)
+        factor = ratio(arithmetic, scale, divisor=output.scale)
+        multiplier, shift = nearest_multiplier(factor, arithmetic.operand_bits, lowest_shift=0)
+        merged = shift_right(levels * multiplier, shift, arithmetic.rounding)
+    else:
+        low, high = (-128, 127) if values.min(initial=0) < 0 else (0, 255)
+        levels = round_levels(values.astype(np.float64) / output.scale, "half-away")
+        merged = signs[1] * np.clip(levels, low, high)
+    rescale = _rescaler(grid, output, arithmetic)
+    return lambda x: signs[0] * rescale(x) + merged
 
 
 def multiply_constant(
@@ -201,24 +197,29 @@ def multiply_constant(
     """Return a kernel for the product of centered integers and a constant.
 
     ``MulConstLowering`` and ``MulLowering::LoweringINT8`` of sophgo/tpu-mlir: a single number is
-    part of M; other constants are int8 of scale max / 127 if one is negative, uint8 of
-    max / 255 otherwise.
+    part of M.
     """
     if values.size == 1:
-        constant, scale = None, values.reshape(()).astype(np.float64)
+        levels, scale = None, values.reshape(()).astype(np.float64)
     else:
-        signed = values.min() < 0
-        top, low = (127, -128) if signed else (255, 0)
-        scale = np.asarray(values.max() / np.float32(top), np.float64)
-        if not scale > 0:
-            raise RuleError("The product with a constant without a positive value is unknown.")
-        levels = round_levels(values.astype(np.float64) / scale, "half-away")
-        constant = np.clip(levels, low, top)
+        levels, scale = _compiled_constant(values)
     factor = ratio(arithmetic, grid.scale, scale, divisor=output.scale)
     requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
 
     def kernel(x: Levels) -> Int64Array:
         centered = grid.centered(x).astype(np.int64)
-        return requantize(centered if constant is None else centered * constant)
+        return requantize(centered if levels is None else centered * levels)
 
     return kernel
+
+
+def _compiled_constant(values: NDArray[Any]) -> tuple[Int64Array, NDArray[np.float64]]:
+    """Return the integers and the scale that tpu-mlir gives a constant.
+
+    int8 of scale absmax / 127 where one is negative, uint8 of absmax / 255 otherwise.
+    """
+    top, low = (127, -128) if values.min(initial=0) < 0 else (255, 0)
+    largest = np.abs(values).max(initial=0).astype(np.float64)
+    scale = np.asarray(largest / top if largest else 1.0)
+    levels = round_levels(values.astype(np.float64) / scale, "half-away")
+    return np.clip(levels, low, top), scale
