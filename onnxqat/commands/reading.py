@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from onnxqat.commands.common import open_for, percentages, print_result, take_settings
 from onnxqat.options import data_options, force_option, json_option, run_options
 
 if TYPE_CHECKING:
-    from onnxqat.evaluate import Evaluation
+    from onnxqat.evaluate import Evaluation, PointDifference
 
 __all__ = ["evaluate", "strip"]
 
@@ -21,11 +23,12 @@ __all__ = ["evaluate", "strip"]
 @click.argument("data")
 @click.option(
     "--mode",
-    type=click.Choice(["float", "qdq"]),
+    type=click.Choice(["float", "qdq", "integer"]),
     default="qdq",
     show_default=True,
-    help="float: without Q/DQ; qdq: the file's arithmetic, unfused.",
+    help="float: without Q/DQ; qdq: the file's arithmetic, unfused; integer: the chip's.",
 )
+@click.option("--rules", help="With --mode integer: a rule of yours; the model's own by default.")
 @click.option("--against", help="Reference model; adds agreement and largest difference.")
 @click.option(
     "--max-drop",
@@ -35,17 +38,20 @@ __all__ = ["evaluate", "strip"]
 @data_options
 @run_options(32)
 @json_option
-def evaluate(model: str, data: str, mode: Any, against: str | None, max_drop: float | None,
-             as_json: bool, batch_size: int, threads: int, layout: Any,
+def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
+             max_drop: float | None, as_json: bool, batch_size: int, threads: int, layout: Any,
              **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
     from onnxqat.evaluate import evaluate as run
     from onnxqat.model import load_model
     from onnxqat.progress import progress_bar
+    from onnxqat.rules import load_rule
     from onnxqat.settings import adopt, settle
 
     if max_drop is not None and against is None:
         raise click.UsageError("--max-drop needs --against.")
+    if rules is not None and mode != "integer":
+        raise click.UsageError("--rules needs --mode integer.")
     loaded, given = load_model(model), take_settings(options)
     reference = load_model(against) if against else None
     if reference is not None:  # a float model has nothing stored; both read the same data
@@ -56,8 +62,9 @@ def evaluate(model: str, data: str, mode: Any, against: str | None, max_drop: fl
             raise click.ClickException("--max-drop needs labels, and the data have none.")
         with progress_bar("evaluating", -(-len(samples) // batch_size)) as advance:
             result = run(loaded, samples.batches(batch_size), mode=mode, against=reference,
-                         threads=threads, progress=advance)  # fmt: skip
-    _print_evaluation(result, mode, reference is not None, as_json)
+                         rule=load_rule(rules) if rules else None, threads=threads,
+                         progress=advance)  # fmt: skip
+    _print_evaluation(result, mode, reference is not None or mode == "integer", as_json)
     if max_drop is not None:
         drop = result.reference["top1"] - result.metrics["top1"]
         if not drop <= max_drop:
@@ -83,7 +90,28 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         if result.agreement is not None:
             rows += percentages({"agreement": result.agreement})
         rows.append(("max_abs_diff", f"{difference:.6g}"))
+    if mode == "integer":
+        document["points"] = [msgspec.structs.asdict(point) for point in result.points]
     print_result(document, as_json, rows)
+    if mode == "integer" and not as_json:
+        _print_points(result.points)
+
+
+WORST = 10
+
+
+def _print_points(points: Sequence[PointDifference]) -> None:
+    """Print the points that differ most, on identical inputs and at the end."""
+    click.echo(f"\nagainst the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
+    ranked = sorted(points, key=lambda p: (-p.max_levels, -p.differing))[:WORST]
+    width = max((len(p.tensor) for p in ranked), default=0)
+    heads = ("alone", "levels", "by bias", "at the end", "levels")
+    click.echo(f"{'':<{width}}  " + "  ".join(f"{head:>10}" for head in heads))
+    for p in ranked:
+        shares = (p.differing, p.bias_differing, p.end_differing)
+        alone, bias, end = (f"{100 * share:.3f} %" for share in shares)
+        cells = (alone, p.max_levels, bias, end, p.end_max_levels)
+        click.echo(f"{p.tensor:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells))
 
 
 @click.command()

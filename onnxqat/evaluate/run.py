@@ -1,27 +1,29 @@
 """Run a model over data, batch by batch, and count.
 
 ``float`` strips Q/DQ first; ``qdq`` runs the file node by node, as the rule describes it,
-without any fusion.
+without any fusion; ``integer`` runs it in the integers of the rule's chip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.errors import DataError, ModelError
+from onnxqat.errors import DataError, ModelError, OnnxQatError
+from onnxqat.evaluate.integer import IntegerProgram, PointDifference
 from onnxqat.insert import PLAN_KEY, strip
 from onnxqat.model import Model, to_proto
+from onnxqat.rules import HardwareRule
 from onnxqat.runtime import open_session
 
 __all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
 
-Mode = Literal["float", "qdq"]
+Mode = Literal["float", "qdq", "integer"]
 
 
 class Samples(Protocol):
@@ -55,6 +57,8 @@ class Evaluation:
     max_abs_diff : float or None
         Largest difference of any output value from the reference model's, in its units; NaN if
         any is NaN.
+    points : tuple of PointDifference
+        Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
     """
 
     samples: int
@@ -62,9 +66,19 @@ class Evaluation:
     reference: dict[str, float]
     agreement: float | None = None
     max_abs_diff: float | None = None
+    points: tuple[PointDifference, ...] = ()
 
 
-def model_session(model: Model, mode: Mode, *, threads: int = 0) -> ort.InferenceSession:
+class _Runner(Protocol):
+    """What runs a model: a session, or a program."""
+
+    def run(self, names: None, inputs: dict[str, NDArray[Any]]) -> Any:
+        """Return the model's outputs."""
+
+
+def model_session(
+    model: Model, mode: Literal["float", "qdq"], *, threads: int = 0
+) -> ort.InferenceSession:
     """Return a session of ``model`` in a mode; a float model is itself in both."""
     quantized = PLAN_KEY in model.metadata
     if mode == "float" and quantized:
@@ -79,6 +93,7 @@ def evaluate(
     *,
     mode: Mode = "qdq",
     against: Model | None = None,
+    rule: HardwareRule | None = None,
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -90,10 +105,13 @@ def evaluate(
         Float or Q/DQ.
     batches : iterable of batches
         With labels for ``metrics``.
-    mode : {"float", "qdq"}
+    mode : {"float", "qdq", "integer"}
         How to run ``model``.
     against : Model, optional
-        Reference; a Q/DQ reference runs in its own arithmetic.
+        Reference; a Q/DQ reference runs in its own arithmetic. With ``integer`` the model itself,
+        fake-quantized, by default.
+    rule : HardwareRule, optional
+        Whose arithmetic ``integer`` follows; the bundled rule the model was made with by default.
     progress : callable
         Called after each batch.
 
@@ -103,15 +121,23 @@ def evaluate(
         There are no samples, or a label is outside of the model's classes.
     ModelError
         The reference has other inputs or outputs, or a model cannot run on the data.
+    RuleError
+        ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """
-    counts, runs = _Counts(), [(model_session(model, mode, threads=threads), model)]
+    program = IntegerProgram(model, rule, threads=threads) if mode == "integer" else None
+    against = model if program and against is None else against
+    ours: _Runner = program or model_session(
+        model, "float" if mode == "float" else "qdq", threads=threads
+    )
+    counts, runs = _Counts(), [(ours, model)]
     if against is not None:
         check_interface(model, against)
         runs.append((model_session(against, "qdq", threads=threads), against))
     for batch in batches:
         counts.add(batch, *(_run(session, batch, run) for session, run in runs))
         progress()
-    return counts.result()
+    result = counts.result()
+    return replace(result, points=program.points) if program else result
 
 
 def check_interface(model: Model, other: Model, *, output_names: bool = False) -> None:
@@ -145,9 +171,11 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def _run(session: ort.InferenceSession, batch: Samples, model: Model) -> list[NDArray[Any]]:
+def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
     try:
         outputs: list[NDArray[Any]] = session.run(None, batch.inputs)
+    except OnnxQatError:
+        raise
     except Exception as error:  # the bindings raise a class per status code
         message = str(error).splitlines()[0]
         raise ModelError(f"{model.name}: does not run on the data: {message}") from error

@@ -5,6 +5,7 @@ from onnxqat.rules.loader import bundled_rules, load_rule, validate_rule
 from onnxqat.rules.problems import json_schema, wrong_spec
 from onnxqat.rules.schema import (
     PATTERN_NAMES,
+    Arithmetic,
     Changes,
     HardwareRule,
     OpRule,
@@ -14,6 +15,7 @@ from onnxqat.rules.schema import (
 
 __all__ = [
     "PATTERN_NAMES",
+    "Arithmetic",
     "Changes",
     "HardwareRule",
     "OpRule",

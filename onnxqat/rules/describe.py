@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from onnxqat.rules.schema import HardwareRule, OpRule, RuleException, RuleSpec
+from onnxqat.rules.schema import Arithmetic, HardwareRule, OpRule, RuleException, RuleSpec
 
 __all__ = ["describe_rule"]
 
@@ -38,6 +38,7 @@ def _lines(rule: HardwareRule) -> Iterator[str]:
     yield from (f"unsupported: {op}: {why}" for op, why in rule.unsupported.items())
     yield from (f"exception: {_exception(e)}" for e in rule.exceptions)
     yield "every other op stays float"
+    yield f"arithmetic: {_arithmetic(rule.arithmetic)}"
     yield from (f"source: {text}" for text in rule.sources)
 
 
@@ -69,6 +70,18 @@ def _op(op: OpRule) -> str:
     words += ["reads the skip side only"] if op.reads == "residual" else []
     words += [f"parameters {op.parameters}"] if op.parameters != "own" else []
     return ", ".join(words)
+
+
+def _arithmetic(arithmetic: Arithmetic | None) -> str:
+    if arithmetic is None or arithmetic.requantize == "unknown":
+        return "unknown; no integer evaluation"
+    words = [f"requantize by {arithmetic.requantize}, {arithmetic.rounding}"]
+    words.append(f"bias {arithmetic.bias_rounding}")
+    words.append(f"float to integer {arithmetic.float_rounding}")
+    for key, name in (("integer", "integer"), ("table", "table"), ("kept_float", "float")):
+        if ops := getattr(arithmetic, key):
+            words.append(f"{name}: {' '.join(ops)}")
+    return "; ".join(words)
 
 
 def _exception(exception: RuleException) -> str:

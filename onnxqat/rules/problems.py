@@ -14,6 +14,7 @@ import onnx
 from onnxqat.qparams import WIDTHS, QuantSpec
 from onnxqat.rules.schema import (
     PATTERN_NAMES,
+    Arithmetic,
     Changes,
     HardwareRule,
     OpRule,
@@ -24,7 +25,7 @@ from onnxqat.rules.schema import (
 __all__ = ["Problem", "find_problems", "json_schema", "line_of", "wrong_spec"]
 
 ENTRIES: dict[str, type[msgspec.Struct]] = {"specs": RuleSpec, "ops": OpRule}
-KINDS = (HardwareRule, OpRule, RuleSpec, RuleException, Changes)
+KINDS = (HardwareRule, OpRule, RuleSpec, RuleException, Changes, Arithmetic)
 KNOWN_KEYS = sorted({f.encode_name for kind in KINDS for f in msgspec.structs.fields(kind)})
 EFFECTS = ("changes", "kept_float", "unsupported")
 
@@ -165,6 +166,20 @@ def _wrong_rest(rule: HardwareRule) -> Iterator[Problem]:
             yield Problem((key,), f"{list(widths)}: widths are 2 to 8, and 16.")
     if not 16 <= rule.bias_bits <= 32:
         yield Problem(("bias_bits",), f"bias_bits = {rule.bias_bits}. Widths are 16 to 32.")
+    if rule.arithmetic is not None:
+        yield from _wrong_arithmetic(rule.arithmetic)
+
+
+def _wrong_arithmetic(arithmetic: Arithmetic) -> Iterator[Problem]:
+    path = ("arithmetic",)
+    for key in ("multiplier_bits", "operand_bits"):
+        width = getattr(arithmetic, key)
+        if not 4 <= width <= 32:
+            yield Problem(path, f"{key} = {width}. Widths are 4 to 32.")
+    ops = (*arithmetic.integer, *arithmetic.table, *arithmetic.kept_float)
+    yield from _unknown_ops(path, ops)
+    if twice := sorted({op for op in ops if ops.count(op) > 1}):
+        yield Problem(path, f"lists {', '.join(twice)} more than once.")
 
 
 def line_of(text: str, problem: Problem) -> int | None:

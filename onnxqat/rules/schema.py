@@ -15,9 +15,17 @@ from typing import Literal
 
 import msgspec
 
-from onnxqat.qparams import QuantSpec
+from onnxqat.qparams import QuantSpec, Rounding
 
-__all__ = ["PATTERN_NAMES", "Changes", "HardwareRule", "OpRule", "RuleException", "RuleSpec"]
+__all__ = [
+    "PATTERN_NAMES",
+    "Arithmetic",
+    "Changes",
+    "HardwareRule",
+    "OpRule",
+    "RuleException",
+    "RuleSpec",
+]
 
 PATTERN_NAMES = ("SiLU", "HardSwish", "Mish", "Gelu", "LayerNormalization", "RMSNormalization")
 
@@ -122,6 +130,46 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     unsupported: str | None = None
 
 
+class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a chip computes with integers, as far as it is documented.
+
+    Attributes
+    ----------
+    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift"}
+        How a sum becomes an output integer, with M = s_x * s_w / s_y. ``float``: times M in
+        float32; ``multiplier``: times an integer, then one rounding shift, the two chosen nearest
+        to M; ``gemmlowp``: times an integer of 31 bits, rounded at 2**31, then a rounding shift;
+        ``shift``: M is a power of two.
+    rounding : {"half-even", "half-away", "half-up"}
+        Of the last step of the requantization.
+    bias_rounding : {"half-even", "half-away", "half-up"}
+        Of ``b / (s_x * s_w)``.
+    float_rounding : {"half-even", "half-away", "half-up"}
+        Where a float becomes an integer: model inputs, look-up tables, ops in float.
+    multiplier_bits : int
+        Width of the multiplier of a convolution or a matrix product, its sign included.
+    operand_bits : int
+        The same for elementwise ops and averages.
+    rescaled_operands : bool
+        An Add rounds each operand to the output's scale before it adds them, and constants of
+        Add, Sub and Mul get the compiler's own scale: absmax / 127, or / 255.
+    integer, table, kept_float : tuple of str, the last is ``float`` in the file
+        Op types that run in integers, by a look-up table over all integers, or in float between
+        DequantizeLinear and QuantizeLinear. Ops that move values need no entry.
+    """
+
+    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift"]
+    rounding: Rounding = "half-even"
+    bias_rounding: Rounding = "half-even"
+    float_rounding: Rounding = "half-even"
+    multiplier_bits: int = 32
+    operand_bits: int = 32
+    rescaled_operands: bool = False
+    integer: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
+    kept_float: tuple[str, ...] = msgspec.field(default=(), name="float")
+
+
 class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One chip, or one runtime.
 
@@ -156,6 +204,8 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         By op type: why the chip runs it in float, or not at all.
     exceptions : tuple of RuleException
         The first one that holds for a node decides.
+    arithmetic : Arithmetic or None
+        What the integer evaluation follows; None where the chip's is not documented.
     """
 
     name: str
@@ -176,3 +226,4 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kept_float: dict[str, str] = msgspec.field(default_factory=dict, name="float")
     unsupported: dict[str, str] = msgspec.field(default_factory=dict)
     exceptions: tuple[RuleException, ...] = ()
+    arithmetic: Arithmetic | None = None

@@ -1,0 +1,254 @@
+"""Choose a step for everything that a chip runs as one.
+
+Nodes that the plan keeps in float, and nodes with an operand left float, run in float between
+DequantizeLinear and QuantizeLinear. The others run as the rule's ``[arithmetic]`` lists them; what
+it does not list is unknown, and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.errors import RuleError
+from onnxqat.evaluate.integer.averages import build_mean, is_spatial
+from onnxqat.evaluate.integer.context import Context, Group, Operand, find_groups, make_context
+from onnxqat.evaluate.integer.kernels import (
+    add,
+    add_constant,
+    leaky_relu,
+    multiply,
+    multiply_constant,
+)
+from onnxqat.evaluate.integer.matrix import PRODUCTS, build_product
+from onnxqat.evaluate.integer.steps import (
+    ElementwiseStep,
+    FloatStep,
+    MoveStep,
+    QuantizeStep,
+    Step,
+    TableStep,
+    Target,
+)
+from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
+from onnxqat.insert import plan_of
+from onnxqat.model import Model
+from onnxqat.rules import HardwareRule
+
+__all__ = ["build_steps"]
+
+# Ops that choose or move values: exact on integers where all share one grid.
+MOVES = (
+    *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"),
+    *("Tile", "Gather", "Expand", "Pad", "DepthToSpace", "SpaceToDepth", "Concat", "Min", "Max"),
+    *("Relu", "Abs", "ReduceMax", "ReduceMin", "Resize", "Identity"),
+)
+MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+
+
+def build_steps(model: Model, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
+    """Return the program of a calibrated or fine-tuned Q/DQ model.
+
+    Raises
+    ------
+    RuleError
+        The arithmetic of the rule, or of an op in the model, is not documented.
+    """
+    arithmetic = rule.arithmetic
+    if arithmetic is None or arithmetic.requantize == "unknown":
+        raise RuleError(
+            f"Rule {rule.name}: its integer arithmetic is unknown. Evaluate with --mode qdq, or "
+            "write a rule that extends it with an [arithmetic] table."
+        )
+    context = make_context(model, rule, arithmetic, threads)
+    steps: list[Step] = []
+    written = [t.name for t in context.graph.inputs]
+    for group in [None, *find_groups(context, plan_of(model).chains)]:
+        if group is not None:
+            step, names = _build(context, group)
+            steps.append(step)
+            written = [] if not isinstance(step, FloatStep) else names
+        steps += (
+            QuantizeStep(tensor=name, grid=context.grids[name], rounding=arithmetic.float_rounding)
+            for name in written
+            if name in context.grids
+        )
+    return steps
+
+
+def _build(context: Context, group: Group) -> tuple[Step, list[str]]:
+    operands = context.operands(group)
+    make = _choose(context, group, operands)
+    return make(context, group, operands), group.outputs
+
+
+Maker = Callable[[Context, Group, Sequence[Operand]], Step]
+
+
+def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Maker:
+    """Return the function that makes the step of a group."""
+    arithmetic = context.arithmetic
+    quantized = [o for o in operands if o.grid is not None]
+    if all(n.name in context.float_nodes for n in group.nodes) or not quantized:
+        return _float
+    if _is_move(context, group, quantized):
+        return _move
+    if group.kind in arithmetic.kept_float:
+        return _float
+    if group.kind in arithmetic.table and len({o.tensor for o in quantized}) == 1:
+        return _table
+    if group.kind not in arithmetic.integer:
+        _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
+    if not has_tail_only_of_limits(group):
+        _refuse(context, group, "what follows it in one kernel is not documented")
+    if group.kind in PRODUCTS:
+        return build_product if _all_integer(context, operands) else _float
+    if group.kind in MEANS:
+        return build_mean if is_spatial(group.nodes[0]) else _float
+    return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
+
+
+def _all_integer(context: Context, operands: Sequence[Operand]) -> bool:
+    """Whether the operands of a product are integers, its bias among them."""
+    return all(
+        o.grid is not None
+        or (o.node, o.index) in context.biases
+        or context.protos[o.node].op_type == "Clip"
+        for o in operands
+    )
+
+
+def _refuse(context: Context, group: Group, what: str) -> NoReturn:
+    raise RuleError(
+        f"Rule {context.rule.name}: node '{group.nodes[0].name}' ({group.kind}): {what}. List it "
+        "in a rule that extends this one, under [arithmetic], or keep the node float."
+    )
+
+
+def _is_move(context: Context, group: Group, quantized: Sequence[Operand]) -> bool:
+    """Whether a group only moves integers of one grid."""
+    node = group.nodes[0]
+    outputs = group.outputs
+    if group.kind not in MOVES or len(group.nodes) > 1:
+        return False
+    if not all(name in context.grids for name in outputs):
+        return False
+    if len({context.groups[n] for n in (*outputs, *(o.tensor for o in quantized))}) > 1:
+        return False
+    if node.op == "Resize":
+        return bool(node.attrs.get("mode", "nearest") == "nearest")
+    if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
+        fill = node.inputs[2] if len(node.inputs) > 2 else None
+        return fill is None or (isinstance(fill, gs.Constant) and not np.any(fill.values))
+    return True
+
+
+def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[str, NDArray[Any]]:
+    """Return the constants of a group by the name of the input, quantized ones on their grid."""
+    found: dict[str, NDArray[Any]] = {}
+    for o in operands:
+        if o.values is None:
+            continue
+        if o.grid is None:
+            found[o.tensor] = o.values
+            continue
+        levels = o.grid.quantize(o.values, "half-even")
+        values = o.grid.centered(levels) if centered else o.grid.dequantize(levels)
+        found[f"{o.tensor}/dequantized"] = np.asarray(values, np.float32)
+    return found
+
+
+def _float(context: Context, group: Group, operands: Sequence[Operand]) -> FloatStep:
+    constants = _constants(operands)
+    fed = [o for o in operands if o.values is None]
+    return FloatStep(
+        session=context.session(group, operands, constants),
+        grids={o.tensor: o.grid for o in fed if o.grid is not None},
+        floats=tuple(dict.fromkeys(o.tensor for o in fed if o.grid is None)),
+        outputs=tuple(group.outputs),
+    )
+
+
+def _move(context: Context, group: Group, operands: Sequence[Operand]) -> MoveStep:
+    constants = _constants(operands, centered=True)
+    fed = [o for o in operands if o.values is None]
+    return MoveStep(
+        session=context.session(group, operands, constants),
+        grids={o.tensor: o.grid for o in fed if o.grid is not None},
+        outputs={name: context.grids[name] for name in group.outputs},
+        others=tuple(dict.fromkeys(o.tensor for o in fed if o.grid is None)),
+    )
+
+
+def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    source = next(o for o in operands if o.grid is not None)
+    (target,) = group.outputs
+    if target not in context.grids:
+        return _float(context, group, operands)
+    step = _float(context, group, operands)
+    grid = context.grids[source.tensor]
+    low, high = grid.limits
+    levels = np.arange(low, high + 1).astype(grid.params.zero_point.dtype)
+    feeds = {f"{source.tensor}/dequantized": grid.dequantize(levels)}
+    (values,) = step.session.run([target], feeds)
+    if values.shape != levels.shape:
+        _refuse(context, group, "it is not a function of one value, and has no table")
+    table = context.grids[target].quantize(values, context.arithmetic.float_rounding)
+    return TableStep(source=source.tensor, target=target, lowest=low, table=table)
+
+
+ELEMENTWISE = ("Add", "Sub", "Mul")
+
+
+def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    node, arithmetic = group.nodes[0], context.arithmetic
+    pair = [o for o in operands if o.node == node.name]
+    target = make_target(context, group)
+    if any(o.grid is None for o in pair) or target is None or len(pair) != 2:
+        return _float(context, group, operands)
+    if arithmetic.rescaled_operands and any(o.values is not None for o in pair):
+        return _with_constant(context, pair, target, node.op)
+    grids = [context.grids[o.tensor] for o in pair]
+    constants = {
+        o.tensor: grid.quantize(o.values, "half-even")
+        for o, grid in zip(pair, grids, strict=True)
+        if o.values is not None
+    }
+    if node.op == "Mul":
+        kernel = multiply(grids, target.grid, arithmetic)
+    else:
+        kernel = add(grids, target.grid, arithmetic, subtract=node.op == "Sub")
+    sources = tuple(o.tensor for o in pair)
+    return ElementwiseStep(sources=sources, constants=constants, kernel=kernel, target=target)
+
+
+def _with_constant(
+    context: Context, pair: Sequence[Operand], target: Target, op: str
+) -> ElementwiseStep:
+    """Return an Add, Sub or Mul whose constant was compiled into the scales."""
+    fixed = 0 if pair[0].values is not None else 1
+    source, values = pair[1 - fixed].tensor, pair[fixed].values
+    assert values is not None
+    grid, arithmetic = context.grids[source], context.arithmetic
+    if op == "Mul":
+        kernel = multiply_constant(grid, target.grid, arithmetic, values)
+    else:
+        signs = (1, -1 if op == "Sub" else 1)
+        ordered = signs if fixed == 1 else signs[::-1]
+        kernel = add_constant(grid, target.grid, arithmetic, values, signs=ordered)
+    return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
+
+
+def _leaky_relu(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    (source,) = operands
+    target = make_target(context, group)
+    shared = target and context.groups[target.tensor] == context.groups[source.tensor]
+    if group.kind != "LeakyRelu" or target is None or not shared:
+        _refuse(context, group, "the arithmetic of this one is not documented")
+    alpha = float(group.nodes[0].attrs.get("alpha", 0.01))
+    kernel = leaky_relu(target.grid, context.arithmetic, alpha)
+    return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)

@@ -1,0 +1,138 @@
+"""Run a quantized network as its chip does, and hold it against the fake-quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.errors import PlanError
+from onnxqat.evaluate.integer.build import build_steps
+from onnxqat.evaluate.integer.compare import Counts, PointDifference
+from onnxqat.evaluate.integer.grid import Grid
+from onnxqat.evaluate.integer.steps import ProductStep, Step, Values
+from onnxqat.insert import plan_of, read_params, state_of
+from onnxqat.model import Model, to_proto
+from onnxqat.rules import HardwareRule, load_rule
+from onnxqat.runtime import open_session
+
+__all__ = ["IntegerProgram"]
+
+Array = NDArray[Any]
+
+
+class IntegerProgram:
+    """A Q/DQ model in the integer arithmetic of its rule.
+
+    Memory is bounded by the model and the tensors of one batch.
+
+    Parameters
+    ----------
+    model : Model
+        Calibrated or fine-tuned.
+    rule : HardwareRule, optional
+        The bundled rule the model was made with, by default.
+
+    Raises
+    ------
+    RuleError
+        The arithmetic of the rule, or of an op in the model, is not documented.
+    PlanError
+        The model is not calibrated.
+    """
+
+    def __init__(self, model: Model, rule: HardwareRule | None = None, *, threads: int = 0) -> None:
+        plan = plan_of(model)
+        if state_of(model) == "uncalibrated":
+            raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
+        params = read_params(model)
+        self.steps = build_steps(model, rule or load_rule(plan.rule), threads=threads)
+        self.grids = {p.tensor: Grid(params[p.parameters], p.spec) for p in plan.grid_points()}
+        self.outputs = [t.name for t in model.graph.outputs]
+        self.quantized_outputs = {
+            self.outputs[e.index]: p.tensor
+            for p in plan.grid_points()
+            for e in p.consumers
+            if not e.node
+        }
+        self.reference = _Reference(model, threads)
+        self.counts: dict[str, Counts] = {}
+
+    def run(self, _: None, inputs: Mapping[str, Array]) -> list[Array]:
+        """Return the model's outputs in float, and count the differences of one batch."""
+        reference = self.reference.run(inputs)
+        values = Values(floats=dict(inputs))
+        for step in self.steps:
+            result = step.run(values)
+            values.levels |= result.levels
+            values.floats |= result.floats
+            self._count(step, reference, values)
+        return [self._output(name, values) for name in self.outputs]
+
+    @property
+    def points(self) -> tuple[PointDifference, ...]:
+        """Differences over all batches, in the order of the program."""
+        return tuple(counts.result(tensor) for tensor, counts in self.counts.items())
+
+    def _count(self, step: Step, reference: Values, values: Values) -> None:
+        """Run a step on the reference's tensors, and count."""
+        changed = 0
+        if isinstance(step, ProductStep):
+            sums = step.accumulate(reference)
+            alone, changed = step.finish(sums).levels, step.changed_by_bias(sums)
+        else:
+            alone = step.run(reference).levels
+        for tensor, levels in alone.items():
+            counts = self.counts.setdefault(tensor, Counts())
+            counts.add(reference.levels[tensor], levels, values.levels[tensor])
+            counts.bias += changed
+
+    def _output(self, name: str, values: Values) -> Array:
+        if name in self.quantized_outputs:
+            tensor = self.quantized_outputs[name]
+            return self.grids[tensor].dequantize(values.levels[tensor])
+        return np.asarray(values.floats[name])
+
+
+class _Reference:
+    """The fake-quantized model, with every tensor that a step reads or writes as an output."""
+
+    def __init__(self, model: Model, threads: int) -> None:
+        nodes = {n.name: n for n in model.graph.nodes}
+        pairs: set[str] = set()
+        self.levels: dict[str, str] = {}
+        self.floats = {t.name: t.name for t in model.graph.inputs}
+        for point in plan_of(model).grid_points():
+            names = {
+                f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip", "DequantizeLinear")
+            }
+            pairs |= names
+            source = nodes[f"{point.tensor}/QuantizeLinear"].inputs[0]
+            if not isinstance(source, gs.Constant):
+                integers = nodes[f"{point.tensor}/DequantizeLinear"].inputs[0]
+                self.levels[point.tensor] = integers.name
+                self.floats[point.tensor] = source.name
+        known = set(self.floats.values())
+        others = (t.name for n in model.graph.nodes if n.name not in pairs for t in n.outputs)
+        self.floats |= {name: name for name in others if name not in known}
+        inputs = {t.name for t in model.graph.inputs}
+        self.names = sorted({*self.levels.values(), *self.floats.values()} - inputs)
+        proto = to_proto(model)
+        outputs = {t.name for t in proto.graph.output}
+        proto.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in self.names if name not in outputs
+        )
+        self.session = open_session(proto, optimization="none", threads=threads)
+
+    def run(self, inputs: Mapping[str, Array]) -> Values:
+        """Return every tensor of one batch."""
+        found = dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
+        found |= inputs
+        return Values(
+            levels={tensor: found[name] for tensor, name in self.levels.items()},
+            floats={tensor: found[name] for tensor, name in self.floats.items()},
+        )

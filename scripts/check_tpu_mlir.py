@@ -1,0 +1,199 @@
+"""Compare the integer evaluation with Sophgo's compiler and its simulator of the chip.
+
+    ONNXQAT_TPU_MLIR=PYTHON python scripts/check_tpu_mlir.py QDQ DATA [TENSOR_SAMPLES [SAMPLES]]
+
+PYTHON is the interpreter of an environment with the wheel tpu_mlir 1.30.2 and what it needs (a
+Python 3.10; docs/integer.md says how one is made). QDQ is a calibrated or fine-tuned model of
+a Sophgo rule. It is stripped, compiled to int8 with the table that strip writes, and run in
+tpu-mlir's simulator. Without the environment variable nothing is done, and the script says so.
+
+Prints one JSON document: weights and biases that differ from ours, values that differ by tensor on
+TENSOR_SAMPLES samples (32), predictions that agree on SAMPLES samples (500). Exits with 1 where a
+weight differs, an activation differs by more than one level or in more than 0.1 % of the values, or
+fewer than 99.5 % of the predictions agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxqat.data import open_data
+from onnxqat.deploy import write_deployment
+from onnxqat.evaluate.integer import IntegerProgram
+from onnxqat.evaluate.integer.steps import Values
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import Model, load_model
+from onnxqat.qparams import quantize
+from onnxqat.settings import input_specs, stored_settings
+
+VARIABLE = "ONNXQAT_TPU_MLIR"
+PROCESSORS = {"sophgo-bm1684x": "bm1684x", "sophgo-bm1688": "bm1688", "sophgo-bm1690": "bm1690"}
+SIMULATE = """
+import sys, numpy as np
+from tools.model_runner import mlir_inference
+x, found = np.load("inputs.npz"), {}
+count = int(sys.argv[1])
+for i in range(len(x[x.files[0]])):
+    one = {name: x[name][i : i + 1] for name in x.files}
+    for name, values in mlir_inference(one, sys.argv[2], dump_all=i < count).items():
+        found.setdefault(name, []).append(values)
+np.savez("outputs.npz", **{name: np.concatenate(v) for name, v in found.items()})
+"""
+
+
+def environment(python: str) -> dict[str, str]:
+    """Return the variables that the compiler's tools read."""
+    code = (
+        "import importlib.util as u; print(u.find_spec('tpu_mlir').submodule_search_locations[0])"
+    )
+    root = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    base = Path(root.stdout.strip())
+    paths = {
+        "PATH": [base / "bin", base / "python/tools", Path(python).parent],
+        "PYTHONPATH": [base, base / "python", base / "customlayer/python"],
+        "LD_LIBRARY_PATH": [base / "lib", base / "lib/capi", base / "lib/third_party"],
+    }
+    joined = {
+        key: os.pathsep.join([*map(str, added), *filter(None, [os.environ.get(key)])])
+        for key, added in paths.items()
+    }
+    firmware = {"TPUKERNEL_CUSTOM_FIRMWARE_PATH": str(base / "lib/libcmodel_custom.so")}
+    return os.environ | joined | firmware | {"TPUC_ROOT": str(base)}
+
+
+def compiled(model: Model, python: str, folder: Path, inputs: dict[str, Any]) -> str:
+    """Strip and compile a model in ``folder``; return the name of its int8 file."""
+    files = write_deployment(model, folder / "chip", table="sophgo")
+    processor = PROCESSORS[plan_of(model).rule]
+    shapes = ",".join(str([1, *x.shape[1:]]).replace(" ", "") for x in inputs.values())
+    variables = environment(python)
+    tools = Path(variables["TPUC_ROOT"]) / "python/tools"
+    transform = ["--model_name", "m", "--model_def", str(files["model"]), "--mlir", "m.mlir"]
+    deploy = ["--mlir", "m.mlir", "--quantize", "INT8", "--processor", processor, "--debug"]
+    deploy += ["--calibration_table", str(files["table"]), "--model", "m.bmodel"]
+    if "qtable" in files:
+        deploy += ["--quantize_table", str(files["qtable"])]
+    for tool, words in (
+        ("model_transform.py", [*transform, "--input_shapes", f"[{shapes}]"]),
+        ("model_deploy.py", [*deploy, "--skip_validation"]),
+    ):
+        done = subprocess.run(
+            [python, str(tools / tool), *words], cwd=folder, env=variables,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{tool} failed:\n{done.stdout[-3000:]}")
+    return f"m_{processor}_int8_sym_tpu.mlir"
+
+
+def simulated(
+    name: str, python: str, folder: Path, inputs: dict[str, Any], count: int
+) -> dict[str, Any]:
+    """Return what the simulator computes: tensors of ``count`` samples, outputs of all."""
+    np.savez(folder / "inputs.npz", **inputs)
+    words = [python, "-c", SIMULATE, str(count), name]
+    variables = environment(python)
+    subprocess.run(words, cwd=folder, env=variables, check=True, stdout=subprocess.DEVNULL)
+    with np.load(folder / "outputs.npz") as found:
+        return {key: found[key] for key in found.files}
+
+
+def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
+    """Count the integers of the weights, and those that differ."""
+    (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
+    params, tensors = read_params(model), model.graph.tensors()
+    counts = {"weights": 0, "weights_differing": 0, "weights_not_found": 0}
+    with np.load(path) as weights:
+        theirs = {k: weights[k] for k in weights.files if "_filter_" in k}
+    for point in plan_of(model).grid_points():
+        if point.role != "weight":
+            continue
+        ours = quantize(tensors[point.tensor].values, params[point.parameters], point.spec)
+        same_size = [w for w in theirs.values() if w.size == ours.size]
+        candidates = [ours.ravel(), *([ours.T.ravel()] if ours.ndim == 2 else [])]
+        differing = [int(np.count_nonzero(w != c)) for w in same_size for c in candidates]
+        counts["weights"] += ours.size
+        if differing:
+            counts["weights_differing"] += min(differing)
+        else:
+            counts["weights_not_found"] += ours.size
+    return counts
+
+
+def compare_tensors(
+    program: IntegerProgram, inputs: dict[str, Any], theirs: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return, by tensor, the share of values that differ and by how many levels, and the rest."""
+    values, found, missing = Values(floats=dict(inputs)), {}, []
+    for step in program.steps:
+        result = step.run(values)
+        values.levels |= result.levels
+        values.floats |= result.floats
+        for tensor, levels in result.levels.items():
+            names = [k for k in theirs if k == tensor or k.rsplit("_", 1)[0] == tensor]
+            same = [k for k in names if theirs[k].size == levels.size]
+            if not same:
+                missing.append(tensor)
+                continue
+            grid = program.grids[tensor]
+            array = theirs[same[0]].reshape(levels.shape)
+            whole = np.array_equal(array, np.rint(array))
+            integers = array if whole else np.rint(array / grid.scale)
+            difference = np.abs(integers - levels)
+            found[tensor] = [float(np.mean(difference > 0)), int(difference.max())]
+    return found, missing
+
+
+def main(path: str, data: str, count: int = 32, samples: int = 500) -> None:
+    python = os.environ.get(VARIABLE)
+    if not python:
+        print(f"skipped: {VARIABLE} does not name the Python of a tpu-mlir environment")
+        return
+    model = load_model(path)
+    settings = stored_settings(model)
+    with open_data(
+        data,
+        input_specs(model),
+        preprocessing=settings.preprocessing(),
+        label=settings.label,
+        input_map=settings.input_map,
+    ) as source:
+        batch = next(iter(source.batches(min(samples, len(source)))))
+    inputs = {name: np.asarray(x) for name, x in batch.inputs.items()}
+    program = IntegerProgram(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mlir = compiled(model, python, folder, inputs)
+        weights = compare_weights(model, folder, mlir)
+        theirs = simulated(mlir, python, folder, inputs, count)
+    first = {name: x[:count] for name, x in inputs.items()}
+    tensors, missing = compare_tensors(program, first, {k: v[:count] for k, v in theirs.items()})
+    output = program.outputs[0]
+    scores = next(v for k, v in theirs.items() if len(v) == len(next(iter(inputs.values())))
+                  and k.startswith(output))  # fmt: skip
+    ours = program.run(None, inputs)[0]
+    agreement = float(np.mean(scores.reshape(ours.shape).argmax(-1) == ours.argmax(-1)))
+    shares = [share for share, _ in tensors.values()]
+    document = {
+        **weights,
+        "tensors": tensors,
+        "not_found": missing,
+        "differing": float(np.mean(shares)),
+        "max_levels": max(levels for _, levels in tensors.values()),
+        "predictions": agreement,
+    }
+    print(json.dumps(document, indent=2))
+    good = not weights["weights_differing"] and document["max_levels"] <= 1
+    sys.exit(0 if good and document["differing"] <= 1e-3 and agreement >= 0.995 else 1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

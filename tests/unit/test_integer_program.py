@@ -1,0 +1,315 @@
+"""Whole networks in integers: against onnxruntime's integer kernels, and against fake-quantize."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+
+from onnxqat.calibrate import placeholder_params
+from onnxqat.cli import main
+from onnxqat.errors import ModelError, PlanError, RuleError
+from onnxqat.evaluate import IntegerProgram, evaluate
+from onnxqat.evaluate.integer.steps import (
+    ElementwiseStep,
+    FloatStep,
+    MeanStep,
+    MoveStep,
+    ProductStep,
+    TableStep,
+    Values,
+)
+from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.insert import insert
+from onnxqat.model import from_proto, save_model, to_proto
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
+from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
+from tests.oracles import run_ort
+from tests.unit.test_evaluate import Batch, batches
+
+DOCUMENTED = [
+    name
+    for name in RULES
+    if (a := load_rule(name).arithmetic) is not None and a.requantize != "unknown"
+]
+
+
+def integer_kernels(model, x, path):
+    """Return the integers that onnxruntime's integer kernels compute, by tensor."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    proto = to_proto(integer_model(model)).SerializeToString()
+    ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(path)
+    names = [n for node in optimized.graph.node for n in node.output if n.endswith("/quantized")]
+    optimized.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    found = run_ort(optimized, {"input": x})[len(optimized.graph.output) - len(names) :]
+    return {name.removesuffix("/quantized"): a for name, a in zip(names, found, strict=True)}
+
+
+def trace(program, inputs, levels=None):
+    """Return what every step computes: on its own results, or on the given integers."""
+    values = Values(floats=dict(inputs), levels=dict(levels or {}))
+    found = {}
+    for step in program.steps:
+        result = step.run(values)
+        found |= result.levels
+        values.floats |= result.floats
+        if levels is None:
+            values.levels |= result.levels
+    return found
+
+
+@pytest.mark.parametrize("activation", ["Relu", "LeakyRelu", "Sigmoid"])
+def test_onnxruntimes_integer_kernels_compute_the_same(activation, tmp_path):
+    """Equal but for sums that lie within a float32 rounding of a tie."""
+    network = convnet(activation=activation)
+    _, qdq = quantized(network, "onnxruntime-cpu")
+    x = samples(network, 64, seed=7)
+    expected = integer_kernels(qdq, x, tmp_path / "o.onnx")
+    program = IntegerProgram(qdq, threads=1)
+    alone = trace(program, {"input": x}, expected)
+
+    assert len(expected) >= 11
+    for tensor, integers in expected.items():
+        difference = np.abs(integers.astype(int) - alone[tensor])
+        assert difference.max() <= 1, tensor
+        assert np.mean(difference > 0) <= 2e-3, tensor
+
+
+def test_whole_network_is_that_of_onnxruntimes_integer_kernels(tmp_path):
+    network = convnet()
+    _, qdq = quantized(network, "onnxruntime-cpu")
+    x = samples(network, 64, seed=7)
+    expected = integer_kernels(qdq, x, tmp_path / "o.onnx")
+    found = trace(IntegerProgram(qdq, threads=1), {"input": x})
+    for tensor in ("input", "r1", "r2", "c3", "r3", "p1", "c4", "output"):
+        np.testing.assert_allclose(found[tensor].astype(int), expected[tensor], atol=1)
+
+
+# Add and averages differ in more than a few values where multipliers have 8 bits, or where many
+# sums lie on ties (power-of-two grids, averages of four values) that the rule rounds otherwise.
+COARSE = {"sophgo-bm1684x", "sophgo-bm1688", "sophgo-bm1690", "esp32-s3", "tflite"}
+
+
+@pytest.mark.parametrize("rule", DOCUMENTED)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_node_is_near_fake_quantize(rule, seed):
+    network = convnet(seed=seed)
+    _, qdq = quantized(network, rule)
+    program = IntegerProgram(qdq, threads=1)
+    program.run(None, {"input": samples(network, 64, seed=5)})
+
+    assert len(program.points) == len({p.tensor for p in program.points}) == 12
+    for point in program.points:
+        coarse = rule in COARSE and point.tensor in ("r3", "v1", "v2")
+        assert point.max_levels <= (2 if coarse else 1)
+        assert point.differing <= (0.3 if coarse else 2e-2)
+        assert point.bias_differing <= 1e-2
+    weighted = {p.tensor: p.bias_differing for p in program.points}
+    assert weighted["c3"] == 0  # it has no bias
+    assert weighted["r1"] > 0
+
+
+def test_counts_are_those_of_the_two_runs():
+    network = convnet()
+    _, qdq = quantized(network, "sophgo-bm1684x")
+    program = IntegerProgram(qdq, threads=1)
+    x = samples(network, 48, seed=5)
+    outputs = [program.run(None, {"input": part})[0] for part in (x[:32], x[32:])]
+    proto = to_proto(qdq)
+    names = [f"{p.tensor}/quantized" for p in program.points]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    reference, *integers = run_ort(proto, {"input": x})
+    end = trace(program, {"input": x})
+    alone = trace(program, {"input": x}, dict(zip(end, integers, strict=True)))
+    for point, expected in zip(program.points, integers, strict=True):
+        for found, share, levels in (
+            (alone[point.tensor], point.differing, point.max_levels),
+            (end[point.tensor], point.end_differing, point.end_max_levels),
+        ):
+            difference = np.abs(found.astype(int) - expected)
+            assert share == np.mean(difference > 0)
+            assert levels == difference.max()
+    scale = program.grids["output"].scale
+
+    assert np.concatenate(outputs).shape == reference.shape
+    np.testing.assert_array_equal(np.concatenate(outputs), end["output"] * scale)
+
+
+def test_steps_are_what_the_rule_says():
+    _, qdq = quantized(convnet(activation="Sigmoid"), "sophgo-bm1684x")
+    kinds = [type(step) for step in IntegerProgram(qdq, threads=1).steps]
+
+    assert kinds.count(ProductStep) == 5
+    assert kinds.count(TableStep) == 1
+    assert kinds.count(ElementwiseStep) == 1
+    assert kinds.count(MeanStep) == 2
+    assert kinds.count(MoveStep) == 3
+    assert FloatStep not in kinds
+
+
+def test_float_nodes_run_in_float_between_integers():
+    network = attention()
+    _, qdq = quantized(network, "onnxruntime-cpu")
+    program = IntegerProgram(qdq, threads=1)
+    program.run(None, {"input": samples(network, 16, seed=3)})
+    floats = [step for step in program.steps if isinstance(step, FloatStep)]
+
+    assert {name for step in floats for name in step.outputs} >= {"l", "s2"}
+    assert max(point.max_levels for point in program.points) <= 1
+
+
+def test_an_output_left_float_is_the_dequantized_accumulator():
+    network = convnet()
+    _, qdq = quantized(network, overrides=("tensor:output.quantize=false",))
+    program = IntegerProgram(qdq, threads=1)
+    x = samples(network, 8)
+    (found,) = program.run(None, {"input": x})
+    values = Values(floats={"input": x})
+    for step in program.steps[:-1]:
+        result = step.run(values)
+        values.levels |= result.levels
+    grid, tensors = program.grids["f1"], qdq.graph.tensors()
+    weight = program.grids["w5"].quantize(tensors["w5"].values, "half-even").astype(np.int64)
+    scale = np.float64(grid.scale) * program.grids["w5"].scale
+    bias = np.floor(np.abs(tensors["b5"].values / scale) + 0.5) * np.sign(tensors["b5"].values)
+    sums = grid.centered(values.levels["f1"]).astype(np.int64) @ weight.T + bias
+
+    np.testing.assert_array_equal(found, (sums * scale).astype(np.float32))
+
+
+def test_a_node_with_a_float_operand_runs_in_float():
+    network = convnet()
+    _, qdq = quantized(network, overrides=("tensor:^w3$.quantize=false",))
+    program = IntegerProgram(qdq, threads=1)
+    program.run(None, {"input": samples(network, 32)})
+    point = next(p for p in program.points if p.tensor == "c3")
+
+    assert any(isinstance(s, FloatStep) and s.outputs == ("c3",) for s in program.steps)
+    assert point.max_levels <= 1
+
+
+def test_four_bits_saturate_at_their_ends():
+    network = convnet()
+    _, qdq = quantized(network, overrides=W4A4)
+    found = trace(IntegerProgram(qdq, threads=1), {"input": 9 * samples(network, 16)})
+
+    assert found["r1"].max() == 15
+    assert (found["c3"].min(), found["c3"].max()) == (-8, 7)
+
+
+def test_evaluation_compares_with_the_fake_quantized_model():
+    network = convnet()
+    _, qdq = quantized(network)
+    x = samples(network, 40)
+    labels = np.arange(40) % 5
+    found = evaluate(qdq, batches(x, labels), mode="integer", threads=1)
+    fake = evaluate(qdq, batches(x, labels), threads=1)
+
+    assert found.reference == fake.metrics
+    assert len(found.points) == 12
+    assert fake.points == ()
+    assert found.agreement >= 0.95
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - set(DOCUMENTED)))
+def test_rule_without_documented_arithmetic_is_refused(rule):
+    _, qdq = quantized(convnet(), rule)
+    with pytest.raises(RuleError, match=f"Rule {rule}: its integer arithmetic is unknown"):
+        IntegerProgram(qdq)
+
+
+def test_op_without_documented_arithmetic_is_refused():
+    _, qdq = quantized(convnet(activation="LeakyRelu"), "tflite")
+    with pytest.raises(RuleError, match=r"node 'n_r1' \(LeakyRelu\): the arithmetic of LeakyRelu"):
+        IntegerProgram(qdq)
+
+
+def test_float_and_uncalibrated_models_are_refused():
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+
+    with pytest.raises(ModelError, match="holds no quantization plan"):
+        evaluate(floats, [Batch({})], mode="integer")
+    with pytest.raises(PlanError, match="is not calibrated"):
+        evaluate(empty, [Batch({})], mode="integer")
+
+
+def test_wide_integers_are_refused():
+    _, qdq = quantized(convnet(), overrides=("weight.bits=16",))
+    with pytest.raises(RuleError, match="covers widths up to 8 bits"):
+        IntegerProgram(qdq)
+
+
+def test_bias_beyond_its_bits_is_an_error():
+    _, qdq = quantized(convnet(), "esp32-p4")
+    narrow = msgspec.structs.replace(load_rule("esp32-p4"), bias_bits=8)
+    with pytest.raises(PlanError, match=r"Bias 'b1': .* beyond 8 bits"):
+        IntegerProgram(qdq, narrow)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def run(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def files(tmp_path):
+    network = convnet()
+    save_model(quantized(network)[1], tmp_path / "m.onnx")
+    x = samples(network, 24)
+    np.savez(tmp_path / "d.npz", input=x, label=np.arange(24) % 5)
+    return tmp_path / "m.onnx", tmp_path / "d.npz"
+
+
+def test_command_reports_the_points(files):
+    result = run("evaluate", *files, "--mode", "integer", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+
+    assert document["mode"] == "integer"
+    assert document["agreement"] >= 0.9
+    assert document["reference"].keys() == document["metrics"].keys()
+    assert [p["tensor"] for p in document["points"]][:2] == ["input", "r1"]
+    assert document["points"][0].keys() == {
+        *("tensor", "differing", "max_levels", "bias_differing"),
+        *("end_differing", "end_max_levels"),
+    }
+
+
+def test_command_prints_the_worst_points(files):
+    result = run("evaluate", *files, "--mode", "integer")
+
+    assert result.exit_code == 0, result.output
+    assert "the worst 10 of 12 tensors" in result.stdout
+    assert len(result.stdout.split("12 tensors:")[1].splitlines()) == 12
+
+
+def test_command_takes_a_rule_of_ones_own(files, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "sophgo-bm1684x"\nname = "mine"\n[arithmetic]\noperand_bits = 32\n')
+    shares = []
+    for words in ((), ("--rules", path)):
+        result = run("evaluate", *files, "--mode", "integer", "--json", *words)
+        assert result.exit_code == 0, result.output
+        points = {p["tensor"]: p["differing"] for p in json.loads(result.stdout)["points"]}
+        shares.append(points["v2"])
+
+    assert shares[1] <= shares[0]
+    assert run("evaluate", *files, "--rules", path).exit_code == 2
