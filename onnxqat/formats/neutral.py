@@ -2,7 +2,7 @@
 
 ::
 
-    {"schema": "onnxqat.table/1", "rule": "tflite", "overrides": [],
+    {"schema": "onnxqat.table/1", "rule": "my-chip", "overrides": [],
      "points": [{"tensor": "w1", "role": "weight", "consumers": [{"node": "conv1", "index": 1}],
                  "dtype": "int8", "bits": 8, "qmin": -127, "qmax": 127, "axis": 0,
                  "scale": [0.01, 0.02], "zero_point": [0, 0]}],
