@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 import onnxqat
 from onnxqat.errors import OnnxQatError, PlanError
+from onnxqat.insert import OPSET_OF_16_BITS, needs_16_bits
 from onnxqat.model import Model, to_proto
 from onnxqat.runtime import open_session
 
@@ -114,12 +116,16 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 class GraphTrial:
-    """One graph: prepared once and run once in float, then tried with every rule."""
+    """One graph: prepared once and run once in float, then tried with every rule.
 
-    def __init__(self, path: Path, samples: int, observer: str) -> None:
+    Rules with 16-bit points try it at the opset that has them.
+    """
+
+    def __init__(self, path: Path, samples: int, observer: str, opset: int = 13) -> None:
         self.observer = observer
+        self.with_16_bits = cache(lambda: GraphTrial(path, samples, observer, OPSET_OF_16_BITS))
         original = onnxqat.load_model(path)
-        self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original))
+        self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original, opset=opset))
         self.proto = to_proto(self.prepared)
         self.bytes = self.proto.SerializeToString(deterministic=True)
         calibrated, evaluated = np.random.default_rng(SEED).spawn(2)
@@ -144,6 +150,8 @@ class GraphTrial:
         try:
             rule = onnxqat.load_rule(rule_name)
             plan, seconds = timed(lambda: onnxqat.make_plan(self.prepared.graph, rule))
+            if needs_16_bits(plan) and self.prepared.graph.opset < OPSET_OF_16_BITS:
+                return self.with_16_bits().cell(rule_name)
             cell |= {"plan_seconds": seconds, "points": len(plan.points)}
             cell |= {"skips": [[s.node, s.op_type, s.reason] for s in plan.skips]}
             cell["checks"]["accounted"] = accounted(self.prepared, plan)

@@ -123,9 +123,11 @@ def _skip_untouched(
     chained: set[str],
 ) -> None:
     """Skip the units that read and write nothing quantized after all."""
+    touched = {edge.node for draft in drafts.values() for edge in draft.consumers}
     for unit in index.units:
-        names = [t.name for _, _, t in unit.inputs()] + [t.name for t in unit.outputs]
-        if unit.name in choice.ops and unit.name not in chained and not drafts.keys() & set(names):
+        writes = any(t.name in drafts for t in unit.outputs)
+        reads = any(node.name in touched for node in unit.nodes)
+        if unit.name in choice.ops and unit.name not in chained and not (reads or writes):
             choice.skip(unit, f"rule {rule.name} quantizes nothing around this {unit.kind}")
 
 

@@ -60,7 +60,8 @@ def test_every_node_has_a_point_or_a_reason(name, rule):
     plan = make_plan(graph, load_rule(rule))
     points = {p.tensor for p in plan.points}
     explained = {s.node for s in plan.skips} | {n for chain in plan.chains for n in chain}
-    explained |= {n.name for n in graph.nodes if points & {t.name for t in (*n.inputs, *n.outputs)}}
+    explained |= {edge.node for p in plan.points for edge in p.consumers if edge.node}
+    explained |= {n.name for n in graph.nodes if points & {t.name for t in n.outputs}}
 
     assert {n.name for n in graph.nodes} == explained
     assert all(s.reason for s in plan.skips)
