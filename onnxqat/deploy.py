@@ -186,8 +186,8 @@ def _table_of_rule(name: str) -> str:
         return load_rule(name).table or "none"
     except RuleError as error:
         raise RuleError(
-            f"The model was made with rule '{name}', which is not bundled. Say which table to "
-            "write with --format."
+            f"Rule '{name}' is not bundled, and its table is not known here. Name the format of "
+            "the table with --format."
         ) from error
 
 

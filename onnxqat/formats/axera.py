@@ -113,7 +113,7 @@ def _pairs(table: Table) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any
         )
         if known:
             if len(node.input) < 3 or not arrays.keys() >= set(node.input[1:3]):
-                raise FormatError(f"{table.name}: '{node.name}' has no constant scale.")
+                raise FormatError(f"{table.name}: '{node.name[:80]}' has no constant scale.")
             found[node.input[0]] = (arrays[node.input[1]], arrays[node.input[2]])
     return found
 

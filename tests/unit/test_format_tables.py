@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from functools import cache
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -14,7 +15,7 @@ from onnx import helper, numpy_helper
 
 import onnxqat.deploy
 from onnxqat.deploy import deployed_model, read_table, write_deployment
-from onnxqat.errors import FormatError
+from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import FORMATS, Calibrated, Found, Table
 from onnxqat.insert import insert, plan_of, read_params, strip
 from onnxqat.model import from_proto, load_model
@@ -463,6 +464,13 @@ def test_rule_without_a_table_asks_for_the_format(tmp_path):
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("openvino"))
     with pytest.raises(FormatError, match=r"'openvino' has no table of its own\. Name its"):
+        read_table(tmp_path / "table", floats, plan)
+
+
+def test_rule_of_the_users_own_needs_the_format(tmp_path):
+    floats = prepare(from_proto(convnet()))
+    plan = make_plan(floats.graph, msgspec.structs.replace(load_rule("ncnn"), name="mine"))
+    with pytest.raises(RuleError, match=r"'mine' is not bundled.*with --format"):
         read_table(tmp_path / "table", floats, plan)
 
 
