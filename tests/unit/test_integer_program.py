@@ -29,7 +29,7 @@ from onnxqat.insert import insert
 from onnxqat.model import from_proto, save_model, to_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
+from onnxqat.rules import describe_rule, load_rule
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
 from tests.oracles import run_ort
 from tests.unit.test_evaluate import Batch, batches
@@ -260,6 +260,37 @@ def test_bias_beyond_its_bits_is_an_error():
     narrow = msgspec.structs.replace(load_rule("esp32-p4"), bias_bits=8)
     with pytest.raises(PlanError, match=r"Bias 'b1': .* beyond 8 bits"):
         IntegerProgram(qdq, narrow)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('requantize = "sometimes"', "Invalid enum value 'sometimes' - at `arithmetic.requantize`"),
+        ("operand_bits = 3", r"\[arithmetic\]: operand_bits = 3. Widths are 4 to 32"),
+        ('table = ["Sigmoidd"]', "'Sigmoidd' is not an op type of ONNX. Did you mean 'Sigmoid'"),
+        ('float = ["Conv"]', "lists Conv more than once"),
+        ("operandbits = 8", "Did you mean 'operand_bits'"),
+    ],
+)
+def test_wrong_arithmetic_of_a_rule_file_is_named(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "sophgo-bm1684x"\nname = "mine"\n[arithmetic]\n{text}\n')
+    with pytest.raises(RuleError, match=message):
+        load_rule(str(path))
+
+
+def test_arithmetic_is_described():
+    lines = {name: describe_rule(load_rule(name)).splitlines() for name in RULES}
+    found = {
+        name: next(line for line in text if line.startswith("arithmetic: "))
+        for name, text in lines.items()
+    }
+
+    assert found["sophgo-bm1684x"].startswith(
+        "arithmetic: requantize by multiplier, half-up; bias half-away; float to integer half-away"
+    )
+    unknown = {name for name, line in found.items() if "unknown" in line}
+    assert unknown == set(RULES) - set(DOCUMENTED)
 
 
 # --- the command ---------------------------------------------------------------------------------

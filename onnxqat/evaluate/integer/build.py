@@ -231,8 +231,10 @@ def _with_constant(
 ) -> ElementwiseStep:
     """Return an Add, Sub or Mul whose constant was compiled into the scales."""
     fixed = 0 if pair[0].values is not None else 1
-    source, values = pair[1 - fixed].tensor, pair[fixed].values
+    source, constant, values = pair[1 - fixed].tensor, pair[fixed].tensor, pair[fixed].values
     assert values is not None
+    own = context.grids[constant]  # strip leaves constants on their grid
+    values = np.asarray(own.dequantize(own.quantize(values, "half-even")))
     grid, arithmetic = context.grids[source], context.arithmetic
     if op == "Mul":
         kernel = multiply_constant(grid, target.grid, arithmetic, values)
