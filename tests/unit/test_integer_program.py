@@ -188,15 +188,18 @@ def test_an_output_left_float_is_the_dequantized_accumulator():
     np.testing.assert_array_equal(found, (sums * scale).astype(np.float32))
 
 
-def test_a_node_with_a_float_operand_runs_in_float():
+@pytest.mark.parametrize(("left", "written"), [("w3", "c3"), ("c4", "k1"), ("c3", "r3")])
+def test_a_node_with_a_float_operand_runs_in_float(left, written):
+    """A weight, an operand of a Concat, an operand of an Add."""
     network = convnet()
-    _, qdq = quantized(network, overrides=("tensor:^w3$.quantize=false",))
+    _, qdq = quantized(network, overrides=(f"tensor:^{left}$.quantize=false",))
     program = IntegerProgram(qdq, threads=1)
     program.run(None, {"input": samples(network, 32)})
-    point = next(p for p in program.points if p.tensor == "c3")
+    points = {p.tensor: p for p in program.points}
 
-    assert any(isinstance(s, FloatStep) and s.outputs == ("c3",) for s in program.steps)
-    assert point.max_levels <= 1
+    assert any(isinstance(s, FloatStep) and s.outputs == (written,) for s in program.steps)
+    assert points[written].max_levels <= 1
+    assert points[written].differing <= 1e-2
 
 
 def test_four_bits_saturate_at_their_ends():
