@@ -29,7 +29,7 @@ from onnxqat.insert import insert
 from onnxqat.model import from_proto, save_model, to_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
+from onnxqat.rules import describe_rule, load_rule
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
 from tests.oracles import run_ort
 from tests.unit.test_evaluate import Batch, batches
@@ -188,15 +188,18 @@ def test_an_output_left_float_is_the_dequantized_accumulator():
     np.testing.assert_array_equal(found, (sums * scale).astype(np.float32))
 
 
-def test_a_node_with_a_float_operand_runs_in_float():
+@pytest.mark.parametrize(("left", "written"), [("w3", "c3"), ("c4", "k1"), ("c3", "r3")])
+def test_a_node_with_a_float_operand_runs_in_float(left, written):
+    """A weight, an operand of a Concat, an operand of an Add."""
     network = convnet()
-    _, qdq = quantized(network, overrides=("tensor:^w3$.quantize=false",))
+    _, qdq = quantized(network, overrides=(f"tensor:^{left}$.quantize=false",))
     program = IntegerProgram(qdq, threads=1)
     program.run(None, {"input": samples(network, 32)})
-    point = next(p for p in program.points if p.tensor == "c3")
+    points = {p.tensor: p for p in program.points}
 
-    assert any(isinstance(s, FloatStep) and s.outputs == ("c3",) for s in program.steps)
-    assert point.max_levels <= 1
+    assert any(isinstance(s, FloatStep) and s.outputs == (written,) for s in program.steps)
+    assert points[written].max_levels <= 1
+    assert points[written].differing <= 1e-2
 
 
 def test_four_bits_saturate_at_their_ends():
@@ -260,6 +263,37 @@ def test_bias_beyond_its_bits_is_an_error():
     narrow = msgspec.structs.replace(load_rule("esp32-p4"), bias_bits=8)
     with pytest.raises(PlanError, match=r"Bias 'b1': .* beyond 8 bits"):
         IntegerProgram(qdq, narrow)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('requantize = "sometimes"', "Invalid enum value 'sometimes' - at `arithmetic.requantize`"),
+        ("operand_bits = 3", r"\[arithmetic\]: operand_bits = 3. Widths are 4 to 32"),
+        ('table = ["Sigmoidd"]', "'Sigmoidd' is not an op type of ONNX. Did you mean 'Sigmoid'"),
+        ('float = ["Conv"]', "lists Conv more than once"),
+        ("operandbits = 8", "Did you mean 'operand_bits'"),
+    ],
+)
+def test_wrong_arithmetic_of_a_rule_file_is_named(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "sophgo-bm1684x"\nname = "mine"\n[arithmetic]\n{text}\n')
+    with pytest.raises(RuleError, match=message):
+        load_rule(str(path))
+
+
+def test_arithmetic_is_described():
+    lines = {name: describe_rule(load_rule(name)).splitlines() for name in RULES}
+    found = {
+        name: next(line for line in text if line.startswith("arithmetic: "))
+        for name, text in lines.items()
+    }
+
+    assert found["sophgo-bm1684x"].startswith(
+        "arithmetic: requantize by multiplier, half-up; bias half-away; float to integer half-away"
+    )
+    unknown = {name for name, line in found.items() if "unknown" in line}
+    assert unknown == set(RULES) - set(DOCUMENTED)
 
 
 # --- the command ---------------------------------------------------------------------------------

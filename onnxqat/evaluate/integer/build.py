@@ -37,6 +37,7 @@ from onnxqat.evaluate.integer.steps import (
 from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
 from onnxqat.insert import plan_of
 from onnxqat.model import Model
+from onnxqat.plan.operators import SINGLE_DATA_INPUT, is_float
 from onnxqat.rules import HardwareRule
 
 __all__ = ["build_steps"]
@@ -48,6 +49,8 @@ MOVES = (
     *("Relu", "Abs", "ReduceMax", "ReduceMin", "Resize", "Identity"),
 )
 MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+ELEMENTWISE = ("Add", "Sub", "Mul")
+INTEGER = (*PRODUCTS, *MEANS, *ELEMENTWISE, "LeakyRelu")
 
 
 def build_steps(model: Model, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
@@ -95,31 +98,36 @@ def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Make
     quantized = [o for o in operands if o.grid is not None]
     if all(n.name in context.float_nodes for n in group.nodes) or not quantized:
         return _float
+    if any(_is_left_float(context, group, operand) for operand in operands):
+        return _float
     if _is_move(context, group, quantized):
         return _move
     if group.kind in arithmetic.kept_float:
         return _float
     if group.kind in arithmetic.table and len({o.tensor for o in quantized}) == 1:
         return _table
-    if group.kind not in arithmetic.integer:
+    if group.kind not in arithmetic.integer or group.kind not in INTEGER:
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
     if not has_tail_only_of_limits(group):
         _refuse(context, group, "what follows it in one kernel is not documented")
     if group.kind in PRODUCTS:
-        return build_product if _all_integer(context, operands) else _float
+        return build_product
     if group.kind in MEANS:
         return build_mean if is_spatial(group.nodes[0]) else _float
     return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
 
 
-def _all_integer(context: Context, operands: Sequence[Operand]) -> bool:
-    """Whether the operands of a product are integers, its bias among them."""
-    return all(
-        o.grid is not None
-        or (o.node, o.index) in context.biases
-        or context.protos[o.node].op_type == "Clip"
-        for o in operands
-    )
+def _is_left_float(context: Context, group: Group, operand: Operand) -> bool:
+    """Whether an operand is data that the plan left in float: no parameter, no int32 bias."""
+    node = next(n for n in group.nodes if n.name == operand.node)
+    if operand.grid is not None or not is_float(node.inputs[operand.index]):
+        return False
+    if (operand.node, operand.index) in context.biases:
+        return False
+    if node.op in SINGLE_DATA_INPUT and operand.index > 0:
+        return False
+    # the constants of a pattern belong to its function
+    return operand.values is None or group.kind in (*PRODUCTS, *ELEMENTWISE, *MOVES)
 
 
 def _refuse(context: Context, group: Group, what: str) -> NoReturn:
@@ -201,14 +209,11 @@ def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
     return TableStep(source=source.tensor, target=target, lowest=low, table=table)
 
 
-ELEMENTWISE = ("Add", "Sub", "Mul")
-
-
 def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name]
     target = make_target(context, group)
-    if any(o.grid is None for o in pair) or target is None or len(pair) != 2:
+    if target is None:
         return _float(context, group, operands)
     if arithmetic.rescaled_operands and any(o.values is not None for o in pair):
         return _with_constant(context, pair, target, node.op)
@@ -231,8 +236,10 @@ def _with_constant(
 ) -> ElementwiseStep:
     """Return an Add, Sub or Mul whose constant was compiled into the scales."""
     fixed = 0 if pair[0].values is not None else 1
-    source, values = pair[1 - fixed].tensor, pair[fixed].values
+    source, constant, values = pair[1 - fixed].tensor, pair[fixed].tensor, pair[fixed].values
     assert values is not None
+    own = context.grids[constant]  # strip leaves constants on their grid
+    values = np.asarray(own.dequantize(own.quantize(values, "half-even")))
     grid, arithmetic = context.grids[source], context.arithmetic
     if op == "Mul":
         kernel = multiply_constant(grid, target.grid, arithmetic, values)
@@ -247,8 +254,8 @@ def _leaky_relu(context: Context, group: Group, operands: Sequence[Operand]) -> 
     (source,) = operands
     target = make_target(context, group)
     shared = target and context.groups[target.tensor] == context.groups[source.tensor]
-    if group.kind != "LeakyRelu" or target is None or not shared:
-        _refuse(context, group, "the arithmetic of this one is not documented")
+    if target is None or not shared:
+        _refuse(context, group, "its arithmetic from one grid to another is unknown")
     alpha = float(group.nodes[0].attrs.get("alpha", 0.01))
     kernel = leaky_relu(target.grid, context.arithmetic, alpha)
     return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)
