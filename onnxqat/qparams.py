@@ -205,7 +205,7 @@ def power_of_two(scale: FloatArray) -> FloatArray:
     Examples
     --------
     >>> power_of_two(np.float32([0.3, 0.5, 1e-3])).tolist()
-    [0.5, 0.5, 0.0009765625]
+    [0.5, 0.5, 0.001953125]
     """
     mantissa, exponent = np.frexp(scale)  # mantissa in [0.5, 1)
     return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
