@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from onnxqat.commands.common import open_for, percentages, print_result, take_settings
 from onnxqat.options import data_options, force_option, json_option, run_options
@@ -91,7 +91,7 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
             rows += percentages({"agreement": result.agreement})
         rows.append(("max_abs_diff", f"{difference:.6g}"))
     if mode == "integer":
-        document["points"] = [msgspec.structs.asdict(point) for point in result.points]
+        document["points"] = [asdict(point) for point in result.points]
     print_result(document, as_json, rows)
     if mode == "integer" and not as_json:
         _print_points(result.points)

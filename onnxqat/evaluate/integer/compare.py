@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Counts", "PointDifference"]
 
 
-class PointDifference(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class PointDifference:
     """Integers of one tensor against those of the fake-quantized model.
 
     Attributes
