@@ -71,7 +71,7 @@ def environment(python: str) -> dict[str, str]:
 
 def compiled(model: Model, python: str, folder: Path, inputs: dict[str, Any]) -> str:
     """Strip and compile a model in ``folder``; return the name of its int8 file."""
-    files = write_deployment(model, folder / "chip", table="sophgo")
+    files = write_deployment(model, folder / "chip", table="sophgo").files
     processor = PROCESSORS[plan_of(model).rule]
     shapes = ",".join(str([1, *x.shape[1:]]).replace(" ", "") for x in inputs.values())
     variables = environment(python)

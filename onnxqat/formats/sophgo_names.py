@@ -3,7 +3,9 @@
 tpu-mlir names an op ``<tensor>_<OpType>`` after the ONNX node that made its output
 (``python/transform/OnnxConverter.py``); graph inputs keep their bare name. After it fused
 Conv + Relu it looks up the Relu's line; the Conv's line says the same, so that either is found.
-A weight goes by ``<op>_weight``, the op being the last of its fused chain.
+A weight goes by ``<op>_weight``, the op being the last of its fused chain. The compiler's
+simplifier makes a Gemm of a two-dimensional MatMul and the Add behind it, and then looks up
+``<tensor of the Add>_Gemm``, or stops (seen with tpu-mlir 1.30.2): the Add stands under both names.
 """
 
 from __future__ import annotations
@@ -39,6 +41,23 @@ class _Names:
         inner = (name for chain in plan.chains for name in chain[:-1])
         self.inner = {self.nodes[name].outputs[0].name for name in inner}
         self.outputs = {t.name for t in graph.outputs}
+        adds = (self.nodes[name] for chain in plan.chains for name in chain[1:])
+        heads = {name: self.nodes[chain[0]].op for chain in plan.chains for name in chain}
+        self.aliases = {
+            f"{add.outputs[0].name}_Add": f"{add.outputs[0].name}_Gemm"
+            for add in adds
+            if add.op == "Add" and heads[add.name] == "MatMul"
+        }
+
+    def with_alias(self, name: str, suffix: str = "") -> Iterator[str]:
+        """Yield a name, and the one it goes by once the compiler made a Gemm of it."""
+        yield f"{name}{suffix}"
+        if name in self.aliases:
+            yield f"{self.aliases[name]}{suffix}"
+
+    def is_alias(self, name: str) -> bool:
+        """Return whether a table may do without a name."""
+        return name.removesuffix("_weight") in self.aliases.values()
 
     def of_output(self, node: gs.Node, index: int = 0) -> str:
         return f"{node.outputs[index].name}_{node.op}"
@@ -53,7 +72,8 @@ class _Names:
                 end = self.nodes[self.last.get(node.name, node.name)]
                 source = tensor.name if tensor.name in self.points else end.outputs[0].name
                 if source in self.points:
-                    yield self.of_output(node, i), self.points[source]
+                    for name in self.with_alias(self.of_output(node, i)):
+                        yield name, self.points[source]
 
     def weights(self) -> Iterator[tuple[str, QuantPoint, int]]:
         """Yield every name a weight goes by, one for each node that reads it, and its channels.
@@ -65,7 +85,8 @@ class _Names:
             if point.role == "weight":
                 for edge in point.consumers:
                     end = self.nodes[self.last.get(edge.node, edge.node)]
-                    yield f"{self.of_output(end)}_weight", point, _channels(self.nodes[edge.node])
+                    for name in self.with_alias(self.of_output(end), "_weight"):
+                        yield name, point, _channels(self.nodes[edge.node])
 
     def floats(self) -> Iterator[gs.Node]:
         """Yield the nodes that run in float: skipped ones, and those an override left off the grid.
@@ -209,12 +230,12 @@ def found_in(table: CalibrationTable, graph: gs.Graph, plan: QuantPlan, source: 
         if name in lines:
             scale, signed = sophgo.scale_of(lines[name], point.spec.bits)
             found.put(point, scale, signed=signed, name=name)
-        else:
+        elif not names.is_alias(name):
             found.missing.append(name)
     for name, point, _ in names.weights():
         if name in table.weights:
             _put_weight(found, point, table.weights[name], name)
-        else:
+        elif not names.is_alias(name):
             found.missing.append(name)
     known = {name for name, *_ in (*names.activations(), *names.weights())}
     all_lines = (*table.activations, *table.int4, *table.weights)
