@@ -5,8 +5,8 @@
 Of each graph and rule: how many points the plan has and which nodes stay float; whether the
 model with Q/DQ passes ONNX's checker (``full_check``), loads and runs in onnxruntime; whether
 stripping it gives the prepared model back, byte for byte; whether every node is accounted for;
-and the signal to quantization noise ratio of its outputs (dB, the worst output) on random inputs
-that were not calibrated on. A node is accounted for when a point lies on one of its inputs or
+and the signal to quantization noise ratio of its outputs (dB, the worst output) on the random
+inputs that it was calibrated on. A node is accounted for when a point lies on one of its inputs or
 outputs, when it is part of a chain, or when the plan names it as skipped.
 
 Each graph runs in a process of its own, so that one which kills its process costs one cell.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -123,7 +124,7 @@ def markdown(rows: list[dict[str, Any]], rules: list[str], observer: str) -> str
     lines += ["", "## Failures", "", *failure_lines(rows)]
     lines += ["", "## Refused", "", *refused_lines(rows)]
     lines += ["", f"## Below {LOW_DB:.0f} dB", "", *low_lines(rows)]
-    lines += ["", "## Nodes left float", "", *skip_lines(rows, rules)]
+    lines += ["", "## Nodes left float, over all graphs", "", *skip_lines(rows, rules)]
     return "\n".join(lines) + "\n"
 
 
@@ -182,21 +183,17 @@ def is_low(cell: dict[str, Any]) -> bool:
 
 
 def skip_lines(rows: list[dict[str, Any]], rules: list[str]) -> list[str]:
-    """Return one line per graph, reason and set of nodes, with the rules that it holds for."""
+    """Return one line per rule and reason, with the op types and how many nodes of each."""
     lines = []
-    for row in rows:
-        found: dict[str, list[str]] = {}
-        for rule, cell in row["cells"].items():
-            by_reason: dict[str, Counter[str]] = {}
-            for _, op_type, reason in cell.get("skips", ()):
-                general = reason.replace(f"rule {rule}", "rule").replace(op_type, "the op")
+    for rule in rules:
+        by_reason: dict[str, Counter[str]] = {}
+        for row in rows:
+            for _, op_type, reason in row["cells"].get(rule, {}).get("skips", ()):
+                general = re.sub("'.*'", "'...'", reason).replace(op_type, "the op")
                 by_reason.setdefault(general, Counter())[op_type] += 1
-            for reason, counts in by_reason.items():
-                nodes = ", ".join(f"{op} {count}" for op, count in counts.most_common())
-                found.setdefault(f"{reason}: {nodes}", []).append(rule)
-        for text, holders in found.items():
-            who = "all rules" if holders == rules else ", ".join(holders)
-            lines.append(f"- {row['graph']} ({who}): {text}")
+        for reason, counts in by_reason.items():
+            nodes = ", ".join(f"{op} {count}" for op, count in counts.most_common())
+            lines.append(f"- `{rule}`: {reason}: {nodes}")
     return lines or ["None."]
 
 

