@@ -1,0 +1,38 @@
+"""Exports in runtimes that are no dependency: where an environment of theirs is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_cli import MOBILENET, MODELS, NORM, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runtime", "rule"),
+    [("openvino", "openvino"), ("openvino", "onnxruntime-cpu"), ("onnxruntime", "onnxruntime-cpu")],
+)
+def test_export_computes_the_same_elsewhere(runtime, rule, tmp_path):
+    variable = f"ONNXQAT_{runtime.upper()}"
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not name the Python of an environment with {runtime}")
+    qdq = tmp_path / "model.qdq.onnx"
+    data = MODELS / "digits-train.npz"
+    run("insert", MOBILENET, "--rules", rule, *NORM, "--data", data, "-o", qdq)
+    script = [sys.executable, ROOT / "scripts/check_runtime.py", runtime, qdq]
+    done = subprocess.run(
+        [*script, MODELS / "digits-test.npz", "--python", os.environ[variable]],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
