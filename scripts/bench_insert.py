@@ -11,6 +11,7 @@ memory and run in turn in this process.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from onnxqat.calibrate import placeholder_params
+from onnxqat.cli import GARBAGE_THRESHOLD
 from onnxqat.insert import insert
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
     repeat = parser.parse_args().repeat
+    gc.set_threshold(GARBAGE_THRESHOLD)  # as the command line does; for both
     print(f"{'nodes':>6}  {'ours, s':>8}  {'nodes out':>9}  {'peer, s':>8}  {'nodes out':>9}")
     for size in (1250, 2500, 5000, 10000):
         proto = _Transformer(size).model()

@@ -94,11 +94,22 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
 
 
 def _settle(graph: gs.Graph) -> None:
-    """Run the passes until none finds anything to do."""
+    """Run the passes until none finds anything to do.
+
+    A costly one runs again only if another one changed something since.
+    """
+    changes = 0  # of all passes so far
+    seen: dict[str, int] = {}  # what it was when a costly pass had run
     while True:
-        changes = {apply.__name__: apply(graph) for apply in _QUICK}
-        logger.debug("changes: %s", changes)
-        if not any(changes.values()) and not any(apply(graph) for apply in _COSTLY):
+        found = sum(apply(graph) for apply in _QUICK)
+        changes += found
+        for apply in _COSTLY:
+            if not found and seen.get(apply.__name__) != changes:
+                found = apply(graph)
+                changes += found
+                seen[apply.__name__] = changes
+        logger.debug("changes: %d", changes)
+        if not found:
             return
 
 
