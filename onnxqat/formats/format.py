@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -134,6 +134,13 @@ class Table:
             raise FormatError(message) from error
 
 
+class _HasTensor(Protocol):
+    tensor: str
+
+
+_Named = TypeVar("_Named", bound=_HasTensor)
+
+
 class Found:
     """What a table says of the points of a plan, checked as it comes in.
 
@@ -153,6 +160,27 @@ class Found:
         self.params: dict[str, QuantParams] = {}
         self.missing: list[str] = []
         self.unused: list[str] = []
+
+    def entries(
+        self, plan: QuantPlan, entries: Sequence[_Named]
+    ) -> Iterator[tuple[QuantPoint, _Named]]:
+        """Yield the points of a plan with their entries; note what is missing and what is unused.
+
+        Raises
+        ------
+        FormatError
+            A tensor has two entries.
+        """
+        by_tensor = {entry.tensor: entry for entry in entries}
+        if len(by_tensor) < len(entries):
+            raise FormatError(f"{self.source}: a tensor appears twice. Write the table again.")
+        for point in plan.grid_points():
+            entry = by_tensor.pop(point.tensor, None)
+            if entry is None:
+                self.missing.append(point.tensor)
+            else:
+                yield point, entry
+        self.unused += by_tensor
 
     def put(
         self,

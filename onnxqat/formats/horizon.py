@@ -75,14 +75,7 @@ def _write(source: Calibrated) -> Written:
 
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     found, nodes = Found(table.name, graph), read_json(table, _Document).calibration_nodes
-    entries = {node.tensor: node for node in nodes}
-    if len(entries) < len(nodes):
-        raise FormatError(f"{table.name}: a tensor appears twice. Write the table again.")
-    for point in plan.grid_points():
-        entry = entries.pop(point.tensor, None)
-        if entry is None:
-            found.missing.append(point.tensor)
-            continue
+    for point, entry in found.entries(plan, nodes):
         if (entry.qtype, entry.axis) != (f"int{point.spec.bits}", point.spec.axis):
             raise FormatError(
                 f"{table.name}: '{point.tensor}' has {entry.qtype}, axis {entry.axis}; the plan "
@@ -90,7 +83,6 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
             )
         scales = np.asarray(entry.thresholds, np.float64) / largest(point.spec.bits)
         found.put(point, scales, signed=True, name=point.tensor)
-    found.unused += entries
     return found
 
 

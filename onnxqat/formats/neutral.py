@@ -98,14 +98,7 @@ def _write(source: Calibrated) -> Written:
 
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     found, points = Found(table.name, graph), read_json(table, _Document).points
-    entries = {entry.tensor: entry for entry in points}
-    if len(entries) < len(points):
-        raise FormatError(f"{table.name}: a tensor appears twice. Write the table again.")
-    for point in plan.grid_points():
-        entry = entries.pop(point.tensor, None)
-        if entry is None:
-            found.missing.append(point.tensor)
-            continue
+    for point, entry in found.entries(plan, points):
         signed = not entry.dtype.startswith("u")
         limits = quantized_range(point.spec, signed=signed)
         wanted = (storage_dtype(point.spec, signed=signed).name, *limits, point.spec.axis)
@@ -120,7 +113,6 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
         ):
             raise FormatError(f"{table.name}: '{point.tensor}' has wrong zero points.")
         found.put(point, entry.scale, entry.zero_point, signed=signed, name=point.tensor)
-    found.unused += entries
     return found
 
 
