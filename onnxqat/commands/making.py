@@ -191,19 +191,27 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     required=True,
     help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see docs/formats.md.",
 )
+@click.option("--int4", is_flag=True, help="Weights of 4 bits and fewer two to a byte (opset 21).")
 @output_option("MODEL with .int8 before its suffix by default.")
 @force_option
 @json_option
-def export(model: str, format_name: str, output: str | None, force: bool,
+def export(model: str, format_name: str, int4: bool, output: str | None, force: bool,
            as_json: bool) -> None:  # fmt: skip
     """Write a calibrated or fine-tuned Q/DQ MODEL with integer weights, for a runtime."""
     from onnxqat.files import check_writable
-    from onnxqat.formats import EXPORTS
+    from onnxqat.formats import EXPORTS, with_int4_weights
+    from onnxqat.insert import plan_of
     from onnxqat.model import load_model, save_model
 
+    if int4 and format_name == "qoperator":
+        raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")
     target = output or renamed(model, "int8")
     check_writable(target, force=force)
-    save_model(EXPORTS[format_name](load_model(model)), target, force=force)
+    loaded = load_model(model)
+    exported = EXPORTS[format_name](loaded)
+    if int4:
+        exported = with_int4_weights(exported, plan_of(loaded))
+    save_model(exported, target, force=force)
     size = Path(target).stat().st_size
     document = {"format": format_name, "bytes": size, "output": target}
     print_result({"schema": "onnxqat.export/1", **document}, as_json, list(document.items()))

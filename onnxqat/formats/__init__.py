@@ -8,6 +8,7 @@ from onnxqat.formats.cambricon import CAMBRICON
 from onnxqat.formats.encodings import ENCODINGS, ENCODINGS_1
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.horizon import HORIZON
+from onnxqat.formats.int4 import with_int4_weights
 from onnxqat.formats.integer_models import openvino_model, qoperator_model, tensorrt_model
 from onnxqat.formats.mindspore import MINDSPORE
 from onnxqat.formats.mnn import MNN
@@ -20,7 +21,16 @@ from onnxqat.formats.tengine import TENGINE
 from onnxqat.formats.tensorrt import TENSORRT
 from onnxqat.model import Model
 
-__all__ = ["EXPORTS", "FORMATS", "Calibrated", "Format", "Found", "Table", "Written"]
+__all__ = [
+    "EXPORTS",
+    "FORMATS",
+    "Calibrated",
+    "Format",
+    "Found",
+    "Table",
+    "Written",
+    "with_int4_weights",
+]
 
 # Calibration tables, by the name that --format and the rules give them.
 FORMATS: Mapping[str, Format] = {
