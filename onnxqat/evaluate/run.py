@@ -239,7 +239,7 @@ def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict
     if scores.ndim != 2:
         raise DataError(
             f"Top-1 needs an output of shape (N, classes); the first output is "
-            f"{scores.shape}. Evaluate without labels, with --against."
+            f"{scores.shape}. Evaluate with --label none and --against."
         )
     classes = scores.shape[1]
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
