@@ -23,7 +23,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     loss : str or None
-        See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+        See `onnxqat.train.losses.terms`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+    label_smoothing, ignore_index : float or None, int or None
+        Of cross-entropy: the share of the labels that is spread over all classes, and the label of
+        positions that do not count.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int
@@ -73,6 +76,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     loss: str | None = None
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    ignore_index: int | None = None
     epochs: Count | None = None
     batch_size: Count = 16
     accumulate: Count = 1

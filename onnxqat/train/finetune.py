@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 
+import onnxruntime as ort
+
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation, evaluate
@@ -23,7 +25,15 @@ from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.loop import Loop
-from onnxqat.train.losses import parse_loss
+from onnxqat.train.losses import (
+    TENSOR,
+    Loss,
+    array_of,
+    nearest,
+    read_loss,
+    teacher_input,
+    tensor_read,
+)
 from onnxqat.train.parallel import Workers
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.supply import Supply
@@ -87,23 +97,28 @@ def finetune(
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
     _check_batch(model, config)
     training, held_out = _divide(data, validation, config, workers.size)
-    terms = _loss_terms(data, config)
+    loss = _loss(data, config)
     reference = _teacher_of(model, teacher)
-    teaching = any(term != "cross-entropy" for term in terms)
-    teaching_session = model_session(reference, "float") if teaching else None
-    form = training_form(model, learn_scales=config.method == "lsq")
-    supply = Supply(model, training, teaching_session, config, workers)
+    form = training_form(model, learn_scales=config.method == "lsq", read=tensor_read(loss, model))
+    session = StepSession(
+        form, loss, batch_size=config.batch_size, threads=config.threads, arrays=data
+    )
+    training = _with_arrays(training, session.inputs, config)
+    teaching = _teaching_session(reference, session.inputs)
+    supply = Supply(model, training, teaching, config, workers, session.classes)
     loop = Loop(
         model=model,
         form=form,
-        session=StepSession(form, terms, batch_size=config.batch_size, threads=config.threads),
+        session=session,
         supply=supply,
         config=config,
         validate=partial(_validate, held_out=held_out, reference=reference, config=config),
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
         checkpoints=checkpoints,
-        identity=cache(partial(_identity, model, reference, training, held_out, config, workers)),
+        identity=cache(
+            partial(_identity, model, reference, training, held_out, config, workers, loss)
+        ),
         stop=stop,
         workers=workers,
     )
@@ -130,14 +145,20 @@ def _identity(
     held_out: DataSet,
     config: Config,
     workers: Workers,
+    loss: Loss,
 ) -> Identity:
-    return settings_identity(config) | {
-        "the number of processes": workers.size,
-        "the model": model_identity(model),
-        "the teacher": model_identity(reference),
-        "the training data": data_identity(training),
-        "the held-out data": data_identity(held_out),
-    }
+    files = {f"the loss '{path}'": model_identity(graph) for path, graph in loss.graphs.items()}
+    return (
+        settings_identity(config)
+        | files
+        | {
+            "the number of processes": workers.size,
+            "the model": model_identity(model),
+            "the teacher": model_identity(reference),
+            "the training data": data_identity(training),
+            "the held-out data": data_identity(held_out),
+        }
+    )
 
 
 def _check_batch(model: Model, config: Config) -> None:
@@ -168,15 +189,51 @@ def _divide(
     return data, validation
 
 
-def _loss_terms(data: DataSet, config: Config) -> tuple[str, ...]:
+def _loss(data: DataSet, config: Config) -> Loss:
     default = "cross-entropy+kl" if data.has_labels else "kl"
-    terms = parse_loss(config.loss or default)
-    if "cross-entropy" in terms and not data.has_labels:
+    loss = read_loss(
+        config.loss or default,
+        label_smoothing=config.label_smoothing,
+        ignore_index=config.ignore_index,
+    )
+    if any(term.target == "labels" for term in loss.terms) and not data.has_labels:
         raise TrainingError(
             "The loss 'cross-entropy' needs labels, and the data have none. "
             "Name them with --label, or distil with --loss kl."
         )
-    return terms
+    return loss
+
+
+def _with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
+    """Return the data with the arrays that the loss reads."""
+    arrays = {name: array for name in sorted(inputs) if (array := array_of(name))}
+    for key, _ in arrays.values():
+        if config.augment and data.array(key).shape:
+            raise TrainingError(
+                f"--augment moves the images, and not the array '{key}' that the loss reads. "
+                "Leave --augment out."
+            )
+    return data.with_arrays(arrays) if arrays else data
+
+
+def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession | None:
+    """Return a session of the teacher with the tensors that the loss reads; None without any."""
+    read = {name for name in inputs if name.startswith(teacher_input(""))}
+    if not read:
+        return None
+    outputs = {tensor.name for tensor in reference.graph.outputs}
+    others = sorted(n for n in read - {teacher_input(o) for o in outputs})
+    wanted = [name.removeprefix(teacher_input(TENSOR)) for name in others]
+    teacher = reference.copy() if wanted else reference
+    tensors = teacher.graph.tensors()
+    for name in (name for name in wanted if name not in outputs):
+        if name not in tensors:
+            raise TrainingError(
+                f"{reference.name}: the teacher has no tensor '{name}'. "
+                f"{nearest(name, sorted(tensors))}"
+            )
+        teacher.graph.outputs.append(tensors[name])
+    return model_session(teacher, "float")
 
 
 def _teacher_of(model: Model, teacher: Model | None) -> Model:
