@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from onnxqat.data.arrays import Header, Source
+from onnxqat.data.arrays import Header, Source, names
 from onnxqat.data.feeds import Feed, InputSpec
 from onnxqat.data.preprocess import Preprocessing
 from onnxqat.errors import DataError
@@ -124,8 +124,12 @@ class DataSet:
         Raises
         ------
         DataError
-            It does not hold numbers, or not one of each sample.
+            There is none, or it does not hold numbers, or not one of each sample.
         """
+        if name not in self._source.keys:
+            raise DataError(
+                f"{self._source.name}: no array {name!r}. It has {names(self._source.keys)}."
+            )
         self._source.count([self._feeds[0].key, name])
         return self._source.sample(name)
 

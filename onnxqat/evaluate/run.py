@@ -59,6 +59,8 @@ class Evaluation:
         any is NaN.
     points : tuple of PointDifference
         Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
+    loss : float or None
+        What training lowers, where a state is chosen by it.
     """
 
     samples: int
@@ -67,6 +69,7 @@ class Evaluation:
     agreement: float | None = None
     max_abs_diff: float | None = None
     points: tuple[PointDifference, ...] = ()
+    loss: float | None = None
 
 
 class _Runner(Protocol):

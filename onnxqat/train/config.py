@@ -61,8 +61,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Decay of the moving average of the weights and scales, which is evaluated and kept in their
         place. None: they themselves.
     select : str or None
-        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement`` or
-        ``max_abs_diff``. None: top1 where there are labels, agreement otherwise.
+        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
+        ``max_abs_diff`` or ``loss``. None: the loss where a file computes it; else top1 where there
+        are labels, agreement otherwise.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str

@@ -23,7 +23,7 @@ from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import register_relu_gradient
 from onnxqat.train.losses import Arrays, Loss, add_loss
 
-__all__ = ["Flat", "StepSession", "forward_session"]
+__all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
 
 FATAL = 4
 FLOAT = onnx.TensorProto.FLOAT
@@ -100,8 +100,8 @@ class StepSession:
         self.values = Flat(learned)
         register_relu_gradient()
         parameters = set(form.parameters)
-        fixed = _fix_batch(form.proto, parameters, batch_size)
-        model = _fix_batch(add_loss(fixed, loss, arrays), parameters, batch_size)
+        fixed = fix_batch(form.proto, parameters, batch_size)
+        model = fix_batch(add_loss(fixed, loss, arrays), parameters, batch_size)
         self.classes = _classes(model)
         graph = _gradient_graph(model.SerializeToString(), _reaching(model) & set(learned))
         self._session = open_session(graph, optimization="basic", threads=threads)
@@ -144,7 +144,7 @@ class StepSession:
         return float(self._loss)
 
 
-def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
+def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
     """Return a copy whose data inputs have a first axis of this length, with all shapes."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)

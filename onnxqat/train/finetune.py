@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 
+import msgspec
 import onnxruntime as ort
 
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation, evaluate
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import SOURCE_KEY, state_of, strip, weights_hash
 from onnxqat.model import Model
@@ -36,7 +36,9 @@ from onnxqat.train.losses import (
 )
 from onnxqat.train.parallel import Workers
 from onnxqat.train.records import Finetuned, Progress
+from onnxqat.train.selection import LOSS
 from onnxqat.train.supply import Supply
+from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
 
@@ -98,6 +100,8 @@ def finetune(
     _check_batch(model, config)
     training, held_out = _divide(data, validation, config, workers.size)
     loss = _loss(data, config)
+    if loss.graphs and config.select is None:  # whose output need not have classes
+        config = msgspec.structs.replace(config, select=LOSS)
     reference = _teacher_of(model, teacher)
     form = training_form(model, learn_scales=config.method == "lsq", read=tensor_read(loss, model))
     session = StepSession(
@@ -105,6 +109,8 @@ def finetune(
     )
     training = _with_arrays(training, session.inputs, config)
     teaching = _teaching_session(reference, session.inputs)
+    if config.select == LOSS:
+        held_out = _with_arrays(held_out, session.inputs, config)
     supply = Supply(model, training, teaching, config, workers, session.classes)
     loop = Loop(
         model=model,
@@ -112,7 +118,9 @@ def finetune(
         session=session,
         supply=supply,
         config=config,
-        validate=partial(_validate, held_out=held_out, reference=reference, config=config),
+        validate=Validation(
+            data=held_out, reference=reference, config=config, loss=loss, teacher=teaching
+        ),
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
         checkpoints=checkpoints,
@@ -123,19 +131,6 @@ def finetune(
         workers=workers,
     )
     return loop.run()
-
-
-def _validate(
-    model: Model,
-    progress: Callable[[], None],
-    *,
-    held_out: DataSet,
-    reference: Model,
-    config: Config,
-) -> Evaluation:
-    batches = held_out.batches(config.batch_size)
-    threads = config.threads
-    return evaluate(model, batches, against=reference, threads=threads, progress=progress)
 
 
 def _identity(

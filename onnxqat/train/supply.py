@@ -14,17 +14,30 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.data import DataSet, augment
+from onnxqat.data import Batch, DataSet, augment
 from onnxqat.errors import DataError
 from onnxqat.model import Model
 from onnxqat.train.config import Config
 from onnxqat.train.losses import LABELS, TENSOR, teacher_input
 from onnxqat.train.parallel import Workers
 
-__all__ = ["Feeds", "Supply"]
+__all__ = ["Feeds", "Supply", "feeds_of"]
 
 Feeds = dict[str, NDArray[Any]]
 NONE = np.zeros(0, np.int64)
+
+
+def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) -> Feeds:
+    """Return what a loss can read of a batch: ``inputs``, teacher, labels and other arrays."""
+    feeds = dict(inputs)
+    if teacher is not None:
+        outputs = teacher.run(None, inputs)
+        names = [o.name for o in teacher.get_outputs()]
+        for prefix in ("", TENSOR):  # a loss may call an output a tensor
+            feeds |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
+    if batch.labels is not None:
+        feeds[LABELS] = batch.labels
+    return feeds | batch.arrays
 
 
 class Supply:
@@ -85,15 +98,7 @@ class Supply:
             if self.config.augment:
                 rng = np.random.default_rng((self.config.seed, epoch, int(index)))
                 feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
-            if self.teacher is not None:
-                outputs = self.teacher.run(None, feeds)
-                names = [o.name for o in self.teacher.get_outputs()]
-                for prefix in ("", TENSOR):  # a loss may call an output a tensor
-                    taught = zip(names, outputs, strict=True)
-                    feeds = feeds | {teacher_input(f"{prefix}{n}"): o for n, o in taught}
-            if batch.labels is not None:
-                feeds = feeds | {LABELS: batch.labels}
-            feeds = feeds | batch.arrays
+            feeds = feeds_of(batch, feeds, self.teacher)
             self._check_labels(feeds)
             yield feeds
 

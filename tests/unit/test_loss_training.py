@@ -105,6 +105,7 @@ def test_a_detector_learns_by_a_loss_file(detection):
     result, losses = detection.tuned(config, label="none")
 
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    assert result.after.loss < result.before.loss
     assert detection.distance(result.model) < 0.7 * detection.distance(detection.quantized)
 
 
@@ -171,6 +172,33 @@ def test_question_answering(answers, loss):
 
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
     assert answers.distance(result.model) < 0.7 * answers.distance(answers.quantized)
+
+
+def test_the_best_state_is_chosen_by_the_held_out_loss(answers):
+    config = Config(**FAST, loss="2*mse:end+l1:tensor/output", select="loss")
+    with answers.open() as held_out:
+        validation = held_out.subset(np.arange(70))  # four batches are full
+        result, _ = answers.tuned(config, validation=validation)
+    seen = {"input": answers.x[:64]}
+
+    def loss(model):
+        pairs = zip(run_ort(to_proto(model), seen), run_ort(answers.network, seen), strict=True)
+        (start, end) = (a.astype(np.float64) - b for a, b in pairs)
+        return float(2 * np.square(end).mean() + np.abs(start).mean())
+
+    assert result.before.loss == pytest.approx(loss(answers.quantized), rel=1e-5)
+    assert result.after.loss == pytest.approx(loss(result.model), rel=1e-5)
+    assert result.after.loss < 0.8 * result.before.loss
+
+
+def test_held_out_data_need_what_the_loss_reads(answers, tmp_path):
+    np.savez(tmp_path / "less.npz", input=answers.x[:32])
+    spec = InputSpec(name="input", shape=("N", *answers.x.shape[1:]), dtype="float32")
+    with (
+        open_data(tmp_path / "less.npz", [spec]) as less,
+        pytest.raises(DataError, match=r"less\.npz: no array 'ends'\. It has 'input'\."),
+    ):
+        answers.tuned(Config(**FAST, loss=QA, select="loss"), validation=less)
 
 
 def test_only_what_is_read_learns(answers):
