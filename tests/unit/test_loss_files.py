@@ -162,6 +162,33 @@ def test_a_function_of_the_file_is_inlined(tmp_path):
     )
 
 
+REDUCED = {
+    "ReduceSum": np.sum,
+    "ReduceMean": np.mean,
+    "ReduceMax": np.max,
+    "ReduceL2": lambda x: np.sqrt(np.sum(x * x)),
+    "ReduceSumSquare": lambda x: np.sum(x * x),
+    "ReduceLogSumExp": lambda x: np.log(np.sum(np.exp(x))),
+}
+
+
+@pytest.mark.parametrize("reduce", REDUCED)
+def test_what_is_computed_of_single_numbers(loss, reduce):
+    text = f"""
+    loss (float[N, 5] y) => (float value) <float two = {{2}}>
+    {{ q = Mul(y, y)  r = {reduce} <keepdims = 0> (q)  s = Sqrt(r)  t = Softplus(s)  u = Log(t)
+       m = ReduceMin <keepdims = 0> (y)  w = Mul(u, two)
+       value = Add(w, m) }}
+    """
+    check_loss(
+        loss(text),
+        lambda y: float(
+            2 * np.log(np.log1p(np.exp(np.sqrt(REDUCED[reduce](y["y"] ** 2))))) + y["y"].min()
+        ),
+        {"y": LOGITS},
+    )
+
+
 SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
 
 

@@ -59,6 +59,7 @@ def attach(model: onnx.ModelProto, values: Values, loss: Model, prefix: str) -> 
         The file cannot be prepared.
     """
     loss = loss.copy()
+    _check_written(loss)
     sources = _sources(loss, values)
     opset = default_opset(model.opset_import) or 0
     prepared = prepare(loss, opset=opset)
@@ -122,6 +123,18 @@ def _check_fit(where: str, kind: int, tensor: gs.Variable, source: Value) -> Non
         )
 
 
+def _check_written(loss: Model) -> None:
+    """Refuse a node that reads what nothing writes, which graphsurgeon takes as it comes."""
+    inputs = {tensor.name for tensor in loss.graph.inputs}
+    read = ((n, t) for n in loss.graph.nodes for t in n.inputs if isinstance(t, gs.Variable))
+    for node, tensor in read:
+        if tensor.name and not tensor.inputs and tensor.name not in inputs:
+            raise TrainingError(
+                f"{loss.name}: node '{node.name or node.outputs[0].name}' ({node.op}) reads "
+                f"'{tensor.name}', which nothing writes. Export it again."
+            )
+
+
 def _match_opset(loss: Model, opset: int) -> None:
     """Let a loss of a higher opset take that of the model, where this changes nothing."""
     changed = None
@@ -144,6 +157,12 @@ def _check_result(graph: gs.Graph, name: str) -> None:
             "others out."
         )
     result = graph.outputs[0]
+    unknown = next((n for n in graph.nodes if all(t.shape is None for t in n.outputs)), None)
+    if result.shape is None and unknown is not None:
+        raise TrainingError(
+            f"{name}: what node '{unknown.name}' ({unknown.op}) computes has no shape that can be "
+            "inferred. Check its operator and the shapes of its inputs."
+        )
     if result.dtype != np.float32 or result.shape is None or len(result.shape):
         shape = "a shape that is not known" if result.shape is None else f"shape {result.shape}"
         raise TrainingError(
