@@ -101,7 +101,7 @@ class StepSession:
         register_relu_gradient()
         parameters = set(form.parameters)
         fixed = fix_batch(form.proto, parameters, batch_size)
-        model = fix_batch(add_loss(fixed, loss, arrays), parameters, batch_size)
+        model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
         self.classes = _classes(model)
         graph = _gradient_graph(model.SerializeToString(), _reaching(model) & set(learned))
         self._session = open_session(graph, optimization="basic", threads=threads)

@@ -143,17 +143,14 @@ def _identity(
     loss: Loss,
 ) -> Identity:
     files = {f"the loss '{path}'": model_identity(graph) for path, graph in loss.graphs.items()}
-    return (
-        settings_identity(config)
-        | files
-        | {
-            "the number of processes": workers.size,
-            "the model": model_identity(model),
-            "the teacher": model_identity(reference),
-            "the training data": data_identity(training),
-            "the held-out data": data_identity(held_out),
-        }
-    )
+    others = {
+        "the number of processes": workers.size,
+        "the model": model_identity(model),
+        "the teacher": model_identity(reference),
+        "the training data": data_identity(training),
+        "the held-out data": data_identity(held_out),
+    }
+    return settings_identity(config) | files | others
 
 
 def _check_batch(model: Model, config: Config) -> None:
@@ -191,7 +188,7 @@ def _loss(data: DataSet, config: Config) -> Loss:
         label_smoothing=config.label_smoothing,
         ignore_index=config.ignore_index,
     )
-    if any(term.target == "labels" for term in loss.terms) and not data.has_labels:
+    if any(term.reads_labels for term in loss.terms) and not data.has_labels:
         raise TrainingError(
             "The loss 'cross-entropy' needs labels, and the data have none. "
             "Name them with --label, or distil with --loss kl."
@@ -217,7 +214,7 @@ def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSessio
     if not read:
         return None
     outputs = {tensor.name for tensor in reference.graph.outputs}
-    others = sorted(n for n in read - {teacher_input(o) for o in outputs})
+    others = sorted(read - {teacher_input(output) for output in outputs})
     wanted = [name.removeprefix(teacher_input(TENSOR)) for name in others]
     teacher = reference.copy() if wanted else reference
     tensors = teacher.graph.tensors()

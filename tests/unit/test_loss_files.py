@@ -162,6 +162,30 @@ def test_a_function_of_the_file_is_inlined(tmp_path):
     )
 
 
+def test_a_model_input_can_be_read(loss):
+    text = """
+    loss (float[N, 5] y, float[N, 5] input) => (float value)
+    { d = Sub(y, input)  s = Mul(d, d)  value = ReduceMean <keepdims = 0> (s) }
+    """
+    read = loss(text)
+    read.graphs[read.terms[0].kind].graph.inputs[1].name = "x/y"  # the parser has no slash
+    value, found = loss_and_gradients(read, {"y": LOGITS})  # y is the input, plus zeros
+
+    assert value == 0
+    assert not found["y"].any()
+
+
+def test_a_weight_is_no_input(loss):
+    text = """
+    loss (float[N, 5] y, float[N, 5] weight) => (float value)
+    { d = Sub(y, weight)  value = ReduceMean <keepdims = 0> (d) }
+    """
+    read = loss(text)
+    read.graphs[read.terms[0].kind].graph.inputs[1].name = "w/y"
+    with pytest.raises(TrainingError, match=r"input 'w/y' is no output"):
+        loss_and_gradients(read, {"y": LOGITS})
+
+
 REDUCED = {
     "ReduceSum": np.sum,
     "ReduceMean": np.mean,

@@ -191,6 +191,14 @@ def test_the_best_state_is_chosen_by_the_held_out_loss(answers):
     assert result.after.loss < 0.8 * result.before.loss
 
 
+def test_weights_may_be_kept_near_and_states_chosen_by_it(answers):
+    """A bias, which has no Q/DQ pair, is an input of the training and a constant of the file."""
+    config = Config(**FAST, loss="mse+0.1*l1:tensor/b2+0.1*l1:tensor/w2", select="loss")
+    result, _ = answers.tuned(config)
+
+    assert result.after.loss < result.before.loss
+
+
 def test_held_out_data_need_what_the_loss_reads(answers, tmp_path):
     np.savez(tmp_path / "less.npz", input=answers.x[:32])
     spec = InputSpec(name="input", shape=("N", *answers.x.shape[1:]), dtype="float32")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -13,7 +15,12 @@ from onnxqat.train.losses.values import Arrays, NoArrays, Values
 __all__ = ["add_loss"]
 
 
-def add_loss(form: onnx.ModelProto, loss: Loss, arrays: Arrays | None = None) -> onnx.ModelProto:
+def add_loss(
+    form: onnx.ModelProto,
+    loss: Loss,
+    arrays: Arrays | None = None,
+    parameters: Set[str] = frozenset(),
+) -> onnx.ModelProto:
     """Return a copy of ``form`` whose only output is the scalar ``loss``.
 
     Parameters
@@ -24,6 +31,8 @@ def add_loss(form: onnx.ModelProto, loss: Loss, arrays: Arrays | None = None) ->
         What to add.
     arrays : Arrays, optional
         Those of the data.
+    parameters : set of str
+        Inputs of the form that are no data.
 
     Raises
     ------
@@ -32,7 +41,7 @@ def add_loss(form: onnx.ModelProto, loss: Loss, arrays: Arrays | None = None) ->
     """
     model = onnx.ModelProto()
     model.CopyFrom(form)
-    values = Values(model.graph, arrays or NoArrays())
+    values = Values(model.graph, arrays or NoArrays(), parameters)
     parts = [
         part for i, term in enumerate(loss.terms) for part in _parts(model, values, term, i, loss)
     ]

@@ -72,11 +72,9 @@ class Term:
         return self.kind not in KINDS
 
     @property
-    def target(self) -> Literal["labels", "teacher", "array", "file"]:
-        """What it learns from; a file says so itself."""
-        if self.is_file:
-            return "file"
-        return KINDS[self.kind] if self.array is None else "array"
+    def reads_labels(self) -> bool:
+        """Whether it learns from the class labels of the data."""
+        return self.array is None and KINDS.get(self.kind) == "labels"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,15 +77,21 @@ class Values:
         A training form with types and shapes. Inputs are added to it.
     arrays : Arrays
         Of the data.
+    parameters : set of str
+        Inputs that are no data.
     """
 
-    def __init__(self, graph: onnx.GraphProto, arrays: Arrays) -> None:
+    def __init__(self, graph: onnx.GraphProto, arrays: Arrays, parameters: Set[str]) -> None:
         self.graph, self._arrays = graph, arrays
         self.outputs = [o.name for o in graph.output]
         self._known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+        for weight in graph.initializer:
+            info = helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+            self._known.setdefault(weight.name, info)
         self._inputs = {v.name for v in graph.input}
-        made = [v.name for v in graph.input] + [o for n in graph.node for o in n.output]
-        self._made = set(made)
+        self._data = self._inputs - parameters
+        self._made = {o for n in graph.node for o in n.output} | self._inputs
+        self._made |= {weight.name for weight in graph.initializer}
         self._batch = _shape(graph.input[0])[:1]
 
     def student(self, name: str) -> Value:
@@ -165,7 +171,7 @@ class Values:
         """
         if name in self.outputs or name.startswith(TENSOR):
             return self.student(name)
-        if name in self._inputs:
+        if name in self._data:
             return self._value(name)
         if name.startswith(TEACHER):
             return self.teacher(name.removeprefix(TEACHER))
