@@ -103,7 +103,7 @@ data_options = _options(
     click.option("--pad-value", type=float, help="Pixel value around a letterboxed image."),
     click.option("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"])),
     click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of the data arrays."),
-    click.option("--label", help="Name of the label array."),
+    click.option("--label", help="Name of the label array, or none."),
     click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
 )
 
@@ -154,7 +154,19 @@ rule_options = _options(
     ),
 )
 training_options = _options(
-    click.option("--loss", help="cross-entropy, kl, mse, or a sum as in cross-entropy+kl."),
+    click.option(
+        "--loss",
+        help="cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted sum as in "
+        "cross-entropy+0.5*kl:OUTPUT.",
+    ),
+    click.option(
+        "--label-smoothing",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Of cross-entropy: share of the labels that is spread over all classes.",
+    ),
+    click.option(
+        "--ignore-index", type=int, help="Of cross-entropy: label of positions that do not count."
+    ),
     click.option(
         "--epochs", type=click.IntRange(1), help="Default: about 2,000 steps, at most 10."
     ),

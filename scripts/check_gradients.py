@@ -36,7 +36,7 @@ from onnxqat.prepare.editing import constant_values, remove_nodes, replace_input
 from onnxqat.rules import load_rule
 from onnxqat.train.engine import StepSession, forward_session
 from onnxqat.train.form import training_form
-from onnxqat.train.losses import teacher_input
+from onnxqat.train.losses import read_loss, teacher_input
 
 TOLERANCE = 0.02
 FEW = 64  # elements; a model that stores a larger constant has its weights
@@ -98,7 +98,7 @@ def step(form, feeds, batch):
         name: y + (np.std(y) + 1e-3) * rng.normal(size=y.shape).astype(np.float32)
         for name, y in zip(names, outputs, strict=True)
     }
-    training = StepSession(form, ("mse",), batch_size=batch)
+    training = StepSession(form, read_loss("mse"), batch_size=batch)
     teacher = {teacher_input(name): y for name, y in targets.items()}
     training.run(feeds | teacher)
     start = time.perf_counter()

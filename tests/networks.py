@@ -137,6 +137,40 @@ def upsampling(*, seed: int = 0) -> onnx.ModelProto:
     return g.model(["N", 3, 4, 4], ["N", 4], 18)
 
 
+def detector(*, seed: int = 0) -> onnx.ModelProto:
+    """Convolutions to a grid: one channel of objectness logits, four of a box."""
+    g = _Graph(seed)
+    down = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
+    g.node("Conv", ["input", g.weight("w1", 16, 3, 3, 3), g.weight("b1", 16)], "c1", **down)
+    g.node("Relu", ["c1"], "r1")
+    g.node("Conv", ["r1", g.weight("w2", 32, 16, 3, 3, size=0.1), g.weight("b2", 32)], "c2", **down)
+    g.node("Relu", ["c2"], "r2")
+    g.node("Conv", ["r2", g.weight("w3", 5, 32, 1, 1), g.weight("b3", 5)], "output")
+    return g.model(["N", 3, 16, 16], ["N", 5, 4, 4])
+
+
+def answering(*, seed: int = 0) -> onnx.ModelProto:
+    """Question answering: the logits of where an answer starts and where it ends."""
+    g = _Graph(seed)
+    g.node("MatMul", ["input", g.weight("w1", 16, 64)], "m1")
+    g.node("Add", ["m1", g.weight("b1", 64)], "a1")
+    g.node("Tanh", ["a1"], "t1")
+    g.node("MatMul", ["t1", g.weight("w2", 64, 64, size=0.2)], "m2")
+    g.node("Add", ["m2", g.weight("b2", 64)], "a2")
+    g.node("Tanh", ["a2"], "t2")
+    g.node("MatMul", ["t2", g.weight("w3", 64, 2)], "m3")
+    g.node("Add", ["m3", g.weight("b3", 2)], "a3")
+    split = helper.make_node("Split", ["a3"], ["s", "e"], name="n_split", axis=-1)
+    g.nodes.append(split)
+    axis = g.constant("axis", np.int64([-1]))
+    g.node("Squeeze", ["s", axis], "output")
+    g.node("Squeeze", ["e", axis], "end")
+    model = g.model(["N", 12, 16], ["N", 12])
+    end = helper.make_tensor_value_info("end", TensorProto.FLOAT, ["N", 12])
+    model.graph.output.append(end)
+    return model
+
+
 def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
     """Return random inputs of a network, float32."""
     dims = model.graph.input[0].type.tensor_type.shape.dim[1:]

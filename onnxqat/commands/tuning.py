@@ -213,10 +213,12 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
         return {name: value for name, value in found.items() if value is not None}
 
     before, after = figures(result.before), figures(result.after)
+    losses = {"before": result.before.loss, "after": result.after.loss}
     document = {
         "schema": "onnxqat.finetune/1",
         "before": before,
         "after": after,
+        "loss": losses if result.after.loss is not None else None,
         "samples": result.after.samples,
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
@@ -226,6 +228,7 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
     }
     rows: list[tuple[str, Any]] = [(f"{k} before", v) for k, v in percentages(before)]
     rows += [(f"{k} after", v) for k, v in percentages(after)]
+    rows += [(f"loss {when}", f"{v:.6g}") for when, v in losses.items() if v is not None]
     rows += [
         ("held-out samples", result.after.samples),
         ("epochs", f"{result.epochs}, best {result.best_epoch}"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from onnxqat.data.arrays import Source
-from onnxqat.data.feeds import Feed
+from onnxqat.data.arrays import Header, Source, names
+from onnxqat.data.feeds import Feed, InputSpec
+from onnxqat.data.preprocess import Preprocessing
 from onnxqat.errors import DataError
 
 __all__ = ["Batch", "DataSet", "split"]
@@ -33,11 +34,14 @@ class Batch:
         Class indices, 0 or above.
     indices : int64 of shape (n,)
         Positions of the samples in the `DataSet` that gave the batch.
+    arrays : dict of str to array
+        Those that `DataSet.with_arrays` asked for.
     """
 
     inputs: dict[str, NDArray[Any]]
     labels: NDArray[np.int64] | None
     indices: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class DataSet:
@@ -55,6 +59,8 @@ class DataSet:
         Samples of the source that belong to the set, in order.
     owner : bool
         Whether closing the set closes the source; a subset does not.
+    arrays : sequence of Feed
+        Other arrays, see `with_arrays`.
     """
 
     def __init__(
@@ -65,9 +71,10 @@ class DataSet:
         indices: NDArray[np.int64],
         *,
         owner: bool,
+        arrays: Sequence[Feed] = (),
     ) -> None:
         self._source, self._feeds, self._label_key = source, feeds, label_key
-        self._indices, self._owner = indices, owner
+        self._indices, self._owner, self._arrays = indices, owner, arrays
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -104,7 +111,46 @@ class DataSet:
         It shares the files of this set and must not outlive its closing.
         """
         chosen = self._indices[_checked_indices(indices, len(self))]
-        return DataSet(self._source, self._feeds, self._label_key, chosen, owner=False)
+        return self._view(chosen, self._arrays)
+
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """The arrays of the data, those of inputs and labels included."""
+        return self._source.keys
+
+    def array(self, name: str) -> Header:
+        """Return shape and dtype of one sample of an array.
+
+        Raises
+        ------
+        DataError
+            There is none, or it does not hold numbers, or not one of each sample.
+        """
+        if name not in self._source.keys:
+            raise DataError(
+                f"{self._source.name}: no array {name!r}. It has {names(self._source.keys)}."
+            )
+        self._source.count([self._feeds[0].key, name])
+        return self._source.sample(name)
+
+    def with_arrays(self, arrays: Mapping[str, tuple[str, str]]) -> DataSet:
+        """Return a view whose batches have other arrays too, as they are stored.
+
+        Parameters
+        ----------
+        arrays : mapping of str to (str, str)
+            Array and dtype, by the name that it gets in `Batch.arrays`.
+        """
+        feeds = []
+        for name, (key, dtype) in arrays.items():
+            spec = InputSpec(name=name, shape=(None, *self.array(key).shape), dtype=dtype)
+            plain = Feed(spec=spec, key=key, preprocessing=Preprocessing(), data_layout=None)
+            feeds.append(plain)
+        return self._view(self._indices, feeds)
+
+    def _view(self, indices: NDArray[np.int64], arrays: Sequence[Feed]) -> DataSet:
+        feeds, label_key = self._feeds, self._label_key
+        return DataSet(self._source, feeds, label_key, indices, owner=False, arrays=arrays)
 
     def batches(
         self,
@@ -141,13 +187,17 @@ class DataSet:
 
     def _read(self, positions: NDArray[np.int64]) -> Batch:
         rows = self._indices[positions]
-        inputs = {
-            feed.spec.name: feed.convert(
-                self._source.read(feed.key, rows), partial(self._origin, feed.key, rows)
-            )
-            for feed in self._feeds
-        }
-        return Batch(inputs=inputs, labels=self._read_labels(rows), indices=positions)
+        inputs, arrays = (
+            {
+                feed.spec.name: feed.convert(
+                    self._source.read(feed.key, rows), partial(self._origin, feed.key, rows)
+                )
+                for feed in feeds
+            }
+            for feeds in (self._feeds, self._arrays)
+        )
+        labels = self._read_labels(rows)
+        return Batch(inputs=inputs, labels=labels, indices=positions, arrays=arrays)
 
     def _origin(self, key: str, rows: NDArray[np.int64], position: int) -> str:
         return self._source.origin(key, int(rows[position]))

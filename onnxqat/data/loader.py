@@ -20,6 +20,7 @@ from onnxqat.errors import DataError
 __all__ = ["open_data"]
 
 LABEL_NAMES = ("label", "labels", "y")
+NO_LABELS = "none"  # as a label's name, unless an array is called so
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -45,7 +46,8 @@ def open_data(
     preprocessing : Preprocessing
         Applied to image inputs (rank 4, float or uint8), mean and scale to float ones only.
     label : str, optional
-        Array of class indices; ``label``, ``labels`` or ``y`` by default, if there is one.
+        Array of class indices; ``label``, ``labels`` or ``y`` by default, if there is one. With
+        ``none`` no array is taken for labels.
     input_map : mapping of str to str, optional
         Array by model input, where names differ.
 
@@ -152,6 +154,8 @@ def _match_arrays(
 
 
 def _label_array(source: Source, taken: set[str], label: str | None) -> str | None:
+    if label == NO_LABELS and label not in source.keys:
+        return None
     if label is not None:
         if label not in source.keys:
             raise DataError(
@@ -172,7 +176,7 @@ def _check_labels(source: Source, key: str) -> None:
     if shape or dtype.kind not in "iu":
         raise DataError(
             f"{source.name}: labels {key!r} are {dtype} with samples of shape {shape}. "
-            "Store one integer class index per sample, or name other labels with --label."
+            "Store one integer class index per sample, or name other labels with --label, or none."
         )
 
 

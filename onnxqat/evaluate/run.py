@@ -59,6 +59,8 @@ class Evaluation:
         any is NaN.
     points : tuple of PointDifference
         Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
+    loss : float or None
+        What training lowers, where a state is chosen by it.
     """
 
     samples: int
@@ -67,6 +69,7 @@ class Evaluation:
     agreement: float | None = None
     max_abs_diff: float | None = None
     points: tuple[PointDifference, ...] = ()
+    loss: float | None = None
 
 
 class _Runner(Protocol):
@@ -239,7 +242,7 @@ def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict
     if scores.ndim != 2:
         raise DataError(
             f"Top-1 needs an output of shape (N, classes); the first output is "
-            f"{scores.shape}. Evaluate without labels, with --against."
+            f"{scores.shape}. Evaluate with --label none and --against."
         )
     classes = scores.shape[1]
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:

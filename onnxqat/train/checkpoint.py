@@ -178,5 +178,7 @@ def data_identity(data: DataSet) -> str:
     for batch in data.batches(1, indices=chosen):
         for name in sorted(batch.inputs):
             digest.update(batch.inputs[name].tobytes())
+        for name in sorted(batch.arrays):
+            digest.update(batch.arrays[name].tobytes())
         digest.update(b"" if batch.labels is None else batch.labels.tobytes())
     return f"{len(data)} samples, {digest.hexdigest()[:16]}"

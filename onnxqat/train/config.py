@@ -23,7 +23,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     loss : str or None
-        See `onnxqat.train.losses`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+        See `onnxqat.train.losses.terms`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+    label_smoothing, ignore_index : float or None, int or None
+        Of cross-entropy: the share of the labels that is spread over all classes, and the label of
+        positions that do not count.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int
@@ -58,8 +61,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Decay of the moving average of the weights and scales, which is evaluated and kept in their
         place. None: they themselves.
     select : str or None
-        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement`` or
-        ``max_abs_diff``. None: top1 where there are labels, agreement otherwise.
+        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
+        ``max_abs_diff`` or ``loss``. None: the loss where a file computes it; else top1 where there
+        are labels, agreement otherwise.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str
@@ -73,6 +77,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     loss: str | None = None
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    ignore_index: int | None = None
     epochs: Count | None = None
     batch_size: Count = 16
     accumulate: Count = 1

@@ -21,9 +21,9 @@ from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import register_relu_gradient
-from onnxqat.train.losses import add_loss
+from onnxqat.train.losses import Arrays, Loss, add_loss
 
-__all__ = ["Flat", "StepSession", "forward_session"]
+__all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
 
 FATAL = 4
 FLOAT = onnx.TensorProto.FLOAT
@@ -62,17 +62,23 @@ class StepSession:
     ----------
     form : TrainingForm
         What is trained.
-    loss : tuple of str
-        Parts of the loss, see `onnxqat.train.losses`.
+    loss : Loss
+        See `onnxqat.train.losses`.
     batch_size : int
         Samples in every batch; onnxruntime's pooling gradients need it fixed.
     threads : int
         0 takes all cores.
+    arrays : Arrays, optional
+        Those of the data, which the loss may read.
 
     Attributes
     ----------
     values, gradients : Flat
         Parameters by input name, and their gradients; the session reads and writes them.
+    inputs : set of str
+        What a batch is made of, and the parameters.
+    classes : dict of str to (int, int or None)
+        By input of labels: how many classes there are, and the label that does not count.
 
     Raises
     ------
@@ -81,23 +87,32 @@ class StepSession:
     """
 
     def __init__(
-        self, form: TrainingForm, loss: tuple[str, ...], *, batch_size: int, threads: int = 0
+        self,
+        form: TrainingForm,
+        loss: Loss,
+        *,
+        batch_size: int,
+        threads: int = 0,
+        arrays: Arrays | None = None,
     ) -> None:
         learned = form.parameters if form.learns_scales else form.weights
         constants = {k: v for k, v in form.parameters.items() if k not in learned}
         self.values = Flat(learned)
         register_relu_gradient()
-        model = _fix_batch(add_loss(form.proto, loss), set(form.parameters), batch_size)
+        parameters = set(form.parameters)
+        fixed = fix_batch(form.proto, parameters, batch_size)
+        model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
+        self.classes = _classes(model)
         graph = _gradient_graph(model.SerializeToString(), _reaching(model) & set(learned))
         self._session = open_session(graph, optimization="basic", threads=threads)
         outputs = {o.name: o.shape for o in self._session.get_outputs()}
-        self._inputs = {i.name for i in self._session.get_inputs()}
+        self.inputs = {i.name for i in self._session.get_inputs()}
         reached = {n: v for n, v in learned.items() if f"{n}_grad" in outputs}
         self.gradients = Flat(reached)
         self._binding = self._session.io_binding()
         self._loss = np.zeros((), np.float32)
         for name, array in (*self.values.views.items(), *constants.items()):
-            if name in self._inputs:
+            if name in self.inputs:
                 self._bind(self._binding.bind_input, name, array)
         for name, shape in outputs.items():
             array = self._loss if name == "loss" else self.gradients.views[name[: -len("_grad")]]
@@ -119,7 +134,7 @@ class StepSession:
             Data, labels and teacher's outputs, by input name.
         """
         for name, array in feeds.items():
-            if name in self._inputs:
+            if name in self.inputs:
                 self._binding.bind_cpu_input(name, array)
         try:
             self._session.run_with_iobinding(self._binding)
@@ -129,14 +144,32 @@ class StepSession:
         return float(self._loss)
 
 
-def _fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
-    """Give the first axis of every data input its length, and infer all shapes from it."""
+def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
+    """Return a copy whose data inputs have a first axis of this length, with all shapes."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    model = fixed
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
         if value.name not in parameters and dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = batch_size
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:
+    """Return how many classes there are, and what is ignored, by input of labels."""
+    values = (*model.graph.value_info, *model.graph.input)
+    dims = {value.name: value.type.tensor_type.shape.dim for value in values}
+    inputs = {value.name for value in model.graph.input}
+    found: dict[str, tuple[int, int | None]] = {}
+    for node in model.graph.node:
+        if node.op_type == "SoftmaxCrossEntropyLoss" and node.input[1] in inputs:
+            logits = dims.get(node.input[0], ())
+            ignored = [a.i for a in node.attribute if a.name == "ignore_index"]
+            if len(logits) > 1 and logits[1].dim_value:
+                found[node.input[1]] = logits[1].dim_value, *(ignored or [None])
+    return found
 
 
 def _reaching(model: onnx.ModelProto) -> set[str]:

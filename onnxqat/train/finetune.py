@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 
+import msgspec
+import onnxruntime as ort
+
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation, evaluate
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import SOURCE_KEY, state_of, strip, weights_hash
 from onnxqat.model import Model
@@ -23,10 +25,20 @@ from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.loop import Loop
-from onnxqat.train.losses import parse_loss
+from onnxqat.train.losses import (
+    TENSOR,
+    Loss,
+    array_of,
+    nearest,
+    read_loss,
+    teacher_input,
+    tensor_read,
+)
 from onnxqat.train.parallel import Workers
 from onnxqat.train.records import Finetuned, Progress
+from onnxqat.train.selection import LOSS
 from onnxqat.train.supply import Supply
+from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
 
@@ -87,40 +99,38 @@ def finetune(
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
     _check_batch(model, config)
     training, held_out = _divide(data, validation, config, workers.size)
-    terms = _loss_terms(data, config)
+    loss = _loss(data, config)
+    if loss.graphs and config.select is None:  # whose output need not have classes
+        config = msgspec.structs.replace(config, select=LOSS)
     reference = _teacher_of(model, teacher)
-    teaching = any(term != "cross-entropy" for term in terms)
-    teaching_session = model_session(reference, "float") if teaching else None
-    form = training_form(model, learn_scales=config.method == "lsq")
-    supply = Supply(model, training, teaching_session, config, workers)
+    form = training_form(model, learn_scales=config.method == "lsq", read=tensor_read(loss, model))
+    session = StepSession(
+        form, loss, batch_size=config.batch_size, threads=config.threads, arrays=data
+    )
+    training = _with_arrays(training, session.inputs, config)
+    teaching = _teaching_session(reference, session.inputs)
+    if config.select == LOSS:
+        held_out = _with_arrays(held_out, session.inputs, config)
+    supply = Supply(model, training, teaching, config, workers, session.classes)
     loop = Loop(
         model=model,
         form=form,
-        session=StepSession(form, terms, batch_size=config.batch_size, threads=config.threads),
+        session=session,
         supply=supply,
         config=config,
-        validate=partial(_validate, held_out=held_out, reference=reference, config=config),
+        validate=Validation(
+            data=held_out, reference=reference, config=config, loss=loss, teacher=teaching
+        ),
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
         checkpoints=checkpoints,
-        identity=cache(partial(_identity, model, reference, training, held_out, config, workers)),
+        identity=cache(
+            partial(_identity, model, reference, training, held_out, config, workers, loss)
+        ),
         stop=stop,
         workers=workers,
     )
     return loop.run()
-
-
-def _validate(
-    model: Model,
-    progress: Callable[[], None],
-    *,
-    held_out: DataSet,
-    reference: Model,
-    config: Config,
-) -> Evaluation:
-    batches = held_out.batches(config.batch_size)
-    threads = config.threads
-    return evaluate(model, batches, against=reference, threads=threads, progress=progress)
 
 
 def _identity(
@@ -130,14 +140,17 @@ def _identity(
     held_out: DataSet,
     config: Config,
     workers: Workers,
+    loss: Loss,
 ) -> Identity:
-    return settings_identity(config) | {
+    files = {f"the loss '{path}'": model_identity(graph) for path, graph in loss.graphs.items()}
+    others = {
         "the number of processes": workers.size,
         "the model": model_identity(model),
         "the teacher": model_identity(reference),
         "the training data": data_identity(training),
         "the held-out data": data_identity(held_out),
     }
+    return settings_identity(config) | files | others
 
 
 def _check_batch(model: Model, config: Config) -> None:
@@ -168,15 +181,51 @@ def _divide(
     return data, validation
 
 
-def _loss_terms(data: DataSet, config: Config) -> tuple[str, ...]:
+def _loss(data: DataSet, config: Config) -> Loss:
     default = "cross-entropy+kl" if data.has_labels else "kl"
-    terms = parse_loss(config.loss or default)
-    if "cross-entropy" in terms and not data.has_labels:
+    loss = read_loss(
+        config.loss or default,
+        label_smoothing=config.label_smoothing,
+        ignore_index=config.ignore_index,
+    )
+    if any(term.reads_labels for term in loss.terms) and not data.has_labels:
         raise TrainingError(
             "The loss 'cross-entropy' needs labels, and the data have none. "
             "Name them with --label, or distil with --loss kl."
         )
-    return terms
+    return loss
+
+
+def _with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
+    """Return the data with the arrays that the loss reads."""
+    arrays = {name: array for name in sorted(inputs) if (array := array_of(name))}
+    for key, _ in arrays.values():
+        if config.augment and data.array(key).shape:
+            raise TrainingError(
+                f"--augment moves the images, and not the array '{key}' that the loss reads. "
+                "Leave --augment out."
+            )
+    return data.with_arrays(arrays) if arrays else data
+
+
+def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession | None:
+    """Return a session of the teacher with the tensors that the loss reads; None without any."""
+    read = {name for name in inputs if name.startswith(teacher_input(""))}
+    if not read:
+        return None
+    outputs = {tensor.name for tensor in reference.graph.outputs}
+    others = sorted(read - {teacher_input(output) for output in outputs})
+    wanted = [name.removeprefix(teacher_input(TENSOR)) for name in others]
+    teacher = reference.copy() if wanted else reference
+    tensors = teacher.graph.tensors()
+    for name in (name for name in wanted if name not in outputs):
+        if name not in tensors:
+            raise TrainingError(
+                f"{reference.name}: the teacher has no tensor '{name}'. "
+                f"{nearest(name, sorted(tensors))}"
+            )
+        teacher.graph.outputs.append(tensors[name])
+    return model_session(teacher, "float")
 
 
 def _teacher_of(model: Model, teacher: Model | None) -> Model:

@@ -31,7 +31,7 @@ from onnxqat.train.lowering import (
     lower,
 )
 
-__all__ = ["TrainingForm", "Untrainable", "training_form", "untrainable_nodes"]
+__all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untrainable_nodes"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class TrainingForm:
         return self.weights | {f"{name}/scale": scale for name, scale in self.scales.items()}
 
 
-def training_form(model: Model, *, learn_scales: bool) -> TrainingForm:
+def training_form(model: Model, *, learn_scales: bool, read: str | None = None) -> TrainingForm:
     """Return the training form of a Q/DQ model.
 
     Parameters
@@ -78,13 +78,15 @@ def training_form(model: Model, *, learn_scales: bool) -> TrainingForm:
         As `insert` made it. It is not changed.
     learn_scales : bool
         LSQ when true; scales are constants of the training otherwise (straight-through only).
+    read : str, optional
+        A tensor that the loss reads; the first output by default.
 
     Raises
     ------
     TrainingError
         An op on the way from a parameter to an output has no right gradient.
     """
-    work, weights, builder = _build(model, learn_scales=learn_scales)
+    work, weights, builder = _build(model, learn_scales=learn_scales, read=read)
     if builder.refused:
         raise TrainingError(_refusal(builder.refused))
     work.metadata.clear()
@@ -135,7 +137,9 @@ def _refusal(nodes: list[Untrainable]) -> str:
     )
 
 
-def _build(model: Model, *, learn_scales: bool) -> tuple[Model, dict[str, FloatArray], _Builder]:
+def _build(
+    model: Model, *, learn_scales: bool, read: str | None = None
+) -> tuple[Model, dict[str, FloatArray], _Builder]:
     """Return the Q/DQ model with the graph of its training form, and its weights.
 
     Float weights before a node that has no gradient are left as they are: a node can be kept
@@ -146,7 +150,7 @@ def _build(model: Model, *, learn_scales: bool) -> tuple[Model, dict[str, FloatA
     while True:
         work = model.copy()
         weights = _make_inputs(work.graph, names)
-        builder = _Builder(work.graph, model, plan, params, set(weights), learn_scales)
+        builder = _Builder(work.graph, model, plan, params, set(weights), learn_scales, read)
         builder.run()
         before = _before(model.graph, builder.refused) - {p.tensor for p in plan.points}
         if before.isdisjoint(names):
@@ -206,6 +210,7 @@ class _Builder:
         params: dict[str, QuantParams],
         trained: set[str],
         learn_scales: bool,
+        read: str | None,
     ) -> None:
         self.graph = graph
         self.source: Model | None = source  # until the shapes in it are used
@@ -219,7 +224,7 @@ class _Builder:
         self.refused: list[Untrainable] = []
         self.scale_inputs: dict[str, gs.Variable] = {}
         self.dead: set[int] = set()
-        self.reaching = _reaching(graph)
+        self.reaching = reaching(graph, read)
 
     def run(self) -> None:
         nodes: list[gs.Node] = []
@@ -330,9 +335,9 @@ def _chain(node: gs.Node) -> list[gs.Node]:
     return chain
 
 
-def _reaching(graph: gs.Graph) -> set[str]:
-    """Return the tensors from which floats lead to the first output, which every loss reads."""
-    names = {t.name for t in graph.outputs[:1]}
+def reaching(graph: gs.Graph, read: str | None = None) -> set[str]:
+    """Return the tensors from which floats lead to ``read``, the first output by default."""
+    names = {graph.outputs[0].name if read is None else read}
     for node in reversed(graph.nodes):
         if any(t.name in names for t in node.outputs):
             names.update(t.name for t in node.inputs if t.dtype in (None, np.float32))

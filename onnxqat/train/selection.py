@@ -7,7 +7,8 @@ from onnxqat.evaluate import Evaluation
 
 __all__ = ["figures_of", "score"]
 
-FALLING = ("max_abs_diff",)  # the smaller the better
+LOSS = "loss"
+FALLING = ("max_abs_diff", LOSS)  # the smaller the better
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:
@@ -15,6 +16,7 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
     others = {
         "agreement": evaluation.agreement,
         "max_abs_diff": evaluation.max_abs_diff,
+        LOSS: evaluation.loss,
     }
     return evaluation.metrics | {name: v for name, v in others.items() if v is not None}
 

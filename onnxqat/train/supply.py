@@ -6,7 +6,7 @@ follow from the seed, the epoch and the step alone, so that a run can go on anyw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,16 +14,30 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.data import DataSet, augment
+from onnxqat.data import Batch, DataSet, augment
 from onnxqat.errors import DataError
 from onnxqat.model import Model
 from onnxqat.train.config import Config
-from onnxqat.train.losses import LABELS, teacher_input
+from onnxqat.train.losses import LABELS, TENSOR, teacher_input
 from onnxqat.train.parallel import Workers
 
-__all__ = ["Feeds", "Supply"]
+__all__ = ["Feeds", "Supply", "feeds_of"]
 
 Feeds = dict[str, NDArray[Any]]
+NONE = np.zeros(0, np.int64)
+
+
+def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) -> Feeds:
+    """Return what a loss can read of a batch: ``inputs``, teacher, labels and other arrays."""
+    feeds = dict(inputs)
+    if teacher is not None:
+        outputs = teacher.run(None, inputs)
+        names = [o.name for o in teacher.get_outputs()]
+        for prefix in ("", TENSOR):  # a loss may call an output a tensor
+            feeds |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
+    if batch.labels is not None:
+        feeds[LABELS] = batch.labels
+    return feeds | batch.arrays
 
 
 class Supply:
@@ -34,13 +48,15 @@ class Supply:
     model : Model
         The Q/DQ model, which says how many classes there are.
     data : DataSet
-        Training samples.
+        Training samples, with the arrays that the loss reads.
     teacher : InferenceSession or None
         Its outputs are fed too.
     config : Config
         Batch size, augmentation and seed.
     workers : Workers
         Which share of the samples is for this process.
+    classes : mapping of str to (int, int or None), optional
+        By input of labels: how many classes there are, and the label that does not count.
 
     Attributes
     ----------
@@ -55,10 +71,12 @@ class Supply:
         teacher: ort.InferenceSession | None,
         config: Config,
         workers: Workers,
+        classes: Mapping[str, tuple[int, int | None]] | None = None,
     ) -> None:
         self.data, self.teacher, self.config, self.workers = data, teacher, config, workers
         shape = list(model.graph.outputs[0].shape or ())
-        self.classes = shape[1] if len(shape) > 1 else None
+        counted = len(shape) > 1 and isinstance(shape[1], int)
+        self.classes = ({LABELS: (shape[1], None)} if counted else {}) | dict(classes or {})
         self.steps = len(data) // (config.batch_size * config.accumulate * workers.size)
         self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
 
@@ -80,13 +98,8 @@ class Supply:
             if self.config.augment:
                 rng = np.random.default_rng((self.config.seed, epoch, int(index)))
                 feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
-            if self.teacher is not None:
-                outputs = self.teacher.run(None, feeds)
-                names = (o.name for o in self.teacher.get_outputs())
-                feeds = feeds | {teacher_input(n): o for n, o in zip(names, outputs, strict=True)}
-            if batch.labels is not None:
-                self._check_labels(batch.labels)
-                feeds = feeds | {LABELS: batch.labels}
+            feeds = feeds_of(batch, feeds, self.teacher)
+            self._check_labels(feeds)
             yield feeds
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
@@ -98,10 +111,13 @@ class Supply:
         self._shuffled = epoch
         return order
 
-    def _check_labels(self, labels: NDArray[np.int64]) -> None:
-        classes = self.classes
-        if isinstance(classes, int) and labels.max(initial=0) >= classes:
-            raise DataError(
-                f"A label is {labels.max()}; the model has {classes} classes, 0 to "
-                f"{classes - 1}. Check the labels, or distil with --loss kl."
-            )
+    def _check_labels(self, feeds: Feeds) -> None:
+        for name, (classes, ignored) in self.classes.items():
+            labels = feeds.get(name, NONE)
+            counting = labels if ignored is None else labels[labels != ignored]
+            wrong = counting[(counting < 0) | (counting >= classes)]
+            if wrong.size:
+                raise DataError(
+                    f"A label is {wrong.max()}; the model has {classes} classes, 0 to "
+                    f"{classes - 1}. Check the labels, or distil with --loss kl."
+                )

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onnxqat.overrides import read_overrides
 from onnxqat.rules import load_rule
+from onnxqat.train.losses import read_loss
+from tests.losses import check_loss
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -70,3 +73,19 @@ def test_python_in_the_readme_runs(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
     assert (tmp_path / "model.qdq.onnx").exists()
+
+
+def test_the_loss_in_the_docs_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("docs/fine-tuning.md", "python")[0], {})
+    rng = np.random.default_rng(0)
+    grid, boxes = rng.normal(size=(2, 5, 3, 3)).astype(np.float32), rng.normal(size=(2, 4, 3, 3))
+    there = rng.integers(0, 2, (2, 1, 3, 3))
+
+    def expected(outputs):
+        logit, found = outputs["grid"][:, :1], outputs["grid"][:, 1:]
+        bce = np.log1p(np.exp(logit)) - logit * there
+        return float(bce.mean() + (np.abs(found - boxes.astype(np.float32)) * there).mean())
+
+    arrays = {"objectness": there, "boxes": boxes}
+    check_loss(read_loss("my-loss.onnx"), expected, {"grid": grid}, arrays=arrays)

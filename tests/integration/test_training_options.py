@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from click.testing import CliRunner
 
 from onnxqat.cli import main
 from onnxqat.insert import read_params, strip
 from onnxqat.model import load_model
+from tests.networks import detector, samples
+from tests.oracles import run_ort
 
 MODELS = Path(__file__).parents[2] / "models"
 NORM = ("--mean", 128, "--scale", 0.0078125)
@@ -102,3 +106,42 @@ def test_wrong_options_are_one_line_and_leave_nothing(work, tmp_path, words, cod
     assert message.format(folder=tmp_path) in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_file_trains_a_detector_from_the_float_model_on(tmp_path):
+    network, x = detector(), samples(detector(), 64)
+    (grid,) = run_ort(network, {"input": x})
+    onnx.save(network, tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", input=x, labels=grid[:, 1:])  # boxes, and no classes
+    header = '<ir_version: 8, opset_import: ["" : 17]> '
+    text = (
+        "loss (float[N, 5, 4, 4] output, float[N, 4, 4, 4] labels) => (float value) "
+        "<int64[1] one = {1}, int64[1] end = {5}> { found = Slice(output, one, end, one) "
+        "d = Sub(found, labels)  s = Mul(d, d)  value = ReduceMean <keepdims = 0> (s) }"
+    )
+    onnx.save(onnx.parser.parse_model(header + text), tmp_path / "loss.onnx")
+    data, qdq, tuned = (tmp_path / name for name in ("data.npz", "qdq.onnx", "tuned.onnx"))
+    words = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=4", "-o", qdq)
+    assert invoke("insert", tmp_path / "net.onnx", *words).exit_code == 0
+    training = ("finetune", qdq, data, "--epochs", 2, "--threads", 1, "-o", tuned)
+    with_labels = invoke(*training, "--loss", tmp_path / "loss.onnx")
+    result = invoke(*training, "--loss", f"2*{tmp_path / 'loss.onnx'}", "--label", "none")
+
+    assert with_labels.exit_code == 1
+    assert "or name other labels with --label, or none." in with_labels.output
+    assert result.exit_code == 0, result.output
+    assert load_model(tuned).metadata["onnxqat.state"] == "finetuned"
+
+
+def test_errors_of_a_loss_name_what_is_wrong(work, tmp_path):
+    for loss, message in (
+        ("kl+0.5*entropy", "Unknown loss 'entropy' at character 4"),
+        ("kl:outputs", "the model has no output 'outputs'"),
+        ("mse=image", "the data have no array 'image'. The nearest: 'images'."),
+        ("missing.onnx", "missing.onnx: no such file."),
+    ):
+        result = finetune(work, tmp_path / "a.onnx", "--loss", loss)
+        assert result.exit_code == 1
+        assert message in result.output
+    result = finetune(work, tmp_path / "a.onnx", "--label-smoothing", 1)
+    assert result.exit_code == 2

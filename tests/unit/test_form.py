@@ -17,7 +17,7 @@ from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import StepSession, forward_session
 from onnxqat.train.form import training_form, untrainable_nodes
-from onnxqat.train.losses import add_loss, teacher_input
+from onnxqat.train.losses import add_loss, read_loss, teacher_input
 from onnxqat.train.lowering import fixed_shapes
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples, upsampling
 
@@ -100,7 +100,7 @@ def test_an_op_of_ours_behind_softmax_is_not_taken_for_fake_quantize():
     }"""
     _, qdq = quantized_text(text)
     form = training_form(qdq, learn_scales=True)
-    with_loss = add_loss(form.proto, ("kl",))
+    with_loss = add_loss(form.proto, read_loss("kl"))
 
     assert any(node.op_type.startswith("HardSigmoid_") for node in with_loss.graph.node)
     assert not any(node.op_type == "Log" for node in with_loss.graph.node)
@@ -127,7 +127,7 @@ def test_16_bits_of_opset_21_train_and_equal_the_file_bit_for_bit(rule):
     expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
     form = training_form(qdq, learn_scales=True)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
-    session = StepSession(form, ("mse",), batch_size=4, threads=1)
+    session = StepSession(form, read_loss("mse"), batch_size=4, threads=1)
     session.run({"input": x, teacher_input("output"): np.zeros_like(expected[0])})
 
     assert any("int16" in node.op_type for node in form.proto.graph.node)

@@ -15,7 +15,7 @@ from onnxqat.runtime import open_session
 from onnxqat.train.engine import StepSession, _gradient_graph
 from onnxqat.train.form import training_form
 from onnxqat.train.gradients import DOMAIN, FakeQuantize
-from onnxqat.train.losses import LABELS, teacher_input
+from onnxqat.train.losses import LABELS, read_loss, teacher_input
 from tests.networks import attention, convnet, quantized, samples, upsampling
 from tests.oracles import run_ort
 
@@ -301,7 +301,7 @@ def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
     rng = np.random.default_rng(3)
     x = samples(network, 8, seed=5)
     form = training_form(qdq, learn_scales=True)
-    session = StepSession(form, ("cross-entropy", "kl"), batch_size=8, threads=1)
+    session = StepSession(form, read_loss("cross-entropy+kl"), batch_size=8, threads=1)
     surrogate = Surrogate(qdq, x)
     scores = surrogate.output()
     labels = rng.integers(scores.shape[1], size=8)
@@ -341,7 +341,7 @@ def test_a_scale_that_only_a_comparison_reads_has_no_gradient():
     network = onnx.parser.parse_model(text)
     _, qdq = quantized(network)
     form = training_form(qdq, learn_scales=True)
-    session = StepSession(form, ("mse",), batch_size=4, threads=1)
+    session = StepSession(form, read_loss("mse"), batch_size=4, threads=1)
     x = samples(network, 4)
     session.run({"input": x, teacher_input("output"): np.zeros((4, 4), np.float32)})
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
-from onnxqat.train.losses import LABELS, add_loss, parse_loss, teacher_input
+from onnxqat.train.losses import LABELS, add_loss, parse_loss, read_loss, teacher_input
 from tests.oracles import run_ort
 
 Shape = tuple[int, ...]
@@ -33,7 +33,7 @@ def softmax(x):
 def loss_of(model, terms, x, teacher, labels=None):
     feeds = {"x": x}
     name = model.graph.output[0].name
-    with_loss = add_loss(model, terms)
+    with_loss = add_loss(model, read_loss("+".join(terms)))
     if any(term != "cross-entropy" for term in terms):
         feeds[teacher_input(name)] = teacher
     if labels is not None:
@@ -82,8 +82,8 @@ def test_a_model_that_ends_in_softmax_is_not_softmaxed_twice():
 
 def test_shapes_that_a_loss_cannot_read_are_refused():
     with pytest.raises(TrainingError, match="kl needs"):
-        add_loss(network("y", (1, 3, 8, 8)), ["kl"])
+        add_loss(network("y", (1, 3, 8, 8)), read_loss("kl"))
     with pytest.raises(TrainingError, match="cross-entropy needs"):
-        add_loss(network("y", (5,)), ["cross-entropy"])
+        add_loss(network("y", (5,)), read_loss("cross-entropy"))
     with pytest.raises(TrainingError, match="Unknown loss 'hinge'"):
         parse_loss("kl+hinge")

@@ -57,7 +57,8 @@ TINY = 1e-30
 def reduction(node: gs.Node) -> Gradient:
     """Return the gradient of an op in `REDUCTIONS`."""
     rank = rank_of(node.inputs[0], "input")
-    return _reduction(node.op, _axes(node, rank), kept=bool(node.attrs.get("keepdims", 1)))
+    axes, kept = _axes(node, rank), bool(node.attrs.get("keepdims", 1))
+    return _reduction(node.op, axes, kept=kept, to_scalar=not kept and len(axes) == rank)
 
 
 def _axes(node: gs.Node, rank: int) -> list[int]:
@@ -72,10 +73,14 @@ def _axes(node: gs.Node, rank: int) -> list[int]:
     return [axis % rank for axis in given] if given else list(range(rank))
 
 
-def _reduction(op_type: str, axes: Sequence[int], *, kept: bool) -> Gradient:
+def _reduction(
+    op_type: str, axes: Sequence[int], *, kept: bool, to_scalar: bool = False
+) -> Gradient:
     listed = list(axes)
     keep = "Identity({0})" if kept else f"Unsqueeze<axes = {listed}>({{0}})"
-    text = f"yk = {keep.format('y')} dyk = {keep.format('dy')} "
+    # onnxruntime's gradients of a scalar may come as (1,)
+    kept_dy = "Reshape(dy, yks)" if to_scalar else keep.format("dy")
+    text = f"yk = {keep.format('y')} {'yks = Shape(yk) ' * to_scalar}dyk = {kept_dy} "
     text += REDUCTIONS[op_type].format(axes=listed)
     return Gradient(inputs=("x", "axes"), text=text, constants={"tiny": TINY})
 

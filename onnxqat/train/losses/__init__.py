@@ -1,0 +1,26 @@
+"""Losses as ONNX nodes behind the outputs of a training form.
+
+The teacher's outputs, labels and arrays of the data are inputs of the training graph, so that any
+model, or a file of recorded outputs, can teach.
+"""
+
+from onnxqat.train.losses.add import add_loss
+from onnxqat.train.losses.graph import tensor_read
+from onnxqat.train.losses.terms import KINDS, Loss, Term, nearest, parse_loss, read_loss
+from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_of, teacher_input
+
+__all__ = [
+    "KINDS",
+    "LABELS",
+    "TENSOR",
+    "Arrays",
+    "Loss",
+    "Term",
+    "add_loss",
+    "array_of",
+    "nearest",
+    "parse_loss",
+    "read_loss",
+    "teacher_input",
+    "tensor_read",
+]

@@ -1,0 +1,217 @@
+"""The kinds of loss as ONNX nodes; ``s`` is the student's value and ``t`` what it learns from.
+
+=================  ====================================================================
+cross-entropy      mean of -log softmax(s)[label] over all label positions, axis 1 being the
+                   classes
+kl                 mean over positions of KL(softmax(t) || softmax(s)), the last axis being the
+                   classes (Hinton et al. 2015, temperature 1)
+mse, l1            mean of (s - t)^2, of |s - t|
+smooth-l1          mean of d^2 / 2 where d = |s - t| < 1, of d - 1/2 elsewhere (Girshick 2015,
+                   equation 3)
+bce                mean of -t log sigmoid(s) - (1 - t) log sigmoid(-s)
+=================  ====================================================================
+
+Where a model ends in Softmax, the logarithm of its output stands for the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from onnxqat.errors import TrainingError
+from onnxqat.train.gradients import DOMAIN
+from onnxqat.train.losses.terms import Loss
+from onnxqat.train.losses.values import Value
+
+__all__ = ["NODES", "check_cross_entropy", "cross_entropy"]
+
+SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
+
+Nodes = list[tuple[str, list[str], str, dict[str, Any]]]
+
+MEAN = {"keepdims": 0}  # over all axes
+MSE: Nodes = [
+    ("Sub", ["student", "target"], "difference", {}),
+    ("Mul", ["difference", "difference"], "square", {}),
+    ("ReduceMean", ["square"], "loss", MEAN),
+]
+L1: Nodes = [
+    ("Sub", ["student", "target"], "difference", {}),
+    ("Abs", ["difference"], "distance", {}),
+    ("ReduceMean", ["distance"], "loss", MEAN),
+]
+# with m = min(d, 1): m^2 / 2 + d - m
+SMOOTH_L1: Nodes = [
+    *L1[:2],
+    ("Min", ["distance", "one"], "near", {}),
+    ("Mul", ["near", "near"], "square", {}),
+    ("Mul", ["square", "half"], "bowl", {}),
+    ("Sub", ["distance", "near"], "far", {}),
+    ("Add", ["bowl", "far"], "terms", {}),
+    ("ReduceMean", ["terms"], "loss", MEAN),
+]
+# max(s, 0) - s t + log(1 + exp(-|s|)), with max(s, 0) = (s + |s|) / 2: no exponent above 0, and
+# the gradient is right at s = 0 too, where quantized values often lie
+BCE: Nodes = [
+    ("Abs", ["student"], "size", {}),
+    ("Add", ["student", "size"], "twice", {}),
+    ("Mul", ["twice", "half"], "positive", {}),
+    ("Mul", ["student", "target"], "product", {}),
+    ("Sub", ["positive", "product"], "linear", {}),
+    ("Neg", ["size"], "exponent", {}),
+    ("Exp", ["exponent"], "power", {}),
+    ("Add", ["power", "one"], "sum", {}),
+    ("Log", ["sum"], "curved", {}),
+    ("Add", ["linear", "curved"], "terms", {}),
+    ("ReduceMean", ["terms"], "loss", MEAN),
+]
+KL: Nodes = [
+    ("LogSoftmax", ["student"], "log_q", {"axis": -1}),
+    ("LogSoftmax", ["target"], "log_p", {"axis": -1}),
+    ("Softmax", ["target"], "p", {"axis": -1}),
+    ("Sub", ["log_p", "log_q"], "ratio", {}),
+    ("Mul", ["p", "ratio"], "terms", {}),
+    ("ReduceMean", ["terms"], "mean", MEAN),  # over positions and classes
+    ("Mul", ["mean", "classes"], "loss", {}),
+]
+# (1 - e) * nll + e * mean of -log softmax over the classes of all positions that count
+SMOOTHING: Nodes = [
+    ("LogSoftmax", ["logits"], "log_q", {"axis": 1}),
+    ("ReduceMean", ["log_q"], "even", MEAN),
+    ("Mul", ["even", "minus_share"], "smooth", {}),
+    ("Mul", ["nll", "kept"], "sharp", {}),
+    ("Add", ["sharp", "smooth"], "loss", {}),
+]
+SMOOTHING_WITHOUT_IGNORED: Nodes = [
+    ("Equal", ["labels", "ignored"], "is_ignored", {}),
+    ("Not", ["is_ignored"], "counts", {}),
+    ("Cast", ["counts"], "mask", {"to": TensorProto.FLOAT}),
+    ("ReduceMean", ["mask"], "fraction", MEAN),
+    ("Max", ["fraction", "tiny"], "divisor", {}),  # where no position counts
+    ("Unsqueeze", ["mask", "class_axis"], "masks", {}),
+    ("LogSoftmax", ["logits"], "log_q", {"axis": 1}),
+    ("Mul", ["log_q", "masks"], "masked", {}),
+    ("ReduceMean", ["masked"], "mean", MEAN),
+    ("Div", ["mean", "divisor"], "even", {}),
+    *SMOOTHING[2:],
+]
+
+
+def _emit(graph: onnx.GraphProto, name: str, nodes: Nodes, symbols: Mapping[str, str]) -> str:
+    """Add nodes, in whose lists ``loss`` stands for ``name`` and ``symbols`` for what they say."""
+    names = {"loss": name, **symbols}
+    for op_type, inputs, result, attributes in nodes:
+        tensors = [names.get(i, f"{name}/{i}") for i in (*inputs, result)]
+        graph.node.append(helper.make_node(op_type, tensors[:-1], tensors[-1:], **attributes))
+    return name
+
+
+def _number(graph: onnx.GraphProto, name: str, value: float) -> str:
+    graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
+    return name
+
+
+def _pointwise(nodes: Nodes) -> Callable[[onnx.GraphProto, Value, Value, str], str]:
+    def make(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str:
+        read = {i for _, inputs, _, _ in nodes for i in inputs}
+        numbers = {"one": 1.0, "half": 0.5}
+        made = {k: _number(graph, f"{name}/{k}", v) for k, v in numbers.items() if k in read}
+        return _emit(graph, name, nodes, {"student": student.name, "target": target.name, **made})
+
+    return make
+
+
+def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str:
+    shape = student.shape
+    if not 2 <= len(shape) <= 3 or not isinstance(shape[-1], int):
+        raise TrainingError(
+            f"Output '{student.name}' has shape {list(shape)}; kl needs (N, classes) or (N, "
+            "positions, classes) with a fixed number of classes. Choose --loss mse."
+        )
+    symbols = {
+        "classes": _number(graph, f"{name}/classes", float(shape[-1])),  # ReduceMean divided by it
+        "student": _logits(graph, student.name, student.name),
+        "target": _logits(graph, student.name, target.name),
+    }
+    return _emit(graph, name, KL, symbols)
+
+
+# Of the kinds that compare two values of one shape; each adds its nodes and returns the result.
+NODES: dict[str, Callable[[onnx.GraphProto, Value, Value, str], str]] = {
+    "kl": _kl,
+    "mse": _pointwise(MSE),
+    "l1": _pointwise(L1),
+    "smooth-l1": _pointwise(SMOOTH_L1),
+    "bce": _pointwise(BCE),
+}
+
+
+def check_cross_entropy(output: Value) -> None:
+    """Refuse an output without a class axis."""
+    if len(output.shape) < 2:
+        raise TrainingError(
+            f"Output '{output.name}' has shape {list(output.shape)}; cross-entropy needs (N, "
+            "classes). Choose --loss mse."
+        )
+
+
+def cross_entropy(
+    graph: onnx.GraphProto, output: Value, labels: Value, name: str, loss: Loss
+) -> str:
+    """Add the nodes of cross-entropy and return the result."""
+    logits, share = _logits(graph, output.name, output.name), loss.label_smoothing
+    nll = f"{name}/nll" if share else name
+    ignored: dict[str, Any] = (
+        {} if loss.ignore_index is None else {"ignore_index": loss.ignore_index}
+    )
+    graph.node.append(
+        helper.make_node(
+            "SoftmaxCrossEntropyLoss",
+            [logits, labels.name],
+            [nll, f"{name}/log_prob"],  # its gradient reads the second output
+            name=name,
+            reduction="mean",
+            **ignored,
+        )
+    )
+    if not share:
+        return name
+    symbols = {
+        "logits": logits,
+        "labels": labels.name,
+        "minus_share": _number(graph, f"{name}/minus_share", -share),
+        "kept": _number(graph, f"{name}/kept", 1.0 - share),
+    }
+    if loss.ignore_index is None:
+        return _emit(graph, name, SMOOTHING, symbols)
+    _number(graph, f"{name}/tiny", 1e-30)
+    for suffix, shape, value in (("ignored", [], loss.ignore_index), ("class_axis", [1], 1)):
+        integer = helper.make_tensor(f"{name}/{suffix}", TensorProto.INT64, shape, [value])
+        graph.initializer.append(integer)
+    return _emit(graph, name, SMOOTHING_WITHOUT_IGNORED, symbols)
+
+
+def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
+    """Return what a softmax may be taken of: ``values``, or their logarithm.
+
+    A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
+    softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
+    """
+    producers = {o: n for n in graph.node for o in n.output}
+    producer = producers.get(output)
+    while producer is not None and producer.domain == DOMAIN:  # fake-quantize
+        source = next((i for i in producer.input if i in producers), "")
+        producer = producers.get(source)
+    if producer is None or producer.op_type != "Softmax":
+        return values
+    logits = f"onnxqat/log/{values}"
+    if logits not in producers:
+        floor = helper.make_tensor(f"{logits}/floor", TensorProto.FLOAT, [], [SMALLEST])
+        graph.initializer.append(floor)
+        graph.node.append(helper.make_node("Clip", [values, floor.name], [f"{logits}/raised"]))
+        graph.node.append(helper.make_node("Log", [f"{logits}/raised"], [logits]))
+    return logits

@@ -1,0 +1,197 @@
+"""The text of a loss, and the terms it stands for.
+
+::
+
+    loss = part { "+" part }
+    part = [ weight "*" ] ( KIND [ ":" NAME ] [ "=" ARRAY ] | FILE )
+
+KIND is one of `KINDS`. NAME is an output of the model, or ``tensor/`` and the name of any tensor;
+without it, a kind that learns from labels reads the first output, every other kind all outputs.
+ARRAY is an array of the data, in the place of the labels or of the teacher. FILE is an ONNX model
+that computes a loss, see `onnxqat.train.losses.graph`. A name with one of ``+ = "`` in it, or a
+file with ``:`` or ``*``, stands between double quotes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxqat.errors import TrainingError
+from onnxqat.model import Model, load_model
+
+__all__ = ["KINDS", "Loss", "Term", "nearest", "parse_loss", "read_loss"]
+
+# Each kind, and what it learns from where no array is named.
+KINDS: dict[str, Literal["labels", "teacher", "array"]] = {
+    "cross-entropy": "labels",
+    "kl": "teacher",
+    "mse": "teacher",
+    "l1": "teacher",
+    "smooth-l1": "teacher",
+    "bce": "array",
+}
+MAX_LENGTH = 4096  # characters
+MAX_SHOWN = 8  # names in a message
+NAME = r'"[^"]+"|[^+="\s]+(?:\s+[^+="\s]+)*'
+PART = re.compile(
+    r"\s*(?:(?P<weight>\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)\s*\*\s*)?"
+    r'(?P<kind>"[^"]+"|[^+:*="\s]+(?: +[^+:*="\s]+)*)\s*'
+    rf"(?::\s*(?P<output>{NAME})\s*)?(?:=\s*(?P<array>{NAME})\s*)?(?:\+|$)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One part of a loss.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`, or the path of an ONNX file.
+    weight : float
+        What it is multiplied by, above 0.
+    output : str or None
+        The output, or ``tensor/NAME``; None for those that the kind reads.
+    array : str or None
+        The array of the data that it learns from; None for labels or teacher.
+    """
+
+    kind: str
+    weight: float = 1.0
+    output: str | None = None
+    array: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is an ONNX file."""
+        return self.kind not in KINDS
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it learns from the class labels of the data."""
+        return self.array is None and KINDS.get(self.kind) == "labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A loss as the user gave it.
+
+    Attributes
+    ----------
+    terms : tuple of Term
+        They are added.
+    graphs : mapping of str to Model
+        The ONNX files among them, by path.
+    label_smoothing : float or None
+        Of cross-entropy: the share of the labels that is spread evenly over all classes (Szegedy
+        et al. 2016, section 7).
+    ignore_index : int or None
+        Of cross-entropy: the label of positions that do not count.
+    """
+
+    terms: tuple[Term, ...]
+    graphs: Mapping[str, Model]
+    label_smoothing: float | None = None
+    ignore_index: int | None = None
+
+
+def read_loss(
+    text: str, *, label_smoothing: float | None = None, ignore_index: int | None = None
+) -> Loss:
+    """Parse the text of a loss, and read the files that it names.
+
+    Raises
+    ------
+    TrainingError
+        See `parse_loss`; or an option of cross-entropy is given without it.
+    ModelError
+        A file is not an ONNX model, see `onnxqat.model.load_model`.
+    """
+    terms = parse_loss(text)
+    options = {"label-smoothing": label_smoothing, "ignore-index": ignore_index}
+    for option, value in options.items():
+        if value is not None and all(term.kind != "cross-entropy" for term in terms):
+            raise TrainingError(
+                f"--{option} is of cross-entropy, which is no part of the loss '{text}'. "
+                "Leave it out."
+            )
+    return Loss(
+        terms=terms,
+        graphs={term.kind: load_model(term.kind) for term in terms if term.is_file},
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )
+
+
+def parse_loss(text: str) -> tuple[Term, ...]:
+    """Read the text of a loss.
+
+    Raises
+    ------
+    TrainingError
+        It does not follow the grammar, or a kind is not known; where is said.
+
+    Examples
+    --------
+    >>> [term.kind for term in parse_loss("cross-entropy+kl")]
+    ['cross-entropy', 'kl']
+    >>> parse_loss("0.5*mse:boxes=targets")
+    (Term(kind='mse', weight=0.5, output='boxes', array='targets'),)
+    """
+    if len(text) > MAX_LENGTH:
+        raise TrainingError(f"--loss: has {len(text)} characters. Give {MAX_LENGTH} at most.")
+    terms: list[Term] = []
+    start, more = 0, True
+    while more:
+        match = PART.match(text, start)
+        where = f"at character {start + 1} of '{text}'"
+        if match is None:
+            raise TrainingError(
+                f"--loss: cannot read '{text[start:]}' {where}. Write parts such as kl, "
+                "0.5*mse:OUTPUT, l1:OUTPUT=ARRAY or loss.onnx, joined by +."
+            )
+        terms.append(_term(match, where))
+        start, more = match.end(), match.group().endswith("+")
+    doubled = next((term for i, term in enumerate(terms) if term in terms[:i]), None)
+    if doubled is not None:
+        raise TrainingError(f"--loss: '{doubled.kind}' comes twice in '{text}'. Give it a weight.")
+    return tuple(terms)
+
+
+def _term(match: re.Match[str], where: str) -> Term:
+    groups = {name: value.strip('"') for name, value in match.groupdict("").items()}
+    kind, output, array = groups["kind"], groups["output"] or None, groups["array"] or None
+    weight = float(groups["weight"] or 1)
+    if not 0 < weight < math.inf:
+        raise TrainingError(f"--loss: the weight {weight} {where} is not above 0 and finite.")
+    if kind not in KINDS and not kind.lower().endswith(".onnx"):
+        raise TrainingError(
+            f"Unknown loss '{kind}' {where}. {nearest(kind, KINDS)} A file ends in .onnx."
+        )
+    if kind not in KINDS and (output or array):
+        raise TrainingError(
+            f"--loss: '{kind}' {where} has an output or array behind it. A file's inputs are "
+            "named like what they read; leave it out."
+        )
+    if kind in KINDS and KINDS[kind] == "array" and array is None:
+        raise TrainingError(
+            f"--loss: {kind} {where} learns from an array of the data. Name it, as in "
+            f"{kind}:OUTPUT=ARRAY."
+        )
+    return Term(kind=kind, weight=weight, output=output, array=array)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known names that are most like ``name``, or else with some."""
+    names = list(known)
+    if not names:
+        return "There are none."
+    found = difflib.get_close_matches(name, names, n=3)
+    more = ", ..." if not found and len(names) > MAX_SHOWN else ""
+    listed = ", ".join(f"'{n}'" for n in found or names[:MAX_SHOWN])
+    return f"{'The nearest: ' if found else 'There are: '}{listed}{more}."

@@ -1,0 +1,70 @@
+"""The figures of a state on the held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnxruntime as ort
+
+from onnxqat.data import DataSet
+from onnxqat.evaluate import Evaluation, evaluate
+from onnxqat.model import Model, to_proto
+from onnxqat.runtime import open_session
+from onnxqat.train.config import Config
+from onnxqat.train.engine import fix_batch
+from onnxqat.train.losses import Loss, add_loss
+from onnxqat.train.selection import LOSS
+from onnxqat.train.supply import feeds_of
+
+__all__ = ["Validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a state is judged by.
+
+    Attributes
+    ----------
+    data : DataSet
+        The held-out samples, with the arrays that the loss reads.
+    reference : Model
+        The float model.
+    config : Config
+        Batch size, threads, and whether the state is chosen by the loss.
+    loss : Loss
+        Of the training.
+    teacher : InferenceSession or None
+        What the loss reads of the float model.
+    """
+
+    data: DataSet
+    reference: Model
+    config: Config
+    loss: Loss
+    teacher: ort.InferenceSession | None
+
+    def __call__(self, model: Model, progress: Callable[[], None]) -> Evaluation:
+        """Return the figures of a Q/DQ model; the loss among them if it is what is chosen by."""
+        threads = self.config.threads
+        batches = self.data.batches(self.config.batch_size)
+        figures = evaluate(
+            model, batches, against=self.reference, threads=threads, progress=progress
+        )
+        if self.config.select != LOSS:
+            return figures
+        return replace(figures, loss=self._mean_loss(model, progress))
+
+    def _mean_loss(self, model: Model, progress: Callable[[], None]) -> float:
+        """Return the mean over the batches that are full: a loss may depend on their size."""
+        size = min(self.config.batch_size, len(self.data))
+        proto = add_loss(fix_batch(to_proto(model), set(), size), self.loss, self.data)
+        session = open_session(proto, optimization="none", threads=self.config.threads)
+        wanted = {value.name for value in session.get_inputs()}
+        losses: list[float] = []
+        for batch in self.data.batches(size, drop_last=True):
+            feeds = feeds_of(batch, batch.inputs, self.teacher)
+            losses.append(float(session.run(None, {n: feeds[n] for n in wanted})[0]))
+            progress()
+        return float(np.mean(losses))
