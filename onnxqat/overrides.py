@@ -132,6 +132,8 @@ def read_overrides(path: str | Path) -> list[Override]:
         raise RuleError(f"{path}: cannot be read ({error}).") from error
     except tomllib.TOMLDecodeError as error:
         raise RuleError(f"{path}: not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise RuleError(f"{path}: nests too deep for an overrides file.") from error
     overrides = []
     for selector, table in tables.items():
         if not isinstance(table, dict):

@@ -67,6 +67,8 @@ def _read(name: str, *, depth: int) -> dict[str, Any]:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RuleError(f"{name}: not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise RuleError(f"{name}: nests too deep for a rule file.") from error
     parent = table.pop("extends", None)
     if parent is None:
         return table

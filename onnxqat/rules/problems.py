@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         return f"bits = {spec.bits}. Widths are 2 to 8, and 16."
     if spec.bits == 16 and spec.narrow_range:
         return "narrow_range goes with 8 bits or fewer: no runtime clips 16-bit integers."
-    if not spec.min_range > 0:
+    if not 0 < spec.min_range < math.inf:
         return f"min_range = {spec.min_range}. Give > 0."
     if not spec.symmetric and spec.signedness == "from_range":
         return (
@@ -104,8 +105,9 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         )
     if not spec.symmetric and spec.power_of_two:
         return "power_of_two needs symmetric = true."
-    if spec.fixed_range and not spec.fixed_range[0] <= 0 <= spec.fixed_range[1]:
-        return f"fixed_range = {list(spec.fixed_range)} does not hold 0."
+    low, high = spec.fixed_range or (0.0, 0.0)
+    if not -math.inf < low <= 0 <= high < math.inf:
+        return f"fixed_range = {[low, high]} is no finite range that holds 0."
     return None
 
 
