@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import tomllib
+from importlib import resources
+
+import jsonschema
 import pytest
 
 from onnxqat.errors import RuleError
@@ -130,6 +134,28 @@ def test_bundled_rule_is_valid_and_described(name):
     text = describe_rule(load_rule(name))
     assert text.startswith(f"{name}: ")
     assert "source: " in text
+
+
+@pytest.mark.parametrize("name", bundled_rules())
+def test_schema_accepts_the_bundled_rules(name):
+    text = (resources.files("onnxqat.rules") / f"{name}.toml").read_text(encoding="utf-8")
+
+    jsonschema.validate(tomllib.loads(text), json_schema())
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"name": "incomplete"},
+        {"extends": "tflite", "opz": {}},
+        {"extends": "tflite", "specs": {"weight": {"bitz": 4}}},
+        {"extends": "tflite", "ops": {"Conv": {"parameters": "shared"}}},
+        {"extends": "tflite", "exceptions": [{"unsupported": "no op is named"}]},
+    ],
+)
+def test_schema_refuses_what_the_loader_does(table):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(table, json_schema())
 
 
 def test_schema_knows_the_keys_of_rule_files():
