@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import ModelError
+from onnxqat.evaluate import evaluate
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, from_proto, to_proto
 from onnxqat.plan import make_plan
@@ -168,3 +171,16 @@ def test_float16_beside_subgraphs_is_refused() -> None:
 
     with pytest.raises(ModelError, match="m: is float16 and holds If"):
         prepare(from_proto(proto, name="m"))
+
+
+def test_the_original_is_a_reference_for_what_was_made_of_it():
+    halves = from_proto(in_halves(convnet()))
+    floats = prepare(halves)
+    x = samples(convnet(), 8)
+    found = evaluate(floats, [SimpleNamespace(inputs={"input": x}, labels=None)], against=halves)
+    (original,) = run_ort(to_proto(halves), {"input": x.astype(np.float16)})
+    (widened,) = run_ort(to_proto(floats), {"input": x})
+
+    expected = np.abs(widened.astype(np.float64) - original).max()
+    ulp = np.spacing(np.abs(widened).max())  # other threads add in another order
+    assert abs(found.max_abs_diff - expected) <= 2 * ulp
