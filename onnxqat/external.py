@@ -53,7 +53,7 @@ def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[
                 load_external_data_for_tensor(tensor, str(folder))
             except (ValueError, OSError, onnx.checker.ValidationError) as error:
                 raise ModelError(f"{path}: external data cannot be read ({error}).") from error
-            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.ClearField("data_location")  # written as the default, it would be another file
             del tensor.external_data[:]
     return mapped
 

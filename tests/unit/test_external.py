@@ -11,8 +11,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxqat import external, model
+from onnxqat.calibrate import placeholder_params
 from onnxqat.errors import ModelError
+from onnxqat.insert import insert, strip
 from onnxqat.model import load_model, save_model, to_proto
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
+from tests.networks import convnet
 from tests.oracles import run_ort
 
 SIDE = 64
@@ -80,6 +86,23 @@ def test_mapped_weights_are_those_of_the_file(offset: int, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize("map_bytes", [1, 2**20])
+def test_strip_undoes_insert_where_weights_lie_beside_the_model(
+    map_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looked at the weights before: the same bytes come out."""
+    monkeypatch.setattr(external, "MAP_BYTES", map_bytes)
+    path = tmp_path / "model.onnx"
+    onnx.save(convnet(), path, save_as_external_data=True, location="data", size_threshold=0)
+    floats = prepare(load_model(path))
+    before = to_proto(floats).SerializeToString(deterministic=True)
+    plan = make_plan(floats.graph, load_rule("tensorrt"))
+    qdq = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+
+    assert to_proto(strip(qdq)).SerializeToString(deterministic=True) == before
+    assert to_proto(floats).SerializeToString(deterministic=True) == before
+
+
 def test_a_mapped_model_can_be_written_over_itself(tmp_path: Path) -> None:
     save_model(load_model(write(tmp_path)), tmp_path / "own.onnx")
     loaded = load_model(tmp_path / "own.onnx")
