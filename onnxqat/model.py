@@ -123,6 +123,7 @@ def load_model(path: str | Path) -> Model:
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX file, or an empty graph. Give the exported .onnx.")
     _check_depth(proto.graph, str(path))
+    _fill_empty_constants(proto)
     mapped = read_external_data(proto, path)
     model = from_proto(proto, name=path.name)
     tensors = model.graph.tensors() if mapped else {}
@@ -145,6 +146,19 @@ def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     graph.import_domains = _copy_opsets(proto.opset_import)
     _set_versions(graph, rest, opset)
     return Model(graph=graph, metadata=metadata, rest=rest, name=name)
+
+
+_EMPTY_LISTS = {"value_ints": onnx.TensorProto.INT64, "value_floats": onnx.TensorProto.FLOAT}
+
+
+def _fill_empty_constants(proto: onnx.ModelProto) -> None:
+    """Let Constant nodes with an empty list, which PyTorch writes, hold an empty tensor."""
+    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            kind = _EMPTY_LISTS.get(attribute.name)
+            if kind and not (attribute.ints or attribute.floats or attribute.ref_attr_name):
+                empty = onnx.helper.make_tensor(node.output[0], kind, [0], [])
+                attribute.CopyFrom(onnx.helper.make_attribute("value", empty))
 
 
 def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:

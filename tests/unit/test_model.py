@@ -437,3 +437,19 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
         save_model(model, tmp_path / "none" / "m.onnx")
     with pytest.raises(OnnxQatError, match="is a directory"):
         save_model(model, tmp_path)
+
+
+def test_a_constant_with_an_empty_list_is_an_empty_tensor(tmp_path):
+    """PyTorch's exporter writes it where optimizing is off; Expand to no sizes is the identity."""
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) '
+        "{s = Constant<value_ints=[1]>() y = Expand(x, s)}"
+    )
+    proto = onnx.parser.parse_model(text)
+    del proto.graph.node[0].attribute[0].ints[:]
+    onnx.save(proto, tmp_path / "model.onnx")
+    written = to_proto(load_model(tmp_path / "model.onnx"))
+    x = np.float32([1, 2])
+
+    np.testing.assert_array_equal(run_ort(written, {"x": x})[0], x)
+    assert onnx.load(tmp_path / "model.onnx") == proto
