@@ -40,6 +40,7 @@ __all__ = [
     "power_of_two",
     "quantize",
     "quantized_range",
+    "rounded_levels",
     "storage_dtype",
 ]
 
@@ -232,13 +233,19 @@ def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
     return values.reshape(shape)
 
 
-def quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> NDArray[Any]:
-    """Return the integers of ``x``, same shape, in the dtype of the zero_point."""
-    qmin, qmax = quantized_range(spec, signed=params.signed)
+def rounded_levels(x: FloatArray, params: QuantParams, spec: QuantSpec) -> FloatArray:
+    """Return ``round_half_even(x / s) + z``, same shape, float32, before it is clipped."""
     scale = _aligned(params.scale, x.ndim, spec.axis)
     zero_point = _aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
     with np.errstate(over="ignore"):  # infinity is clipped like any other large value
-        levels = np.clip(np.rint(x / scale) + zero_point, qmin, qmax)
+        levels: FloatArray = np.rint(x / scale) + zero_point
+    return levels
+
+
+def quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> NDArray[Any]:
+    """Return the integers of ``x``, same shape, in the dtype of the zero_point."""
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    levels = np.clip(rounded_levels(x, params, spec), qmin, qmax)
     integers: NDArray[Any] = levels.astype(params.zero_point.dtype)
     return integers
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import onnx
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from onnxqat.errors import ModelError
 
-__all__ = ["Optimization", "open_session"]
+__all__ = ["Optimization", "TensorReader", "open_session"]
 
 # all: what a user's runtime does; basic: only rewrites that keep every value bit for bit;
 # none: node by node as the file says.
@@ -50,3 +52,37 @@ def open_session(
     except Exception as error:  # the bindings raise a class per status code
         message = str(error).splitlines()[0]
         raise ModelError(f"onnxruntime cannot load the model: {message}") from error
+
+
+class TensorReader:
+    """A session that returns tensors of a model by name, inner ones too.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Not changed but for its outputs: those of ``names`` that it lacks are added.
+    names : iterable of str
+        What to read; a graph input is none of them.
+    optimization, threads
+        As `open_session`.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        names: Iterable[str],
+        *,
+        optimization: Optimization,
+        threads: int = 0,
+    ) -> None:
+        self.names = list(names)
+        present = {value.name for value in model.graph.output}
+        added = (onnx.ValueInfoProto(name=name) for name in self.names if name not in present)
+        model.graph.output.extend(added)
+        self.session = open_session(model, optimization=optimization, threads=threads)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the tensors for one batch."""
+        if not self.names:  # a session that is asked for nothing returns all of its outputs
+            return {}
+        return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))

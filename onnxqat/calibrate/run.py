@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
 from onnxqat.errors import ModelError
@@ -19,7 +18,7 @@ from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, power_of_two
-from onnxqat.runtime import open_session
+from onnxqat.runtime import TensorReader
 
 __all__ = ["calibrate", "placeholder_params", "resolved_plan"]
 
@@ -120,25 +119,14 @@ def _observe(
             activations.append(point)
     inputs = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in inputs]
-    session = open_session(_with_outputs(floats, fetched), optimization="basic", threads=threads)
+    reader = TensorReader(to_proto(floats), fetched, optimization="basic", threads=threads)
     for batch in batches:
-        # of no names, a session returns all of its outputs
-        results = session.run(fetched, dict(batch)) if fetched else []
-        values = dict(zip(fetched, results, strict=True))
+        values = reader.run(batch)
         for point in activations:
             known = values if point.tensor in values else batch
             watched[point.parameters].update(known[point.tensor])
         progress()
     return watched
-
-
-def _with_outputs(floats: Model, names: list[str]) -> Any:
-    proto = to_proto(floats)
-    present = {value.name for value in proto.graph.output}
-    for name in names:
-        if name not in present:
-            proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    return proto
 
 
 def fit_bias_range(

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPoint
-from onnxqat.qparams import QuantParams, quantized_range
-from onnxqat.runtime import open_session
+from onnxqat.qparams import QuantParams, quantized_range, rounded_levels
+from onnxqat.runtime import TensorReader
 
 __all__ = ["clipped_shares", "scale_drift"]
 
@@ -52,23 +51,15 @@ def clipped_shares(
     sources = {p.tensor: nodes[f"{p.tensor}/QuantizeLinear"].inputs[0] for p in points}
     known = dict(inputs)
     known |= {t.name: t.values for t in sources.values() if isinstance(t, gs.Constant)}
-    wanted = list({t.name for t in sources.values()} - set(known))
-    proto = to_proto(model)
-    present = {value.name for value in proto.graph.output}
-    for name in wanted:
-        if name not in present:
-            proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = open_session(proto, optimization="basic", threads=threads)
-    known |= dict(zip(wanted, session.run(wanted, dict(inputs)), strict=True))
+    wanted = {t.name for t in sources.values()} - known.keys()
+    reader = TensorReader(to_proto(model), wanted, optimization="basic", threads=threads)
+    known |= reader.run(inputs)
     params = read_params(model)
     return {p.tensor: _clipped(known[sources[p.tensor].name], p, params) for p in points}
 
 
 def _clipped(values: NDArray[Any], point: QuantPoint, params: dict[str, QuantParams]) -> float:
-    scale, zero_point = params[point.parameters].scale, params[point.parameters].zero_point
-    if point.spec.axis is not None:
-        shape = [-1 if i == point.spec.axis else 1 for i in range(values.ndim)]
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    qmin, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
-    levels = np.rint(values / scale) + zero_point
+    own = params[point.parameters]
+    qmin, qmax = quantized_range(point.spec, signed=own.signed)
+    levels = rounded_levels(values, own, point.spec)
     return float(np.mean((levels < qmin) | (levels > qmax)))

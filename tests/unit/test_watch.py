@@ -23,6 +23,7 @@ from onnxqat.qparams import quantized_range
 from onnxqat.rules import load_rule
 from onnxqat.train import Config, TrainingLog, finetune
 from onnxqat.train.watch import clipped_shares, scale_drift
+from tests.networks import convnet, quantized, samples
 
 MODELS = Path(__file__).parents[2] / "models"
 INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
@@ -132,6 +133,13 @@ def test_a_log_has_a_line_per_interval_and_epoch(model, data, tmp_path):
         assert line["scale_drift"].keys() == {p.parameters for p in points}
         assert line["clipped"].keys() == {p.tensor for p in points}
     assert any(epochs[-1]["scale_drift"].values())
+
+
+def test_shares_are_told_where_only_the_input_and_weights_are_quantized():
+    _, qdq = quantized(convnet(), "ncnn", ("activation.quantize=false",))
+    shares = clipped_shares(qdq, {"input": samples(convnet(), 2)})
+
+    assert shares.keys() == {p.tensor for p in plan_of(qdq).grid_points()}
 
 
 def test_a_log_goes_on_and_notes_what_happened(model, data, tmp_path):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -18,7 +17,7 @@ from onnxqat.evaluate.integer.steps import ProductStep, Step, Values
 from onnxqat.insert import plan_of, read_params, state_of
 from onnxqat.model import Model, to_proto
 from onnxqat.rules import HardwareRule, load_rule
-from onnxqat.runtime import open_session
+from onnxqat.runtime import TensorReader
 
 __all__ = ["IntegerProgram"]
 
@@ -120,18 +119,12 @@ class _Reference:
         others = (t.name for n in model.graph.nodes if n.name not in pairs for t in n.outputs)
         self.floats |= {name: name for name in others if name not in known}
         inputs = {t.name for t in model.graph.inputs}
-        self.names = sorted({*self.levels.values(), *self.floats.values()} - inputs)
-        proto = to_proto(model)
-        outputs = {t.name for t in proto.graph.output}
-        proto.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in self.names if name not in outputs
-        )
-        self.session = open_session(proto, optimization="none", threads=threads)
+        read = sorted({*self.levels.values(), *self.floats.values()} - inputs)
+        self.reader = TensorReader(to_proto(model), read, optimization="none", threads=threads)
 
     def run(self, inputs: Mapping[str, Array]) -> Values:
         """Return every tensor of one batch."""
-        found = dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
-        found |= inputs
+        found = self.reader.run(inputs) | dict(inputs)
         return Values(
             levels={tensor: found[name] for tensor, name in self.levels.items()},
             floats={tensor: found[name] for tensor, name in self.floats.items()},
