@@ -158,7 +158,8 @@ class Loop:
         moments = self.updater.optimizer.buffers
         arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
         arrays |= {f"latent/{name}": latent for name, latent in self.updater.latents.items()}
-        arrays["ranges"] = self.ranges.averages
+        if self.form.observed:
+            arrays["ranges"] = self.ranges.averages
         if self.config.ema is not None:
             arrays["average"] = self.kept.buffer
         return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
