@@ -47,6 +47,18 @@ def _floats(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
     return numbers
 
 
+def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Let a preset's values stand for options that are not given."""
+    if value is not None:
+        from onnxqat.errors import TrainingError
+        from onnxqat.train.presets import preset
+
+        try:
+            ctx.default_map = {**(ctx.default_map or {}), **preset(value)}
+        except TrainingError as error:
+            raise click.BadParameter(str(error)) from error
+
+
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
     """Read ``height,width``."""
     if value is None:
@@ -155,6 +167,13 @@ rule_options = _options(
 )
 training_options = _options(
     click.option(
+        "--preset",
+        callback=_preset,
+        expose_value=False,
+        is_eager=True,
+        help="horizon: what its vendor recommends; other options lie over it.",
+    ),
+    click.option(
         "--loss",
         help="cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted sum as in "
         "cross-entropy+0.5*kl:OUTPUT.",
@@ -177,10 +196,21 @@ training_options = _options(
     ),
     click.option(
         "--method",
-        type=click.Choice(["lsq", "ste"]),
+        type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average", "ste"]),
         default="lsq",
         show_default=True,
-        help="lsq learns the scales; ste keeps the calibrated ones.",
+        help="How scales move, where the plan does not say.",
+    ),
+    click.option(
+        "--averaging-constant",
+        type=click.FloatRange(0, 1),
+        help="Of moving-average: weight of a new batch; 0.01 by default.",
+    ),
+    click.option(
+        "--quant-delay",
+        type=click.IntRange(0),
+        metavar="STEPS",
+        help="So many first steps train the float network.",
     ),
     click.option(
         "--optimizer",
@@ -204,8 +234,8 @@ training_options = _options(
         "groups",
         multiple=True,
         metavar="SELECTOR.KEY=VALUE",
-        help="Own lr, weight_decay, freeze or freeze_from for weight, bias, scale, name:REGEX or "
-        "tensor:REGEX; repeatable, later wins.",
+        help="Own lr, weight_decay, freeze or freeze_from for weight, bias, scale, zero_point, "
+        "name:REGEX or tensor:REGEX; repeatable, later wins.",
     ),
     click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
     click.option("--clip-value", type=click.FloatRange(0, min_open=True), help="Of the gradient."),

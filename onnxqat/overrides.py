@@ -14,9 +14,9 @@ tensor:REGEX      the points of the tensors whose whole name matches
 ================  ==================================================================
 
 KEY is a field of the spec (``bits``, ``signedness``, ``symmetric``, ``narrow_range``,
-``power_of_two``, ``axis``, ``min_range``), ``spec``, whose value is the name of a spec of the
-rule, or ``quantize``: ``false`` leaves nodes or tensors float, ``true`` quantizes nodes that the
-rule, or an earlier override, leaves float. Later overrides win.
+``power_of_two``, ``axis``, ``min_range``, ``method``), ``spec``, whose value is the name of a spec
+of the rule, or ``quantize``: ``false`` leaves nodes or tensors float, ``true`` quantizes nodes that
+the rule, or an earlier override, leaves float. Later overrides win.
 
 A TOML file says the same, one table per selector, in order::
 

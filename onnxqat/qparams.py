@@ -29,6 +29,7 @@ from onnxqat.errors import PlanError
 __all__ = [
     "WIDTHS",
     "FloatArray",
+    "Method",
     "QuantParams",
     "QuantSpec",
     "Rounding",
@@ -47,6 +48,7 @@ __all__ = [
 FloatArray: TypeAlias = NDArray[np.float32]
 Signedness: TypeAlias = Literal["signed", "unsigned", "from_range"]
 Rounding: TypeAlias = Literal["half-even", "half-away", "half-up"]
+Method: TypeAlias = Literal["lsq", "lsq+", "pact", "dsq", "moving-average", "ste"]
 
 # QuantizeLinear writes 8 or 16 bits; fewer are made by clipping 8, which runtimes do not do for 16.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -77,6 +79,9 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     min_range : float
         Smallest width of a clipping range, in units of the tensor; keeps the scale of an
         all-zero tensor or channel positive.
+    method : Method or None
+        How fine-tuning moves scale and zero_point, see `onnxqat.train.gradients`; None leaves it
+        to the run.
     """
 
     bits: int = 8
@@ -88,6 +93,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     axis: int | None = None
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
+    method: Method | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

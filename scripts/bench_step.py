@@ -46,7 +46,7 @@ THREADS, WARM_UP = 2, 2
 
 
 def step_of(model: Model, feeds: dict[str, np.ndarray], batch: int) -> Callable[[], None]:
-    form = training_form(model, learn_scales=True)
+    form = training_form(model)
     loss = read_loss("cross-entropy")
     session = StepSession(form, loss, batch_size=batch, threads=THREADS)
     config = Config(optimizer="sgd", lr=1e-4)

@@ -61,7 +61,7 @@ def check(path: str, source: str) -> bool:
         label=settings.label,
         input_map=settings.input_map,
     )
-    form = training_form(model, learn_scales=True)
+    form = training_form(model)
     training, saved = forward_session(form), open_session(to_proto(model), optimization="none")
     other = rebuilt(model)
     table = open_session(to_proto(other), optimization="none") if other else None

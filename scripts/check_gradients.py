@@ -145,12 +145,12 @@ def check(path, rule, batch):
     feeds = random_inputs(floats.graph, batch, rng)
     sizes = {a.shape[0] for a in feeds.values() if a.ndim}
     batch = max(sizes, default=batch)
-    form = training_form(calibrate(empty, [feeds], observer="minmax"), learn_scales=True)
+    form = training_form(calibrate(empty, [feeds], observer="minmax"))
     gradients, _, _, seconds = step(form, feeds, batch)
     finite = all(np.isfinite(g).all() for g in gradients.values())
     zero = len(form.parameters) - sum(bool(np.any(g)) for g in gradients.values())
     nothing = QuantPlan(rule=rule, points=(), skips=())
-    float_form = training_form(insert(floats, nothing, {}, state="calibrated"), learn_scales=True)
+    float_form = training_form(insert(floats, nothing, {}, state="calibrated"))
     worst = worst_derivative(float_form, feeds, batch, rng)
     result = "ok" if finite and worst <= TOLERANCE else "WRONG" if finite else "NOT FINITE"
     return Row(

@@ -44,7 +44,14 @@ def form_of(outputs: Mapping[str, Array], *, opset: int = 17) -> TrainingForm:
     graph = helper.make_graph(nodes, "form", inputs, made)
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(proto, full_check=True)
-    return TrainingForm(proto=proto, weights=weights, scales={}, learns_scales=False)
+    return TrainingForm(
+        proto=proto,
+        weights=weights,
+        scales={},
+        zero_points={},
+        learned=frozenset(weights),
+        observed={},
+    )
 
 
 def loss_and_gradients(

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from onnxqat.errors import TrainingError
+from onnxqat.qparams import Method
 
 __all__ = ["Config"]
 
@@ -34,8 +35,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     accumulate : int
         Batches per step, whose gradients are averaged: as one batch so many times larger, up to
         the order of summation.
-    method : {"lsq", "ste"}
-        ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
+    method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
+        How scales and zero_points move where the plan does not say, see
+        `onnxqat.train.gradients`.
+    averaging_constant : float
+        Of ``moving-average``: the weight of a new batch's range, see `onnxqat.train.ranges`.
+    quant_delay : int
+        So many first steps train the float network; what is observed moves ranges already.
     optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
     lr : float
@@ -82,7 +88,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     epochs: Count | None = None
     batch_size: Count = 16
     accumulate: Count = 1
-    method: Literal["lsq", "ste"] = "lsq"
+    method: Method = "lsq"
+    averaging_constant: Fraction = 0.01
+    quant_delay: Annotated[int, Meta(ge=0)] = 0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 2e-3
     scale_lr: Rate = 1e-3

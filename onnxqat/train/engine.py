@@ -26,6 +26,7 @@ from onnxqat.train.losses import Arrays, Loss, add_loss
 __all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
 
 FATAL = 4
+LOWEST, HIGHEST = "/lowest", "/highest"
 FLOAT = onnx.TensorProto.FLOAT
 
 
@@ -70,11 +71,14 @@ class StepSession:
         0 takes all cores.
     arrays : Arrays, optional
         Those of the data, which the loss may read.
+    other : StepSession, optional
+        A session with these parameters and more, whose buffers are used.
 
     Attributes
     ----------
     values, gradients : Flat
-        Parameters by input name, and their gradients; the session reads and writes them.
+        Parameters by input name, and the gradients of those that learn; the session reads and
+        writes them.
     inputs : set of str
         What a batch is made of, and the parameters.
     classes : dict of str to (int, int or None)
@@ -94,32 +98,38 @@ class StepSession:
         batch_size: int,
         threads: int = 0,
         arrays: Arrays | None = None,
+        other: StepSession | None = None,
     ) -> None:
-        learned = form.parameters if form.learns_scales else form.weights
-        constants = {k: v for k, v in form.parameters.items() if k not in learned}
-        self.values = Flat(learned)
+        self.values: Flat = Flat(form.parameters) if other is None else other.values
         register_relu_gradient()
         parameters = set(form.parameters)
         fixed = fix_batch(form.proto, parameters, batch_size)
         model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
         self.classes = _classes(model)
-        graph = _gradient_graph(model.SerializeToString(), _reaching(model) & set(learned))
+        graph = _gradient_graph(model.SerializeToString(), _reaching(model) & form.learned)
+        self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
+        tensors = sorted({t for tensors in self._observed.values() for t in tensors})
+        graph = _with_extremes(graph, tensors)
         self._session = open_session(graph, optimization="basic", threads=threads)
         outputs = {o.name: o.shape for o in self._session.get_outputs()}
         self.inputs = {i.name for i in self._session.get_inputs()}
-        reached = {n: v for n, v in learned.items() if f"{n}_grad" in outputs}
-        self.gradients = Flat(reached)
-        self._binding = self._session.io_binding()
+        reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
+        self.gradients: Flat = Flat(reached) if other is None else other.gradients
         self._loss = np.zeros((), np.float32)
-        for name, array in (*self.values.views.items(), *constants.items()):
+        self._extremes = {t: np.zeros((2, 1), np.float32) for t in tensors}
+        self._binding = self._session.io_binding()
+        for name, array in self.values.views.items():
             if name in self.inputs:
                 self._bind(self._binding.bind_input, name, array)
+        targets = {"loss": self._loss}
+        targets |= {f"{n}_grad": v for n, v in self.gradients.views.items()}
+        for name, (low, high) in self._extremes.items():
+            targets |= {f"{name}{LOWEST}": low.reshape(()), f"{name}{HIGHEST}": high.reshape(())}
         for name, shape in outputs.items():
-            array = self._loss if name == "loss" else self.gradients.views[name[: -len("_grad")]]
+            array = targets[name]
             # the gradient of a scalar weight comes as (1,)
             array = array.reshape(1) if array.ndim == 0 and shape == [1] else array
             self._bind(self._binding.bind_output, name, array)
-        self._constants = constants  # the session reads them by address
 
     @staticmethod
     def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
@@ -142,6 +152,14 @@ class StepSession:
             message = str(error).splitlines()[0]
             raise TrainingError(f"onnxruntime failed in a training step: {message}") from error
         return float(self._loss)
+
+    def extremes(self) -> dict[str, tuple[float, float]]:
+        """Return smallest and largest value in the last batch, by `TrainingForm.observed`."""
+        found = {}
+        for name, tensors in self._observed.items():
+            ends = np.hstack([self._extremes[tensor] for tensor in tensors])
+            found[name] = float(ends[0].min()), float(ends[1].max())
+        return found
 
 
 def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
@@ -184,6 +202,20 @@ def _reaching(model: onnx.ModelProto) -> set[str]:
         if names.intersection(node.output):
             names.update(name for name in node.input if name not in others)
     return names
+
+
+def _with_extremes(graph: bytes, tensors: list[str]) -> bytes:
+    """Return the graph with the smallest and the largest value of some tensors as outputs."""
+    if not tensors:
+        return graph
+    model = onnx.load_from_string(graph)
+    for name in tensors:
+        for op, suffix in (("ReduceMin", LOWEST), ("ReduceMax", HIGHEST)):
+            output = f"{name}{suffix}"
+            model.graph.node.append(onnx.helper.make_node(op, [name], [output], keepdims=0))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, []))
+    with_extremes: bytes = model.SerializeToString()
+    return with_extremes
 
 
 def _gradient_graph(model: bytes, learned: set[str]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import msgspec
@@ -12,8 +13,9 @@ import onnxruntime as ort
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import SOURCE_KEY, state_of, strip, weights_hash
+from onnxqat.insert import SOURCE_KEY, insert, plan_of, state_of, strip, weights_hash
 from onnxqat.model import Model
+from onnxqat.plan import QuantPlan
 from onnxqat.train.checkpoint import (
     Checkpoints,
     Identity,
@@ -23,7 +25,7 @@ from onnxqat.train.checkpoint import (
 )
 from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
-from onnxqat.train.form import training_form
+from onnxqat.train.form import TrainingForm, training_form
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import (
     TENSOR,
@@ -103,10 +105,13 @@ def finetune(
     if loss.graphs and config.select is None:  # whose output need not have classes
         config = msgspec.structs.replace(config, select=LOSS)
     reference = _teacher_of(model, teacher)
-    form = training_form(model, learn_scales=config.method == "lsq", read=tensor_read(loss, model))
-    session = StepSession(
-        form, loss, batch_size=config.batch_size, threads=config.threads, arrays=data
+    read = tensor_read(loss, model)
+    form = training_form(model, method=config.method, read=read)
+    opened = partial(
+        StepSession, loss=loss, batch_size=config.batch_size, threads=config.threads, arrays=data
     )
+    session = opened(form)
+    delayed = opened(_float_form(model, form, read), other=session) if config.quant_delay else None
     training = _with_arrays(training, session.inputs, config)
     teaching = _teaching_session(reference, session.inputs)
     if config.select == LOSS:
@@ -116,6 +121,7 @@ def finetune(
         model=model,
         form=form,
         session=session,
+        delayed=delayed,
         supply=supply,
         config=config,
         validate=Validation(
@@ -131,6 +137,18 @@ def finetune(
         workers=workers,
     )
     return loop.run()
+
+
+def _float_form(model: Model, form: TrainingForm, read: str | None) -> TrainingForm:
+    """Return the training form of the float network, which observes what ``form`` observes."""
+    plan = plan_of(model)
+    nothing = QuantPlan(rule=plan.rule, points=(), skips=())
+    floats = insert(strip(model), nothing, {}, state="calibrated")
+    activations = [p for p in plan.grid_points() if p.role == "activation" and p.observed]
+    observed = {
+        name: tuple(p.tensor for p in activations if p.parameters == name) for name in form.observed
+    }
+    return replace(training_form(floats, read=read), observed=observed)
 
 
 def _identity(

@@ -20,7 +20,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import WEIGHTED_OPS, QuantPlan, QuantPoint
-from onnxqat.qparams import FloatArray, QuantParams, quantized_range
+from onnxqat.qparams import FloatArray, Method, QuantParams, quantized_range
 from onnxqat.train.gradients import DOMAIN, CustomOp, FakeQuantize
 from onnxqat.train.lowering import (
     FIRST_INPUT_ONLY,
@@ -54,30 +54,38 @@ class TrainingForm:
         What is trained besides scales: weights, biases, normalisation parameters.
     scales : dict of str to float32 array
         By `QuantPoint.parameters`; its input is named ``<parameters>/scale``.
-    learns_scales : bool
-        Whether the scales have gradients.
+    zero_points : dict of str to float32 array
+        The same for those that move, ``<parameters>/zero_point``; the forward pass rounds them.
+    learned : frozenset of str
+        The inputs that have gradients.
+    observed : dict of str to tuple of str
+        The activations that move a clipping range, by `QuantPoint.parameters`; none of a weight.
     """
 
     proto: onnx.ModelProto
     weights: dict[str, FloatArray]
     scales: dict[str, FloatArray]
-    learns_scales: bool
+    zero_points: dict[str, FloatArray]
+    learned: frozenset[str]
+    observed: dict[str, tuple[str, ...]]
 
     @property
     def parameters(self) -> dict[str, FloatArray]:
         """Every parameter that is an input of the graph, by the input's name."""
-        return self.weights | {f"{name}/scale": scale for name, scale in self.scales.items()}
+        scales = {f"{name}/scale": scale for name, scale in self.scales.items()}
+        zero_points = {f"{name}/zero_point": z for name, z in self.zero_points.items()}
+        return self.weights | scales | zero_points
 
 
-def training_form(model: Model, *, learn_scales: bool, read: str | None = None) -> TrainingForm:
+def training_form(model: Model, *, method: Method = "lsq", read: str | None = None) -> TrainingForm:
     """Return the training form of a Q/DQ model.
 
     Parameters
     ----------
     model : Model
         As `insert` made it. It is not changed.
-    learn_scales : bool
-        LSQ when true; scales are constants of the training otherwise (straight-through only).
+    method : Method
+        Of the points whose spec names none, see `onnxqat.train.gradients`.
     read : str, optional
         A tensor that the loss reads; the first output by default.
 
@@ -86,7 +94,7 @@ def training_form(model: Model, *, learn_scales: bool, read: str | None = None) 
     TrainingError
         An op on the way from a parameter to an output has no right gradient.
     """
-    work, weights, builder = _build(model, learn_scales=learn_scales, read=read)
+    work, weights, builder = _build(model, method=method, read=read)
     if builder.refused:
         raise TrainingError(_refusal(builder.refused))
     work.metadata.clear()
@@ -98,12 +106,22 @@ def training_form(model: Model, *, learn_scales: bool, read: str | None = None) 
         proto.opset_import.append(helper.make_opsetid(domain, 1))
     for variant in builder.variants.values():
         variant.register()
-    scales = {name: p.scale for name, p in builder.params.items()}
-    for name, scale in scales.items():
-        proto.graph.input.append(
-            helper.make_tensor_value_info(f"{name}/scale", TensorProto.FLOAT, scale.shape)
-        )
-    return TrainingForm(proto=proto, weights=weights, scales=scales, learns_scales=learn_scales)
+    made = TrainingForm(
+        proto=proto,
+        weights=weights,
+        scales={name: p.scale for name, p in builder.params.items()},
+        zero_points={
+            name: builder.params[name].zero_point.astype(np.float32) for name in builder.moving
+        },
+        learned=frozenset({*weights, *builder.learned}),
+        observed={name: tuple(tensors) for name, tensors in builder.observed.items()},
+    )
+    for name, value in made.parameters.items():
+        if name not in weights:
+            proto.graph.input.append(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
+            )
+    return made
 
 
 class Untrainable(NamedTuple):
@@ -125,7 +143,7 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
         Made for it.
     """
     qdq = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
-    return _build(qdq, learn_scales=True)[2].refused
+    return _build(qdq)[2].refused
 
 
 def _refusal(nodes: list[Untrainable]) -> str:
@@ -138,7 +156,7 @@ def _refusal(nodes: list[Untrainable]) -> str:
 
 
 def _build(
-    model: Model, *, learn_scales: bool, read: str | None = None
+    model: Model, *, method: Method = "lsq", read: str | None = None
 ) -> tuple[Model, dict[str, FloatArray], _Builder]:
     """Return the Q/DQ model with the graph of its training form, and its weights.
 
@@ -150,7 +168,7 @@ def _build(
     while True:
         work = model.copy()
         weights = _make_inputs(work.graph, names)
-        builder = _Builder(work.graph, model, plan, params, set(weights), learn_scales, read)
+        builder = _Builder(work.graph, model, plan, params, set(weights), method, read)
         builder.run()
         before = _before(model.graph, builder.refused) - {p.tensor for p in plan.points}
         if before.isdisjoint(names):
@@ -209,20 +227,23 @@ class _Builder:
         plan: QuantPlan,
         params: dict[str, QuantParams],
         trained: set[str],
-        learn_scales: bool,
+        method: Method,
         read: str | None,
     ) -> None:
         self.graph = graph
         self.source: Model | None = source  # until the shapes in it are used
         self.params = params
-        self.learn_scales = learn_scales
+        self.method = method
         self.points = {f"{p.tensor}/QuantizeLinear": p for p in plan.grid_points()}
         self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
         self.trained = set(trained)  # tensors that need a gradient
         self.variants: dict[str, FakeQuantize | CustomOp] = {}
         self.functions: list[onnx.FunctionProto] = []
         self.refused: list[Untrainable] = []
-        self.scale_inputs: dict[str, gs.Variable] = {}
+        self.inputs: dict[str, gs.Tensor] = {}  # scales and zero_points
+        self.moving: list[str] = []  # parameters whose zero_point moves
+        self.learned: list[str] = []  # inputs that have gradients
+        self.observed: dict[str, list[str]] = {}
         self.dead: set[int] = set()
         self.reaching = reaching(graph, read)
 
@@ -298,15 +319,24 @@ class _Builder:
         variant = self._variant(point, source)
         if variant.learns_x or variant.learns_scale:
             self.trained.add(target.name)
-        scale, zero_point = self._inputs(point)
+        if self._method(point) == "moving-average":
+            seen = self.observed.setdefault(point.parameters, [])
+            seen += [source.name] if point.role == "activation" and point.observed else []
+        scale, zero_point = self._inputs(point, variant)
         formal = {"x": source, "s": scale, "z": zero_point}
         name = f"{point.tensor}/{variant.op_type}"
         inputs = [formal[i] for i in variant.inputs]
         return [gs.Node(variant.op_type, name, {}, inputs, [target], domain=DOMAIN)]
 
+    def _method(self, point: QuantPoint) -> Method:
+        """Return how the scale of a point moves; one that the chip forces stays."""
+        return "ste" if point.spec.fixed_range else point.spec.method or self.method
+
     def _variant(self, point: QuantPoint, source: gs.Tensor) -> FakeQuantize:
         params = self.params[point.parameters]
         qmin, qmax = quantized_range(point.spec, signed=params.signed)
+        method = self._method(point)
+        moves = method in ("lsq+", "moving-average") and not point.spec.symmetric
         variant = FakeQuantize(
             dtype=params.zero_point.dtype.name,
             qmin=qmin,
@@ -314,17 +344,28 @@ class _Builder:
             axis=point.spec.axis,
             rank=None if point.spec.axis is None else len(source.shape),
             learns_x=source.name in self.trained,
-            learns_scale=self.learn_scales,
+            method=method,
+            moves_zero_point=moves,
         )
         self._use(variant, variant.function(self.graph.opset))
         return variant
 
-    def _inputs(self, point: QuantPoint) -> tuple[gs.Variable, gs.Constant]:
+    def _inputs(self, point: QuantPoint, variant: FakeQuantize) -> tuple[gs.Tensor, gs.Tensor]:
+        """Return the scale and the zero_point of a point."""
         name, params = point.parameters, self.params[point.parameters]
-        if name not in self.scale_inputs:
+        scale, zero_point = f"{name}/scale", f"{name}/zero_point"
+        if scale not in self.inputs:
             shape = params.scale.shape
-            self.scale_inputs[name] = gs.Variable(f"{name}/scale", np.float32, shape)
-        return self.scale_inputs[name], gs.Constant(f"{name}/zero_point", params.zero_point)
+            self.inputs[scale] = gs.Variable(scale, np.float32, shape)
+            self.inputs[zero_point] = (
+                gs.Variable(zero_point, np.float32, shape)
+                if variant.moves_zero_point
+                else gs.Constant(zero_point, params.zero_point)
+            )
+            self.moving += [name] if variant.moves_zero_point else []
+            self.learned += [scale] if variant.learns_scale else []
+            self.learned += [zero_point] if variant.learns_zero_point else []
+        return self.inputs[scale], self.inputs[zero_point]
 
 
 def _chain(node: gs.Node) -> list[gs.Node]:

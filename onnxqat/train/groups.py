@@ -6,15 +6,18 @@ SELECTOR          what it covers
 weight            trained tensors of two axes and more
 bias              trained tensors of one axis: biases, parameters of normalisation
 scale             scales of weights and activations
-name:REGEX        what the nodes read whose whole name matches: weight, bias, and both scales
-tensor:REGEX      tensors whose whole name matches; the scales of ``t`` are named ``t/scale``
+zero_point        zero_points that move
+name:REGEX        what the nodes read whose whole name matches: weight, bias, scales, zero_points
+tensor:REGEX      tensors whose whole name matches; the scales of ``t`` are named ``t/scale``, its
+                  zero_point ``t/zero_point``
 ================  ===============================================================================
 
 ================  ===============================================================================
 KEY               VALUE
 ================  ===============================================================================
 lr                learning rate, in the place of `--lr` or `--scale-lr`
-weight_decay      in the place of `--weight-decay`; scales have none
+weight_decay      in the place of `--weight-decay`; of scales, which have none otherwise, per unit
+                  of their logarithm; zero_points have none
 freeze            ``true`` or ``false``: whether it stays as it is
 freeze_from       the step, counted from 0, from which on it stays as it is
 ================  ===============================================================================
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +41,8 @@ from onnxqat.train.config import Config
 
 __all__ = ["Group", "Rates", "parameter_rates", "parse_group"]
 
-ROLES, PATTERNS = ("weight", "bias", "scale"), ("name", "tensor")
+ROLES, PATTERNS = ("weight", "bias", "scale", "zero_point"), ("name", "tensor")
+GRID = ("scale", "zero_point")  # of what is no weight
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
 
 
@@ -123,7 +127,7 @@ def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
 
 
 def parameter_rates(
-    parameters: dict[str, FloatArray], scales: Iterable[str], model: Model, config: Config
+    parameters: dict[str, FloatArray], roles: Mapping[str, str], model: Model, config: Config
 ) -> dict[str, Rates]:
     """Return how each parameter is trained.
 
@@ -131,8 +135,8 @@ def parameter_rates(
     ----------
     parameters : dict of str to array
         What is trained, by the input's name in the training form.
-    scales : iterable of str
-        Which of them are scales.
+    roles : mapping of str to str
+        Which of them are a ``scale`` or a ``zero_point``.
     model : Model
         The Q/DQ model, which says what the nodes read.
     config : Config
@@ -143,19 +147,16 @@ def parameter_rates(
     TrainingError
         A group is wrong, or covers nothing.
     """
-    scales = set(scales)
+    every = {n: "bias" if v.ndim <= 1 else "weight" for n, v in parameters.items()} | dict(roles)
     rates = {}
-    for name, value in parameters.items():
-        decay = config.weight_decay if value.ndim > 1 else 0.0
-        rates[name] = (
-            Rates(lr=config.scale_lr, weight_decay=0.0)
-            if name in scales
-            else Rates(lr=config.lr, weight_decay=decay)
-        )
+    for name, role in every.items():
+        decay = config.weight_decay if role == "weight" else 0.0
+        lr = config.scale_lr if role in GRID else config.lr
+        rates[name] = Rates(lr=lr, weight_decay=decay)
     for group in map(parse_group, config.groups):
-        covered = [n for n in _covered(group, parameters, scales, model) if n in parameters]
+        covered = [n for n in _covered(group, every, model) if n in parameters]
         if group.key == "weight_decay":
-            covered = [n for n in covered if n not in scales]
+            covered = [n for n in covered if every[n] != "zero_point"]
         if not covered:
             raise TrainingError(f"'{group.text}' covers nothing that is trained.")
         for name in covered:
@@ -163,23 +164,19 @@ def parameter_rates(
     return rates
 
 
-def _covered(
-    group: Group, parameters: dict[str, FloatArray], scales: set[str], model: Model
-) -> Iterable[str]:
+def _covered(group: Group, roles: Mapping[str, str], model: Model) -> Iterable[str]:
     if group.kind == "name":
         return _read_by(group.pattern, model)
     if group.kind == "tensor":
-        return [n for n in parameters if re.fullmatch(group.pattern, n)]
-    roles = {n: "bias" if v.ndim <= 1 else "weight" for n, v in parameters.items()}
-    roles |= dict.fromkeys(scales, "scale")
+        return [n for n in roles if re.fullmatch(group.pattern, n)]
     return [n for n, role in roles.items() if role == group.kind]
 
 
 def _read_by(pattern: str, model: Model) -> set[str]:
-    """Return the tensors, and the scales of what they quantize, that matching nodes read."""
+    """Return the tensors that matching nodes read, and the scales and zero_points of these."""
     nodes = {n.name: n for n in strip(model).graph.nodes if re.fullmatch(pattern, n.name)}
     names: set[Any] = {tensor.name for node in nodes.values() for tensor in node.inputs}
     for point in plan_of(model).grid_points():
         if any(edge.node in nodes for edge in point.consumers):
-            names.add(f"{point.parameters}/scale")
+            names.update(f"{point.parameters}/{part}" for part in GRID)
     return names

@@ -6,22 +6,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
 
 from onnxqat.calibrate import fit_bias_range
+from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
 from onnxqat.insert import plan_of, read_params, with_params
 from onnxqat.model import Model
-from onnxqat.qparams import FloatArray, nearest_power_of_two
+from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
 from onnxqat.train.parallel import Workers
+from onnxqat.train.ranges import Ranges
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor
 from onnxqat.train.selection import score
@@ -43,6 +46,8 @@ class Loop:
     ----------
     model, form, session, supply, config
         What is trained, how, on what.
+    delayed : StepSession or None
+        The float network, which the first steps train.
     validate : callable
         Evaluates a Q/DQ model on the held-out data, calling its second argument meanwhile.
     epochs : int
@@ -62,6 +67,7 @@ class Loop:
     model: Model
     form: TrainingForm
     session: StepSession
+    delayed: StepSession | None
     supply: Supply
     config: Config
     validate: Callable[[Model, Callable[[], None]], Evaluation]
@@ -76,6 +82,7 @@ class Loop:
         """Train, and return the best state."""
         self.started = time.monotonic()
         self.steps = self.epochs * self.supply.steps
+        self._check_delay()
         values = self.session.values
         self.best = Flat(values.views)
         self.factor = 0.0
@@ -96,6 +103,13 @@ class Loop:
             notes=tuple(record.notes),
         )
 
+    def _check_delay(self) -> None:
+        if self.config.quant_delay >= self.steps:
+            raise TrainingError(
+                f"--quant-delay {self.config.quant_delay}: the run has {self.steps} steps, and "
+                "would train without quantization. Give fewer, or more --epochs."
+            )
+
     def _reset(self) -> None:
         """Set every array that training changes to the start."""
         session = self.session
@@ -106,6 +120,8 @@ class Loop:
         self.updater = Updater(
             self.form, session.values, session.gradients, self.model, self.config
         )
+        constant = self.config.averaging_constant
+        self.ranges = Ranges(self.form, session.values, self.model, constant)
 
     def _first_record(self) -> Record:
         """Evaluate the start, or take up where the checkpoint left."""
@@ -142,6 +158,8 @@ class Loop:
         moments = self.updater.optimizer.buffers
         arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
         arrays |= {f"latent/{name}": latent for name, latent in self.updater.latents.items()}
+        if self.form.observed:
+            arrays["ranges"] = self.ranges.averages
         if self.config.ema is not None:
             arrays["average"] = self.kept.buffer
         return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
@@ -177,6 +195,8 @@ class Loop:
         while record.epoch < self.epochs and self._patient():
             done = record.step - record.epoch * self.supply.steps
             for batches in self.supply.epoch(record.epoch + 1, done=done):
+                if record.step == self.config.quant_delay > 0:
+                    record.losses = self._no_losses()  # those of the float network are lower
                 loss = self._gradient(batches)
                 self._check_finite(loss)
                 record.losses.add(loss)
@@ -184,6 +204,7 @@ class Loop:
                     return not self._back_off()
                 self.factor = self._rate()
                 self.updater.step(self.factor, record.step)
+                self.ranges.step(self.workers, partial(self.updater.frozen, step=record.step))
                 self._average()
                 record.step += 1
                 self._tell()
@@ -195,12 +216,22 @@ class Loop:
 
     def _gradient(self, batches: Iterator[Feeds]) -> float:
         """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
-        gradients = self.session.gradients.buffer
-        losses = [self.session.run(next(batches))]
+        session, gradients = self.session, self.session.gradients.buffer
+        if self.delayed and self.record.step < self.config.quant_delay:
+            session = self.delayed
+            gradients[...] = 0  # the float network has none for scales
+        self.ranges.begin()
+
+        def run(feeds: Feeds) -> float:
+            loss = session.run(feeds)
+            self.ranges.see(session.extremes())
+            return loss
+
+        losses = [run(next(batches))]
         if self.config.accumulate > 1:
             total = gradients.copy()
             for feeds in batches:
-                losses.append(self.session.run(feeds))
+                losses.append(run(feeds))
                 total += gradients
             np.divide(total, np.float32(len(losses)), out=gradients)
         self.workers.average(gradients)
@@ -297,11 +328,14 @@ def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArr
     for name in form.weights:
         tensors[name].values = views[name].copy()
     params = read_params(model)
-    if form.learns_scales:
-        scales = {name: views[f"{name}/scale"].copy() for name in params}
-        for point in plan.grid_points():
-            if point.spec.power_of_two:  # a moving average of powers of two is none
-                scales[point.parameters] = nearest_power_of_two(scales[point.parameters])
-        params = {name: replace(old, scale=scales[name]) for name, old in params.items()}
+    powers = {p.parameters for p in plan.grid_points() if p.spec.power_of_two}
+    for name, old in params.items():
+        scale = views[f"{name}/scale"].copy()
+        if name in powers:  # a moving average of powers of two is none
+            scale = nearest_power_of_two(scale)
+        zero_point = old.zero_point
+        if name in form.zero_points:
+            zero_point = np.rint(views[f"{name}/zero_point"]).astype(zero_point.dtype)
+        params[name] = QuantParams(scale=scale, zero_point=zero_point)
     fit_bias_range(plan, params, tensors)
     return with_params(tuned, params, state="finetuned")

@@ -36,6 +36,9 @@ class Workers:
     def average(self, values: NDArray[Any]) -> None:
         """Replace an array by its mean over the workers."""
 
+    def widen(self, ranges: NDArray[Any]) -> None:
+        """Replace ranges, of shape (n, 2), by those that cover the ranges of all workers."""
+
     def spread(self, values: NDArray[Any]) -> None:
         """Replace an array by that of worker 0."""
 
@@ -61,6 +64,12 @@ class _MpiWorkers(Workers):
     def average(self, values: NDArray[Any]) -> None:
         self.world.Allreduce(self.mpi.IN_PLACE, values, op=self.mpi.SUM)
         values /= self.size
+
+    def widen(self, ranges: NDArray[Any]) -> None:
+        for column, op in ((0, self.mpi.MIN), (1, self.mpi.MAX)):
+            ends = ranges[:, column].copy()
+            self.world.Allreduce(self.mpi.IN_PLACE, ends, op=op)
+            ranges[:, column] = ends
 
     def spread(self, values: NDArray[Any]) -> None:
         self.world.Bcast(values, root=0)

@@ -3,7 +3,8 @@
 ``w -= rate * unit * direction`` with Adam's directions of about 1 and ``unit`` the root mean square
 of the weight's output channel: a network that takes raw 0..255 pixels and one whose folded
 channels differ by orders of magnitude then need the same rate. ``s *= exp(-rate * direction)``
-keeps scales positive.
+keeps scales positive. A zero_point moves in units of its quantized range, so that one rate suits
+both ends of a clipping range; the forward pass rounds it.
 
 Where the chip's scales are powers of two, a latent scale moves like that, and the scale is the
 power of two nearest to it (trained quantization thresholds: Jain et al. 2020,
@@ -11,7 +12,9 @@ https://arxiv.org/abs/1903.08066, section 3; they round up from a threshold betw
 training starts on one).
 
 Weight decay is decoupled, ``w *= 1 - rate * decay`` (AdamW: Loshchilov and Hutter 2019,
-https://arxiv.org/abs/1711.05101, algorithm 2); of ``adam`` alone it is a part of the gradient.
+https://arxiv.org/abs/1711.05101, algorithm 2); of ``adam`` alone it is a part of the gradient of
+weights. That of a scale, ``s *= exp(-rate * decay)``, pulls a clipping range together (pact:
+https://arxiv.org/abs/1805.06085, section 3.1).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quant
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.groups import parameter_rates
+from onnxqat.train.groups import Rates, parameter_rates
 from onnxqat.train.optimizers import Adam, Optimizer, Sgd, clip
 
 __all__ = ["Updater"]
@@ -57,16 +60,29 @@ class Updater:
         self, form: TrainingForm, values: Flat, gradients: Flat, model: Model, config: Config
     ) -> None:
         self.values, self.gradients, self.config = values, gradients, config
-        scales = {f"{name}/scale" for name in form.scales}
-        self.weights = [n for n in gradients.views if n not in scales]
-        self.scales = [n for n in gradients.views if n in scales]
         plan, params = plan_of(model), read_params(model)
-        self.rates = parameter_rates(gradients.views, self.scales, model, config)
+        self.roles = {f"{name}/scale": "scale" for name in form.scales}
+        self.roles |= {f"{name}/zero_point": "zero_point" for name in form.zero_points}
+        self.weights = [n for n in gradients.views if n not in self.roles]
+        self.scales = self._named("scale")
+        self.zero_points = self._named("zero_point")
+        self.rates = self._rates(form, model)
         self.factors = _scale_gradient_factors(plan, params, model)
+        self.limits = _limits(plan, params)
         self.units = self._units(plan)
         powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
         self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
         self.optimizer = self._optimizer(gradients.buffer.size)
+
+    def _named(self, role: str) -> list[str]:
+        return [n for n in self.gradients.views if self.roles.get(n) == role]
+
+    def _rates(self, form: TrainingForm, model: Model) -> dict[str, Rates]:
+        """Return the rates of what learns; and of scales that follow, which have none to learn."""
+        moved = dict(self.gradients.views)
+        moved |= {n: self.values.views[n] for n in (f"{name}/scale" for name in form.observed)}
+        roles = {n: role for n, role in self.roles.items() if n in moved}
+        return parameter_rates(moved, roles, model, self.config)
 
     def _optimizer(self, size: int) -> Optimizer:
         if self.config.optimizer == "sgd":
@@ -84,33 +100,56 @@ class Updater:
         """Move every parameter at ``factor`` times its learning rate; ``step`` counts from 0."""
         self._prepare_gradients(step)
         self.optimizer.direct(self.gradients.buffer)
-        for name, rates in self.rates.items():
-            if rates.frozen(step):
-                continue
-            value, direction = self.values.views[name], self.gradients.views[name]
-            rate = factor * rates.lr
-            if name in self.units:
-                if rates.weight_decay and self.config.optimizer != "adam":
-                    value *= np.float32(1 - rate * rates.weight_decay)
-                value -= np.asarray(rate * self.units[name], np.float32) * direction
-            elif name in self.latents:
-                self.latents[name] *= np.exp(-np.float32(rate) * direction)
-                value[...] = nearest_power_of_two(self.latents[name])
-            else:
-                value *= np.exp(-np.float32(rate) * direction)
+        for name, direction in self.gradients.views.items():
+            rates = self.rates[name]
+            if not rates.frozen(step):
+                self._move(name, factor * rates.lr, direction, rates.weight_decay)
+
+    def _move(self, name: str, rate: float, direction: FloatArray, decay: float) -> None:
+        value = self.values.views[name]
+        if name in self.units:
+            if decay and self.config.optimizer != "adam":
+                value *= np.float32(1 - rate * decay)
+            value -= np.asarray(rate * self.units[name], np.float32) * direction
+        elif name in self.zero_points:
+            low, high = self.limits[name.removesuffix("/zero_point")]
+            value -= np.float32(rate * (high - low)) * direction
+            np.clip(value, low, high, out=value)
+        elif name in self.latents:
+            self.latents[name] *= np.exp(-np.float32(rate) * (direction + np.float32(decay)))
+            value[...] = nearest_power_of_two(self.latents[name])
+        else:
+            value *= np.exp(-np.float32(rate) * (direction + np.float32(decay)))
+
+    def frozen(self, name: str, step: int) -> bool:
+        """Return whether a scale that follows what is observed stays as it is at ``step``."""
+        return self.rates[name].frozen(step)
 
     def _prepare_gradients(self, step: int) -> None:
         """Turn the gradients into those that the optimizer sees."""
+        gradients = self.gradients.views
         for name in self.scales:  # into the log domain, with the LSQ factor
-            gradient = self.gradients.views[name]
-            gradient *= self.values.views[name] * self.factors[name.removesuffix("/scale")]
-        for name, rates in self.rates.items():
+            factor = self.factors[name.removesuffix("/scale")]
+            gradients[name] *= self.values.views[name] * factor
+        for name in self.zero_points:  # into units of the quantized range
+            parameters = name.removesuffix("/zero_point")
+            low, high = self.limits[parameters]
+            gradients[name] *= np.float32(high - low) * self.factors[parameters]
+        for name, gradient in gradients.items():
+            rates = self.rates[name]
             if rates.frozen(step):
-                self.gradients.views[name][...] = 0
-            elif rates.weight_decay and self.config.optimizer == "adam":
-                decay = np.float32(rates.weight_decay)
-                self.gradients.views[name][...] += decay * self.values.views[name]
+                gradient[...] = 0
+            elif rates.weight_decay and self.config.optimizer == "adam" and name in self.units:
+                gradient += np.float32(rates.weight_decay) * self.values.views[name]
         clip(self.gradients.buffer, norm=self.config.clip_norm, value=self.config.clip_value)
+
+
+def _limits(plan: QuantPlan, params: dict[str, QuantParams]) -> dict[str, tuple[int, int]]:
+    """Return the quantized range of each set of parameters."""
+    return {
+        p.parameters: quantized_range(p.spec, signed=params[p.parameters].signed)
+        for p in plan.grid_points()
+    }
 
 
 def _rms(values: FloatArray, axis: int | None) -> FloatArray:

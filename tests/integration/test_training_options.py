@@ -67,6 +67,47 @@ def test_all_options_together_train_and_log(work, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "log.jsonl"]
 
 
+def test_a_preset_lies_under_the_options(work, tmp_path):
+    def rates(*words):
+        log = tmp_path / "log.jsonl"
+        output = tmp_path / "a.onnx"
+        more = ("--log", log, "--log-every", 1, "--force", *words)
+        result = finetune(work, output, "--preset", "horizon", *more)
+        assert result.exit_code == 0, result.output
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [line["lr"] for line in lines if line["event"] == "step"]
+
+    # by default 22 steps: two that only measure, a warm-up of one, decays at 10 and 15 of 20
+    alone = rates()
+    assert alone[:2] == [0, 0]
+    assert [alone[i] for i in (2, 11, 12, 16, 17, 21)] == pytest.approx(
+        [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5]
+    )
+    assert rates("--lr", 1e-4, "--schedule", "constant")[2:] == [1e-4] * 20
+
+
+@pytest.mark.parametrize("method", ["lsq+", "pact", "dsq", "moving-average"])
+def test_a_file_of_every_method_comes_back_from_its_table(work, tmp_path, method):
+    qdq, tuned, again = (tmp_path / f"{name}.onnx" for name in ("qdq", "tuned", "again"))
+    rule = ("--rules", "onnxruntime-cpu", "--set", "weight.bits=4", "--set", "activation.bits=4")
+    data = ("--data", work / "train.npz", *NORM)
+    words = ("--epochs", 2, "--method", method, "--quant-delay", 3, "--select", "loss")
+
+    def run(*words):
+        result = invoke(*words, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    run("insert", MODELS / "lenet5.onnx", *rule, *data, "-o", qdq)
+    assert run("finetune", qdq, work / "train.npz", *words, "-o", tuned)["best_epoch"] > 0
+    files = run("strip", tuned, "--format", "onnxqat", "-o", tmp_path / "chip")["files"]
+    table = (files["table"], files["model"], "--format", "onnxqat")
+    run("import-table", *table, *rule, "-o", again)
+
+    against = ("--against", tuned, *NORM)
+    assert run("evaluate", again, work / "train.npz", *against)["max_abs_diff"] == 0
+
+
 def test_frozen_weights_are_in_the_result_as_they_were(work, tmp_path):
     group = ("--group", "weight.freeze=true", "--group", "bias.freeze=true")
     words = (*group, "--val-data", work / "train.npz", "--scale-lr", 0.01)
@@ -95,6 +136,8 @@ def test_frozen_weights_are_in_the_result_as_they_were(work, tmp_path):
         (("--checkpoint-every", "0steps"), 2, "'0steps' is none of"),
         (("--resume",), 1, "no such file. Leave out --resume to start"),
         (("--log", "{folder}/none/log"), 1, "directory '{folder}/none' does not exist"),
+        (("--quant-delay", 99), 1, "--quant-delay 99: the run has 22 steps"),
+        (("--preset", "nobody"), 2, "No preset 'nobody'. One of horizon."),
         (("--accumulate", 99), 1, "too few for 99 batches of 16"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from onnxqat.errors import TrainingError
 from onnxqat.train import Config
+from onnxqat.train.presets import preset, preset_names
 
 
 def test_the_defaults_are_right():
@@ -15,6 +16,9 @@ def test_the_defaults_are_right():
     [
         ({"schedule": "linear"}, r"Invalid enum value 'linear' - at `\$.schedule`"),
         ({"optimizer": "lion"}, r"Invalid enum value 'lion' - at `\$.optimizer`"),
+        ({"method": "qil"}, r"Invalid enum value 'qil' - at `\$.method`"),
+        ({"averaging_constant": 1.5}, r"`float` <= 1.0 - at `\$.averaging_constant`"),
+        ({"quant_delay": -1}, r"`int` >= 0 - at `\$.quant_delay`"),
         ({"accumulate": 0}, r"`int` >= 1 - at `\$.accumulate`"),
         ({"epochs": 1.5}, r"Expected `int .*, got `float` - at `\$.epochs`"),
         ({"lr": -1e-3}, r"`float` >= 0.0 - at `\$.lr`"),
@@ -28,3 +32,11 @@ def test_the_defaults_are_right():
 def test_wrong_values_are_named(wrong, message):
     with pytest.raises(TrainingError, match=message):
         Config(**wrong).check()
+
+
+def test_presets_are_right():
+    assert preset_names() == ["horizon"]
+    for name in preset_names():
+        Config(**preset(name)).check()
+    with pytest.raises(TrainingError, match=r"No preset 'sony'\. One of horizon"):
+        preset("sony")

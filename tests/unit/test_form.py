@@ -36,7 +36,7 @@ def test_training_forward_equals_the_saved_file_bit_for_bit(network, rule, overr
     x = samples(network, 32, seed=7) * 2  # some values are clipped
     saved = to_proto(load_model(tmp_path / "model.onnx"))
     expected = open_session(saved, optimization="none", threads=1).run(None, {"input": x})
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
 
     for a, b in zip(actual, expected, strict=True):
@@ -45,7 +45,7 @@ def test_training_forward_equals_the_saved_file_bit_for_bit(network, rule, overr
 
 def test_redundant_pairs_are_left_out_and_nothing_else():
     _, qdq = quantized(convnet())
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     pairs = {n.name.split("/")[0] for n in form.proto.graph.node if n.domain == "onnxqat"}
 
     # behind MaxPool, Concat and Flatten the values lie on the grid already
@@ -54,7 +54,7 @@ def test_redundant_pairs_are_left_out_and_nothing_else():
 
 
 def test_weights_biases_and_scales_are_parameters():
-    form = training_form(quantized(convnet())[1], learn_scales=True)
+    form = training_form(quantized(convnet())[1])
 
     assert {"w1", "b1", "w5", "b5"} <= form.weights.keys()
     assert {"input/scale", "w1/scale", "r3/scale"} <= form.parameters.keys()
@@ -81,7 +81,7 @@ def test_every_op_without_gradient_is_named():
         ("again", "Hardmax", reason),
     ]
     with pytest.raises(TrainingError, match=r"2 nodes: 'pick' \(Hardmax: .*'again' \(Hardmax: "):
-        training_form(qdq, learn_scales=True)
+        training_form(qdq)
 
 
 def test_a_trainable_network_has_no_untrainable_nodes():
@@ -99,7 +99,7 @@ def test_an_op_of_ours_behind_softmax_is_not_taken_for_fake_quantize():
         y = HardSigmoid(p)
     }"""
     _, qdq = quantized_text(text)
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     with_loss = add_loss(form.proto, read_loss("kl"))
 
     assert any(node.op_type.startswith("HardSigmoid_") for node in with_loss.graph.node)
@@ -125,7 +125,7 @@ def test_16_bits_of_opset_21_train_and_equal_the_file_bit_for_bit(rule):
     qdq = widened(network, rule)
     x = samples(network, 4, seed=7) * 2
     expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
     session = StepSession(form, read_loss("mse"), batch_size=4, threads=1)
     session.run({"input": x, teacher_input("output"): np.zeros_like(expected[0])})
@@ -155,12 +155,12 @@ def test_recurrent_layer_is_refused_with_its_reason():
     _, qdq = quantized_text(recurrent())
     message = r"Node 'gru' \(GRU: a recurrent layer has no .*--set 'name:\.\.\.quantize=false'"
     with pytest.raises(TrainingError, match=message):
-        training_form(qdq, learn_scales=True)
+        training_form(qdq)
 
 
 def test_what_stands_before_it_can_be_excluded_and_is_not_trained():
     _, qdq = quantized_text(recurrent(), overrides=("name:first.quantize=false",))
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
 
     assert form.weights.keys() == {"v"}
 
@@ -176,7 +176,7 @@ g (float[N,4] x) => (float[N,4] y)
 
 def test_an_exponent_is_not_trained_although_a_product_reads_it_too():
     _, qdq = quantized_text(SCALED, "onnxruntime-cpu")
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
 
     assert form.weights.keys() == {"w"}
 
@@ -202,7 +202,7 @@ def test_shapes_that_a_free_batch_hides_are_found():
     values = np.arange(16, dtype=np.float32).reshape(4, 4, 1, 1)
     network.graph.initializer.append(numpy_helper.from_array(values, "w"))
     floats, qdq = quantized_text(network)
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
 
     assert fixed_shapes(floats)["d"] == [None, 4, 5, 6]
     assert any(node.op_type.startswith("Resize_") for node in form.proto.graph.node)
@@ -213,7 +213,7 @@ def test_lowered_ops_leave_the_forward_pass_as_it_was_bit_for_bit():
     _, qdq = quantized(network, "sophgo-bm1684x")
     x = samples(network, 4, seed=7)
     expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
 
     np.testing.assert_array_equal(actual[0], expected[0])

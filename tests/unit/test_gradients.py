@@ -11,25 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import to_proto
 from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
-from onnxqat.runtime import open_session
-from onnxqat.train.engine import StepSession, _gradient_graph
+from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
-from onnxqat.train.gradients import DOMAIN, FakeQuantize
 from onnxqat.train.losses import LABELS, read_loss, teacher_input
+from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
 from tests.networks import attention, convnet, quantized, samples, upsampling
 from tests.oracles import run_ort
-
-SPECS = {
-    "int8": QuantSpec(),
-    "uint8": QuantSpec(signedness="unsigned"),
-    "asymmetric": QuantSpec(signedness="unsigned", symmetric=False),
-    "int4": QuantSpec(bits=4),
-    "uint4": QuantSpec(bits=4, signedness="unsigned"),
-    "narrow": QuantSpec(narrow_range=True),
-    "per-axis 0": QuantSpec(axis=0),
-    "per-axis 1": QuantSpec(axis=1, bits=4),
-}
-
 
 WIDE_SPECS = {
     "int16": QuantSpec(bits=16),
@@ -38,52 +25,6 @@ WIDE_SPECS = {
     "per-axis 0": QuantSpec(bits=16, axis=0),
     "per-axis 1 asymmetric": QuantSpec(bits=16, axis=1, signedness="unsigned", symmetric=False),
 }
-
-
-def one_op(variant, x, params, upstream, opset=17):
-    """Return y, dL/dx and dL/ds of one fake-quantize with L = sum(upstream * y)."""
-    variant.register()
-    value = helper.make_tensor_value_info
-    s = params.scale
-    nodes = [
-        helper.make_node(variant.op_type, list(variant.inputs), ["y"], domain=DOMAIN),
-        helper.make_node("Mul", ["y", "g"], ["yg"]),
-        helper.make_node("ReduceSum", ["yg"], ["loss"], keepdims=0),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "step",
-        [
-            value("x", TensorProto.FLOAT, x.shape),
-            value("s", TensorProto.FLOAT, s.shape),
-            value("g", TensorProto.FLOAT, x.shape),
-        ],
-        [value("loss", TensorProto.FLOAT, [])],
-        [numpy_helper.from_array(params.zero_point, "z")],
-        value_info=[value("y", TensorProto.FLOAT, x.shape)],
-    )
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    functions = [variant.function(opset)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
-    learned = {n for n, wanted in (("x", variant.learns_x), ("s", variant.learns_scale)) if wanted}
-    session = open_session(
-        _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
-    )
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(None, {"x": x, "s": s, "g": upstream}), strict=True))
-
-
-def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):
-    """Random values, and exact ties, range ends and values just past them."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=shape).astype(np.float32)
-    s = float(params.scale.flat[0])
-    qmin, qmax = quantized_range(spec, signed=params.signed)
-    z = int(params.zero_point.flat[0])
-    special = [qmin - z, qmax - z, qmin - z - 0.5, qmax - z + 0.5, 0, 0.5, 1.5, -0.5]
-    special += [qmax - z + 0.51, qmin - z - 0.51, qmax - z + 0.49, 3 * qmax, -3 * qmax]
-    x.reshape(-1)[: len(special)] = np.float32(special) * np.float32(s)
-    return x
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -96,16 +37,7 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
     x = values_with_ties_and_ends(spec, params)
     upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     qmin, qmax = quantized_range(spec, signed=params.signed)
-    variant = FakeQuantize(
-        dtype=params.zero_point.dtype.name,
-        qmin=qmin,
-        qmax=qmax,
-        axis=spec.axis,
-        rank=None if spec.axis is None else x.ndim,
-        learns_x=learns_x,
-        learns_scale=True,
-    )
-    result = one_op(variant, x, params, upstream)
+    result = one_op(variant_of(spec, params, x.ndim, learns_x=learns_x), x, params, upstream)
 
     def aligned(a):
         return (
@@ -149,16 +81,7 @@ def test_mask_of_16_bits_is_exact_at_ties_and_range_ends(spec):
     x = ((ends + offsets[:, None])[None] - z).repeat(4, axis=0)[:4, :6] * s
     x = np.broadcast_to(x, (4, 6, 5)).astype(np.float32)
     upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    variant = FakeQuantize(
-        dtype=params.zero_point.dtype.name,
-        qmin=qmin,
-        qmax=qmax,
-        axis=spec.axis,
-        rank=None if spec.axis is None else x.ndim,
-        learns_x=True,
-        learns_scale=True,
-    )
-    result = one_op(variant, x, params, upstream, opset=21)
+    result = one_op(variant_of(spec, params, x.ndim), x, params, upstream, opset=21)
     position = np.rint(x / s) + z
     inside = (qmin <= position) & (position <= qmax)
     q = np.clip(position, qmin, qmax).astype(np.float64)
@@ -300,7 +223,7 @@ def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
     _, qdq = quantized(network, rule)
     rng = np.random.default_rng(3)
     x = samples(network, 8, seed=5)
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     session = StepSession(form, read_loss("cross-entropy+kl"), batch_size=8, threads=1)
     surrogate = Surrogate(qdq, x)
     scores = surrogate.output()
@@ -309,7 +232,7 @@ def test_gradient_of_every_parameter_matches_finite_differences(network, rule):
     loss = session.run({"input": x, LABELS: labels, teacher_input("output"): teacher})
 
     assert loss == pytest.approx(loss_of(scores, labels, teacher), rel=1e-5)
-    assert session.gradients.views.keys() == form.parameters.keys()
+    assert session.gradients.views.keys() == form.learned
     for name, gradient in session.gradients.views.items():
         value = surrogate.values[name]
         largest = max(np.abs(gradient).max(), 0.1 * np.abs(session.gradients.buffer).max())
@@ -340,7 +263,7 @@ def test_a_scale_that_only_a_comparison_reads_has_no_gradient():
     }"""
     network = onnx.parser.parse_model(text)
     _, qdq = quantized(network)
-    form = training_form(qdq, learn_scales=True)
+    form = training_form(qdq)
     session = StepSession(form, read_loss("mse"), batch_size=4, threads=1)
     x = samples(network, 4)
     session.run({"input": x, teacher_input("output"): np.zeros((4, 4), np.float32)})

@@ -35,9 +35,9 @@ class Trained:
     """The parameters of the model, moved by the same gradients in every test."""
 
     def __init__(self, model, **settings) -> None:
-        form = training_form(model, learn_scales=settings.get("method", "lsq") == "lsq")
-        learned = form.parameters if form.learns_scales else form.weights
-        self.values = Flat(learned)
+        form = training_form(model, method=settings.get("method", "lsq"))
+        learned = {n: v for n, v in form.parameters.items() if n in form.learned}
+        self.values = Flat(form.parameters)
         self.start = {n: v.copy() for n, v in self.values.views.items()}
         gradients = Flat({n: np.ones_like(v) for n, v in learned.items()})
         self.updater = Updater(form, self.values, gradients, model, Config(**settings))
@@ -190,7 +190,7 @@ def test_wrong_groups_are_named(text, message):
         ("name:nothing.lr=1", "lsq"),
         ("tensor:conv.lr=1", "lsq"),
         ("scale.lr=1", "ste"),
-        ("scale.weight_decay=1", "lsq"),
+        ("zero_point.lr=1", "lsq"),
     ],
 )
 def test_a_group_that_covers_nothing_is_an_error(model, text, method):

@@ -1,0 +1,122 @@
+"""Clipping ranges that follow what is observed while training: the method ``moving-average``.
+
+================  ===============================================================================
+activation        ``low += c * (batch_low - low)``, the same for ``high``, beginning with the
+                  calibrated range; c is Horizon's and PyTorch's averaging constant, and 0 leaves
+                  the range as it is
+weight            the smallest and the largest value of the present weights
+================  ===============================================================================
+
+A step quantizes with the range that the steps before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from onnxqat.calibrate import weight_range
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import Model
+from onnxqat.plan import QuantPoint
+from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, quantized_range
+from onnxqat.train.engine import Flat
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.parallel import Workers
+
+__all__ = ["Ranges"]
+
+
+class Ranges:
+    """The ranges of all sets of parameters that follow what is observed.
+
+    Parameters
+    ----------
+    form : TrainingForm
+        Says which they are.
+    values : Flat
+        Its scales and zero_points are set, its weights are read.
+    model : Model
+        The Q/DQ model: the plan and the calibrated parameters.
+    constant : float
+        The averaging constant, 0 to 1.
+
+    Attributes
+    ----------
+    averages : float32 of shape (sets, 2)
+        The clipping ranges of the activations; rows of weights stay.
+    """
+
+    def __init__(self, form: TrainingForm, values: Flat, model: Model, constant: float) -> None:
+        self.values, self.constant = values, constant
+        plan, params = plan_of(model), read_params(model)
+        self.points: dict[str, list[QuantPoint]] = {name: [] for name in form.observed}
+        for point in plan.grid_points():
+            if point.parameters in self.points:
+                self.points[point.parameters].append(point)
+        shape = (len(self.points), 2)
+        self.averages: FloatArray = np.zeros(shape, np.float32)
+        self.seen: FloatArray = np.zeros(shape, np.float32)
+        for row, (name, points) in zip(self.averages, self.points.items(), strict=True):
+            if _activations(points):
+                row[...] = _clipping_range(params[name], points[0])
+
+    def begin(self) -> None:
+        """Forget what the step before showed."""
+        self.seen[...] = (np.inf, -np.inf)
+
+    def see(self, extremes: Mapping[str, tuple[float, float]]) -> None:
+        """Take in the smallest and the largest value of each set in one batch."""
+        for row, name in zip(self.seen, self.points, strict=True):
+            low, high = extremes.get(name, (np.inf, -np.inf))
+            row[...] = min(row[0], low), max(row[1], high)
+
+    def step(self, workers: Workers, frozen: Callable[[str], bool]) -> None:
+        """Move the ranges, and set scales and zero_points by them.
+
+        Parameters
+        ----------
+        workers : Workers
+            Whose batches count too.
+        frozen : callable
+            Whether the scale of this name stays.
+        """
+        workers.widen(self.seen)
+        for row, seen, (name, points) in zip(
+            self.averages, self.seen, self.points.items(), strict=True
+        ):
+            if frozen(f"{name}/scale"):
+                continue
+            if not _activations(points):
+                weight = self.values.views[points[0].tensor]
+                self._set(name, points[0], *weight_range(weight, points[0].spec, "minmax"))
+            elif self.constant and seen[0] <= seen[1]:
+                row += np.float32(self.constant) * (self._with_weights(seen, points) - row)
+                self._set(name, points[0], row[0], row[1])
+
+    def _with_weights(self, seen: FloatArray, points: list[QuantPoint]) -> FloatArray:
+        """Return a range that covers the constants too which share it."""
+        weights = [self.values.views[p.tensor] for p in points if p.role == "weight"]
+        low, high = seen
+        for weight in weights:
+            low, high = min(low, weight.min()), max(high, weight.max())
+        return np.array([low, high], np.float32)
+
+    def _set(self, name: str, point: QuantPoint, low: FloatArray, high: FloatArray) -> None:
+        params = choose_qparams(np.asarray(low), np.asarray(high), point.spec)
+        views = self.values.views
+        views[f"{name}/scale"][...] = params.scale
+        if f"{name}/zero_point" in views:
+            views[f"{name}/zero_point"][...] = params.zero_point
+
+
+def _activations(points: list[QuantPoint]) -> bool:
+    """Whether a set of parameters is measured on activations."""
+    return any(point.role == "activation" for point in points)
+
+
+def _clipping_range(params: QuantParams, point: QuantPoint) -> tuple[float, float]:
+    ends = quantized_range(point.spec, signed=params.signed)
+    zero_point, scale = int(params.zero_point), float(params.scale)
+    return (ends[0] - zero_point) * scale, (ends[1] - zero_point) * scale

@@ -1,0 +1,83 @@
+"""One fake-quantize op by itself: its gradients, and inputs that reach every branch of it."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqat.qparams import QuantSpec, quantized_range
+from onnxqat.runtime import open_session
+from onnxqat.train.engine import _gradient_graph
+from onnxqat.train.gradients import DOMAIN, FakeQuantize
+
+SPECS = {
+    "int8": QuantSpec(),
+    "uint8": QuantSpec(signedness="unsigned"),
+    "asymmetric": QuantSpec(signedness="unsigned", symmetric=False),
+    "int4": QuantSpec(bits=4),
+    "uint4": QuantSpec(bits=4, signedness="unsigned"),
+    "narrow": QuantSpec(narrow_range=True),
+    "per-axis 0": QuantSpec(axis=0),
+    "per-axis 1": QuantSpec(axis=1, bits=4),
+}
+
+
+def variant_of(spec, params, rank, *, learns_x=True, method="lsq", moves_zero_point=False):
+    """Return the op that stands for a spec with its parameters."""
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    return FakeQuantize(
+        dtype=params.zero_point.dtype.name,
+        qmin=qmin,
+        qmax=qmax,
+        axis=spec.axis,
+        rank=None if spec.axis is None else rank,
+        learns_x=learns_x,
+        method=method,
+        moves_zero_point=moves_zero_point,
+    )
+
+
+def one_op(variant, x, params, upstream, opset=17):
+    """Return dL/dx, dL/ds and dL/dz of one fake-quantize with L = sum(upstream * y)."""
+    variant.register()
+    value = helper.make_tensor_value_info
+    s = params.scale
+    nodes = [
+        helper.make_node(variant.op_type, list(variant.inputs), ["y"], domain=DOMAIN),
+        helper.make_node("Mul", ["y", "g"], ["yg"]),
+        helper.make_node("ReduceSum", ["yg"], ["loss"], keepdims=0),
+    ]
+    feeds, constants = {"x": x, "s": s, "g": upstream}, {"z": params.zero_point}
+    if variant.moves_zero_point:
+        feeds["z"] = constants.pop("z").astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "step",
+        [value(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()],
+        [value("loss", TensorProto.FLOAT, [])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        value_info=[value("y", TensorProto.FLOAT, x.shape)],
+    )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    functions = [variant.function(opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    wanted = {"x": variant.learns_x, "s": variant.learns_scale, "z": variant.learns_zero_point}
+    learned = {name for name, learns in wanted.items() if learns}
+    session = open_session(
+        _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
+    )
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):
+    """Random values, and exact ties, range ends and values just past them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    s = float(params.scale.flat[0])
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    z = int(params.zero_point.flat[0])
+    special = [qmin - z, qmax - z, qmin - z - 0.5, qmax - z + 0.5, 0, 0.5, 1.5, -0.5]
+    special += [qmax - z + 0.51, qmin - z - 0.51, qmax - z + 0.49, 3 * qmax, -3 * qmax]
+    x.reshape(-1)[: len(special)] = np.float32(special) * np.float32(s)
+    return x
