@@ -81,7 +81,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     if state_of(loaded) == "uncalibrated":
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
         shared |= {**calibration, "layout": layout}
-        loaded = _calibrated_once(workers, loaded, data, given, **shared)
+        loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
     logging = {"path": log, "every": log_every, "resume": resume} if log else None
     with _ending_well(workers, target, force, checkpoints) as stop:
         result = _tuned(
@@ -114,23 +114,6 @@ def _ending_well(
             if workers.rank == 0:
                 _finish(error.best, target, force, checkpoints)
             raise click.ClickException(f"{error} Written to {target}.") from error
-
-
-def _calibrated_once(
-    workers: Workers, model: Model, data: str, given: Settings, **options: Any
-) -> Model:
-    """Let worker 0 calibrate, and give the others what it measured."""
-    from onnx import ModelProto
-
-    from onnxqat.model import from_proto, to_proto
-
-    def measured() -> Model:
-        return calibrated(model, data, given, **options)[0]
-
-    if workers.size == 1:
-        return measured()
-    text = workers.first(lambda: to_proto(measured()).SerializeToString())
-    return from_proto(ModelProto.FromString(text), name=model.name)
 
 
 def _checkpoints(

@@ -1,11 +1,11 @@
 """Training: the training form, its gradients, and the fine-tuning loop."""
 
+from onnxqat.parallel import Workers, join_workers
 from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.form import Untrainable, untrainable_nodes
 from onnxqat.train.log import TrainingLog
-from onnxqat.train.parallel import Workers, join_workers
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 
 __all__ = [
