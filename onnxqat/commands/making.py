@@ -63,7 +63,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     if data is None:
         _refuse_given("observer", "samples", "layout")
     target = output or renamed(model, "qdq")
-    workers = join_workers() if data else Workers()
+    workers = join_workers() if data and not plan_only else Workers()
     if not plan_only:
         check_writable(target, force=force)
     workers.any(False)  # all have looked before one writes

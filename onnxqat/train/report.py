@@ -70,15 +70,15 @@ def write_report(
         matplotlib is not installed, or the file cannot be written.
     """
     check_plotting()
-    # a step is told again where a run goes on from the end of an epoch
-    steps = {e.step: e for e in events if isinstance(e, Step)}
-    epochs = {e.step: e for e in events if isinstance(e, Epoch)}
-    parts = [f"<h1>{escape(title)}</h1>", _summary(list(epochs.values()), events)]
-    for name, (unit, curves) in _figures(list(steps.values()), list(epochs.values())).items():
+    steps = [e for e in events if isinstance(e, Step)]
+    # once: its end is logged again where a run goes on from the last step of an epoch
+    epochs = list({e.step: e for e in events if isinstance(e, Epoch)}.values())
+    parts = [f"<h1>{escape(title)}</h1>", _summary(epochs, events)]
+    for name, (unit, curves) in _figures(steps, epochs).items():
         if any(curves.values()):
             drawn = _svg(name, unit, curves)
             parts.append(f"<h2>{escape(name)}</h2>\n<figure>{drawn}</figure>")
-    parts.append(_points(list(epochs.values())))
+    parts.append(_points(epochs))
     page = '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
     page += f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
     write_text(path, page + "\n".join(parts) + "\n</body>\n</html>\n", force=force)

@@ -60,7 +60,7 @@ class KilledError(Exception):
     pass
 
 
-def run(model, data, *outputs, kill=None, config=CONFIG, checkpoint=None, resume=False):
+def run(model, data, *outputs, kill=None, config=CONFIG, checkpoint=None, resume=False, steps=5):
     """Train, logging to (path, folder of event files or None) each; ``kill`` is a step."""
     batch = next(iter(data.batches(16))).inputs
     how = {"every": 3, "threads": 1, "resume": resume}
@@ -72,7 +72,7 @@ def run(model, data, *outputs, kill=None, config=CONFIG, checkpoint=None, resume
         if (progress.step, progress.validation) == (kill, None):
             raise KilledError
 
-    saved = checkpoint and Checkpoints(checkpoint, steps=5, resume=resume)
+    saved = checkpoint and Checkpoints(checkpoint, steps=steps, resume=resume)
     try:
         return finetune(model, data, config=config, report=report, checkpoints=saved)
     finally:
@@ -151,6 +151,22 @@ def test_a_killed_run_goes_on_in_its_logs(model, data, events, tmp_path, kill):
     assert len(list((tmp_path / "board").iterdir())) == 2
     expected = {(s, n): v for n, curve in scalars(events).items() for s, v in curve}
     assert {(s, n): v for s, n, v in rows} == expected
+
+
+def test_the_end_of_an_epoch_that_comes_again_counts_once(model, data, events, tmp_path):
+    """The checkpoint is of the last step of the epoch, before its evaluation."""
+    pytest.importorskip("tensorboardX")
+    outputs, checkpoint = (tmp_path / "log", tmp_path / "board"), tmp_path / "checkpoint"
+    with pytest.raises(KilledError):
+        run(model, data, outputs, kill=14, checkpoint=checkpoint, steps=11)
+    run(model, data, outputs, checkpoint=checkpoint, steps=11, resume=True)
+    found = read_log(tmp_path / "log")
+
+    assert [e.step for e in found if isinstance(e, Epoch)] == [11, 11, 22]
+    assert [e.step for e in found if isinstance(e, Resume)] == [11]
+    assert report_of(found, tmp_path / "a.html") == report_of(events, tmp_path / "b.html")
+    once = {name: list(dict.fromkeys(c)) for name, c in shown(tmp_path / "board").items()}
+    assert once == {n: list(dict.fromkeys(c)) for n, c in as_float32(scalars(events)).items()}
 
 
 def test_training_that_starts_again_withdraws_what_was_logged(model, data, tmp_path):
