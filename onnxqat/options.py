@@ -274,7 +274,12 @@ checkpoint_options = _options(
     click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
 )
 log_options = _options(
-    click.option("--log", metavar="FILE.jsonl", help="Write losses, rates and figures there."),
+    click.option(
+        "--log", metavar="FILE", help="Write losses, rates and figures to a .jsonl or .csv file."
+    ),
+    click.option(
+        "--tensorboard", metavar="DIR", help="Write them to TensorBoard's event files there."
+    ),
     click.option(
         "--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS"
     ),

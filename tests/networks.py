@@ -171,6 +171,17 @@ def answering(*, seed: int = 0) -> onnx.ModelProto:
     return model
 
 
+def joined_to_a_constant() -> onnx.ModelProto:
+    """A Concat with a constant of larger values, for batches of 4."""
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w1", 4, 3, 1, 1)], "c1")
+    g.node("Relu", ["c1"], "r1")
+    g.node("Concat", ["r1", g.weight("k1", 4, 2, 8, 8, size=3.0)], "k2", axis=1)
+    g.node("Conv", ["k2", g.weight("w2", 4, 6, 1, 1)], "c2")
+    g.node("GlobalAveragePool", ["c2"], "output")
+    return g.model([4, 3, 8, 8], [4, 4, 1, 1])
+
+
 def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
     """Return random inputs of a network, float32."""
     dims = model.graph.input[0].type.tensor_type.shape.dim[1:]

@@ -25,9 +25,9 @@ class Histogram:
 
     Bin ``k`` holds ``[k * width, (k + 1) * width)`` without the exact zeros, which are counted
     apart: a Relu gives so many that no bin may smear them. The width is a power of two, the
-    smallest that covers the largest magnitude seen. So binning is exact in float32 (unless a
-    value underflows, 2^-137 of the range or less), doubling the width merges pairs of bins
-    exactly, and the counts depend on the set of values alone, never on how it was batched.
+    smallest that covers the largest magnitude seen. So binning is exact in float32, doubling the
+    width merges pairs of bins exactly, and the counts depend on the set of values alone, never on
+    how it was batched or divided between histograms.
     """
 
     def __init__(self) -> None:
@@ -54,12 +54,22 @@ class Histogram:
             bins = level[: chunk.size]
             np.multiply(chunk, inverse, out=bins)
             np.floor(bins, out=bins)
+            if inverse < 1:  # only then can a value below zero underflow, to a zero
+                bins[(chunk < 0) & (bins == 0)] = -1
             bins += np.float32(_HALF)  # exact: both are small integers
             counts = np.bincount(bins.astype(np.intp), minlength=2 * _HALF)
             zeros = chunk.size - int(np.count_nonzero(chunk))
             counts[_HALF] -= zeros
             self.zeros += zeros
             self._counts += counts
+
+    def merge(self, other: Histogram) -> None:
+        """Count what ``other`` counted, which may widen its bins."""
+        exponent = max(self._exponent, other._exponent)
+        for histogram in (self, other):
+            histogram._grow(exponent)
+        self._counts += other._counts
+        self.zeros += other.zeros
 
     def _grow(self, exponent: int) -> None:
         """Double the bin width until it is at least ``2**exponent``."""

@@ -1,7 +1,8 @@
 """Clipping ranges from data: what each observer keeps of a tensor, and the range it picks.
 
-Pure numpy; knows no graph and no runtime. An observer is fed batch by batch, and what it keeps
-does not grow with the number of samples.
+Pure numpy; knows no graph and no runtime. An observer is fed batch by batch, and keeps no sample.
+Several observers may share the batches between them: merged in the order of the batches, they
+pick the range that one would have picked, bit for bit.
 
 ================  ======================================================================
 minmax            smallest and largest value seen
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import msgspec
 import numpy as np
@@ -111,6 +112,12 @@ class Observer(ABC):
         self._low, self._high = min(self._low, low), max(self._high, high)
 
     @final
+    def merge(self, other: Observer) -> None:
+        """Take in what ``other``, of the same kind and spec, saw after this one."""
+        self._merge(other)
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+
+    @final
     def range(self) -> tuple[FloatArray, FloatArray]:
         """Return the clipping range ``(low, high)``, each float32 of shape ().
 
@@ -134,6 +141,10 @@ class Observer(ABC):
         """Take in a non-empty batch of finite values with its minimum and maximum."""
 
     @abstractmethod
+    def _merge(self, other: Any) -> None:
+        """Take in what ``other`` keeps beside its minimum and maximum; it saw later batches."""
+
+    @abstractmethod
     def _range(self) -> Range:
         """Return the range, at least one value having been seen."""
 
@@ -145,6 +156,9 @@ class MinMaxObserver(Observer):
     def _update(self, x: FloatArray, low: float, high: float) -> None:
         """Keep nothing beside what `Observer` keeps."""
 
+    def _merge(self, other: MinMaxObserver) -> None:
+        """There is nothing beside it."""
+
     def _range(self) -> Range:
         return self._low, self._high
 
@@ -154,7 +168,8 @@ class MovingAverageObserver(Observer):
     """Exponential moving average of the minimum and maximum of each batch.
 
     The first batch is taken as it is. Every call of `update` counts as one batch, also where
-    several tensors of a group feed one observer.
+    several tensors of a group feed one observer. Later batches weigh more, so that what is kept
+    is the minimum and maximum of each, and the average is taken at the end, in their order.
 
     Parameters
     ----------
@@ -174,19 +189,20 @@ class MovingAverageObserver(Observer):
                 f"{name}: averaging constant {constant} is not in (0, 1]. Choose one that is."
             )
         self._constant = constant
-        self._average: Range | None = None
+        self._batches: list[Range] = []
 
     def _update(self, x: FloatArray, low: float, high: float) -> None:  # noqa: ARG002
-        if self._average is None:
-            self._average = low, high
-            return
-        old_low, old_high = self._average
-        c = self._constant
-        self._average = old_low + c * (low - old_low), old_high + c * (high - old_high)
+        self._batches.append((low, high))
+
+    def _merge(self, other: MovingAverageObserver) -> None:
+        self._batches += other._batches
 
     def _range(self) -> Range:
-        assert self._average is not None
-        return self._average
+        low, high = self._batches[0]
+        for batch_low, batch_high in self._batches[1:]:
+            low += self._constant * (batch_low - low)
+            high += self._constant * (batch_high - high)
+        return low, high
 
 
 @final
@@ -221,6 +237,9 @@ class PercentileObserver(Observer):
     def _update(self, x: FloatArray, low: float, high: float) -> None:
         self._histogram.add(x, max(-low, high))
 
+    def _merge(self, other: PercentileObserver) -> None:
+        self._histogram.merge(other._histogram)
+
     def _range(self) -> Range:
         low, high = self._histogram.ends(self._fraction)
         if low == high == 0.0:
@@ -245,6 +264,9 @@ class MseObserver(Observer):
 
     def _update(self, x: FloatArray, low: float, high: float) -> None:
         self._histogram.add(x, max(-low, high))
+
+    def _merge(self, other: MseObserver) -> None:
+        self._histogram.merge(other._histogram)
 
     def _range(self) -> Range:
         low, high = min(self._low, 0.0), max(self._high, 0.0)

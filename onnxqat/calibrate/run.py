@@ -16,6 +16,7 @@ from onnxqat.errors import ModelError
 from onnxqat.foreign import taken_params
 from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
+from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, power_of_two
 from onnxqat.runtime import TensorReader
@@ -32,6 +33,7 @@ def calibrate(
     observer: str = "mse",
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
+    workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> Model:
     """Return a copy of a Q/DQ model with parameters measured on data.
 
@@ -48,6 +50,10 @@ def calibrate(
         largest magnitude with all others.
     progress : callable
         Called after each batch.
+    workers : Workers
+        The processes that calibrate together, see `onnxqat.parallel`. All call this function with
+        their share of the batches, that of a lower rank coming first, and all return the model
+        that one process with all batches returns.
 
     Raises
     ------
@@ -65,12 +71,17 @@ def calibrate(
     tensors = floats.graph.tensors()
     params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
     params |= taken_params(model)
-    watched = _observe(floats, plan, batches, OBSERVERS[observer], threads, progress)
-    for point in plan.grid_points():
-        if point.role == "activation" and point.parameters not in params:
-            low, high = watched[point.parameters].range()
-            params[point.parameters] = choose_qparams(low, high, point.spec)
-    fit_bias_range(plan, params, tensors)
+    watched = _observe(floats, plan, batches, OBSERVERS[observer], threads, progress, workers)
+
+    def measured() -> dict[str, QuantParams]:
+        for point in plan.grid_points():
+            if point.role == "activation" and point.parameters not in params:
+                low, high = watched[point.parameters].range()
+                params[point.parameters] = choose_qparams(low, high, point.spec)
+        fit_bias_range(plan, params, tensors)
+        return params
+
+    params = workers.first(measured)
     return with_params(model, params, state="calibrated", plan=resolved_plan(plan, params))
 
 
@@ -103,8 +114,12 @@ def _observe(
     kind: type[Observer],
     threads: int,
     progress: Callable[[], None],
+    workers: Workers,
 ) -> dict[str, Observer]:
-    """Run the float model and show every activation to the observer of its parameters."""
+    """Show every activation of the float model to the observer of its parameters.
+
+    Worker 0 returns the observers of all batches, the others those of their own.
+    """
     points = [p for p in plan.grid_points() if p.role == "activation" or p.group]
     watched: dict[str, Observer] = {}
     for point in points:
@@ -114,7 +129,8 @@ def _observe(
     activations = []
     for point in points:
         if isinstance(tensors[point.tensor], gs.Constant):  # in a group; it is seen once
-            watched[point.parameters].update(tensors[point.tensor].values)
+            if workers.rank == 0:
+                watched[point.parameters].update(tensors[point.tensor].values)
         elif point.observed:
             activations.append(point)
     inputs = {t.name for t in floats.graph.inputs}
@@ -126,7 +142,14 @@ def _observe(
             known = values if point.tensor in values else batch
             watched[point.parameters].update(known[point.tensor])
         progress()
-    return watched
+    return {name: _merged(own, workers) for name, own in watched.items()}
+
+
+def _merged(own: Observer, workers: Workers) -> Observer:
+    first, *others = workers.gather(own) or [own]
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def fit_bias_range(

@@ -7,7 +7,11 @@ from onnxqat.commands.making import calibrate, export, import_table, insert
 from onnxqat.commands.planning import check, rules
 from onnxqat.commands.reading import evaluate, strip
 from onnxqat.commands.tuning import finetune
+from onnxqat.commands.watching import report
 
 __all__ = ["COMMANDS"]
 
-COMMANDS = (check, insert, calibrate, finetune, evaluate, strip, export, import_table, rules)
+COMMANDS = (
+    *(check, insert, calibrate, finetune, report, evaluate, strip),
+    *(export, import_table, rules),
+)

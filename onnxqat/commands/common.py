@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from onnxqat.data import DataSet
     from onnxqat.model import Model
+    from onnxqat.parallel import Workers
     from onnxqat.plan import QuantPlan
     from onnxqat.rules import HardwareRule
     from onnxqat.settings import Settings
@@ -128,8 +129,13 @@ def calibrated(
     batch_size: int,
     seed: int,
     threads: int,
+    workers: Workers,
 ) -> tuple[Model, int]:
-    """Calibrate on a seeded choice of samples; return the model, and how many samples it saw."""
+    """Calibrate on a seeded choice of samples; return the model, and how many samples it saw.
+
+    The workers share whole batches between them, since what a runtime computes for a sample may
+    depend on the batch it is in.
+    """
     import numpy as np
 
     from onnxqat.calibrate import calibrate
@@ -137,10 +143,15 @@ def calibrated(
 
     with open_for(model, source, given, layout=layout, batch_size=batch_size) as data:
         chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
-        batches = data.batches(batch_size, indices=np.sort(chosen))
-        with progress_bar("calibrating", -(-len(chosen) // batch_size)) as advance:
+        share = workers.share(-(-len(chosen) // batch_size))
+        mine = np.sort(chosen)[share.start * batch_size : share.stop * batch_size]
+        batches = data.batches(batch_size, indices=mine)
+        with progress_bar("calibrating", share.stop - share.start) as advance:
             inputs = (batch.inputs for batch in batches)
-            result = calibrate(model, inputs, observer=observer, threads=threads, progress=advance)
+            result = calibrate(
+                model, inputs, observer=observer, threads=threads, progress=advance,
+                workers=workers,
+            )  # fmt: skip
     return result, len(chosen)
 
 

@@ -57,13 +57,16 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.foreign import read_foreign_qdq
     from onnxqat.insert import plan_of, state_of
     from onnxqat.model import load_model, save_model
+    from onnxqat.parallel import Workers, join_workers
     from onnxqat.settings import settle
 
     if data is None:
         _refuse_given("observer", "samples", "layout")
     target = output or renamed(model, "qdq")
+    workers = join_workers() if data and not plan_only else Workers()
     if not plan_only:
         check_writable(target, force=force)
+    workers.any(False)  # all have looked before one writes
     floats, foreign = read_foreign_qdq(load_model(model))
     prepared, plan = planned(floats, rules, overrides, overrides_file)
     if plan_only:
@@ -73,9 +76,11 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     given = take_settings(options)
     settle(result, given)
     if data is not None:
-        result, _ = calibrated(result, data, given, **options)
-    save_model(result, target, force=force)
-    _print_inserted(plan_of(result), state_of(result), target, as_json)
+        result, _ = calibrated(result, data, given, workers=workers, **options)
+    if workers.rank == 0:
+        save_model(result, target, force=force)
+        _print_inserted(plan_of(result), state_of(result), target, as_json)
+    workers.leave()
 
 
 def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]) -> Model:
@@ -140,15 +145,20 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of
     from onnxqat.model import load_model, save_model
+    from onnxqat.parallel import join_workers
 
     target = output or renamed(model, "calibrated")
+    workers = join_workers()
     check_writable(target, force=force)
+    workers.any(False)  # all have looked before one writes
     loaded = load_model(model)
     plan_of(loaded)
-    result, samples = calibrated(loaded, data, take_settings(options), **options)
-    save_model(result, target, force=force)
-    document = {"observer": options["observer"], "samples": samples, "output": target}
-    print_result({"schema": "onnxqat.calibrate/1", **document}, as_json, list(document.items()))
+    result, samples = calibrated(loaded, data, take_settings(options), workers=workers, **options)
+    if workers.rank == 0:
+        save_model(result, target, force=force)
+        document = {"observer": options["observer"], "samples": samples, "output": target}
+        print_result({"schema": "onnxqat.calibrate/1", **document}, as_json, list(document.items()))
+    workers.leave()
 
 
 @click.command("import-table")

@@ -57,7 +57,8 @@ __all__ = ["finetune"]
 @json_option
 def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
              checkpoint_every: dict[str, Any] | None, resume: bool,
-             log: str | None, log_every: int, output: str | None, force: bool, as_json: bool,
+             log: str | None, tensorboard: str | None, log_every: int,
+             output: str | None, force: bool, as_json: bool,
              **options: Any) -> None:  # fmt: skip
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
     from onnxqat.files import check_writable
@@ -69,8 +70,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     workers = join_workers()
     check_writable(target, force=force)
     checkpoints = _checkpoints(f"{target}.checkpoint", checkpoint_every, resume, force)
-    if log:
-        check_writable(log, force=force or resume)
+    _check_logs(log, tensorboard, force=force or resume)
     workers.any(False)  # all have looked before one writes
     loaded = load_model(model)
     plan_of(loaded)
@@ -81,8 +81,8 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     if state_of(loaded) == "uncalibrated":
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
         shared |= {**calibration, "layout": layout}
-        loaded = _calibrated_once(workers, loaded, data, given, **shared)
-    logging = {"path": log, "every": log_every, "resume": resume} if log else None
+        loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
+    logging = {"path": log, "tensorboard": tensorboard, "every": log_every, "resume": resume}
     with _ending_well(workers, target, force, checkpoints) as stop:
         result = _tuned(
             loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
@@ -116,23 +116,6 @@ def _ending_well(
             raise click.ClickException(f"{error} Written to {target}.") from error
 
 
-def _calibrated_once(
-    workers: Workers, model: Model, data: str, given: Settings, **options: Any
-) -> Model:
-    """Let worker 0 calibrate, and give the others what it measured."""
-    from onnx import ModelProto
-
-    from onnxqat.model import from_proto, to_proto
-
-    def measured() -> Model:
-        return calibrated(model, data, given, **options)[0]
-
-    if workers.size == 1:
-        return measured()
-    text = workers.first(lambda: to_proto(measured()).SerializeToString())
-    return from_proto(ModelProto.FromString(text), name=model.name)
-
-
 def _checkpoints(
     path: str, every: dict[str, Any] | None, resume: bool, force: bool
 ) -> Checkpoints | None:
@@ -149,6 +132,17 @@ def _checkpoints(
         )
     check_writable(path, force=force)
     return None if every is None else Checkpoints(path, **every)
+
+
+def _check_logs(log: str | None, tensorboard: str | None, *, force: bool) -> None:
+    """Refuse logs that could not be written."""
+    from onnxqat.files import check_writable
+    from onnxqat.train import check_event_folder
+
+    if log:
+        check_writable(log, force=force)
+    if tensorboard:
+        check_event_folder(tensorboard, force=force)
 
 
 def _finish(model: Model, target: str, force: bool, checkpoints: Checkpoints | None) -> None:
@@ -183,7 +177,7 @@ def _config(options: dict[str, Any]) -> Config:
 
 
 def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
-           logging: dict[str, Any] | None, config: Config, workers: Workers,
+           logging: dict[str, Any], config: Config, workers: Workers,
            **others: Any) -> Finetuned:  # fmt: skip
     """Open the data and fine-tune on them."""
     from onnxqat.progress import FinetuneReport
@@ -199,7 +193,7 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
         validation = stack.enter_context(opened(val_data)) if val_data else None
         if workers.rank == 0:
             reports.append(stack.enter_context(FinetuneReport()))
-        if workers.rank == 0 and logging:
+        if workers.rank == 0 and (logging["path"] or logging["tensorboard"]):
             batch = next(iter((validation or training).batches(config.batch_size))).inputs
             log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
             reports.append(stack.enter_context(log))

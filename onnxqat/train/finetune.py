@@ -15,6 +15,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import SOURCE_KEY, insert, plan_of, state_of, strip, weights_hash
 from onnxqat.model import Model
+from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
 from onnxqat.train.checkpoint import (
     Checkpoints,
@@ -36,7 +37,6 @@ from onnxqat.train.losses import (
     teacher_input,
     tensor_read,
 )
-from onnxqat.train.parallel import Workers
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.selection import LOSS
 from onnxqat.train.supply import Supply
@@ -83,7 +83,7 @@ def finetune(
     stop : callable
         Asked often; once it returns true, the state is saved and the run ends.
     workers : Workers
-        The processes that train together, see `onnxqat.train.parallel`. All call this function
+        The processes that train together, see `onnxqat.parallel`. All call this function
         with the same arguments, and all return the same.
 
     Raises

@@ -17,13 +17,13 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
 from onnxqat.insert import plan_of, read_params, with_params
 from onnxqat.model import Model
+from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.guard import GUARD_STEPS, LossHistory
-from onnxqat.train.parallel import Workers
 from onnxqat.train.ranges import Ranges
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor

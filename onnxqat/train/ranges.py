@@ -19,11 +19,11 @@ import numpy as np
 from onnxqat.calibrate import weight_range
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model
+from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, quantized_range
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.parallel import Workers
 
 __all__ = ["Ranges"]
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnxqat.data import Batch, DataSet, augment
 from onnxqat.errors import DataError
 from onnxqat.model import Model
+from onnxqat.parallel import Workers
 from onnxqat.train.config import Config
 from onnxqat.train.losses import LABELS, TENSOR, teacher_input
-from onnxqat.train.parallel import Workers
 
 __all__ = ["Feeds", "Supply", "feeds_of"]
 

@@ -14,10 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxqat.commands.common import open_for
 from onnxqat.errors import TrainingError
+from onnxqat.evaluate.run import model_session
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import load_model
-from onnxqat.train import join_workers
+from onnxqat.parallel import Workers, join_workers
+from onnxqat.settings import Settings
+from onnxqat.train import Config
+from onnxqat.train.engine import StepSession
+from onnxqat.train.form import training_form
+from onnxqat.train.losses import read_loss
+from onnxqat.train.supply import Supply
 
 MODELS = Path(__file__).parents[2] / "models"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -26,9 +34,17 @@ needs_mpi = pytest.mark.skipif(
     MPIRUN is None or importlib.util.find_spec("mpi4py") is None,
     reason="mpi4py or mpirun is not installed (pip install 'onnxqat[mpi]')",
 )
-# plain descent, since Adam's directions amplify the noise of summation
+EACH = pytest.mark.parametrize("workers", [2, 4])
 TUNE = ("finetune", "qdq.onnx", "train.npz", "--epochs", "2", "--threads", "1")
 SGD = ("--optimizer", "sgd", "--lr", "1e-4")
+BATCH = 16
+# one step of all samples, whose result is kept
+STEP = (
+    *("finetune", "qdq.onnx", "one.npz", "--val-data", "one.npz", "--select", "loss"),
+    *("--epochs", "1", "--threads", "1", "--schedule", "constant", "--warmup", "0", *SGD),
+)
+RATE = 1e-4
+UNIT = 2.0**-24  # of rounding to float32
 
 
 def onnxqat(folder: Path, *words: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
@@ -45,6 +61,7 @@ def work(tmp_path_factory):
     with np.load(MODELS / "digits-train.npz") as digits:
         images, labels = digits["images"][:300], digits["label"][:300]
     np.savez(folder / "train.npz", images=images, label=labels)
+    np.savez(folder / "one.npz", images=images[:BATCH], label=labels[:BATCH])
     rule = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2")
     norm = ("--mean", "128", "--scale", "0.0078125")
     model = str(MODELS / "mobilenet-digits.onnx")
@@ -54,33 +71,114 @@ def work(tmp_path_factory):
     return folder
 
 
-def values(path: Path) -> np.ndarray:
+def parameters(path: Path) -> dict[str, np.ndarray]:
+    """Return trained tensors, and the scales under the names that training gives them."""
     model = load_model(path)
     tensors = strip(model).graph.tensors()
-    weights = [p.tensor for p in plan_of(model).points if p.role != "activation"]
-    scales = [p.scale for p in read_params(model).values()]
-    return np.concatenate([np.ravel(a) for a in [*(tensors[n].values for n in weights), *scales]])
+    weights = {
+        p.tensor: tensors[p.tensor].values for p in plan_of(model).points if p.role != "activation"
+    }
+    return weights | {f"{name}/scale": p.scale for name, p in read_params(model).items()}
+
+
+def sample_gradients(work: Path) -> dict[str, np.ndarray]:
+    """Return the mean magnitude of the gradients that single samples give, in float64."""
+    model = load_model(work / "qdq.onnx")
+    config = Config(batch_size=1, accumulate=BATCH, threads=1)
+    form, loss = training_form(model, learn_scales=True), read_loss("cross-entropy+kl")
+    with open_for(model, str(work / "one.npz"), Settings(), layout=None, batch_size=1) as data:
+        session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
+        teacher = model_session(strip(model), "float")
+        (step,) = Supply(model, data, teacher, config, Workers()).epoch(1)
+        total = dict.fromkeys(session.gradients.views, 0.0)
+        for feeds in step:
+            session.run(feeds)
+            for name, gradient in session.gradients.views.items():
+                total[name] = total[name] + np.abs(gradient, dtype=np.float64)
+    return {name: value / BATCH for name, value in total.items()}
 
 
 @needs_mpi
-def test_two_processes_are_one_with_twice_the_batch(work):
-    result = onnxqat(work, *TUNE, *SGD, "--batch-size", "8", "-o", "two.onnx", workers=2)
-    alone = (("16.onnx", "16", "1"), ("8.onnx", "8", "2"))
-    for name, size, times in alone:
-        words = (*SGD, "--batch-size", size, "--accumulate", times, "-o", name)
-        assert onnxqat(work, *TUNE, *words).returncode == 0
+@EACH
+def test_processes_are_one_that_accumulates_bit_for_bit(work, workers):
+    words = (*TUNE, *SGD, "--batch-size", str(BATCH // workers))
+    result = onnxqat(work, *words, "-o", f"{workers}.onnx", workers=workers)
+    alone = onnxqat(work, *words, "--accumulate", str(workers), "-o", f"1x{workers}.onnx")
 
-    assert result.returncode == 0, result.stderr
+    assert (alone.returncode, result.returncode) == (0, 0), result.stderr
     assert result.stdout.count("top1 after") == 1
-    assert (work / "two.onnx").read_bytes() == (work / "8.onnx").read_bytes()
-    found, expected = values(work / "two.onnx"), values(work / "16.onnx")
-    moved = np.abs(expected - values(work / "qdq.onnx")).max()
-    assert moved > 1e-3
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * moved)
+    assert "best 2" in result.stdout
+    assert (work / f"{workers}.onnx").read_bytes() == (work / f"1x{workers}.onnx").read_bytes()
 
 
 @needs_mpi
-def test_two_processes_calibrate_what_one_does(work):
+@EACH
+def test_a_step_of_processes_is_one_with_a_larger_batch(work, workers):
+    """Up to the order of the sum over the batch, which no float32 sum of it can be held to.
+
+    Two sums of n terms in other orders differ by 2 (n - 1) u times the sum of the magnitudes at
+    most (Higham 2002, section 4.2), the terms being the gradients of the samples; each run then
+    rounds the parameter once. Scales move by their logarithm, so little that even a gradient that
+    is off by 2^-14 of itself moves them by less than a unit in the last place.
+    """
+    start = parameters(work / "qdq.onnx")
+    for name, size, count in (
+        ("b16.onnx", BATCH, 1),
+        (f"b{workers}.onnx", BATCH // workers, workers),
+    ):
+        result = onnxqat(
+            work, *STEP, "--batch-size", str(size), "-o", name, "--force", workers=count
+        )
+        assert result.returncode == 0, result.stderr
+    found, expected = parameters(work / f"b{workers}.onnx"), parameters(work / "b16.onnx")
+    gradients = sample_gradients(work)
+
+    for name, value in expected.items():
+        ulp = np.spacing(np.maximum(np.abs(value), np.abs(start[name])))
+        moved = np.abs(value.astype(np.float64) - start[name]) / np.abs(start[name])
+        off = np.abs(value.astype(np.float64) - found[name])
+        if name.endswith("/scale"):
+            assert moved.max() < 2.0**-10
+            assert np.all(off <= ulp), name
+        else:
+            bound = RATE * 2 * (BATCH - 1) * UNIT * gradients[name]
+            assert np.all(off <= ulp + bound), name
+    # a sample left out would be seen
+    assert max(np.abs(expected[n] - start[n]).max() for n in expected) > 1e-3
+
+
+@needs_mpi
+@pytest.mark.parametrize("observer", ["minmax", "moving-average", "percentile", "mse"])
+def test_processes_calibrate_what_one_does_bit_for_bit(work, observer):
+    """299 samples are 29 batches and a part of one."""
+    words = ("calibrate", "empty.onnx", "train.npz", "--observer", observer, "--threads", "1")
+    words += ("--samples", "299", "--batch-size", "10")
+    found = []
+    for workers in (1, 2, 4):
+        name = f"{observer}-{workers}.onnx"
+        result = onnxqat(work, *words, "-o", name, workers=workers)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("299") == 1
+        found.append((work / name).read_bytes())
+
+    assert found[0] == found[1] == found[2]
+
+
+@needs_mpi
+def test_processes_without_a_batch_to_calibrate_on_help_nobody_and_harm_nothing(work):
+    rule = ("--rules", "sophgo-bm1684x", "--mean", "128", "--scale", "0.0078125", "--threads", "1")
+    few = ("--data", "train.npz", "--samples", "20", "--batch-size", "16")
+    model = str(MODELS / "mobilenet-digits.onnx")
+    alone = onnxqat(work, "insert", model, *rule, *few, "-o", "few1.onnx")
+    result = onnxqat(work, "insert", model, *rule, *few, "-o", "few4.onnx", workers=4)
+
+    assert (alone.returncode, result.returncode) == (0, 0), result.stderr
+    assert result.stdout.count("few4.onnx") == 1
+    assert (work / "few4.onnx").read_bytes() == (work / "few1.onnx").read_bytes()
+
+
+@needs_mpi
+def test_processes_calibrate_before_they_train(work):
     words = ("empty.onnx", "train.npz", *TUNE[3:], *SGD, "--batch-size", "8")
     alone = onnxqat(work, "finetune", *words, "--accumulate", "2", "-o", "alone.onnx")
     result = onnxqat(work, "finetune", *words, "-o", "together.onnx", workers=2)

@@ -4,15 +4,16 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, fit_bias_range, placeholder_params
+from onnxqat.calibrate import OBSERVERS, calibrate, fit_bias_range, placeholder_params
 from onnxqat.errors import DataError, ModelError
 from onnxqat.insert import insert, plan_of, read_params, state_of, with_params
 from onnxqat.model import from_proto, to_proto
+from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import QuantParams, choose_qparams
 from onnxqat.rules import load_rule
-from tests.networks import convnet, quantized, samples
+from tests.networks import convnet, joined_to_a_constant, quantized, samples
 from tests.oracles import run_ort
 
 
@@ -59,6 +60,46 @@ def test_signedness_is_settled_and_stored():
 
     assert {p.spec.signedness for p in plan_of(qdq).grid_points()} == {"signed", "unsigned"}
     assert state_of(qdq) == "calibrated"
+
+
+class WaitingError(Exception):
+    """A process but the first waits for what the first makes."""
+
+
+class Shared(Workers):
+    """One of several processes that run one after the other, the first last."""
+
+    def __init__(self, rank, size, sent):
+        self.rank, self.size, self.sent = rank, size, sent
+
+    def gather(self, value):
+        self.sent[self.rank].append(value)
+        index = len(self.sent[self.rank]) - 1
+        return [] if self.rank else [sent[index] for sent in self.sent]
+
+    def first(self, make):
+        if self.rank:
+            raise WaitingError
+        return make()
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_processes_with_their_share_measure_what_one_does(observer, size):
+    """Also a constant that shares its parameters with an activation, which each of them holds."""
+    model = uncalibrated(joined_to_a_constant())
+    batches = [{"input": samples(joined_to_a_constant(), 4, seed=s) * (s + 1)} for s in range(5)]
+    sent = [[] for _ in range(size)]
+    for rank in range(size - 1, 0, -1):
+        workers = Shared(rank, size, sent)
+        with pytest.raises(WaitingError):
+            calibrate(model, batches[workers.share(5)], observer=observer, workers=workers)
+    first = Shared(0, size, sent)
+    found = calibrate(model, batches[first.share(5)], observer=observer, workers=first)
+    expected = calibrate(model, batches, observer=observer)
+
+    assert any(p.role == "weight" and p.group for p in plan_of(model).grid_points())
+    assert to_proto(found) == to_proto(expected)
 
 
 def test_batches_are_read_one_at_a_time():

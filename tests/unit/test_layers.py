@@ -10,6 +10,7 @@ from onnxqat.formats import EXPORTS, FORMATS
 ORDER = [
     "errors",
     "files",
+    "parallel",
     "qparams",
     "preserve",
     "external",

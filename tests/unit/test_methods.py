@@ -14,6 +14,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import from_proto, to_proto
 from onnxqat.overrides import parse_override
+from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams, quantize, quantized_range
@@ -22,7 +23,6 @@ from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.engine import Flat, forward_session
 from onnxqat.train.form import training_form
 from onnxqat.train.gradients import DSQ_ALPHA
-from onnxqat.train.parallel import Workers
 from onnxqat.train.ranges import Ranges
 from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
 from tests.oracles import run_ort

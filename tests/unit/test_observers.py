@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxqat.calibrate.histogram import Histogram
 from onnxqat.calibrate.observers import (
     OBSERVERS,
     MinMaxObserver,
@@ -225,6 +226,49 @@ def test_the_order_and_size_of_batches_do_not_matter(
     expected = seen(observer(SPEC), np.concatenate(batches))
     assert expected == seen(observer(SPEC), *batches)
     assert expected == seen(observer(SPEC), *shuffled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    exponents=st.lists(st.integers(-149, 120), max_size=9),
+    seed=st.integers(0, 2**32 - 1),
+    workers=st.integers(1, 4),
+)
+@EACH
+def test_observers_that_share_the_batches_pick_what_one_does(
+    observer: type[Observer], exponents: list[int], seed: int, workers: int
+) -> None:
+    """Also where there are fewer batches than observers."""
+    rng = np.random.default_rng(seed)
+    batches = [np.zeros(7, np.float32)] + [
+        np.ldexp(rng.standard_normal(50).astype(np.float32), e).astype(np.float32)
+        for e in exponents
+    ]
+    parts = [observer(SPEC) for _ in range(workers)]
+    for part, share in zip(parts, np.array_split(np.arange(len(batches)), workers), strict=True):
+        for index in share:
+            part.update(batches[index])
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+
+    assert first.range() == seen(observer(SPEC), *batches)
+    assert np.signbit(first.range()).tolist() == np.signbit(seen(observer(SPEC), *batches)).tolist()
+
+
+def test_a_value_too_small_for_the_bins_of_a_large_one_is_counted_below_zero() -> None:
+    """Also where it comes last: divided by the width of a bin it is no float32 any more."""
+    tiny, huge = np.float32([-1e-45]), np.float32([3e38])
+    counted = []
+    for values in ((tiny, huge), (huge, tiny)):
+        histogram = Histogram()
+        for x in values:
+            histogram.add(x, float(np.abs(x).max()))
+        edges, counts = histogram.occupied()
+        counted.append((edges[np.flatnonzero(counts)].tolist(), counts.sum(), histogram.zeros))
+
+    assert counted[0] == counted[1]
+    assert counted[0][0][0] < 0
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:

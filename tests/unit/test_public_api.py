@@ -10,7 +10,17 @@ import pytest
 
 import onnxqat
 
-HEAVY = ("msgspec", "numpy", "onnx", "onnx_graphsurgeon", "onnxruntime", "PIL", "rich")
+HEAVY = (
+    "matplotlib",
+    "msgspec",
+    "numpy",
+    "onnx",
+    "onnx_graphsurgeon",
+    "onnxruntime",
+    "PIL",
+    "rich",
+    "tensorboardX",
+)
 VERBS = ("calibrate", "evaluate", "finetune", "insert", "strip", "prepare")
 
 

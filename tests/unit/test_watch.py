@@ -113,7 +113,7 @@ def test_a_log_has_a_line_per_interval_and_epoch(model, data, tmp_path):
         result = finetune(model, data, config=config, report=log)
     lines = read(tmp_path / "l")
 
-    assert lines[0] == {"event": "start", "schema": "onnxqat.log/1"}
+    assert lines[0] == {"event": "start", "schema": "onnxqat.log/1", "step": 0}
     assert [(line["event"], line["step"]) for line in lines[1:]] == [
         ("step", 5),
         ("step", 10),
@@ -169,7 +169,7 @@ class FullDisk(io.StringIO):
 def test_a_full_disk_is_said(model, data, tmp_path):
     batch, config = next(iter(data.batches(16))).inputs, Config(epochs=1, threads=1)
     log = TrainingLog(tmp_path / "l", model, batch, every=5)
-    log.file.close()
-    log.file = FullDisk()
+    log.writers[0].file.close()
+    log.writers[0].file = FullDisk()
     with pytest.raises(OnnxQatError, match=r"l: cannot be written \(No space left"):
         finetune(model, data, config=config, report=log)

@@ -1,8 +1,8 @@
-"""Several processes that train one model, each on its share of every step's samples.
+"""Several processes that calibrate or train one model, each on its share of the samples.
 
-``mpirun -n N`` starts them; they meet through mpi4py, the optional extra ``mpi``. All hold the
-same parameters, since all apply the same averaged gradient: the MPI standard requires that every
-process receives the identical result of an Allreduce.
+``mpirun -n N`` starts them; they meet through mpi4py, the optional extra ``mpi``. What they sum,
+they sum in order of rank, whatever MPI it is and however many machines: all hold the same
+parameters, and those of one process that takes the same batches one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.errors import TrainingError
@@ -22,7 +23,7 @@ SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by the mpirun of MPICH, Inte
 
 
 class Workers:
-    """The processes that train together; here, this one alone.
+    """The processes that work together; here, this one alone.
 
     Attributes
     ----------
@@ -33,8 +34,12 @@ class Workers:
     rank: int = 0
     size: int = 1
 
+    def share(self, count: int) -> slice:
+        """Return which of ``count`` things are this worker's: neighbours, in order of rank."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def average(self, values: NDArray[Any]) -> None:
-        """Replace an array by its mean over the workers."""
+        """Replace an array by its mean over the workers, summed in order of rank."""
 
     def widen(self, ranges: NDArray[Any]) -> None:
         """Replace ranges, of shape (n, 2), by those that cover the ranges of all workers."""
@@ -50,6 +55,10 @@ class Workers:
         """Return what ``make`` gives worker 0."""
         return make()
 
+    def gather(self, value: T) -> list[T]:
+        """Return to worker 0 everybody's value in order of rank, and nothing to the others."""
+        return [value]
+
     def leave(self) -> None:
         """End in order. Who ends without it takes the others along, which would wait for ever."""
 
@@ -62,8 +71,19 @@ class _MpiWorkers(Workers):
         self.rank, self.size = self.world.rank, self.world.size
 
     def average(self, values: NDArray[Any]) -> None:
-        self.world.Allreduce(self.mpi.IN_PLACE, values, op=self.mpi.SUM)
-        values /= self.size
+        # As a ring Allreduce does, each sums one part for all; MPI leaves the order of its sums
+        # open, and theirs differs by size, machine and version.
+        flat = values.reshape(-1)
+        parts = np.zeros((self.size, -(-flat.size // self.size)), values.dtype)
+        parts.reshape(-1)[: flat.size] = flat
+        mine = np.empty_like(parts)
+        self.world.Alltoall(parts, mine)
+        total = mine[0]
+        for part in mine[1:]:
+            total += part
+        total /= self.size
+        self.world.Allgather(total, parts)
+        flat[...] = parts.reshape(-1)[: flat.size]
 
     def widen(self, ranges: NDArray[Any]) -> None:
         for column, op in ((0, self.mpi.MIN), (1, self.mpi.MAX)):
@@ -80,6 +100,9 @@ class _MpiWorkers(Workers):
     def first(self, make: Callable[[], T]) -> T:
         made: T = self.world.bcast(make() if self.rank == 0 else None, root=0)
         return made
+
+    def gather(self, value: T) -> list[T]:
+        return self.world.gather(value, root=0) or []
 
     def leave(self) -> None:
         self.mpi.Finalize()

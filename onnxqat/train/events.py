@@ -1,0 +1,107 @@
+"""What a fine-tuning is logged as: a sequence of events, by time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["Epoch", "Event", "Note", "Resume", "Start", "Step", "figures", "stale_from"]
+
+Schema: TypeAlias = Literal["onnxqat.log/1"]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
+    """What the log has in common; ``event`` is the name of the class in lower case."""
+
+
+class Start(_Event, frozen=True, kw_only=True):
+    """A run begins."""
+
+    schema: Schema = "onnxqat.log/1"
+    step: Count = 0
+
+
+class Resume(_Event, frozen=True, kw_only=True):
+    """A run goes on behind ``step``; what was logged of later steps comes again."""
+
+    schema: Schema = "onnxqat.log/1"
+    step: Count
+
+
+class Note(_Event, frozen=True, kw_only=True):
+    """Something was done about a rising loss; ``step`` is smaller where training began again."""
+
+    step: Count
+    note: str
+
+
+class Step(_Event, frozen=True, kw_only=True):
+    """After a step: the mean loss of the last 20, and the learning rates."""
+
+    step: Count
+    epoch: Count
+    loss: float
+    lr: float
+    scale_lr: float
+
+
+class Epoch(_Event, frozen=True, kw_only=True):
+    """After an epoch.
+
+    Attributes
+    ----------
+    step, epoch, loss
+        As of `Step`.
+    metrics : dict of str to float or None
+        Figures on the held-out data; None where not finite.
+    scale_drift : dict of str to float
+        log2 of how far each scale moved from the start, by set of parameters.
+    clipped : dict of str to float
+        Fraction of the values beyond the clipping range, by point.
+    """
+
+    step: Count
+    epoch: Count
+    loss: float
+    metrics: dict[str, float | None]
+    scale_drift: dict[str, float]
+    clipped: dict[str, float]
+
+
+Event: TypeAlias = Start | Resume | Note | Step | Epoch
+
+
+def figures(event: Step | Epoch) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of an event by name: ``loss``, ``lr``, ``clipped/POINT`` and so on."""
+    yield "loss", event.loss
+    if isinstance(event, Step):
+        yield "lr", event.lr
+        yield "scale_lr", event.scale_lr
+        return
+    for kind, values in (
+        ("metrics", event.metrics),
+        ("scale_drift", event.scale_drift),
+        ("clipped", event.clipped),
+    ):
+        for name, value in values.items():
+            if value is not None:
+                yield f"{kind}/{name}", value
+
+
+def stale_from(event: Event, last: int) -> int | None:
+    """Return from which step on what was logged before holds no more; None where all does.
+
+    Parameters
+    ----------
+    event : Event
+        The next one.
+    last : int
+        The step of the one before.
+    """
+    if isinstance(event, Resume):
+        return event.step + 1
+    return event.step if event.step < last or isinstance(event, Start) else None

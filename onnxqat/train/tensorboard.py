@@ -1,0 +1,91 @@
+"""Event files of TensorBoard: a run's numbers as scalars by step.
+
+The format is TensorFlow's ``Event`` in TFRecords; tensorboardX, the optional extra ``tensorboard``,
+writes it. Of two event files in one folder, and within one, TensorBoard drops what it read of the
+steps from a ``SessionLog.START`` on (``_CheckForRestartAndMaybePurge`` in tensorboard's
+``backend/event_processing/event_accumulator.py``).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from onnxqat.errors import OnnxQatError
+from onnxqat.train.events import Epoch, Event, Step, figures, stale_from
+from onnxqat.train.writers import LogWriter
+
+__all__ = ["EventFiles", "check_event_folder"]
+
+PATTERN = "events.out.tfevents.*"
+
+
+class EventFiles(LogWriter):
+    """The event files of a folder; a resumed run adds one, a new run removes the others."""
+
+    def __init__(self, path: Path, *, option: str, resume: bool) -> None:
+        self.path, self.option = path, option
+        writer, self._proto, self._summary = _library()
+        path.mkdir(exist_ok=True)
+        earlier = list(path.glob(PATTERN))
+        if not resume:
+            for file in earlier:
+                file.unlink()
+        # numbered, since their time is in whole seconds
+        self._file = writer.EventsWriter(str(path / "events"), f".{len(earlier)}")
+        self._last = 0
+
+    def write(self, event: Event) -> None:
+        """Write one event, behind what withdraws earlier ones."""
+        stale = stale_from(event, self._last)
+        if stale:
+            again = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._add(stale, session_log=again)
+        self._last = event.step
+        if isinstance(event, Step | Epoch):
+            value = self._summary.Summary.Value
+            scalars = [value(tag=name, simple_value=number) for name, number in figures(event)]
+            self._add(event.step, summary=self._summary.Summary(value=scalars))
+        self._file.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **what))
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+
+def check_event_folder(path: str | Path, *, force: bool) -> None:
+    """Refuse a folder that event files could not be written to, before any work is done.
+
+    Raises
+    ------
+    OnnxQatError
+        tensorboardX is not installed; the folder is a file, or holds a run and ``force`` is not
+        set; or its parent is missing.
+    """
+    path = Path(path)
+    _library()
+    if path.exists() and not path.is_dir():
+        raise OnnxQatError(f"{path}: is not a directory. Name another --tensorboard.")
+    if not path.parent.is_dir():
+        raise OnnxQatError(f"{path}: directory '{path.parent}' does not exist. Create it first.")
+    if not force and any(path.glob(PATTERN)):
+        raise OnnxQatError(
+            f"{path}: already holds a run's event files. Name another --tensorboard, or pass "
+            "--force to replace them."
+        )
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """Return what writes event files, and the modules of the messages in them."""
+    try:
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+    except ImportError as error:
+        raise OnnxQatError(
+            "--tensorboard: tensorboardX is not installed. Run pip install 'onnxqat[tensorboard]'."
+        ) from error
+    return event_file_writer, event_pb2, summary_pb2
