@@ -65,7 +65,13 @@ def work(tmp_path_factory):
     rule = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2")
     norm = ("--mean", "128", "--scale", "0.0078125")
     model = str(MODELS / "mobilenet-digits.onnx")
-    for words in ((*norm, "-o", "empty.onnx"), (*norm, "--data", "train.npz", "-o", "qdq.onnx")):
+    calibrated = (*norm, "--data", "train.npz")
+    follow = ("--set", "activation.method=moving-average")
+    for words in (
+        (*norm, "-o", "empty.onnx"),
+        (*calibrated, "-o", "qdq.onnx"),
+        (*calibrated, *follow, "-o", "ranges.onnx"),
+    ):
         result = onnxqat(folder, "insert", model, *rule, *words)
         assert result.returncode == 0, result.stderr
     return folder
@@ -85,7 +91,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     """Return the mean magnitude of the gradients that single samples give, in float64."""
     model = load_model(work / "qdq.onnx")
     config = Config(batch_size=1, accumulate=BATCH, threads=1)
-    form, loss = training_form(model, learn_scales=True), read_loss("cross-entropy+kl")
+    form, loss = training_form(model), read_loss("cross-entropy+kl")
     with open_for(model, str(work / "one.npz"), Settings(), layout=None, batch_size=1) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
         teacher = model_session(strip(model), "float")
@@ -99,9 +105,12 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
 
 
 @needs_mpi
-@EACH
-def test_processes_are_one_that_accumulates_bit_for_bit(work, workers):
-    words = (*TUNE, *SGD, "--batch-size", str(BATCH // workers))
+@pytest.mark.parametrize(
+    ("model", "workers"), [("qdq.onnx", 2), ("qdq.onnx", 4), ("ranges.onnx", 2)]
+)
+def test_processes_are_one_that_accumulates_bit_for_bit(work, model, workers):
+    words = ("finetune", model, *TUNE[2:], *SGD, "--force", "--batch-size", str(BATCH // workers))
+    words += ("--averaging-constant", "0.1")
     result = onnxqat(work, *words, "-o", f"{workers}.onnx", workers=workers)
     alone = onnxqat(work, *words, "--accumulate", str(workers), "-o", f"1x{workers}.onnx")
 
