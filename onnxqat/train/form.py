@@ -312,7 +312,7 @@ class _Builder:
             qmin=qmin,
             qmax=qmax,
             axis=point.spec.axis,
-            rank=None if point.spec.axis is None else len(source.shape),
+            rank=None if source.shape is None else len(source.shape),
             learns_x=source.name in self.trained,
             learns_scale=self.learn_scales,
         )

@@ -88,7 +88,8 @@ def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("learns_x", [True, False], ids=["x", "data"])
-def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
+@pytest.mark.parametrize("rank_is_known", [True, False])
+def test_fake_quantize_gradient_is_the_formula(spec, learns_x, rank_is_known):
     channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
     high = np.linspace(0.5, 1.5, int(np.prod(channels)), dtype=np.float32).reshape(channels)
     low = np.zeros_like(high) if spec.signedness == "unsigned" and spec.symmetric else -high
@@ -101,7 +102,7 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
         qmin=qmin,
         qmax=qmax,
         axis=spec.axis,
-        rank=None if spec.axis is None else x.ndim,
+        rank=x.ndim if rank_is_known or spec.axis is not None else None,
         learns_x=learns_x,
         learns_scale=True,
     )
