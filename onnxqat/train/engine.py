@@ -19,6 +19,7 @@ from onnxruntime.capi import _pybind_state as ort_internals
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
+from onnxqat.train.convolutions import batch_convolutions
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import register_relu_gradient
 from onnxqat.train.losses import Arrays, Loss, add_loss
@@ -186,14 +187,15 @@ def _reaching(model: onnx.ModelProto) -> set[str]:
     return names
 
 
-def _gradient_graph(model: bytes, learned: set[str]) -> bytes:
+def _gradient_graph(model: bytes, learned: set[str]) -> onnx.ModelProto:
     quiet = ort.SessionOptions()
     quiet.log_severity_level = FATAL  # the builder reports on every pass it tries
     try:
         builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss", quiet)
         builder.build()
-        graph: bytes = builder.get_model()
+        graph: onnx.ModelProto = onnx.load_model_from_string(builder.get_model())
     except Exception as error:  # the bindings raise bare RuntimeErrors
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"onnxruntime cannot build the gradient: {message}") from error
+    batch_convolutions(graph)
     return graph

@@ -124,16 +124,33 @@ class FakeQuantize:
     def _gradient(self) -> list[Node]:
         x, s, z = (f"I({self.inputs.index(name)})" for name in "xsz")
         nodes: list[Node] = [
+            *self._shaped({"x": x, "y": "O(0)", "dy": "GO(0)"}),
             *self._broadcast(s, "scale"),
-            ("Sub", ["O(0)", x], ["error"], []),
-            *(self._inside() if self._has_few_levels else self._inside_by_level(x, z)),
-            ("Mul", ["GO(0)", "inside"], ["dx"], []),
+            ("Sub", ["y", "x"], ["error"], []),
+            *(self._inside() if self._has_few_levels else self._inside_by_level(z)),
+            ("Mul", ["dy", "inside"], ["dx"], []),
         ]
         if self.learns_x:
-            nodes.append(("Identity", ["dx"], ["GI(0)"], []))
+            nodes.append(("Shape", [x], ["shape"], []))
+            nodes.append(("Reshape", ["dx", "shape"], ["GI(0)"], []))
         if self.learns_scale:
-            nodes += self._scale_gradient(x, s, f"GI({self.inputs.index('s')})")
+            nodes += self._scale_gradient()
+            nodes.append(("Div", ["total", s], [f"GI({self.inputs.index('s')})"], []))
         return nodes
+
+    def _shaped(self, tensors: dict[str, str]) -> list[Node]:
+        """Return nodes that make rows of tensors where the elements of a scale are rows.
+
+        Besides products, a kernel that broadcasts a scale is slow where the last axis has length 1.
+        """
+        if self.axis:
+            return [("Identity", [tensor], [name], []) for name, tensor in tensors.items()]
+        by_row = self.axis == 0 or (self.rank or 0) > 1
+        rows = [0, 1, -1] if by_row else [1, 1, -1]
+        return [
+            ("Constant", [], ["rows"], [("value", rows, "int", True)]),
+            *[("Reshape", [tensor, "rows"], [name], []) for name, tensor in tensors.items()],
+        ]
 
     @property
     def _has_few_levels(self) -> bool:
@@ -149,7 +166,7 @@ class FakeQuantize:
             _step("room", "inside"),
         ]
 
-    def _inside_by_level(self, x: str, z: str) -> list[Node]:
+    def _inside_by_level(self, z: str) -> list[Node]:
         """Return the mask from the level that x rounds to, exact for any number of levels.
 
         The level is an integer, so that the distance to the first one outside is 1 or more
@@ -158,7 +175,7 @@ class FakeQuantize:
         return [
             ("Cast", [z], ["z"], [("to", onnx.TensorProto.FLOAT, "int", False)]),
             *self._broadcast("z", "offset"),
-            ("Div", [x, "scale"], ["position"], []),
+            ("Div", ["x", "scale"], ["position"], []),
             ("Round", ["position"], ["rounded"], []),
             ("Add", ["rounded", "offset"], ["level"], []),
             _constant("below", self.qmin - 1.0),
@@ -172,37 +189,34 @@ class FakeQuantize:
         ]
 
     def _broadcast(self, values: str, name: str) -> list[Node]:
-        """Return nodes that align scale or zero_point with x."""
+        """Return nodes that align scale or zero_point with x as it is shaped."""
         if self.axis is None or self.rank is None:
             return [("Identity", [values], [name], [])]
-        shape = [1] * self.rank
+        shape = [1] * (self.rank if self.axis else 3)
         shape[self.axis] = -1
         return [
             ("Constant", [], [f"{name}_shape"], [("value", shape, "int", True)]),
             ("Reshape", [values, f"{name}_shape"], [name], []),
         ]
 
-    def _scale_gradient(self, x: str, s: str, target: str) -> list[Node]:
-        nodes: list[Node] = [("Sub", ["GO(0)", "dx"], ["outside"], [])]
-        pairs = (("GO(0)", "error", "of_error"), ("outside", x, "of_x"))
-        if self.axis:  # the elements of a scale do not lie behind each other
+    def _scale_gradient(self) -> list[Node]:
+        """Return nodes that compute the ``total`` of each element of the scale, before / s."""
+        nodes: list[Node] = [("Sub", ["dy", "dx"], ["outside"], [])]
+        pairs = (("dy", "error", "of_error"), ("outside", "x", "of_x"))
+        if self.axis:
             axes = [i for i in range(self.rank or 0) if i != self.axis]
             nodes += [("Mul", [a, b], [product], []) for a, b, product in pairs]
             nodes.append(("Constant", [], ["axes"], [("value", axes, "int", True)]))
             nodes.append(("Add", ["of_error", "of_x"], ["terms"], []))
-            nodes.append(("ReduceSum", ["terms", "axes"], ["total"], [KEEP_NO_AXES]))
-        else:
-            by_row = self.axis == 0 or (self.rank or 0) > 1
-            rows = [0, 1, -1] if by_row else [1, 1, -1]
-            nodes.append(("Constant", [], ["rows"], [("value", rows, "int", True)]))
-            nodes += [node for pair in pairs for node in _row_products(*pair)]
-            nodes.append(("Add", ["of_error", "of_x"], ["sums"], []))
-            if self.axis is None:
-                nodes.append(("ReduceSum", ["sums"], ["total"], [KEEP_NO_AXES]))
-            else:
-                nodes.append(("Constant", [], ["flat"], [("value", [-1], "int", True)]))
-                nodes.append(("Reshape", ["sums", "flat"], ["total"], []))
-        return [*nodes, ("Div", ["total", s], [target], [])]
+            return [*nodes, ("ReduceSum", ["terms", "axes"], ["total"], [KEEP_NO_AXES])]
+        product = "com.microsoft.FusedMatMul"
+        across = ("transB", 1, "int", False)
+        nodes += [(product, [a, b], [sums], [across]) for a, b, sums in pairs]
+        nodes.append(("Add", ["of_error", "of_x"], ["sums"], []))
+        if self.axis is None:
+            return [*nodes, ("ReduceSum", ["sums"], ["total"], [KEEP_NO_AXES])]
+        nodes.append(("Constant", [], ["flat"], [("value", [-1], "int", True)]))
+        return [*nodes, ("Reshape", ["sums", "flat"], ["total"], [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,16 +264,6 @@ def _step(source: str, target: str) -> Node:
     """Return 1 where the source is positive, 0 elsewhere, by one kernel."""
     steep = [("alpha", 1e30, "float", False), ("beta", 0.0, "float", False)]
     return ("HardSigmoid", [source], [target], steep)
-
-
-def _row_products(a: str, b: str, product: str) -> list[Node]:
-    """Return the sum of a * b over each of the ``rows``."""
-    left, right = f"{product}_left", f"{product}_right"
-    return [
-        ("Reshape", [a, "rows"], [left], []),
-        ("Reshape", [b, "rows"], [right], []),
-        ("com.microsoft.FusedMatMul", [left, right], [product], [("transB", 1, "int", False)]),
-    ]
 
 
 def _constant(name: str, value: float) -> Node:
