@@ -28,11 +28,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["batch_convolutions"]
 
-# In which maps the products are faster, as measured on two threads (Zen 5, AVX-512); see `_gains`.
-OUT_POSITIONS, IN_POSITIONS = 49, 64
-OUT_POSITIONS_OF_FEW_CHANNELS, FEW_CHANNELS = 16, 16
+# Where the products are faster, by the processor time of both on Zen 5 with AVX-512. Milliseconds
+# of ConvGrad and of the products, 32 samples, 3x3 kernels:
+#
+#   512 channels, 1x1 map     14.0   2.4      960 channels, depthwise, 1x1 map   4.8  0.5
+#   256 channels, 2x2 map      7.2   1.7      576 channels, depthwise, 2x2 map   4.2  0.4
+#   128 channels, 4x4 map      2.9   1.9      192 channels, depthwise, 4x4 map   1.9  0.4
+#   512 channels, 7x7 map *     58    33      960 channels, depthwise, 7x7 map * 3.9  7.9
+#    64 channels, 8x8 map      2.4   2.9      (* 8 samples)
+#
+# Of 8 samples every row above but the marked depthwise one and 8x8 gains, of 4 or less some lose.
+OUT_POSITIONS, IN_POSITIONS, SAMPLES = 49, 64, 8
+OUT_POSITIONS_OF_FEW_FILTERS, FEW_FILTERS = 16, 16  # filters of a group
 SCATTER_ELEMENTS = 1 << 17  # 512 KB: of a large kernel the matrix would not stay in the cache
-SAMPLES = 2  # of one sample ConvGrad is one product as well
 
 Array = NDArray[Any]
 
@@ -111,7 +119,8 @@ def batch_convolutions(model: onnx.ModelProto) -> None:
         if geometry is None or not _gains(geometry):
             nodes.append(node)
             continue
-        emitter = _Emitter(prefix=f"{node.name or node.output[1]}/batched")
+        # a tensor's name is unique, a node's need not be
+        emitter = _Emitter(prefix=f"{next(filter(None, node.output))}/batched")
         _emit(emitter, geometry, list(node.input), [*node.output, "", ""][:3])
         nodes += emitter.nodes
         model.graph.initializer.extend(emitter.constants)
@@ -152,8 +161,8 @@ def _geometry(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> _Geometry |
 def _gains(geometry: _Geometry) -> bool:
     """Return whether products of matrices are faster."""
     taps, out, into = (math.prod(a[2:]) for a in (geometry.w, geometry.dy, geometry.x))
-    channels = geometry.w[0] // geometry.group
-    limit = OUT_POSITIONS if channels > FEW_CHANNELS else OUT_POSITIONS_OF_FEW_CHANNELS
+    filters = geometry.w[0] // geometry.group
+    limit = OUT_POSITIONS if filters > FEW_FILTERS else OUT_POSITIONS_OF_FEW_FILTERS
     small = out <= limit and into <= IN_POSITIONS and taps * out * into <= SCATTER_ELEMENTS
     return small and geometry.x[0] >= SAMPLES
 
