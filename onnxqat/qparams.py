@@ -80,8 +80,8 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         Smallest width of a clipping range, in units of the tensor; keeps the scale of an
         all-zero tensor or channel positive.
     method : Method or None
-        How fine-tuning moves scale and zero_point, see `onnxqat.train.gradients`; None leaves it
-        to the run.
+        How fine-tuning moves scale and zero_point, see `onnxqat.train.fake_quantize`; None leaves
+        it to the run.
     """
 
     bits: int = 8

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.qparams import QuantSpec, quantized_range
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import _gradient_graph
-from onnxqat.train.gradients import DOMAIN, FakeQuantize
+from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
 
 SPECS = {
     "int8": QuantSpec(),
@@ -30,7 +30,7 @@ def variant_of(spec, params, rank, *, learns_x=True, method="lsq", moves_zero_po
         qmin=qmin,
         qmax=qmax,
         axis=spec.axis,
-        rank=None if spec.axis is None else rank,
+        rank=rank,
         learns_x=learns_x,
         method=method,
         moves_zero_point=moves_zero_point,

@@ -37,7 +37,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         the order of summation.
     method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
         How scales and zero_points move where the plan does not say, see
-        `onnxqat.train.gradients`.
+        `onnxqat.train.fake_quantize`.
     averaging_constant : float
         Of ``moving-average``: the weight of a new batch's range, see `onnxqat.train.ranges`.
     quant_delay : int

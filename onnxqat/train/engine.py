@@ -19,6 +19,7 @@ from onnxruntime.capi import _pybind_state as ort_internals
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
+from onnxqat.train.convolutions import batch_convolutions
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import register_relu_gradient
 from onnxqat.train.losses import Arrays, Loss, add_loss
@@ -109,7 +110,7 @@ class StepSession:
         graph = _gradient_graph(model.SerializeToString(), _reaching(model) & form.learned)
         self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
         tensors = sorted({t for tensors in self._observed.values() for t in tensors})
-        graph = _with_extremes(graph, tensors)
+        _add_extremes(graph, tensors)
         self._session = open_session(graph, optimization="basic", threads=threads)
         outputs = {o.name: o.shape for o in self._session.get_outputs()}
         self.inputs = {i.name for i in self._session.get_inputs()}
@@ -204,28 +205,24 @@ def _reaching(model: onnx.ModelProto) -> set[str]:
     return names
 
 
-def _with_extremes(graph: bytes, tensors: list[str]) -> bytes:
-    """Return the graph with the smallest and the largest value of some tensors as outputs."""
-    if not tensors:
-        return graph
-    model = onnx.load_from_string(graph)
+def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
+    """Make the smallest and the largest value of some tensors outputs."""
     for name in tensors:
         for op, suffix in (("ReduceMin", LOWEST), ("ReduceMax", HIGHEST)):
             output = f"{name}{suffix}"
             model.graph.node.append(onnx.helper.make_node(op, [name], [output], keepdims=0))
             model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, []))
-    with_extremes: bytes = model.SerializeToString()
-    return with_extremes
 
 
-def _gradient_graph(model: bytes, learned: set[str]) -> bytes:
+def _gradient_graph(model: bytes, learned: set[str]) -> onnx.ModelProto:
     quiet = ort.SessionOptions()
     quiet.log_severity_level = FATAL  # the builder reports on every pass it tries
     try:
         builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss", quiet)
         builder.build()
-        graph: bytes = builder.get_model()
+        graph: onnx.ModelProto = onnx.load_model_from_string(builder.get_model())
     except Exception as error:  # the bindings raise bare RuntimeErrors
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"onnxruntime cannot build the gradient: {message}") from error
+    batch_convolutions(graph)
     return graph

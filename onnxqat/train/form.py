@@ -21,7 +21,8 @@ from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import WEIGHTED_OPS, QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, QuantParams, quantized_range
-from onnxqat.train.gradients import DOMAIN, CustomOp, FakeQuantize
+from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
+from onnxqat.train.gradients import CustomOp
 from onnxqat.train.lowering import (
     FIRST_INPUT_ONLY,
     TRAINED_INPUTS,
@@ -85,7 +86,7 @@ def training_form(model: Model, *, method: Method = "lsq", read: str | None = No
     model : Model
         As `insert` made it. It is not changed.
     method : Method
-        Of the points whose spec names none, see `onnxqat.train.gradients`.
+        Of the points whose spec names none, see `onnxqat.train.fake_quantize`.
     read : str, optional
         A tensor that the loss reads; the first output by default.
 
@@ -342,7 +343,7 @@ class _Builder:
             qmin=qmin,
             qmax=qmax,
             axis=point.spec.axis,
-            rank=None if point.spec.axis is None else len(source.shape),
+            rank=None if source.shape is None else len(source.shape),
             learns_x=source.name in self.trained,
             method=method,
             moves_zero_point=moves,

@@ -29,7 +29,8 @@ WIDE_SPECS = {
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("learns_x", [True, False], ids=["x", "data"])
-def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
+@pytest.mark.parametrize("rank_is_known", [True, False])
+def test_fake_quantize_gradient_is_the_formula(spec, learns_x, rank_is_known):
     channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
     high = np.linspace(0.5, 1.5, int(np.prod(channels)), dtype=np.float32).reshape(channels)
     low = np.zeros_like(high) if spec.signedness == "unsigned" and spec.symmetric else -high
@@ -37,7 +38,8 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x):
     x = values_with_ties_and_ends(spec, params)
     upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     qmin, qmax = quantized_range(spec, signed=params.signed)
-    result = one_op(variant_of(spec, params, x.ndim, learns_x=learns_x), x, params, upstream)
+    rank = x.ndim if rank_is_known or spec.axis is not None else None
+    result = one_op(variant_of(spec, params, rank, learns_x=learns_x), x, params, upstream)
 
     def aligned(a):
         return (

@@ -7,7 +7,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnxqat.train.lowering import NATIVE, Refusal
-from tests.derivatives import check_model, check_node, lowered, one_node, reference
+from tests.derivatives import check_model, check_node, gradients, lowered, one_node, reference
 
 
 def normal(*shape, seed=0):
@@ -68,6 +68,16 @@ def test_power(exponent):
 def test_clip(limits):
     low, high = (None if v is None else np.array(v, np.float32) for v in limits)
     check_node("Clip", {"x": distinct(3, 4)}, {"low": low, "high": high})
+
+
+def test_clip_passes_no_gradient_at_its_limits():
+    x = np.float32([-1, 0, 1e-30, 3, 5.9999995, 6, 7])
+    upstream = np.arange(1, 8, dtype=np.float32)
+    limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    model = one_node("Clip", {"x": x}, limits)
+    found = gradients(model, {"x": x}, ["x"], [upstream])["x"]
+
+    np.testing.assert_array_equal(found, [0, 0, 3, 4, 5, 0, 0])
 
 
 @pytest.mark.parametrize("axis", [-1, 1, 0])

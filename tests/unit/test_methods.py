@@ -21,8 +21,8 @@ from onnxqat.qparams import choose_qparams, quantize, quantized_range
 from onnxqat.rules import load_rule
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.engine import Flat, forward_session
+from onnxqat.train.fake_quantize import DSQ_ALPHA
 from onnxqat.train.form import training_form
-from onnxqat.train.gradients import DSQ_ALPHA
 from onnxqat.train.ranges import Ranges
 from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
 from tests.oracles import run_ort

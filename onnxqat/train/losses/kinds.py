@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
-from onnxqat.train.gradients import DOMAIN
+from onnxqat.train.fake_quantize import DOMAIN
 from onnxqat.train.losses.terms import Loss
 from onnxqat.train.losses.values import Value
 

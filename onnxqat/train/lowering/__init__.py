@@ -144,6 +144,8 @@ def _gradient(node: gs.Node, opset: int) -> Gradient | None:
         return None  # onnxruntime's gradient is that of this form, whatever the attribute
     if node.op == "Slice" and separable.goes_backwards(node):
         return separable.backward_slice(node, opset)
+    if node.op == "Clip":
+        return pointwise.clip(node)
     if node.op == "MatMul" and len(node.inputs[1].shape or ()) == 1:
         return product_with_vector(node)
     maker = GRADIENTS.get(node.op)
