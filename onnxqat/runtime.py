@@ -44,6 +44,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_FATAL_ONLY
+    # the pattern of the first run becomes one block beside what that run took: twice the memory
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
     try:

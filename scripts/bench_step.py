@@ -5,14 +5,19 @@
 TORCH_PYTHON has torch, torchvision and onnx. Ours: the step of `finetune` under the rule
 onnxruntime-cpu with per-tensor weights, cross-entropy, sgd; LSQ learns weights and scales. The
 peer: `bench_step_peer.py`. BatchNormalization is folded in ours, as in every fine-tuning of an
-exported model; PyTorch trains it. Printed are medians in seconds, and the peak memory of each
-process, in which both of its models live.
+exported model; PyTorch trains it.
+
+Each of the four models has a process of its own. Printed are medians over the steps of seconds
+and of CPU seconds (of all threads: other people's load disturbs them less), the peak memory of the
+process while it steps, and of our LSQ step the share of the time that is spent in anything but
+kernels of convolutions and matrix products: fake-quantize with the products that sum its scale's
+gradient, copies, the optimizer, and what a session does between kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import statistics
 import subprocess
 import sys
@@ -22,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
+from step_server import serve
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.insert import insert
@@ -42,13 +49,31 @@ CASES = (
     ("resnet18", 32, 32),
     ("mobilenet_v2", 32, 32),
 )
-THREADS, WARM_UP = 2, 2
+KINDS = ("float", "qat", "peer float", "peer qat")
+THREADS, WARM_UP, PROFILED = 2, 2, 5
+PRODUCTS = {"Conv", "ConvGrad", "FusedMatMul", "Gemm", "MatMul"}
+SUMS = "FakeQuantize"  # in the names of the products that sum the gradient of a scale
 
 
-def step_of(model: Model, feeds: dict[str, np.ndarray], batch: int) -> Callable[[], None]:
+def prepared(path: Path, kind: str, images: np.ndarray) -> Model:
+    """Return the Q/DQ model, or that without any points for ``float``."""
+    floats = prepare(load_model(path))
+    per_tensor = [parse_override("weight.axis=none")]
+    plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), per_tensor)
+    if kind == "float":
+        nothing = QuantPlan(rule=plan.rule, points=(), skips=())
+        return insert(floats, nothing, {}, state="calibrated")
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return calibrate(empty, [{"input": images}], observer="minmax", threads=THREADS)
+
+
+def step_of(path: Path, kind: str, size: int, batch: int) -> tuple[StepSession, Callable[[], None]]:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch, 3, size, size)).astype(np.float32)
+    feeds = {"input": images, LABELS: rng.integers(0, 1000, batch)}
+    model = prepared(path, kind, images)
     form = training_form(model)
-    loss = read_loss("cross-entropy")
-    session = StepSession(form, loss, batch_size=batch, threads=THREADS)
+    session = StepSession(form, read_loss("cross-entropy"), batch_size=batch, threads=THREADS)
     config = Config(optimizer="sgd", lr=1e-4)
     updater = Updater(form, session.values, session.gradients, model, config)
 
@@ -56,81 +81,110 @@ def step_of(model: Model, feeds: dict[str, np.ndarray], batch: int) -> Callable[
         session.run(feeds)
         updater.step(1.0, 0)
 
-    return step
+    return session, step
 
 
-def ours(path: Path, size: int, batch: int) -> dict[str, Callable[[], None]]:
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch, 3, size, size)).astype(np.float32)
-    feeds = {"input": images, LABELS: rng.integers(0, 1000, batch)}
-    floats = prepare(load_model(path))
-    per_tensor = [parse_override("weight.axis=none")]
-    plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), per_tensor)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    quantized = calibrate(empty, [{"input": images}], observer="minmax", threads=THREADS)
-    nothing = QuantPlan(rule=plan.rule, points=(), skips=())
-    plain = insert(floats, nothing, {}, state="calibrated")
-    return {"float": step_of(plain, feeds, batch), "qat": step_of(quantized, feeds, batch)}
+class Profiled(ort.SessionOptions):
+    """Options of a session that measures its kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enable_profiling = True
+        self.profile_file_prefix = tempfile.mkdtemp() + "/kernels"
 
 
-def timed(step: Callable[[], None]) -> float:
+def print_share(path: Path, size: int, batch: int) -> None:
+    """Print the share of an LSQ step outside of the kernels of products."""
+    ort.SessionOptions = Profiled
+    session, step = step_of(path, "qat", size, batch)
+    for _ in range(WARM_UP):
+        step()
     start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    for _ in range(PROFILED):
+        step()
+    seconds = time.perf_counter() - start
+    events = json.loads(Path(session._session.end_profiling()).read_text(encoding="utf-8"))
+    first = sorted(e["ts"] for e in events if e["name"] == "model_run")[WARM_UP]
+    kernels = [e for e in events if e["name"].endswith("_kernel_time") and e["ts"] >= first]
+    products = [e for e in kernels if e["args"]["op_name"] in PRODUCTS and SUMS not in e["name"]]
+    print(1 - sum(e["dur"] for e in products) / 1e6 / seconds)
 
 
-def run(name: str, size: int, batch: int, python: str, repeat: int) -> None:
-    """Print the line of one network."""
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """Return a process that is ready to step."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while answer(process) != "ready":
+        pass
+    return process
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(f"{process.args!r} ended with {process.wait()}")
+    return line.strip()
+
+
+def measured(commands: dict[str, list[str]], repeat: int) -> dict[str, list[float]]:
+    """Return seconds, CPU seconds and peak GB of a step, by kind."""
+    processes = {kind: started(command) for kind, command in commands.items()}
+    times: dict[str, list[list[float]]] = {kind: [] for kind in commands}
+    for _ in range(WARM_UP + repeat):
+        for kind, process in processes.items():
+            assert process.stdin is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            times[kind].append([float(word) for word in answer(process).split()])
+    found = {}
+    for kind, process in processes.items():
+        assert process.stdin is not None
+        process.stdin.close()
+        columns = zip(*times[kind][WARM_UP:], strict=True)
+        found[kind] = [*map(statistics.median, columns), float(answer(process))]
+        process.wait()
+    return found
+
+
+def compare(case: int, python: str, repeat: int) -> None:
+    """Print the lines of one network."""
+    name, size, batch = CASES[case]
+    peer = [python, str(Path(__file__).with_name("bench_step_peer.py")), name, str(size)]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        script = Path(__file__).with_name("bench_step_peer.py")
-        command = [python, str(script), name, str(size), str(batch), str(path)]
-        peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert peer.stdin is not None
-        assert peer.stdout is not None
-        while peer.stdout.readline().strip() != "ready":
-            if peer.poll() is not None:
-                sys.exit(f"{script} ended with {peer.returncode}")
-        steps, times = (
-            ours(path, size, batch),
-            {k: [] for k in ("float", "qat", "peer float", "peer qat")},
-        )
-        for i in range(WARM_UP + repeat):
-            for kind in ("float", "qat"):
-                mine = timed(steps[kind])
-                peer.stdin.write(f"{kind}\n")
-                peer.stdin.flush()
-                theirs = float(peer.stdout.readline())
-                if i >= WARM_UP:
-                    times[kind].append(mine)
-                    times[f"peer {kind}"].append(theirs)
-        peer.stdin.close()
-        peer.wait()
-    medians = "  ".join(f"{statistics.median(t):>10.3f}" for t in times.values())
-    memory = [
-        resource.getrusage(who).ru_maxrss / 2**20
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
-    print(
-        f"{f'{name} {size}x{size} b{batch}':<24}{medians}  {memory[0]:>8.2f}  {memory[1]:>8.2f}",
-        flush=True,
-    )
+        path = f"{folder}/model.onnx"
+        subprocess.run([*peer, str(batch), "export", path], check=True)
+        mine = [sys.executable, __file__, "--case", str(case), "--model", path, "--work"]
+        commands = {kind: [*mine, kind] for kind in KINDS[:2]}
+        commands |= {kind: [*peer, str(batch), kind.removeprefix("peer ")] for kind in KINDS[2:]}
+        found = measured(commands, repeat)
+        share = subprocess.run([*mine, "share"], check=True, capture_output=True, text=True).stdout
+    print(f"{name} {size}x{size}, batch {batch}")
+    for row, what in enumerate(("seconds", "CPU seconds", "peak GB")):
+        print(f"  {what:<22}" + "".join(f"{found[kind][row]:>12.3f}" for kind in KINDS))
+    print(f"  {'outside of products':<34}{float(share):>12.0%}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", required=True, help="of an environment with torch")
+    parser.add_argument("--python", help="of an environment with torch")
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one network alone")
+    for hidden in ("--model", "--work"):  # what a process of one model is told
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.case is not None:
-        run(*CASES[arguments.case], arguments.python, arguments.repeat)
+    if arguments.work:
+        _, size, batch = CASES[arguments.case]
+        if arguments.work == "share":
+            print_share(Path(arguments.model), size, batch)
+        else:
+            serve(step_of(Path(arguments.model), arguments.work, size, batch)[1])
         return
-    heads = ("float, s", "LSQ, s", "peer float", "peer QAT")
-    print(f"{'':<24}{'  '.join(f'{h:>10}' for h in heads)}  {'GB':>8}  {'peer GB':>8}", flush=True)
-    for case in range(len(CASES)):  # each in a process of its own, for its peak memory
-        words = [sys.executable, __file__, *sys.argv[1:], "--case", str(case)]
-        subprocess.run(words, check=True)
+    if arguments.python is None:
+        parser.error("--python is required")
+    heads = ("float", "LSQ", "peer float", "peer QAT")
+    print(" " * 24 + "".join(f"{head:>12}" for head in heads), flush=True)
+    for case in range(len(CASES)) if arguments.case is None else [arguments.case]:
+        compare(case, arguments.python, arguments.repeat)
 
 
 if __name__ == "__main__":

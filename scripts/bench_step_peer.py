@@ -1,19 +1,22 @@
-"""The peer of `bench_step.py`: PyTorch's training steps, one for each word on stdin.
+"""The peer of `bench_step.py`: PyTorch's training step.
 
-Started by that script with the Python of an environment that has torch, torchvision and onnx. It
-exports the network, then answers ``float`` and ``qat`` with the seconds of one step. ``qat`` is FX
-graph-mode QAT with learnable fake-quantize (torch.ao.quantization), 8 bits, per-tensor.
+    python bench_step_peer.py NAME SIZE BATCH export FILE
+    python bench_step_peer.py NAME SIZE BATCH float|qat
+
+Started by that script with the Python of an environment that has torch, torchvision and onnx.
+``qat`` is FX graph-mode QAT with learnable fake-quantize (torch.ao.quantization), 8 bits,
+per-tensor.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
 from architectures import _torchvision_models
+from step_server import serve
 from torch import nn
 from torch.ao.quantization import MovingAverageMinMaxObserver, QConfig, QConfigMapping
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
@@ -45,34 +48,31 @@ def step_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> Cal
     return step
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    name, size, batch, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    make = getattr(_torchvision_models(), name)
-    model = make(weights=None, num_classes=1000).eval()
-    inputs, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
-    torch.onnx.export(model, (inputs,), path, dynamo=False, opset_version=17,
-                      input_names=["input"], output_names=["output"])  # fmt: skip
+def quantized(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     qconfig = QConfig(
         activation=learnable(0, 255, torch.quint8), weight=learnable(-128, 127, torch.qint8)
     )
-    quantized = make(weights=None, num_classes=1000).train()
     mapping = QConfigMapping().set_global(qconfig)
-    quantized = prepare_qat_fx(quantized, mapping, example_inputs=(inputs,))
-    for module in quantized.modules():
+    model = prepare_qat_fx(model, mapping, example_inputs=(inputs,))
+    for module in model.modules():
         if isinstance(module, _LearnableFakeQuantize):
             module.enable_param_learning()
-    steps = {
-        "float": step_of(model.train(), inputs, labels),
-        "qat": step_of(quantized, inputs, labels),
-    }
-    print("ready", flush=True)
-    for word in sys.stdin:
-        start = time.perf_counter()
-        steps[word.strip()]()
-        print(time.perf_counter() - start, flush=True)
+    return model
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    name, size, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    model = getattr(_torchvision_models(), name)(weights=None, num_classes=1000)
+    inputs, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    if kind == "export":
+        torch.onnx.export(model.eval(), (inputs,), sys.argv[5], dynamo=False, opset_version=17,
+                          input_names=["input"], output_names=["output"])  # fmt: skip
+        return
+    model = model.train()
+    serve(step_of(model if kind == "float" else quantized(model, inputs), inputs, labels))
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ def slope_gradient(op_type: str) -> Callable[[gs.Node], Gradient]:
 
 
 def clip(node: gs.Node) -> Gradient | None:
-    """Return dx = dy * (low < y < high), None where a limit is missing or computed.
+    """Return dx = dy * (low < y < high), None where a limit is missing, computed or infinite.
 
     onnxruntime's compares and casts, which takes 6 times as long, and keeps x for it.
     """
     limits = [scalar(tensor) for tensor in node.inputs[1:]]
-    if len(limits) < 2 or None in limits:
+    if len(limits) < 2 or None in limits or not np.isfinite(limits).all():
         return None
     text = """above = Sub(y, low) below = Sub(high, y) room = Mul(above, below)
     inside = HardSigmoid<alpha = 1e30, beta = 0.0>(room) dx = Mul(dy, inside)"""

@@ -1,0 +1,24 @@
+"""One training step for each line on stdin: what both sides of `bench_step.py` answer."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def serve(step: Callable[[], object]) -> None:
+    """Print ``ready``, then the seconds and the CPU seconds of each step, at last the peak GB.
+
+    The peak is that of the steps and of what they need: the kernel's mark is set back (proc(5),
+    clear_refs) after the preparation.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        step()
+        print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
