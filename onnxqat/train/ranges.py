@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from onnxqat.calibrate import weight_range
+from onnxqat.errors import TrainingError
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
@@ -81,6 +82,11 @@ class Ranges:
             Whose batches count too.
         frozen : callable
             Whether the scale of this name stays.
+
+        Raises
+        ------
+        TrainingError
+            An activation holds infinity.
         """
         workers.widen(self.seen)
         for row, seen, (name, points) in zip(
@@ -104,6 +110,10 @@ class Ranges:
         return np.array([low, high], np.float32)
 
     def _set(self, name: str, point: QuantPoint, low: FloatArray, high: FloatArray) -> None:
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise TrainingError(
+                f"'{name}': its values reached [{low}, {high}] in training. Try a smaller --lr."
+            )
         params = choose_qparams(np.asarray(low), np.asarray(high), point.spec)
         views = self.values.views
         views[f"{name}/scale"][...] = params.scale

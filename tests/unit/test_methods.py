@@ -236,6 +236,11 @@ def test_ranges_follow_the_moving_average(data):
     assert views["output/scale"] == read_params(model)["output"].scale  # frozen
 
 
+def test_an_infinite_range_is_named(data):
+    with pytest.raises(TrainingError, match=r"'input': its values reached \[-2.0, inf\]"):
+        followed(data, 1.0, [(-2.0, np.inf)])
+
+
 def test_ranges_stay_with_constant_zero_and_weights_follow(data):
     model, views = followed(data, 0.0, [(-2.0, 1.0)])
     before = read_params(model)
