@@ -15,8 +15,8 @@ nowhere else: a comparison and a cast to float cost more than the Conv beside th
 more levels the rounding of x and y in float32 blurs that, and the level itself is compared. A
 gradient definition cannot read attributes, so that each variant is an op type of its own.
 
-The sums are products of a row and a column, which write nothing and are 4 times faster than Mul
-and ReduceSum. Inside the range ``dy - dL/dx`` is zero, so that no large sums cancel.
+The sums are products of rows, which write one number where Mul writes a tensor for ReduceSum.
+Inside the range ``dy - dL/dx`` is zero, so that no large sums cancel.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class FakeQuantize:
     def _shaped(self, tensors: dict[str, str]) -> list[Node]:
         """Return nodes that make rows of tensors where the elements of a scale are rows.
 
-        Besides products, a kernel that broadcasts a scale is slow where the last axis has length 1.
+        The products want them. And a kernel that broadcasts a scale is slow where the last axis has
+        length 1, as in the weight of a 1x1 convolution.
         """
         if self.axis:
             return [("Identity", [tensor], [name], []) for name, tensor in tensors.items()]
