@@ -87,15 +87,17 @@ def step_of(path: Path, kind: str, size: int, batch: int) -> tuple[StepSession, 
 class Profiled(ort.SessionOptions):
     """Options of a session that measures its kernels."""
 
+    folder: Path
+
     def __init__(self) -> None:
         super().__init__()
         self.enable_profiling = True
-        self.profile_file_prefix = tempfile.mkdtemp() + "/kernels"
+        self.profile_file_prefix = tempfile.mkdtemp(dir=self.folder) + "/kernels"
 
 
 def print_share(path: Path, size: int, batch: int) -> None:
     """Print the share of an LSQ step outside of the kernels of products."""
-    ort.SessionOptions = Profiled
+    Profiled.folder, ort.SessionOptions = path.parent, Profiled
     session, step = step_of(path, "qat", size, batch)
     for _ in range(WARM_UP):
         step()

@@ -37,7 +37,7 @@ __all__ = ["batch_convolutions"]
 #   512 channels, 7x7 map *     58    33      960 channels, depthwise, 7x7 map * 3.9  7.9
 #    64 channels, 8x8 map      2.4   2.9      (* 8 samples)
 #
-# Of 8 samples every row above but the marked depthwise one and 8x8 gains, of 4 or less some lose.
+# The last row of each column stays with ConvGrad. With 4 samples or fewer some of the others lose.
 OUT_POSITIONS, IN_POSITIONS, SAMPLES = 49, 64, 8
 OUT_POSITIONS_OF_FEW_FILTERS, FEW_FILTERS = 16, 16  # filters of a group
 SCATTER_ELEMENTS = 1 << 17  # 512 KB: of a large kernel the matrix would not stay in the cache

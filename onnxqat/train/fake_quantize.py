@@ -33,8 +33,8 @@ Up to 8 bits ``inside`` is built from |y - x| <= s / 2, which holds inside the c
 nowhere else: a comparison and a cast to float cost more than the Conv beside them on a CPU. With
 more levels the rounding of x and y in float32 blurs that, and the level itself is compared.
 
-The sums are products of a row and a column, which write nothing and are 4 times faster than Mul
-and ReduceSum. Inside the range ``dy - passed`` is zero, so that no large sums cancel.
+The sums are products of rows, which write one number where Mul writes a tensor for ReduceSum.
+Inside the range ``dy - passed`` is zero, so that no large sums cancel.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ class FakeQuantize:
     def _shaped(self, tensors: dict[str, str]) -> list[Node]:
         """Return nodes that make rows of tensors where the elements of a scale are rows.
 
-        Besides products, a kernel that broadcasts a scale is slow where the last axis has length 1.
+        The products want them. And a kernel that broadcasts a scale is slow where the last axis has
+        length 1, as in the weight of a 1x1 convolution.
         """
         if self.axis:
             return [("Identity", [tensor], [name], []) for name, tensor in tensors.items()]

@@ -66,6 +66,20 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x, rank_is_known):
     assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
 
 
+@pytest.mark.parametrize("rank", [2, None])
+def test_gradient_of_a_scale_survives_large_sums_that_cancel(rank):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 50_000)).astype(np.float32)
+    params = choose_qparams(np.float32(-2), np.float32(2), SPECS["int8"])
+    variant = variant_of(SPECS["int8"], params, rank)
+    result = one_op(variant, x, params, x)  # sum(dy * y) and sum(dL/dx * x) are sums of squares
+
+    level = np.rint(x / params.scale).astype(np.float64)  # the float32 quotient decides ties
+    q, position = np.clip(level, -128, 127), x / np.float64(params.scale)
+    terms = x * (q - np.where(q == level, position, 0.0))
+    assert abs(result["s_grad"] - terms.sum()) <= 1e-6 * np.abs(terms).sum()
+
+
 @pytest.mark.parametrize("spec", WIDE_SPECS.values(), ids=WIDE_SPECS)
 def test_mask_of_16_bits_is_exact_at_ties_and_range_ends(spec):
     channels = () if spec.axis is None else ((4, 6, 5)[spec.axis],)
