@@ -43,7 +43,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.nn import functional
 
-SCALE_RATE = 1e-3  # of scales, relative to their size, and of zero points, to the grid's
+SCALE_RATE = 4e-3  # of scales, relative to their size, and of zero points, to the grid's
 CALIBRATION_BATCH, TEST_BATCH = 128, 200
 PASSING = {"reshape", "permute", "split", "getitem", "pad", "flatten", "transpose"}
 PASSING_MODULES = (nn.Flatten, nn.MaxPool2d)

@@ -38,9 +38,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ``lsq`` learns the scales too; ``ste`` keeps the calibrated ones.
     optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
-    lr : float
+    lr : float or None
         Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
-        a weight by about ``lr`` times the root mean square of its output channel.
+        a weight by about ``lr`` times the root mean square of its output channel. None: by the
+        bits of the plan, see `onnxqat.train.groups.base_rate`.
     scale_lr : float
         Learning rate of the scales, in their logarithm.
     momentum, nesterov : float, bool
@@ -84,7 +85,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     accumulate: Count = 1
     method: Literal["lsq", "ste"] = "lsq"
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Rate = 2e-3
+    lr: Rate | None = None
     scale_lr: Rate = 1e-3
     momentum: Fraction = 0.9
     nesterov: bool = False

@@ -36,9 +36,10 @@ from onnxqat.model import Model
 from onnxqat.qparams import FloatArray
 from onnxqat.train.config import Config
 
-__all__ = ["Group", "Rates", "parameter_rates", "parse_group"]
+__all__ = ["Group", "Rates", "base_rate", "parameter_rates", "parse_group"]
 
 ROLES, PATTERNS = ("weight", "bias", "scale"), ("name", "tensor")
+RATE, FINE_RATE = 2e-3, 2e-4  # of weights, the second where everything has 8 bits or more
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
 
 
@@ -143,14 +144,14 @@ def parameter_rates(
     TrainingError
         A group is wrong, or covers nothing.
     """
-    scales = set(scales)
+    scales, lr = set(scales), base_rate(config, model)
     rates = {}
     for name, value in parameters.items():
         decay = config.weight_decay if value.ndim > 1 else 0.0
         rates[name] = (
             Rates(lr=config.scale_lr, weight_decay=0.0)
             if name in scales
-            else Rates(lr=config.lr, weight_decay=decay)
+            else Rates(lr=lr, weight_decay=decay)
         )
     for group in map(parse_group, config.groups):
         covered = [n for n in _covered(group, parameters, scales, model) if n in parameters]
@@ -161,6 +162,19 @@ def parameter_rates(
         for name in covered:
             setattr(rates[name], group.key, group.value)
     return rates
+
+
+def base_rate(config: Config, model: Model) -> float:
+    """Return the learning rate of weights that have none of their own.
+
+    Where none is given, Adam's is smaller if everything has eight bits or more: the calibrated
+    network is then close to the best one, and larger steps lead away from it further than
+    training leads back.
+    """
+    if config.lr is not None:
+        return config.lr
+    fine = all(point.spec.bits >= 8 for point in plan_of(model).grid_points())
+    return FINE_RATE if fine and config.optimizer != "sgd" else RATE
 
 
 def _covered(

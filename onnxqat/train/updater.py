@@ -27,7 +27,7 @@ from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quant
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.groups import parameter_rates
+from onnxqat.train.groups import base_rate, parameter_rates
 from onnxqat.train.optimizers import Adam, Optimizer, Sgd, clip
 
 __all__ = ["Updater"]
@@ -49,6 +49,8 @@ class Updater:
 
     Attributes
     ----------
+    lr : float
+        Learning rate of weights that have none of their own.
     latents : dict of str to float32 array
         What moves in the place of scales that are powers of two, by name.
     """
@@ -61,6 +63,7 @@ class Updater:
         self.weights = [n for n in gradients.views if n not in scales]
         self.scales = [n for n in gradients.views if n in scales]
         plan, params = plan_of(model), read_params(model)
+        self.lr = base_rate(config, model)
         self.rates = parameter_rates(gradients.views, self.scales, model, config)
         self.factors = _scale_gradient_factors(plan, params, model)
         self.units = self._units(plan)
