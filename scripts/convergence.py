@@ -43,7 +43,7 @@ from onnxqat.train import Config, Progress, finetune
 TOOLS = ("ours", "peer", "kl", "defaults")
 RATES = {  # by tool and bits
     ("ours", 4): (1e-3, 2e-3, 4e-3),
-    ("ours", 8): (2.5e-4, 5e-4, 1e-3),
+    ("ours", 8): (1e-4, 2e-4, 5e-4),
     ("peer", 4): (1e-4, 3e-4, 1e-3),
     ("peer", 8): (1e-5, 3e-5, 1e-4),
 }
