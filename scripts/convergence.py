@@ -4,9 +4,8 @@
         [--cases PART,...] [--tools ours,peer,kl,defaults] [--threads N]
 
 DIR of the models and data are those of the development set; TORCH_PYTHON has torch, torchvision,
-onnx and onnx2torch. What a tool gave is kept in WORK and not
-measured twice; with different
---tools, several of these commands may share WORK.
+onnx and onnx2torch. What a tool gave is kept in WORK and not measured twice; several of these
+commands may share WORK, if no two measure the same.
 
 ``ours`` and ``peer`` (`convergence_peer.py`) train the same network on the same images for as many
 epochs, quantized at the same tensors with the same bits: rule onnxruntime-cpu, in which a MatMul
@@ -258,10 +257,7 @@ def without_labels(results: dict[tuple[str, str], dict]) -> str:
 
 def with_defaults(results: dict[tuple[str, str], dict]) -> str:
     """Return what fine-tuning gives when nothing is set."""
-    lines = [
-        "| case | start | tuned | least gain | kept epochs | notes |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| case | start | tuned | seeds | least gain | kept |", "|---|---|---|---|---|---|"]
     for (tool, name), found in results.items():
         if tool == "defaults":
             gain = 100 * (min(found["tuned"]) - found["start"])

@@ -3,8 +3,7 @@
     TORCH_PYTHON scripts/convergence_peer.py JOB.json
 
 Started by that script with the Python of an environment that has torch, torchvision, onnx and
-onnx2torch. It reads the ONNX file into torch, checks nothing but its float top-1, which is printed
-with the results, and fine-tunes it:
+onnx2torch. It reads the ONNX file into torch, tells its float top-1, and fine-tunes it:
 
 - Convolutions, linear layers (a MatMul of a constant, with its Add, is made one), additions,
   concatenations, pooling and the two products of attention are quantized: weights per-tensor and
@@ -15,8 +14,12 @@ with the results, and fine-tunes it:
   levels; then scales and zero points are learned (`_LearnableFakeQuantize`).
 - FX quantizes what a Reshape, a Transpose, a Split or a Pad passes on once more, with a scale of
   its own. These are taken out: the values lie on a grid already, as in the other tool.
-- AdamW without weight decay, 5 % warm-up, cosine. One rate for all is no good for scales, which
-  are small: theirs is relative to their size after calibration, that of zero points to the grid.
+- AdamW without weight decay, 5 % warm-up, cosine. The rate is that of weights; one for all is no
+  good for scales, which are small: theirs is relative to their size after calibration, that of
+  zero points to the grid. Of 0.001, 0.004 and 0.02, 0.004 was best for ResNet-8 at 4 bits.
+
+Histogram observers, averages that are fixed, and the rate of scales were chosen because others
+gave a larger held-out loss.
 """
 
 from __future__ import annotations
