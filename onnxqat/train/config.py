@@ -44,9 +44,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         So many first steps train the float network; what is observed moves ranges already.
     optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
-    lr : float
+    lr : float or None
         Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
-        a weight by about ``lr`` times the root mean square of its output channel.
+        a weight by about ``lr`` times the root mean square of its output channel. None: by the
+        bits of the plan, see `onnxqat.train.groups.base_rate`.
     scale_lr : float
         Learning rate of the scales, in their logarithm.
     momentum, nesterov : float, bool
@@ -92,7 +93,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     averaging_constant: Fraction = 0.01
     quant_delay: Annotated[int, Meta(ge=0)] = 0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Rate = 2e-3
+    lr: Rate | None = None
     scale_lr: Rate = 1e-3
     momentum: Fraction = 0.9
     nesterov: bool = False

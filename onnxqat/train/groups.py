@@ -39,10 +39,11 @@ from onnxqat.model import Model
 from onnxqat.qparams import FloatArray
 from onnxqat.train.config import Config
 
-__all__ = ["Group", "Rates", "parameter_rates", "parse_group"]
+__all__ = ["Group", "Rates", "base_rate", "parameter_rates", "parse_group"]
 
 ROLES, PATTERNS = ("weight", "bias", "scale", "zero_point"), ("name", "tensor")
 GRID = ("scale", "zero_point")  # of what is no weight
+RATE, FINE_RATE = 2e-3, 2e-4  # of weights, the second where everything has 8 bits or more
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
 
 
@@ -148,11 +149,10 @@ def parameter_rates(
         A group is wrong, or covers nothing.
     """
     every = {n: "bias" if v.ndim <= 1 else "weight" for n, v in parameters.items()} | dict(roles)
-    rates = {}
+    rates, lr = {}, base_rate(config, model)
     for name, role in every.items():
         decay = config.weight_decay if role == "weight" else 0.0
-        lr = config.scale_lr if role in GRID else config.lr
-        rates[name] = Rates(lr=lr, weight_decay=decay)
+        rates[name] = Rates(lr=config.scale_lr if role in GRID else lr, weight_decay=decay)
     for group in map(parse_group, config.groups):
         covered = [n for n in _covered(group, every, model) if n in parameters]
         if group.key == "weight_decay":
@@ -162,6 +162,19 @@ def parameter_rates(
         for name in covered:
             setattr(rates[name], group.key, group.value)
     return rates
+
+
+def base_rate(config: Config, model: Model) -> float:
+    """Return the learning rate of weights that have none of their own.
+
+    Where none is given, Adam's is smaller if everything has eight bits or more: the calibrated
+    network is then close to the best one, and larger steps lead away from it further than
+    training leads back.
+    """
+    if config.lr is not None:
+        return config.lr
+    fine = all(point.spec.bits >= 8 for point in plan_of(model).grid_points())
+    return FINE_RATE if fine and config.optimizer != "sgd" else RATE
 
 
 def _covered(group: Group, roles: Mapping[str, str], model: Model) -> Iterable[str]:

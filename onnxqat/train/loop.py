@@ -285,7 +285,7 @@ class Loop:
             epoch=record.epoch + (figures is None),
             epochs=self.epochs,
             loss=record.losses.mean,
-            lr=self.factor * self.config.lr,
+            lr=self.factor * self.updater.lr,
             scale_lr=self.factor * self.config.scale_lr,
             validation=figures,
             model=model,

@@ -30,7 +30,7 @@ from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quant
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.groups import Rates, parameter_rates
+from onnxqat.train.groups import Rates, base_rate, parameter_rates
 from onnxqat.train.optimizers import Adam, Optimizer, Sgd, clip
 
 __all__ = ["Updater"]
@@ -52,6 +52,8 @@ class Updater:
 
     Attributes
     ----------
+    lr : float
+        Learning rate of weights that have none of their own.
     latents : dict of str to float32 array
         What moves in the place of scales that are powers of two, by name.
     """
@@ -66,6 +68,7 @@ class Updater:
         self.weights = [n for n in gradients.views if n not in self.roles]
         self.scales = self._named("scale")
         self.zero_points = self._named("zero_point")
+        self.lr = base_rate(config, model)
         self.rates = self._rates(form, model)
         self.factors = _scale_gradient_factors(plan, params, model)
         self.limits = _limits(plan, params)

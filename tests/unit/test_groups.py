@@ -10,6 +10,7 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
 from onnxqat.insert import insert
 from onnxqat.model import from_proto
+from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
@@ -22,13 +23,18 @@ from onnxqat.train.updater import Updater
 MODELS = Path(__file__).parents[2] / "models"
 
 
-@pytest.fixture(scope="module")
-def model():
+def calibrated(*overrides):
     floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), [])
+    overrides = [parse_override(text) for text in overrides]
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), overrides)
     empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     images = np.random.default_rng(0).normal(size=(8, 1, 28, 28)).astype(np.float32)
     return calibrate(empty, [{"input": images}], threads=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return calibrated()
 
 
 class Trained:
@@ -119,6 +125,28 @@ def test_a_group_has_its_own_rate(model, optimizer):
         alone = Trained(model, optimizer=optimizer, lr=lr, scale_lr=lr).steps(3)
         for name in names(model, role):
             np.testing.assert_array_equal(grouped.values.views[name], alone.values.views[name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "lr"),
+    [
+        ((), {}, 2e-4),
+        ((), {"optimizer": "adam"}, 2e-4),
+        ((), {"optimizer": "sgd"}, 2e-3),
+        (("name:/conv1/Conv.bits=4",), {}, 2e-3),
+    ],
+)
+def test_the_rate_follows_the_coarsest_grid(overrides, settings, lr):
+    model = calibrated(*overrides)
+    given = Trained(model, lr=lr, **settings).steps(3)
+    found = Trained(model, **settings).steps(3)
+
+    assert found.updater.lr == lr
+    np.testing.assert_array_equal(found.values.buffer, given.values.buffer)
+
+
+def test_a_given_rate_holds_whatever_the_bits(model):
+    assert Trained(model, lr=0.5).updater.lr == 0.5
 
 
 def test_later_groups_win(model):

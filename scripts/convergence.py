@@ -1,0 +1,313 @@
+"""Compare fine-tuning with PyTorch's QAT, and with itself without labels, and print the tables.
+
+    python scripts/convergence.py --models DIR --data DIR --work DIR --python TORCH_PYTHON
+        [--cases PART,...] [--tools ours,peer,kl,defaults] [--threads N]
+
+DIR of the models and data are those of the development set; TORCH_PYTHON has torch, torchvision,
+onnx and onnx2torch. What a tool gave is kept in WORK and not measured twice; several of these
+commands may share WORK, if no two measure the same.
+
+``ours`` and ``peer`` (`convergence_peer.py`) train the same network on the same images for as many
+epochs, quantized at the same tensors with the same bits: rule onnxruntime-cpu, in which a MatMul
+and the Add of its bias are one, as they are in PyTorch; weights per-tensor. Cross-entropy on the
+labels, of MobileNet KL to the float network. Each tries three learning rates with seed 0, takes
+the one with the least loss on held-out training images, and runs two seeds more. The state
+after the last step counts. ``kl`` repeats ours at that rate without labels. ``defaults`` is
+``onnxqat finetune`` without any option but --seed, the state it keeps, on 20,000 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy import MODELS, PER_TENSOR, W4A4, onnxqat
+from PIL import Image
+
+from onnxqat.data import DataSet, open_data
+from onnxqat.evaluate import evaluate
+from onnxqat.model import Model, load_model
+from onnxqat.settings import input_specs, stored_settings
+from onnxqat.train import Config, Progress, finetune
+
+TOOLS = ("ours", "peer", "kl", "defaults")
+RATES = {  # by tool and bits
+    ("ours", 4): (1e-3, 2e-3, 4e-3),
+    ("ours", 8): (1e-4, 2e-4, 5e-4),
+    ("peer", 4): (1e-4, 3e-4, 1e-3),
+    ("peer", 8): (1e-5, 3e-5, 1e-4),
+}
+SEEDS = (0, 1, 2)
+CALIBRATION, BATCH = 512, 32
+TRAIN_CIFAR, HELD_CIFAR, EPOCHS_CIFAR = 4800, 2000, 1
+TRAIN_IMAGENET, HELD_IMAGENET, EPOCHS_IMAGENET = 896, 104, 4
+SEPARATE = '    ["MatMul", "Relu"],\n'
+FUSED = '    ["MatMul", "Add", "Relu"],\n    ["MatMul", "Add"],\n'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One network at one number of bits, and where its files are."""
+
+    model: str
+    bits: int
+    models: Path
+    data: Path
+    work: Path
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/W{self.bits}A{self.bits}"
+
+    @property
+    def imagenet(self) -> bool:
+        return "imagenet" in self.model
+
+    @property
+    def loss(self) -> str:
+        return "kl" if self.imagenet else "cross-entropy"
+
+    @property
+    def epochs(self) -> int:
+        return EPOCHS_IMAGENET if self.imagenet else EPOCHS_CIFAR
+
+    def result(self, tool: str) -> Path:
+        """Where what a tool gave is kept."""
+        return self.work / f"{tool}-{self.model}-{self.bits}.json"
+
+    @property
+    def path(self) -> Path:
+        return self.models / f"{self.model}.onnx"
+
+    def source(self, part: str) -> Path:
+        """Return the images of a part, both tools' alike, made when first asked for."""
+        (train, test), _ = MODELS[self.model]
+        if part == "all":
+            return self.data / train
+        path = self.work / f"{'imagenet' if self.imagenet else 'cifar'}-{part}.npz"
+        if not path.exists():
+            images, labels = arrays(self.data / (test if part == "test" else train))
+            if part != "test":
+                chosen = self._split(part, len(labels))
+                images, labels = images[chosen], labels[chosen]
+            temporary = path.with_suffix(".tmp.npz")
+            np.savez(temporary, images=images, label=labels)
+            temporary.replace(path)
+        return path
+
+    def _split(self, part: str, count: int) -> np.ndarray:
+        order = np.random.default_rng(0).permutation(count)
+        train = TRAIN_IMAGENET if self.imagenet else TRAIN_CIFAR
+        held = HELD_IMAGENET if self.imagenet else HELD_CIFAR
+        return {
+            "calibration": order[:CALIBRATION],
+            "train": order[:train],
+            "held": order[train : train + held],
+        }[part]
+
+    @cached_property
+    def quantized(self) -> Model:
+        """The calibrated Q/DQ model that ours starts with."""
+        path = self.work / f"{self.model}-{self.bits}.qdq.onnx"
+        if not path.exists():
+            overrides = PER_TENSOR + (W4A4 if self.bits == 4 else [])
+            sets = [word for override in overrides for word in ("--set", override)]
+            onnxqat("insert", str(self.path), "--rules", str(self._rule()), *sets,
+                    *MODELS[self.model][1], "--data", str(self.source("calibration")),
+                    "--threads", str(self.threads), "-o", str(path))  # fmt: skip
+        return load_model(path)
+
+    def _rule(self) -> Path:
+        path = self.work / "like-fx.toml"
+        if not path.exists():
+            text = (files("onnxqat.rules") / "onnxruntime-cpu.toml").read_text()
+            path.write_text(text.replace(SEPARATE, FUSED))
+        return path
+
+    def opened(self, part: str) -> DataSet:
+        model, settings = self.quantized, stored_settings(self.quantized)
+        return open_data(
+            self.source(part), input_specs(model), preprocessing=settings.preprocessing()
+        )
+
+    def top1(self, model: Model) -> float:
+        batches = self.opened("test").batches(100)
+        return evaluate(model, batches, threads=self.threads).metrics["top1"]
+
+    def ours(self) -> dict[str, Any]:
+        """Fine-tune at three rates, then with the other seeds at the best."""
+        found = {lr: self._tuned(self.loss, lr, 0) for lr in RATES["ours", self.bits]}
+        best = min(found, key=lambda lr: found[lr][0])
+        models = [found[best][1], *(self._tuned(self.loss, best, s)[1] for s in SEEDS[1:])]
+        return {
+            "start": self.top1(self.quantized),
+            "held_loss": {str(lr): loss for lr, (loss, _) in found.items()},
+            "lr": best,
+            "tuned": [self.top1(model) for model in models],
+        }
+
+    def kl(self) -> dict[str, Any]:
+        """Fine-tune without labels at the rate that was found with them."""
+        lr = json.loads(self.result("ours").read_text())["lr"]
+        models = [self._tuned("kl", lr, seed)[1] for seed in SEEDS]
+        return {"tuned": [self.top1(model) for model in models]}
+
+    def _tuned(self, loss: str, lr: float, seed: int) -> tuple[float, Model]:
+        """Return the held-out loss after the last step, and the state."""
+        config = Config(loss=loss, lr=lr, seed=seed, epochs=self.epochs, batch_size=BATCH,
+                        select="loss", threads=self.threads)  # fmt: skip
+        states: list[Progress] = []
+        finetune(self.quantized, self.opened("train"), validation=self.opened("held"),
+                 config=config, report=lambda p: states.append(p) if p.model else None)  # fmt: skip
+        return states[-1].validation.loss, states[-1].model
+
+    def defaults(self) -> dict[str, Any]:
+        """Fine-tune with nothing set, with the next seed; the state that it chooses counts."""
+        path = self.result("defaults")
+        known = json.loads(path.read_text()) if path.exists() else {"tuned": [], "notes": []}
+        loss, seed = "kl" if self.imagenet else None, SEEDS[len(known["tuned"])]
+        config = Config(loss=loss, seed=seed, threads=self.threads)
+        done = finetune(self.quantized, self.opened("all"), config=config)
+        return {
+            "start": known.get("start") or self.top1(self.quantized),
+            "tuned": [*known["tuned"], self.top1(done.model)],
+            "notes": [*known["notes"], f"epoch {done.best_epoch} of {done.epochs}", *done.notes],
+        }
+
+    def peer(self, python: str) -> dict[str, Any]:
+        """Let PyTorch do the same as `ours`."""
+        words = MODELS[self.model][1]
+        norm = dict(zip(words[::2], words[1::2], strict=True))
+        job = {
+            "model": str(self.path),
+            "mean": [float(v) for v in norm.get("--mean", "0,0,0").split(",")],
+            "scale": [float(v) for v in norm.get("--scale", "1,1,1").split(",")],
+            "bits": self.bits,
+            "rates": RATES["peer", self.bits],
+            "seeds": SEEDS,
+            "batch": BATCH,
+            "epochs": self.epochs,
+            "loss": self.loss,
+            "threads": self.threads,
+        } | {p: str(self.source(p)) for p in ("calibration", "train", "held", "test")}
+        path = self.result("peer").with_suffix(".job")
+        path.write_text(json.dumps(job))
+        script = str(Path(__file__).with_name("convergence_peer.py"))
+        done = subprocess.run([python, script, str(path)], check=True, stdout=subprocess.PIPE)
+        return json.loads(done.stdout)
+
+
+def arrays(source: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images, uint8 (N, H, W, 3), and labels of an .npz file or image folder."""
+    if source.is_file():
+        with np.load(source) as found:
+            return found["images"], found["label"]
+    paths = sorted(source.glob("*/*"))
+    images = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in paths])
+    return images, np.array([int(f.parent.name) for f in paths])
+
+
+def mean(values: list[float], base: float = 0.0) -> str:
+    """Return the mean of fractions in points, and the spread around it."""
+    points = [100 * (v - base) for v in values]
+    return f"{statistics.mean(points):.2f} ± {statistics.pstdev(points):.2f}"
+
+
+def comparison(results: dict[tuple[str, str], dict]) -> str:
+    """Return the table of both tools, top-1 in points."""
+    lines = [
+        "| case | float | start | ours | rate | PyTorch start | PyTorch | rate | ours - PyTorch |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (tool, name), ours in results.items():
+        if tool == "ours" and (theirs := results.get(("peer", name))):
+            gap = 100 * (statistics.mean(ours["tuned"]) - statistics.mean(theirs["tuned"]))
+            lines.append(
+                f"| {name} | {100 * theirs['float']:.2f} | {100 * ours['start']:.2f} "
+                f"| {mean(ours['tuned'])} | {ours['lr']:g} | {100 * theirs['start']:.2f} "
+                f"| {mean(theirs['tuned'])} | {theirs['lr']:g} | {gap:+.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def without_labels(results: dict[tuple[str, str], dict]) -> str:
+    """Return what distillation regains of what labels regain."""
+    lines = ["| case | start | with labels | without | share |", "|---|---|---|---|---|"]
+    for (tool, name), found in results.items():
+        if tool == "kl":
+            ours = results["ours", name]
+            gains = [statistics.mean(r["tuned"]) - ours["start"] for r in (found, ours)]
+            share = f"{100 * gains[0] / gains[1]:.0f} %" if gains[1] > 0.01 else "-"
+            lines.append(
+                f"| {name} | {100 * ours['start']:.2f} | {mean(ours['tuned'])} "
+                f"| {mean(found['tuned'])} | {share} |"
+            )
+    return "\n".join(lines)
+
+
+def with_defaults(results: dict[tuple[str, str], dict]) -> str:
+    """Return what fine-tuning gives when nothing is set."""
+    lines = ["| case | start | tuned | seeds | least gain | kept |", "|---|---|---|---|---|---|"]
+    for (tool, name), found in results.items():
+        if tool == "defaults":
+            gain = 100 * (min(found["tuned"]) - found["start"])
+            lines.append(
+                f"| {name} | {100 * found['start']:.2f} | {mean(found['tuned'])} "
+                f"| {len(found['tuned'])} | {gain:+.2f} | {'; '.join(found['notes'])} |"
+            )
+    return "\n".join(lines)
+
+
+def measure(case: Case, tool: str, python: str) -> None:
+    """Run a tool on a case unless its result is there."""
+    if tool == "kl" and case.loss == "kl":
+        return
+    path = case.result(tool)
+    while not (path.exists() and len(json.loads(path.read_text())["tuned"]) == len(SEEDS)):
+        found = case.peer(python) if tool == "peer" else getattr(case, tool)()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=2))
+        temporary.replace(path)
+        print(tool, case.name, found, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--python", required=True, help="of an environment with torch")
+    parser.add_argument("--cases", default="", help="comma-separated parts of case names")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="comma-separated; none: tables")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    cases = [
+        Case(model=model, bits=bits, models=given.models, data=given.data, work=given.work,
+             threads=given.threads)
+        for bits in (4, 8) for model in MODELS
+    ]  # fmt: skip
+    for case in cases:
+        if any(part in case.name for part in given.cases.split(",")):
+            for tool in given.tools.split(","):
+                if tool:
+                    measure(case, tool, given.python)
+    results = {
+        (tool, case.name): json.loads(case.result(tool).read_text())
+        for tool in TOOLS for case in cases if case.result(tool).exists()
+    }  # fmt: skip
+    print(comparison(results), without_labels(results), with_defaults(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
