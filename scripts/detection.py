@@ -39,19 +39,19 @@ MEAN, SCALE = (103.53, 116.28, 123.675), (0.0174292, 0.017507, 0.0171248)  # blu
 
 
 class Case(NamedTuple):
-    """What is quantized how."""
+    """What is quantized how, and how it is trained."""
 
     name: str
     overrides: tuple[str, ...]
+    training: tuple[str, ...]
 
 
 CASES = (
-    Case("W8A8 per-tensor", ("weight.axis=none",)),
-    Case("W4A8 per-axis", ("weight.bits=4",)),
+    Case("W8A8 per-tensor", ("weight.axis=none",), ("--lr", "5e-4")),
+    Case("W4A8 per-axis", ("weight.bits=4",), ("--accumulate", "4")),
 )
 OBSERVERS = ("mse", "minmax", "percentile")
-# The model takes one image at a time.
-TRAINING = ("--batch-size", "1", "--accumulate", "4", "--epochs", "3", "--lr", "5e-4")
+TRAINING = ("--batch-size", "1", "--epochs", "3")  # the model takes one image at a time
 PREPROCESSING = (
     *("--keep-aspect-ratio", "--pixel-format", "bgr"),
     *("--mean", ",".join(map(str, MEAN)), "--scale", ",".join(map(str, SCALE))),
@@ -205,8 +205,8 @@ def measure(case: Case, models: Path, data: Path, work: Path, seeds: int) -> dic
     for seed in range(seeds):
         path, started = work / f"{stem}.{seed}.onnx", time.monotonic()
         onnxqat(
-            *("finetune", work / f"{stem}.mse.onnx", train, *TRAINING, "--seed", str(seed)),
-            *("-o", path, "--force"),
+            *("finetune", work / f"{stem}.mse.onnx", train, *TRAINING, *case.training),
+            *("--seed", str(seed), "-o", path, "--force"),
         )
         minutes.append((time.monotonic() - started) / 60)
         tuned.append(mean_precision(path, data))
