@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from onnxqat.cli import main
 from tests.oracles import run_ort
 
+FAST = ("--epochs", 1, "--lr", 0.002, "--threads", 1)
 MODELS = Path(__file__).parents[2] / "models"
 SPANS, TRAIN, TEST = (MODELS / f"spans{end}" for end in (".onnx", "-train.npz", "-test.npz"))
 # What the labels say of both ends, and what the float model says of them.
@@ -76,7 +77,7 @@ def tuned(work):
 
 def trained(work, seed, name="tuned") -> dict[str, Any]:
     path, log = work / f"{name}{seed}.onnx", work / f"{name}{seed}.jsonl"
-    words = ("--loss", work / "loss.onnx", "--epochs", 1, "--threads", 1, "--seed", seed)
+    words = ("--loss", work / "loss.onnx", *FAST, "--seed", seed)
     said = invoke(
         *("finetune", work / "qdq.onnx", TRAIN, *words, "-o", path),
         *("--log", log, "--log-every", 10, "--json"),
@@ -138,7 +139,7 @@ def test_a_seed_gives_the_same_bytes_again(work, tuned):
 
 def test_two_outputs_are_chosen_by_the_loss(work):
     """Agreement is of the first output alone."""
-    words = ("--loss", "kl", "--epochs", 1, "--threads", 1, "--label", "none", "--json")
+    words = ("--loss", "kl", *FAST, "--json")
     said = json.loads(
         invoke("finetune", work / "qdq.onnx", TRAIN, *words, "-o", work / "kl.onnx").stdout
     )
