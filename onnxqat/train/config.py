@@ -70,7 +70,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     select : str or None
         The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
         ``max_abs_diff`` or ``loss``. None: the loss where a file computes it; else top1 where there
-        are labels, agreement otherwise.
+        are labels, agreement where there is one output of classes, the loss otherwise.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str

@@ -102,7 +102,7 @@ def finetune(
     _check_batch(model, config)
     training, held_out = _divide(data, validation, config, workers.size)
     loss = _loss(data, config)
-    if loss.graphs and config.select is None:  # whose output need not have classes
+    if config.select is None and (loss.graphs or not _classifies(model, data)):
         config = msgspec.structs.replace(config, select=LOSS)
     reference = _teacher_of(model, teacher)
     read = tensor_read(loss, model)
@@ -197,6 +197,12 @@ def _divide(
             "held-out slice. Give more data or a smaller --batch-size."
         )
     return data, validation
+
+
+def _classifies(model: Model, data: DataSet) -> bool:
+    """Whether one largest value of the first output says how good a sample is understood."""
+    outputs = model.graph.outputs
+    return data.has_labels or (len(outputs) == 1 and len(outputs[0].shape or ()) <= 2)
 
 
 def _loss(data: DataSet, config: Config) -> Loss:

@@ -68,6 +68,27 @@ def test_kinds_that_compare_with_the_teacher(kind, opset):
     )
 
 
+def bernoulli_kl(x, t):
+    q, p = (
+        (1 - 2 / 512) / (1 + np.exp(-x)) + 1 / 512,
+        (1 - 2 / 512) * t.astype(np.float64) + 1 / 512,
+    )
+    each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    return float(each.sum(axis=-1).mean())
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)], ids=["classes", "positions"])
+def test_kl_where_a_model_ends_in_sigmoid(shape):
+    logits, taught = 3 * LOGITS.reshape(shape), 1 / (1 + np.exp(-3 * TAUGHT.reshape(shape)))
+    check_loss(
+        read_loss("kl"),
+        lambda y: bernoulli_kl(y["y"], taught),
+        {"y": logits},
+        teacher={"y": taught},
+        last="Sigmoid",
+    )
+
+
 @pytest.mark.parametrize("kind", TEACHING)
 def test_an_array_takes_the_place_of_the_teacher(kind):
     other = 2 * RNG.normal(size=(6, 5))  # float64 in the file

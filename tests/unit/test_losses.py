@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
@@ -78,6 +79,57 @@ def test_a_model_that_ends_in_softmax_is_not_softmaxed_twice():
     assert loss_of(model, ["cross-entropy", "kl"], x, p, labels) == pytest.approx(
         expected, rel=1e-5
     )
+
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
+LEVELS = "<float step = {0.125}, uint8 zero = {0}, uint8 low = {0}, uint8 high = {8}> "
+
+
+def written(text: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(HEADER + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "net (float[6, 4] x) => (float[6, 4] y) { y = Sigmoid(x) }",
+        "net (float[6, 4] x) => (float[6, 4] y) { " + "a = Transpose <perm = [1, 0]> (x) "
+        "b = Sigmoid(a)  y = Transpose <perm = [1, 0]> (b) }",
+        "net (float[6, 4] x) => (float[6, 4] y) " + LEVELS + "{ a = Sigmoid(x) "
+        "b = QuantizeLinear(a, step, zero)  c = Clip(b, low, high) "
+        "d = DequantizeLinear(c, step, zero)  y = Identity(d) }",
+    ],
+    ids=["last", "moved", "quantized"],
+)
+def test_probabilities_of_a_sigmoid_are_each_of_one_class(text):
+    """Mixed with doubt, so that what is rounded to 0 or 1 has a finite loss."""
+    rng = np.random.default_rng(3)
+    x = (4 * rng.normal(size=(6, 4))).astype(np.float32)
+    teacher = rng.uniform(size=(6, 4)).astype(np.float32)
+    teacher[0, :2] = 0, 1
+    (output,) = run_ort(written(text), {"x": x})
+    q, p = ((1 - 2 / 512) * np.float64(values) + 1 / 512 for values in (output, teacher))
+    each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+    assert loss_of(written(text), ["kl"], x, teacher) == pytest.approx(
+        each.sum(axis=-1).mean(), rel=1e-5
+    )
+
+
+def test_a_softmax_behind_a_pair_in_a_file_is_not_softmaxed_twice():
+    rng = np.random.default_rng(4)
+    x, teacher = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    model = written(
+        "net (float[6, 4] x) => (float[6, 4] y) " + LEVELS + "{ a = Softmax <axis = -1> (x) "
+        "b = QuantizeLinear(a, step, zero)  c = Clip(b, low, high) "
+        "y = DequantizeLinear(c, step, zero) }"
+    )
+    (output,) = run_ort(model, {"x": x})
+    q, p = np.maximum(np.float64(output), 1e-4), softmax(teacher).astype(np.float32)
+    q /= q.sum(axis=-1, keepdims=True)
+    expected = (p * (np.log(p) - np.log(q))).sum(axis=-1).mean()
+
+    assert loss_of(model, ["kl"], x, p) == pytest.approx(expected, rel=1e-5)
 
 
 def test_shapes_that_a_loss_cannot_read_are_refused():

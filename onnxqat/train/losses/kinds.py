@@ -11,12 +11,14 @@ smooth-l1          mean of d^2 / 2 where d = |s - t| < 1, of d - 1/2 elsewhere (
 bce                mean of -t log sigmoid(s) - (1 - t) log sigmoid(-s)
 =================  ====================================================================
 
-Where a model ends in Softmax, the logarithm of its output stands for the logits.
+Where a model ends in Softmax, the logarithm of its output stands for the logits. Where it ends in
+Sigmoid, each value is the probability of one class by itself, and ``kl`` is the mean over positions
+of the sum over classes of KL(Bernoulli(t) || Bernoulli(s)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import onnx
@@ -30,6 +32,11 @@ from onnxqat.train.losses.values import Value
 __all__ = ["NODES", "check_cross_entropy", "cross_entropy"]
 
 SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
+# What is mixed into the probabilities of a Sigmoid on both sides: half a level of 8 bits, below
+# which they are 0. So the logarithms are finite, and what was rounded to 0 still learns.
+DOUBT = 1 / 512
+PAIR = {"QuantizeLinear", "DequantizeLinear"}
+MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 Nodes = list[tuple[str, list[str], str, dict[str, Any]]]
 
@@ -76,6 +83,23 @@ KL: Nodes = [
     ("Sub", ["log_p", "log_q"], "ratio", {}),
     ("Mul", ["p", "ratio"], "terms", {}),
     ("ReduceMean", ["terms"], "mean", MEAN),  # over positions and classes
+    ("Mul", ["mean", "classes"], "loss", {}),
+]
+BERNOULLI_KL: Nodes = [
+    ("Mul", ["student", "sure"], "q_sure", {}),
+    ("Add", ["q_sure", "doubt"], "q", {}),
+    ("Sub", ["one", "q"], "not_q", {}),
+    ("Mul", ["target", "sure"], "p_sure", {}),
+    ("Add", ["p_sure", "doubt"], "p", {}),
+    ("Sub", ["one", "p"], "not_p", {}),
+    ("Div", ["p", "q"], "ratio", {}),
+    ("Log", ["ratio"], "log_ratio", {}),
+    ("Mul", ["p", "log_ratio"], "found", {}),
+    ("Div", ["not_p", "not_q"], "not_ratio", {}),
+    ("Log", ["not_ratio"], "log_not_ratio", {}),
+    ("Mul", ["not_p", "log_not_ratio"], "missed", {}),
+    ("Add", ["found", "missed"], "terms", {}),
+    ("ReduceMean", ["terms"], "mean", MEAN),
     ("Mul", ["mean", "classes"], "loss", {}),
 ]
 # (1 - e) * nll + e * mean of -log softmax over the classes of all positions that count
@@ -132,8 +156,14 @@ def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str
             f"Output '{student.name}' has shape {list(shape)}; kl needs (N, classes) or (N, "
             "positions, classes) with a fixed number of classes. Choose --loss mse."
         )
+    classes = _number(graph, f"{name}/classes", float(shape[-1]))  # ReduceMean divided by it
+    if _last_op(graph, student.name, MOVES) == "Sigmoid":
+        numbers = {"one": 1.0, "sure": 1 - 2 * DOUBT, "doubt": DOUBT}
+        made = {k: _number(graph, f"{name}/{k}", v) for k, v in numbers.items()}
+        values = {"student": student.name, "target": target.name, "classes": classes}
+        return _emit(graph, name, BERNOULLI_KL, values | made)
     symbols = {
-        "classes": _number(graph, f"{name}/classes", float(shape[-1])),  # ReduceMean divided by it
+        "classes": classes,
         "student": _logits(graph, student.name, student.name),
         "target": _logits(graph, student.name, target.name),
     }
@@ -201,17 +231,28 @@ def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
     A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
     softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
     """
-    producers = {o: n for n in graph.node for o in n.output}
-    producer = producers.get(output)
-    while producer is not None and producer.domain == DOMAIN:  # fake-quantize
-        source = next((i for i in producer.input if i in producers), "")
-        producer = producers.get(source)
-    if producer is None or producer.op_type != "Softmax":
+    if _last_op(graph, output) != "Softmax":
         return values
     logits = f"onnxqat/log/{values}"
-    if logits not in producers:
+    if all(logits not in node.output for node in graph.node):
         floor = helper.make_tensor(f"{logits}/floor", TensorProto.FLOAT, [], [SMALLEST])
         graph.initializer.append(floor)
         graph.node.append(helper.make_node("Clip", [values, floor.name], [f"{logits}/raised"]))
         graph.node.append(helper.make_node("Log", [f"{logits}/raised"], [logits]))
     return logits
+
+
+def _last_op(graph: onnx.GraphProto, output: str, moves: Set[str] = frozenset()) -> str:
+    """Return the operator that computes an output, before its quantization and ``moves``."""
+    producers = {o: n for n in graph.node for o in n.output}
+    before, node = None, producers.get(output)
+    while node is not None and _passes(node, before, moves):
+        source = next((i for i in node.input if i in producers), "")
+        before, node = node, producers.get(source)
+    return "" if node is None else str(node.op_type)
+
+
+def _passes(node: onnx.NodeProto, before: onnx.NodeProto | None, moves: Set[str]) -> bool:
+    """Whether a node rounds, of the training form or of a file, or is one of ``moves``."""
+    clips = node.op_type == "Clip" and before is not None and before.op_type == "DequantizeLinear"
+    return node.domain == DOMAIN or node.op_type in PAIR | moves or clips  # Clip: below 8 bits
