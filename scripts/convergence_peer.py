@@ -20,7 +20,7 @@ onnx2torch. It reads the ONNX file into torch, tells its float top-1, and fine-t
 
 These were chosen by held-out figures at 4 bits: histograms for weights and activations were the
 best of four pairs before training on ResNet-20 and ShuffleNetV2 (for ResNet-8's weights, minimum
-and maximum were 5 points better), and averages that move doubled the loss of ResNet-20.
+and maximum were 5 points better); averages that move gave ResNet-20 a larger loss.
 """
 
 from __future__ import annotations
