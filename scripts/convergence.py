@@ -220,7 +220,8 @@ def arrays(source: Path) -> tuple[np.ndarray, np.ndarray]:
 def mean(values: list[float], base: float = 0.0) -> str:
     """Return the mean of fractions in points, and the spread around it."""
     points = [100 * (v - base) for v in values]
-    return f"{statistics.mean(points):.2f} ± {statistics.pstdev(points):.2f}"
+    spread = f" ± {statistics.pstdev(points):.2f}" if len(points) > 1 else ""
+    return f"{statistics.mean(points):.2f}{spread}"
 
 
 def comparison(results: dict[tuple[str, str], dict]) -> str:

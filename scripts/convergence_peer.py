@@ -18,8 +18,9 @@ onnx2torch. It reads the ONNX file into torch, tells its float top-1, and fine-t
   good for scales, which are small: theirs is relative to their size after calibration, that of
   zero points to the grid. Of 0.001, 0.004 and 0.02, 0.004 was best for ResNet-8 at 4 bits.
 
-Histogram observers, averages that are fixed, and the rate of scales were chosen because others
-gave a larger held-out loss.
+These were chosen by held-out figures at 4 bits: histograms for weights and activations were the
+best of four pairs before training on ResNet-20 and ShuffleNetV2 (for ResNet-8's weights, minimum
+and maximum were 5 points better); averages that move gave ResNet-20 a larger loss.
 """
 
 from __future__ import annotations
