@@ -7,44 +7,27 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import OnnxQatError, TrainingError
-from onnxqat.insert import insert
-from onnxqat.model import from_proto, to_proto
-from onnxqat.overrides import parse_override
-from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
+from onnxqat.model import to_proto
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.guard import LossHistory
+from tests.digits import calibrated_lenet, training_digits
 
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 FAST = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 5e-4}  # 12 steps an epoch
 RISING = {"lr": 1.0, "scale_lr": 0.5, "loss": "kl", "epochs": 12}  # 144 steps, guarded by 14
 
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(220))
+    with training_digits(220) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def models(data):
-    floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    made = {}
-    for bits in (2, 8):
-        override = parse_override(f"weight.bits={bits}")
-        plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), [override])
-        empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-        made[bits] = calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
-    return made
+    return {bits: calibrated_lenet(data, f"weight.bits={bits}") for bits in (2, 8)}
 
 
 def as_bytes(model) -> bytes:

@@ -8,22 +8,12 @@ import os
 import re
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import DataError, OnnxQatError
-from onnxqat.insert import insert
-from onnxqat.model import from_proto
-from onnxqat.overrides import parse_override
-from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
 from onnxqat.train import (
     Checkpoints,
     Config,
@@ -35,25 +25,20 @@ from onnxqat.train import (
     write_report,
 )
 from onnxqat.train.events import Epoch, Note, Resume, Start, Step, figures
+from tests.digits import calibrated_lenet, training_digits
 
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 CONFIG = Config(epochs=2, threads=1)  # 200 samples are 11 steps an epoch
 
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(200))
+    with training_digits(200) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def model(data):
-    floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), [parse_override("weight.bits=3")])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
+    return calibrated_lenet(data, "weight.bits=3")
 
 
 class KilledError(Exception):

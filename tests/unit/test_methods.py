@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params, weight_range
-from onnxqat.data import InputSpec, Preprocessing, open_data
+from onnxqat.calibrate import weight_range
 from onnxqat.errors import TrainingError
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import from_proto, to_proto
-from onnxqat.overrides import parse_override
+from onnxqat.insert import plan_of, read_params
+from onnxqat.model import to_proto
 from onnxqat.parallel import Workers
-from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams, quantize, quantized_range
-from onnxqat.rules import load_rule
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.engine import Flat, forward_session
 from onnxqat.train.fake_quantize import DSQ_ALPHA
 from onnxqat.train.form import training_form
 from onnxqat.train.ranges import Ranges
+from tests.digits import calibrated_lenet, training_digits
 from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
 from tests.oracles import run_ort
 
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 FAST = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 5e-4}  # 12 steps an epoch
 METHODS = ("lsq", "lsq+", "pact", "dsq", "moving-average", "ste")
 
@@ -138,21 +128,14 @@ def test_clipped_values_move_the_zero_point(name, learns_x):
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(220))
-
-
-def calibrated(data, rule, *overrides):
-    floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    plan = make_plan(floats.graph, load_rule(rule), list(map(parse_override, overrides)))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
+    with training_digits(220) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def model(data):
     """Asymmetric activations, 4 bits."""
-    return calibrated(data, "onnxruntime-cpu", "weight.bits=4", "activation.bits=4")
+    return calibrated_lenet(data, "weight.bits=4", "activation.bits=4", rule="onnxruntime-cpu")
 
 
 def last_state(model, data, **settings):
@@ -187,7 +170,7 @@ def test_what_moves(model, data, method):
 
 
 def test_the_plan_names_the_method_of_a_point(data):
-    model = calibrated(data, "sophgo-bm1684x", "weight.method=ste", "tensor:input.method=pact")
+    model = calibrated_lenet(data, "weight.method=ste", "tensor:input.method=pact")
     form = training_form(model, method="dsq")
     weights = {p.tensor for p in plan_of(model).grid_points() if p.role == "weight"}
     ops = {n.name.rpartition("/")[0]: n.op_type for n in form.proto.graph.node if n.domain}
@@ -199,7 +182,7 @@ def test_the_plan_names_the_method_of_a_point(data):
 
 def test_a_range_that_the_chip_forces_stays(data):
     """Of one batch; the scale has no gradient, whatever the method."""
-    model = calibrated(data, "sophgo-bm1684x", "tensor:output.spec=unit")
+    model = calibrated_lenet(data, "tensor:output.spec=unit")
     for method in METHODS:
         form = training_form(model, method=method)
 
@@ -209,7 +192,7 @@ def test_a_range_that_the_chip_forces_stays(data):
 
 def followed(data, constant, batches):
     """Return how the ranges lie after the batches, which move nothing else."""
-    model = calibrated(data, "onnxruntime-cpu")
+    model = calibrated_lenet(data, rule="onnxruntime-cpu")
     form = training_form(model, method="moving-average")
     values = Flat(form.parameters)
     ranges = Ranges(form, values, model, constant)

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
-from onnxqat.insert import insert, read_params, strip
-from onnxqat.model import from_proto
-from onnxqat.overrides import parse_override
-from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
-from onnxqat.rules import load_rule
+from onnxqat.insert import read_params, strip
 from onnxqat.train import Config, finetune
 from onnxqat.train.selection import score
 from onnxqat.train.updater import Updater
-
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
+from tests.digits import calibrated_lenet, training_digits
 
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(320))
+    with training_digits(320) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def coarse(data):
-    floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), [parse_override("weight.bits=2")])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
+    return calibrated_lenet(data, "weight.bits=2")
 
 
 def figures(**metrics) -> Evaluation:

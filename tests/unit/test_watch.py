@@ -5,43 +5,31 @@ import io
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import OnnxQatError
-from onnxqat.insert import insert, plan_of, read_params, with_params
-from onnxqat.model import from_proto, to_proto
-from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.insert import plan_of, read_params, with_params
+from onnxqat.model import to_proto
 from onnxqat.qparams import quantized_range
-from onnxqat.rules import load_rule
 from onnxqat.train import Config, TrainingLog, finetune
 from onnxqat.train.watch import clipped_shares, scale_drift
+from tests.digits import calibrated_lenet, training_digits
 from tests.networks import convnet, quantized, samples
-
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(200))
+    with training_digits(200) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def model(data):
-    floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
-    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), [])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
+    return calibrated_lenet(data)
 
 
 def scaled(model, factors):

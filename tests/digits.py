@@ -1,0 +1,37 @@
+"""The bundled digits, and LeNet-5 calibrated on some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.data import DataSet, InputSpec, Preprocessing, open_data
+from onnxqat.insert import insert
+from onnxqat.model import Model, load_model
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import load_rule
+
+MODELS = Path(__file__).parents[1] / "models"
+INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
+PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
+
+
+@contextmanager
+def training_digits(count: int) -> Iterator[DataSet]:
+    """Open the first ``count`` digits to train on, as LeNet-5 takes them."""
+    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
+        yield opened.subset(np.arange(count))
+
+
+def calibrated_lenet(data: DataSet, *overrides: str, rule: str = "sophgo-bm1684x") -> Model:
+    """Return LeNet-5 with Q/DQ pairs by a rule and overrides of it."""
+    floats = prepare(load_model(MODELS / "lenet5.onnx"))
+    plan = make_plan(floats.graph, load_rule(rule), list(map(parse_override, overrides)))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)
