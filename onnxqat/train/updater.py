@@ -70,8 +70,8 @@ class Updater:
         self.zero_points = self._named("zero_point")
         self.lr = base_rate(config, model)
         self.rates = self._rates(form, model)
-        self.factors = _scale_gradient_factors(plan, params, model)
         self.limits = _limits(plan, params)
+        self.factors = _scale_gradient_factors(plan, params, self.limits, model)
         self.units = self._units(plan)
         powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
         self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
@@ -166,7 +166,10 @@ def _rms(values: FloatArray, axis: int | None) -> FloatArray:
 
 
 def _scale_gradient_factors(
-    plan: QuantPlan, params: dict[str, QuantParams], model: Model
+    plan: QuantPlan,
+    params: dict[str, QuantParams],
+    limits: dict[str, tuple[int, int]],
+    model: Model,
 ) -> dict[str, np.float32]:
     """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
 
@@ -179,8 +182,7 @@ def _scale_gradient_factors(
         shape = [d if isinstance(d, int) else 1 for d in tensors[point.tensor].shape or ()]
         count = math.prod(shape[1:] if point.role == "activation" else shape)
         count //= params[point.parameters].scale.size
-        _, qmax = quantized_range(point.spec, signed=params[point.parameters].signed)
-        levels = qmax - int(np.max(params[point.parameters].zero_point))
+        levels = limits[point.parameters][1] - int(np.max(params[point.parameters].zero_point))
         factor = np.float32(1 / math.sqrt(max(count, 1) * max(levels, 1)))
         factors[point.parameters] = min(factor, factors.get(point.parameters, factor))
     return factors
