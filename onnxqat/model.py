@@ -31,7 +31,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from onnxqat.errors import ModelError
 from onnxqat.external import read_external_data, write_external_data
 from onnxqat.files import atomic_output
-from onnxqat.preserve import all_nodes, restore, subgraphs, without_weights
+from onnxqat.preserve import all_nodes, restore, stored_tensors, subgraphs, without_weights
 from onnxqat.versions import MAX_IR_VERSION, MAX_OPSET, readable_opset
 
 __all__ = [
@@ -107,8 +107,8 @@ def load_model(path: str | Path) -> Model:
     Raises
     ------
     ModelError
-        Missing or not an ONNX file, an opset that `onnxqat.versions` cannot make readable, or
-        external data outside of the model's folder.
+        Missing or not an ONNX file, an opset that `onnxqat.versions` cannot make readable,
+        external data outside of the model's folder, or a tensor whose data is not of its shape.
     """
     path = Path(path)
     try:
@@ -125,6 +125,9 @@ def load_model(path: str | Path) -> Model:
     _check_depth(proto.graph, str(path))
     _fill_empty_constants(proto)
     mapped = read_external_data(proto, path)
+    for tensor in stored_tensors(proto):
+        if tensor.name not in mapped:
+            _check_data(tensor, str(path))
     model = from_proto(proto, name=path.name)
     tensors = model.graph.tensors() if mapped else {}
     for name, values in mapped.items():
@@ -146,6 +149,17 @@ def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
     graph.import_domains = _copy_opsets(proto.opset_import)
     _set_versions(graph, rest, opset)
     return Model(graph=graph, metadata=metadata, rest=rest, name=name)
+
+
+def _check_data(tensor: onnx.TensorProto, name: str) -> None:
+    """Refuse a tensor that cannot be read, which graphsurgeon would only find when it is used."""
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} and data type "
+            f"{tensor.data_type} cannot be read ({error}). Export again, with the weights."
+        ) from error
 
 
 _EMPTY_LISTS = {"value_ints": onnx.TensorProto.INT64, "value_floats": onnx.TensorProto.FLOAT}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -294,6 +295,43 @@ def test_subgraphs_that_nest_too_deep_are_refused(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(ModelError, match="nest deeper than 1 "):
         from_proto(proto)
+
+
+def storing(place: str, **fields: Any) -> onnx.ModelProto:
+    """Return a model that stores a tensor of float[2] at some place, with these fields instead."""
+    tensor = onnx.numpy_helper.from_array(np.float32([1, 2]), "w")
+    for name, value in fields.items():
+        setattr(tensor, name, value)
+    if place == "initializer":
+        proto = parse(HEADER + "g (float[2] x) => (float[2] y) { y = Add(x, w) }")
+        proto.graph.initializer.add().CopyFrom(tensor)
+        return proto
+    proto = parse(ROUND_TRIPS["nested"])
+    branch = next(n for n in proto.graph.node if n.op_type == "If").attribute[0].g
+    if place == "branch":
+        branch.initializer.add().CopyFrom(tensor)
+    else:
+        branch.node.add(op_type="Constant", output=["w"]).attribute.append(
+            helper.make_attribute("value", tensor)
+        )
+    return proto
+
+
+@pytest.mark.parametrize("place", ["initializer", "branch", "constant"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"raw_data": b""}, {"raw_data": b"1234567"}, {"raw_data": b"12345678" * 2}, {"data_type": 99}],
+    ids=["none", "odd", "more", "type"],
+)
+def test_a_tensor_whose_data_is_not_of_its_shape(
+    fields: dict[str, Any], place: str, tmp_path: Path
+) -> None:
+    onnx.save(storing(place), tmp_path / "whole.onnx")
+    onnx.save(storing(place, **fields), tmp_path / "m.onnx")
+
+    load_model(tmp_path / "whole.onnx")
+    with pytest.raises(ModelError, match=r"m.onnx: tensor 'w' of shape \[2\] .*Export again"):
+        load_model(tmp_path / "m.onnx")
 
 
 # external data
