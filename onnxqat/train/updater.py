@@ -25,7 +25,7 @@ import numpy as np
 
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model
-from onnxqat.plan import QuantPlan
+from onnxqat.plan import WEIGHTED_OPS, QuantPlan, channel_axis
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
@@ -72,7 +72,7 @@ class Updater:
         self.rates = self._rates(form, model)
         self.limits = _limits(plan, params)
         self.factors = _scale_gradient_factors(plan, params, self.limits, model)
-        self.units = self._units(plan)
+        self.units = self._units(plan, model)
         powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
         self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
         self.optimizer = self._optimizer(gradients.buffer.size)
@@ -92,11 +92,16 @@ class Updater:
             return Sgd(size, momentum=self.config.momentum, nesterov=self.config.nesterov)
         return Adam(size)
 
-    def _units(self, plan: QuantPlan) -> dict[str, FloatArray | float]:
-        """Return the size of a step of Adam for each weight: its root mean square."""
+    def _units(self, plan: QuantPlan, model: Model) -> dict[str, FloatArray | float]:
+        """Return the size of a step of Adam for each weight: its root mean square.
+
+        It is that of an output channel also where all channels share one scale: those of a
+        depthwise convolution differ by orders of magnitude, and the rate that moves the largest
+        would drown the others.
+        """
         if self.config.optimizer == "sgd":
             return dict.fromkeys(self.weights, 1.0)
-        axes = {p.tensor: p.spec.axis for p in plan.points if p.role == "weight"}
+        axes = _channel_axes(plan, model)
         return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
 
     def step(self, factor: float, step: int) -> None:
@@ -145,6 +150,17 @@ class Updater:
             elif rates.weight_decay and self.config.optimizer == "adam" and name in self.units:
                 gradient += np.float32(rates.weight_decay) * self.values.views[name]
         clip(self.gradients.buffer, norm=self.config.clip_norm, value=self.config.clip_value)
+
+
+def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int]:
+    """Return the axis of the output channels of weights, by tensor."""
+    nodes = {node.name: node for node in model.graph.nodes}
+    edges = [(p.tensor, p.consumers[0]) for p in plan.points if p.role == "weight"]
+    return {
+        tensor: channel_axis(nodes[edge.node], edge.index)
+        for tensor, edge in edges
+        if edge.node and nodes[edge.node].op in WEIGHTED_OPS
+    }
 
 
 def _limits(plan: QuantPlan, params: dict[str, QuantParams]) -> dict[str, tuple[int, int]]:

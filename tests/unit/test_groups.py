@@ -156,6 +156,19 @@ def test_later_groups_win(model):
     assert set(found.start) - found.moved == names(model, "bias")
 
 
+@pytest.mark.parametrize("overrides", [(), ("weight.axis=none",)], ids=["per-axis", "per-tensor"])
+def test_a_step_of_a_weight_is_relative_to_its_output_channel(overrides):
+    """Adam's first direction is the gradient's sign, whatever scales the channels share."""
+    found = Trained(calibrated(*overrides), lr=0.1).steps(1)
+    weights = [n for n, v in found.start.items() if v.ndim > 1]
+    assert weights
+    for name in weights:
+        moved = np.abs(found.values.views[name].astype(np.float64) - found.start[name])
+        channels = found.start[name].reshape(len(moved), -1).astype(np.float64)
+        size = np.sqrt((channels**2).mean(1)).reshape(-1, *[1] * (moved.ndim - 1))
+        np.testing.assert_allclose(moved / size, 0.1, rtol=1e-3)
+
+
 def test_decoupled_decay_shrinks_what_it_covers(model):
     """With no gradient AdamW leaves nothing but the decay: w *= 1 - lr * decay."""
     settings = {"lr": 0.1, "weight_decay": 0.5, "groups": ("bias.weight_decay=0.25",)}
