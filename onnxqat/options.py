@@ -221,7 +221,7 @@ training_options = _options(
     click.option(
         "--lr",
         type=click.FloatRange(0, min_open=True),
-        help="Of weights; for adam(w) relative to each channel's size, by default 0.0002, and "
+        help="Of weights; for adam(w) relative to each channel's size, by default 0.0005, and "
         "0.002 where something has fewer than 8 bits.",
     ),
     click.option(

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("W8A8 per-tensor", ("weight.axis=none",), ("--lr", "5e-4")),
+    Case("W8A8 per-tensor", ("weight.axis=none",), ()),
     Case("W4A8 per-axis", ("weight.bits=4",), ("--accumulate", "4")),
 )
 OBSERVERS = ("mse", "minmax", "percentile")

@@ -43,7 +43,7 @@ __all__ = ["Group", "Rates", "base_rate", "parameter_rates", "parse_group"]
 
 ROLES, PATTERNS = ("weight", "bias", "scale", "zero_point"), ("name", "tensor")
 GRID = ("scale", "zero_point")  # of what is no weight
-RATE, FINE_RATE = 2e-3, 2e-4  # of weights, the second where everything has 8 bits or more
+RATE, FINE_RATE = 2e-3, 5e-4  # of weights, the second where everything has 8 bits or more
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
 
 

@@ -130,8 +130,8 @@ def test_a_group_has_its_own_rate(model, optimizer):
 @pytest.mark.parametrize(
     ("overrides", "settings", "lr"),
     [
-        ((), {}, 2e-4),
-        ((), {"optimizer": "adam"}, 2e-4),
+        ((), {}, 5e-4),
+        ((), {"optimizer": "adam"}, 5e-4),
         ((), {"optimizer": "sgd"}, 2e-3),
         (("name:/conv1/Conv.bits=4",), {}, 2e-3),
     ],
