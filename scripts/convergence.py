@@ -44,6 +44,7 @@ from onnxqat.train import Config, Progress, finetune
 
 TOOLS = ("ours", "peer", "labels", "kl", "defaults")
 LABELS = "cross-entropy"
+LOSSES = {"labels": LABELS, "kl": "kl"}  # of the tools that repeat ours with another
 RATES = {  # by tool and bits
     ("ours", 4): (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     ("ours", 8): (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
@@ -127,8 +128,8 @@ class Case:
         """The calibrated Q/DQ model that ours starts with."""
         path = self.work / f"{self.model}-{self.bits}.qdq.onnx"
         if not path.exists():
-            overrides = [] if self.per_channel else PER_TENSOR
-            overrides = overrides + (W4A4 if self.bits == 4 else [])
+            granularity = [] if self.per_channel else PER_TENSOR
+            overrides = granularity + (W4A4 if self.bits == 4 else [])
             sets = [word for override in overrides for word in ("--set", override)]
             onnxqat("insert", str(self.path), "--rules", str(self._rule()), *sets,
                     *MODELS[self.model][1], "--data", str(self.source("calibration")),
@@ -260,7 +261,7 @@ def without_labels(results: dict[tuple[str, str], dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for (tool, name), found in results.items():
-        if tool in ("kl", "labels"):
+        if tool in LOSSES:
             ours, best = results["ours", name], results["peer", name]["float"]
             labels, kl = (ours, found) if tool == "kl" else (found, ours)
             lost = min(statistics.mean(labels["tuned"]), best) - ours["start"]
@@ -290,12 +291,12 @@ def measure(case: Case, tool: str, python: str) -> None:
     """Run a tool on a case unless its result is there."""
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "ours": case.ours,
-        "labels": lambda: case.other(LABELS),
-        "kl": lambda: case.other("kl"),
+        "labels": lambda: case.other(LOSSES["labels"]),
+        "kl": lambda: case.other(LOSSES["kl"]),
         "peer": lambda: case.peer(python),
         "defaults": case.defaults,
     }
-    if tool in ("kl", "labels") and case.loss == (LABELS if tool == "labels" else tool):
+    if case.loss == LOSSES.get(tool):
         return  # that is what ours is
     path = case.result(tool)
     while not (path.exists() and len(json.loads(path.read_text())["tuned"]) == len(SEEDS)):
