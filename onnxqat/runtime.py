@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.errors import ModelError
+from onnxqat.errors import DataError, ModelError, OnnxQatError
 
-__all__ = ["Optimization", "TensorReader", "open_session"]
+__all__ = ["Optimization", "Session", "TensorReader", "UnknownOpError", "open_session"]
 
 # all: what a user's runtime does; basic: only rewrites that keep every value bit for bit;
 # none: node by node as the file says.
@@ -19,10 +21,149 @@ Optimization = Literal["all", "basic", "none"]
 LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
 LOG_FATAL_ONLY = 4  # failures come as exceptions, whose text we pass on
 
+STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+SOURCE_LINE = re.compile(r"^\S+\.(h|cc|cpp):\d+ (.* was false\. )?")  # of onnxruntime's own files
+FAILED = re.compile(r"while running (\w+) node\. Name:'(.*?)' Status Message: (.*)", re.DOTALL)
+UNKNOWN = re.compile(r"Fatal error: (?:(\S*):)?(\w+)\(-?\d+\) is not a registered function/op")
+UNREGISTERED = re.compile(r"No Op registered for (\w+) with domain_version")
+WITHOUT_KERNEL = re.compile(
+    r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*)'"
+)
+
+# What a message of a node leads to, by its op.
+ADVICE = {
+    "Reshape": "If its shape holds the batch that the model was exported with, pass "
+    "that as --batch-size (often 1), or export with a dynamic batch.",
+    **dict.fromkeys(
+        ("Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "OneHot"),
+        "Check that the integers of the data are indices that the model has.",
+    ),
+}
+OTHERWISE = (
+    "Check that the shapes and values of the data are those that the model was exported for, and "
+    "pass --batch-size 1 if it was exported for one sample."
+)
+
+
+class UnknownOpError(ModelError):
+    """onnxruntime has no op, or no kernel of it for these types.
+
+    Attributes
+    ----------
+    op : str
+        Its type.
+    node : str or None
+        The only node that cannot run, by its name; None if no node of the op can.
+    """
+
+    def __init__(self, message: str, op: str, node: str | None) -> None:
+        super().__init__(message)
+        self.op, self.node = op, node
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session whose failures are errors of ours, which name the model and the node.
+
+    Parameters
+    ----------
+    name : str
+        What the user calls the model.
+    model : bytes
+        It, as a file.
+    options : SessionOptions
+        See onnxruntime.
+    outputs_of_unnamed : mapping of str to list of str
+        The first outputs of the nodes that have no name, by op.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: bytes,
+        options: ort.SessionOptions,
+        outputs_of_unnamed: Mapping[str, list[str]],
+    ) -> None:
+        self.name, self._outputs_of_unnamed = name, outputs_of_unnamed
+        try:
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the bindings raise a class per status code
+            raise _load_error(name, _said(error)) from error
+
+    def run(self, *arguments: Any, **others: Any) -> Any:
+        """Return outputs, see onnxruntime.
+
+        Raises
+        ------
+        ModelError
+            A node does not run on these values.
+        DataError
+            They are not what the model's inputs take.
+        """
+        with self._explained():
+            return super().run(*arguments, **others)
+
+    def run_with_iobinding(self, *arguments: Any, **others: Any) -> Any:
+        """Run on bound arrays, see onnxruntime; raises what `run` does."""
+        with self._explained():
+            return super().run_with_iobinding(*arguments, **others)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OnnxQatError:
+            raise
+        except Exception as error:  # the bindings raise a class per status code
+            raise self._run_error(_said(error)) from error
+
+    def _run_error(self, said: str) -> OnnxQatError:
+        found = FAILED.search(said)
+        if found is None:
+            what = said.removesuffix("Please fix either the inputs/outputs or the model.")
+            return DataError(
+                f"{self.name}: does not run on the data ({what.rstrip(' .')}). "
+                "Store them in the shapes and dtypes of the model's inputs."
+            )
+        op, node, why = found.groups()
+        outputs = self._outputs_of_unnamed.get(op, [])
+        where = f"node '{node}' ({op})"
+        if not node and len(outputs) == 1:
+            where = f"the {op} that computes '{outputs[0]}'"
+        elif not node:
+            where = f"a node of type {op}"
+        why = SOURCE_LINE.sub("", why).strip().rstrip(".")
+        advice = ADVICE.get(op, OTHERWISE)
+        return ModelError(f"{self.name}: {where} does not run on the data ({why}). {advice}")
+
+
+def _said(error: Exception) -> str:
+    """Return what onnxruntime says, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return STATUS.sub("", text)
+
+
+def _load_error(name: str, said: str) -> ModelError:
+    for pattern in (UNKNOWN, UNREGISTERED, WITHOUT_KERNEL):
+        if found := pattern.search(said):
+            op = found[2] if pattern is UNKNOWN else found[1]
+            node = (found[2] or None) if pattern is WITHOUT_KERNEL else None
+            lacking = f"onnxruntime has no {op}"
+            if pattern is WITHOUT_KERNEL:
+                where = f"node '{node}'" if node else "a node"
+                lacking = f"onnxruntime cannot run {where} ({op}) on its types"
+            elif pattern is UNKNOWN and found[1]:
+                lacking += f" of the domain '{found[1]}'"
+            return UnknownOpError(f"{name}: {lacking}. Export without it.", op, node)
+    return ModelError(f"{name}: onnxruntime cannot load the model: {said}")
+
 
 def open_session(
-    model: onnx.ModelProto | bytes, *, optimization: Optimization, threads: int = 0
-) -> ort.InferenceSession:
+    model: onnx.ModelProto | bytes,
+    *,
+    optimization: Optimization,
+    threads: int = 0,
+    name: str = "the model",
+) -> Session:
     """Return a CPU session.
 
     Q/DQ pairs are never fused into integer kernels: the arithmetic is what the file says.
@@ -35,11 +176,13 @@ def open_session(
         How far onnxruntime may rewrite the graph.
     threads : int
         0 takes all cores.
+    name : str
+        What the user calls the model, for messages.
 
     Raises
     ------
     ModelError
-        onnxruntime refuses the model.
+        onnxruntime refuses the model; `UnknownOpError` where it lacks an op.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -48,12 +191,13 @@ def open_session(
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
-    try:
-        data = model if isinstance(model, bytes) else model.SerializeToString()
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the bindings raise a class per status code
-        message = str(error).splitlines()[0]
-        raise ModelError(f"onnxruntime cannot load the model: {message}") from error
+    outputs: dict[str, list[str]] = {}
+    if isinstance(model, onnx.ModelProto):
+        for node in model.graph.node:
+            if not node.name and node.output:
+                outputs.setdefault(node.op_type, []).append(node.output[0])
+        model = model.SerializeToString()
+    return Session(name, model, options, outputs)
 
 
 class TensorReader:
@@ -65,7 +209,7 @@ class TensorReader:
         Not changed but for its outputs: those of ``names`` that it lacks are added.
     names : iterable of str
         What to read; a graph input is none of them.
-    optimization, threads
+    optimization, threads, name
         As `open_session`.
     """
 
@@ -76,12 +220,13 @@ class TensorReader:
         *,
         optimization: Optimization,
         threads: int = 0,
+        name: str = "the model",
     ) -> None:
         self.names = list(names)
         present = {value.name for value in model.graph.output}
         added = (onnx.ValueInfoProto(name=name) for name in self.names if name not in present)
         model.graph.output.extend(added)
-        self.session = open_session(model, optimization=optimization, threads=threads)
+        self.session = open_session(model, optimization=optimization, threads=threads, name=name)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the tensors for one batch."""

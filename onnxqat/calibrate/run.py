@@ -135,7 +135,9 @@ def _observe(
             activations.append(point)
     inputs = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in inputs]
-    reader = TensorReader(to_proto(floats), fetched, optimization="basic", threads=threads)
+    reader = TensorReader(
+        to_proto(floats), fetched, optimization="basic", threads=threads, name=floats.name
+    )
     for batch in batches:
         values = reader.run(batch)
         for point in activations:

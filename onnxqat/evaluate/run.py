@@ -14,12 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.errors import DataError, ModelError, OnnxQatError
+from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
 from onnxqat.insert import PLAN_KEY, strip
 from onnxqat.model import Model, to_proto
 from onnxqat.rules import HardwareRule
-from onnxqat.runtime import open_session
+from onnxqat.runtime import Optimization, open_session
 
 __all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
 
@@ -87,7 +87,10 @@ def model_session(
     if mode == "float" and quantized:
         model = strip(model)
     exact = mode == "qdq" and quantized
-    return open_session(to_proto(model), optimization="none" if exact else "all", threads=threads)
+    optimization: Optimization = "none" if exact else "all"
+    return open_session(
+        to_proto(model), optimization=optimization, threads=threads, name=model.name
+    )
 
 
 def evaluate(
@@ -181,13 +184,7 @@ def _halved(inputs: dict[str, NDArray[Any]], model: Model) -> dict[str, NDArray[
 
 
 def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
-    try:
-        outputs: list[NDArray[Any]] = session.run(None, _halved(batch.inputs, model))
-    except OnnxQatError:
-        raise
-    except Exception as error:  # the bindings raise a class per status code
-        message = str(error).splitlines()[0]
-        raise ModelError(f"{model.name}: does not run on the data: {message}") from error
+    outputs: list[NDArray[Any]] = session.run(None, _halved(batch.inputs, model))
     return outputs
 
 

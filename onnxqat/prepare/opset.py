@@ -118,7 +118,7 @@ def _rename(names: MutableSequence[str], renamed: dict[str, str]) -> None:
 
 def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, target: int) -> None:
     feeds, expected = _example(source, where)
-    actual = open_session(converted, optimization="none").run(None, feeds)
+    actual = open_session(converted, optimization="none", name=where).run(None, feeds)
     for value, old, new in zip(source.graph.output, expected, actual, strict=True):
         if np.array_equal(old, new, equal_nan=old.dtype.kind == "f"):
             continue
@@ -133,7 +133,7 @@ def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, ta
 
 def _example(source: onnx.ModelProto, where: str) -> tuple[Feeds, list[NDArray[np.generic]]]:
     """Return random inputs that the model accepts, and its outputs."""
-    session = open_session(source, optimization="none")
+    session = open_session(source, optimization="none", name=where)
     reason = ""
     for length in LENGTHS:
         feeds = _random_inputs(source.graph, length)

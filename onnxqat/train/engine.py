@@ -111,7 +111,9 @@ class StepSession:
         self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
         tensors = sorted({t for tensors in self._observed.values() for t in tensors})
         _add_extremes(graph, tensors)
-        self._session = open_session(graph, optimization="basic", threads=threads)
+        self._session = open_session(
+            graph, optimization="basic", threads=threads, name="the training graph"
+        )
         outputs = {o.name: o.shape for o in self._session.get_outputs()}
         self.inputs = {i.name for i in self._session.get_inputs()}
         reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
@@ -147,11 +149,7 @@ class StepSession:
         for name, array in feeds.items():
             if name in self.inputs:
                 self._binding.bind_cpu_input(name, array)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # the bindings raise bare RuntimeErrors
-            message = str(error).splitlines()[0]
-            raise TrainingError(f"onnxruntime failed in a training step: {message}") from error
+        self._session.run_with_iobinding(self._binding)
         return float(self._loss)
 
     def extremes(self) -> dict[str, tuple[float, float]]:

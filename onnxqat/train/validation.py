@@ -60,7 +60,9 @@ class Validation:
         """Return the mean over the batches that are full: a loss may depend on their size."""
         size = min(self.config.batch_size, len(self.data))
         proto = add_loss(fix_batch(to_proto(model), set(), size), self.loss, self.data)
-        session = open_session(proto, optimization="none", threads=self.config.threads)
+        session = open_session(
+            proto, optimization="none", threads=self.config.threads, name=model.name
+        )
         wanted = {value.name for value in session.get_inputs()}
         losses: list[float] = []
         for batch in self.data.batches(size, drop_last=True):

@@ -52,7 +52,9 @@ def clipped_shares(
     known = dict(inputs)
     known |= {t.name: t.values for t in sources.values() if isinstance(t, gs.Constant)}
     wanted = {t.name for t in sources.values()} - known.keys()
-    reader = TensorReader(to_proto(model), wanted, optimization="basic", threads=threads)
+    reader = TensorReader(
+        to_proto(model), wanted, optimization="basic", threads=threads, name=model.name
+    )
     known |= reader.run(inputs)
     params = read_params(model)
     return {p.tensor: _clipped(known[sources[p.tensor].name], p, params) for p in points}

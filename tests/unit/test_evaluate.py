@@ -213,5 +213,5 @@ def test_other_shapes_are_refused():
 
 
 def test_data_the_model_cannot_take_are_an_error(qdq):
-    with pytest.raises(ModelError, match="model: does not run on the data"):
+    with pytest.raises(DataError, match="model: does not run on the data"):
         evaluate(qdq, batches(np.zeros((2, 3, 8), np.float32)), threads=1)

@@ -120,7 +120,9 @@ class _Reference:
         self.floats |= {name: name for name in others if name not in known}
         inputs = {t.name for t in model.graph.inputs}
         read = sorted({*self.levels.values(), *self.floats.values()} - inputs)
-        self.reader = TensorReader(to_proto(model), read, optimization="none", threads=threads)
+        self.reader = TensorReader(
+            to_proto(model), read, optimization="none", threads=threads, name=model.name
+        )
 
     def run(self, inputs: Mapping[str, Array]) -> Values:
         """Return every tensor of one batch."""

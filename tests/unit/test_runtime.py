@@ -1,0 +1,108 @@
+"""What onnxruntime refuses is one line that names model, node and the next step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxqat.errors import DataError, ModelError
+from onnxqat.runtime import TensorReader, UnknownOpError, open_session
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+def model(op, inputs, *, name="the_node", domain="", opset=17, constants=(), **attributes):
+    """Return a model of one node; ``inputs`` are (name, type, shape) or names of constants."""
+    names = [entry if isinstance(entry, str) else entry[0] for entry in inputs]
+    node = helper.make_node(op, names, ["y"], name=name, domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info(*entry) for entry in inputs if not isinstance(entry, str)],
+        [helper.make_empty_tensor_value_info("y")],
+        [numpy_helper.from_array(values, key) for key, values in constants],
+    )
+    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] * bool(domain))]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+TABLE = ("table", zeros(10, 3))
+GATHER = model("Gather", ["table", ("i", INT64, ["N"])], constants=[TABLE])
+RESHAPE = model(
+    "Reshape", [("x", FLOAT, ["N", 6]), "shape"], constants=[("shape", np.array([1, 6]))]
+)
+MATMUL = model("MatMul", [("a", FLOAT, ["N", "K"]), ("b", FLOAT, ["M", 3])])
+UNNAMED = model("MatMul", [("a", FLOAT, ["N", "K"]), ("b", FLOAT, ["M", 3])], name="")
+CONCAT = model("Concat", [("a", FLOAT, ["N", "K"]), ("b", FLOAT, ["M", 3])], axis=0)
+
+
+@pytest.mark.parametrize(
+    ("proto", "feeds", "message"),
+    [
+        (GATHER, {"i": np.array([3, 10])}, r"'the_node' \(Gather\).* idx=10 must.*indices that"),
+        (RESHAPE, {"x": zeros(2, 6)}, r"'the_node' \(Reshape\).*shape:{1,6}.*as --batch-size"),
+        (MATMUL, {"a": zeros(2, 4), "b": zeros(5, 3)}, r"'the_node' \(MatMul\) does not run"),
+        (UNNAMED, {"a": zeros(2, 4), "b": zeros(5, 3)}, "the MatMul that computes 'y' does not"),
+        (CONCAT, {"a": zeros(2, 4), "b": zeros(5, 3)}, r"'the_node' \(Concat\).* of 3 and 4\)\."),
+    ],
+)
+def test_a_node_that_fails_is_named(proto, feeds, message):
+    session = open_session(proto, optimization="none", threads=1, name="net.onnx")
+    for run in (
+        lambda: session.run(None, feeds),
+        lambda: TensorReader(proto, ["y"], optimization="none", name="net.onnx").run(feeds),
+        lambda: _run_bound(session, feeds),
+    ):
+        with pytest.raises(ModelError, match=rf"^net\.onnx: .*{message}") as caught:
+            run()
+        assert "\n" not in str(caught.value)
+        assert "onnxruntime_src" not in str(caught.value)
+
+
+def _run_bound(session, feeds):
+    binding = session.io_binding()
+    for name, values in feeds.items():
+        binding.bind_cpu_input(name, values)
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({"x": zeros(2, 5)}, "x for the following indices index: 1 Got: 5 Expected: 6"),
+        ({"x": zeros(2, 6, 1)}, "Invalid rank for input: x Got: 3 Expected: 2"),
+        ({"x": np.zeros((2, 6))}, r"Actual: \(tensor\(double\)\) , expected: \(tensor\(float\)\)"),
+        ({}, r"\['x'\]\) are missing"),
+        ({"x": zeros(1, 6), "z": zeros(1)}, "Invalid input name: z"),
+    ],
+)
+def test_data_of_another_shape_or_dtype_are_an_error_of_the_data(feeds, message):
+    session = open_session(RESHAPE, optimization="none", threads=1, name="net.onnx")
+    with pytest.raises(DataError, match=rf"^net\.onnx: does not run on the data \(.*{message}"):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(
+    ("proto", "op", "node", "message"),
+    [
+        (model("NMS_TRT", [("x", FLOAT, ["N"])], domain="TRT"), "NMS_TRT", None, "domain 'TRT'"),
+        (model("Foo", [("x", FLOAT, ["N"])], domain="com.microsoft"), "Foo", None, "no Foo of"),
+        (model("Foo", [("x", FLOAT, ["N"])]), "Foo", None, "onnxruntime has no Foo"),
+        (
+            model("Relu", [("x", TensorProto.BFLOAT16, ["N"])]),
+            "Relu",
+            "the_node",
+            r"cannot run node 'the_node' \(Relu\) on its types",
+        ),
+    ],
+)
+def test_an_op_that_onnxruntime_lacks_is_named(proto, op, node, message):
+    with pytest.raises(UnknownOpError, match=rf"^net\.onnx: .*{message}") as caught:
+        open_session(proto, optimization="none", name="net.onnx")
+    assert (caught.value.op, caught.value.node) == (op, node)
