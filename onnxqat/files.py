@@ -1,12 +1,13 @@
-"""Output files that are whole or absent.
+"""Input files that are regular, output files that are whole or absent.
 
-A file is written beside its destination under a temporary name and moved there when it is
+Reading a pipe or a device could last for ever. A file is written beside its destination under a temporary name and moved there when it is
 complete, so that an interrupted or failing command leaves nothing half-written.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,37 @@ from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
 
-__all__ = ["atomic_output", "check_writable", "write_text"]
+__all__ = ["atomic_output", "check_readable", "check_writable", "write_text"]
+
+
+def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -> None:
+    """Refuse an input that is not a regular file, before it is opened.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; a link to a regular file is one.
+    error : type of OnnxQatError
+        What to raise: the error of what the file holds.
+
+    Raises
+    ------
+    OnnxQatError
+        The file is missing, cannot be looked at, or is a directory, a pipe, a socket or a device.
+    """
+    shown = str(path).encode(errors="backslashreplace").decode()
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - a path that no Path takes is an answer too
+    except FileNotFoundError as cause:
+        raise error(f"{shown}: no such file.") from cause
+    except OSError as cause:  # a name too long, a folder that may not be searched
+        raise error(f"{shown}: cannot be read ({cause.strerror}). Check the path.") from cause
+    except ValueError as cause:  # a NUL character
+        raise error(f"{shown}: cannot be read ({cause}). Check the path.") from cause
+    if stat.S_ISDIR(mode):
+        raise error(f"{shown}: is a directory. Name a file to read.")
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown}: is not a regular file. Copy what it gives into one.")
 
 
 def check_writable(path: str | Path, *, force: bool = False) -> None:

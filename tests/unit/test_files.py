@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxqat.errors import OnnxQatError
-from onnxqat.files import atomic_output, check_writable, write_text
+from onnxqat.errors import DataError, OnnxQatError
+from onnxqat.files import atomic_output, check_readable, check_writable, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -125,3 +125,23 @@ def test_what_can_be_written_passes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     check_writable(tmp_path / "a.txt", force=True)
     assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+
+    check_readable(tmp_path / "file")
+    check_readable(tmp_path / "link")
+    for path, message in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (str(tmp_path / "a\0b"), "null byte"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "pipe", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            check_readable(path, DataError)
