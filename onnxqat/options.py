@@ -116,6 +116,11 @@ data_options = _options(
     click.option("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"])),
     click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of the data arrays."),
     click.option("--label", help="Name of the label array, or none."),
+    click.option(
+        "--classes",
+        metavar="FILE",
+        help="Class index of each folder name: one name a line, JSON, or CSV of name and index.",
+    ),
     click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
 )
 

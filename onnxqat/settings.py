@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from onnxqat.data import InputSpec, Preprocessing
+from onnxqat.data import InputSpec, Preprocessing, check_count, check_preprocessing
 from onnxqat.errors import DataError, ModelError
 from onnxqat.model import Model
 
@@ -14,9 +14,9 @@ __all__ = [
     "Settings",
     "adopt",
     "check_batch_size",
+    "class_count",
     "input_specs",
     "settle",
-    "settle_classes",
     "stored_settings",
 ]
 
@@ -41,7 +41,7 @@ class Settings(
     pixel_format: Literal["rgb", "bgr", "gray"] | None = None
     label: str | None = None
     input_map: dict[str, str] | None = None
-    classes: tuple[str, ...] | None = None
+    classes: dict[str, int] | None = None
 
     def preprocessing(self, layout: Literal["nchw", "nhwc"] | None = None) -> Preprocessing:
         """Return the preprocessing, with the defaults where nothing was said.
@@ -76,7 +76,7 @@ def stored_settings(model: Model) -> Settings:
     if text is None:
         return Settings()
     try:
-        settings = msgspec.json.decode(text, type=Settings)
+        settings = msgspec.convert(_by_name(msgspec.json.decode(text)), Settings)
         settings.preprocessing()
     except (msgspec.MsgspecError, DataError) as error:
         raise ModelError(
@@ -86,13 +86,21 @@ def stored_settings(model: Model) -> Settings:
     return settings
 
 
+def _by_name(stored: Any) -> Any:
+    """Return settings whose classes are a mapping; a tuple of names in earlier files."""
+    if isinstance(stored, dict) and isinstance(stored.get("classes"), list):
+        by_index = stored["classes"]
+        return stored | {"classes": {name: index for index, name in enumerate(by_index)}}
+    return stored
+
+
 def settle(model: Model, given: Settings) -> Settings:
     """Join what the file knows with what the user says now, and store it in ``model``.
 
     Raises
     ------
     DataError
-        The two contradict each other, or a value is out of its range.
+        The two contradict each other, a value is out of its range, or does not fit the model.
     """
     stored = stored_settings(model)
     joined: dict[str, Any] = {}
@@ -100,13 +108,15 @@ def settle(model: Model, given: Settings) -> Settings:
         old, new = getattr(stored, name), getattr(given, name)
         if old is not None and new is not None and old != new:
             option = "--" + name.replace("_", "-").replace("input-map", "input")
+            now, was = _differing(new, old)
             raise DataError(
-                f"{model.name}: {option} is {_text(new)} now, and was {_text(old)} when the file "
-                f"was made. Leave {option} out, or insert again with the new value."
+                f"{model.name}: {option} is {now} now, and was {was} when the file was made. "
+                f"Leave {option} out, or insert again with the new value."
             )
         joined[name] = new if old is None else old
     settings = Settings(**joined)
-    settings.preprocessing()  # what is stored can be used
+    check_preprocessing(input_specs(model), settings.preprocessing(), model.name)
+    check_count(settings.classes or {}, class_count(model), model.name)
     if settings != Settings():
         try:
             text = msgspec.json.encode(settings, order="deterministic").decode()
@@ -129,41 +139,31 @@ def adopt(model: Model, other: Model) -> None:
     for name in Settings.__struct_fields__:
         mine, its = getattr(ours, name), getattr(theirs, name)
         if mine is not None and its is not None and mine != its:
+            here, there = _differing(mine, its)
             raise DataError(
-                f"{model.name}: reads data with {name} = {_text(mine)}, {other.name} with "
-                f"{_text(its)}. Compare models that read the same data."
+                f"{model.name}: reads data with {name} = {here}, {other.name} with {there}. "
+                "Compare models that read the same data."
             )
     settle(model, theirs)
 
 
-def settle_classes(model: Model, classes: tuple[str, ...] | None, source: str) -> None:
-    """Store the names of the class folders, or compare them with the stored ones.
-
-    Parameters
-    ----------
-    classes : tuple of str or None
-        By class index; None where the data give the indices themselves.
-    source : str
-        What the user called the data.
-
-    Raises
-    ------
-    DataError
-        The folders differ, so that the same class would get another index.
-    """
-    known = stored_settings(model).classes
-    if None not in (known, classes) and known != classes:
-        raise DataError(
-            f"{source}: its class folders are {_text(classes)}; those that '{model.name}' was made "
-            f"with are {_text(known)}. Use the same folders, empty where there are no images."
-        )
-    settle(model, Settings(classes=classes))
+def _differing(first: Any, second: Any) -> tuple[str, str]:
+    """Return two values as text; of mappings, the entry that differs."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        name = next(n for n in (first | second) if first.get(n) != second.get(n))
+        return f"{name}={first.get(name)}", f"{name}={second.get(name)}"
+    return _text(first), _text(second)
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        value = tuple(f"{name}={array}" for name, array in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def class_count(model: Model) -> int | None:
+    """Return the number of classes of a classifier, whose first output has shape (N, classes)."""
+    outputs = model.graph.outputs
+    shape = list(outputs[0].shape or ()) if outputs else []
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
 
 def input_specs(model: Model) -> list[InputSpec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +34,32 @@ logger = logging.getLogger(__name__)
 
 def take_settings(options: dict[str, Any]) -> Settings:
     """Take what is stored about the data out of a command's arguments."""
+    from onnxqat.data import read_classes
     from onnxqat.settings import Settings
 
     names = [name for name in Settings.__struct_fields__ if name in options]
-    return Settings(**{name: options.pop(name) for name in names})
+    taken = {name: options.pop(name) for name in names}
+    if taken.get("classes") is not None:
+        taken["classes"] = read_classes(taken["classes"])
+    return Settings(**taken)
 
 
 def open_for(
-    model: Model, source: str, given: Settings, *, layout: Any, batch_size: int
+    model: Model,
+    source: str,
+    given: Settings,
+    *,
+    layout: Any,
+    batch_size: int,
+    labels: bool = True,
 ) -> DataSet:
     """Open a data source for a model, and store what was said about it in the model.
 
-    ``layout`` is not stored: it tells how the arrays of this one source lie.
+    ``layout`` is not stored: it tells how the arrays of this one source lie. ``labels`` says
+    whether the command reads any.
     """
     from onnxqat.data import open_data
-    from onnxqat.settings import check_batch_size, input_specs, settle, settle_classes
+    from onnxqat.settings import Settings, check_batch_size, class_count, input_specs, settle
 
     settings = settle(model, given)
     check_batch_size(model, batch_size)
@@ -58,13 +69,25 @@ def open_for(
         preprocessing=settings.preprocessing(layout),
         label=settings.label,
         input_map=settings.input_map,
+        labels=labels,
+        classes=settings.classes,
+        class_count=class_count(model),
     )
     try:
-        settle_classes(model, data.classes, source)
+        if data.classes is not None:
+            settle(model, Settings(classes=dict(data.classes)))
     except BaseException:
         data.close()
         raise
+    if data.classes is not None and settings.classes is None:
+        _tell_classes(source, data.classes)
     return data
+
+
+def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
+    """Say which class the first folders were taken for; nobody gave a list."""
+    first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
+    click.echo(f"{source}: folders in sorted order are the classes: {first}, ...", err=True)
 
 
 def planned(
@@ -141,7 +164,7 @@ def calibrated(
     from onnxqat.calibrate import calibrate
     from onnxqat.progress import progress_bar
 
-    with open_for(model, source, given, layout=layout, batch_size=batch_size) as data:
+    with open_for(model, source, given, layout=layout, batch_size=batch_size, labels=False) as data:
         chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
         share = workers.share(-(-len(chosen) // batch_size))
         mine = np.sort(chosen)[share.start * batch_size : share.stop * batch_size]

@@ -68,12 +68,13 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
         check_writable(target, force=force)
     workers.any(False)  # all have looked before one writes
     floats, foreign = read_foreign_qdq(load_model(model))
+    given = take_settings(options)
+    settle(floats, given)  # before any work is done for settings that are wrong
     prepared, plan = planned(floats, rules, overrides, overrides_file)
     if plan_only:
         click.echo(json.dumps(plan_document(plan), indent=2) if as_json else str(plan))
         return
     result = _inserted(prepared, plan, foreign)
-    given = take_settings(options)
     settle(result, given)
     if data is not None:
         result, _ = calibrated(result, data, given, workers=workers, **options)

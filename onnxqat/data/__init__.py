@@ -6,9 +6,21 @@ Knows nothing of ONNX graphs: a model is here a list of `InputSpec`.
 from __future__ import annotations
 
 from onnxqat.data.augmentation import augment
+from onnxqat.data.classes import check_count, read_classes
 from onnxqat.data.dataset import Batch, DataSet, split
-from onnxqat.data.feeds import InputSpec
+from onnxqat.data.feeds import InputSpec, check_preprocessing
 from onnxqat.data.loader import open_data
 from onnxqat.data.preprocess import Preprocessing
 
-__all__ = ["Batch", "DataSet", "InputSpec", "Preprocessing", "augment", "open_data", "split"]
+__all__ = [
+    "Batch",
+    "DataSet",
+    "InputSpec",
+    "Preprocessing",
+    "augment",
+    "check_count",
+    "check_preprocessing",
+    "open_data",
+    "read_classes",
+    "split",
+]

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -47,7 +47,7 @@ class Source(Protocol):
 
     name: str
     keys: tuple[str, ...]
-    classes: tuple[str, ...] | None
+    classes: Mapping[str, int] | None
 
     def count(self, keys: Sequence[str]) -> int:
         """Return the number of samples, once the arrays that will be read are found sound."""
@@ -119,7 +119,7 @@ class ArraySource:
         A part has other arrays than the first one.
     """
 
-    classes: tuple[str, ...] | None = None
+    classes: Mapping[str, int] | None = None
 
     def __init__(self, name: str, parts: Sequence[Part], scratch: Scratch) -> None:
         self.name, self.keys = name, parts[0].keys

@@ -85,8 +85,8 @@ class DataSet:
         return self._label_key is not None
 
     @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Folder names by class index; None where the data give the indices themselves."""
+    def classes(self) -> Mapping[str, int] | None:
+        """Class index by folder name; None where the data give the indices themselves."""
         return self._source.classes
 
     def __enter__(self) -> DataSet:

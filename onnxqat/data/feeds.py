@@ -25,7 +25,14 @@ from onnxqat.data.preprocess import (
 )
 from onnxqat.errors import DataError
 
-__all__ = ["Feed", "InputSpec", "layout_of_shape", "make_feed", "model_layout"]
+__all__ = [
+    "Feed",
+    "InputSpec",
+    "check_preprocessing",
+    "layout_of_shape",
+    "make_feed",
+    "model_layout",
+]
 
 # Axes that bring a batch from the first layout into the second.
 AXES = {("nhwc", "nchw"): (0, 3, 1, 2), ("nchw", "nhwc"): (0, 2, 3, 1)}
@@ -287,14 +294,43 @@ def _shape_error(
 def _check_channels(
     where: str, channels: int, preprocessing: Preprocessing, *, decoded: bool
 ) -> None:
+    wanted = {"gray": (1,), "bgr": (3,)}.get(preprocessing.pixel_format, (channels,))
     for name, values in (("mean", preprocessing.mean), ("scale", preprocessing.scale)):
         if len(values) not in (1, channels):
             raise DataError(
                 f"{where} has {channels} channels, but --{name} {len(values)} values. "
                 "Give one, or one per channel."
             )
-    if not decoded and preprocessing.pixel_format == "gray" and channels != 1:
+    if not decoded and channels not in wanted:
         raise DataError(
-            f"{where} has {channels} channels, but --pixel-format is 'gray'. "
-            "Give another --pixel-format."
+            f"{where} has {channels} channels, but --pixel-format is "
+            f"'{preprocessing.pixel_format}'. Give another --pixel-format."
         )
+
+
+def check_preprocessing(
+    inputs: Sequence[InputSpec], preprocessing: Preprocessing, where: str
+) -> None:
+    """Refuse preprocessing that no input would get, or that an input cannot take.
+
+    Raises
+    ------
+    DataError
+        It is named.
+    """
+    images = [spec for spec in inputs if model_layout(spec) is not None]
+    if preprocessing.changes_size and not images:
+        raise DataError(
+            f"{where}: --resize-dims and --crop need an image input (rank 4), which the model "
+            "lacks. Leave them out."
+        )
+    if preprocessing.changes_values and all(spec.dtype == "uint8" for spec in images):
+        raise DataError(
+            f"{where}: --mean and --scale need a float image input (rank 4), which the model "
+            "lacks. Leave them out."
+        )
+    for spec in images:
+        channels = spec.shape[1 if model_layout(spec) == "nchw" else 3]
+        if isinstance(channels, int):
+            what = f"{where}: model input {spec.name!r}"
+            _check_channels(what, channels, preprocessing, decoded=False)

@@ -1,14 +1,14 @@
 """Folders of images, decoded by pillow in a few threads.
 
-``class/name.jpg``: all-numeric folder names are the class index, otherwise their sorted order
-is. A flat folder of images has no labels. Files without the suffix of an image are skipped;
+``class/name.jpg``: `onnxqat.data.classes` says which class a folder is. A flat folder of images
+has no labels. Files without the suffix of an image are skipped;
 one that has it and cannot be decoded is an error. EXIF orientation is ignored.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onnxqat.data.arrays import Header, names, reason
+from onnxqat.data.classes import Classes, class_indices, refuse_splits
 from onnxqat.data.feeds import InputSpec, model_layout
 from onnxqat.data.preprocess import Preprocessing, output_size, resize_and_crop
 from onnxqat.errors import DataError
@@ -51,6 +52,8 @@ class ImageFolder:
         ``preprocessing`` names none.
     preprocessing : Preprocessing
         Resize and crop happen here, image by image, since images differ in size.
+    classes : Classes or None
+        Say which class a folder is; None: images of all folders, without labels.
 
     Raises
     ------
@@ -58,11 +61,17 @@ class ImageFolder:
         There are no images, class folders are not clear, or the model's input is no image.
     """
 
-    def __init__(self, folder: Path, spec: InputSpec, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: InputSpec,
+        preprocessing: Preprocessing,
+        classes: Classes | None,
+    ) -> None:
         self.name = str(folder)
         self._mode = _mode(self.name, spec, preprocessing)
         self._preprocessing = _with_model_size(spec, preprocessing)
-        self._paths, labels, self.classes = _list_images(folder)
+        self._paths, labels, self.classes = _list_images(folder, classes)
         self._labels = None if labels is None else np.array(labels, np.int64)
         self.keys: tuple[str, ...] = (IMAGE,) if labels is None else (IMAGE, LABEL)
 
@@ -168,11 +177,12 @@ def _with_model_size(spec: InputSpec, preprocessing: Preprocessing) -> Preproces
 
 
 def _list_images(
-    folder: Path,
-) -> tuple[list[str], list[int] | None, tuple[str, ...] | None]:
+    folder: Path, classes: Classes | None
+) -> tuple[list[str], list[int] | None, Mapping[str, int] | None]:
     """Return paths, class indices and class names; no indices for a flat folder."""
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in entries if path.is_dir()]
+    found = [path.name for path in folders]
     flat = [str(path) for path in entries if is_image(path) and not path.is_dir()]
     if not folders:
         if not flat:
@@ -180,22 +190,24 @@ def _list_images(
         return flat, None, None
     if flat:
         raise DataError(
-            f"{folder}: holds images ('{flat[0]}') beside folders ('{folders[0].name}'). "
+            f"{folder}: holds images ('{flat[0]}') beside folders ('{found[0]}'). "
             "Move the images into class folders, or the folders elsewhere."
         )
-    numbers, classes = _class_indices(folder, [path.name for path in folders])
-    paths: list[str] = []
-    labels: list[int] = []
-    for number, class_folder in zip(numbers, folders, strict=True):
-        images = _images_of_class(class_folder)
-        paths += images
-        labels += [number] * len(images)
+    refuse_splits(folder, found, classes.known if classes else None)
+    by_folder = [_images_of_class(class_folder) for class_folder in folders]
+    paths = [path for images in by_folder for path in images]
     if not paths:
-        raise DataError(
-            f"{folder}: its folders {names([path.name for path in folders[:5]])} hold no images. "
-            "Check the path."
-        )
-    return paths, labels, classes
+        raise DataError(f"{folder}: its folders {names(found[:5])} hold no images. Check the path.")
+    if classes is None:
+        return paths, None, None
+    try:
+        numbers, indices = class_indices(folder, found, classes)
+    except DataError:
+        if classes.needed:
+            raise
+        return paths, None, None
+    pairs = zip(numbers, by_folder, strict=True)
+    return paths, [number for number, images in pairs for _ in images], indices
 
 
 def _images_of_class(folder: Path) -> list[str]:
@@ -206,15 +218,3 @@ def _images_of_class(folder: Path) -> list[str]:
             f"{nested[0]}: is a folder within a class folder. Move its images into '{folder}'."
         )
     return [str(path) for path in entries if is_image(path)]
-
-
-def _class_indices(folder: Path, found: list[str]) -> tuple[list[int], tuple[str, ...] | None]:
-    if not all(name.isascii() and name.isdecimal() for name in found):
-        return list(range(len(found))), tuple(found)
-    numbers = [int(name) for name in found]
-    for name, number in zip(found, numbers, strict=True):
-        if numbers.count(number) > 1:
-            raise DataError(
-                f"{folder}: folder '{name}' is not the only one for class {number}. Merge them."
-            )
-    return numbers, None

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from onnxqat.data.arrays import Source, names
+from onnxqat.data.classes import Classes, check_count, read_classes
 from onnxqat.data.dataset import DataSet
-from onnxqat.data.feeds import InputSpec, make_feed, model_layout
+from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
 from onnxqat.data.function import open_function
 from onnxqat.data.images import ImageFolder, is_image
 from onnxqat.data.npz import open_npz
@@ -31,6 +32,9 @@ def open_data(
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
     label: str | None = None,
     input_map: Mapping[str, str] | None = None,
+    labels: bool = True,
+    classes: Mapping[str, int] | str | Path | None = None,
+    class_count: int | None = None,
 ) -> DataSet:
     """Open data for a model.
 
@@ -50,15 +54,25 @@ def open_data(
         ``none`` no array is taken for labels.
     input_map : mapping of str to str, optional
         Array by model input, where names differ.
+    labels : bool
+        Whether labels are wanted. Without, class folders may have any names.
+    classes : mapping of str to int, str or Path, optional
+        Class index of each folder name, or a file of them, see `onnxqat.data.classes`.
+    class_count : int, optional
+        How many classes the model has. As many folders are taken for them in sorted order.
 
     Raises
     ------
     DataError
         There is no such data, it is empty, or does not fit the model.
     """
-    opened = _open_source(str(source), inputs, preprocessing)
+    known = read_classes(classes) if isinstance(classes, str | Path) else classes
+    if known is not None:
+        check_count(known, class_count, str(source))
+    folders = Classes(known, class_count, labels) if label != NO_LABELS else None
+    opened = _open_source(str(source), inputs, preprocessing, folders)
     try:
-        keys, label_key = _match_arrays(opened, inputs, label, input_map or {})
+        keys, label_key = _match_arrays(opened, inputs, label, input_map or {}, labels=labels)
         needed = [*keys.values(), *([] if label_key is None else [label_key])]
         count = opened.count(list(dict.fromkeys(needed)))
         if count == 0:
@@ -75,7 +89,7 @@ def open_data(
             )
             for spec in inputs
         ]
-        _check_used(opened.name, inputs, preprocessing)
+        check_preprocessing(inputs, preprocessing, opened.name)
         if label_key is not None:
             _check_labels(opened, label_key)
     except BaseException:
@@ -84,12 +98,17 @@ def open_data(
     return DataSet(opened, feeds, label_key, np.arange(count), owner=True)
 
 
-def _open_source(name: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing) -> Source:
+def _open_source(
+    name: str,
+    inputs: Sequence[InputSpec],
+    preprocessing: Preprocessing,
+    classes: Classes | None,
+) -> Source:
     path = Path(name)
     if not inputs:
         raise DataError(f"{name}: the model has no inputs to feed. Choose another model.")
     if path.is_dir():
-        return _open_directory(path, inputs, preprocessing)
+        return _open_directory(path, inputs, preprocessing, classes)
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise DataError(
@@ -102,7 +121,10 @@ def _open_source(name: str, inputs: Sequence[InputSpec], preprocessing: Preproce
 
 
 def _open_directory(
-    path: Path, inputs: Sequence[InputSpec], preprocessing: Preprocessing
+    path: Path,
+    inputs: Sequence[InputSpec],
+    preprocessing: Preprocessing,
+    classes: Classes | None,
 ) -> Source:
     try:
         entries = sorted(path.iterdir())
@@ -124,24 +146,30 @@ def _open_directory(
                 f"{path}: images feed one input, but the model has "
                 f"{names([spec.name for spec in inputs])}. Give .npz files."
             )
-        return ImageFolder(path, inputs[0], preprocessing)
+        return ImageFolder(path, inputs[0], preprocessing, classes)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
 
 
 def _match_arrays(
-    source: Source, inputs: Sequence[InputSpec], label: str | None, input_map: Mapping[str, str]
+    source: Source,
+    inputs: Sequence[InputSpec],
+    label: str | None,
+    input_map: Mapping[str, str],
+    *,
+    labels: bool,
 ) -> tuple[dict[str, str], str | None]:
-    """Return the array of each input, and the array of labels."""
+    """Return the array of each input, and the array of labels if they are wanted."""
     wanted = [spec.name for spec in inputs]
     for name, key in input_map.items():
         if name not in wanted:
             raise DataError(f"--input: no model input {name!r}. The model has {names(wanted)}.")
         if key not in source.keys:
             raise DataError(f"{source.name}: no array {key!r}. It has {names(source.keys)}.")
-    label_key = _label_array(source, {*wanted, *input_map.values()}, label)
+    label_key = _label_array(source, {*wanted, *input_map.values()}, label) if labels else None
     chosen = {name: name for name in wanted if name in source.keys} | dict(input_map)
-    free = [key for key in source.keys if key != label_key]
+    not_inputs = {label_key} if labels else {label} if label else set(LABEL_NAMES)
+    free = [key for key in source.keys if key not in not_inputs]
     if not chosen and len(wanted) == len(free) == 1:
         chosen = {wanted[0]: free[0]}
     missing = [name for name in wanted if name not in chosen]
@@ -177,19 +205,4 @@ def _check_labels(source: Source, key: str) -> None:
         raise DataError(
             f"{source.name}: labels {key!r} are {dtype} with samples of shape {shape}. "
             "Store one integer class index per sample, or name other labels with --label, or none."
-        )
-
-
-def _check_used(name: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing) -> None:
-    """Refuse preprocessing that no input would get."""
-    images = [spec for spec in inputs if model_layout(spec) is not None]
-    if preprocessing.changes_size and not images:
-        raise DataError(
-            f"{name}: --resize-dims and --crop need an image input (rank 4), which the model "
-            "lacks. Leave them out."
-        )
-    if preprocessing.changes_values and all(spec.dtype == "uint8" for spec in images):
-        raise DataError(
-            f"{name}: --mean and --scale need a float image input (rank 4), which the model "
-            "lacks. Leave them out."
         )

@@ -377,10 +377,8 @@ def test_other_class_folders_than_stored_are_an_error(digits, tmp_path):
     message = error("evaluate", model, other)
 
     assert document("evaluate", model, first)["samples"] == 200
-    assert "digit-8,nine" in message
-    assert "digit-8,digit-9" in message
-    assert str(other) in message
-    assert "out.onnx" in message
+    assert str(other / "nine") in message
+    assert "not in the list of 10 classes; the nearest name is 'digit-9'" in message
 
 
 # --- wrong input ------------------------------------------------------------------------------

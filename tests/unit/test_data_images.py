@@ -41,11 +41,12 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "dog").mkdir()
-    found, labels = read(tmp_path)
-    np.testing.assert_array_equal(found, np.stack(images).transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(labels, [0, 1, 2])
-    with open_data(tmp_path, [RGB]) as data:
-        assert data.classes == ("ant", "bee", "cat", "dog")
+    with open_data(tmp_path, [RGB], class_count=4) as data:
+        (batch,) = data.batches(100)
+        assert data.classes == {"ant": 0, "bee": 1, "cat": 2, "dog": 3}
+    expected = np.stack(images).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(batch.inputs["input"], expected)
+    np.testing.assert_array_equal(batch.labels, [0, 1, 2])
 
 
 def test_numeric_folders_are_the_class_index(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_numeric_folders_are_the_class_index(tmp_path: Path) -> None:
 def test_one_class_twice(tmp_path: Path) -> None:
     save(tmp_path / "1/a.png")
     save(tmp_path / "01/a.png")
-    with pytest.raises(DataError, match="folder '01' is not the only one for class 1"):
+    with pytest.raises(DataError, match="'01' and '1' are both class 1"):
         open_data(tmp_path, [RGB])
 
 

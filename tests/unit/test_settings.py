@@ -12,9 +12,9 @@ from onnxqat.settings import (
     Settings,
     adopt,
     check_batch_size,
+    class_count,
     input_specs,
     settle,
-    settle_classes,
     stored_settings,
 )
 from tests.networks import convnet
@@ -29,7 +29,7 @@ EVERYTHING = Settings(
     pixel_format="bgr",
     label="truth",
     input_map={"input": "images"},
-    classes=("cat", "dog"),
+    classes={"cat": 0, "dog": 1},
 )
 
 
@@ -128,21 +128,60 @@ def test_preprocessing_takes_the_layout_of_the_data_at_hand():
     assert "layout" not in Settings.__struct_fields__
 
 
-def test_class_folders_are_stored_and_compared(model):
-    settle_classes(model, ("cat", "dog"), "train")
-    settle_classes(model, ("cat", "dog"), "test")
-    settle_classes(model, None, "test.npz")
+def test_class_indices_are_stored_and_compared(model):
+    settle(model, Settings(classes={"cat": 0, "dog": 4}))
+    settle(model, Settings(classes={"cat": 0, "dog": 4}))
 
-    assert stored_settings(model).classes == ("cat", "dog")
-    with pytest.raises(DataError, match=r"other: .* cat,emu; .*'model.onnx' .* cat,dog"):
-        settle_classes(model, ("cat", "emu"), "other")
+    assert stored_settings(model).classes == {"cat": 0, "dog": 4}
+    with pytest.raises(DataError, match=r"--classes is dog=1 now, and was dog=4 when"):
+        settle(model, Settings(classes={"cat": 0, "dog": 1}))
+    with pytest.raises(DataError, match=r"--classes is emu=3 now, and was emu=None when"):
+        settle(model, Settings(classes={"cat": 0, "dog": 4, "emu": 3}))
+
+
+def test_names_in_order_that_earlier_versions_stored_are_read(model):
+    model.metadata[KEY] = '{"classes": ["cat", "dog"]}'
+
+    assert stored_settings(model).classes == {"cat": 0, "dog": 1}
+
+
+def test_a_class_that_the_model_lacks_is_refused(model):
+    assert class_count(model) == 5
+    with pytest.raises(DataError, match=r"class 'emu' has the index 5, and the model has 5 cl"):
+        settle(model, Settings(classes={"cat": 0, "emu": 5}))
 
 
 def test_names_that_are_not_text_are_refused(model):
     with pytest.raises(DataError, match="not UTF-8"):
-        settle_classes(model, ("cat", "d\udcffg"), "train")
+        settle(model, Settings(classes={"cat": 0, "d\udcffg": 1}))
 
     assert KEY not in model.metadata
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Settings(mean=(1.0, 2.0)), "input 'input' has 3 channels, but --mean 2 values"),
+        (Settings(scale=(1.0,) * 4), "input 'input' has 3 channels, but --scale 4 values"),
+        (Settings(pixel_format="gray"), "has 3 channels, but --pixel-format is 'gray'"),
+    ],
+)
+def test_preprocessing_that_the_model_cannot_take_is_refused_at_once(model, given, message):
+    with pytest.raises(DataError, match=message):
+        settle(model, given)
+
+    assert KEY not in model.metadata
+
+
+def test_pixel_formats_and_options_need_an_image_with_their_channels(model):
+    model.graph.inputs[0].shape = ("N", 8, 8, 1)
+    settle(model.copy(), Settings(pixel_format="gray", mean=(1.0,)))
+    with pytest.raises(DataError, match="has 1 channels, but --pixel-format is 'bgr'"):
+        settle(model, Settings(pixel_format="bgr"))
+    model.graph.inputs[0].shape = ("N", 8)
+    for given in (Settings(mean=(1.0,)), Settings(crop=(2, 2))):
+        with pytest.raises(DataError, match=r"image input \(rank 4\), which the model lacks"):
+            settle(model, given)
 
 
 def test_a_reference_tells_what_it_knows(model):

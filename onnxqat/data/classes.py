@@ -1,0 +1,271 @@
+"""Which class index a folder of images has.
+
+Names that are all numbers are the index. Others get it from a list, in one of these forms:
+
+==============  =======================================================================
+lines of text   one name a line; the first has index 0
+``.csv``        name and index in each row, in either order; a first row of titles is skipped
+``.json``       a list of names; ``{"name": index}``; ``{"index": "name"}``, where in place of a
+                name a list may give several for one class
+==============  =======================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxqat.data.arrays import names, reason
+from onnxqat.errors import DataError
+from onnxqat.files import check_readable
+
+__all__ = ["Classes", "check_count", "class_indices", "read_classes", "refuse_splits"]
+
+SPLITS = frozenset(
+    {"images", "labels", "test", "testing", "train", "training", "val", "valid", "validation"}
+)
+MAX_BYTES = 2**24
+MAX_INDEX = 2**31 - 1
+
+Rows = list[tuple[Any, list[Any]]]  # index and the names that have it
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What is known about the classes of a model.
+
+    Attributes
+    ----------
+    known : mapping of str to int, or None
+        Index by name.
+    count : int or None
+        How many there are.
+    needed : bool
+        Whether it is an error that the class of a folder cannot be told.
+    """
+
+    known: Mapping[str, int] | None = None
+    count: int | None = None
+    needed: bool = True
+
+
+def read_classes(path: str | Path) -> dict[str, int]:
+    """Return the class index of each name in a list.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or gives a name or an index twice.
+    """
+    text = _text(Path(path))
+    try:
+        read = {".json": _json, ".csv": _csv}.get(Path(path).suffix.lower(), _lines)
+        return _joined(read(text))
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DataError(
+            f"{path}: is no list of classes ({reason(error)}). Give one name a line, or JSON or "
+            "CSV of names and indices."
+        ) from error
+
+
+def _text(path: Path) -> str:
+    check_readable(path, DataError)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(
+            f"{path}: has more than {MAX_BYTES} bytes. Give a list of class names alone."
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+
+
+def _lines(text: str) -> Rows:
+    return [(index, [line.strip()]) for index, line in enumerate(text.rstrip().split("\n"))]
+
+
+def _csv(text: str) -> Rows:
+    rows = [
+        [cell.strip() for cell in row]
+        for row in csv.reader(io.StringIO(text, newline=""), strict=True)
+    ]
+    rows = [row for row in rows if row]
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"the row {','.join(row)[:80]!r} has {len(row)} columns, and not 2")
+    if rows and not any(map(_is_index, rows[0])):
+        rows = rows[1:]
+    column = 1 if all(_is_index(row[1]) for row in rows) else 0
+    return [(row[column], [row[1 - column]]) for row in rows]
+
+
+def _json(text: str) -> Rows:
+    # a mapping as its members: of a name that is there twice, a dict would keep the last
+    found = json.loads(text, object_pairs_hook=_Members)
+    if isinstance(found, _Members):
+        turned: list[Any] = [(v, k) if isinstance(v, int) else (k, v) for k, v in found]
+    elif isinstance(found, list):
+        turned = list(enumerate(found))
+    else:
+        raise ValueError(f"it holds a value of type '{type(found).__name__}'")
+    return [(index, name if isinstance(name, list) else [name]) for index, name in turned]
+
+
+class _Members(tuple[tuple[str, Any], ...]):
+    """The members of a JSON object, in order."""
+
+    __slots__ = ()
+
+
+def _is_index(cell: str) -> bool:
+    return cell.isascii() and cell.removeprefix("-").isdecimal()
+
+
+def _joined(rows: Rows) -> dict[str, int]:
+    """Return the index of each name.
+
+    Of several names for one index the first counts, the others where they are of no other index
+    (two classes of ImageNet are called crane).
+    """
+    classes: dict[str, int] = {}
+    seen: set[int] = set()
+    for cell, found in rows:
+        index = _index(cell, found)
+        first = _name(found[0] if found else "")
+        if index in seen or first in classes:
+            twice = f"{first!r}" if first in classes else f"index {index}"
+            raise ValueError(f"{twice} is there twice")
+        seen.add(index)
+        classes[first] = index
+    if not classes:
+        raise ValueError("it holds no names")
+    others = [(_index(cell, found), {*map(_name, found[1:])}) for cell, found in rows]
+    uses = Counter(name for _, more in others for name in more)
+    return {name: i for i, more in others for name in more if uses[name] == 1} | classes
+
+
+def _index(cell: Any, found: Sequence[Any]) -> int:
+    index = int(cell) if isinstance(cell, str) and _is_index(cell) else cell
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_INDEX:
+        raise ValueError(f"the index of {str(*found[:1])[:80]!r} is {str(cell)[:80]!r}")
+    return index
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{str(name)[:80]!r} is no name")
+    name.encode()  # lone surrogates, which JSON can write
+    return name
+
+
+def refuse_splits(folder: Path, found: Sequence[str], known: Mapping[str, int] | None) -> None:
+    """Refuse folders that divide the data, where class folders are expected.
+
+    Raises
+    ------
+    DataError
+        A folder is called like a split, and no list of classes has that name.
+    """
+    splits = [name for name in found if name.lower() in SPLITS and name not in (known or {})]
+    if splits:
+        offered = [name for name in splits if name.lower() != "labels"] or ["IMAGES"]
+        paths = " or ".join(f"'{folder / name}'" for name in offered)
+        raise DataError(
+            f"{folder}: its folder '{splits[0]}' is a part of the data and no class. Give {paths}."
+        )
+
+
+def class_indices(
+    folder: Path, found: Sequence[str], classes: Classes
+) -> tuple[list[int], dict[str, int] | None]:
+    """Return the class index of each folder, and the index of each name where names count.
+
+    Parameters
+    ----------
+    folder : Path
+        What holds the folders.
+    found : sequence of str
+        Their names, sorted.
+    classes : Classes
+        A list, if there is one, and how many classes the model has.
+
+    Raises
+    ------
+    DataError
+        A name is not in the list, an index beyond the model's classes or there twice, or nothing
+        says which class a name is.
+    """
+    known, count = classes.known, classes.count
+    numeric = all(name.isascii() and name.isdecimal() for name in found)
+    if known is not None and (not numeric or any(name.isdecimal() for name in known)):
+        return [_looked_up(folder, name, known) for name in found], dict(known)
+    if numeric:
+        return _numbers(folder, found, count), None
+    if len(found) != count:
+        has = "the number of the model's classes is not known"
+        if count is not None:
+            has = f"the model has {count} classes"
+        raise DataError(
+            f"{folder}: has {len(found)} folders ({names(found[:3])}, ...), and {has}, so that "
+            "their order does not say which class each is. Give --classes FILE with a name for "
+            "each index, or --label none."
+        )
+    by_order = {name: index for index, name in enumerate(found)}
+    return list(by_order.values()), by_order
+
+
+def check_count(known: Mapping[str, int], count: int | None, where: str) -> None:
+    """Refuse an index beyond the model's classes.
+
+    Raises
+    ------
+    DataError
+        It is named.
+    """
+    for name, index in known.items():
+        if count is not None and index >= count:
+            raise DataError(
+                f"{where}: class {name!r} has the index {index}, and the model has {count} "
+                f"classes, 0 to {count - 1}. Give --classes FILE with the model's own indices."
+            )
+
+
+def _looked_up(folder: Path, name: str, known: Mapping[str, int]) -> int:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    raise DataError(
+        f"{folder / name}: is not in the list of {len(known)} classes; the nearest name is "
+        f"{names(near)}. Rename the folder, or give --classes FILE with its name."
+    )
+
+
+def _numbers(folder: Path, found: Sequence[str], count: int | None) -> list[int]:
+    limit = MAX_INDEX if count is None else count - 1
+    owners: dict[int, str] = {}
+    for name in found:
+        number = int(name)
+        if number > limit:
+            has = "" if count is None else f"; the model has {count} classes, 0 to {limit}"
+            raise DataError(
+                f"{folder / name}: class {number} does not exist{has}. Name folders by the class "
+                "index, or give --classes FILE."
+            )
+        if number in owners:
+            raise DataError(
+                f"{folder}: '{owners[number]}' and '{name}' are both class {number}. Merge them."
+            )
+        owners[number] = name
+    return list(owners)
