@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,3 +42,10 @@ def _ordinals(values: Array) -> Array:
     assert np.isfinite(values).all()
     integers = np.ascontiguousarray(values).view(f"i{values.dtype.itemsize}")
     return np.where(integers < 0, np.iinfo(integers.dtype).min - integers, integers)
+
+
+def sqnr_db(expected: Array, actual: Array) -> float:
+    """Return the signal to quantization noise ratio in dB."""
+    noise = float(np.square(actual.astype(float) - expected).sum())
+    signal = float(np.square(expected.astype(float)).sum())
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise)

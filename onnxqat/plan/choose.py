@@ -9,6 +9,7 @@ from onnxqat.errors import RuleError
 from onnxqat.overrides import Override
 from onnxqat.plan.exceptions import changed, find_exception
 from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.masks import Masks
 from onnxqat.plan.operators import is_bias_add, is_float
 from onnxqat.plan.types import Skip
 from onnxqat.rules import HardwareRule, OpRule
@@ -36,14 +37,14 @@ def choose_ops(
     index: GraphIndex,
     rule: HardwareRule,
     overrides: Sequence[Override],
-    masks: dict[str, str],
+    masks: Masks,
 ) -> Choice:
     """Choose for every unit.
 
     Parameters
     ----------
-    masks : dict of str to str
-        By name of the node, why a mask keeps it float.
+    masks : Masks
+        What masks keep float, unless an override has the name of the node.
 
     Raises
     ------
@@ -56,12 +57,12 @@ def choose_ops(
         by_user = next((decided[n.name] for n in reversed(unit.nodes) if n.name in decided), None)
         if reason := _impossible(unit):
             choice.skip(unit, reason)
-        elif by_user is not None and by_user.value:
-            choice.ops[unit.name] = rule.ops.get(unit.kind) or _included(rule, unit, by_user)
-        elif by_user is not None:
+        elif by_user is not None and not by_user.value:
             choice.skip(unit, f"override {by_user}")
-        elif unit.name in masks:
-            choice.skip(unit, masks[unit.name])
+        elif unit.name in masks.reasons and not (by_user and by_user.pattern == unit.name):
+            choice.skip(unit, masks.reasons[unit.name])
+        elif by_user is not None:
+            choice.ops[unit.name] = rule.ops.get(unit.kind) or _included(rule, unit, by_user)
         else:
             _by_rule(index, rule, unit, choice)
     return choice

@@ -54,11 +54,11 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
         An override covers nothing, or names a spec that the rule does not have.
     """
     index = GraphIndex(graph, [kind for kind in PATTERNS if kind not in rule.split])
-    mask_reasons, masked = find_masks(graph)
-    choice = choose_ops(index, rule, overrides, mask_reasons)
+    masks = find_masks(graph)
+    choice = choose_ops(index, rule, overrides, masks)
     chains = find_chains(index, rule.fuse, choice.ops)
     _skip_loose_followers(index, rule, choice, chains)
-    marker = Marker(index, rule, choice.ops, chains, masked)
+    marker = Marker(index, rule, choice.ops, chains, masks)
     marker.mark()
     _apply_overrides(index, rule, marker.drafts, overrides)
     if not marker.drafts:

@@ -10,6 +10,7 @@ import msgspec
 import onnx_graphsurgeon as gs
 
 from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.masks import Masks
 from onnxqat.plan.operators import (
     BIAS_INPUT,
     NONNEGATIVE_OPS,
@@ -55,8 +56,8 @@ class Marker:
         By name of the unit.
     chains : list of tuple of Unit
         What the chip runs as one.
-    masked : frozenset of str
-        Tensors that get no point.
+    masks : Masks
+        Tensors that get no point, and nodes that are fed floats.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class Marker:
         rule: HardwareRule,
         ops: dict[str, OpRule],
         chains: list[tuple[Unit, ...]],
-        masked: frozenset[str],
+        masks: Masks,
     ) -> None:
         self.index = index
         self.rule = rule
         self.ops = ops
-        self.masked = masked
+        self.drowned = masks.drowned
+        self.fed_floats = masks.computing - ops.keys()
         self.heads = {unit.name: chain[0] for chain in chains for unit in chain}
         self.tails = {chain[0].name: chain[1:] for chain in chains}
         self.inner = {chain_unit.outputs[0].name for c in chains for chain_unit in c[:-1]}
@@ -83,7 +85,7 @@ class Marker:
             if op is None:
                 continue
             for node, i, tensor in unit.inputs():
-                if is_float(tensor) and tensor.name not in self.inner | self.masked:
+                if is_float(tensor) and tensor.name not in self.inner | self.drowned:
                     self._mark_input(unit, node, op, i, tensor)
             outputs = op.outputs or self.ops[self._head(unit).name].outputs
             for tensor in unit.outputs:
@@ -124,6 +126,7 @@ class Marker:
     def _mark_output(self, unit: Unit, tensor: gs.Tensor, spec_name: str) -> None:
         nodes, all_edges = self.index.nodes, self.index.readers.get(tensor.name, [])
         edges = [e for e in all_edges if not e.node or not _is_parameter(nodes[e.node], e.index)]
+        edges = [e for e in edges if e.node not in self.fed_floats]
         if self.rule.graph_outputs == "float":
             edges = [e for e in edges if e.node]
         if not edges:

@@ -2,80 +2,215 @@
 
 A transformer adds a mask to the scores before Softmax: 0 where it may look, -1e4, -inf or the
 smallest float where it may not. On one grid with the mask every score would be rounded away
-(measured: perplexity 4.2 with the masks left float, 53 with the masks quantized).
+(measured: perplexity 4.2 with the masks left float, 53 with the masks quantized), and a mask that
+calibration saw as all zeros would vanish.
 
 *Data* is what comes from a float graph input, an 8-bit one behind a Cast, a table that is looked
-up, or a weighted op. A float tensor that is none of it was computed from shapes, indices and
-constants.
+up, or a weighted op; *learned* is what comes from the last two. A float tensor that is no data was
+computed from shapes, indices, masks of integers and constants. What is added to learned values is
+a mask if it is no data; if very negative constants are in it; or if it comes from graph inputs
+that the values do not come from, and the sum leads to a Softmax. All that computes a mask, back to
+the graph inputs, stays float: 1 - m of a rounded m is not 0, and times -1e38 it drowns everything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.plan.operators import WEIGHTED_OPS, is_constant, is_float
+from onnxqat.plan.operators import is_constant, is_float, weight_index
 
-__all__ = ["find_masks"]
+__all__ = ["Masks", "find_masks"]
 
-MASKING_OPS = ("Add", "Sub", "Where")
+MASKING_OPS = ("Add", "Sub", "Where", "Max", "Min", "Concat", "Pad", "ScatterND", "ScatterElements")
 MOVING_OPS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Slice")
+# Ops behind which a very negative value is still one, with the above.
+PASSING_OPS = (*MASKING_OPS, *MOVING_OPS, "Mul", "Div", "Neg", "Clip", "Split", "Gather", "Tile")
+# Ops for which a very negative value counts for nothing.
+SELECTING_OPS = (
+    *("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp", "ReduceMax", "ArgMax", "TopK"),
+    *("MaxPool", "GlobalMaxPool"),
+)
+# Ops whose results come from more than their float inputs tell.
+OPAQUE_OPS = ("If", "Loop", "Scan", "LSTM", "GRU", "RNN")
 SMALLEST_MASK = -50.0  # exp(-50) of a score is nothing
+LARGE = 1e4  # no weight or factor of a network is as large
 
 
-def find_masks(graph: gs.Graph) -> tuple[dict[str, str], frozenset[str]]:
-    """Return why each node that adds a mask, or moves what it wrote, stays float.
+@dataclass(kw_only=True)
+class Masks:
+    """What masks keep float.
 
-    Returns
-    -------
+    Attributes
+    ----------
     reasons : dict of str to str
-        By name of the node.
-    tensors : frozenset of str
-        What these nodes write; they get no point.
+        Why a node stays float, by its name.
+    drowned : set of str
+        Tensors that a mask was added to; they get no point.
+    computing : set of str
+        Names of the nodes that compute masks; what they read is not quantized for them.
     """
-    data = _data_tensors(graph)
-    reasons: dict[str, str] = {}
-    masked: set[str] = set()
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    drowned: set[str] = field(default_factory=set)
+    computing: set[str] = field(default_factory=set)
+
+
+def find_masks(graph: gs.Graph) -> Masks:
+    """Return why each node that computes or adds a mask, or moves what it wrote, stays float."""
+    search = _Search(graph)
     for node in graph.nodes:
-        reason = None
-        if node.op in MASKING_OPS:
-            reason = _masking_reason(node, data)
-        elif node.op in MOVING_OPS and node.inputs[0].name in masked:
-            reason = f"moves '{node.inputs[0].name}', to which a mask was added"
+        search.visit(node)
+    return search.found
+
+
+class _Search:
+    """What is known of each tensor, in the order of the graph."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.found = Masks()
+        self.roots = {t.name: frozenset({t.name}) for t in graph.inputs if is_float(t)}
+        self.bytes = {t.name for t in graph.inputs if _is_byte(t)}
+        self.learned: set[str] = set()
+        self.large: set[str] = set()  # very negative or positive constants are in it
+        self.selected = _selected(graph)
+        self.walked: set[str] = set()  # nodes from which the way back to the inputs is known
+
+    def visit(self, node: gs.Node) -> None:
+        reason, mask = self._reason(node)
         if reason is not None:
-            reasons[node.name] = reason
-            masked.update(t.name for t in node.outputs)
-    return reasons, frozenset(masked)
+            self.found.reasons[node.name] = reason
+            self.found.drowned.update(t.name for t in node.outputs)
+            if mask is not None:
+                conditions = node.inputs[:1] if node.op == "Where" else []
+                self._keep_float(f"computes the mask '{mask.name}'", [mask, *conditions])
+        outputs = {t.name for t in node.outputs if is_float(t)}
+        roots = self._roots_of(node, mask)
+        if roots is not None:
+            self.roots.update(dict.fromkeys(outputs, roots))
+        elif outputs:
+            self.found.reasons.setdefault(node.name, "computes from integers and constants alone")
+            self.found.computing.add(node.name)
+        if _is_learned(node) or any(t.name in self.learned for t in node.inputs):
+            self.learned |= outputs
+        if self._is_large(node):
+            self.large |= outputs
 
+    def _roots_of(self, node: gs.Node, mask: gs.Tensor | None) -> frozenset[str] | None:
+        """Return which data a node's outputs come from, masks left out; None for no data."""
+        if node.op == "Cast" and node.inputs[0].name in self.bytes:
+            return frozenset({node.inputs[0].name})
+        known = [self.roots[t.name] for t in node.inputs if t.name in self.roots and t is not mask]
+        if not known:
+            return frozenset({node.name}) if _is_learned(node) else None
+        return frozenset().union(*known)
 
-def _data_tensors(graph: gs.Graph) -> set[str]:
-    data = {t.name for t in graph.inputs if is_float(t)}
-    bytes_in = {
-        t.name for t in graph.inputs if t.dtype is not None and np.dtype(t.dtype).itemsize == 1
-    }
-    for node in graph.nodes:
-        looked_up = node.op == "Gather" and is_constant(node.inputs[0]) and is_float(node.inputs[0])
-        pixels = node.op == "Cast" and node.inputs[0].name in bytes_in
-        known = any(t.name in data for t in node.inputs)
-        if known or looked_up or pixels or node.op in WEIGHTED_OPS:
-            data.update(t.name for t in node.outputs if is_float(t))
-    return data
+    def _reason(self, node: gs.Node) -> tuple[str | None, gs.Tensor | None]:
+        """Return why a mask keeps a node float, and the mask that it adds, if it does."""
+        if node.op in MASKING_OPS and any(t.name in self.roots for t in node.inputs):
+            for i, tensor in enumerate(node.inputs):
+                if is_float(tensor) and (kind := self._mask_kind(node, i)):
+                    return kind.format(tensor.name), tensor
+        drowned = next((t.name for t in node.inputs if t.name in self.found.drowned), None)
+        if drowned is None or node.op not in PASSING_OPS:
+            return None, None
+        if node.op in MOVING_OPS or drowned in self.large or _any(node.outputs, self.selected):
+            verb = "moves" if node.op in MOVING_OPS else "computes with"
+            return f"{verb} '{drowned}', to which a mask was added", None
+        return None, None
 
-
-def _masking_reason(node: gs.Node, data: set[str]) -> str | None:
-    if not any(t.name in data for t in node.inputs):
+    def _mask_kind(self, node: gs.Node, index: int) -> str | None:
+        tensor = node.inputs[index]
+        if is_constant(tensor):
+            return "adds the constant mask '{}'" if _is_mask(node, index) else None
+        if node.op not in ("Add", "Sub", "Where"):
+            return None
+        if tensor.name not in self.roots:
+            return "adds the mask '{}', computed from no data"
+        others = [t for t in node.inputs if t is not tensor and t.name in self.roots]
+        if not others or tensor.name in self.found.drowned & self.learned:
+            return None
+        if tensor.name in self.large:
+            return "adds the mask '{}', in which there are very large constants"
+        roots = self.roots[tensor.name]
+        alone = all(t.name in self.learned and not self.roots[t.name] & roots for t in others)
+        if alone and tensor.name not in self.learned and _any(node.outputs, self.selected):
+            return "adds the mask '{}', which comes from other inputs than the scores"
         return None
-    for tensor in node.inputs:
-        if is_constant(tensor) and is_float(tensor) and _is_mask(tensor):
-            return f"adds the constant mask '{tensor.name}'"
-        if not is_constant(tensor) and is_float(tensor) and tensor.name not in data:
-            return f"adds the mask '{tensor.name}', computed from no data"
-    return None
+
+    def _keep_float(self, reason: str, frontier: list[gs.Tensor]) -> None:
+        """Keep float what computes a mask, as far back as no weight is in it."""
+        while frontier:
+            for node in frontier.pop().inputs:
+                if node.name not in self.walked and not self._is_score(node):
+                    self.walked.add(node.name)
+                    self.found.computing.add(node.name)
+                    self.found.reasons[node.name] = reason
+                    frontier += [] if node.op in ("Shape", "Size") else node.inputs
+
+    def _is_score(self, node: gs.Node) -> bool:
+        return _any(node.outputs, self.learned - self.large)
+
+    def _is_large(self, node: gs.Node) -> bool:
+        """Return whether very large constants are in what a node writes."""
+        if node.op not in (*PASSING_OPS, "ConstantOfShape"):
+            return False
+        values = [t.values for t in node.inputs if is_constant(t) and is_float(t)]
+        filled = node.attrs.get("value") if node.op == "ConstantOfShape" else None
+        values += [] if filled is None else [filled.values]
+        if node.op == "Div":
+            values = [1 / v for v in values if np.all(v)]
+        if node.op == "Clip":
+            values = []
+        biggest = (float(np.abs(v).max()) for v in values if v.size and v.dtype.kind == "f")
+        return any(v >= LARGE for v in biggest) or _any(node.inputs, self.large)
 
 
-def _is_mask(tensor: gs.Tensor) -> bool:
-    """Return whether a constant holds nothing but 0 and one very negative value."""
-    values = np.asarray(tensor.values)
-    if values.size == 0 or not values.min() <= SMALLEST_MASK:
+def _any(tensors: Iterable[gs.Tensor], names: set[str]) -> bool:
+    return any(t.name in names for t in tensors)
+
+
+def _is_byte(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor holds 8-bit integers: pixels, not truth values."""
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
         return False
-    return bool(np.all((values == 0) | (values == values.min())))
+    dtype = np.dtype(tensor.dtype)
+    return dtype.itemsize == 1 and dtype.kind in "iu"
+
+
+def _is_learned(node: gs.Node) -> bool:
+    """Return whether what a node writes was learned: looked up, or weighted."""
+    if node.op == "Gather" and is_constant(node.inputs[0]) and is_float(node.inputs[0]):
+        return True
+    own = node.domain in (None, "", "ai.onnx")
+    return not own or node.op in OPAQUE_OPS or weight_index(node) is not None
+
+
+def _selected(graph: gs.Graph) -> set[str]:
+    """Return the tensors that lead to a Softmax, or its like, over nothing but sums and moves."""
+    names: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.op in SELECTING_OPS:
+            names.update(t.name for t in node.inputs[:1])
+        elif node.op in PASSING_OPS and _any(node.outputs, names):
+            names.update(t.name for t in node.inputs if is_float(t))
+    return names
+
+
+def _is_mask(node: gs.Node, index: int) -> bool:
+    """Return whether a constant operand drowns values: it holds one extreme, and 0 besides."""
+    values = np.asarray(node.inputs[index].values)
+    if values.size == 0:
+        return False
+    if node.op == "Sub":
+        values = -values if index == 1 else values
+    extreme = values.min() if values.min() <= SMALLEST_MASK else values.max()
+    filled = bool(np.all(values == extreme))
+    if node.op not in ("Add", "Sub", "Where"):
+        return filled and abs(extreme) >= LARGE
+    if SMALLEST_MASK < extreme < LARGE or (filled and node.op != "Where"):
+        return False
+    return bool(np.all((values == 0) | (values == extreme)))

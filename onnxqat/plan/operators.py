@@ -42,7 +42,10 @@ def channel_axis(node: gs.Node, index: int) -> int:
 
 def is_float(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is known to hold float32."""
-    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.float32
+    # graphsurgeon holds a type that numpy lacks as onnx's number
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
+        return False
+    return bool(np.dtype(tensor.dtype) == np.float32)
 
 
 def is_constant(tensor: gs.Tensor) -> bool:

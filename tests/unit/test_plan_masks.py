@@ -1,0 +1,215 @@
+"""Masks of attention, however they are computed, are neither quantized nor trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.evaluate.run import model_session
+from onnxqat.insert import insert
+from onnxqat.model import Model, from_proto
+from onnxqat.overrides import parse_override
+from onnxqat.plan import make_plan
+from onnxqat.prepare import prepare
+from onnxqat.rules import HardwareRule, OpRule, RuleSpec
+from onnxqat.train.form import training_form
+from tests.oracles import sqnr_db
+
+LENGTH, WIDTH = 6, 8
+# What computes `m` of `s`, and writes `a`, which Softmax reads; the type of the input `mask`.
+MASKS = {
+    "1 - m times the smallest float": (
+        "int64[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) c = Cast<to=1>(u) d = Sub(one, c) m = Mul(d, lowest) "
+        "a = Add(s, m)"
+    ),
+    "behind a division": (
+        "int64[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) c = Cast<to=1>(u) d = Sub(one, c) m = Mul(d, tenk) "
+        "b = Add(s, m) a = Div(b, root)"
+    ),
+    "m - 1 times a large number": (
+        "int64[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) c = Cast<to=1>(u) d = Sub(c, one) m = Mul(d, large) "
+        "a = Add(s, m)"
+    ),
+    "minus a large number": (
+        "int64[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) c = Cast<to=1>(u) d = Sub(one, c) m = Mul(d, large) "
+        "t = Mul(s, c) a = Sub(t, m)"
+    ),
+    "Where of constants": (
+        "bool[N,6] mask; u = Unsqueeze(mask, one_axis) m = Where(u, zero, infinite) a = Add(s, m)"
+    ),
+    "Where of scores": (
+        "bool[N,6] mask; u = Unsqueeze(mask, one_axis) m = Not(u) a = Where(m, infinite, s)"
+    ),
+    "Cast of truth values": (
+        "bool[N,6] mask; "
+        "c = Cast<to=1>(mask) d = Sub(one, c) g = Mul(d, tenk) m = Unsqueeze(g, one_axis) "
+        "a = Add(s, m)"
+    ),
+    "Expand and a second mask": (
+        "int64[N,6] mask; "
+        "c = Cast<to=1>(mask) u = Unsqueeze(c, one_axis) n = Shape(s) x = Expand(u, n) "
+        "d = Sub(one, x) t = Cast<to=9>(d) m = Where(t, lowest, d) b = Add(s, m) "
+        "o = ConstantOfShape<value = float[1] {-10000}>(n) q = Trilu<upper = 1>(o, one_int) "
+        "f = Add(b, q) a = Max(f, lowest)"
+    ),
+    "a float input of 0 and 1": (
+        "float[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) d = Sub(one, u) m = Mul(d, tenk) a = Add(s, m)"
+    ),
+    "a float input that is added": "float[N,1,6] mask; a = Add(s, mask)",
+    "a float input that is moved and added": (
+        "float[N,6] mask; u = Unsqueeze(mask, one_axis) n = Shape(s) m = Expand(u, n) a = Add(m, s)"
+    ),
+    "a float input that is compared": (
+        "float[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) t = Less(u, one) c = Cast<to=1>(t) m = Mul(c, lowest) "
+        "a = Add(s, m)"
+    ),
+    "the product of a column and a row": (
+        "int64[N,6] mask; "
+        "c = Cast<to=1>(mask) u = Unsqueeze(c, one_axis) v2 = Unsqueeze(c, two_axis) "
+        "x = MatMul(v2, u) d = Sub(one, x) m = Mul(d, tenk) a = Add(s, m)"
+    ),
+    "the padding of ids": (
+        "int64[N,6] mask; "
+        "t = Equal(mask, zero_int) u = Unsqueeze(t, one_axis) c = Cast<to=1>(u) "
+        "m = Mul(c, lowest) a = Add(s, m)"
+    ),
+    "compared positions": (
+        "int64[N,6] mask; "
+        "n = Shape<start = 1, end = 2>(mask) l = Squeeze(n) r = Range(zero_int, l, one_int) "
+        "p1 = Unsqueeze(r, zero_axis) p2 = Unsqueeze(r, one_axis) t = LessOrEqual(p1, p2) "
+        "m = Where(t, zero, infinite) b = Add(s, m) u = Unsqueeze(mask, one_axis) "
+        "c = Cast<to=1>(u) d = Sub(one, c) m2 = Mul(d, tenk) a = Add(b, m2)"
+    ),
+    "a slice of a constant": (
+        "int64[N,6] mask; "
+        "n = Shape<start = 1, end = 2>(mask) k2 = Slice(causal, zero_axis, n, one_axis) "
+        "b = Add(s, k2) u = Unsqueeze(mask, one_axis) c = Cast<to=1>(u) d = Sub(one, c) "
+        "m = Mul(d, tenk) a = Add(b, m)"
+    ),
+    "masks that are added to each other": (
+        "float[N,6] mask; "
+        "u = Unsqueeze(mask, one_axis) d = Sub(one, u) g = Mul(d, tenk) m = Add(causal, g) "
+        "a = Add(s, m)"
+    ),
+    "the logarithm of a float input": (
+        "float[N,6] mask; u = Unsqueeze(mask, one_axis) m = Log(u) a = Add(s, m)"
+    ),
+    "8-bit integers": (
+        "uint8[N,6] mask; "
+        "c = Cast<to=1>(mask) u = Unsqueeze(c, one_axis) d = Sub(one, u) m = Mul(d, tenk) "
+        "a = Add(s, m)"
+    ),
+}
+MULTIPLIED = "minus a large number"  # scores times the mask, which are data
+ADDED = {"a float input that is added", "a float input that is moved and added"}
+OPS = (
+    *("Add", "Sub", "Mul", "Div", "Where", "Max", "MatMul", "Softmax", "Transpose", "Unsqueeze"),
+    *("Cast", "Expand", "Slice", "Gather", "Range", "ConstantOfShape", "Trilu", "Log", "Squeeze"),
+    *("ReduceMean",),
+)
+
+
+def network(kind: str) -> Model:
+    """One head of attention over ids of 20 words, and its mean."""
+    declared, _, body = MASKS[kind].partition(";")
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21]>
+        g (int64[N,6] ids, {declared}) => (float[N,8] y)
+        <float one = {{1}}, float zero = {{0}}, float lowest = {{-3.4028234e38}},
+         float large = {{1e30}}, float tenk = {{-10000}}, float root = {{2}},
+         int64 zero_int = {{0}}, int64 one_int = {{1}},
+         int64[1] zero_axis = {{0}}, int64[1] one_axis = {{1}}, int64[1] two_axis = {{2}}>
+        {{ e = Gather(emb, ids) q0 = MatMul(e, wq) k0 = MatMul(e, wk) v = MatMul(e, wv)
+           kt = Transpose<perm = [0, 2, 1]>(k0) s = MatMul(q0, kt) {body}
+           p = Softmax(a) w = MatMul(p, v) y = ReduceMean<keepdims = 0>(w, one_axis) }}"""
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"emb": (20, WIDTH), **dict.fromkeys(("wq", "wk", "wv"), (WIDTH, WIDTH))}
+    arrays = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    arrays["causal"] = np.triu(np.full((LENGTH, LENGTH), -1e9, np.float32), 1)
+    arrays["infinite"] = np.float32(-np.inf)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    return prepare(from_proto(model), opset=21)
+
+
+def feeds(model: Model, kind: str, *, padded: bool) -> dict[str, np.ndarray]:
+    """Return 32 samples: all words count, or the last three of half of the samples do not."""
+    rng = np.random.default_rng(1)
+    keep = np.ones((32, LENGTH))
+    keep[::2, 3:] = not padded
+    mask = next(t for t in model.graph.inputs if t.name == "mask")
+    values = (1 - keep) * -1e4 if kind in ADDED else keep
+    values = values.reshape([32, *mask.shape[1:]]).astype(mask.dtype)
+    return {"ids": rng.integers(1, 20, (32, LENGTH)), "mask": values}
+
+
+def quantizing(*ops: str) -> HardwareRule:
+    """Return a rule that quantizes everything around some ops, at 16 bits."""
+    op = OpRule(inputs="a", outputs="a", weight="a")
+    specs = {"a": RuleSpec(bits=16), "activation": RuleSpec(bits=16)}
+    return HardwareRule(
+        name="test", vendor="v", summary="s", sources=("s",), weight_bits=(16,),
+        activation_bits=(16,), specs=specs, ops=dict.fromkeys(ops, op),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_mask_is_neither_quantized_nor_lost(kind):
+    model = network(kind)
+    names = [parse_override("name:.*.quantize=true")]
+    plan = make_plan(model.graph, quantizing(*OPS), names)
+    points = {p.tensor for p in plan.points}
+    empty = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    quantized = calibrate(empty, [feeds(model, kind, padded=False)], observer="minmax")
+    padded = feeds(model, kind, padded=True)
+    expected = model_session(model, "float").run(None, padded)[0]
+    found = model_session(quantized, "qdq").run(None, padded)[0]
+
+    scores = {"emb", "e", "wq", "q0", "wk", "k0", "wv", "v", "kt", "s", "p", "w", "y"}
+    scores |= {"t", "c"} if kind == MULTIPLIED else set()
+
+    assert points - {"emb"} == scores - {"emb"}
+    assert sqnr_db(expected, found) > 20
+    assert set(training_form(quantized).weights) <= {"emb", "wq", "wk", "wv"}
+
+
+def plan_of(body: str, *overrides: str):
+    """Plan for two float inputs and a constant, everything quantized."""
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21]> g (float[N,6] x, float[N,6] z)
+        => (float[N,6] y)
+        <float[6] k = {{0, -64, 3, 1, 1, 1}}, float[6] pixel = {{{", ".join(["-128"] * 6)}}},
+         float[6,6] w = {{{", ".join(["1"] * 36)}}}> {{ {body} }}"""
+    )
+    graph = prepare(from_proto(model), opset=21).graph
+    return make_plan(graph, quantizing(*OPS), [parse_override(o) for o in overrides])
+
+
+@pytest.mark.parametrize(
+    ("body", "points"),
+    [
+        ("s = MatMul(x, w) a = Add(s, x) y = Softmax(a)", "x w s a y"),
+        ("s = MatMul(x, w) a = Add(s, k) y = Softmax(a)", "x w s k a y"),
+        ("a = Sub(x, pixel) s = MatMul(a, w) y = Softmax(s)", "x pixel a w s y"),
+        ("s = MatMul(x, w) y = Add(s, z)", "x w s z y"),
+        ("s = MatMul(x, w) t = MatMul(z, w) a = Add(s, t) y = Softmax(a)", "x w s z t a y"),
+    ],
+)
+def test_what_is_no_mask_is_quantized(body, points):
+    assert {p.tensor for p in plan_of(body).points} == set(points.split())
+
+
+def test_mask_is_quantized_where_an_override_has_the_name_of_the_node():
+    body = "s = MatMul(x, w) a = Add(s, z) y = Softmax(a)"
+    node = next(s.node for s in plan_of(body).skips if s.op_type == "Add")
+
+    assert "z" not in {p.tensor for p in plan_of(body, "name:.*.quantize=true").points}
+    assert "z" in {p.tensor for p in plan_of(body, f"name:{node}.quantize=true").points}
