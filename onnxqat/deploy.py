@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 
 from onnxqat.errors import FormatError, OnnxQatError, PlanError, RuleError
-from onnxqat.files import atomic_output, check_writable
+from onnxqat.files import atomic_outputs, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.insert import plan_of, read_params, state_of, strip
-from onnxqat.model import Model, save_model
+from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, fake_quantize, quantize
@@ -26,6 +26,7 @@ __all__ = ["Deployment", "deployed_model", "read_table", "write_deployment"]
 
 logger = logging.getLogger(__name__)
 
+MODEL_NAME = "model.onnx"
 MAX_BYTES = 256 * 2**20  # the scales of a billion-parameter network take a tenth
 
 
@@ -104,20 +105,22 @@ def write_deployment(
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
     folder = Path(folder)
-    suffixes = {f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()}
-    tables = {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
-    paths = {"model": folder / "model.onnx"} | tables
+    paths = {"model": folder / MODEL_NAME}
+    paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
     # a table of an earlier model would pass for one of this model
-    stale = sorted({folder / suffix for suffix in suffixes} - set(tables.values()))
-    _make_folder(folder, (*paths.values(), *filter(Path.exists, stale)), force=force)
-    save_model(floats, paths["model"], force=force)
-    for kind, content in written.files.items():
-        with atomic_output(paths[kind], force=force) as temporary:
-            temporary.write_bytes(_bytes(content))
-    for path in stale:
-        path.unlink(missing_ok=True)
+    tables = [folder / name for name in table_names()]
+    _make_folder(folder, (*paths.values(), *filter(Path.exists, tables)), force=force)
+    with atomic_outputs(*paths.values(), outdated=tables, force=force) as (model_file, *others):
+        write_model(floats, model_file)
+        for path, content in zip(others, written.files.values(), strict=True):
+            path.write_bytes(_bytes(content))
     _tell(written.left_out, regridded)
     return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
+
+
+def table_names() -> list[str]:
+    """Return what tables are called, of every format."""
+    return sorted({f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()})
 
 
 def _format(name: str) -> Format | None:

@@ -6,6 +6,7 @@ twice: what is read is the file's own pages, what is written goes to the file te
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from onnxqat.errors import ModelError
+from onnxqat.locks import refuse_claimed
 from onnxqat.preserve import stored_tensors
 
 __all__ = ["read_external_data", "write_external_data"]
@@ -88,6 +90,7 @@ def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
         )
     if not target.is_file():
         raise ModelError(f"{path}: external data file '{location}' is missing.")
+    refuse_claimed(target)
     return target
 
 
@@ -112,23 +115,29 @@ def write_external_data(
 ) -> None:
     """Write initializers into one file, one after the other, and let ``proto`` refer to it.
 
+    The file is named by what it holds, so that no model ever refers to the data of another one:
+    ``<model>.<hash>.data``, see `onnxqat.locks.is_data`.
+
     Parameters
     ----------
     values : iterable of (str, array)
         By name of an initializer that ``proto`` holds without data.
     path : Path
-        The file, which is to lie beside the model.
+        The model's file; the data are written beside it.
     """
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    with path.open("wb") as file:
+    digest, places = hashlib.blake2b(digest_size=8), []
+    unnamed = path.with_name(f"{path.name}.data")
+    with unnamed.open("wb") as file:
         for name, array in values:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            tensor = tensors[name]
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (
-                ("location", path.name),
-                ("offset", str(file.tell())),
-                ("length", str(array.nbytes)),
-            ):
-                tensor.external_data.add(key=key, value=value)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            places.append((name, file.tell(), array.nbytes))
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            digest.update(data)
+            file.write(data)
+    named = unnamed.rename(path.with_name(f"{path.name}.{digest.hexdigest()}.data"))
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, offset, length in places:
+        tensors[name].data_location = onnx.TensorProto.EXTERNAL
+        entries = {"location": named.name, "offset": str(offset), "length": str(length)}
+        for key, value in entries.items():
+            tensors[name].external_data.add(key=key, value=value)

@@ -1,21 +1,25 @@
 """Input files that are regular, output files that are whole or absent.
 
-Reading a pipe or a device could last for ever. A file is written beside its destination under a temporary name and moved there when it is
-complete, so that an interrupted or failing command leaves nothing half-written.
+Reading a pipe or a device could last for ever. A file is written beside its destination under a
+temporary name and moved there when it is complete and on the disk, so that an interrupted or
+failing command leaves nothing half-written, and files that belong together are never mixed.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
+from onnxqat.locks import claimed, is_data, refuse_claimed, withdraw_if_killed
 
-__all__ = ["atomic_output", "check_readable", "check_writable", "write_text"]
+__all__ = ["atomic_output", "atomic_outputs", "check_readable", "check_writable", "write_text"]
 
 
 def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -> None:
@@ -31,7 +35,8 @@ def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -
     Raises
     ------
     OnnxQatError
-        The file is missing, cannot be looked at, or is a directory, a pipe, a socket or a device.
+        The file is missing, cannot be looked at, or is a directory, a pipe, a socket or a device;
+        or this run is going to replace it.
     """
     shown = str(path).encode(errors="backslashreplace").decode()
     try:
@@ -46,6 +51,7 @@ def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -
         raise error(f"{shown}: is a directory. Name a file to read.")
     if not stat.S_ISREG(mode):
         raise error(f"{shown}: is not a regular file. Copy what it gives into one.")
+    refuse_claimed(path)
 
 
 def check_writable(path: str | Path, *, force: bool = False) -> None:
@@ -77,27 +83,102 @@ def check_writable(path: str | Path, *, force: bool = False) -> None:
 
 @contextmanager
 def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move it there when the block succeeds.
+    """Yield a temporary path; move it to ``path`` when the block succeeds.
 
     Raises
     ------
     OnnxQatError
-        As `check_writable`, or the file system refuses the write.
+        As `check_writable`, another run writes the file, or the file system refuses the write.
     """
-    path = Path(path)
-    check_writable(path, force=force)
+    with atomic_outputs(Path(path), force=force) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def atomic_outputs(
+    *paths: Path, outdated: Iterable[Path] = (), force: bool = False
+) -> Iterator[tuple[Path, ...]]:
+    """Yield temporary paths of files of one folder; move them there when the block succeeds.
+
+    Whenever the process is killed, no file of an earlier run lies beside one of this run that it
+    does not belong to: nothing is moved before all are written, and what they outdate goes first.
+
+    Parameters
+    ----------
+    *paths : Path
+        The first is the model, which brings its data (`onnxqat.locks.is_data`) along.
+    outdated : iterable of Path
+        Files that belong to what the first path has been so far.
+    force : bool
+        Replace existing files.
+
+    Raises
+    ------
+    OnnxQatError
+        As `atomic_output`.
+    """
+    for path in paths:
+        check_writable(path, force=force)
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnxqat-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            beside = sorted(set(Path(folder).iterdir()) - {temporary})
-            for made in beside:  # a model may bring its external data along
-                check_writable(path.parent / made.name, force=force)
-            for made in (*beside, temporary):  # the file that refers to the others comes last
-                made.replace(path.parent / made.name)
+        with claimed(paths[0]) as own:
+            own.mkdir(mode=0o700, exist_ok=True)  # somebody may have emptied the output's folder
+            with tempfile.TemporaryDirectory(dir=own) as staging:
+                temporary = tuple(Path(staging) / path.name for path in paths)
+                yield temporary
+                for made in Path(staging).iterdir():
+                    _sync(made)
+                for path in paths:  # it may have appeared meanwhile
+                    check_writable(path, force=force)
+                _commit(temporary, paths[0].parent, outdated)
     except OSError as error:
-        message = f"{path}: cannot be written ({error.strerror}). Choose another output."
+        message = f"{paths[0]}: cannot be written ({error.strerror}). Choose another output."
         raise OnnxQatError(message) from error
+
+
+def _commit(temporary: tuple[Path, ...], folder: Path, outdated: Iterable[Path]) -> None:
+    """Move written files to where they belong: data, then the model, then what belongs to it."""
+    staging, model = temporary[0].parent, folder / temporary[0].name
+    beside = {made.name for made in staging.iterdir()} - {made.name for made in temporary}
+    old = _data_of(model)
+    new = sorted(name for name in beside if not (folder / name).exists())  # else of these bytes
+    withdraw_if_killed(temporary[0], new)
+    for name in new:
+        _move(staging / name, folder)
+    for path in outdated:
+        path.unlink(missing_ok=True)
+    _sync(folder)
+    for made in temporary:
+        _move(made, folder)
+    for path in old:
+        if path.name not in beside:
+            path.unlink(missing_ok=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Move a file to where it belongs, and let nothing later reach the disk before."""
+    made.replace(folder / made.name)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Let what was written to a file, or moved within a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do it to a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _data_of(model: Path) -> list[Path]:
+    """Return the files of weights that a model of ours refers to, if there is one."""
+    found = [path for path in model.parent.iterdir() if is_data(path, model)]
+    if not found or not model.is_file() or model.stat().st_size == 0:
+        return []
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return [path for path in found if text.find(os.fsencode(path.name)) >= 0]
 
 
 def write_text(path: str | Path, text: str, *, force: bool = False) -> None:

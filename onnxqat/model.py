@@ -42,6 +42,7 @@ __all__ = [
     "save_model",
     "to_proto",
     "weights_left_out",
+    "write_model",
 ]
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
@@ -256,25 +257,29 @@ def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Consta
 
 
 def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:
-    """Write the model, whole or not at all; above 2 GB its weights go to ``<name>.data``.
+    """Write the model, whole or not at all; above 2 GB its weights go to ``<name>.<hash>.data``.
 
     Raises
     ------
     OnnxQatError
         The file exists and ``force`` is not set, or it cannot be written.
     """
-    path = Path(path)
+    with atomic_output(path, force=force) as temporary:
+        write_model(model, temporary)
+
+
+def write_model(model: Model, path: Path) -> None:
+    """Write the model where no one reads yet; see `save_model`."""
     weights = {n: t for n, t in model.graph.tensors().items() if _is_plain(t)}
     size = sum(tensor._values.nbytes for tensor in weights.values())
-    with atomic_output(path, force=force) as temporary:
-        if size > MAX_PROTOBUF_BYTES - 2**24:
-            with weights_left_out(model.graph, MAX_INLINE_ELEMENTS) as left_out:
-                proto = to_proto(model)
-            values = ((name, tensor.values) for name, tensor in left_out.items())
-            write_external_data(proto, values, temporary.with_name(f"{path.name}.data"))
-        else:
+    if size > MAX_PROTOBUF_BYTES - 2**24:
+        with weights_left_out(model.graph, MAX_INLINE_ELEMENTS) as left_out:
             proto = to_proto(model)
-        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        values = ((name, tensor.values) for name, tensor in left_out.items())
+        write_external_data(proto, values, path)
+    else:
+        proto = to_proto(model)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _is_plain(tensor: gs.Tensor) -> bool:

@@ -6,20 +6,17 @@ asked for. `ArraySource` joins the arrays of several parts (files) without copyi
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.errors import DataError
+from onnxqat.locks import Scratch
 
-__all__ = ["ArraySource", "Header", "MemoryPart", "Part", "Scratch", "Source", "names", "reason"]
+__all__ = ["ArraySource", "Header", "MemoryPart", "Part", "Source", "names", "reason"]
 
 
 class Header(NamedTuple):
@@ -63,25 +60,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Remove temporary files."""
-
-
-class Scratch:
-    """A temporary directory that is removed on `close`, with its owner, or at exit."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="onnxqat-"))
-        self._files = 0
-        # not TemporaryDirectory: it warns when nobody closed it
-        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-
-    def new_file(self) -> Path:
-        """Return a path not handed out before."""
-        self._files += 1
-        return self.folder / f"{self._files}.npy"
-
-    def close(self) -> None:
-        """Remove the directory and what is in it."""
-        self._remove()
 
 
 class MemoryPart:

@@ -18,8 +18,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxqat.data.arrays import ArraySource, Header, MemoryPart, Scratch, names, reason
+from onnxqat.data.arrays import ArraySource, Header, MemoryPart, names, reason
 from onnxqat.errors import DataError
+from onnxqat.locks import Scratch
 
 __all__ = ["open_function"]
 

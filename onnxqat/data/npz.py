@@ -18,8 +18,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from onnxqat.data.arrays import ArraySource, Header, Scratch, reason
+from onnxqat.data.arrays import ArraySource, Header, reason
 from onnxqat.errors import DataError
+from onnxqat.locks import Scratch
 
 __all__ = ["NpzPart", "open_npz"]
 

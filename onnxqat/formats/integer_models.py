@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import onnxruntime as ort
 
 from onnxqat.errors import ModelError
 from onnxqat.formats.format import Calibrated, refuse
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.thresholds import require_symmetric
+from onnxqat.locks import Scratch
 from onnxqat.model import Model, load_model, to_proto
 from onnxqat.runtime import LOG_FATAL_ONLY
 
@@ -65,8 +63,8 @@ def qoperator_model(model: Model) -> Model:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = LOG_FATAL_ONLY
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / model.name
+    with Scratch() as folder:
+        path = folder / model.name
         options.optimized_model_filepath = str(path)
         try:
             ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -70,28 +70,31 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_files_beside_the_output_come_along(tmp_path: Path) -> None:
-    with atomic_output(tmp_path / "m.onnx") as temporary:
-        temporary.write_text("model")
-        temporary.with_name("m.onnx.data").write_text("weights")
-    assert names(tmp_path) == ["m.onnx", "m.onnx.data"]
-    assert (tmp_path / "m.onnx.data").read_text() == "weights"
+DATA = ("m.onnx.0123456789abcdef.data", "m.onnx.fedcba9876543210.data")
 
 
-def test_files_beside_the_output_are_not_replaced_without_force(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx.data").write_text("precious")
+def write_with_data(folder: Path, data: str, *, force: bool = False) -> None:
+    with atomic_output(folder / "m.onnx", force=force) as temporary:
+        temporary.write_text(f"reads {data}")
+        temporary.with_name(data).write_text("weights")
 
-    def attempt(force: bool) -> None:
-        with atomic_output(tmp_path / "m.onnx", force=force) as temporary:
-            temporary.write_text("model")
-            temporary.with_name("m.onnx.data").write_text("weights")
 
-    with pytest.raises(OnnxQatError, match=r"m\.onnx\.data: already exists"):
-        attempt(force=False)
-    assert names(tmp_path) == ["m.onnx.data"]
-    assert (tmp_path / "m.onnx.data").read_text() == "precious"
-    attempt(force=True)
-    assert (tmp_path / "m.onnx.data").read_text() == "weights"
+def test_data_of_the_output_come_along_and_those_it_replaces_go(tmp_path: Path) -> None:
+    write_with_data(tmp_path, DATA[0])
+    assert names(tmp_path) == ["m.onnx", DATA[0]]
+    write_with_data(tmp_path, DATA[1], force=True)
+    assert names(tmp_path) == ["m.onnx", DATA[1]]
+    assert (tmp_path / DATA[1]).read_text() == "weights"
+    write_text(tmp_path / "m.onnx", "without", force=True)
+    assert names(tmp_path) == ["m.onnx"]
+
+
+def test_data_of_a_renamed_output_stay(tmp_path: Path) -> None:
+    write_with_data(tmp_path, DATA[0])
+    (tmp_path / "m.onnx").rename(tmp_path / "best.onnx")
+    write_with_data(tmp_path, DATA[1])
+    write_with_data(tmp_path, DATA[1], force=True)
+    assert names(tmp_path) == ["best.onnx", "m.onnx", *DATA]
 
 
 @pytest.mark.parametrize("force", [False, True])

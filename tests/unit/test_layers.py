@@ -9,6 +9,7 @@ from onnxqat.formats import EXPORTS, FORMATS
 
 ORDER = [
     "errors",
+    "locks",
     "files",
     "parallel",
     "qparams",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -420,21 +421,26 @@ def test_a_large_model_is_written_with_external_data(
     proto = large(monkeypatch)
     save_model(from_proto(proto), tmp_path / "m.onnx")
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    model, data = sorted(p.name for p in tmp_path.iterdir())
+    assert model == "m.onnx"
+    assert re.fullmatch(r"m\.onnx\.[0-9a-f]{16}\.data", data)
     weight = to_proto(load_model(tmp_path / "m.onnx")).graph.initializer[0]
     assert np.array_equal(numpy_helper.to_array(weight), np.arange(1024, dtype=np.float32))
 
 
-def test_data_beside_a_large_model_is_not_overwritten_either(
+def test_data_of_others_beside_a_large_model_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proto = large(monkeypatch)
-    (tmp_path / "m.onnx.data").write_text("mine")
+    kept = {"m.onnx.data", "m.onnx.0123456789abcdef.data"}  # of another tool; of a renamed model
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        save_model(from_proto(proto), tmp_path / "m.onnx", force=True)
+        proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[::-1]
 
-    with pytest.raises(OnnxQatError, match=r"m.onnx.data: already exists"):
-        save_model(from_proto(proto), tmp_path / "m.onnx")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx.data"]
-    save_model(from_proto(proto), tmp_path / "m.onnx", force=True)
+    assert all((tmp_path / name).read_text() == "mine" for name in kept)
+    assert len(list(tmp_path.iterdir())) == 4  # the data of the replaced model are gone
     assert to_proto(load_model(tmp_path / "m.onnx")).graph.initializer[0].dims == [1024]
 
 
