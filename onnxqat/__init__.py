@@ -37,6 +37,7 @@ _HOMES = {
     "read_params": "onnxqat.insert",
     "save_model": "onnxqat.model",
     "strip": "onnxqat.insert",
+    "unlike_training": "onnxqat.calibrate",
     "write_deployment": "onnxqat.deploy",
 }
 

@@ -1,5 +1,6 @@
 """Calibration: observers of clipping ranges, and the streaming run that feeds them."""
 
+from onnxqat.calibrate.arriving import unlike_training
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
 from onnxqat.calibrate.run import (
     calibrate,
@@ -15,5 +16,6 @@ __all__ = [
     "fit_bias_range",
     "placeholder_params",
     "resolved_plan",
+    "unlike_training",
     "weight_range",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "print_result",
     "renamed",
     "take_settings",
+    "warn_if_unlike_training",
 ]
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,17 @@ def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
     """Say which class the first folders were taken for; nobody gave a list."""
     first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
     click.echo(f"{source}: folders in sorted order are the classes: {first}, ...", err=True)
+
+
+def warn_if_unlike_training(
+    model: Model, data: DataSet, source: str, *, batch_size: int, threads: int
+) -> None:
+    """Say if the data reach the network in another range than those it was trained with."""
+    from onnxqat.calibrate import unlike_training
+
+    found = unlike_training(model, data, batch_size=batch_size, threads=threads)
+    if found is not None:
+        logger.warning("%s: %s. Check --mean, --scale and --layout.", source, found)
 
 
 def planned(

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxqat.commands.common import open_for, percentages, print_result, take_settings
+from onnxqat.commands.common import (
+    open_for,
+    percentages,
+    print_result,
+    take_settings,
+    warn_if_unlike_training,
+)
 from onnxqat.options import data_options, force_option, json_option, run_options
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
     with open_for(loaded, data, given, layout=layout, batch_size=batch_size) as samples:
         if max_drop is not None and not samples.has_labels:
             raise click.ClickException("--max-drop needs labels, and the data have none.")
+        warn_if_unlike_training(loaded, samples, data, batch_size=batch_size, threads=threads)
         with progress_bar("evaluating", -(-len(samples) // batch_size)) as advance:
             result = run(loaded, samples.batches(batch_size), mode=mode, against=reference,
                          rule=load_rule(rules) if rules else None, threads=threads,

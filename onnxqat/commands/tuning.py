@@ -17,6 +17,7 @@ from onnxqat.commands.common import (
     print_result,
     renamed,
     take_settings,
+    warn_if_unlike_training,
 )
 from onnxqat.commands.signals import noted_signals
 from onnxqat.options import (
@@ -78,7 +79,8 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     given, layout = take_settings(options), options.pop("layout")
     calibration = {name: options.pop(name) for name in ("observer", "samples")}
     config = _config(options)
-    if state_of(loaded) == "uncalibrated":
+    compare = state_of(loaded) != "uncalibrated"  # calibration does it else
+    if not compare:
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
         shared |= {**calibration, "layout": layout}
         loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
@@ -86,7 +88,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     with _ending_well(workers, target, force, checkpoints) as stop:
         result = _tuned(
             loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
-            config=config, checkpoints=checkpoints, stop=stop, workers=workers,
+            config=config, checkpoints=checkpoints, stop=stop, workers=workers, compare=compare,
         )  # fmt: skip
     if workers.rank == 0:
         _finish(result.model, target, force, checkpoints)
@@ -177,7 +179,7 @@ def _config(options: dict[str, Any]) -> Config:
 
 
 def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
-           logging: dict[str, Any], config: Config, workers: Workers,
+           logging: dict[str, Any], config: Config, workers: Workers, compare: bool,
            **others: Any) -> Finetuned:  # fmt: skip
     """Open the data and fine-tune on them."""
     from onnxqat.progress import FinetuneReport
@@ -191,6 +193,10 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
     with ExitStack() as stack:
         training = stack.enter_context(opened(data))
         validation = stack.enter_context(opened(val_data)) if val_data else None
+        if compare and workers.rank == 0:
+            warn_if_unlike_training(
+                model, training, data, batch_size=config.batch_size, threads=config.threads
+            )
         if workers.rank == 0:
             reports.append(stack.enter_context(FinetuneReport()))
         if workers.rank == 0 and (logging["path"] or logging["tensorboard"]):

@@ -27,6 +27,7 @@ from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.padding import make_pads_explicit
 from onnxqat.prepare.passthrough import remove_passthroughs
 from onnxqat.prepare.shapes import infer_shapes
+from onnxqat.prepare.statistics import note_statistics, statistics_of
 from onnxqat.prepare.unused import remove_unused
 
 __all__ = ["PASSES", "prepare"]
@@ -85,8 +86,10 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     rest = prepared.rest
     refuse_sparse(prepared.graph, model.name)
     names = widen_float16(prepared.graph, model.name)
+    seen = statistics_of(prepared)
     _settle(prepared.graph)
     note_float16(prepared, names)
+    note_statistics(prepared, seen)
     read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
     prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})

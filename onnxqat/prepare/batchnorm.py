@@ -46,7 +46,7 @@ from onnxqat.prepare.editing import (
     unique_name,
 )
 
-__all__ = ["fold_batchnorms"]
+__all__ = ["fold_batchnorms", "read_statistics"]
 
 Float64 = NDArray[np.float64]
 
@@ -80,7 +80,10 @@ def fold_batchnorms(graph: gs.Graph) -> int:
     return remove_nodes(graph, folded)
 
 
-def _read_affine(node: gs.Node) -> _Affine | None:
+def read_statistics(
+    node: gs.Node,
+) -> tuple[Float64, Float64, Float64, Float64, np.float64] | None:
+    """Return scale, B, mean, var, each of shape (channels,), and epsilon; None if in training."""
     outputs = [tensor for tensor in node.outputs if tensor.name]
     found = [values for values in map(_floats, node.inputs[1:5]) if values is not None]
     if node.attrs.get("training_mode", 0) or len(outputs) != 1 or len(found) != 4:
@@ -92,6 +95,14 @@ def _read_affine(node: gs.Node) -> _Affine | None:
     epsilon = np.float64(np.float32(node.attrs.get("epsilon", 1e-5)))
     if not np.all(variance + epsilon > 0):
         return None
+    return scale, bias, mean, variance, epsilon
+
+
+def _read_affine(node: gs.Node) -> _Affine | None:
+    read = read_statistics(node)
+    if read is None:
+        return None
+    scale, bias, mean, variance, epsilon = read
     return _Affine(factor=scale / np.sqrt(variance + epsilon), mean=mean, bias=bias)
 
 
