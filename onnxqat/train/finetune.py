@@ -27,6 +27,7 @@ from onnxqat.train.checkpoint import (
 from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import TrainingForm, training_form
+from onnxqat.train.groups import asked_for
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import (
     TENSOR,
@@ -106,12 +107,15 @@ def finetune(
         config = msgspec.structs.replace(config, select=LOSS)
     reference = _teacher_of(model, teacher)
     read = tensor_read(loss, model)
-    form = training_form(model, method=config.method, read=read)
+    asked = asked_for(config)
+    form = training_form(model, method=config.method, read=read, asked=asked)
     opened = partial(
         StepSession, loss=loss, batch_size=config.batch_size, threads=config.threads, arrays=data
     )
     session = opened(form)
-    delayed = opened(_float_form(model, form, read), other=session) if config.quant_delay else None
+    delayed = (
+        opened(_float_form(model, form, read, asked), other=session) if config.quant_delay else None
+    )
     training = _with_arrays(training, session.inputs, config)
     teaching = _teaching_session(reference, session.inputs)
     if config.select == LOSS:
@@ -139,7 +143,9 @@ def finetune(
     return loop.run()
 
 
-def _float_form(model: Model, form: TrainingForm, read: str | None) -> TrainingForm:
+def _float_form(
+    model: Model, form: TrainingForm, read: str | None, asked: frozenset[str]
+) -> TrainingForm:
     """Return the training form of the float network, which observes what ``form`` observes."""
     plan = plan_of(model)
     nothing = QuantPlan(rule=plan.rule, points=(), skips=())
@@ -148,7 +154,7 @@ def _float_form(model: Model, form: TrainingForm, read: str | None) -> TrainingF
     observed = {
         name: tuple(p.tensor for p in activations if p.parameters == name) for name in form.observed
     }
-    return replace(training_form(floats, read=read), observed=observed)
+    return replace(training_form(floats, read=read, asked=asked), observed=observed)
 
 
 def _identity(

@@ -7,6 +7,7 @@ grid (behind a MaxPool, a Reshape, a Concat of one group ...) is the identity an
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,18 +20,12 @@ from onnxqat.calibrate import placeholder_params
 from onnxqat.errors import TrainingError
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
-from onnxqat.plan import WEIGHTED_OPS, QuantPlan, QuantPoint
+from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, QuantParams, quantized_range
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
 from onnxqat.train.gradients import CustomOp
-from onnxqat.train.lowering import (
-    FIRST_INPUT_ONLY,
-    TRAINED_INPUTS,
-    Refusal,
-    ShapeUnknown,
-    fixed_shapes,
-    lower,
-)
+from onnxqat.train.lowering import Refusal, ShapeUnknown, fixed_shapes, lower
+from onnxqat.train.trained import trained_initializers
 
 __all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untrainable_nodes"]
 
@@ -78,7 +73,13 @@ class TrainingForm:
         return self.weights | scales | zero_points
 
 
-def training_form(model: Model, *, method: Method = "lsq", read: str | None = None) -> TrainingForm:
+def training_form(
+    model: Model,
+    *,
+    method: Method = "lsq",
+    read: str | None = None,
+    asked: Collection[str] = (),
+) -> TrainingForm:
     """Return the training form of a Q/DQ model.
 
     Parameters
@@ -89,13 +90,15 @@ def training_form(model: Model, *, method: Method = "lsq", read: str | None = No
         Of the points whose spec names none, see `onnxqat.train.fake_quantize`.
     read : str, optional
         A tensor that the loss reads; the first output by default.
+    asked : collection of str
+        Constants to train whatever they are, see `onnxqat.train.trained`.
 
     Raises
     ------
     TrainingError
         An op on the way from a parameter to an output has no right gradient.
     """
-    work, weights, builder = _build(model, method=method, read=read)
+    work, weights, builder = _build(model, method=method, read=read, asked=asked)
     if builder.refused:
         raise TrainingError(_refusal(builder.refused))
     work.metadata.clear()
@@ -157,7 +160,11 @@ def _refusal(nodes: list[Untrainable]) -> str:
 
 
 def _build(
-    model: Model, *, method: Method = "lsq", read: str | None = None
+    model: Model,
+    *,
+    method: Method = "lsq",
+    read: str | None = None,
+    asked: Collection[str] = (),
 ) -> tuple[Model, dict[str, FloatArray], _Builder]:
     """Return the Q/DQ model with the graph of its training form, and its weights.
 
@@ -165,7 +172,7 @@ def _build(
     from being trained by keeping it from being quantized.
     """
     plan, params = plan_of(model), read_params(model)
-    names = _trainable(model.graph, plan)
+    names = trained_initializers(model.graph, plan, asked)
     while True:
         work = model.copy()
         weights = _make_inputs(work.graph, names)
@@ -189,20 +196,6 @@ def _before(graph: gs.Graph, refused: list[Untrainable]) -> set[str]:
         if node.name in stops or any(t.name in names for t in node.outputs):
             names.update(t.name for t in node.inputs)
     return names
-
-
-def _trainable(graph: gs.Graph, plan: QuantPlan) -> list[str]:
-    """Return the float initializers that are trained: of points and of weighted nodes."""
-    names = [p.tensor for p in plan.points if p.role != "activation"]
-    # an exponent or a limit has no gradient, whoever else reads the same constant
-    fixed = {t.name for n in graph.nodes if n.op in FIRST_INPUT_ONLY for t in n.inputs[1:]}
-    for node in graph.nodes:
-        indices = TRAINED_INPUTS.get(node.op, ())
-        if node.op in WEIGHTED_OPS:
-            indices = tuple(range(len(node.inputs)))
-        trained = [t for i, t in enumerate(node.inputs) if i in indices]
-        names += [t.name for t in trained if isinstance(t, gs.Constant) and t.dtype == np.float32]
-    return [name for name in dict.fromkeys(names) if name not in fixed]
 
 
 def _make_inputs(graph: gs.Graph, names: list[str]) -> dict[str, FloatArray]:
@@ -237,6 +230,7 @@ class _Builder:
         self.method = method
         self.points = {f"{p.tensor}/QuantizeLinear": p for p in plan.grid_points()}
         self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
+        self.weights = frozenset(trained)
         self.trained = set(trained)  # tensors that need a gradient
         self.variants: dict[str, FakeQuantize | CustomOp] = {}
         self.functions: list[onnx.FunctionProto] = []
@@ -330,8 +324,15 @@ class _Builder:
         return [gs.Node(variant.op_type, name, {}, inputs, [target], domain=DOMAIN)]
 
     def _method(self, point: QuantPoint) -> Method:
-        """Return how the scale of a point moves; one that the chip forces stays."""
-        return "ste" if point.spec.fixed_range else point.spec.method or self.method
+        """Return how the scale of a point moves.
+
+        One that the chip forces stays, and so does that of a constant that is not trained: the
+        constant would move with it.
+        """
+        alone = point.role == "weight" and point.group is None
+        if point.spec.fixed_range or (alone and point.tensor not in self.weights):
+            return "ste"
+        return point.spec.method or self.method
 
     def _variant(self, point: QuantPoint, source: gs.Tensor) -> FakeQuantize:
         params = self.params[point.parameters]

@@ -22,7 +22,9 @@ freeze            ``true`` or ``false``: whether it stays as it is
 freeze_from       the step, counted from 0, from which on it stays as it is
 ================  ===============================================================================
 
-The grammar is that of `onnxqat.overrides`. Later groups win.
+The grammar is that of `onnxqat.overrides`. Later groups win. A constant that is not trained by
+itself (see `onnxqat.train.trained`) is where ``tensor:`` gives its whole name: by a rate, or by
+``freeze=false``.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from onnxqat.model import Model
 from onnxqat.qparams import FloatArray
 from onnxqat.train.config import Config
 
-__all__ = ["Group", "Rates", "base_rate", "parameter_rates", "parse_group"]
+__all__ = ["Group", "Rates", "asked_for", "base_rate", "parameter_rates", "parse_group"]
 
 ROLES, PATTERNS = ("weight", "bias", "scale", "zero_point"), ("name", "tensor")
 GRID = ("scale", "zero_point")  # of what is no weight
@@ -162,6 +164,16 @@ def parameter_rates(
         for name in covered:
             setattr(rates[name], group.key, group.value)
     return rates
+
+
+def asked_for(config: Config) -> frozenset[str]:
+    """Return the tensors that a group names in full, other than to freeze them."""
+    groups = [g for g in map(parse_group, config.groups) if g.kind == "tensor"]
+    return frozenset(
+        re.sub(r"\\(.)", r"\1", g.pattern)
+        for g in groups
+        if not (g.key == "freeze_from" and g.value == 0)
+    )
 
 
 def base_rate(config: Config, model: Model) -> float:

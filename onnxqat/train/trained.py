@@ -1,0 +1,67 @@
+"""Which initializers of a model are trained.
+
+Weights and biases of weighted nodes, parameters of normalisation and slopes of PRelu are; and of
+the constants that an Add, a Mul or the like reads, those that hold something learned: a bias, a
+LayerScale, a table of positions. A constant of the structure is not, unless it is asked for by its
+name: a single number (1.0, 0.5, 1 / sqrt(d), an epsilon), and a grid or strides of anchors, whose
+values are different multiples of one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.plan import WEIGHTED_OPS, QuantPlan
+from onnxqat.qparams import FloatArray
+from onnxqat.train.lowering import FIRST_INPUT_ONLY, TRAINED_INPUTS
+
+__all__ = ["is_structure", "trained_initializers"]
+
+
+def trained_initializers(
+    graph: gs.Graph, plan: QuantPlan, asked: Collection[str] = ()
+) -> list[str]:
+    """Return the names of the initializers that are trained, each once.
+
+    Parameters
+    ----------
+    graph : gs.Graph
+        The Q/DQ model's.
+    plan : QuantPlan
+        Its plan.
+    asked : collection of str
+        Constants to train whatever they are.
+    """
+    tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
+    names = [
+        point.tensor
+        for point in plan.points
+        if point.role == "bias"
+        or (point.role == "weight" and not is_structure(tensors[point.tensor].values))
+        or any(_is_parameter(nodes[e.node], e.index) for e in point.consumers if e.node)
+    ]
+    for node in graph.nodes:
+        names += [t.name for i, t in enumerate(node.inputs) if _is_parameter(node, i)]
+    names += [name for name in asked if name in tensors]
+    # an exponent or a limit has no gradient, whoever else reads the same constant
+    fixed = {t.name for n in graph.nodes if n.op in FIRST_INPUT_ONLY for t in n.inputs[1:]}
+    return [n for n in dict.fromkeys(names) if n not in fixed and _is_float(tensors.get(n))]
+
+
+def _is_parameter(node: gs.Node, index: int) -> bool:
+    return node.op in WEIGHTED_OPS or index in TRAINED_INPUTS.get(node.op, ())
+
+
+def is_structure(values: FloatArray) -> bool:
+    """Return whether a constant beside activations belongs to the structure of the network."""
+    if values.size <= 1:
+        return True
+    doubled = 2 * values
+    return bool(np.all(doubled == np.rint(doubled)) and values.min() != values.max())
+
+
+def _is_float(tensor: gs.Tensor | None) -> bool:
+    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32
