@@ -127,8 +127,9 @@ data_options = _options(
 
 def run_options(batch_size: int) -> Callable[[Command], Command]:
     """Return the options of every command that runs a model; ``batch_size`` is the default."""
+    help_text = f"Samples at a time; those of the model where it is fixed, else {batch_size}."
     return _options(
-        click.option("--batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
+        click.option("--batch-size", type=click.IntRange(1), help=help_text),
         click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
     )
 
@@ -197,7 +198,8 @@ training_options = _options(
     click.option(
         "--accumulate",
         type=click.IntRange(1),
-        help="Batches per step, whose gradients are averaged; 1 by default.",
+        help="Batches per step, whose gradients are averaged; 1 by default, and what makes 16 "
+        "samples where the model's batch is fixed.",
     ),
     click.option(
         "--method",

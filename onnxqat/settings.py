@@ -13,7 +13,6 @@ from onnxqat.model import Model
 __all__ = [
     "Settings",
     "adopt",
-    "check_batch_size",
     "class_count",
     "input_specs",
     "settle",
@@ -166,26 +165,32 @@ def class_count(model: Model) -> int | None:
     return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
 
-def input_specs(model: Model) -> list[InputSpec]:
-    """Return the model's inputs as the data room wants them."""
-    return [
-        InputSpec(name=t.name, shape=tuple(t.shape or ()), dtype=str(t.dtype))
-        for t in model.graph.inputs
-    ]
+def input_specs(model: Model, beside: Model | None = None) -> list[InputSpec]:
+    """Return the model's inputs as the data room wants them.
 
-
-def check_batch_size(model: Model, batch_size: int) -> None:
-    """Refuse a batch size other than the one a model is fixed to.
+    Parameters
+    ----------
+    model : Model
+        What runs on the data.
+    beside : Model, optional
+        What runs on the same batches, with the same inputs: where it alone is fixed to a batch,
+        that one is taken.
 
     Raises
     ------
     ModelError
-        The first dimension of an input is another number.
+        The two are fixed to batches of different length.
     """
-    for spec in input_specs(model):
-        fixed = spec.shape[0] if spec.shape else None
-        if isinstance(fixed, int) and fixed != batch_size:
-            raise ModelError(
-                f"{model.name}: input '{spec.name}' takes batches of {fixed} only. "
-                f"Pass --batch-size {fixed}, or export with a dynamic batch."
-            )
+    others = {} if beside is None else {t.name: tuple(t.shape or ()) for t in beside.graph.inputs}
+    specs = []
+    for tensor in model.graph.inputs:
+        shape, other = tuple(tensor.shape or ()), others.get(tensor.name, ())
+        if shape and other and isinstance(other[0], int) and shape[0] != other[0]:
+            if beside is not None and isinstance(shape[0], int):
+                raise ModelError(
+                    f"{model.name}: input '{tensor.name}' takes batches of {shape[0]}, that of "
+                    f"{beside.name} of {other[0]}. Export one of them with a dynamic batch."
+                )
+            shape = (other[0], *shape[1:])
+        specs.append(InputSpec(name=tensor.name, shape=shape, dtype=str(tensor.dtype)))
+    return specs

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
+from onnxqat.data import Batch
 from onnxqat.errors import ModelError
 from onnxqat.foreign import taken_params
 from onnxqat.insert import plan_of, state_of, strip, with_params
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def calibrate(
     model: Model,
-    batches: Iterable[Mapping[str, NDArray[Any]]],
+    batches: Iterable[Batch | Mapping[str, NDArray[Any]]],
     *,
     observer: str = "mse",
     threads: int = 0,
@@ -43,8 +44,8 @@ def calibrate(
     ----------
     model : Model
         As `insert` made it, not fine-tuned.
-    batches : iterable of mapping of str to array
-        Model inputs by name. One batch is held at a time.
+    batches : iterable of Batch, or of mapping of str to array
+        Of the data, or model inputs by name. One batch is held at a time.
     observer : str
         A name in `OBSERVERS`. Weights take the mean-squared-error range with ``mse``, their
         largest magnitude with all others.
@@ -110,7 +111,7 @@ def _weight_params(
 def _observe(
     floats: Model,
     plan: QuantPlan,
-    batches: Iterable[Mapping[str, NDArray[Any]]],
+    batches: Iterable[Batch | Mapping[str, NDArray[Any]]],
     kind: type[Observer],
     threads: int,
     progress: Callable[[], None],
@@ -133,18 +134,28 @@ def _observe(
                 watched[point.parameters].update(tensors[point.tensor].values)
         elif point.observed:
             activations.append(point)
-    inputs = {t.name for t in floats.graph.inputs}
-    fetched = [p.tensor for p in activations if p.tensor not in inputs]
+    fed = {t.name for t in floats.graph.inputs}
+    fetched = [p.tensor for p in activations if p.tensor not in fed]
     reader = TensorReader(
         to_proto(floats), fetched, optimization="basic", threads=threads, name=floats.name
     )
     for batch in batches:
-        values = reader.run(batch)
+        inputs, counting = _opened(batch)
+        values = reader.run(inputs)
         for point in activations:
-            known = values if point.tensor in values else batch
-            watched[point.parameters].update(known[point.tensor])
+            known = values if point.tensor in values else inputs
+            watched[point.parameters].update(counting(known[point.tensor]))
         progress()
     return {name: _merged(own, workers) for name, own in watched.items()}
+
+
+def _opened(
+    batch: Batch | Mapping[str, NDArray[Any]],
+) -> tuple[Mapping[str, NDArray[Any]], Callable[[NDArray[Any]], NDArray[Any]]]:
+    """Return model inputs, and what takes from a tensor the samples that count."""
+    if isinstance(batch, Batch):
+        return batch.inputs, batch.counting
+    return batch, lambda values: values
 
 
 def _merged(own: Observer, workers: Workers) -> Observer:

@@ -51,22 +51,21 @@ def open_for(
     given: Settings,
     *,
     layout: Any,
-    batch_size: int,
+    beside: Model | None = None,
     labels: bool = True,
 ) -> DataSet:
     """Open a data source for a model, and store what was said about it in the model.
 
-    ``layout`` is not stored: it tells how the arrays of this one source lie. ``labels`` says
-    whether the command reads any.
+    ``layout`` is not stored: it tells how the arrays of this one source lie. ``beside`` is a model
+    that runs on the same batches. ``labels`` says whether the command reads any.
     """
     from onnxqat.data import open_data
-    from onnxqat.settings import Settings, check_batch_size, class_count, input_specs, settle
+    from onnxqat.settings import Settings, class_count, input_specs, settle
 
     settings = settle(model, given)
-    check_batch_size(model, batch_size)
     data = open_data(
         source,
-        input_specs(model),
+        input_specs(model, beside),
         preprocessing=settings.preprocessing(layout),
         label=settings.label,
         input_map=settings.input_map,
@@ -161,10 +160,11 @@ def calibrated(
     layout: Any,
     observer: str,
     samples: int,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     threads: int,
     workers: Workers,
+    default_size: int = 32,
 ) -> tuple[Model, int]:
     """Calibrate on a seeded choice of samples; return the model, and how many samples it saw.
 
@@ -176,15 +176,15 @@ def calibrated(
     from onnxqat.calibrate import calibrate
     from onnxqat.progress import progress_bar
 
-    with open_for(model, source, given, layout=layout, batch_size=batch_size, labels=False) as data:
+    with open_for(model, source, given, layout=layout, labels=False) as data:
         chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
-        share = workers.share(-(-len(chosen) // batch_size))
-        mine = np.sort(chosen)[share.start * batch_size : share.stop * batch_size]
-        batches = data.batches(batch_size, indices=mine)
+        size = data.batch_size(batch_size, default=default_size)
+        share = workers.share(-(-len(chosen) // size))
+        mine = np.sort(chosen)[share.start * size : share.stop * size]
+        batches = data.batches(size, indices=mine)
         with progress_bar("calibrating", share.stop - share.start) as advance:
-            inputs = (batch.inputs for batch in batches)
             result = calibrate(
-                model, inputs, observer=observer, threads=threads, progress=advance,
+                model, batches, observer=observer, threads=threads, progress=advance,
                 workers=workers,
             )  # fmt: skip
     return result, len(chosen)

@@ -45,8 +45,8 @@ __all__ = ["evaluate", "strip"]
 @run_options(32)
 @json_option
 def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
-             max_drop: float | None, as_json: bool, batch_size: int, threads: int, layout: Any,
-             **options: Any) -> None:  # fmt: skip
+             max_drop: float | None, as_json: bool, batch_size: int | None, threads: int,
+             layout: Any, **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
     from onnxqat.evaluate import evaluate as run
     from onnxqat.model import load_model
@@ -63,12 +63,13 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
     if reference is not None:  # a float model has nothing stored; both read the same data
         settle(loaded, given)
         adopt(loaded, reference)
-    with open_for(loaded, data, given, layout=layout, batch_size=batch_size) as samples:
+    with open_for(loaded, data, given, layout=layout, beside=reference) as samples:
         if max_drop is not None and not samples.has_labels:
             raise click.ClickException("--max-drop needs labels, and the data have none.")
-        warn_if_unlike_training(loaded, samples, data, batch_size=batch_size, threads=threads)
-        with progress_bar("evaluating", -(-len(samples) // batch_size)) as advance:
-            result = run(loaded, samples.batches(batch_size), mode=mode, against=reference,
+        size = samples.batch_size(batch_size)
+        warn_if_unlike_training(loaded, samples, data, batch_size=size, threads=threads)
+        with progress_bar("evaluating", -(-len(samples) // size)) as advance:
+            result = run(loaded, samples.batches(size), mode=mode, against=reference,
                          rule=load_rule(rules) if rules else None, threads=threads,
                          progress=advance)  # fmt: skip
     _print_evaluation(result, mode, reference is not None or mode == "integer", as_json)

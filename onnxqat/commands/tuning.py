@@ -82,7 +82,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     compare = state_of(loaded) != "uncalibrated"  # calibration does it else
     if not compare:
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
-        shared |= {**calibration, "layout": layout}
+        shared |= {**calibration, "layout": layout, "default_size": config.samples}
         loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
     logging = {"path": log, "tensorboard": tensorboard, "every": log_every, "resume": resume}
     with _ending_well(workers, target, force, checkpoints) as stop:
@@ -187,7 +187,7 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
     from onnxqat.train import finetune as run
 
     def opened(source: str) -> Any:
-        return open_for(model, source, given, layout=layout, batch_size=config.batch_size)
+        return open_for(model, source, given, layout=layout, beside=others["teacher"])
 
     reports: list[Callable[[Any], None]] = []
     with ExitStack() as stack:
@@ -200,7 +200,9 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
         if workers.rank == 0:
             reports.append(stack.enter_context(FinetuneReport()))
         if workers.rank == 0 and (logging["path"] or logging["tensorboard"]):
-            batch = next(iter((validation or training).batches(config.batch_size))).inputs
+            shown = validation or training
+            size = shown.batch_size(config.batch_size, default=config.samples)
+            batch = next(iter(shown.batches(size))).inputs
             log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
             reports.append(stack.enter_context(log))
         others["report"] = lambda progress: [report(progress) for report in reports]

@@ -49,8 +49,14 @@ class Source(Protocol):
     def count(self, keys: Sequence[str]) -> int:
         """Return the number of samples, once the arrays that will be read are found sound."""
 
+    def header(self, key: str) -> Header:
+        """Return shape and dtype of a whole array, of the first file where there are several."""
+
     def sample(self, key: str) -> Header:
         """Return shape and dtype of the first sample."""
+
+    def parts(self, key: str) -> list[NDArray[Any]]:
+        """Return a whole array, as each file has it."""
 
     def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Return the samples at ``indices``, stacked along the first axis; a new array."""
@@ -150,6 +156,14 @@ class ArraySource:
                 f"{expected.shape[1:]}. Make them alike."
             )
         return header
+
+    def header(self, key: str) -> Header:
+        """Return shape and dtype of the array in the first part."""
+        return self._parts[0].header(key)
+
+    def parts(self, key: str) -> list[NDArray[Any]]:
+        """Return the array of each part."""
+        return [self._load(number, key) for number in range(len(self._parts))]
 
     def sample(self, key: str) -> Header:
         """Return shape and dtype of one sample."""

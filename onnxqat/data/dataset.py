@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onnxqat.data.arrays import Header, Source, names
+from onnxqat.data.batching import Batching, Value
 from onnxqat.data.feeds import Feed, InputSpec
 from onnxqat.data.preprocess import Preprocessing
 from onnxqat.errors import DataError
 
-__all__ = ["Batch", "DataSet", "split"]
+__all__ = ["Batch", "DataSet", "Intake", "split"]
 
 T = TypeVar("T")
+DEFAULT_SIZE = 32  # of a batch, where neither the model nor the user says
+# Of a tensor's largest magnitude: what two equal samples of one batch may differ by.
+EQUAL = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -29,19 +33,74 @@ class Batch:
     Attributes
     ----------
     inputs : dict of str to array
-        By model input, in its dtype and layout, C-contiguous, first axis = samples.
+        By model input, in its dtype and layout, C-contiguous. The first axis of inputs that take
+        samples has length ``size``.
     labels : int64 of shape (n,), or None
         Class indices, 0 or above.
     indices : int64 of shape (n,)
         Positions of the samples in the `DataSet` that gave the batch.
+    size : int
+        How many samples the model is fed: n, or more where it takes a fixed number. The samples
+        from n on repeat the first ones, and do not count.
     arrays : dict of str to array
-        Those that `DataSet.with_arrays` asked for.
+        Those that `DataSet.with_arrays` asked for, ``size`` samples too.
     """
 
     inputs: dict[str, NDArray[Any]]
     labels: NDArray[np.int64] | None
     indices: NDArray[np.int64]
+    size: int
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def counting(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return what a tensor of the model holds of the samples that count.
+
+        The axis that the samples lie along is the first whose last entries repeat the first ones,
+        as the samples do. A tensor that has none is returned whole.
+
+        Parameters
+        ----------
+        values : array
+            What the model computed for `inputs`.
+        """
+        count, size = len(self.indices), self.size
+        if count == size:
+            return values
+        for axis, length in enumerate(values.shape):
+            if length % size == 0:
+                ordered = np.moveaxis(values, axis, 0)
+                samples = ordered.reshape(size, length // size, *ordered.shape[1:])
+                if _equal(samples[count:], samples[np.arange(size - count) % count]):
+                    counted = ordered[: count * (length // size)]
+                    return np.ascontiguousarray(np.moveaxis(counted, 0, axis))
+        return values
+
+
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if a.dtype.kind != "f":
+        return np.array_equal(a, b)
+    return np.allclose(
+        a, b, rtol=0, atol=EQUAL * float(np.max(np.abs(b), initial=0)), equal_nan=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """How samples become what a model takes.
+
+    Attributes
+    ----------
+    feeds : tuple of Feed
+        One per input that takes samples.
+    values : tuple of Value
+        One per input that has no batch axis.
+    batching : Batching
+        Which are which, and how long a batch is.
+    """
+
+    feeds: tuple[Feed, ...]
+    values: tuple[Value, ...]
+    batching: Batching
 
 
 class DataSet:
@@ -51,8 +110,8 @@ class DataSet:
     ----------
     source : Source
         Where rows come from.
-    feeds : sequence of Feed
-        One per model input.
+    intake : Intake
+        How they become model inputs.
     label_key : str or None
         The array of labels.
     indices : int64 of shape (n,)
@@ -66,14 +125,14 @@ class DataSet:
     def __init__(
         self,
         source: Source,
-        feeds: Sequence[Feed],
+        intake: Intake,
         label_key: str | None,
         indices: NDArray[np.int64],
         *,
         owner: bool,
         arrays: Sequence[Feed] = (),
     ) -> None:
-        self._source, self._feeds, self._label_key = source, feeds, label_key
+        self._source, self._intake, self._label_key = source, intake, label_key
         self._indices, self._owner, self._arrays = indices, owner, arrays
 
     def __len__(self) -> int:
@@ -130,7 +189,7 @@ class DataSet:
             raise DataError(
                 f"{self._source.name}: no array {name!r}. It has {names(self._source.keys)}."
             )
-        self._source.count([self._feeds[0].key, name])
+        self._source.count([self._intake.feeds[0].key, name])
         return self._source.sample(name)
 
     def with_arrays(self, arrays: Mapping[str, tuple[str, str]]) -> DataSet:
@@ -148,13 +207,67 @@ class DataSet:
             feeds.append(plain)
         return self._view(self._indices, feeds)
 
-    def _view(self, indices: NDArray[np.int64], arrays: Sequence[Feed]) -> DataSet:
-        feeds, label_key = self._feeds, self._label_key
-        return DataSet(self._source, feeds, label_key, indices, owner=False, arrays=arrays)
+    def in_batches_of(self, length: int, name: str) -> DataSet:
+        """Return a view whose batches all have ``length`` samples, as model input ``name`` takes.
+
+        Raises
+        ------
+        DataError
+            The set was opened for a model that is fixed to another length.
+        """
+        if self.fixed_batch not in (None, length):
+            raise DataError(
+                f"Model input {name!r} takes batches of {length}, and the data were opened for "
+                f"batches of {self.fixed_batch}. Open them for this model."
+            )
+        fixed = replace(self._intake.batching, length=length, fixed_by=name)
+        intake = replace(self._intake, batching=fixed)
+        return self._view(self._indices, self._arrays, intake)
+
+    def _view(
+        self, indices: NDArray[np.int64], arrays: Sequence[Feed], intake: Intake | None = None
+    ) -> DataSet:
+        intake, label_key = intake or self._intake, self._label_key
+        return DataSet(self._source, intake, label_key, indices, owner=False, arrays=arrays)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many samples the model takes at a time; None where it takes any number."""
+        return self._intake.batching.length
+
+    @property
+    def sample_inputs(self) -> tuple[str, ...]:
+        """The model inputs that take samples; the others take one value for all of them."""
+        return self._intake.batching.samples
+
+    def batch_size(self, wanted: int | None = None, *, default: int = DEFAULT_SIZE) -> int:
+        """Return how many samples a batch has.
+
+        Parameters
+        ----------
+        wanted : int, optional
+            What the user asks for.
+        default : int
+            Where neither the user nor the model says.
+
+        Raises
+        ------
+        DataError
+            ``wanted`` is below 1, or not what the model is fixed to.
+        """
+        fixed = self._intake.batching
+        if wanted is not None and wanted < 1:
+            raise DataError(f"--batch-size: {wanted} is not a size. Give 1 or more.")
+        if fixed.length is not None and wanted not in (None, fixed.length):
+            raise DataError(
+                f"--batch-size {wanted}: model input {fixed.fixed_by!r} takes batches of "
+                f"{fixed.length} only. Leave --batch-size out, or export with a dynamic batch."
+            )
+        return fixed.length or wanted or default
 
     def batches(
         self,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         indices: NDArray[np.int64] | None = None,
         drop_last: bool = False,
@@ -163,8 +276,9 @@ class DataSet:
 
         Parameters
         ----------
-        batch_size : int
-            Samples per batch; the last batch has what is left.
+        batch_size : int, optional
+            Samples per batch, see `batch_size`. The last batch has what is left; where the model
+            takes a fixed number, repeated samples fill it, see `Batch`.
         indices : int64 of shape (n,), optional
             Samples to visit, in order; all of them by default.
         drop_last : bool
@@ -173,20 +287,24 @@ class DataSet:
         Raises
         ------
         DataError
-            A batch size below 1; while iterating, a sample that cannot be read or holds values
-            that the model cannot take.
+            The model does not take that batch size; while iterating, a sample that cannot be read
+            or holds values that the model cannot take.
         """
-        if batch_size < 1:
-            raise DataError(f"--batch-size: {batch_size} is not a size. Give 1 or more.")
+        size = self.batch_size(batch_size)
         order = np.arange(len(self)) if indices is None else _checked_indices(indices, len(self))
-        stop = len(order) - len(order) % batch_size if drop_last else len(order)
+        stop = len(order) - len(order) % size if drop_last else len(order)
         return _prefetched(
-            partial(self._read, order[start : start + batch_size])
-            for start in range(0, stop, batch_size)
+            partial(self._read, order[start : start + size], self.fixed_batch)
+            for start in range(0, stop, size)
         )
 
-    def _read(self, positions: NDArray[np.int64]) -> Batch:
-        rows = self._indices[positions]
+    def sample(self, index: int) -> Batch:
+        """Return the sample at ``index`` by itself, whatever batch the model takes."""
+        return self._read(_checked_indices([index], len(self)), None)
+
+    def _read(self, positions: NDArray[np.int64], fixed: int | None) -> Batch:
+        size = fixed or len(positions)
+        rows = self._indices[np.resize(positions, size)]
         inputs, arrays = (
             {
                 feed.spec.name: feed.convert(
@@ -194,10 +312,11 @@ class DataSet:
                 )
                 for feed in feeds
             }
-            for feeds in (self._feeds, self._arrays)
+            for feeds in (self._intake.feeds, self._arrays)
         )
-        labels = self._read_labels(rows)
-        return Batch(inputs=inputs, labels=labels, indices=positions, arrays=arrays)
+        inputs |= {value.name: value.repeated(size) for value in self._intake.values}
+        labels = self._read_labels(self._indices[positions])
+        return Batch(inputs=inputs, labels=labels, indices=positions, size=size, arrays=arrays)
 
     def _origin(self, key: str, rows: NDArray[np.int64], position: int) -> str:
         return self._source.origin(key, int(rows[position]))

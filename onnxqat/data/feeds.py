@@ -28,7 +28,9 @@ from onnxqat.errors import DataError
 __all__ = [
     "Feed",
     "InputSpec",
+    "check_dtype",
     "check_preprocessing",
+    "fits",
     "layout_of_shape",
     "make_feed",
     "model_layout",
@@ -47,7 +49,8 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     name : str
         Its name in the model.
     shape : tuple of int, str or None
-        A name or None is a dynamic dimension. The first one is the batch, and not checked.
+        A name or None is a dynamic dimension. The first one is the batch where the input takes
+        samples.
     dtype : str
         Name of the numpy dtype.
     """
@@ -65,7 +68,7 @@ def model_layout(spec: InputSpec) -> Layout | None:
     >>> model_layout(InputSpec(name="x", shape=("n", 224, 224, 3), dtype="float32"))
     'nhwc'
     """
-    if len(spec.shape) != 4 or not _is_image_dtype(spec.dtype):
+    if len(spec.shape) != 4 or 0 in spec.shape or not _is_image_dtype(spec.dtype):
         return None
     return layout_of_shape(spec.shape)
 
@@ -192,20 +195,27 @@ def make_feed(
             preprocessing, resize_dims=None, crop=None, layout="nhwc"
         )
     if layout is None:
-        _check_dtype(spec, sample, where)
-        if not _fits(sample.shape, spec.shape[1:]) or not spec.shape:
+        check_dtype(spec, sample, where)
+        if not fits(sample.shape, spec.shape[1:]) or not spec.shape:
             raise _shape_error(where, sample, spec)
         return Feed(spec=spec, key=key, preprocessing=Preprocessing(), data_layout=None)
     if spec.dtype == "uint8":
         preprocessing = msgspec.structs.replace(preprocessing, mean=(0.0,), scale=(1.0,))
-    _check_dtype(spec, sample, where)
+    check_dtype(spec, sample, where)
     data_layout = _data_layout(spec, layout, sample, where, preprocessing, decoded=decoded)
     channels = sample.shape[0 if data_layout == "nchw" else 2]
     _check_channels(where, channels, preprocessing, decoded=decoded)
     return Feed(spec=spec, key=key, preprocessing=preprocessing, data_layout=data_layout)
 
 
-def _check_dtype(spec: InputSpec, sample: Header, where: str) -> None:
+def check_dtype(spec: InputSpec, sample: Header, where: str) -> None:
+    """Refuse an array whose dtype a model input cannot take.
+
+    Raises
+    ------
+    DataError
+        It would lose values, or numpy has no such dtype.
+    """
     try:
         wanted = np.dtype(spec.dtype)
     except TypeError as error:
@@ -235,7 +245,7 @@ def _data_layout(
         candidate
         for candidate in candidates
         if len(sample.shape) == 3
-        and _fits(_arranged(sample.shape, candidate, layout, preprocessing), spec.shape[1:])
+        and fits(_arranged(sample.shape, candidate, layout, preprocessing), spec.shape[1:])
     ]
     if not fitting:
         if decoded:
@@ -260,7 +270,8 @@ def _arranged(
     return (channels, *size) if layout == "nchw" else (*size, channels)
 
 
-def _fits(shape: tuple[int, ...] | None, wanted: tuple[int | str | None, ...]) -> bool:
+def fits(shape: tuple[int, ...] | None, wanted: tuple[int | str | None, ...]) -> bool:
+    """Return whether an array's shape is one that a model's shape allows."""
     return (
         shape is not None
         and len(shape) == len(wanted)

@@ -79,6 +79,15 @@ class ImageFolder:
         """Return the number of images."""
         return len(self._paths)
 
+    def header(self, key: str) -> Header:
+        """Return shape and dtype of all images, if they are like the first, or of the labels."""
+        shape, dtype = self.sample(key)
+        return Header((len(self._paths), *shape), dtype)
+
+    def parts(self, key: str) -> list[NDArray[Any]]:
+        """Return all images, or labels."""
+        return [self.read(key, np.arange(len(self._paths)))]
+
     def sample(self, key: str) -> Header:
         """Return shape and dtype of the first image, decoded, or of a label."""
         if key == LABEL:

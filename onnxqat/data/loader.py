@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from onnxqat.data.arrays import Source, names
+from onnxqat.data.batching import batching, make_value
 from onnxqat.data.classes import Classes, check_count, read_classes
-from onnxqat.data.dataset import DataSet
+from onnxqat.data.dataset import DataSet, Intake
 from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
 from onnxqat.data.function import open_function
 from onnxqat.data.images import ImageFolder, is_image
@@ -73,29 +74,50 @@ def open_data(
     opened = _open_source(str(source), inputs, preprocessing, folders)
     try:
         keys, label_key = _match_arrays(opened, inputs, label, input_map or {}, labels=labels)
-        needed = [*keys.values(), *([] if label_key is None else [label_key])]
-        count = opened.count(list(dict.fromkeys(needed)))
-        if count == 0:
-            raise DataError(f"{opened.name}: holds no samples. Check how it was saved.")
-        decoded = isinstance(opened, ImageFolder)
-        feeds = [
-            make_feed(
-                spec,
-                keys[spec.name],
-                opened.sample(keys[spec.name]),
-                opened.name,
-                preprocessing,
-                decoded=decoded,
-            )
-            for spec in inputs
-        ]
+        intake, count = _intake(opened, inputs, keys, label_key, preprocessing)
         check_preprocessing(inputs, preprocessing, opened.name)
         if label_key is not None:
             _check_labels(opened, label_key)
     except BaseException:
         opened.close()
         raise
-    return DataSet(opened, feeds, label_key, np.arange(count), owner=True)
+    return DataSet(opened, intake, label_key, np.arange(count), owner=True)
+
+
+def _intake(
+    source: Source,
+    inputs: Sequence[InputSpec],
+    keys: Mapping[str, str],
+    label_key: str | None,
+    preprocessing: Preprocessing,
+) -> tuple[Intake, int]:
+    """Return how the arrays become model inputs, and the number of samples."""
+    whole = {name: source.header(key) for name, key in keys.items()}
+    labels = None if label_key is None else next(iter(source.header(label_key).shape), None)
+    taken = batching(source.name, inputs, whole, labels)
+    rows = [spec for spec in inputs if spec.name in taken.samples]
+    values = (
+        make_value(source.name, spec, key := keys[spec.name], source.parts(key), taken)
+        for spec in inputs
+        if spec not in rows
+    )
+    needed = [keys[spec.name] for spec in rows] + ([] if label_key is None else [label_key])
+    count = source.count(list(dict.fromkeys(needed)))
+    if count == 0:
+        raise DataError(f"{source.name}: holds no samples. Check how it was saved.")
+    decoded = isinstance(source, ImageFolder)
+    feeds = (
+        make_feed(
+            spec,
+            keys[spec.name],
+            source.sample(keys[spec.name]),
+            source.name,
+            preprocessing,
+            decoded=decoded,
+        )
+        for spec in rows
+    )
+    return Intake(feeds=tuple(feeds), values=tuple(values), batching=taken), count
 
 
 def _open_source(

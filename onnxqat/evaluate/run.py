@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
 from onnxqat.insert import PLAN_KEY, strip
@@ -185,7 +186,11 @@ def _halved(inputs: dict[str, NDArray[Any]], model: Model) -> dict[str, NDArray[
 
 def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
     outputs: list[NDArray[Any]] = session.run(None, _halved(batch.inputs, model))
-    return outputs
+    if not isinstance(batch, Batch):
+        return outputs
+    count, size = len(batch.indices), batch.size
+    first = [output.ndim > 0 and len(output) == size for output in outputs]
+    return [o[:count] if f else batch.counting(o) for o, f in zip(outputs, first, strict=True)]
 
 
 class _Counts:
@@ -204,7 +209,8 @@ class _Counts:
         outputs: list[NDArray[Any]],
         expected: list[NDArray[Any]] | None = None,
     ) -> None:
-        self.samples += len(next(iter(batch.inputs.values())))
+        rows = batch.indices if isinstance(batch, Batch) else next(iter(batch.inputs.values()))
+        self.samples += len(rows)
         if batch.labels is not None:
             _count_labels(outputs[0], batch.labels, self.correct)
         if expected is None:

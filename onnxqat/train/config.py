@@ -10,12 +10,14 @@ from msgspec import Meta
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import Method
 
-__all__ = ["Config"]
+__all__ = ["STEP", "Config"]
 
 Count = Annotated[int, Meta(ge=1)]
 Rate = Annotated[float, Meta(ge=0)]
 Limit = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+STEP = 16  # samples, where nothing else is said
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,11 +32,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         positions that do not count.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
-    batch_size : int
-        Samples per batch.
-    accumulate : int
+    batch_size : int or None
+        Samples per batch. None: what the model is fixed to, and 16 where it takes any number.
+    accumulate : int or None
         Batches per step, whose gradients are averaged: as one batch so many times larger, up to
-        the order of summation.
+        the order of summation. None: 1, and where the model is fixed to a batch, as many as make
+        steps of about 16 samples by all processes.
     method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
         How scales and zero_points move where the plan does not say, see
         `onnxqat.train.fake_quantize`.
@@ -87,8 +90,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
     ignore_index: int | None = None
     epochs: Count | None = None
-    batch_size: Count = 16
-    accumulate: Count = 1
+    batch_size: Count | None = None
+    accumulate: Count | None = None
     method: Method = "lsq"
     averaging_constant: Fraction = 0.01
     quant_delay: Annotated[int, Meta(ge=0)] = 0
@@ -110,6 +113,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     validation: float = 0.1
     seed: Annotated[int, Meta(ge=0)] = 0
     threads: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples per batch where the model takes any number."""
+        return self.batch_size or STEP
+
+    @property
+    def batches(self) -> int:
+        """Batches per step where nothing else is said."""
+        return self.accumulate or 1
 
     def check(self) -> None:
         """Refuse a value outside of its type or range, which making a struct does not.

@@ -24,7 +24,7 @@ from onnxqat.train.checkpoint import (
     model_identity,
     settings_identity,
 )
-from onnxqat.train.config import Config
+from onnxqat.train.config import STEP, Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import TrainingForm, training_form
 from onnxqat.train.groups import asked_for
@@ -100,8 +100,15 @@ def finetune(
     config.check()
     if state_of(model) == "uncalibrated":
         raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
-    _check_batch(model, config)
-    training, held_out = _divide(data, validation, config, workers.size)
+    data = _in_batches_of(model, data)
+    if validation is not None:
+        validation = _in_batches_of(model, validation)
+    size = data.batch_size(config.batch_size, default=config.samples)
+    training, held_out = _divide(data, validation, config)
+    config = msgspec.structs.replace(
+        config, batch_size=size, accumulate=_batches_per_step(training, size, config, workers)
+    )
+    _check_enough(len(data), training, held_out, config, workers)
     loss = _loss(data, config)
     if config.select is None and (loss.graphs or not _classifies(model, data)):
         config = msgspec.structs.replace(config, select=LOSS)
@@ -110,7 +117,7 @@ def finetune(
     asked = asked_for(config)
     form = training_form(model, method=config.method, read=read, asked=asked)
     opened = partial(
-        StepSession, loss=loss, batch_size=config.batch_size, threads=config.threads, arrays=data
+        StepSession, loss=loss, batch_size=config.samples, threads=config.threads, arrays=data
     )
     session = opened(form)
     delayed = (
@@ -177,32 +184,48 @@ def _identity(
     return settings_identity(config) | files | others
 
 
-def _check_batch(model: Model, config: Config) -> None:
+def _in_batches_of(model: Model, data: DataSet) -> DataSet:
+    """Return the data in the batches that the model is fixed to."""
     for tensor in model.graph.inputs:
         length = tensor.shape[0] if tensor.shape else None
-        if isinstance(length, int) and length != config.batch_size:
-            raise TrainingError(
-                f"Input '{tensor.name}' takes {length} samples at a time, and batches have "
-                f"{config.batch_size}. Pass --batch-size {length}, or export the model "
-                "with a free first axis."
-            )
+        if isinstance(length, int) and tensor.name in data.sample_inputs:
+            return data.in_batches_of(length, tensor.name)
+    return data
 
 
-def _divide(
-    data: DataSet, validation: DataSet | None, config: Config, workers: int
-) -> tuple[DataSet, DataSet]:
-    """Return what is trained on, and what is held out."""
-    count, batches = len(data), config.accumulate * workers
-    if validation is None:
-        trained, kept = split(count, config.validation, config.seed)
-        data, validation = data.subset(trained), data.subset(kept)
-    if len(data) < config.batch_size * batches or len(validation) == 0:
-        times = f"{batches} " if batches > 1 else ""
-        raise TrainingError(
-            f"{count} samples are too few for {times}batches of {config.batch_size} and a "
-            "held-out slice. Give more data or a smaller --batch-size."
-        )
-    return data, validation
+def _batches_per_step(data: DataSet, size: int, config: Config, workers: Workers) -> int:
+    """Return what was asked for; else, where the batch is fixed, as many as make usual steps."""
+    if config.accumulate is not None or data.fixed_batch is None:
+        return config.batches
+    at_once = size * workers.size
+    return max(1, min(math.ceil(STEP / at_once), len(data) // at_once))
+
+
+def _divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[DataSet, DataSet]:
+    """Return what is trained on, and what is held out: whole batches where they are fixed."""
+    if validation is not None:
+        return data, validation
+    count, fraction, unit = len(data), config.validation, data.fixed_batch or 1
+    if count < 2 * unit:
+        unit = 1
+    if fraction > 0:
+        fraction = max(round(count * fraction / unit), 1) * unit / count
+    trained, kept = split(count, fraction, config.seed)
+    return data.subset(trained), data.subset(kept)
+
+
+def _check_enough(
+    count: int, training: DataSet, held_out: DataSet, config: Config, workers: Workers
+) -> None:
+    size, batches = config.samples, config.batches * workers.size
+    if len(training) >= size * batches and len(held_out):
+        return
+    times = f"{batches} " if batches > 1 else ""
+    smaller = "" if training.fixed_batch else " or a smaller --batch-size"
+    raise TrainingError(
+        f"{count} samples are too few for {times}batches of {size} and a held-out slice. "
+        f"Give more data{smaller}."
+    )
 
 
 def _classifies(model: Model, data: DataSet) -> bool:

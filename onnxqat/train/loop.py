@@ -228,7 +228,7 @@ class Loop:
             return loss
 
         losses = [run(next(batches))]
-        if self.config.accumulate > 1:
+        if self.config.batches > 1:
             total = gradients.copy()
             for feeds in batches:
                 losses.append(run(feeds))

@@ -36,7 +36,7 @@ def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) 
         for prefix in ("", TENSOR):  # a loss may call an output a tensor
             feeds |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
     if batch.labels is not None:
-        feeds[LABELS] = batch.labels
+        feeds[LABELS] = np.resize(batch.labels, batch.size)
     return feeds | batch.arrays
 
 
@@ -77,27 +77,28 @@ class Supply:
         shape = list(model.graph.outputs[0].shape or ())
         counted = len(shape) > 1 and isinstance(shape[1], int)
         self.classes = ({LABELS: (shape[1], None)} if counted else {}) | dict(classes or {})
-        self.steps = len(data) // (config.batch_size * config.accumulate * workers.size)
+        self.steps = len(data) // (config.samples * config.batches * workers.size)
         self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
 
     def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
         """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
-        parts = self.config.accumulate
+        parts = self.config.batches
         batches = self._batches(number, done)
         for _ in range(done, self.steps):
             yield islice(batches, parts)
 
     def _batches(self, epoch: int, done: int) -> Iterator[Feeds]:
         """Yield this worker's batches; every step's samples are divided in order of rank."""
-        size, parts, workers = self.config.batch_size, self.config.accumulate, self.workers
+        size, parts, workers = self.config.samples, self.config.batches, self.workers
         numbers = np.arange(self.steps * workers.size * parts)
         mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
         order = self._order(epoch)[: len(numbers) * size].reshape(-1, size)[mine].reshape(-1)
         for index, batch in zip(mine, self.data.batches(size, indices=order), strict=True):
-            feeds = batch.inputs
+            feeds = dict(batch.inputs)
             if self.config.augment:
                 rng = np.random.default_rng((self.config.seed, epoch, int(index)))
-                feeds = {n: augment(v, self.config.augment, rng) for n, v in feeds.items()}
+                moved = {n: feeds[n] for n in self.data.sample_inputs}
+                feeds |= {n: augment(v, self.config.augment, rng) for n, v in moved.items()}
             feeds = feeds_of(batch, feeds, self.teacher)
             self._check_labels(feeds)
             yield feeds

@@ -48,7 +48,7 @@ class Validation:
     def __call__(self, model: Model, progress: Callable[[], None]) -> Evaluation:
         """Return the figures of a Q/DQ model; the loss among them if it is what is chosen by."""
         threads = self.config.threads
-        batches = self.data.batches(self.config.batch_size)
+        batches = self.data.batches(self.config.samples)
         figures = evaluate(
             model, batches, against=self.reference, threads=threads, progress=progress
         )
@@ -57,15 +57,18 @@ class Validation:
         return replace(figures, loss=self._mean_loss(model, progress))
 
     def _mean_loss(self, model: Model, progress: Callable[[], None]) -> float:
-        """Return the mean over the batches that are full: a loss may depend on their size."""
-        size = min(self.config.batch_size, len(self.data))
+        """Return the mean over the batches that are full: a loss may depend on their size.
+
+        Where the model takes more samples at a time than there are, repeated ones fill its batch.
+        """
+        size = self.data.fixed_batch or min(self.config.samples, len(self.data))
         proto = add_loss(fix_batch(to_proto(model), set(), size), self.loss, self.data)
         session = open_session(
             proto, optimization="none", threads=self.config.threads, name=model.name
         )
         wanted = {value.name for value in session.get_inputs()}
         losses: list[float] = []
-        for batch in self.data.batches(size, drop_last=True):
+        for batch in self.data.batches(size, drop_last=len(self.data) >= size):
             feeds = feeds_of(batch, batch.inputs, self.teacher)
             losses.append(float(session.run(None, {n: feeds[n] for n in wanted})[0]))
             progress()

@@ -468,7 +468,7 @@ WRONG = [
     ("evaluate {q} {wrong}/labels.npz", 1, "the model has 10 classes, 0 to 9"),
     ("evaluate {q} {data} --against {wrong}/none.onnx", 1, "none.onnx: no such file"),
     ("evaluate {q} {data} --against {wrong}/attention.onnx", 1, "does not run on the data"),
-    ("evaluate {wrong}/batch-1.onnx {data}", 1, "Pass --batch-size 1"),
+    ("evaluate {wrong}/batch-1.onnx {data} --batch-size 3", 1, "takes batches of 1 only"),
     ("strip {lenet} -o {out}/chip", 1, "holds no quantization plan"),
     ("strip {work}/empty.onnx -o {out}/chip", 1, "is not calibrated"),
     ("strip {q} -o {wrong}/text", 1, "cannot be made"),

@@ -266,7 +266,7 @@ def test_a_model_of_fixed_batch_takes_larger_steps(coarse, data):
     for tensor in (*single.graph.inputs, *single.graph.outputs):
         tensor.shape = [1, *tensor.shape[1:]]
     few = {"epochs": 1, "threads": 1, "optimizer": "sgd", "lr": 1e-4}
-    config = Config(**few, batch_size=1, accumulate=16)
+    config = Config(**few)  # of one sample, 16 to a step
     small = finetune(single, data.subset(np.arange(400)), config=config)
     large = finetune(coarse, data.subset(np.arange(400)), config=Config(**few, batch_size=16))
 
@@ -274,8 +274,8 @@ def test_a_model_of_fixed_batch_takes_larger_steps(coarse, data):
     np.testing.assert_allclose(values(small.model), values(large.model), rtol=0, atol=1e-5)
 
 
-def test_fixed_batch_says_which_batch_size_it_takes(coarse, data):
+def test_a_batch_size_that_the_model_does_not_take_is_refused(coarse, data):
     fixed = coarse.copy()
     fixed.graph.inputs[0].shape = [1, 1, 28, 28]
-    with pytest.raises(TrainingError, match=r"takes 1 samples at a time.*Pass --batch-size 1"):
+    with pytest.raises(DataError, match=r"--batch-size 16: model input 'input' takes batches of 1"):
         finetune(fixed, data, config=Config(**FAST))

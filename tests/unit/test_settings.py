@@ -11,7 +11,6 @@ from onnxqat.settings import (
     KEY,
     Settings,
     adopt,
-    check_batch_size,
     class_count,
     input_specs,
     settle,
@@ -203,9 +202,12 @@ def test_inputs_as_the_data_want_them(model):
     assert (spec.name, spec.shape, spec.dtype) == ("input", ("N", 3, 8, 8), "float32")
 
 
-def test_fixed_batch_takes_that_size_alone(model):
-    check_batch_size(model, 7)
-    model.graph.inputs[0].shape = (2, 3, 8, 8)
-    check_batch_size(model, 2)
-    with pytest.raises(ModelError, match="input 'input' takes batches of 2 only"):
-        check_batch_size(model, 7)
+def test_models_that_run_beside_each_other_take_the_batch_of_the_one_that_is_fixed(model):
+    other = model.copy()
+    other.name = "other.onnx"
+    other.graph.inputs[0].shape = (2, 3, 8, 8)
+    for pair in ((model, other), (other, model)):
+        assert input_specs(*pair)[0].shape == (2, 3, 8, 8)
+    model.graph.inputs[0].shape = (4, 3, 8, 8)
+    with pytest.raises(ModelError, match=r"takes batches of 4, that of other\.onnx of 2"):
+        input_specs(model, other)
