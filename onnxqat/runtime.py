@@ -227,9 +227,11 @@ class TensorReader:
         added = (onnx.ValueInfoProto(name=name) for name in self.names if name not in present)
         model.graph.output.extend(added)
         self.session = open_session(model, optimization=optimization, threads=threads, name=name)
+        self._inputs = {value.name for value in self.session.get_inputs()}
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the tensors for one batch."""
+        """Return the tensors for one batch; inputs that none of them needs may be among these."""
         if not self.names:  # a session that is asked for nothing returns all of its outputs
             return {}
-        return dict(zip(self.names, self.session.run(self.names, dict(inputs)), strict=True))
+        feeds = {name: values for name, values in inputs.items() if name in self._inputs}
+        return dict(zip(self.names, self.session.run(self.names, feeds), strict=True))

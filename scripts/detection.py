@@ -47,11 +47,11 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("W8A8 per-tensor", ("weight.axis=none",), ()),
+    Case("W8A8 per-tensor", ("weight.axis=none",), ("--accumulate", "1")),
     Case("W4A8 per-axis", ("weight.bits=4",), ("--accumulate", "4")),
 )
 OBSERVERS = ("mse", "minmax", "percentile")
-TRAINING = ("--batch-size", "1", "--epochs", "3")  # the model takes one image at a time
+TRAINING = ("--epochs", "3")
 PREPROCESSING = (
     *("--keep-aspect-ratio", "--pixel-format", "bgr"),
     *("--mean", ",".join(map(str, MEAN)), "--scale", ",".join(map(str, SCALE))),
@@ -197,7 +197,7 @@ def measure(case: Case, models: Path, data: Path, work: Path, seeds: int) -> dic
     for observer in OBSERVERS:
         path = work / f"{stem}.{observer}.onnx"
         onnxqat(
-            *("insert", model, *sets, *PREPROCESSING, "--batch-size", "1"),
+            *("insert", model, *sets, *PREPROCESSING),
             *("--data", train, "--observer", observer, "-o", path, "--force"),
         )
         post[observer] = mean_precision(path, data)

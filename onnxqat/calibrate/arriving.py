@@ -30,7 +30,7 @@ MAX_FACTOR = 2.0
 
 
 def unlike_training(
-    model: Model, data: DataSet, *, batch_size: int = 32, threads: int = 0
+    model: Model, data: DataSet, *, batch_size: int | None = None, threads: int = 0
 ) -> str | None:
     """Return in what the data differ from those a network was trained with, if it is plain.
 
@@ -51,10 +51,11 @@ def unlike_training(
         return None
     try:
         reader = _reader(model, seen.tensor, threads)
-        wanted = min(max(SAMPLES // batch_size, 1) * batch_size, len(data))  # full batches
+        size = data.batch_size(batch_size)
+        wanted = min(max(SAMPLES // size, 1) * size, len(data))  # full batches
         chosen = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
-        batches = data.batches(batch_size, indices=chosen)
-        values = [reader.run(batch.inputs)[seen.tensor] for batch in batches]
+        batches = data.batches(size, indices=chosen)
+        values = [batch.counting(reader.run(batch.inputs)[seen.tensor]) for batch in batches]
     except ModelError:  # is told by whoever needs the whole network to run
         return None
     return _difference(np.concatenate(values), seen)

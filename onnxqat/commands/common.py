@@ -91,7 +91,7 @@ def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
 
 
 def warn_if_unlike_training(
-    model: Model, data: DataSet, source: str, *, batch_size: int, threads: int
+    model: Model, data: DataSet, source: str, *, batch_size: int | None, threads: int
 ) -> None:
     """Say if the data reach the network in another range than those it was trained with."""
     from onnxqat.calibrate import unlike_training
