@@ -1,13 +1,17 @@
-"""The losses of a run, and whether they rise."""
+"""The losses of a run, and whether they rise; and what is said of numbers that are not finite."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
+import onnx
 
-__all__ = ["GUARD_STEPS", "LossHistory"]
+from onnxqat.qparams import FloatArray
+
+__all__ = ["GUARD_STEPS", "LossHistory", "explain_gradients", "explain_loss", "not_finite"]
 
 # The mean loss of the last steps is compared with that of as many at the start.
 GUARD_STEPS = 20
@@ -53,3 +57,54 @@ class LossHistory(msgspec.Struct, kw_only=True):
         noise = math.sqrt((first.var() + last.var()) / window)
         rise = last.mean() - first.mean()
         return bool(last.mean() > RISE * first.mean() and rise > STANDARD_ERRORS * noise)
+
+
+def not_finite(arrays: Mapping[str, FloatArray], buffer: FloatArray) -> list[str]:
+    """Return the names of the arrays that hold a number that is not finite.
+
+    ``buffer`` holds all of them one behind the other: one product tells that all is well.
+    """
+    if math.isfinite(float(np.dot(buffer, buffer))):
+        return []
+    return [name for name, array in arrays.items() if not np.isfinite(array).all()]
+
+
+def explain_gradients(graph: onnx.GraphProto, names: Iterable[str], *, moved: bool) -> str:
+    """Return which gradients are not finite, and what can be done.
+
+    Parameters
+    ----------
+    graph : onnx.GraphProto
+        The training form's.
+    names : iterable of str
+        The parameters, by input name.
+    moved : bool
+        Whether training has changed anything yet.
+    """
+    wrong = set(names)
+    # backwards from the loss the first one is where the numbers left the finite ones
+    name = next(n for node in reversed(graph.node) for n in node.input if n in wrong)
+    alone = {n.removesuffix("/scale").removesuffix("/zero_point") for n in wrong} == {name}
+    if alone or len(wrong) == 1:
+        return (
+            f"the gradient of '{name}' is not finite, all others are. "
+            f'Leave it as it is with --group "tensor:{name}.freeze=true"'
+        )
+    rate = "Try a smaller --lr, or l" if moved else "Nothing has moved yet, so no --lr helps: l"
+    return (
+        f"the gradients of {len(wrong)} tensors are not finite, from '{name}' on back to the "
+        f"inputs. {rate}ook for values that are too large there with 'onnxqat evaluate'"
+    )
+
+
+def explain_loss(values: Mapping[str, FloatArray], buffer: FloatArray, *, moved: bool) -> str:
+    """Return why a loss is not finite, as far as the parameters tell."""
+    wrong = not_finite(values, buffer)
+    if wrong:
+        return f"the values of '{wrong[0]}' are not finite. Try a smaller --lr"
+    if moved:
+        return "all parameters are finite. Try a smaller --lr"
+    return (
+        "and nothing has moved yet, so no --lr helps: outputs of the model, or of the teacher, are "
+        "not finite on these data. See what 'onnxqat evaluate' says"
+    )

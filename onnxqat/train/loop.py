@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -23,7 +24,13 @@ from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.guard import GUARD_STEPS, LossHistory
+from onnxqat.train.guard import (
+    GUARD_STEPS,
+    LossHistory,
+    explain_gradients,
+    explain_loss,
+    not_finite,
+)
 from onnxqat.train.ranges import Ranges
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor
@@ -256,12 +263,23 @@ class Loop:
             self.kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
 
     def _check_finite(self, loss: float) -> None:
+        """Stop where the loss or a gradient is no number, and name the tensor."""
+        record, session = self.record, self.session
+        moved = record.step > record.losses.window
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"The loss became {loss} at step {self.record.step + 1}. The best state so far "
-                f"(epoch {self.record.best_epoch}) is kept. Try a smaller --lr.",
-                self._best_model(),
-            )
+            reason = explain_loss(session.values.views, session.values.buffer, moved=moved)
+            self._diverged(f"The loss became {loss} at step {record.step + 1}: {reason}.")
+        wrong = not_finite(session.gradients.views, session.gradients.buffer)
+        wrong = [n for n in wrong if not self.updater.rates[n].frozen(record.step)]
+        if wrong:
+            reason = explain_gradients(self.form.proto.graph, wrong, moved=moved)
+            self._diverged(f"Step {record.step + 1}: {reason}.")
+
+    def _diverged(self, message: str) -> NoReturn:
+        raise DivergedError(
+            f"{message} The best state so far (epoch {self.record.best_epoch}) is kept.",
+            self._best_model(),
+        )
 
     def _back_off(self) -> bool:
         """Say what is done about a rising loss; return whether to try again."""

@@ -222,10 +222,40 @@ def test_not_finite_loss_stops_and_keeps_the_best(coarse, data, monkeypatch):
         return float("nan")
 
     monkeypatch.setattr(engine.StepSession, "run", run)
-    with pytest.raises(DivergedError, match="became nan at step 1") as caught:
+    with pytest.raises(DivergedError, match="nan at step 1: and nothing has moved") as caught:
         finetune(coarse, data, config=Config(**FAST))
 
     assert as_bytes(caught.value.best) == as_bytes(coarse)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["fc3.weight"], "Step 1: the gradient of 'fc3.weight' is not finite, all others are"),
+        (["conv1.weight", "fc1.weight"], "of 2 tensors are not finite, from 'fc1.weight' on back"),
+    ],
+)
+def test_not_finite_gradient_names_its_tensor(coarse, data, monkeypatch, names, said):
+    from onnxqat.train import engine
+
+    run = engine.StepSession.run
+
+    def spoiled(self, feeds):
+        loss = run(self, feeds)
+        for name in names:
+            self.gradients.views[name][...] = np.inf
+        return loss
+
+    monkeypatch.setattr(engine.StepSession, "run", spoiled)
+    with pytest.raises(DivergedError, match=said) as caught:
+        finetune(coarse, data, config=Config(**FAST))
+    assert as_bytes(caught.value.best) == as_bytes(coarse)
+
+    frozen = tuple(f"tensor:{name}.freeze=true" for name in names)
+    result = finetune(coarse, data, config=Config(**FAST | {"epochs": 1}, groups=frozen))
+    values, before = result.model.graph.tensors(), coarse.graph.tensors()
+    assert all(np.array_equal(values[n].values, before[n].values) for n in names)
+    assert all(np.isfinite(values[n].values).all() for n in ("fc2.weight", "conv2.bias"))
 
 
 def test_label_beyond_the_classes_is_refused_before_it_is_read(coarse, data, tmp_path):
