@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,12 +11,31 @@ from onnxqat.plan.graph import Unit
 from onnxqat.qparams import QuantSpec
 from onnxqat.rules import OpRule
 
-__all__ = ["find_groups", "merged_spec", "unobserved_tensors"]
+__all__ = ["Quantized", "find_groups", "merged_spec", "unobserved_tensors"]
 
 
-def find_groups(
-    units: Iterable[tuple[Unit, OpRule]], specs: Mapping[str, QuantSpec]
-) -> dict[str, str]:
+class Quantized(NamedTuple):
+    """A unit that is quantized, its table, and the last unit of the chain it is in, or itself.
+
+    What leaves the chip's op is what that last one writes.
+    """
+
+    unit: Unit
+    op: OpRule
+    end: Unit
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of what enters the unit."""
+        return [tensor.name for _, _, tensor in self.unit.inputs()]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what leaves the chain."""
+        return [tensor.name for tensor in self.end.outputs]
+
+
+def find_groups(units: Iterable[Quantized], specs: Mapping[str, QuantSpec]) -> dict[str, str]:
     """Return tensor -> group for the points that share parameters, by union-find.
 
     A tensor whose clipping range the chip forces shares its parameters with what it is passed
@@ -23,8 +43,8 @@ def find_groups(
 
     Parameters
     ----------
-    units : iterable of (Unit, OpRule)
-        What is quantized, in the order of the graph.
+    units : iterable of Quantized
+        In the order of the graph.
     specs : mapping of str to QuantSpec
         Of the tensors that have a point. A group is named after its first tensor.
     """
@@ -37,14 +57,14 @@ def find_groups(
             name = parent[name]
         return name
 
-    for unit, op in units:
-        if op.parameters == "own":
+    for quantized in units:
+        kind, inputs, outputs = quantized.op.parameters, quantized.inputs, quantized.outputs
+        if kind == "own":
             continue
-        inputs = [tensor for _, _, tensor in unit.inputs()]
-        inputs = inputs[:1] if op.parameters == "passthrough" else inputs
-        outputs = [] if op.parameters == "unify_inputs" else unit.outputs
-        shared = [t.name for t in (*inputs, *outputs) if t.name in parent]
-        if op.parameters == "passthrough" and inputs[0].name in forced:
+        inputs = inputs[:1] if kind == "passthrough" else inputs
+        outputs = [] if kind == "unify_inputs" else outputs
+        shared = [name for name in (*inputs, *outputs) if name in parent]
+        if kind == "passthrough" and forced.intersection(inputs):
             forced.update(shared)
         else:
             shared = [name for name in shared if name not in forced]
@@ -56,17 +76,14 @@ def find_groups(
     return {n: names[0] for names in members.values() if len(names) > 1 for n in names}
 
 
-def unobserved_tensors(
-    units: Iterable[tuple[Unit, OpRule]], groups: Mapping[str, str]
-) -> frozenset[str]:
+def unobserved_tensors(units: Iterable[Quantized], groups: Mapping[str, str]) -> frozenset[str]:
     """Return the tensors that take the range of the output of the unit that reads them."""
     return frozenset(
-        tensor.name
-        for unit, op in units
-        if op.parameters == "from_output"
-        for _, _, tensor in unit.inputs()
-        if tensor.name in groups
-        and any(groups.get(t.name) == groups[tensor.name] for t in unit.outputs)
+        name
+        for quantized in units
+        if quantized.op.parameters == "from_output"
+        for name in quantized.inputs
+        if name in groups and any(groups.get(n) == groups[name] for n in quantized.outputs)
     )
 
 

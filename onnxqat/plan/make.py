@@ -23,7 +23,7 @@ from onnxqat.overrides import Override
 from onnxqat.plan.chains import find_chains
 from onnxqat.plan.choose import Choice, choose_ops
 from onnxqat.plan.graph import GraphIndex, Unit
-from onnxqat.plan.groups import find_groups, merged_spec, unobserved_tensors
+from onnxqat.plan.groups import Quantized, find_groups, merged_spec, unobserved_tensors
 from onnxqat.plan.mark import Draft, Marker
 from onnxqat.plan.masks import find_masks
 from onnxqat.plan.operators import WEIGHTED_OPS, channel_axis
@@ -70,16 +70,26 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     no_bias = any(o.kind == "bias" for o in overrides)
     return QuantPlan(
         rule=rule.name,
-        points=(*_points(index, choice, marker.drafts), *(() if no_bias else marker.biases())),
+        points=(
+            *_points(index, choice, marker.drafts, chains),
+            *(() if no_bias else marker.biases()),
+        ),
         skips=tuple(choice.skips),
         chains=tuple(tuple(n.name for unit in c for n in unit.nodes) for c in chains),
         overrides=tuple(str(o) for o in overrides),
     )
 
 
-def _points(index: GraphIndex, choice: Choice, drafts: dict[str, Draft]) -> tuple[QuantPoint, ...]:
+def _points(
+    index: GraphIndex, choice: Choice, drafts: dict[str, Draft], chains: list[tuple[Unit, ...]]
+) -> tuple[QuantPoint, ...]:
     """Form the groups, and return the points of the drafts."""
-    units = [(unit, choice.ops[unit.name]) for unit in index.units if unit.name in choice.ops]
+    ends = {unit.name: chain[-1] for chain in chains for unit in chain}
+    units = [
+        Quantized(unit, choice.ops[unit.name], ends.get(unit.name, unit))
+        for unit in index.units
+        if unit.name in choice.ops
+    ]
     groups = find_groups(units, {name: draft.spec for name, draft in drafts.items()})
     unobserved = unobserved_tensors(units, groups)
     members: dict[str, list[Draft]] = {}

@@ -241,6 +241,29 @@ def test_inputs_alone_share_and_the_output_has_its_own():
     assert [(p.tensor, p.group) for p in plan.points] == [("a", "a"), ("b", "a"), ("y", None)]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "groups", "observed"),
+    [
+        ("own", [None, None, None], [True, True, True]),
+        ("unify_inputs", ["a", "a", None], [True, True, True]),
+        ("unify", ["a", "a", "a"], [True, True, True]),
+        ("from_output", ["a", "a", "a"], [False, False, True]),
+        ("passthrough", ["a", None, "a"], [True, True, True]),
+    ],
+)
+@pytest.mark.parametrize("middle", ["y = Relu(s)", "t = Add(s, c) y = Relu(t)"])
+def test_unit_shares_with_what_leaves_its_chain(parameters, groups, observed, middle):
+    body = f"a = Sigmoid(x) b = Sigmoid(x) s = Sub(a, b) {middle}"
+    op = OpRule(inputs="a", outputs="a", parameters=parameters)
+    ops = {"Sub": op, "Add": OpRule(), "Relu": OpRule()}
+    fuse = (("Sub", "BiasAdd", "Relu"), ("Sub", "Relu"))
+    graph = graph_of(body, constants="float[6] c = {1,2,3,4,5,6}")
+    plan = make_plan(graph, rule_of(ops=ops, fuse=fuse, bias="float"))
+
+    assert [(p.tensor, p.group) for p in plan.points] == list(zip("aby", groups, strict=True))
+    assert [p.observed for p in plan.points] == observed
+
+
 def test_inputs_take_the_range_of_the_output():
     graph = graph_of("y = Min(x, limit)", constants="float limit = {0.5}")
     op = OpRule(inputs="a", outputs="a", parameters="from_output")
