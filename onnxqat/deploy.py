@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from onnxqat.calibrate import without_large_biases
 from onnxqat.errors import FormatError, OnnxQatError, PlanError, RuleError
 from onnxqat.files import atomic_outputs, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
@@ -19,8 +20,9 @@ from onnxqat.insert import plan_of, read_params, state_of, strip
 from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
-from onnxqat.qparams import QuantParams, fake_quantize, quantize
+from onnxqat.qparams import QuantParams, quantize
 from onnxqat.rules import load_rule
+from onnxqat.snap import snap_weights
 
 __all__ = ["Deployment", "deployed_model", "read_table", "write_deployment"]
 
@@ -59,18 +61,14 @@ def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Mod
         Calibrated or fine-tuned.
     weights : {"snapped", "tuned"}
         ``snapped`` puts every quantized weight on its grid, ``round(w / s) * s``, so that any
-        compiler that rounds it to this grid again gets the integers that training used;
-        ``tuned`` keeps the weights as trained.
+        compiler that rounds it to this grid again gets the integers that training used; other
+        readers of the same constant keep its values. ``tuned`` keeps the weights as trained.
     """
     plan, params = plan_of(model), read_params(model)
     floats = strip(model)
     if weights == "snapped":
-        tensors = floats.graph.tensors()
-        for point in plan.grid_points():
-            if point.role == "weight":
-                tensor = tensors[point.tensor]
-                snapped = fake_quantize(tensor.values, params[point.parameters], point.spec)
-                tensor.values = np.asarray(snapped)  # of a scalar, arithmetic makes no array
+        points = (p for p in plan.grid_points() if p.role == "weight")
+        snap_weights(floats.graph, ((p, params[p.parameters]) for p in points))
     note = model.metadata.get(FLOAT16_KEY)
     return floats if note is None else narrow_to_float16(floats, note)
 
@@ -207,8 +205,9 @@ def read_table(
     Returns
     -------
     plan, params
-        The plan with signedness as the table has it, and the parameters. Where a table says
-        nothing of weights, they are quantized by their largest absolute value.
+        The plan with signedness as the table has it and without the biases that its scales make
+        too large for integers, and the parameters. Where a table says nothing of weights, they
+        are quantized by their largest absolute value.
 
     Raises
     ------
@@ -231,7 +230,8 @@ def read_table(
         spec = msgspec.structs.replace(point.spec, signedness=signedness)
         return msgspec.structs.replace(point, spec=spec)
 
-    return msgspec.structs.replace(plan, points=tuple(map(resolved, plan.points))), params
+    plan = msgspec.structs.replace(plan, points=tuple(map(resolved, plan.points)))
+    return without_large_biases(plan, params, model.graph.tensors()), params
 
 
 def _read_file(path: Path) -> Table:

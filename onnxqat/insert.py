@@ -130,6 +130,7 @@ class _Inserter:
         self.plan = plan
         self.params = params
         self.tensors = graph.tensors()
+        self.nodes = {n.name: n for n in graph.nodes}  # a reader in a subgraph may be called alike
         self.constants: dict[str, gs.Constant] = {}
         self.output_names = {t.name for t in graph.outputs}
 
@@ -150,7 +151,6 @@ class _Inserter:
         self.graph.nodes.extend(nodes)
 
     def _check(self, points: Mapping[str, QuantPoint]) -> None:
-        nodes = {n.name: n for n in self.graph.nodes}
         for point in points.values():
             if point.tensor not in self.tensors:
                 raise PlanError(f"Plan expects tensor '{point.tensor}'; the model has none.")
@@ -158,8 +158,8 @@ class _Inserter:
                 raise PlanError(f"No parameters for '{point.parameters}'. Calibrate it first.")
             for edge in point.consumers:
                 readers = self.graph.outputs if not edge.node else ()
-                if edge.node in nodes:
-                    readers = nodes[edge.node].inputs
+                if edge.node in self.nodes:
+                    readers = self.nodes[edge.node].inputs
                 if edge.index >= len(readers) or readers[edge.index].name != point.tensor:
                     raise PlanError(
                         f"Plan expects '{point.tensor}' at ('{edge.node}', {edge.index}); the "
@@ -227,15 +227,11 @@ class _Inserter:
         return self.constants[name]
 
     def _rewire(self, point: QuantPoint, target: gs.Variable) -> None:
-        nodes = self._consumers(point)
         for edge in point.consumers:
             if edge.node:
-                nodes[edge.node].inputs[edge.index] = target
+                self.nodes[edge.node].inputs[edge.index] = target
             else:
                 self.graph.outputs[edge.index] = target
-
-    def _consumers(self, point: QuantPoint) -> dict[str, gs.Node]:
-        return {n.name: n for n in self.tensors[point.tensor].outputs}
 
 
 def _pair_nodes(point: QuantPoint, nodes: Mapping[str, gs.Node]) -> list[gs.Node]:

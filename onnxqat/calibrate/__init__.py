@@ -1,10 +1,10 @@
 """Calibration: observers of clipping ranges, and the streaming run that feeds them."""
 
 from onnxqat.calibrate.arriving import unlike_training
+from onnxqat.calibrate.biases import fit_bias_range, without_large_biases
 from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
 from onnxqat.calibrate.run import (
     calibrate,
-    fit_bias_range,
     placeholder_params,
     resolved_plan,
 )
@@ -18,4 +18,5 @@ __all__ = [
     "resolved_plan",
     "unlike_training",
     "weight_range",
+    "without_large_biases",
 ]

@@ -44,6 +44,7 @@ __all__ = [
     "MseObserver",
     "Observer",
     "PercentileObserver",
+    "Range",
     "weight_range",
 ]
 
@@ -87,8 +88,10 @@ class Observer(ABC):
         self._high = -np.inf
 
     @final
-    def update(self, x: FloatArray) -> None:
-        """Take in one batch; an empty one changes nothing.
+    def update(self, x: FloatArray) -> Range:
+        """Take in one batch, and return its smallest and largest value.
+
+        An empty one changes nothing, and has the range from infinity down to minus infinity.
 
         Parameters
         ----------
@@ -101,7 +104,7 @@ class Observer(ABC):
             ``x`` holds nan or infinity. The observer is then as it was before.
         """
         if x.size == 0:
-            return
+            return np.inf, -np.inf
         low, high = float(x.min()), float(x.max())  # both are nan where any element is
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError(
@@ -110,6 +113,7 @@ class Observer(ABC):
             )
         self._update(x, low, high)
         self._low, self._high = min(self._low, low), max(self._high, high)
+        return low, high
 
     @final
     def merge(self, other: Observer) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxqat.calibrate.observers import OBSERVERS, Observer, weight_range
+from onnxqat.calibrate.biases import fit_bias_range
+from onnxqat.calibrate.observers import OBSERVERS, Observer, Range, weight_range
 from onnxqat.data import Batch
 from onnxqat.errors import ModelError
 from onnxqat.foreign import taken_params
@@ -19,7 +20,7 @@ from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.qparams import QuantParams, choose_qparams, power_of_two
+from onnxqat.qparams import QuantParams, choose_qparams
 from onnxqat.runtime import TensorReader
 
 __all__ = ["calibrate", "placeholder_params", "resolved_plan"]
@@ -71,19 +72,22 @@ def calibrate(
     plan, floats = plan_of(model), strip(model)
     tensors = floats.graph.tensors()
     params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
-    params |= taken_params(model)
-    watched = _observe(floats, plan, batches, OBSERVERS[observer], threads, progress, workers)
+    taken = taken_params(model)
+    params |= taken
+    watched, ranges = _observe(
+        floats, plan, batches, OBSERVERS[observer], threads, progress, workers
+    )
 
-    def measured() -> dict[str, QuantParams]:
+    def measured() -> tuple[dict[str, QuantParams], QuantPlan]:
         for point in plan.grid_points():
             if point.role == "activation" and point.parameters not in params:
                 low, high = watched[point.parameters].range()
                 params[point.parameters] = choose_qparams(low, high, point.spec)
-        fit_bias_range(plan, params, tensors)
-        return params
+        _warn_of_constants(ranges)
+        return params, fit_bias_range(plan, params, tensors, kept=taken)
 
-    params = workers.first(measured)
-    return with_params(model, params, state="calibrated", plan=resolved_plan(plan, params))
+    params, fitted = workers.first(measured)
+    return with_params(model, params, state="calibrated", plan=resolved_plan(fitted, params))
 
 
 def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
@@ -116,10 +120,11 @@ def _observe(
     threads: int,
     progress: Callable[[], None],
     workers: Workers,
-) -> dict[str, Observer]:
+) -> tuple[dict[str, Observer], dict[str, Range]]:
     """Show every activation of the float model to the observer of its parameters.
 
-    Worker 0 returns the observers of all batches, the others those of their own.
+    Worker 0 returns the observers of all batches, the others those of their own; and likewise the
+    smallest and the largest value of each activation.
     """
     points = [p for p in plan.grid_points() if p.role == "activation" or p.group]
     watched: dict[str, Observer] = {}
@@ -139,14 +144,38 @@ def _observe(
     reader = TensorReader(
         to_proto(floats), fetched, optimization="basic", threads=threads, name=floats.name
     )
+    ranges: dict[str, Range] = {}
     for batch in batches:
         inputs, counting = _opened(batch)
         values = reader.run(inputs)
         for point in activations:
             known = values if point.tensor in values else inputs
-            watched[point.parameters].update(counting(known[point.tensor]))
+            seen = watched[point.parameters].update(counting(known[point.tensor]))
+            _widen(ranges, {point.tensor: seen})
         progress()
-    return {name: _merged(own, workers) for name, own in watched.items()}
+    for others in workers.gather(ranges)[1:]:
+        _widen(ranges, others)
+    return {name: _merged(own, workers) for name, own in watched.items()}, ranges
+
+
+def _widen(ranges: dict[str, Range], seen: Mapping[str, Range]) -> None:
+    """Widen the ranges by others, which may be of other tensors."""
+    for name, (low, high) in seen.items():
+        known = ranges.get(name, (low, high))
+        ranges[name] = min(known[0], low), max(known[1], high)
+
+
+def _warn_of_constants(ranges: Mapping[str, Range]) -> None:
+    """Name the activations whose data say nothing of the values they may take."""
+    constants = [f"'{name}' ({low:g})" for name, (low, high) in ranges.items() if low == high]
+    if constants:
+        logger.warning(
+            "%d activations had one value in all of the calibration data: %s. Their scales fit no "
+            "other value. Give data in which they vary, or keep them float "
+            "(--set tensor:NAME.quantize=false).",
+            len(constants),
+            ", ".join(constants),
+        )
 
 
 def _opened(
@@ -163,42 +192,6 @@ def _merged(own: Observer, workers: Workers) -> Observer:
     for other in others:
         first.merge(other)
     return first
-
-
-def fit_bias_range(
-    plan: QuantPlan, params: dict[str, QuantParams], tensors: Mapping[str, gs.Tensor]
-) -> None:
-    """Raise weight scales where the integer bias would overflow; changes ``params``.
-
-    A folded channel of almost zero weights has a tiny scale but an ordinary bias, and
-    ``bias / (s_x * s_w)`` leaves its integers. Its weights carry nothing at the coarser scale
-    either.
-    """
-    points = {p.tensor: p for p in plan.grid_points()}
-    for bias in plan.points:
-        if bias.derived_from is None:
-            continue
-        x, w = (points[name] for name in bias.derived_from)
-        magnitude = np.abs(np.asarray(tensors[bias.tensor].values, np.float64)).reshape(-1)
-        scale = params[w.parameters].scale
-        # half of the range leaves room for training to move it
-        limit = 2.0 ** (bias.spec.bits - 2)
-        needed = magnitude / (float(params[x.parameters].scale) * limit)
-        if scale.ndim:  # a grouped ConvTranspose shares one scale between its groups
-            needed = needed.reshape(-1, scale.size).max(axis=0)
-        else:
-            needed = needed.max(initial=0.0)
-        raised = np.maximum(scale, np.asarray(needed, np.float32)).reshape(scale.shape)
-        if w.spec.power_of_two:
-            raised = power_of_two(raised)
-        count = int(np.count_nonzero(raised > scale))
-        if count:
-            logger.info(
-                "%s: %d weight scales raised so that the bias fits its integers", w.tensor, count
-            )
-            params[w.parameters] = QuantParams(
-                scale=raised, zero_point=params[w.parameters].zero_point
-            )
 
 
 def resolved_plan(plan: QuantPlan, params: Mapping[str, QuantParams]) -> QuantPlan:

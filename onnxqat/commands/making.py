@@ -86,7 +86,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
 
 def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]) -> Model:
     """Insert the pairs, with the parameters of another tool where the model had some."""
-    from onnxqat.calibrate import placeholder_params, resolved_plan
+    from onnxqat.calibrate import placeholder_params, resolved_plan, without_large_biases
     from onnxqat.foreign import mark_taken, take_over
     from onnxqat.insert import insert as insert_pairs
 
@@ -106,7 +106,8 @@ def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignPar
         result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
         mark_taken(result, taken)
         return result
-    return insert_pairs(prepared, resolved_plan(plan, taken), taken, state="calibrated")
+    plan = without_large_biases(resolved_plan(plan, taken), taken, prepared.graph.tensors())
+    return insert_pairs(prepared, plan, taken, state="calibrated")
 
 
 def _refuse_given(*names: str) -> None:

@@ -19,18 +19,21 @@ from onnxqat.errors import FormatError, PlanError
 from onnxqat.insert import forget_plan, plan_of, read_params, state_of
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPoint
-from onnxqat.qparams import FloatArray, QuantParams, fake_quantize, quantize
+from onnxqat.plan.operators import BIAS_INPUT, along_channels, bias_channels, runs_along
+from onnxqat.qparams import FloatArray, QuantParams, quantize
+from onnxqat.snap import snap_weights
 
 __all__ = ["bias_scale", "integer_model", "quantize_bias"]
 
 
 def bias_scale(x: QuantParams, w: QuantParams, size: int) -> FloatArray:
-    """Return the scale of a bias of ``size`` elements: s_x * s_w in float32, () or (size,).
+    """Return the scale of a bias of ``size`` elements: s_x * s_w in float32, () or (N,).
 
-    A grouped ConvTranspose has one weight scale for the same channel of every group.
+    A grouped ConvTranspose has one weight scale for the same channel of every group. A bias of one
+    element has a scale for each of the N channels that read it.
     """
     scale: FloatArray = np.asarray(x.scale * w.scale, np.float32)
-    return np.tile(scale, size // scale.size) if scale.ndim else scale
+    return np.tile(scale, max(size // scale.size, 1)) if scale.ndim else scale
 
 
 def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.int32]:
@@ -81,7 +84,7 @@ def integer_model(
     removed: set[str] = set()
     for point in points.values():
         if point.tensor in float_weights:
-            removed |= _store_floats(point, params[point.parameters], nodes, tensors)
+            removed |= _store_floats(point, nodes)
         elif point.role == "weight":
             removed |= _store_integers(point, params[point.parameters], nodes, tensors)
     for bias in plan.points if biases else ():
@@ -89,6 +92,8 @@ def integer_model(
             x, w = (params[points[name].parameters] for name in bias.derived_from)
             _store_bias(bias, x, w, nodes, tensors, graph)
     forget_plan(result, removed)
+    snapped = (points[name] for name in points if name in float_weights)
+    snap_weights(graph, ((p, params[p.parameters]) for p in snapped))
     return result
 
 
@@ -106,19 +111,14 @@ def _store_integers(
     return {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
 
 
-def _store_floats(
-    point: QuantPoint,
-    params: QuantParams,
-    nodes: dict[str, gs.Node],
-    tensors: dict[str, gs.Tensor],
-) -> set[str]:
-    """Let the readers of a weight read its values on the grid; return the nodes left over."""
-    weight = tensors[point.tensor]
-    weight.values = np.asarray(fake_quantize(weight.values, params, point.spec))
+def _store_floats(point: QuantPoint, nodes: dict[str, gs.Node]) -> set[str]:
+    """Let the readers of a weight read it, without its pair; return the nodes left over."""
+    ops = ("QuantizeLinear", "Clip", "DequantizeLinear")
+    pair = {f"{point.tensor}/{op}" for op in ops} & nodes.keys()
+    weight = nodes[f"{point.tensor}/QuantizeLinear"].inputs[0]
     for edge in point.consumers:
         nodes[edge.node].inputs[edge.index] = weight
-    pair = ("QuantizeLinear", "Clip", "DequantizeLinear")
-    return {f"{point.tensor}/{op}" for op in pair} & nodes.keys()
+    return pair
 
 
 def _store_bias(
@@ -132,14 +132,20 @@ def _store_bias(
     values: Any = tensors[bias.tensor].values
     edge = bias.consumers[0]
     name = f"{edge.node}/bias"  # a bias may be shared; its scale is that of this node
-    scale = bias_scale(x, w, values.size)
+    reader = nodes[edge.node]
+    weighted = reader if reader.op in BIAS_INPUT else reader.inputs[1 - edge.index].inputs[0]
+    _, weight = bias.derived_from or ("", "")
+    channels = bias_channels(weighted, tensors[weight].values.shape)
+    if channels is None or not runs_along(values.shape, channels):
+        return  # a file of an earlier version; the bias stays float
+    values = along_channels(values, channels)  # the one shape that every kernel takes
+    scale = bias_scale(x, w, channels)
     integers = constant(f"{name}/integers", quantize_bias(values, scale, bias.tensor))
     zero_point = constant(f"{name}/zero_point", np.zeros(scale.shape, np.int32))
     output = gs.Variable(f"{name}/dequantized", np.float32, values.shape)
     attributes = {"axis": 0} if scale.ndim else {}
     inputs = [integers, constant(f"{name}/scale", scale), zero_point]
     node = gs.Node("DequantizeLinear", f"{name}/DequantizeLinear", attributes, inputs, [output])
-    reader = nodes[edge.node]
     graph.nodes.insert(_position(graph, reader), node)
     reader.inputs[edge.index] = output
 

@@ -16,12 +16,13 @@ from onnxqat.plan.operators import (
     NONNEGATIVE_OPS,
     SINGLE_DATA_INPUT,
     WEIGHTED_OPS,
+    bias_channels,
     channel_axis,
     clips_from_zero,
     is_bias_add,
     is_constant,
     is_float,
-    weight_index,
+    runs_along,
 )
 from onnxqat.plan.types import Edge, QuantPoint
 from onnxqat.qparams import QuantSpec
@@ -154,15 +155,18 @@ class Marker:
         """Return the derived point of every bias behind a quantized input and weight."""
         found: list[QuantPoint] = []
         for node in self.index.weighted() if self.rule.bias == "int32" else ():
-            i = weight_index(node) or 0
-            weight, x = node.inputs[i], node.inputs[1 - i]
+            x, weight = node.inputs[:2]
             edge = self._bias_edge(node)
-            if edge is None or weight.name not in self.drafts or x.name not in self.drafts:
+            if edge is None or is_constant(x) or not {x.name, weight.name} <= self.drafts.keys():
                 continue
+            bias = self.index.nodes[edge.node].inputs[edge.index]
+            channels = bias_channels(node, weight.shape) if is_constant(weight) else None
+            if channels is None or not runs_along(bias.shape, channels):
+                continue  # it stays float: s_x * s_w is not its scale
             per_axis = self.drafts[weight.name].spec.axis is not None
             found.append(
                 QuantPoint(
-                    tensor=self.index.nodes[edge.node].inputs[edge.index].name,
+                    tensor=bias.name,
                     role="bias",
                     consumers=(edge,),
                     spec=QuantSpec(bits=self.rule.bias_bits, axis=0 if per_axis else None),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 __all__ = [
     "BIAS_INPUT",
     "NONNEGATIVE_OPS",
     "SINGLE_DATA_INPUT",
     "WEIGHTED_OPS",
+    "along_channels",
+    "bias_channels",
     "channel_axis",
     "clips_from_zero",
     "is_bias_add",
@@ -17,6 +23,7 @@ __all__ = [
     "is_depthwise",
     "is_float",
     "kernel_size",
+    "runs_along",
     "weight_index",
 ]
 
@@ -30,14 +37,43 @@ SINGLE_DATA_INPUT = (
 )
 
 
-def channel_axis(node: gs.Node, index: int) -> int:
-    """Return the axis of the output channels in constant operand ``index`` of ``node``."""
-    rank = len(node.inputs[index].shape)
+def channel_axis(node: gs.Node, index: int) -> int | None:
+    """Return the axis of the output channels in constant operand ``index`` of ``node``.
+
+    None in a MatMul for a vector, which is all contracted, and for a stack of matrices: the fused
+    kernels of runtimes take one scale for it (QLinearMatMul of onnxruntime 1.19.2 does not run).
+    """
     if node.op == "Gemm":
-        return 0 if node.attrs.get("transB", 0) else 1
+        flipped = bool(node.attrs.get("transB" if index else "transA", 0))
+        return index ^ flipped  # of A the rows, of B the columns
     if node.op == "MatMul":
-        return rank - 1 if index == 1 else max(rank - 2, 0)
+        return index if len(node.inputs[index].shape) == 2 else None
     return 1 if node.op == "ConvTranspose" else 0
+
+
+def bias_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
+    """Return how many channels the bias of a node runs along, whose right operand has ``shape``.
+
+    None where no integers of scale s_x * s_w stand for the bias: the operand is a vector, or a Gemm
+    multiplies the product or the bias.
+    """
+    if node.op == "Gemm":
+        if (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)) != (1.0, 1.0):
+            return None
+        return shape[0 if node.attrs.get("transB", 0) else 1]
+    if node.op == "MatMul":
+        return None if len(shape) < 2 else shape[-1]
+    return shape[1] * int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else shape[0]
+
+
+def runs_along(shape: Sequence[int], channels: int) -> bool:
+    """Return whether a bias of ``shape`` has one value per channel, or one for all of them."""
+    return all(n == 1 for n in shape[:-1]) and tuple(shape[-1:]) in ((), (1,), (channels,))
+
+
+def along_channels(bias: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Return a bias of shape (), (1,), (N,), (1, 1) or (1, N) as an array of shape (N,)."""
+    return np.broadcast_to(bias.reshape(bias.shape[-1:]), (channels,))
 
 
 def is_float(tensor: gs.Tensor) -> bool:

@@ -355,5 +355,5 @@ def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArr
         if name in form.zero_points:
             zero_point = np.rint(views[f"{name}/zero_point"]).astype(zero_point.dtype)
         params[name] = QuantParams(scale=scale, zero_point=zero_point)
-    fit_bias_range(plan, params, tensors)
-    return with_params(tuned, params, state="finetuned")
+    fitted = fit_bias_range(plan, params, tensors)
+    return with_params(tuned, params, state="finetuned", plan=fitted)

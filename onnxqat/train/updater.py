@@ -152,8 +152,8 @@ class Updater:
         clip(self.gradients.buffer, norm=self.config.clip_norm, value=self.config.clip_value)
 
 
-def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int]:
-    """Return the axis of the output channels of weights, by tensor."""
+def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int | None]:
+    """Return the axis of the output channels of weights, by tensor; a vector has none."""
     nodes = {node.name: node for node in model.graph.nodes}
     edges = [(p.tensor, p.consumers[0]) for p in plan.points if p.role == "weight"]
     return {

@@ -3,21 +3,25 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
-from onnxqat.calibrate import OBSERVERS, calibrate, fit_bias_range, placeholder_params
+from onnxqat.calibrate import OBSERVERS, calibrate, placeholder_params
+from onnxqat.deploy import deployed_model
 from onnxqat.errors import DataError, ModelError
-from onnxqat.insert import insert, plan_of, read_params, state_of, with_params
+from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
 from onnxqat.model import from_proto, to_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.qparams import QuantParams, choose_qparams
+from onnxqat.qparams import choose_qparams
 from onnxqat.rules import load_rule
 from tests.networks import convnet, joined_to_a_constant, quantized, samples
 from tests.oracles import run_ort
 
+RULE = "sophgo-bm1684x"
 
-def uncalibrated(network, rule="sophgo-bm1684x"):
+
+def uncalibrated(network, rule=RULE):
     floats = prepare(from_proto(network))
     plan = make_plan(floats.graph, load_rule(rule))
     return insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
@@ -144,18 +148,79 @@ def test_fine_tuned_model_is_not_calibrated_again():
         calibrate(tuned, [])
 
 
-def test_scale_is_raised_where_the_bias_would_overflow_int32():
-    floats, qdq = quantized(convnet())
-    plan, params = plan_of(qdq), read_params(qdq)
-    tiny = params["w1"].scale.copy()
-    tiny[2] = 1e-12
-    params["w1"] = QuantParams(scale=tiny, zero_point=params["w1"].zero_point)
-    fit_bias_range(plan, params, floats.graph.tensors())
-    bias = floats.graph.tensors()["b1"].values.astype(np.float64)
-    stored = bias / (float(params["input"].scale) * params["w1"].scale.astype(np.float64))
+def bias_levels(qdq, bias="b1", x="input", w="w1"):
+    """Return the integers of a bias before they are rounded, in float64."""
+    params, values = read_params(qdq), strip(qdq).graph.tensors()[bias].values
+    return values / (params[x].scale.astype(np.float64) * params[w].scale)
 
-    assert np.abs(stored).max() <= 2**30 * (1 + 2**-20)
-    np.testing.assert_array_equal(np.delete(params["w1"].scale, 2), np.delete(tiny, 2))
+
+def with_weight(network, name, change):
+    """Return a network one weight of which is changed."""
+    (stored,) = (t for t in network.graph.initializer if t.name == name)
+    values = numpy_helper.to_array(stored)
+    stored.CopyFrom(numpy_helper.from_array(change(values).astype(np.float32), name))
+    return network
+
+
+@pytest.mark.parametrize("size", [0, 1e-25, 1e-8])
+def test_scale_of_a_dead_channel_is_raised_so_that_its_bias_fits(size):
+    """And no other scale; the channel was folded to almost nothing, its bias was not."""
+    dead = np.array([1, 1, size, 1, 1, 1]).reshape(-1, 1, 1, 1)
+    _, plain = quantized(convnet(), "onnxruntime-cpu")
+    _, qdq = quantized(with_weight(convnet(), "w1", lambda w: w * dead), "onnxruntime-cpu")
+    found, expected = (np.delete(read_params(m)["w1"].scale, 2) for m in (qdq, plain))
+
+    assert [p.tensor for p in plan_of(qdq).points if p.role == "bias"] == ["b1", "b2", "b4", "b5"]
+    assert np.abs(bias_levels(qdq)).max() <= 2**30 * (1 + 2**-20)
+    np.testing.assert_array_equal(found, expected)
+
+
+# sophgo-bm1684x and qnn-htp have a floor below their scales, esp32 has powers of two and 20 bits
+BIAS_RULES = ["onnxruntime-cpu", "tflite", "esp32-p4", "esp32-s3", "horizon-bayes", "qnn-htp", RULE]
+
+
+@pytest.mark.parametrize("rule", BIAS_RULES)
+@pytest.mark.parametrize("high", [0.0, 1e-30, 1e-6])
+def test_a_range_of_almost_nothing_leaves_the_weights_as_they_are(rule, high, caplog):
+    """The bias stays float instead: no int32 of the tiny scale holds it."""
+    model = uncalibrated(convnet(), rule)
+    weights = {p.parameters for p in plan_of(model).points if p.role == "weight"}
+    ordinary = calibrate(model, [{"input": samples(convnet(), 4)}], observer="minmax")
+    caplog.clear()
+    tiny = np.linspace(0, high, 4 * 3 * 8 * 8, dtype=np.float32).reshape(4, 3, 8, 8)
+    found = calibrate(model, [{"input": tiny}], observer="minmax")
+    expected, params = read_params(ordinary), read_params(found)
+
+    assert weights
+    assert all(params[name].same_as(expected[name]) for name in weights)
+    if "b1" in {p.tensor for p in plan_of(found).points}:
+        assert np.abs(bias_levels(found)).max() < 2**31
+    else:
+        assert "'b1' of 'n_c1'" in caplog.text
+    assert ("'input' (0)" in caplog.text) == (high == 0)
+    deployed = deployed_model(found, weights="snapped").graph.tensors()
+    for name in ("w1", "w2", "w3", "w4", "w5"):
+        assert snr(strip(found).graph.tensors()[name].values, deployed[name].values) >= 35
+
+
+def snr(exact, found):
+    """Return the ratio of signal to noise in decibel."""
+    noise = np.sum(np.square(np.subtract(exact, found, dtype=np.float64)))
+    return 10 * np.log10(np.sum(np.square(exact, dtype=np.float64)) / noise)
+
+
+def test_every_constant_activation_is_named_and_no_other(caplog):
+    """Also one that shares its parameters, and the constant of a worker with other data."""
+    x = np.zeros((4, 3, 8, 8), np.float32)
+    x[:] = 0.5
+    calibrate(uncalibrated(convnet()), [{"input": x}, {"input": x}])
+    assert (
+        "1 activations had one value in all of the calibration data: 'input' (0.5)" in caplog.text
+    )
+    caplog.clear()
+    calibrate(uncalibrated(convnet()), [{"input": x}, {"input": 2 * x}])
+
+    assert "one value" not in caplog.text
 
 
 def test_placeholders_are_valid_and_weights_are_real():

@@ -23,6 +23,7 @@ ORDER = [
     "overrides",
     "plan",
     "insert",
+    "snap",
     "foreign",
     "data",
     "settings",

@@ -71,6 +71,7 @@ def _spreader(
     """Return the function that lays values per output channel along the channels of the sums."""
     group = int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else 1
     rank = len(pair[1].values.shape) if pair[1].values is not None else 0
+    by_vector = node.inputs[1].shape is not None and len(node.inputs[1].shape) == 1
 
     def spread(values: NDArray[Any], of_weight: bool) -> NDArray[Any]:
         if values.ndim == 0:
@@ -78,7 +79,8 @@ def _spreader(
         if node.op in ("Conv", "ConvTranspose"):
             repeated = np.tile(values, group) if of_weight else values
             return repeated.reshape(-1, *[1] * (rank - 2))
-        return values if of_weight else values.reshape(-1, 1)  # a constant on the left: its rows
+        # a constant on the left: its rows, which are the last axis before a vector
+        return values if of_weight or by_vector else values.reshape(-1, 1)
 
     return spread
 

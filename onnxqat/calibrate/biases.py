@@ -1,0 +1,127 @@
+"""Integer biases: the weight scales that make them fit, and which of them stay float.
+
+A bias is stored as ``round(b / (s_x * s_w))``. Where x was hardly seen to move, or a weight is
+almost zero, the product of the scales is so small that this leaves its integers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.plan.operators import along_channels
+from onnxqat.qparams import FloatArray, QuantParams, power_of_two
+
+__all__ = ["fit_bias_range", "without_large_biases"]
+
+logger = logging.getLogger(__name__)
+
+DEAD = 2.0**-16
+
+
+def fit_bias_range(
+    plan: QuantPlan,
+    params: dict[str, QuantParams],
+    tensors: Mapping[str, gs.Tensor],
+    *,
+    kept: Collection[str] = (),
+) -> QuantPlan:
+    """Raise weight scales where an integer bias would overflow; changes ``params``.
+
+    A folded channel of almost zero weights has a tiny scale but an ordinary bias. Its weights
+    carry nothing at a coarser scale either. So the scale of a channel whose weights are below
+    `DEAD` of the largest weight is raised up to the largest scale, and that of zeros as far as
+    needed. No other one is: weights that count would be rounded away.
+
+    Parameters
+    ----------
+    kept : collection of str
+        Parameters that are not changed.
+
+    Returns
+    -------
+    QuantPlan
+        Without the biases that do not fit: they stay float.
+    """
+    points = {p.tensor: p for p in plan.grid_points()}
+    for bias in plan.points:
+        if bias.derived_from is None:
+            continue
+        x, w = (points[name] for name in bias.derived_from)
+        if w.group is None and w.parameters not in kept:
+            _raise_scale(bias, params[x.parameters], w, params, tensors)
+    return without_large_biases(plan, params, tensors)
+
+
+def _raise_scale(
+    bias: QuantPoint,
+    x: QuantParams,
+    w: QuantPoint,
+    params: dict[str, QuantParams],
+    tensors: Mapping[str, gs.Tensor],
+) -> None:
+    weight, old = tensors[w.tensor].values, params[w.parameters]
+    scale = old.scale
+    # half of the range leaves room for training to move it
+    limit = 2.0 ** (bias.spec.bits - 2)
+    with np.errstate(over="ignore"):
+        needed = _magnitudes(tensors[bias.tensor].values, scale) / (float(x.scale) * limit)
+        raised = np.maximum(scale, needed.astype(np.float32))
+    if w.spec.power_of_two:
+        raised = power_of_two(raised)
+    others = tuple(i for i in range(weight.ndim) if i != w.spec.axis)
+    largest = np.abs(weight).max(axis=others if scale.ndim else None)
+    allowed = (largest <= DEAD * largest.max()) & ((largest == 0) | (raised <= scale.max()))
+    allowed &= np.isfinite(raised)
+    raised = np.asarray(np.where(allowed, raised, scale), np.float32)
+    if count := int(np.count_nonzero(raised > scale)):
+        logger.info(
+            "%s: %d weight scales raised so that the bias fits its integers", w.tensor, count
+        )
+        params[w.parameters] = QuantParams(scale=raised, zero_point=old.zero_point)
+
+
+def _magnitudes(bias: FloatArray, scale: FloatArray) -> NDArray[np.float64]:
+    """Return the largest magnitude of a bias under each scale of its weight, same shape.
+
+    The groups of a ConvTranspose share the scales between them.
+    """
+    values = np.abs(np.asarray(bias, np.float64)).reshape(-1)
+    if not scale.ndim:
+        return np.asarray(values.max(initial=0.0))
+    whole = along_channels(values, max(values.size, scale.size))
+    return np.asarray(whole.reshape(-1, scale.size).max(axis=0))
+
+
+def without_large_biases(
+    plan: QuantPlan, params: Mapping[str, QuantParams], tensors: Mapping[str, gs.Tensor]
+) -> QuantPlan:
+    """Return the plan without the biases that their integers cannot hold, and say which."""
+    points = {p.tensor: p for p in plan.grid_points()}
+    large: dict[str, QuantPoint] = {}
+    for bias in plan.points:
+        if bias.derived_from is None:
+            continue
+        x, w = (params[points[name].parameters] for name in bias.derived_from)
+        with np.errstate(over="ignore", divide="ignore"):
+            step = float(x.scale) * w.scale.astype(np.float64)
+            levels = _magnitudes(tensors[bias.tensor].values, w.scale) / step
+        if not np.all(levels < 2.0 ** (bias.spec.bits - 1) - 1):
+            large[bias.consumers[0].node] = bias
+    if not large:
+        return plan
+    names = ", ".join(f"'{bias.tensor}' of '{node}'" for node, bias in large.items())
+    logger.warning(
+        "%d biases stay float, because s_x * s_w is too small for their integers: %s. Give "
+        "calibration data in which their inputs vary.",
+        len(large),
+        names,
+    )
+    kept = tuple(p for p in plan.points if p.role != "bias" or p.consumers[0].node not in large)
+    return msgspec.structs.replace(plan, points=kept)
