@@ -282,16 +282,30 @@ def mindspore(data: bytes, found: Reading) -> None:
 
 
 def mnn(data: bytes, found: Reading) -> None:
-    outputs = {n.output[0]: n for n in found.model.graph.node}
-    for key, value in json.loads(data).items():
-        tensor, _, place = key.partition(" ")
-        if place == "input_tensor_0":
-            found.edges[outputs[tensor].name, 0] = Grid(value)
-        elif place == "output_tensor_0":
-            readers = [n for n in found.model.graph.node if tensor in n.input]
-            fused = len(readers) == 1 and readers[0].op_type in ("Relu", "Clip")
-            found.on_tensor(readers[0].output[0] if fused else tensor, Grid(value))
-    found.weights_by_absmax()
+    """The converter looks a layer up by the name of its output, after it fused Relu and Clip."""
+    document = json.loads(data)
+    assert isinstance(document["version"], str)  # without it the converter ignores the file
+    (algorithm,) = document["algo"]
+    layers = {layer["output"][0]["name"]: layer for layer in algorithm["quantParams"]["layer"]}
+    for node, weight, axis in found.weights():
+        output = node.output[0]
+        readers = [n for n in found.model.graph.node if output in n.input]
+        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+            output = readers[0].output[0]
+        if output not in layers:
+            continue
+        layer = layers[output]
+        assert len(layer["weight"][0]["scales"]) == found.arrays[weight].shape[axis]
+        found.edges[node.name, 0] = _mnn_grid(layer["input"][0])
+        found.on_tensor(output, _mnn_grid(layer["output"][0]))
+        grid = layer["weight"][0]
+        limits = {"low": grid["clampMin"], "high": grid["clampMax"]}
+        found.on_weight(node.name, grid["scales"], **limits)
+
+
+def _mnn_grid(entry: dict[str, Any]) -> Grid:
+    (scale,) = entry["scales"]
+    return Grid(scale, entry["zeroPoint"], entry["clampMin"], entry["clampMax"])
 
 
 def sophgo(data: bytes, found: Reading) -> None:

@@ -201,10 +201,7 @@ def _put(found: Found, point: QuantPoint, entry: _Entry) -> None:
         )
     if any(o != int(o) or abs(o) > 2**16 for o in offsets):
         raise FormatError(f"{place} has an offset that is no 16-bit integer. Write it again.")
-    if point.spec.symmetric and point.spec.signedness == "from_range":
-        signed = bool(offsets) and offsets[0] != 0
-    else:
-        signed = found.signed(point, point.tensor)
+    signed = found.signed(point, point.tensor, lowest=not any(offsets))
     zero_points = _lowest(bits, signed=signed) - np.asarray(offsets, np.int64)
     found.put(point, scales, zero_points, signed=signed, name=point.tensor)
 

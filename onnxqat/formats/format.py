@@ -285,8 +285,14 @@ class Found:
             )
         return self.params
 
-    def signed(self, point: QuantPoint, name: str) -> bool:
+    def signed(self, point: QuantPoint, name: str, *, lowest: bool | None = None) -> bool:
         """Return the signedness of a point, for tables that do not say it.
+
+        Parameters
+        ----------
+        lowest : bool, optional
+            Where the table counts from another integer than the plan: whether 0.0 is the lowest
+            integer, as it is of a range without negative values.
 
         Raises
         ------
@@ -295,12 +301,14 @@ class Found:
         """
         if point.parameters in self.params:
             return self.params[point.parameters].signed
-        if point.spec.signedness == "from_range":
+        if point.spec.signedness != "from_range":
+            return point.spec.signedness == "signed"
+        if lowest is None:
             raise FormatError(
                 f"{self.source}: '{name}' may be signed or not, and the table does not say. "
                 f"Add --set 'tensor:{point.tensor}.signedness=signed' or =unsigned."
             )
-        return point.spec.signedness == "signed"
+        return not lowest
 
 
 def _float32(scale: ArrayLike, place: str) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,96 +1,238 @@
-"""MNN's table of scales: inputs and outputs of convolutions, outputs of additions.
+"""MNN's compression parameters: the JSON form of its ``MNN_compression.proto``.
 
 ::
 
-    {"shape": {"channels": 3, "height": 224, "width": 224},
-     "conv1_out input_tensor_0": 0.02, "conv1_out output_tensor_0": 0.05,
-     "add1_out output_tensor_0": 0.04}
+    {"version": "0.0.0", "algo": [{"type": "QUANTIZE", "quantParams": {"layer": [
+      {"input": [{"name": "x", "bits": 8, "scales": [0.02], "zeroPoint": 0,
+                  "clampMin": -128, "clampMax": 127}],
+       "weight": [{"name": "w1", "bits": 8, "scales": [0.01, 0.02],
+                   "clampMin": -127, "clampMax": 127}],
+       "output": [{"name": "r1", "bits": 8, "scales": [0.05], "zeroPoint": 0,
+                   "clampMin": -128, "clampMax": 127}]}]}}]}
 
-Keys are the names of the ops' outputs; of a convolution fused with what follows, the scale is that
-of the chain's end (OpenPPL/ppq ``ppq/parser/mnn_exporter.py``, which gives an Add the scale of its
-second input; its output's is written here). Integers are signed and symmetric. MNN quantizes
-weights itself. Other ops have no entry, and are listed. Format-checked.
+for the converter's ``--compressionParamsFile`` (alibaba/MNN
+``tools/converter/source/compression/MNN_compression.proto``, read by
+``tools/converter/source/common/CommonUtils.cpp`` and ``FullQuantAndCoding.cpp``). A layer is a
+convolution or a matrix product. The converter looks it up by the name of its output, which of a
+convolution is the name behind the Relu or Clip that it fuses: both are written, with the same
+grids, and it ignores the one that it does not have. A layer needs all three grids. What has none
+stays float, and is listed: other ops, grouped convolutions, which it splits, and products that it
+fuses with what follows, under a name that it makes up.
+
+Activations are written where they are int8 with a zero_point of 0: MNN 3.6.1 takes zero points, but
+loses them where another op than a layer reads the tensor (measured: an addition 128 levels off),
+and fewer bits come out wrong. Weights have 2 to 8 bits, and one scale for each output channel.
+Biases stay float.
+
+Checked with MNN 3.6.1 (``scripts/check_mnn.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
-from onnxqat.formats.json_table import read_json, write_json
-from onnxqat.formats.thresholds import LEFT_OUT, require_symmetric
+from onnxqat.formats.json_table import numbers, read_json, write_json
 from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.qparams import QuantParams, quantized_range
 
 __all__ = ["MNN"]
 
-_TITLE = "An MNN table"
-_INPUT, _OUTPUT = "input_tensor_0", "output_tensor_0"
+_FUSED = ("Relu", "Clip")
+_SCALED = ("Add", "Sub", "Mul", "Div")  # fused where one operand is a constant
+_VERSION = "0.0.0"
 
 
-def _entries(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[str, QuantPoint | None]]:
-    """Yield each key, and the point whose scale stands under it."""
+class _Grid(msgspec.Struct, rename="camel"):
+    """The parameters of one tensor; the defaults are the prototype's."""
+
+    name: str
+    scales: list[float]
+    bits: int = 8
+    zero_point: int = 0
+    clamp_min: int = -128
+    clamp_max: int = 127
+
+
+class _Layer(msgspec.Struct):
+    input: list[_Grid] = []
+    weight: list[_Grid] = []
+    output: list[_Grid] = []
+
+
+class _Quantization(msgspec.Struct):
+    layer: list[_Layer] = []
+
+
+class _Algorithm(msgspec.Struct, rename="camel"):
+    quant_params: _Quantization = msgspec.field(default_factory=_Quantization)
+
+
+class _Pipeline(msgspec.Struct):
+    version: str
+    algo: list[_Algorithm] = []
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A layer that can be written: its grids, the width of its output, the names it may have."""
+
+    node: gs.Node
+    points: dict[str, QuantPoint]  # input, weight, output
+    names: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        weight = self.node.inputs[1]
+        if self.node.op == "Conv" or self.node.attrs.get("transB"):
+            return int(weight.shape[0])
+        return int(weight.shape[-1])
+
+
+def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Written]:
+    """Yield the layers whose three grids the plan has."""
     edges = edges_of(plan)
-    points = {p.tensor: p for p in plan.grid_points()}
-    ends = {name: chain[-1] for chain in plan.chains for name in chain}
+    outputs = {p.tensor: p for p in plan.grid_points() if p.role == "activation"}
     nodes = {node.name: node for node in graph.nodes}
+    chains = {chain[0]: chain for chain in plan.chains}
     for node in graph.nodes:
-        key, end = node.outputs[0].name, nodes[ends.get(node.name, node.name)]
-        if node.op == "Conv" and (node.name, 1) in edges:
-            yield f"{key} {_INPUT}", edges.get((node.name, 0))
-        elif node.op != "Add" or (node.name, 0) not in edges:
-            continue
-        yield f"{key} {_OUTPUT}", points.get(end.outputs[0].name)
+        chain = [nodes[name] for name in chains.get(node.name, (node.name,))]
+        names = tuple(n.outputs[0].name for n in chain)
+        points = {
+            "input": edges.get((node.name, 0)),
+            "weight": edges.get((node.name, 1)),
+            "output": outputs.get(names[-1]),
+        }
+        found = {place: point for place, point in points.items() if point is not None}
+        roles = [found[place].role for place in ("input", "weight") if place in found]
+        if len(found) == 3 and roles == ["activation", "weight"] and _is_layer(node, chain):
+            yield _Written(node, found, names)
+
+
+def _is_layer(node: gs.Node, chain: list[gs.Node]) -> bool:
+    """Return whether the converter keeps a node as one layer that ends where the chain does."""
+    if any(_is_fused(reader) for reader in chain[-1].outputs[0].outputs):
+        return False
+    if node.op != "Conv":
+        return node.op in ("Gemm", "MatMul") and len(chain) == 1
+    groups, (channels, inner, *kernel) = node.attrs.get("group", 1), node.inputs[1].shape
+    whole = groups == 1 or (inner == 1 and groups == channels)
+    return whole and len(kernel) == 2 and all(n.op in _FUSED for n in chain[1:])
+
+
+def _is_fused(node: gs.Node) -> bool:
+    constant = any(isinstance(t, gs.Constant) for t in node.inputs)
+    return node.op in _FUSED or (node.op in _SCALED and constant)
 
 
 def _write(source: Calibrated) -> Written:
-    require_symmetric(source, _TITLE, weight_bits=range(2, 17))
-    entries = list(_entries(source.graph, source.plan))
     refuse(
-        (f"'{key}' has no scale" for key, point in entries if point is None),
-        "MNN needs the scales of a convolution's input and output; take a rule that has both",
+        _problems(source),
+        "MNN has int8 activations and signed symmetric weights of at most 8 bits",
     )
-    table: dict[str, Any] = {"shape": _shape(source.graph)}
-    table |= {key: float(source.params(p).scale) for key, p in entries if p is not None}
-    covered = {p.parameters for _, p in entries if p is not None}
-    others = source.others(covered, "activation")
-    return Written(files={"table": write_json(table)}, left_out=others | source.left_out(*LEFT_OUT))
-
-
-def _shape(graph: gs.Graph) -> dict[str, int]:
-    shape = graph.inputs[-1].shape or ()
-    if len(shape) != 4 or not all(isinstance(d, int) for d in shape[1:]):
+    layers = list(_layers(source.graph, source.plan))
+    if not layers:
         raise FormatError(
-            f"An MNN table has the input's channels, height and width; '{graph.inputs[-1].name}' "
-            f"has the shape {list(shape)}. Export the model with them."
+            "An MNN table needs the grids of a layer's input, weight and output; no layer of the "
+            "model has all three. Take a rule that quantizes outputs."
         )
-    return dict(zip(("channels", "height", "width"), map(int, shape[1:]), strict=True))
+    entries = []
+    for layer in layers:
+        grids = {
+            place: _grid(point, source.params(point), layer.channels if place == "weight" else 1)
+            for place, point in layer.points.items()
+        }
+        for name in layer.names:
+            output = grids["output"] | {"name": name}
+            entries.append({p: [grid] for p, grid in (grids | {"output": output}).items()})
+    parameters = {"roundMode": "ROUND_AWAY_FROM_ZERO", "layer": entries}
+    document = {"version": _VERSION, "algo": [{"type": "QUANTIZE", "quantParams": parameters}]}
+    return Written(
+        files={"table": write_json(document)},
+        left_out=_float_ops(source, layers) | source.left_out("biases"),
+    )
+
+
+def _problems(source: Calibrated) -> Iterator[str]:
+    for layer in _layers(source.graph, source.plan):
+        for point in layer.points.values():
+            params = source.params(point)
+            if point.spec.bits > 8 or (point.role == "activation" and point.spec.bits < 8):
+                yield f"'{point.tensor}' has {point.spec.bits} bits"
+            elif not params.signed or np.any(params.zero_point):
+                yield f"'{point.tensor}' has unsigned integers or a zero_point other than 0"
+
+
+def _grid(point: QuantPoint, params: QuantParams, count: int) -> dict[str, Any]:
+    low, high = quantized_range(point.spec, signed=True)
+    zero = {} if point.role == "weight" else {"zeroPoint": 0}
+    scales = numbers(np.broadcast_to(params.scale.astype(np.float64), (count,)))
+    limits = {"clampMin": low, "clampMax": high}
+    return {"name": point.tensor, "bits": point.spec.bits, "scales": scales, **zero, **limits}
+
+
+def _float_ops(source: Calibrated, layers: list[_Written]) -> dict[str, tuple[str, ...]]:
+    """Return the nodes that read quantized tensors and have no layer."""
+    written = {layer.node.name for layer in layers}
+    readers = {node for node, _ in edges_of(source.plan)} - written
+    names = tuple(node.name for node in source.graph.nodes if node.name in readers)
+    return {"ops that MNN runs in float": names} if names else {}
 
 
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
-    document = read_json(table, dict[str, float | dict[str, int]])
+    entries: dict[str, _Layer] = {}
+    for algorithm in read_json(table, _Pipeline).algo:
+        for entry in algorithm.quant_params.layer:
+            if len(entry.output) != 1 or entry.output[0].name in entries:
+                raise FormatError(
+                    f"{table.name}: a layer has no output, or the output of another. "
+                    "Write the table again."
+                )
+            entries[entry.output[0].name] = entry
     found = Found(table.name, graph)
-    scales = {name: value for name, value in document.items() if not isinstance(value, dict)}
-    lacking = {p.parameters: p.tensor for p in plan.grid_points() if p.role == "activation"}
-    for key, point in _entries(graph, plan):
-        if point is None:
-            continue
-        lacking.pop(point.parameters, None)
-        if key in scales:
-            found.put(point, scales.pop(key), signed=True, name=key)
-        else:
-            found.missing.append(key)
+    lacking = {p.parameters: p.tensor for p in plan.grid_points()}
+    for layer in _layers(graph, plan):
+        named = [entries.pop(name) for name in layer.names if name in entries]
+        for place, point in layer.points.items():
+            lacking.pop(point.parameters, None)
+            for entry in named:
+                _put(found, layer, place, getattr(entry, place))
+        found.missing += () if named else [layer.names[-1]]
     found.missing += lacking.values()
-    found.put_weights_by_absmax(plan)
-    found.unused += scales
+    found.unused += entries
     return found
 
 
+def _put(found: Found, layer: _Written, place: str, grids: list[_Grid]) -> None:
+    """Take in what an entry says of the input, the weight or the output of a layer."""
+    point, name = layer.points[place], layer.names[-1]
+    (grid,) = grids if len(grids) == 1 else (None,)
+    if grid is None or grid.bits != point.spec.bits:
+        raise FormatError(
+            f"{found.source}: '{name}' has no {place} of {point.spec.bits} bits. Are --rules and "
+            "--set those that the table was made with?"
+        )
+    limits = (grid.clamp_min, grid.clamp_max)
+    if limits != quantized_range(point.spec, signed=True):
+        raise FormatError(
+            f"{found.source}: '{name}' has the range [{limits[0]}, {limits[1]}] in its {place}; "
+            "the plan has another. Are --rules and --set those that the table was made with?"
+        )
+    scales = np.asarray(grid.scales)
+    if point.spec.axis is None and scales.size == layer.channels and (scales == scales[0]).all():
+        scales = scales[:1]
+    found.put(point, scales, grid.zero_point, signed=True, name=name)
+
+
 MNN = Format(
-    summary="scales of convolutions and additions for MNN",
+    summary="compression parameters for MNN's converter",
     files={"table": "mnn.json"},
     write=_write,
     read=_read,

@@ -17,9 +17,10 @@ RULES = {
     "cambricon": ("cambricon-mlu", ()),
     "horizon": ("horizon-bayes", ()),
     "mindspore": ("mindspore", ()),
-    "mnn": ("sophgo-cv183x", ("op:AveragePool.quantize=false", "op:Gemm.quantize=false",
-                              "op:GlobalAveragePool.quantize=false",
-                              "op:Flatten.quantize=false")),
+    "mnn": ("sophgo-cv183x", (
+        *(f"op:{op}.quantize=false" for op in (
+            "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Flatten")),
+        "name:n_r3.quantize=false")),
     "ncnn": ("ncnn", ()),
     "onnxqat": ("tflite", ()),
     "onnxruntime-calibration": ("tensorrt", ()),

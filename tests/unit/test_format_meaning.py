@@ -21,8 +21,8 @@ from tests.oracles import run_ort
 
 INT16 = [rule for rule in bundled_rules() if rule.endswith("16")]
 NO_ADD = ("op:Add.quantize=false",)
-POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Gemm", "Concat", "Flatten")
-CONVS = tuple(f"op:{op}.quantize=false" for op in POOLS)
+OTHERS = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Flatten")
+LAYERS = (*(f"op:{op}.quantize=false" for op in OTHERS), "name:n_r3.quantize=false")
 
 
 def network(rule):
@@ -54,6 +54,9 @@ COMPLETE = [
     ("horizon", "horizon-bernoulli2", meanings.horizon, ()),
     ("mindspore", "mindspore", meanings.mindspore, ()),
     ("mindspore", "mindspore", meanings.mindspore, ("weight.bits=4",)),
+    ("mnn", "sophgo-cv183x", meanings.mnn, LAYERS),
+    ("mnn", "sophgo-cv183x", meanings.mnn, ("weight.bits=4", *LAYERS)),
+    ("mnn", "sophgo-cv183x", meanings.mnn, ("weight.axis=none", *LAYERS)),
     ("ncnn", "ncnn", meanings.ncnn, ()),
     ("qnn", "qnn-htp", meanings.encodings, ()),
     ("qnn", "qnn-htp-16", meanings.encodings, ()),
@@ -87,7 +90,6 @@ def test_table_and_float_model_are_the_trained_one_bit_for_bit(
 
 WITHOUT_WEIGHTS = [
     ("cambricon", "cambricon-mlu", "ranges", meanings.magicmind_ranges, ("weight.axis=channel",)),
-    ("mnn", "sophgo-cv183x", "table", meanings.mnn, (*CONVS, "weight.narrow_range=false")),
     ("onnxruntime-calibration", "tensorrt", "table", meanings.calibration_json, ()),
     ("onnxruntime-calibration", "tensorrt", "cache", meanings.calibration_cache, ()),
     ("tengine", "axera-ax650", "table", meanings.tengine, ()),

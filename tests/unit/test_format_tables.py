@@ -11,18 +11,18 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 import onnxqat.deploy
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import FORMATS, Calibrated, Found, Table
-from onnxqat.insert import insert, plan_of, read_params, strip
+from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import from_proto, load_model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.qparams import QuantParams, quantize
+from onnxqat.qparams import quantize
 from onnxqat.rules import bundled_rules, load_rule
 from tests.networks import _Graph, attention, convnet, quantized
 
@@ -240,16 +240,59 @@ def test_mindspore_uses_the_names_of_its_attributes():
     assert node["output_minq"] == 0  # of the Relu it is fused with
 
 
-def test_mnn_has_the_shape_and_the_scales_of_convolutions():
+def test_mnn_gives_a_layer_its_three_grids_under_every_name_it_may_have():
     made, params = written("mnn", "sophgo-cv183x")
-    table = json.loads(made.files["table"])
+    document = json.loads(made.files["table"])
+    (algorithm,) = document["algo"]
+    layers = {e["output"][0]["name"]: e for e in algorithm["quantParams"]["layer"]}
 
-    assert table["shape"] == {"channels": 3, "height": 8, "width": 8}
-    assert table["c1 input_tensor_0"] == float(params["input"].scale)
-    assert table["c1 output_tensor_0"] == float(params["r1"].scale)
-    assert table["a1 output_tensor_0"] == float(params["r3"].scale)
-    assert "a1 input_tensor_0" not in table
-    assert "v1" in made.left_out["tensors of other ops"]
+    assert document["version"] == "0.0.0"
+    assert layers.keys() == {"c1", "r1", "c2", "r2", "c3", "c4", "output"}
+    first = layers["c1"]
+    assert first["input"] == layers["r1"]["input"]
+    assert first["weight"] == layers["r1"]["weight"]
+    assert first["output"] == [layers["r1"]["output"][0] | {"name": "c1"}]
+    grid = {"bits": 8, "zeroPoint": 0, "clampMin": -128, "clampMax": 127}
+    scales = [float(params["r1"].scale)]
+    assert first["output"] == [{"name": "c1", "scales": scales} | grid]
+    assert first["weight"][0]["scales"] == [float(s) for s in params["w1"].scale]
+    assert (first["weight"][0]["clampMin"], first["weight"][0]["clampMax"]) == (-127, 127)
+    assert made.left_out["ops that MNN runs in float"] == (
+        "n_a1", "n_p1", "n_k1", "n_v1", "n_v2", "n_f1")  # fmt: skip
+
+
+def test_mnn_repeats_the_one_scale_of_a_weight_for_each_channel():
+    made, params = written("mnn", "sophgo-cv183x", ("weight.axis=none",))
+    (algorithm,) = json.loads(made.files["table"])["algo"]
+    first = algorithm["quantParams"]["layer"][0]
+
+    assert first["weight"][0]["scales"] == [float(params["w1"].scale)] * 6
+
+
+def products() -> onnx.ModelProto:
+    """Layers that the converter takes apart or names itself, between two that it keeps."""
+    g = _Graph(0)
+    pads = {"pads": [1, 1, 1, 1]}
+    g.node("Conv", ["input", g.weight("w1", 4, 3, 3, 3)], "kept", **pads)
+    g.node("Conv", ["kept", g.weight("w2", 4, 2, 3, 3)], "grouped", group=2, **pads)
+    g.node("Conv", ["grouped", g.weight("w3", 4, 4, 3, 3)], "scaled", **pads)
+    g.node("Mul", ["scaled", g.constant("two", np.float32(2))], "twice")
+    g.node("GlobalAveragePool", ["twice"], "p")
+    g.node("Flatten", ["p"], "f")
+    g.node("Gemm", ["f", g.weight("v", 4, 5)], "y")
+    g.node("Relu", ["y"], "hidden")
+    g.node("Gemm", ["hidden", g.weight("u", 5, 3)], "output")
+    return g.model(["N", 3, 8, 8], ["N", 3])
+
+
+def test_mnn_writes_only_layers_that_its_converter_keeps_by_name():
+    made, _ = written("mnn", "sophgo-cv183x", network=products())
+    (algorithm,) = json.loads(made.files["table"])["algo"]
+    names = [layer["output"][0]["name"] for layer in algorithm["quantParams"]["layer"]]
+
+    assert names == ["kept", "output"]
+    floats = made.left_out["ops that MNN runs in float"]
+    assert {"n_grouped", "n_scaled", "n_twice", "n_y"} <= set(floats)
 
 
 def test_tengine_repeats_the_line_of_a_relu_for_its_convolution():
@@ -293,8 +336,9 @@ REFUSED = [
     ("horizon", "openvino", (), "'input' has a zero_point other than 0"),
     ("horizon", "sophgo-bm1684x", (), "'r1' has unsigned integers"),
     ("mindspore", "mindspore", ("activation.bits=4",), "'input' has 4 bits"),
-    ("mnn", "openvino", (), "'input' has a zero_point other than 0"),
-    ("mnn", "tensorrt", (), "'c1 output_tensor_0' has no scale"),
+    ("mnn", "tflite", (), "'r1' has unsigned integers or a zero_point other than 0"),
+    ("mnn", "cambricon-mlu", (), "no layer of the model has all three"),
+    ("mnn", "sophgo-cv183x", ("activation.bits=4",), "'input' has 4 bits"),
     ("ncnn", "openvino", (), "'input' has a zero_point other than 0"),
     ("onnxruntime-calibration", "openvino", (), "'input' has a zero_point other than 0"),
     ("qnn", "qnn-htp", ("weight.bits=3",), "'w1' has 3 bits"),
@@ -352,26 +396,6 @@ def test_tensor_names_that_hold_separators_are_refused(table, rule, name):
         written(table, rule, network=proto)
 
 
-def test_mnn_needs_a_fixed_image_size():
-    proto = convnet()
-    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
-    proto = helper.make_model(proto.graph, opset_imports=proto.opset_import, ir_version=8)
-    floats = prepare(from_proto(proto))
-    plan = make_plan(floats.graph, load_rule("sophgo-cv183x"))
-    points = list(plan.grid_points())
-    shapes = {p.tensor: () if p.spec.axis is None else (6,) for p in points}
-    one = {
-        p.parameters: QuantParams(
-            scale=np.full(shapes[p.tensor], 0.1, np.float32),
-            zero_point=np.zeros(shapes[p.tensor], np.int8),
-        )
-        for p in points
-    }
-    model = insert(floats, plan, one, state="calibrated")
-    with pytest.raises(FormatError, match=r"has the shape \['N', 3, 'H', 8\]"):
-        FORMATS["mnn"].write(Calibrated(model))
-
-
 ENCODED = '{"version": "0.6.1", "activation_encodings": {"input": %s}, "param_encodings": {}}'
 
 # --- tables that do not fit -------------------------------------------------------------------
@@ -398,7 +422,7 @@ ENCODED = '{"version": "0.6.1", "activation_encodings": {"input": %s}, "param_en
         ("onnxqat", '{"schema": "onnxqat.table/2", "points": []}', "tflite", r"at `\$.schema`"),
         ("onnxruntime-calibration", '{"input": [-1.0, 2.0]}', "tensorrt", "is not symmetric"),
         ("axera", b"\x08\x01", "axera-ax650", "lacks 12 names"),
-        ("mnn", '{"c1 input_tensor_0": NaN}', "sophgo-cv183x", "NaN is not a number of JSON"),
+        ("mnn", '{"version": NaN}', "sophgo-cv183x", "NaN is not a number of JSON"),
         ("cambricon", '{"n_c1.scale": [1.0, 1.0], "n_c1.quantized_mode": [2]}', "cambricon-mlu",
          "'n_c1.quantized_mode' is not that of 8 bits"),
     ],
