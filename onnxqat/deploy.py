@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 
 from onnxqat.calibrate import without_large_biases
-from onnxqat.errors import FormatError, OnnxQatError, PlanError, RuleError
+from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
-from onnxqat.insert import plan_of, read_params, state_of, strip
+from onnxqat.insert import check_calibrated, plan_of, read_params, strip
 from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
@@ -65,6 +65,8 @@ def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Mod
         readers of the same constant keep its values. ``tuned`` keeps the weights as trained.
     """
     plan, params = plan_of(model), read_params(model)
+    if weights == "snapped":
+        check_calibrated(model)
     floats = strip(model)
     if weights == "snapped":
         points = (p for p in plan.grid_points() if p.role == "weight")
@@ -96,8 +98,7 @@ def write_deployment(
         The table cannot say what the plan says.
     """
     plan = plan_of(model)  # of a float model, an error
-    if state_of(model) == "uncalibrated":
-        raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
+    check_calibrated(model)
     chosen = _format(table or _table_of_rule(plan.rule))
     floats = deployed_model(model, weights=weights)
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})

@@ -28,6 +28,7 @@ from onnxqat.qparams import QuantParams, quantized_range
 __all__ = [
     "OPSET_OF_16_BITS",
     "State",
+    "check_calibrated",
     "forget_plan",
     "insert",
     "needs_16_bits",
@@ -70,6 +71,18 @@ def state_of(model: Model) -> State:
     if state not in ("uncalibrated", "calibrated", "finetuned"):
         raise ModelError(f"{model.name}: state is {state!r}. Run 'onnxqat insert' again.")
     return state  # type: ignore[return-value]
+
+
+def check_calibrated(model: Model) -> None:
+    """Refuse a Q/DQ model whose scales are placeholders, for all that reads them.
+
+    Raises
+    ------
+    PlanError
+        It is not calibrated.
+    """
+    if state_of(model) == "uncalibrated":
+        raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
 
 
 def weights_hash(graph: gs.Graph) -> str:

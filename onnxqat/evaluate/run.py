@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
-from onnxqat.insert import PLAN_KEY, strip
+from onnxqat.insert import PLAN_KEY, check_calibrated, strip
 from onnxqat.model import Model, to_proto
 from onnxqat.rules import HardwareRule
 from onnxqat.runtime import Optimization, open_session
@@ -88,6 +88,8 @@ def model_session(
     if mode == "float" and quantized:
         model = strip(model)
     exact = mode == "qdq" and quantized
+    if exact:
+        check_calibrated(model)
     optimization: Optimization = "none" if exact else "all"
     return open_session(
         to_proto(model), optimization=optimization, threads=threads, name=model.name
@@ -128,6 +130,8 @@ def evaluate(
         There are no samples, or a label is outside of the model's classes.
     ModelError
         The reference has other inputs or outputs, or a model cannot run on the data.
+    PlanError
+        A model whose Q/DQ pairs count is not calibrated.
     RuleError
         ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """

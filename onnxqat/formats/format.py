@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import ArrayLike
 
 from onnxqat.errors import FormatError
-from onnxqat.insert import plan_of, read_params, strip
+from onnxqat.insert import check_calibrated, plan_of, read_params, strip
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
@@ -51,9 +51,15 @@ class Calibrated:
         Its float graph, with the names that the target sees.
     plan : QuantPlan
         What is quantized.
+
+    Raises
+    ------
+    PlanError
+        The model is not calibrated.
     """
 
     def __init__(self, model: Model) -> None:
+        check_calibrated(model)
         self.model = model
         self.graph = strip(model).graph
         self.plan = plan_of(model)

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxqat.errors import FormatError, PlanError
-from onnxqat.insert import forget_plan, plan_of, read_params, state_of
+from onnxqat.errors import FormatError
+from onnxqat.insert import check_calibrated, forget_plan, plan_of, read_params
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPoint
 from onnxqat.plan.operators import BIAS_INPUT, along_channels, bias_channels, runs_along
@@ -73,8 +73,7 @@ def integer_model(
     FormatError
         A bias does not fit into int32.
     """
-    if state_of(model) == "uncalibrated":
-        raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
+    check_calibrated(model)
     plan, params = plan_of(model), read_params(model)
     result = model.copy()
     graph = result.graph

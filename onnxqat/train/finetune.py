@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import SOURCE_KEY, insert, plan_of, state_of, strip, weights_hash
+from onnxqat.insert import SOURCE_KEY, check_calibrated, insert, plan_of, strip, weights_hash
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
@@ -98,8 +98,7 @@ def finetune(
         ``stop`` said so.
     """
     config.check()
-    if state_of(model) == "uncalibrated":
-        raise TrainingError(f"{model.name}: is not calibrated. Calibrate it first.")
+    check_calibrated(model)
     data = _in_batches_of(model, data)
     if validation is not None:
         validation = _in_batches_of(model, validation)

@@ -471,6 +471,8 @@ WRONG = [
     ("evaluate {wrong}/batch-1.onnx {data} --batch-size 3", 1, "takes batches of 1 only"),
     ("strip {lenet} -o {out}/chip", 1, "holds no quantization plan"),
     ("strip {work}/empty.onnx -o {out}/chip", 1, "is not calibrated"),
+    ("evaluate {work}/empty.onnx {data}", 1, "is not calibrated"),
+    ("evaluate {lenet} {data} --against {work}/empty.onnx", 1, "is not calibrated"),
     ("strip {q} -o {wrong}/text", 1, "cannot be made"),
     ("strip {q} -o {wrong}/text/chip", 1, "cannot be made"),
     ("strip {q} -o {work}/chip", 1, "already exists. Pass --force"),

@@ -8,12 +8,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxqat.calibrate import placeholder_params
 from onnxqat.deploy import deployed_model
-from onnxqat.errors import DataError, ModelError
+from onnxqat.errors import DataError, ModelError, PlanError
 from onnxqat.evaluate import check_interface, evaluate
 from onnxqat.evaluate.run import model_session
+from onnxqat.formats import EXPORTS
+from onnxqat.insert import insert
 from onnxqat.model import from_proto, to_proto
-from tests.networks import W4A4, convnet, quantized, samples
+from tests.networks import W4A4, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
 
@@ -215,3 +218,24 @@ def test_other_shapes_are_refused():
 def test_data_the_model_cannot_take_are_an_error(qdq):
     with pytest.raises(DataError, match="model: does not run on the data"):
         evaluate(qdq, batches(np.zeros((2, 3, 8), np.float32)), threads=1)
+
+
+def test_placeholder_scales_are_not_evaluated():
+    network = convnet()
+    floats, plan = planned(network, "onnxruntime-cpu")
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    batches = [Batch({"input": samples(network, 4)})]
+    refused = pytest.raises(PlanError, match="is not calibrated")
+    with refused:
+        evaluate(empty, batches)
+    with refused:
+        evaluate(floats, batches, against=empty)
+    with refused:
+        evaluate(empty, batches, mode="integer")
+    with refused:
+        deployed_model(empty, weights="snapped")
+    for export in EXPORTS.values():
+        with refused:
+            export(empty)
+
+    assert evaluate(empty, batches, mode="float").samples == 4

@@ -9,12 +9,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxqat.errors import PlanError
 from onnxqat.evaluate.integer.build import build_steps
 from onnxqat.evaluate.integer.compare import Counts, PointDifference
 from onnxqat.evaluate.integer.grid import Grid
 from onnxqat.evaluate.integer.steps import ProductStep, Step, Values
-from onnxqat.insert import plan_of, read_params, state_of
+from onnxqat.insert import check_calibrated, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.rules import HardwareRule, load_rule
 from onnxqat.runtime import TensorReader
@@ -46,8 +45,7 @@ class IntegerProgram:
 
     def __init__(self, model: Model, rule: HardwareRule | None = None, *, threads: int = 0) -> None:
         plan = plan_of(model)
-        if state_of(model) == "uncalibrated":
-            raise PlanError(f"{model.name}: is not calibrated. Calibrate or fine-tune it first.")
+        check_calibrated(model)
         params = read_params(model)
         self.steps = build_steps(model, rule or load_rule(plan.rule), threads=threads)
         self.grids = {p.tensor: Grid(params[p.parameters], p.spec) for p in plan.grid_points()}
