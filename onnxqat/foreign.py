@@ -26,9 +26,9 @@ from onnxqat.errors import ModelError
 from onnxqat.insert import PLAN_KEY, read_params
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.prepare.arithmetic import dequantize_constant
 from onnxqat.prepare.constants import lift_constants
 from onnxqat.prepare.editing import constant_values, remove_nodes
+from onnxqat.prepare.folding import evaluate
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.passthrough import remove_passthroughs
 from onnxqat.qparams import QuantParams, choose_qparams, storage_dtype
@@ -97,15 +97,13 @@ def _is(node: gs.Node, op: str) -> bool:
 def _fold_weight(node: gs.Node, found: dict[str, ForeignParams], where: str) -> None:
     stored = constant_values(node.inputs[0])
     read = [constant_values(tensor) for tensor in node.inputs if tensor.name]
-    values = None
-    if stored is not None and not any(v is None for v in read):
-        values = dequantize_constant(node, [v for v in read if v is not None])
-    if stored is None or values is None:
+    values = [] if any(v is None for v in read) else evaluate(node, read)
+    if stored is None or not values:
         raise _refused(where, node, "does not hold 8, 16 or 32-bit integers with a constant scale")
     target = node.outputs[0]
     if stored.dtype != np.int32:
         found[target.name] = _params(node, stored.dtype, stored.ndim, where)
-    target.to_constant(np.asarray(values))
+    target.to_constant(values[0])
 
 
 def _take_pair_out(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import Model
 from onnxqat.prepare.batchnorm import fold_batchnorms
 from onnxqat.prepare.branches import inline_branches
+from onnxqat.prepare.budget import Budget
 from onnxqat.prepare.constants import lift_constants, read_typed_weights, refuse_sparse
 from onnxqat.prepare.float16 import note_float16, widen_float16
 from onnxqat.prepare.folding import fold_constants, fold_shapes
@@ -87,7 +89,7 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     refuse_sparse(prepared.graph, model.name)
     names = widen_float16(prepared.graph, model.name)
     seen = statistics_of(prepared)
-    _settle(prepared.graph)
+    _settle(prepared.graph, model.name)
     note_float16(prepared, names)
     note_statistics(prepared, seen)
     read_typed_weights(prepared.graph)
@@ -96,15 +98,17 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     return prepared
 
 
-def _settle(graph: gs.Graph) -> None:
+def _settle(graph: gs.Graph, where: str) -> None:
     """Run the passes until none finds anything to do.
 
     A costly one runs again only if another one changed something since.
     """
+    budget = Budget(graph, where)  # of all rounds together
+    quick = [partial(fold_constants, budget=budget) if p is fold_constants else p for p in _QUICK]
     changes = 0  # of all passes so far
     seen: dict[str, int] = {}  # what it was when a costly pass had run
     while True:
-        found = sum(apply(graph) for apply in _QUICK)
+        found = sum(apply(graph) for apply in quick)
         changes += found
         for apply in _COSTLY:
             if not found and seen.get(apply.__name__) != changes:

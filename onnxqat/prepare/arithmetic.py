@@ -22,14 +22,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
+from onnxqat.prepare.budget import check_growth
 from onnxqat.runtime import open_session
 
-__all__ = ["ARITHMETIC", "dequantize_constant"]
+__all__ = ["ARITHMETIC"]
 
 Array = NDArray[Any]
 Evaluator = Callable[[gs.Node, list[Array]], Array | None]
-
-MAX_BYTES = 2**26  # that broadcasting may add
 
 
 def _is_exact(values: Array) -> bool:
@@ -42,8 +41,7 @@ def _elementwise(function: Callable[..., Array | None]) -> Evaluator:
     def evaluate(_: gs.Node, inputs: list[Array]) -> Array | None:
         shape = np.broadcast_shapes(*(values.shape for values in inputs))
         itemsize = max(values.itemsize for values in inputs)
-        if math.prod(shape) * itemsize > MAX_BYTES + sum(values.nbytes for values in inputs):
-            return None
+        check_growth(math.prod(shape) * itemsize, inputs)
         return function(*inputs) if all(map(_is_exact, inputs)) else None
 
     return evaluate
@@ -106,8 +104,9 @@ def _truncated(values: Array, target: np.dtype[Any]) -> Array | None:
 def _range(_: gs.Node, inputs: list[Array]) -> Array | None:
     start, limit, delta = (values.reshape(())[()] for values in inputs)
     # of floats, runtimes add up delta
-    if inputs[0].dtype.kind not in "iu" or (int(limit) - int(start)) / int(delta) > 2**20:
+    if inputs[0].dtype.kind not in "iu":
         return None
+    check_growth((int(limit) - int(start)) // int(delta) * inputs[0].itemsize, inputs)
     return np.asarray(np.arange(int(start), int(limit), int(delta)), inputs[0].dtype)
 
 
@@ -129,7 +128,7 @@ def _reduction(function: Callable[..., Array]) -> Evaluator:
     return evaluate
 
 
-def dequantize_constant(node: gs.Node, inputs: list[Array]) -> Array | None:
+def _dequantize(node: gs.Node, inputs: list[Array]) -> Array | None:
     """Return (q - zero_point) * scale, rounded once (onnx__DequantizeLinear.html)."""
     quantized, scale = inputs[:2]
     if scale.dtype != np.float32 or node.attrs.get("block_size", 0) or scale.ndim > 1:
@@ -145,7 +144,8 @@ def dequantize_constant(node: gs.Node, inputs: list[Array]) -> Array | None:
 def _by_runtime(node: gs.Node, inputs: list[Array]) -> Array | None:
     """Run one node of float32 inputs and output."""
     shape = np.broadcast_shapes(*(values.shape for values in inputs))
-    if math.prod(shape) * 4 > MAX_BYTES or any(values.dtype != np.float32 for values in inputs):
+    check_growth(math.prod(shape) * 4, inputs)
+    if any(values.dtype != np.float32 for values in inputs):
         return None
     float32 = onnx.TensorProto.FLOAT
     feeds = {f"i{k}": values for k, values in enumerate(inputs)}
@@ -166,7 +166,7 @@ ARITHMETIC: dict[str, Any] = {
     "Add": _elementwise(np.add),
     "And": _elementwise(np.logical_and),
     "Cast": _cast,
-    "DequantizeLinear": dequantize_constant,
+    "DequantizeLinear": _dequantize,
     "Div": _elementwise(_divide),
     "Equal": _elementwise(np.equal),
     "Greater": _elementwise(np.greater),

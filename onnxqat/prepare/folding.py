@@ -11,9 +11,13 @@ a value is folded where the graph's inputs decide it (what a file says of inner 
 stale); Gather and Slice of a shape that is known in part, where they take known sizes only.
 
 The result has the name of the node's output, which must not be a graph output or read in a
-subgraph. It is at most 64 MiB larger than what it is computed from, and 4 KiB where the graph's
-constants make 2 GiB already. A node that cannot be evaluated is left for the runtime to complain
-of.
+subgraph. How large it may be is the matter of `onnxqat.prepare.budget`. A node that cannot be
+evaluated is left for the runtime to complain of.
+
+numpy evaluates, and not onnxruntime or onnx's reference evaluator, by measurement: the 94 nodes
+that a ViT exported by PyTorch folds take 8 ms here, and 25 to 50 ms as sessions of one node or in
+the reference evaluator (0.27 and 0.5 ms a node). The guards for ranks, sizes and types would be
+needed all the same, as a single malformed node ends onnxruntime's process.
 """
 
 from __future__ import annotations
@@ -26,50 +30,68 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.prepare.arithmetic import ARITHMETIC
+from onnxqat.prepare.budget import Budget, TooLargeError
 from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
 from onnxqat.prepare.movement import MOVEMENT
 from onnxqat.prepare.shapes import reliable_shapes
 
-__all__ = ["fold_constants", "fold_shapes"]
+__all__ = ["evaluate", "fold_constants", "fold_shapes"]
 
 Array = NDArray[Any]
 
-MAX_GROWTH = 2**26  # bytes of one result, beyond those of its inputs
-SMALL_GROWTH = 2**12
-MAX_CONSTANTS = 2**31  # bytes of all constants, beyond which results may grow by little only
 _EVALUATORS: dict[str, Callable[[gs.Node, list[Array | None]], Array | list[Array] | None]] = {
     **MOVEMENT,
     **ARITHMETIC,
 }
 
 
-def fold_constants(graph: gs.Graph) -> int:
-    """Replace operators on constants by their results; return how many."""
+def fold_constants(graph: gs.Graph, budget: Budget | None = None) -> int:
+    """Replace operators on constants by their results; return how many.
+
+    Raises
+    ------
+    ModelError
+        The graph computes gigabytes from its constants.
+    """
     pinned = pinned_names(graph)
-    room = MAX_CONSTANTS - sum(
-        t._values.nbytes for t in graph.tensors().values() if isinstance(t, gs.Constant)
-    )
+    budget = budget or Budget(graph, graph.name)
     folded: list[gs.Node] = []
     for node in graph.nodes:
         if not is_op(node, *_EVALUATORS) or any(t.name in pinned for t in node.outputs):
             continue
         inputs = [constant_values(tensor) if tensor.name else None for tensor in node.inputs]
-        if any(v is None and t.name for v, t in zip(inputs, node.inputs, strict=True)):
-            continue
-        results = _evaluate(node, inputs)
-        growth = sum(r.nbytes for r in results) - sum(v.nbytes for v in inputs if v is not None)
-        if len(results) == len(node.outputs) and growth <= (
-            MAX_GROWTH if room > 0 else SMALL_GROWTH
+        if node.outputs[0].name in budget.left or any(
+            v is None and t.name for v, t in zip(inputs, node.inputs, strict=True)
         ):
-            room -= sum(result.nbytes for result in results)
+            continue
+        try:
+            results = evaluate(node, inputs)
+        except TooLargeError as error:
+            budget.leave(node, error.size)
+            continue
+        size = sum(result.nbytes for result in results)
+        if len(results) == len(node.outputs) and budget.allows(node, size):
             for tensor, result in zip(node.outputs, results, strict=True):
                 tensor.to_constant(np.ascontiguousarray(result).reshape(result.shape))
             folded.append(node)
     return remove_nodes(graph, folded)
 
 
-def _evaluate(node: gs.Node, inputs: list[Array | None]) -> list[Array]:
-    """Return the outputs; none where the node is left alone."""
+def evaluate(node: gs.Node, inputs: list[Array | None]) -> list[Array]:
+    """Return what a node computes; nothing where it cannot be computed, or not exactly.
+
+    Parameters
+    ----------
+    node : onnx_graphsurgeon.Node
+        Of an operator that is folded.
+    inputs : list of array or None
+        None for an input that is left out.
+
+    Raises
+    ------
+    TooLargeError
+        The result would be far larger than the inputs.
+    """
     try:
         with np.errstate(all="ignore"):  # infinity and NaN are results like others
             results = _EVALUATORS[node.op](node, inputs)
@@ -107,7 +129,7 @@ def _partial(node: gs.Node, values: Array) -> Array | None:
     inputs = [constant_values(tensor) for tensor in node.inputs[1:]]
     if any(v is None for v in inputs):
         return None
-    results = _evaluate(node, [values, *inputs])
+    results = evaluate(node, [values, *inputs])
     return results[0] if results else None
 
 

@@ -2,7 +2,8 @@
 
 Each function takes the node and its inputs (None where an optional one is absent), and returns the
 output, a list of outputs, or None where the node is left alone. Repeated values are views without
-memory of their own, so that the caller can judge a result's size before it exists.
+memory of their own, so that the caller can judge a result's size before it exists; where numpy has
+no view, `onnxqat.prepare.budget.check_growth` does.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.prepare.budget import check_growth
 from onnxqat.prepare.editing import constant_values
 
 __all__ = ["MOVEMENT"]
 
 Array = NDArray[Any]
-
-MAX_BYTES = 2**26  # that repeating may add
 
 
 def _transpose(node: gs.Node, inputs: list[Array]) -> Array:
@@ -50,14 +50,14 @@ def _unsqueeze(_: gs.Node, inputs: list[Array]) -> Array:
 
 
 def _concat(node: gs.Node, inputs: list[Array]) -> Array:
+    check_growth(sum(values.nbytes for values in inputs), inputs)
     return np.concatenate(inputs, node.attrs["axis"])
 
 
-def _gather(node: gs.Node, inputs: list[Array]) -> Array | None:
+def _gather(node: gs.Node, inputs: list[Array]) -> Array:
     data, indices = inputs
     axis = node.attrs.get("axis", 0)
-    if data.nbytes // max(data.shape[axis], 1) * indices.size > data.nbytes + MAX_BYTES:
-        return None
+    check_growth(data.nbytes // max(data.shape[axis], 1) * indices.size, inputs)
     return np.take(data, indices, axis)
 
 
@@ -97,8 +97,9 @@ def _expand(_: gs.Node, inputs: list[Array]) -> Array:
 
 def _tile(_: gs.Node, inputs: list[Array]) -> Array | None:
     data, repeats = inputs
-    if data.nbytes * math.prod(repeats.tolist()) > MAX_BYTES or repeats.size != data.ndim:
+    if repeats.size != data.ndim:
         return None
+    check_growth(data.nbytes * math.prod(repeats.tolist()), inputs)
     return np.tile(data, repeats)
 
 
@@ -112,10 +113,9 @@ def _constant_of_shape(node: gs.Node, inputs: list[Array]) -> Array | None:
     return np.broadcast_to(value.reshape(()), tuple(inputs[0].tolist()))
 
 
-def _where(_: gs.Node, inputs: list[Array]) -> Array | None:
+def _where(_: gs.Node, inputs: list[Array]) -> Array:
     shape = np.broadcast_shapes(*(values.shape for values in inputs))
-    if math.prod(shape) * inputs[1].itemsize > MAX_BYTES + sum(v.nbytes for v in inputs):
-        return None
+    check_growth(math.prod(shape) * inputs[1].itemsize, inputs)
     return np.where(*inputs)
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
-from onnxqat.prepare import folding, prepare
+from onnxqat.prepare import budget, prepare
 from onnxqat.prepare.folding import fold_constants
 from tests.oracles import run_ort
 
@@ -142,21 +145,21 @@ def test_float_arithmetic_agrees_on_a_million_values(operator: str) -> None:
     [
         pytest.param("c=Transpose(x) y=Neg(c)", id="variable"),
         pytest.param("y=Transpose(w)", id="graph-output"),
-        pytest.param("c=Cast<to=6>(l) d=Cast<to=1>(c) y=Neg(d)", id="overflowing-cast"),
-        pytest.param("c=Cast<to=8>(w) d=Cast<to=1>(c) y=Neg(d)", id="to-string"),
+        pytest.param("c=Cast<to=6>(l) e=Cast<to=1>(c) y=Neg(e)", id="overflowing-cast"),
+        pytest.param("c=Cast<to=8>(w) e=Cast<to=1>(c) y=Neg(e)", id="to-string"),
         pytest.param("c=Cast<to=10>(d) e=Cast<to=1>(c) y=Neg(e)", id="double-to-float16"),
         pytest.param("c=Reshape(w, s) y=Neg(c)", id="impossible"),
         pytest.param("c=Softmax(w) y=Neg(c)", id="rounded-as-one-likes"),
         pytest.param("c=ReduceSum(w) y=Neg(c)", id="order-of-a-sum"),
-        pytest.param("c=Div(s, z) d=Cast<to=1>(c) y=Add(x, d)", id="division-by-zero"),
+        pytest.param("c=Div(s, z) e=Cast<to=1>(c) y=Add(x, e)", id="division-by-zero"),
         pytest.param("c=Expand(w, h) y=Add(x, c)", id="too-large"),
         pytest.param("c=ConstantOfShape(h) y=Add(x, c)", id="too-large-constant"),
-        pytest.param("c=Add(t, u) d=Cast<to=1>(c) y=Add(x, d)", id="too-large-sum"),
+        pytest.param("c=Add(t, u) e=Cast<to=1>(c) y=Add(x, e)", id="too-large-sum"),
     ],
 )
 def test_not_folded(body: str) -> None:
     initializers = """<float[2,2] w = {1,2,3,4}, int64[1] s = {5}, double[1] d = {0.1},
-        int64[1] z = {0}, float[1] l = {3e9}, int64[3] h = {300000000, 2, 2},
+        int64[1] z = {0}, float[1] l = {3e9}, int64[3] h = {30000000, 2, 2},
         int64[1,10000] t, int64[10000,1] u>"""
     text = f"g (float[2,2] x) => (float[2,2] y) {initializers} {{ {body} }}"
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]>{text}')
@@ -166,24 +169,76 @@ def test_not_folded(body: str) -> None:
     assert fold_constants(from_proto(proto).graph) == 0
 
 
-@pytest.mark.parametrize(
-    ("growth", "constants", "left"), [(23, 2**31, 5), (24, 72, 3), (24, 2**31, 0)]
-)
+@pytest.mark.parametrize(("growth", "room", "left"), [(23, 2**28, 5), (24, 72, 3), (24, 2**28, 0)])
 def test_results_grow_within_bounds(
-    growth: int, constants: int, left: int, monkeypatch: pytest.MonkeyPatch
+    growth: int, room: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "MAX_GROWTH", growth)
-    monkeypatch.setattr(folding, "MAX_CONSTANTS", constants)
-    monkeypatch.setattr(folding, "SMALL_GROWTH", 0)
+    monkeypatch.setattr(budget, "MAX_GROWTH", growth)
+    monkeypatch.setattr(budget, "LEAST_ROOM", room)
+    monkeypatch.setattr(budget, "SMALL", 0)
     names = "abcde"
     nodes = " ".join(f"{n}=ConstantOfShape(s)" for n in names)  # 8 bytes become 32
     text = f"<int64[1] s = {{8}}> {{ {nodes} y=Sum(x, {', '.join(names)}) }}"
     model = parse(f"g (float[8] x) => (float[8] y) {text}")
 
-    while fold_constants(model.graph):
+    shared = budget.Budget(model.graph, "m")
+    while fold_constants(model.graph, shared):  # in several rounds, as `prepare` does
         pass
 
     assert [node.op for node in model.graph.nodes] == [*["ConstantOfShape"] * left, "Sum"]
+
+
+def bomb(kind: str) -> Model:
+    """Return a model of a few hundred bytes that computes gigabytes from its constants."""
+    spreads = [f"e{i}=Expand(one, wide) f{i}=ReduceSum(e{i}) " for i in range(60)]
+    body = {
+        "expand": f"{''.join(spreads)} c=Sum({', '.join(f'f{i}' for i in range(60))})",
+        "range": "r=Range(zero, far, step) k=Cast<to=1>(r) c=ReduceSum(k)",
+        "constant": "k=ConstantOfShape(huge) c=ReduceSum(k)",
+        "tile": "k=Tile(d0, times) c=ReduceSum(k)",
+        "gather": "r=ConstantOfShape<value = int64[1] {0}>(many) q=Gather(rows, r) c=ReduceSum(q)",
+        "where": "k=Where(flag, column, row) c=ReduceSum(k)",
+        "add": "k=Add(column, row) c=ReduceSum(k)",
+    }[kind]
+    large = {"column": np.ones((2**17, 1), np.float32), "row": np.ones((1, 2**17), np.float32)}
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y)
+        <float[8] d0 = {{1,1,1,1,1,1,1,1}}, float[1] one = {{1}}, int64[1] wide = {{16000000}},
+        int64[1] many = {{4000000}}, int64 zero = {{0}}, int64 far = {{100000000000}}, int64 step = {{1}}, bool[1] flag = {{1}},
+        int64[2] huge = {{1000000, 1000000}}, int64[1] times = {{1000000000}},
+        float[1,1024] rows, float[1] column, float[1] row> {{ {body} y=Add(x, c) }}"""
+    )
+    for name, values in (*large.items(), ("rows", np.ones((1, 1024), np.float32))):
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    del proto.graph.value_info[:]
+    return from_proto(proto)
+
+
+@pytest.mark.parametrize("kind", ["expand", "range", "constant", "tile", "gather", "where", "add"])
+def test_a_graph_that_computes_gigabytes_from_constants_is_refused(kind: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=r"makes \d+ bytes of constants"):
+        prepare(bomb(kind))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 2**29
+
+
+def test_a_tensor_that_is_read_twice_counts_once() -> None:
+    steps = [f"d{i + 1}=Concat<axis=0>({', '.join([f'd{i}'] * 16)})" for i in range(9)]
+    model = parse(
+        "g (float[2] x) => (float[2] y) <float[8] d0 = {1,1,1,1,1,1,1,1}> "
+        f"{{ {' '.join(steps)} c=ReduceSum(d9) y=Add(x, c) }}"
+    )
+    shared = budget.Budget(model.graph, "m")
+
+    while fold_constants(model.graph, shared):
+        pass
+
+    sizes = [t.values.nbytes for t in model.graph.tensors().values() if hasattr(t, "values")]
+    assert [node.op for node in model.graph.nodes] == ["Concat"] * 4 + ["ReduceSum", "Add"]
+    assert sizes == [32 * 16**5]
 
 
 def parse(text: str) -> Model:
