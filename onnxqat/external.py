@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 
 from onnxqat.errors import ModelError
-from onnxqat.locks import refuse_claimed
+from onnxqat.files import check_readable
 from onnxqat.preserve import stored_tensors
 
 __all__ = ["read_external_data", "write_external_data"]
@@ -53,8 +53,8 @@ def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[
             _file_of(tensor, folder, path)
             try:
                 load_external_data_for_tensor(tensor, str(folder))
-            except (ValueError, OSError, onnx.checker.ValidationError) as error:
-                raise ModelError(f"{path}: external data cannot be read ({error}).") from error
+            except _UNREADABLE as error:
+                raise _unreadable(tensor, path, error) from error
             tensor.ClearField("data_location")  # written as the default, it would be another file
             del tensor.external_data[:]
     return mapped
@@ -81,17 +81,40 @@ def _can_map(tensor: onnx.TensorProto) -> bool:
 
 
 def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
-    location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-    target = (folder / location).resolve()
+    """Return the file that holds a tensor's data, which is a regular one beside the model."""
+    try:
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        target = (folder / location).resolve()
+        missing = not target.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # not text, a NUL, a loop of links
+        raise _unreadable(tensor, path, error) from error
     if not location or not target.is_relative_to(folder):
         raise ModelError(
             f"{path}: initializer '{tensor.name}' keeps its data at '{location}', outside of "
             "the model's folder. Move the file beside the model."
         )
-    if not target.is_file():
-        raise ModelError(f"{path}: external data file '{location}' is missing.")
-    refuse_claimed(target)
+    if missing:
+        raise ModelError(f"{path}: external data file '{location}' is missing. Copy it, too.")
+    try:
+        check_readable(target, ModelError)
+    except ModelError as error:
+        raise ModelError(f"{path}: data of initializer '{tensor.name}': {error}") from error
     return target
+
+
+# The rules for a file are onnx's own; its C++ part has more of its own errors than these.
+_UNREADABLE = (
+    *(KeyError, OSError, OverflowError, RuntimeError, ValueError),
+    onnx.checker.ValidationError,
+)
+
+
+def _unreadable(tensor: onnx.TensorProto, path: Path, error: Exception) -> ModelError:
+    text = " ".join(str(error).split())[:200]
+    return ModelError(
+        f"{path}: external data of initializer '{tensor.name}' cannot be read ({text}). "
+        "Export again, with the weights."
+    )
 
 
 def _view(tensor: onnx.TensorProto, data: NDArray[np.uint8], path: Path) -> NDArray[Any]:
@@ -99,8 +122,8 @@ def _view(tensor: onnx.TensorProto, data: NDArray[np.uint8], path: Path) -> NDAr
     try:
         info = ExternalDataInfo(tensor)
         start, length = int(info.offset or 0), int(info.length or size)
-    except ValueError as error:
-        raise ModelError(f"{path}: external data cannot be read ({error}).") from error
+    except _UNREADABLE as error:
+        raise _unreadable(tensor, path, error) from error
     if length != size or start < 0 or start + size > data.size:
         raise ModelError(
             f"{path}: initializer '{tensor.name}' needs {size} bytes of '{info.location}' from "

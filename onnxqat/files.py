@@ -48,7 +48,7 @@ def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -
     except ValueError as cause:  # a NUL character
         raise error(f"{shown}: cannot be read ({cause}). Check the path.") from cause
     if stat.S_ISDIR(mode):
-        raise error(f"{shown}: is a directory. Name a file to read.")
+        raise error(f"{shown}: cannot be read (a directory). Name a file.")
     if not stat.S_ISREG(mode):
         raise error(f"{shown}: is not a regular file. Copy what it gives into one.")
     refuse_claimed(path)

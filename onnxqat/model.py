@@ -28,15 +28,18 @@ from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnxqat.errors import ModelError
+from onnxqat import native
+from onnxqat.errors import ModelError, OnnxQatError
 from onnxqat.external import read_external_data, write_external_data
-from onnxqat.files import atomic_output
-from onnxqat.preserve import all_nodes, restore, stored_tensors, subgraphs, without_weights
+from onnxqat.files import atomic_output, check_readable
+from onnxqat.preserve import all_nodes, restore, stored_tensors, without_weights
+from onnxqat.validate import check_data, validate
 from onnxqat.versions import MAX_IR_VERSION, MAX_OPSET, readable_opset
 
 __all__ = [
     "Model",
     "constant",
+    "exported",
     "from_proto",
     "load_model",
     "save_model",
@@ -47,7 +50,7 @@ __all__ = [
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_INLINE_ELEMENTS = 256  # of an initializer that stays in the model file where others leave it
-MAX_SUBGRAPH_DEPTH = 32
+MAX_REASON = 200  # characters of another library's message
 
 # graphsurgeon reports on stdout, where commands put their JSON.
 G_LOGGER.severity = G_LOGGER.CRITICAL
@@ -111,25 +114,23 @@ def load_model(path: str | Path) -> Model:
         Missing or not an ONNX file, an opset that `onnxqat.versions` cannot make readable,
         external data outside of the model's folder, or a tensor whose data is not of its shape.
     """
+    check_readable(path, ModelError)
     path = Path(path)
     try:
         # named, because onnx would choose the format by the file's suffix
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file.") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
     except DecodeError as error:
         raise ModelError(f"{path}: not an ONNX file. Give the exported .onnx.") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX file, or an empty graph. Give the exported .onnx.")
-    _check_depth(proto.graph, str(path))
-    _fill_empty_constants(proto)
+    validate(proto, str(path))
     mapped = read_external_data(proto, path)
     for tensor in stored_tensors(proto):
         if tensor.name not in mapped:
-            _check_data(tensor, str(path))
-    model = from_proto(proto, name=path.name)
+            check_data(tensor, str(path))
+    model = _wrapped(proto, path.name)
     tensors = model.graph.tensors() if mapped else {}
     for name, values in mapped.items():
         tensors[name].values = values
@@ -137,43 +138,97 @@ def load_model(path: str | Path) -> Model:
 
 
 def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
-    """Wrap a model that is already in memory; see `load_model`."""
+    """Wrap a model that is already in memory; see `load_model`. It is not changed."""
+    validate(proto, name)
+    return _wrapped(proto, name)
+
+
+def _wrapped(proto: onnx.ModelProto, name: str) -> Model:
+    """Return a validated model as a graph and the rest of it."""
     opset = readable_opset(proto, name)
-    _check_depth(proto.graph, name)
-    _check_held(proto, name)
+    proto = _filled(proto)
     rest = without_weights(proto)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     try:
-        graph = gs.import_onnx(proto)
+        graph = gs.import_onnx(_typed(proto, name))
+    except OnnxQatError:
+        raise
     except Exception as error:  # graphsurgeon raises whatever a malformed file provokes
-        raise ModelError(f"{name}: malformed ONNX graph ({error}).") from error
+        raise ModelError(f"{name}: malformed ONNX graph ({_one_line(error)}).") from error
     graph.import_domains = _copy_opsets(proto.opset_import)
     _set_versions(graph, rest, opset)
+    _forget_impossible_lengths(graph)
     return Model(graph=graph, metadata=metadata, rest=rest, name=name)
 
 
-def _check_data(tensor: onnx.TensorProto, name: str) -> None:
-    """Refuse a tensor that cannot be read, which graphsurgeon would only find when it is used."""
-    try:
-        onnx.numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"{name}: tensor '{tensor.name}' of shape {list(tensor.dims)} and data type "
-            f"{tensor.data_type} cannot be read ({error}). Export again, with the weights."
-        ) from error
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + " ..."
 
 
 _EMPTY_LISTS = {"value_ints": onnx.TensorProto.INT64, "value_floats": onnx.TensorProto.FLOAT}
 
 
-def _fill_empty_constants(proto: onnx.ModelProto) -> None:
+def _filled(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Let Constant nodes with an empty list, which PyTorch writes, hold an empty tensor."""
+    if not any(True for _ in _empty_lists(proto)):
+        return proto
+    filled = onnx.ModelProto()
+    filled.CopyFrom(proto)
+    for node, attribute in _empty_lists(filled):
+        kind = _EMPTY_LISTS[attribute.name]
+        empty = onnx.helper.make_tensor(node.output[0], kind, [0], [])
+        attribute.CopyFrom(onnx.helper.make_attribute("value", empty))
+    return filled
+
+
+def _empty_lists(
+    proto: onnx.ModelProto,
+) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
     for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
         for attribute in node.attribute if node.op_type == "Constant" else ():
-            kind = _EMPTY_LISTS.get(attribute.name)
-            if kind and not (attribute.ints or attribute.floats or attribute.ref_attr_name):
-                empty = onnx.helper.make_tensor(node.output[0], kind, [0], [])
-                attribute.CopyFrom(onnx.helper.make_attribute("value", empty))
+            if attribute.name in _EMPTY_LISTS and not (
+                attribute.ints or attribute.floats or attribute.ref_attr_name
+            ):
+                yield node, attribute
+
+
+def _typed(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return the model with a type for each output, which graphsurgeon needs to write it."""
+    bare = [value.name for value in proto.graph.output if not _has_type(value)]
+    if not bare:
+        return proto
+    typed = onnx.ModelProto()
+    typed.CopyFrom(proto)
+    try:
+        inferred = {value.name: value for value in native.infer_shapes(proto).graph.output}
+    except native.NativeError as error:
+        raise ModelError(f"{name}: shapes cannot be inferred ({error}).") from error
+    for value in typed.graph.output:
+        if value.name in bare:
+            if not _has_type(inferred[value.name]):
+                raise ModelError(
+                    f"{name}: output '{value.name}' has no type, and ONNX cannot infer it. "
+                    "Export it with its type."
+                )
+            value.type.CopyFrom(inferred[value.name].type)
+    return typed
+
+
+def _has_type(value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.WhichOneof("value")
+    return kind is not None and (kind != "tensor_type" or value.type.tensor_type.elem_type != 0)
+
+
+def _forget_impossible_lengths(graph: gs.Graph) -> None:
+    """Let lengths below 0, which old exporters write for any length, be unknown ones."""
+    for tensor in (*graph.tensors().values(), *graph.inputs, *graph.outputs):
+        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
+            sizes = list(tensor.shape)
+            if any(isinstance(size, int) and size < 0 for size in sizes):
+                tensor.shape = [
+                    None if isinstance(size, int) and size < 0 else size for size in sizes
+                ]
 
 
 def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
@@ -186,54 +241,29 @@ def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
                 entry.version = min(entry.version, MAX_OPSET)
 
 
-def _check_depth(graph: onnx.GraphProto, name: str, depth: int = 0) -> None:
-    if depth > MAX_SUBGRAPH_DEPTH:
-        raise ModelError(f"{name}: subgraphs nest deeper than {MAX_SUBGRAPH_DEPTH} levels.")
-    for node in graph.node:
-        for attribute in node.attribute:
-            for subgraph in subgraphs(attribute):
-                _check_depth(subgraph, name, depth + 1)
-
-
-_SINGLE_ATTRIBUTES = (
-    onnx.AttributeProto.FLOAT,
-    onnx.AttributeProto.INT,
-    onnx.AttributeProto.STRING,
-    onnx.AttributeProto.TENSOR,
-    onnx.AttributeProto.GRAPH,
-)
-_LIST_ATTRIBUTES = (
-    onnx.AttributeProto.FLOATS,
-    onnx.AttributeProto.INTS,
-    onnx.AttributeProto.STRINGS,
-)
-
-
-def _check_held(proto: onnx.ModelProto, name: str) -> None:
-    """Refuse what graphsurgeon would drop (rare types) or could not write (an empty list)."""
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        kind = value.type.WhichOneof("value")
-        if kind not in (None, "tensor_type", "sequence_type", "sparse_tensor_type"):
-            raise ModelError(f"{name}: value '{value.name}' has the unsupported type '{kind}'.")
-    for node in all_nodes(proto.graph.node, *(f.node for f in proto.functions)):
-        for attribute in node.attribute:
-            where = f"{name}: attribute '{attribute.name}' of node '{node.name or node.op_type}'"
-            if attribute.type not in (*_SINGLE_ATTRIBUTES, *_LIST_ATTRIBUTES):
-                kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
-                raise ModelError(f"{where} has the unsupported type '{kind}'. Export without it.")
-            if attribute.type in _LIST_ATTRIBUTES and not (
-                attribute.ref_attr_name or attribute.floats or attribute.ints or attribute.strings
-            ):
-                raise ModelError(f"{where} is an empty list. Leave it out of the export.")
-
-
 def to_proto(model: Model) -> onnx.ModelProto:
     """Return the model as a protobuf message that shares nothing with ``model``."""
-    proto: onnx.ModelProto = gs.export_onnx(model.graph)
+    proto = exported(model.graph, model.name)
     for key, value in model.metadata.items():
         proto.metadata_props.add(key=key, value=value)
     restore(proto, model.rest)
     return proto
+
+
+def exported(graph: gs.Graph, name: str) -> onnx.ModelProto:
+    """Return a graph alone as a message.
+
+    Raises
+    ------
+    ModelError
+        graphsurgeon cannot write it.
+    """
+    try:
+        return gs.export_onnx(graph)  # type: ignore[no-any-return]
+    except Exception as error:  # graphsurgeon raises whatever it stumbles over
+        raise ModelError(
+            f"{name}: graph '{graph.name}' cannot be written ({_one_line(error)}). Export it again."
+        ) from error
 
 
 @contextmanager

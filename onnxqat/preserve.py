@@ -14,6 +14,7 @@ import onnx
 
 __all__ = [
     "all_nodes",
+    "copy_fields",
     "replace_messages",
     "restore",
     "stored_tensors",
@@ -25,13 +26,7 @@ __all__ = [
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return what `restore` needs of a model: everything but nodes and weights."""
     rest = onnx.ModelProto()
-    for descriptor, value in proto.ListFields():
-        if descriptor.name == "graph":
-            continue
-        if descriptor.is_repeated:
-            getattr(rest, descriptor.name).extend(value)
-        else:
-            setattr(rest, descriptor.name, value)
+    copy_fields(proto, rest, but="graph")
     graph, source = rest.graph, proto.graph
     graph.doc_string = source.doc_string
     graph.quantization_annotation.extend(source.quantization_annotation)
@@ -51,6 +46,17 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             kept.metadata_props.extend(node.metadata_props)
     _keep_initializers(graph, source)
     return rest
+
+
+def copy_fields(source: Any, target: Any, *, but: str) -> None:
+    """Copy the fields of a message that are not messages themselves, or lists, but for one."""
+    for descriptor, value in source.ListFields():
+        if descriptor.name == but:
+            continue
+        if descriptor.is_repeated:
+            getattr(target, descriptor.name).extend(value)
+        else:
+            setattr(target, descriptor.name, value)
 
 
 def _keep_initializers(rest: onnx.GraphProto, source: onnx.GraphProto) -> None:

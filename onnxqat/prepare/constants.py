@@ -70,7 +70,8 @@ def read_typed_weights(graph: gs.Graph) -> None:
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues):
             stored = tensor._values.tensor
-            if isinstance(stored, onnx.TensorProto) and not stored.HasField("raw_data"):
+            typed = isinstance(stored, onnx.TensorProto) and not stored.HasField("raw_data")
+            if typed and stored.data_type != onnx.TensorProto.STRING:  # which has no raw form
                 tensor.values = tensor.values
 
 

@@ -17,6 +17,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 __all__ = [
     "constant_values",
+    "dtype_of",
     "is_op",
     "names_in_subgraphs",
     "pinned_names",
@@ -44,6 +45,12 @@ def constant_values(tensor: gs.Tensor) -> NDArray[Any] | None:
     values: NDArray[Any] = stored.load() if isinstance(stored, LazyValues) else stored
     # ml_dtypes calls its types floats and integers too; isbuiltin is 2 for those
     return values if values.dtype.kind in "fiub" and values.dtype.isbuiltin != 2 else None
+
+
+def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """Return a tensor's type; None if it is not known, or one that numpy lacks (bfloat16)."""
+    kind = tensor.dtype
+    return None if kind is None or isinstance(kind, int) else np.dtype(kind)
 
 
 def names_in_subgraphs(nodes: Iterable[gs.Node]) -> set[str]:

@@ -21,7 +21,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, constant
-from onnxqat.prepare.editing import constant_values, is_op, tensor_names, unique_name
+from onnxqat.prepare.editing import constant_values, dtype_of, is_op, tensor_names, unique_name
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.shapes import infer_shapes
 
@@ -66,11 +66,13 @@ def widen_float16(graph: gs.Graph, where: str) -> Float16Names:
     ModelError
         The model is float16 and has subgraphs.
     """
-    if not any(_dtype(tensor) == FLOAT16 for tensor in (*graph.inputs, *graph.tensors().values())):
+    if not any(
+        dtype_of(tensor) == FLOAT16 for tensor in (*graph.inputs, *graph.tensors().values())
+    ):
         return Float16Names(set(), set())
     sort_nodes(graph)
     infer_shapes(graph)  # files seldom say the types of inner values
-    halves = {name for name, tensor in graph.tensors().items() if _dtype(tensor) == FLOAT16}
+    halves = {name for name, tensor in graph.tensors().items() if dtype_of(tensor) == FLOAT16}
     if next(iter(graph.subgraphs()), None) is not None:
         raise ModelError(f"{where}: is float16 and holds If, Loop or Scan. Export as float32.")
     for node in graph.nodes:
@@ -79,14 +81,14 @@ def widen_float16(graph: gs.Graph, where: str) -> Float16Names:
                 node.attrs[key] = onnx.TensorProto.FLOAT
                 halves |= {tensor.name for tensor in node.outputs}
         value = node.attrs.get("value")
-        if isinstance(value, gs.Constant) and _dtype(value) == FLOAT16:
+        if isinstance(value, gs.Constant) and dtype_of(value) == FLOAT16:
             node.attrs["value"] = constant(value.name, _values(value).astype(FLOAT32))
             halves |= {tensor.name for tensor in node.outputs}
     outputs = {t.name for t in graph.outputs if t.dtype == FLOAT32 and _is_cast_from(t, FLOAT16)}
     for tensor in (*graph.tensors().values(), *graph.inputs, *graph.outputs):
         if isinstance(tensor, gs.Variable) and tensor.dtype == FLOAT16:
             tensor.dtype = FLOAT32
-        elif isinstance(tensor, gs.Constant) and _dtype(tensor) == FLOAT16:
+        elif isinstance(tensor, gs.Constant) and dtype_of(tensor) == FLOAT16:
             _set(tensor, _values(tensor).astype(FLOAT32))
     return Float16Names(halves | outputs, outputs)
 
@@ -94,11 +96,6 @@ def widen_float16(graph: gs.Graph, where: str) -> Float16Names:
 def _is_cast_from(tensor: gs.Tensor, kind: Kind) -> bool:
     producer = tensor.inputs[0] if tensor.inputs else None
     return producer is not None and is_op(producer, "Cast") and producer.inputs[0].dtype == kind
-
-
-def _dtype(tensor: gs.Tensor) -> Kind | None:
-    kind = tensor.dtype
-    return None if kind is None or isinstance(kind, int) else np.dtype(kind)
 
 
 def _values(tensor: gs.Constant) -> NDArray[Any]:

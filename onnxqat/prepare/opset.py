@@ -17,9 +17,9 @@ from collections.abc import MutableSequence
 
 import numpy as np
 import onnx
-import onnx.version_converter
 from numpy.typing import NDArray
 
+from onnxqat import native
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
 from onnxqat.runtime import open_session
@@ -72,12 +72,11 @@ def _converted(
     source: onnx.ModelProto, target: int, where: str, changed: onnx.NodeProto
 ) -> onnx.ModelProto:
     try:
-        converted = onnx.version_converter.convert_version(source, target)
-    except Exception as error:  # the converter raises whatever its C++ part throws
-        text = str(error).splitlines()[0]
+        converted = native.convert_version(source, target)
+    except native.NativeError as error:
         name = changed.name or changed.output[0]
         raise ModelError(
-            f"{where} cannot be upgraded to {target} ({text}); the first node that has to change "
+            f"{where} cannot be upgraded to {target} ({error}); the first node that has to change "
             f"is '{name}' ({changed.op_type}). Export again with opset {target} or above."
         ) from error
     _mend_resizes(converted.graph, source.graph)

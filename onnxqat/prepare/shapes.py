@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxqat import native
 from onnxqat.errors import ModelError
-from onnxqat.model import weights_left_out
+from onnxqat.model import exported, weights_left_out
 
 __all__ = ["infer_shapes", "reliable_shapes"]
 
@@ -61,16 +62,17 @@ def reliable_shapes(graph: gs.Graph, names: Container[str]) -> dict[str, list[in
 
 def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
     try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:
+        return native.infer_shapes(proto).graph
+    except native.NativeError as error:
         name = proto.graph.name
-        raise ModelError(f"{name}: shapes cannot be inferred ({error}).") from error
+        raise ModelError(
+            f"{name}: shapes cannot be inferred ({error}). Export it again."
+        ) from error
 
 
 def _skeleton(graph: gs.Graph) -> onnx.ModelProto:
     with weights_left_out(graph, MAX_ELEMENTS):
-        proto: onnx.ModelProto = gs.export_onnx(graph)
-    return proto
+        return exported(graph, graph.name)
 
 
 def _dimension_names(graph: gs.Graph) -> set[str]:

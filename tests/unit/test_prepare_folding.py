@@ -204,7 +204,8 @@ def bomb(kind: str) -> Model:
     proto = onnx.parser.parse_model(
         f"""<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y)
         <float[8] d0 = {{1,1,1,1,1,1,1,1}}, float[1] one = {{1}}, int64[1] wide = {{16000000}},
-        int64[1] many = {{4000000}}, int64 zero = {{0}}, int64 far = {{100000000000}}, int64 step = {{1}}, bool[1] flag = {{1}},
+        int64[1] many = {{4000000}}, int64 zero = {{0}}, int64 far = {{100000000000}},
+        int64 step = {{1}}, bool[1] flag = {{1}},
         int64[2] huge = {{1000000, 1000000}}, int64[1] times = {{1000000000}},
         float[1,1024] rows, float[1] column, float[1] row> {{ {body} y=Add(x, c) }}"""
     )

@@ -86,7 +86,8 @@ def test_a_long_chain_sorts_and_a_cycle_is_an_error() -> None:
     sort_nodes(model.graph)
 
     assert [node.inputs[0].name for node in model.graph.nodes] == [f"t{i}" for i in range(count)]
-    cyclic = parse("g (float[2] x) => (float[2] y) { a=Add(x, b) b=Relu(a) y=Relu(b) }")
+    cyclic = parse("g (float[2] x) => (float[2] y) { a=Add(x, x) b=Relu(a) y=Relu(b) }")
+    cyclic.graph.nodes[0].inputs[1] = cyclic.graph.nodes[1].outputs[0]
     with pytest.raises(ModelError, match="cycle through node"):
         sort_nodes(cyclic.graph)
 

@@ -225,7 +225,7 @@ def test_subgraphs(text: str, condition: bool) -> None:
 def test_a_graph_that_onnx_cannot_type_is_an_error() -> None:
     proto = make([helper.make_node("Relu", [], ["y"])], {})
 
-    with pytest.raises(ModelError, match=r"g: shapes cannot be inferred \(.*Relu"):
+    with pytest.raises(ModelError, match=r"node 'y' \(Relu\) has 0 inputs; the operator takes 1"):
         prepare(from_proto(proto))
 
 
@@ -234,5 +234,5 @@ def test_a_value_written_twice_is_an_error() -> None:
         [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Exp", ["x"], ["y"])], {}
     )
 
-    with pytest.raises(ModelError, match="'y' is written by more than one node"):
+    with pytest.raises(ModelError, match="'y' is written by more than one"):
         prepare(from_proto(proto))

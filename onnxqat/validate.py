@@ -1,0 +1,279 @@
+"""What a model file has to be, looked at once when it is loaded, so that no stage has to.
+
+Refused in one line that names the tensor or the node: names that are not text, or appear twice;
+values that nobody writes, or that lead back to themselves; types, shapes and attributes that ONNX
+does not have or an operator does not take; and windows, groups and ranks with which onnxruntime
+1.19.2 kills its process (found by running single operators with each of their inputs and
+attributes spoiled). What only makes a model wrong is left to shape inference and to the runtime.
+
+The functions of a file are looked at as the graph is; operators of other domains, and those that
+onnx does not know, only as far as this needs no knowledge of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import onnx
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+
+from onnxqat.calls import check_calls
+from onnxqat.errors import ModelError
+from onnxqat.preserve import subgraphs
+from onnxqat.schemas import ATTRIBUTE_LISTS, ATTRIBUTE_SINGLES, Shape, check_node, label
+
+__all__ = ["check_data", "validate"]
+
+MAX_SUBGRAPH_DEPTH = 32
+MAX_ELEMENTS = 2**40  # of a value: no machine holds more, and below it products stay exact
+KINDS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+TYPES = (None, "tensor_type", "sequence_type", "sparse_tensor_type")
+# Operators that keep the shape of their first input: a weight may come through these.
+KEEPING = ("Cast", "Clip", "DequantizeLinear", "Identity", "QuantizeLinear")
+
+
+def validate(proto: onnx.ModelProto, where: str) -> None:
+    """Refuse a model that no stage could work with.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+        The model, whose external data need not be loaded yet; not changed.
+    where : str
+        What messages begin with.
+
+    Raises
+    ------
+    ModelError
+        See the module's text.
+    """
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        _check_depth(nodes, where)
+    with _text(where, "the model's metadata"):
+        for entry in proto.metadata_props:
+            _ = entry.key, entry.value
+        opsets = {entry.domain: entry.version for entry in proto.opset_import}
+        _ = proto.producer_name, proto.producer_version, proto.domain, proto.doc_string
+    _Validator(where, opsets).check_graph(proto.graph, ChainMap())
+    for function in proto.functions:
+        with _text(where, "a function"):
+            own = {entry.domain: entry.version for entry in function.opset_import}
+            inside = f"{where}: function '{function.domain}.{function.name}'"
+            values: dict[str, Shape] = dict.fromkeys(function.input)
+        validator = _Validator(inside, own or opsets, in_function=True)
+        validator.check_nodes(function.node, function.output, values, ChainMap())
+    check_calls(proto, where)
+
+
+def check_data(tensor: TensorProto, where: str) -> None:
+    """Refuse a tensor that cannot be read, which graphsurgeon would only find when it is used."""
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{where}: tensor '{tensor.name}' of shape {list(tensor.dims)} and data type "
+            f"{tensor.data_type} cannot be read ({error}). Export again, with the weights."
+        ) from error
+
+
+def _check_depth(nodes: Iterable[NodeProto], where: str, depth: int = 0) -> None:
+    if depth > MAX_SUBGRAPH_DEPTH:
+        raise ModelError(f"{where}: subgraphs nest deeper than {MAX_SUBGRAPH_DEPTH} levels.")
+    for node in nodes:
+        for attribute in node.attribute:
+            for subgraph in subgraphs(attribute):
+                _check_depth(subgraph.node, where, depth + 1)
+
+
+@contextmanager
+def _text(where: str, what: str) -> Iterator[None]:
+    """Name what holds bytes that are not text; protobuf finds it where they are looked at."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{where}: {what} holds {error.object[:60]!r}, which is not UTF-8. Rename it."
+        ) from error
+
+
+class _Validator:
+    """Looks at one graph, or one function, and what is nested in it."""
+
+    def __init__(self, where: str, opsets: Mapping[str, int], *, in_function: bool = False) -> None:
+        self.where = where
+        self.opset = opsets.get("", opsets.get("ai.onnx", 0))
+        self.in_function = in_function
+
+    def check_graph(self, graph: GraphProto, outer: ChainMap[str, Shape]) -> set[str]:
+        """Check a graph, whose nodes may read ``outer``; return what of it they do read."""
+        values: dict[str, Shape] = {}
+        with _text(self.where, "an initializer"):
+            for tensor in graph.initializer:
+                self._tensor(tensor)
+                if tensor.name in values:
+                    raise self._error(f"initializer '{tensor.name}' is there twice. Export again.")
+                values[tensor.name] = tuple(tensor.dims)
+            for sparse in graph.sparse_initializer:
+                values[sparse.values.name] = None
+        with _text(self.where, "an input or output"):
+            named = set()
+            for value in graph.input:
+                self._value(value, "input")
+                if not value.name or value.name in named:
+                    raise self._error(f"input '{value.name}' is there twice, or has no name.")
+                named.add(value.name)
+                values.setdefault(value.name, _known_shape(value))
+            for value in graph.output:
+                self._value(value, "output")
+        with _text(self.where, "a value"):
+            for value in graph.value_info:
+                self._value(value, "value")
+            outputs = [value.name for value in graph.output]
+            _ = graph.name, graph.doc_string
+        return self.check_nodes(graph.node, outputs, values, outer)
+
+    def check_nodes(
+        self,
+        nodes: Sequence[NodeProto],
+        outputs: Iterable[str],
+        values: dict[str, Shape],
+        outer: ChainMap[str, Shape],
+    ) -> set[str]:
+        """Check the nodes of a graph that has these inputs and initializers."""
+        writers = self._writers(nodes, values)
+        scope = outer.new_child({**dict.fromkeys(writers), **values})
+        reads: list[set[str]] = []
+        for index, node in enumerate(nodes):
+            with _text(self.where, f"node number {index}"):
+                reads.append(self._node(node, scope))
+        for output in outputs:
+            if output not in scope:
+                raise self._error(f"nothing writes the output '{output}'. Export it again.")
+        self._check_order(nodes, writers, reads)
+        read = set().union(*reads, outputs)
+        return read - scope.maps[0].keys()
+
+    def _error(self, text: str) -> ModelError:
+        return ModelError(f"{self.where}: {text}")
+
+    def _tensor(self, tensor: TensorProto) -> None:
+        if tensor.data_type not in KINDS:
+            raise self._error(
+                f"tensor '{tensor.name}' of shape {list(tensor.dims)} has the data type "
+                f"{tensor.data_type}, which ONNX does not have. Export again."
+            )
+        self._sizes(tensor.name, tensor.dims, negative=False)
+        _ = tensor.doc_string
+
+    def _sizes(self, name: str, sizes: Iterable[int], *, negative: bool) -> None:
+        sizes = list(sizes)
+        if (min(sizes, default=0) < 0 and not negative) or math.prod(
+            max(size, 1) for size in sizes
+        ) > MAX_ELEMENTS:
+            raise self._error(f"tensor '{name}' has the impossible shape {sizes}.")
+
+    def _value(self, value: ValueInfoProto, what: str) -> None:
+        kind = value.type.WhichOneof("value")
+        if kind not in TYPES:
+            raise self._error(f"{what} '{value.name}' has the unsupported type '{kind}'.")
+        tensor = value.type.tensor_type
+        if tensor.elem_type not in KINDS | {TensorProto.UNDEFINED}:
+            raise self._error(
+                f"{what} '{value.name}' has the data type {tensor.elem_type}, which ONNX does not "
+                "have. Export again."
+            )
+        # below 0 is how old exporters write a length that is not known
+        sizes = [size.dim_value for size in tensor.shape.dim if not size.dim_param]
+        self._sizes(value.name, sizes, negative=True)
+
+    def _writers(self, nodes: Sequence[NodeProto], values: Mapping[str, Shape]) -> dict[str, int]:
+        """Return which node writes a value; none may be written twice."""
+        writers: dict[str, int] = {}
+        for index, node in enumerate(nodes):
+            with _text(self.where, f"node number {index}"):
+                for name in filter(None, node.output):
+                    if name in values or writers.setdefault(name, index) != index:
+                        text = f"'{name}' is written by more than one node or input."
+                        raise self._error(f"{text} Export it again.")
+                if len(set(filter(None, node.output))) < len(list(filter(None, node.output))):
+                    raise self._error(f"{label(node)} writes one value twice. Export it again.")
+        return writers
+
+    def _node(self, node: NodeProto, scope: ChainMap[str, Shape]) -> set[str]:
+        """Check one node; return what it and its subgraphs read."""
+        for name in (node.name, node.op_type, node.domain, *node.input, *node.output):
+            if "\0" in name:
+                raise self._error(f"the name {name!r} holds a NUL. Rename it.")
+        _ = node.doc_string
+        read = set(filter(None, node.input))
+        for name in read:
+            if name not in scope:
+                text = f"{label(node)} reads '{name}', which nothing writes. Export it again."
+                raise self._error(text)
+        names = [attribute.name for attribute in node.attribute]
+        if not node.op_type or len(set(names)) < len(names):
+            raise self._error(f"{label(node)} has no operator, or an attribute twice.")
+        for attribute in node.attribute:
+            self._attribute(node, attribute)
+            for graph in subgraphs(attribute):
+                read |= self.check_graph(graph, scope)
+        if node.domain in ("", "ai.onnx"):
+            check_node(node, self.opset, scope, self.where)
+            if node.op_type in KEEPING:
+                scope[node.output[0]] = scope[node.input[0]]
+        return read
+
+    def _attribute(self, node: NodeProto, attribute: AttributeProto) -> None:
+        """Refuse what graphsurgeon would drop (rare types) or could not write (an empty list)."""
+        where = f"attribute '{attribute.name}' of {label(node)}"
+        kind = attribute.type
+        if kind not in ATTRIBUTE_SINGLES and kind not in ATTRIBUTE_LISTS:
+            name = AttributeProto.AttributeType.Name(kind)
+            raise self._error(f"{where} has the unsupported type '{name}'. Export without it.")
+        if attribute.ref_attr_name:
+            if not self.in_function:
+                raise self._error(f"{where} refers to a function's, outside of one.")
+            return
+        filled = node.op_type == "Constant"  # whose empty lists are an empty tensor
+        if kind in ATTRIBUTE_LISTS and not filled and not getattr(attribute, ATTRIBUTE_LISTS[kind]):
+            raise self._error(f"{where} is an empty list. Leave it out of the export.")
+        for text in (attribute.s, *attribute.strings):
+            text.decode()  # raises what is caught for the whole node
+        if kind == AttributeProto.TENSOR:
+            self._tensor(attribute.t)
+
+    def _check_order(
+        self, nodes: Sequence[NodeProto], writers: Mapping[str, int], reads: Sequence[set[str]]
+    ) -> None:
+        """Refuse a cycle; a file may hold its nodes in any other order."""
+        needs = [{writers[name] for name in names if name in writers} for names in reads]
+        if all(max(need, default=-1) < index for index, need in enumerate(needs)):
+            return
+        left = [len(need) for need in needs]
+        readers: list[list[int]] = [[] for _ in nodes]
+        for index, need in enumerate(needs):
+            for other in need:
+                readers[other].append(index)
+        ready = [index for index, count in enumerate(left) if not count]
+        while ready:
+            for index in readers[ready.pop()]:
+                left[index] -= 1
+                if not left[index]:
+                    ready.append(index)
+        stuck = next((index for index, count in enumerate(left) if count), None)
+        if stuck is not None:
+            text = f"the graph has a cycle before or through {label(nodes[stuck])}."
+            raise self._error(f"{text} Export it again.")
+
+
+def _known_shape(value: ValueInfoProto) -> Shape:
+    """Return the shape of an input, if all of its lengths are known."""
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    sizes = [size.dim_value for size in tensor.shape.dim if size.HasField("dim_value")]
+    known = len(sizes) == len(tensor.shape.dim) and min(sizes, default=0) >= 0
+    return tuple(sizes) if known else None
