@@ -3,9 +3,10 @@
 onnxruntime-training 1.19.2 reads IR versions up to 10 and opsets 7 to 21. A newer model is read as
 opset 21 where every node means the same there: its operator did not change, or changed only in the
 types it takes and in attributes and inputs that the node does not use. A new attribute's default
-is what the operator did before; the operators that changed otherwise (Softmax 13, Clip 11) changed
-a default or an input with it, which shows in the schemas of ``onnx.defs``. The texts of opsets 22
-to 28 were compared with those of 21 by hand.
+is what the operator did before, but for `CHANGED`; the operators that changed otherwise (Softmax
+13, Clip 11) changed a default or an input with it, or were replaced by another (Upsample), which
+shows in the schemas of ``onnx.defs``. The texts of opsets 22 to 28 were compared with those of 21
+by hand.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ logger = logging.getLogger(__name__)
 MAX_IR_VERSION = 10
 MIN_OPSET, MAX_OPSET = 7, 21
 MAX_LOWERED_OPSET = 28
+
+# What a node without the new attribute does is not what it did before (RoiAlign took no half pixel,
+# Split into equal parts needed no number of them), or what an input holds (GroupNormalization:
+# one scale per group, then per channel).
+CHANGED = {"GroupNormalization": 21, "RoiAlign": 16, "Split": 18}
 
 
 def readable_opset(proto: onnx.ModelProto, name: str) -> int:
@@ -99,11 +105,20 @@ def _same_meaning(node: onnx.NodeProto, source: int, target: int) -> bool:
         return True
     shared = here.attributes.keys() & there.attributes.keys()
     return (
-        all(attribute.name in shared for attribute in node.attribute)
+        not there.deprecated
+        and not _changed_without_a_sign(node, here.since_version, there.since_version)
+        and all(attribute.name in shared for attribute in node.attribute)
         and all(_facts(here.attributes[name]) == _facts(there.attributes[name]) for name in shared)
         and _used(here.inputs, node.input) == _used(there.inputs, node.input)
         and _used(here.outputs, node.output) == _used(there.outputs, node.output)
     )
+
+
+def _changed_without_a_sign(node: onnx.NodeProto, here: int, there: int) -> bool:
+    """Whether it is one of the operators whose schemas do not show that they changed."""
+    since = CHANGED.get(node.op_type, 0)
+    equal_parts = node.op_type != "Split" or len(node.input) < 2 or not node.input[1]
+    return here < since <= there and equal_parts
 
 
 def _schema(node: onnx.NodeProto, opset: int) -> OpSchema | None:

@@ -7,7 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto, to_proto
-from onnxqat.prepare import opset, prepare
+from onnxqat.prepare import conversion, prepare
+from onnxqat.prepare.opset import upgrade_opset
 from tests.oracles import run_ort
 
 
@@ -62,10 +63,10 @@ def test_opset_13_and_above_stay():
 
 
 def test_an_upgrade_that_changes_the_outputs_is_refused(monkeypatch):
-    def spoil(graph, _source):
+    def spoil(graph):
         graph.node[0].attribute[0].ints[:] = [0, 0, 2, 2]
 
-    monkeypatch.setattr(opset, "_mend_resizes", spoil)
+    monkeypatch.setattr(conversion, "_leave_out_empty", spoil)
     with pytest.raises(ModelError, match=r"opset 11: upgrading to 13 changes output 'y' by"):
         prepare(from_proto(old_model(11)))
 
@@ -142,3 +143,106 @@ def test_metadata_survives():
     source.metadata_props.add(key="author", value="somebody")
 
     assert prepare(from_proto(source)).metadata == {"author": "somebody"}
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def sizes(*values: int) -> np.ndarray:
+    return np.int64(values)
+
+
+def factors(side: float) -> np.ndarray:
+    return np.float32([1, 1, side, side])
+
+
+IMAGE, ROWS, WIDE = normal(1, 4, 5, 5), normal(4, 6), normal(2, 3, 4)
+# Opset, the one to reach, operator, inputs of which the first is x, outputs, attributes.
+CHANGED = {
+    "upsample-7": (7, 13, "Upsample", [IMAGE], 1, {"scales": [1.0, 1.0, 2.0, 2.0]}),
+    "upsample-9": (9, 13, "Upsample", [IMAGE, factors(2)], 1, {}),
+    "upsample-9-linear": (9, 13, "Upsample", [IMAGE, factors(2)], 1, {"mode": "linear"}),
+    "resize-10": (10, 13, "Resize", [IMAGE, factors(1.7)], 1, {}),
+    "resize-10-smaller": (10, 13, "Resize", [IMAGE, factors(0.6)], 1, {}),
+    "resize-10-linear": (10, 13, "Resize", [IMAGE, factors(1.7)], 1, {"mode": "linear"}),
+    "resize-10-linear-smaller": (10, 18, "Resize", [IMAGE, factors(0.6)], 1, {"mode": "linear"}),
+    "split-11": (11, 21, "Split", [ROWS], 3, {"axis": 1}),
+    "split-11-sizes": (11, 18, "Split", [ROWS], 2, {"axis": 1, "split": [2, 4]}),
+    "split-13": (13, 18, "Split", [ROWS], 2, {"axis": -1}),
+    "split-13-sizes": (13, 21, "Split", [ROWS, sizes(2, 4)], 2, {"axis": 1}),
+    "dropout-7": (7, 13, "Dropout", [ROWS], 1, {"ratio": 0.3}),
+    "clip-7": (7, 13, "Clip", [ROWS], 1, {"max": 0.5}),
+    "pad-7": (7, 13, "Pad", [ROWS], 1, {"pads": [0, 1, 1, 2], "value": 1.5}),
+    "squeeze-11": (11, 13, "Squeeze", [ROWS[:, :1]], 1, {"axes": [1]}),
+    "unsqueeze-11": (11, 21, "Unsqueeze", [ROWS], 1, {"axes": [0, 2]}),
+    "reduce-sum-11": (11, 13, "ReduceSum", [ROWS], 1, {"axes": [1], "keepdims": 0}),
+    "reduce-mean-13": (13, 18, "ReduceMean", [ROWS], 1, {"axes": [1]}),
+    "reduce-max-11": (11, 21, "ReduceMax", [ROWS], 1, {"axes": [0], "keepdims": 0}),
+    "softmax-11": (11, 13, "Softmax", [WIDE], 1, {"axis": 1}),
+    "softmax-11-default": (11, 13, "Softmax", [WIDE], 1, {}),
+    "log-softmax-11": (11, 13, "LogSoftmax", [WIDE], 1, {"axis": 0}),
+    "top-k-7": (7, 13, "TopK", [ROWS], 2, {"k": 2}),
+    "slice-9": (9, 13, "Slice", [ROWS], 1, {"starts": [1, 0], "ends": [3, 4]}),
+    "scatter-9": (9, 13, "Scatter", [ROWS, sizes(0, 3)[None], normal(1, 2)], 1, {"axis": 0}),
+    "roi-align-10": (
+        10, 16, "RoiAlign", [IMAGE, np.float32([[0, 0, 4, 4]]), sizes(0)], 1,
+        {"output_height": 2, "output_width": 2},
+    ),
+    "grid-sample-16": (16, 20, "GridSample", [IMAGE, normal(1, 3, 3, 2)], 1, {"mode": "bilinear"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("constants", [False, True], ids=["initializers", "constants"])
+@pytest.mark.parametrize(
+    ("version", "target", "operator", "arrays", "count", "attributes"),
+    CHANGED.values(),
+    ids=CHANGED,
+)
+def test_operators_that_changed_compute_what_they_did(
+    version, target, operator, arrays, count, attributes, constants
+):
+    names = ["r", *(f"c{i}" for i in range(1, len(arrays)))]
+    stored = [numpy_helper.from_array(a, n) for a, n in zip(arrays[1:], names[1:], strict=True)]
+    inner = [f"y{i}" for i in range(count)]
+    nodes = [
+        *(helper.make_node("Constant", [], [t.name], value=t) for t in stored if constants),
+        helper.make_node("Identity", ["x"], ["r"]),
+        helper.make_node(operator, names, inner, name="node", **attributes),
+        *(helper.make_node("Identity", [name], [f"{name}/out"]) for name in inner),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "old",
+        [value("x", TensorProto.FLOAT, arrays[0].shape)],
+        [
+            value(f"{name}/out", TensorProto.INT64 if operator == "TopK" and i else 1, None)
+            for i, name in enumerate(inner)
+        ],
+        [] if constants else stored,
+    )
+    opsets = [helper.make_opsetid("", version)]
+    source = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    expected = run_ort(source, {"x": arrays[0]})
+
+    upgraded = to_proto(upgrade_opset(from_proto(source), target))
+
+    assert upgraded.opset_import[0].version == target
+    assert set(inner) <= {name for node in upgraded.graph.node for name in node.output}
+    for found, right in zip(run_ort(upgraded, {"x": arrays[0]}), expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+
+
+def test_an_upgrade_that_is_not_known_is_refused():
+    text = """<ir_version: 8, opset_import: ["": 11]>
+    g (float[2,3,4] x) => (float[2,3,4] y) { y = Hardmax(x) }"""
+
+    with pytest.raises(ModelError, match="upgrading to 13 changes output 'y'"):
+        prepare(from_proto(onnx.parser.parse_model(text)))
+    # onnx's converter takes the scale of a group for that of a channel
+    norm = """<ir_version: 8, opset_import: ["": 18]>
+    g (float[1,4,3,3] x) => (float[1,4,3,3] y) <float[2] s = {1,2}, float[2] b = {0,1}>
+    { y = GroupNormalization<num_groups = 2>(x, s, b) }"""
+    with pytest.raises(ModelError, match="cannot be upgraded to 21: what comes out does not run"):
+        upgrade_opset(from_proto(onnx.parser.parse_model(norm)), 21)
