@@ -121,6 +121,11 @@ class Observer(ABC):
         self._merge(other)
         self._low, self._high = min(self._low, other._low), max(self._high, other._high)
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether there was no value, be it that every batch was empty."""
+        return self._low > self._high
+
     @final
     def range(self) -> tuple[FloatArray, FloatArray]:
         """Return the clipping range ``(low, high)``, each float32 of shape ().
@@ -134,7 +139,7 @@ class Observer(ABC):
         """
         if self._spec.fixed_range is not None:
             low, high = self._spec.fixed_range
-        elif self._low > self._high:
+        elif self.saw_nothing:
             raise DataError(f"{self._name}: no value was seen. Calibrate with at least one sample.")
         else:
             low, high = self._range()

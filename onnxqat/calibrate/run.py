@@ -20,7 +20,7 @@ from onnxqat.insert import plan_of, state_of, strip, with_params
 from onnxqat.model import Model, to_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.qparams import QuantParams, choose_qparams
+from onnxqat.qparams import FloatArray, QuantParams, choose_qparams
 from onnxqat.runtime import TensorReader
 
 __all__ = ["calibrate", "placeholder_params", "resolved_plan"]
@@ -81,7 +81,7 @@ def calibrate(
     def measured() -> tuple[dict[str, QuantParams], QuantPlan]:
         for point in plan.grid_points():
             if point.role == "activation" and point.parameters not in params:
-                low, high = watched[point.parameters].range()
+                low, high = _range_of(watched[point.parameters], empty=point.tensor in ranges)
                 params[point.parameters] = choose_qparams(low, high, point.spec)
         _warn_of_constants(ranges)
         return params, fit_bias_range(plan, params, tensors, kept=taken)
@@ -165,9 +165,17 @@ def _widen(ranges: dict[str, Range], seen: Mapping[str, Range]) -> None:
         ranges[name] = min(known[0], low), max(known[1], high)
 
 
+def _range_of(observer: Observer, *, empty: bool) -> tuple[FloatArray, FloatArray]:
+    """Return what was observed; of an empty tensor, such as a cache at the start, the point 0."""
+    if empty and observer.saw_nothing:
+        return np.zeros((), np.float32), np.zeros((), np.float32)
+    return observer.range()
+
+
 def _warn_of_constants(ranges: Mapping[str, Range]) -> None:
     """Name the activations whose data say nothing of the values they may take."""
     constants = [f"'{name}' ({low:g})" for name, (low, high) in ranges.items() if low == high]
+    constants += [f"'{name}' (empty)" for name, (low, high) in ranges.items() if low > high]
     if constants:
         logger.warning(
             "%d activations had one value in all of the calibration data: %s. Their scales fit no "
