@@ -182,7 +182,7 @@ training_options = _options(
     click.option(
         "--loss",
         help="cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted sum as in "
-        "cross-entropy+0.5*kl:OUTPUT.",
+        "cross-entropy+0.5*kl:OUTPUT; by what each output holds by default.",
     ),
     click.option(
         "--label-smoothing",
@@ -262,7 +262,9 @@ training_options = _options(
         type=click.FloatRange(0, 1, max_open=True),
         help="Keep the moving average with this decay.",
     ),
-    click.option("--select", metavar="METRIC", help="Figure that the best state is chosen by."),
+    click.option(
+        "--select", metavar="METRIC", help="Figure that the best state is chosen by; printed."
+    ),
     click.option(
         "--patience",
         type=click.IntRange(1),

@@ -1,7 +1,8 @@
-"""Progress on stderr: a bar with an ETA on a terminal, a line per epoch elsewhere."""
+"""Progress on stderr: a bar with an ETA on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["FinetuneReport", "progress_bar"]
+__all__ = ["FinetuneReport", "Pulse", "progress_bar", "time_left"]
+
+EVERY = 10.0  # seconds between two lines
+
+Clock = Callable[[], float]
 
 
 def _bar(*fields: str) -> Progress:
@@ -29,26 +34,49 @@ def _bar(*fields: str) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar of ``total`` parts; yield the function that advances it."""
-    with _bar() as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
+def _print(bar: Progress, line: str) -> None:
+    # as it is: a log file has no width, and names may look like rich's markup
+    bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-class FinetuneReport:
-    """Shows step, loss, validation figures and ETA of a fine-tuning."""
+def time_left(seconds: float, done: int, total: int) -> str:
+    """Return how long something took so far, and how long it will take as it goes."""
+    text = f"{seconds:.0f} s"
+    if not done or done >= total:
+        return text
+    return f"{text}, about {seconds / done * (total - done):.0f} s left"
 
-    def __init__(self) -> None:
-        self.bar = _bar("figures")
-        self.task: Any = None
-        self.started = time.monotonic()
-        self.start = 0  # the step a resumed run goes on from
-        self.note = ""
 
-    def __enter__(self) -> FinetuneReport:
-        self.bar.start()
+class Pulse:
+    """Writes a line every `EVERY` seconds, whatever the program is doing; a context manager.
+
+    Parameters
+    ----------
+    line : callable
+        Returns the line of the moment.
+    write : callable
+        Takes it.
+    clock : callable
+        Seconds.
+    wait : callable, optional
+        Waits for so many seconds at most, and returns whether to end.
+    """
+
+    def __init__(
+        self,
+        line: Callable[[], str],
+        write: Callable[[str], None],
+        *,
+        clock: Clock = time.monotonic,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
+        self._line, self._write, self._clock = line, write, clock
+        self._ended = threading.Event()
+        self._wait = wait or self._ended.wait
+        self._thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
         return self
 
     def __exit__(
@@ -57,33 +85,135 @@ class FinetuneReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def run(self) -> None:
+        """Write until the end."""
+        due = self._clock() + EVERY
+        while not self._wait(max(due - self._clock(), 0.0)):
+            try:
+                self._write(self._line())
+            except (OSError, ValueError):  # stderr is closed or full: nobody listens
+                return
+            due += EVERY
+
+
+@contextmanager
+def progress_bar(
+    title: str, total: int, *, clock: Clock = time.monotonic
+) -> Iterator[Callable[[], None]]:
+    """Show a bar of ``total`` batches, or lines; yield the function that advances it."""
+    done, started = 0, clock()
+
+    def line() -> str:
+        return f"{title}: {done} of {total} batches, {time_left(clock() - started, done, total)}"
+
+    with _bar() as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+
+        if bar.console.is_terminal:
+            yield advance
+            return
+        with Pulse(line, lambda text: _print(bar, text), clock=clock):
+            yield advance
+
+
+class FinetuneReport:
+    """Shows step, loss, validation figures and ETA of a fine-tuning.
+
+    Parameters
+    ----------
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self.bar = _bar("figures")
+        self.task: Any = None
+        self._clock, self.started = clock, clock()
+        self.start = 0  # the step a resumed run goes on from
+        self.note = ""
+        self._last: Any = None  # the last report
+        self._stage = "preparing"
+        self._pulse = None if self.bar.console.is_terminal else Pulse(self.line, self.say)
+
+    def __enter__(self) -> FinetuneReport:
+        self.bar.start()
+        if self._pulse:
+            self._pulse.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pulse:
+            self._pulse.__exit__(kind, error, trace)
         self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        _print(self.bar, line)
+
+    def stage(self, title: str, done: int, total: int) -> None:
+        """Take what is done between the steps."""
+        self._stage = f"{title}: {done} of {total} batches"
+        if self.task is None:
+            self.task = self.bar.add_task(title, total=total, figures="")
+            self.start = -1  # no step yet
+        if self.start < 0:
+            self.bar.update(self.task, completed=done, total=total)
+        else:
+            self.bar.update(self.task, description=title)
+
+    def line(self) -> str:
+        """Return where the run stands."""
+        seconds, last = self._clock() - self.started, self._last
+        if last is None:
+            return f"{self._stage}, {time_left(seconds, 0, 0)}"
+        done, total = last.step - self.start, last.steps - self.start
+        where = f"epoch {last.epoch}/{last.epochs}, step {last.step} of {last.steps}"
+        where += f", loss {last.loss:.4f}"
+        where += f", {self._stage}" if self._stage else ""
+        return f"{where}, {time_left(seconds, done, total)}"
 
     def __call__(self, progress: Any) -> None:
         """Take one report of `onnxqat.train.finetune`."""
         figures = f"loss {progress.loss:.4f}"
-        if self.task is None:
-            self.start = progress.step - 1
-            self.task = self.bar.add_task("fine-tuning", total=progress.steps, figures=figures)
+        if self._last is None:
+            self._begin(progress, figures)
+        self._last, self._stage = progress, ""
         self.start = min(self.start, progress.step - 1)  # training may start again
         title = f"epoch {progress.epoch}/{progress.epochs}"
         self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
         if progress.note != self.note:
             self.note = progress.note
-            self._print(progress.note)
+            self.say(progress.note)
         if progress.validation is not None:
-            self._print(self._epoch_line(progress))
+            self.say(self._epoch_line(progress))
 
-    def _print(self, line: str) -> None:
-        # as it is: a log file has no width, and names may look like rich's markup
-        self.bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+    def _begin(self, progress: Any, figures: str) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task("fine-tuning", total=progress.steps, figures=figures)
+        self.start, self.started = progress.step - 1, self._clock()
 
     def _epoch_line(self, progress: Any) -> str:
-        seconds = time.monotonic() - self.started
-        remaining = seconds / (progress.step - self.start) * (progress.steps - progress.step)
         words = [f"epoch {progress.epoch}/{progress.epochs}", f"loss {progress.loss:.4f}"]
-        words += [f"{k} {100 * v:.2f} %" for k, v in progress.validation.metrics.items()]
-        if progress.validation.agreement is not None:
-            words.append(f"agreement {100 * progress.validation.agreement:.2f} %")
-        words.append(f"{seconds:.0f} s, {remaining:.0f} s left")
+        figures = progress.validation
+        words += [f"{k} {100 * v:.2f} %" for k, v in figures.metrics.items()]
+        if figures.agreement is not None:
+            words.append(f"agreement {100 * figures.agreement:.2f} %")
+        if figures.loss is not None:
+            words.append(f"held-out loss {figures.loss:.4g}")
+        seconds = self._clock() - self.started
+        words.append(time_left(seconds, progress.step - self.start, progress.steps - self.start))
         return "  ".join(words)

@@ -30,7 +30,7 @@ class Stored:
 
 
 def form_of(
-    outputs: Mapping[str, Array], *, opset: int = 17, last: str = "Identity"
+    outputs: Mapping[str, Array], *, opset: int = 17, last: str = "Identity", **attributes: Any
 ) -> TrainingForm:
     """Return a form of ``outputs`` plus weights of their shape, which are zero, and ``last``."""
     value = helper.make_tensor_value_info
@@ -39,7 +39,7 @@ def form_of(
     for name, array in outputs.items():
         inputs.append(value(f"x/{name}", TensorProto.FLOAT, ["N", *array.shape[1:]]))
         nodes.append(helper.make_node("Add", [f"x/{name}", f"w/{name}"], [f"h/{name}"]))
-        nodes.append(helper.make_node(last, [f"h/{name}"], [name]))
+        nodes.append(helper.make_node(last, [f"h/{name}"], [name], **attributes))
         made.append(value(name, TensorProto.FLOAT, ["N", *array.shape[1:]]))
     inputs += [value(name, TensorProto.FLOAT, array.shape) for name, array in weights.items()]
     opsets = [helper.make_opsetid("", opset)]
@@ -65,11 +65,12 @@ def loss_and_gradients(
     labels: Array | None = None,
     opset: int = 17,
     last: str = "Identity",
+    **attributes: Any,
 ) -> tuple[float, dict[str, Array]]:
     """Return the loss of float32 ``outputs``, and its gradient by each of them that it reads."""
     stored = Stored(arrays or {})
     batch = len(next(iter(outputs.values())))
-    form = form_of(outputs, opset=opset, last=last)
+    form = form_of(outputs, opset=opset, last=last, **attributes)
     session = StepSession(form, loss, batch_size=batch, threads=1, arrays=stored)
     feeds = {f"x/{name}": array for name, array in outputs.items()}
     feeds |= {teacher_input(name): array for name, array in (teacher or {}).items()}

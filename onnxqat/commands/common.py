@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from onnxqat.data import DataSet
+    from onnxqat.evaluate import Evaluation
     from onnxqat.model import Model
     from onnxqat.parallel import Workers
     from onnxqat.plan import QuantPlan
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "calibrated",
     "open_for",
+    "output_documents",
+    "output_rows",
     "percentages",
     "plan_document",
     "planned",
@@ -203,6 +206,28 @@ def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, 
 def percentages(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Return rows of fractions as percentages."""
     return [(name, f"{100 * value:.2f} %") for name, value in metrics.items()]
+
+
+def output_documents(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the figures of each output as JSON that scripts read; null where not finite."""
+    import math
+    from dataclasses import asdict
+
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{k: finite(v) for k, v in asdict(one).items()} for one in evaluation.outputs]
+
+
+def output_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return a row for each output that was compared: what the figure is, and what it means."""
+    rows = []
+    for one in evaluation.outputs:
+        if one.agreement is not None:
+            rows.append(("agreement", f"{100 * one.agreement:.2f} %  {one.meaning}"))
+        elif one.relative_error is not None:
+            rows.append(("error", f"{100 * one.relative_error:.2f} %  {one.meaning}"))
+    return rows
 
 
 def renamed(path: str, word: str) -> str:

@@ -11,6 +11,8 @@ import click
 
 from onnxqat.commands.common import (
     open_for,
+    output_documents,
+    output_rows,
     percentages,
     print_result,
     take_settings,
@@ -93,11 +95,11 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
             "reference": result.reference,
             "agreement": result.agreement,
             "max_abs_diff": difference if math.isfinite(difference) else None,
+            "outputs": output_documents(result),
         }
         rows += [(f"reference {k}", v) for k, v in percentages(result.reference)]
-        if result.agreement is not None:
-            rows += percentages({"agreement": result.agreement})
-        rows.append(("max_abs_diff", f"{difference:.6g}"))
+        rows += output_rows(result)
+        rows.append(("max_abs_diff", f"{difference:.6g}  largest difference of any output value"))
     if mode == "integer":
         document["points"] = [asdict(point) for point in result.points]
     print_result(document, as_json, rows)

@@ -13,6 +13,8 @@ import click
 from onnxqat.commands.common import (
     calibrated,
     open_for,
+    output_documents,
+    output_rows,
     percentages,
     print_result,
     renamed,
@@ -198,7 +200,9 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
                 model, training, data, batch_size=config.batch_size, threads=config.threads
             )
         if workers.rank == 0:
-            reports.append(stack.enter_context(FinetuneReport()))
+            shown = stack.enter_context(FinetuneReport())
+            reports.append(shown)
+            others |= {"stage": shown.stage, "say": shown.say}
         if workers.rank == 0 and (logging["path"] or logging["tensorboard"]):
             shown = validation or training
             size = shown.batch_size(config.batch_size, default=config.samples)
@@ -210,17 +214,27 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
 
 
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
     def figures(evaluation: Any) -> dict[str, float]:
         found = {**evaluation.metrics, "agreement": evaluation.agreement}
         return {name: value for name, value in found.items() if value is not None}
 
     before, after = figures(result.before), figures(result.after)
     losses = {"before": result.before.loss, "after": result.after.loss}
+    kept = f"epoch {result.best_epoch}" if result.best_epoch else "start"
     document = {
         "schema": "onnxqat.finetune/1",
         "before": before,
         "after": after,
         "loss": losses if result.after.loss is not None else None,
+        "learned_from": [asdict(part) for part in result.parts],
+        "chosen_by": asdict(result.selection),
+        "kept": kept,
+        "outputs": {
+            "before": output_documents(result.before),
+            "after": output_documents(result.after),
+        },
         "samples": result.after.samples,
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
@@ -228,12 +242,16 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
         "notes": list(result.notes),
         "output": target,
     }
-    rows: list[tuple[str, Any]] = [(f"{k} before", v) for k, v in percentages(before)]
-    rows += [(f"{k} after", v) for k, v in percentages(after)]
+    rows: list[tuple[str, Any]] = [
+        (f"{k} before", v) for k, v in percentages(result.before.metrics)
+    ]
+    rows += [(f"{k} after", v) for k, v in percentages(result.after.metrics)]
+    rows += [(f"{name} before", text) for name, text in output_rows(result.before)]
+    rows += [(f"{name} after", text) for name, text in output_rows(result.after)]
     rows += [(f"loss {when}", f"{v:.6g}") for when, v in losses.items() if v is not None]
     rows += [
         ("held-out samples", result.after.samples),
-        ("epochs", f"{result.epochs}, best {result.best_epoch}"),
+        ("kept", f"{kept} of {result.epochs}, by {result.selection.figure}"),
         ("seconds", document["seconds"]),
         *(("note", note) for note in result.notes),
         ("output", target),

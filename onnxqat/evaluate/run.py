@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
+from onnxqat.evaluate.likeness import Likeness, OutputFigures
 from onnxqat.insert import PLAN_KEY, check_calibrated, strip
 from onnxqat.model import Model, to_proto
+from onnxqat.outputs import outputs_of
 from onnxqat.rules import HardwareRule
 from onnxqat.runtime import Optimization, open_session
 
@@ -52,12 +54,13 @@ class Evaluation:
     reference : dict of str to float
         The same figures of the reference model.
     agreement : float or None
-        Fraction of samples with the same largest value in the first output as the reference
-        model's, along its last axis; where that leaves several positions, their mean. None
-        without a reference, or where there is one value per sample.
+        That of the first output that has one, see `OutputFigures`. None without a reference, or
+        where no output holds classes.
     max_abs_diff : float or None
         Largest difference of any output value from the reference model's, in its units; NaN if
         any is NaN.
+    outputs : tuple of OutputFigures
+        Each output against the reference model's.
     points : tuple of PointDifference
         Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
     loss : float or None
@@ -71,6 +74,7 @@ class Evaluation:
     max_abs_diff: float | None = None
     points: tuple[PointDifference, ...] = ()
     loss: float | None = None
+    outputs: tuple[OutputFigures, ...] = ()
 
 
 class _Runner(Protocol):
@@ -140,7 +144,7 @@ def evaluate(
     ours: _Runner = program or model_session(
         model, "float" if mode == "float" else "qdq", threads=threads
     )
-    counts, runs = _Counts(), [(ours, model)]
+    counts, runs = _Counts(model), [(ours, model)]
     if against is not None:
         check_interface(model, against)
         runs.append((model_session(against, "qdq", threads=threads), against))
@@ -200,12 +204,12 @@ def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
 class _Counts:
     """Running sums of an evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
         self.samples = 0
         self.correct: dict[str, int] = {}
         self.reference: dict[str, int] = {}
-        self.agreeing: float | None = None
-        self.max_abs_diff: float | None = None
+        self.likeness = [Likeness(output) for output in outputs_of(model.graph)]
+        self.compared = False
 
     def add(
         self,
@@ -219,35 +223,27 @@ class _Counts:
             _count_labels(outputs[0], batch.labels, self.correct)
         if expected is None:
             return
+        self.compared = True
         if batch.labels is not None:
             _count_labels(expected[0], batch.labels, self.reference)
-        found = [self.max_abs_diff or 0.0, *map(_difference, outputs, expected)]
-        self.max_abs_diff = float(np.max(found))  # Python's own can lose a NaN
-        if outputs[0].ndim > 1:
-            same = np.argmax(outputs[0], -1) == np.argmax(expected[0], -1)
-            mean = same.reshape(len(same), -1).mean(axis=1)
-            self.agreeing = (self.agreeing or 0.0) + float(mean.sum())
+        for likeness, ours, theirs in zip(self.likeness, outputs, expected, strict=True):
+            likeness.add(ours, theirs)
 
     def result(self) -> Evaluation:
         if not self.samples:
             raise DataError("There are no samples to evaluate.")
-        agreement = None if self.agreeing is None else self.agreeing / self.samples
+        outputs = tuple(one.result() for one in self.likeness) if self.compared else ()
+        agreements = [o.agreement for o in outputs if o.agreement is not None]
+        differences = [o.max_abs_diff for o in outputs if o.max_abs_diff is not None]
         return Evaluation(
             samples=self.samples,
             metrics={name: hits / self.samples for name, hits in self.correct.items()},
             reference={name: hits / self.samples for name, hits in self.reference.items()},
-            agreement=agreement,
-            max_abs_diff=self.max_abs_diff,
+            agreement=agreements[0] if agreements else None,
+            # Python's own max can lose a NaN
+            max_abs_diff=float(np.max(differences)) if differences else None,
+            outputs=outputs,
         )
-
-
-def _difference(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Return the largest difference; infinities of one sign are equal, NaN is unequal to all."""
-    if a.shape != b.shape:
-        raise ModelError(f"The outputs have shapes {a.shape} and {b.shape}. They must be alike.")
-    unequal = a != b  # in their own dtype: integers may be large
-    difference = np.abs(a[unequal].astype(np.float64) - b[unequal].astype(np.float64))
-    return float(np.max(difference, initial=0.0))
 
 
 def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict[str, int]) -> None:

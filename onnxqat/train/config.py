@@ -26,7 +26,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     loss : str or None
-        See `onnxqat.train.losses.terms`; None is ``cross-entropy+kl`` with labels, ``kl`` without.
+        See `onnxqat.train.losses.terms`; None: by what each output holds, see
+        `onnxqat.train.losses.default`.
     label_smoothing, ignore_index : float or None, int or None
         Of cross-entropy: the share of the labels that is spread over all classes, and the label of
         positions that do not count.
@@ -72,8 +73,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         place. None: they themselves.
     select : str or None
         The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
-        ``max_abs_diff`` or ``loss``. None: the loss where a file computes it; else top1 where there
-        are labels, agreement where there is one output of classes, the loss otherwise.
+        ``max_abs_diff`` or ``loss``. None: see `onnxqat.train.selection.selection_of`.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import msgspec
+import numpy as np
 import onnxruntime as ort
 
 from onnxqat.data import DataSet, split
@@ -15,6 +17,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
 from onnxqat.insert import SOURCE_KEY, check_calibrated, insert, plan_of, strip, weights_hash
 from onnxqat.model import Model
+from onnxqat.outputs import Output, Scores, outputs_of
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
 from onnxqat.train.checkpoint import (
@@ -32,14 +35,17 @@ from onnxqat.train.loop import Loop
 from onnxqat.train.losses import (
     TENSOR,
     Loss,
+    Part,
     array_of,
+    default_loss,
     nearest,
     read_loss,
     teacher_input,
     tensor_read,
+    variances,
 )
 from onnxqat.train.records import Finetuned, Progress
-from onnxqat.train.selection import LOSS
+from onnxqat.train.selection import LOSS, Selection, selection_of
 from onnxqat.train.supply import Supply
 from onnxqat.train.validation import Validation
 
@@ -48,6 +54,7 @@ __all__ = ["finetune"]
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
 TARGET_STEPS = 2000
 MAX_EPOCHS = 10
+MEASURED = 64  # samples that the variance of the teacher's outputs is taken of
 
 
 def finetune(
@@ -58,6 +65,8 @@ def finetune(
     teacher: Model | None = None,
     config: Config = Config(),  # noqa: B008 (frozen)
     report: Callable[[Progress], None] = lambda _: None,
+    stage: Callable[[str, int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
     workers: Workers = Workers(),  # noqa: B008 (without state)
@@ -78,6 +87,10 @@ def finetune(
         Hyper-parameters.
     report : callable
         Told about every step and epoch.
+    stage : callable
+        Told what is evaluated meanwhile, how many batches are done, and how many there are.
+    say : callable
+        Told, before the first step, what is learned from and what chooses the state.
     checkpoints : Checkpoints, optional
         Where the state is saved, and whether to go on from there. The file is left behind, for the
         caller to remove when the result is safe.
@@ -108,10 +121,13 @@ def finetune(
         config, batch_size=size, accumulate=_batches_per_step(training, size, config, workers)
     )
     _check_enough(len(data), training, held_out, config, workers)
-    loss = _loss(data, config)
-    if config.select is None and (loss.graphs or not _classifies(model, data)):
-        config = msgspec.structs.replace(config, select=LOSS)
-    reference = _teacher_of(model, teacher)
+    reference, outputs = _teacher_of(model, teacher), _outputs(model, data)
+    loss, parts = _loss(outputs, data, training, reference, config)
+    with_loss = _readable(loss, data, held_out)
+    selection = _selection(outputs, held_out, config, loss, with_loss)
+    config = msgspec.structs.replace(config, select=selection.figure)
+    for line in _announcement(config, parts, selection):
+        say(line)
     read = tensor_read(loss, model)
     asked = asked_for(config)
     form = training_form(model, method=config.method, read=read, asked=asked)
@@ -124,7 +140,7 @@ def finetune(
     )
     training = _with_arrays(training, session.inputs, config)
     teaching = _teaching_session(reference, session.inputs)
-    if config.select == LOSS:
+    if with_loss or config.select == LOSS:
         held_out = _with_arrays(held_out, session.inputs, config)
     supply = Supply(model, training, teaching, config, workers, session.classes)
     loop = Loop(
@@ -135,10 +151,18 @@ def finetune(
         supply=supply,
         config=config,
         validate=Validation(
-            data=held_out, reference=reference, config=config, loss=loss, teacher=teaching
+            data=held_out,
+            reference=reference,
+            config=config,
+            loss=loss,
+            teacher=teaching,
+            with_loss=with_loss or config.select == LOSS,
         ),
+        parts=parts,
+        selection=selection,
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
+        stage=stage,
         checkpoints=checkpoints,
         identity=cache(
             partial(_identity, model, reference, training, held_out, config, workers, loss)
@@ -227,25 +251,93 @@ def _check_enough(
     )
 
 
-def _classifies(model: Model, data: DataSet) -> bool:
-    """Whether one largest value of the first output says how good a sample is understood."""
-    outputs = model.graph.outputs
-    return data.has_labels or (len(outputs) == 1 and len(outputs[0].shape or ()) <= 2)
+def _outputs(model: Model, data: DataSet) -> tuple[Output, ...]:
+    """Return what the outputs are; labels say that the first one holds class scores."""
+    first, *others = outputs_of(model.graph)
+    if data.has_labels and first.scores is None and len(first.shape or ()) == 2:
+        first = replace(first, scores=Scores(kind="logits", axis=1))
+    return (first, *others)
 
 
-def _loss(data: DataSet, config: Config) -> Loss:
-    default = "cross-entropy+kl" if data.has_labels else "kl"
-    loss = read_loss(
-        config.loss or default,
-        label_smoothing=config.label_smoothing,
-        ignore_index=config.ignore_index,
-    )
+def _loss(
+    outputs: Sequence[Output], data: DataSet, training: DataSet, reference: Model, config: Config
+) -> tuple[Loss, tuple[Part, ...]]:
+    """Return the loss, and what each output adds to one that was not named."""
+    cross_entropy: Any = {
+        "label_smoothing": config.label_smoothing,
+        "ignore_index": config.ignore_index,
+    }
+    if config.loss is None:
+        return default_loss(
+            outputs,
+            labelled=data.has_labels,
+            measured=partial(_variances, reference, outputs, training, config),
+            **cross_entropy,
+        )
+    loss = read_loss(config.loss, **cross_entropy)
     if any(term.reads_labels for term in loss.terms) and not data.has_labels:
         raise TrainingError(
             "The loss 'cross-entropy' needs labels, and the data have none. "
-            "Name them with --label, or distil with --loss kl."
+            "Name them with --label, or leave --loss out to learn from the float model."
         )
-    return loss
+    return loss, ()
+
+
+def _variances(
+    reference: Model,
+    outputs: Sequence[Output],
+    training: DataSet,
+    config: Config,
+    names: list[str],
+) -> dict[str, float]:
+    """Return the variance of some of the teacher's outputs over some training samples."""
+    if not names:
+        return {}
+    session = model_session(reference, "float", threads=config.threads)
+    own = [tensor.name for tensor in reference.graph.outputs]
+    wanted = {ours.name: theirs for ours, theirs in zip(outputs, own, strict=True)}
+    count = max(min(len(training), MEASURED), config.samples)
+    chosen = np.unique(np.linspace(0, len(training) - 1, count).astype(np.int64))
+    batches = training.batches(config.samples, indices=chosen, drop_last=True)
+    return variances(
+        dict(zip(names, session.run([wanted[n] for n in names], batch.inputs), strict=True))
+        for batch in batches
+    )
+
+
+def _readable(loss: Loss, data: DataSet, held_out: DataSet) -> bool:
+    """Whether the held-out data have the labels and arrays that a loss reads of the data."""
+    read = {term.array for term in loss.terms if term.array}
+    read |= {tensor.name for file in loss.graphs.values() for tensor in file.graph.inputs}
+    arrays = read & set(data.array_names)
+    labels = any(term.reads_labels for term in loss.terms)
+    return arrays <= set(held_out.array_names) and (held_out.has_labels or not labels)
+
+
+def _selection(
+    outputs: Sequence[Output], held_out: DataSet, config: Config, loss: Loss, with_loss: bool
+) -> Selection:
+    if config.select is not None:
+        return Selection(figure=config.select, reason="--select names it")
+    chosen = selection_of(
+        outputs,
+        labelled=held_out.has_labels,
+        own_loss=bool(loss.graphs),
+        held_out=len(held_out),
+    )
+    if chosen.figure == LOSS and not with_loss:
+        raise TrainingError(
+            f"The best state would be chosen by the loss ({chosen.reason}), and the held-out data "
+            "lack labels or arrays that it reads. Give them, or choose another figure, as "
+            "--select max_abs_diff."
+        )
+    return chosen
+
+
+def _announcement(config: Config, parts: Sequence[Part], selection: Selection) -> list[str]:
+    """Return what is learned from, and what chooses the state, a line each."""
+    lines = [f"learns from: {part}" for part in parts] or [f"learns from: --loss {config.loss}"]
+    return [*lines, f"chooses the state by {selection.figure}: {selection.reason}"]
 
 
 def _with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:

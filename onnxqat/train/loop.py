@@ -31,12 +31,15 @@ from onnxqat.train.guard import (
     explain_loss,
     not_finite,
 )
+from onnxqat.train.losses import Part
 from onnxqat.train.ranges import Ranges
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.schedules import rate_factor
-from onnxqat.train.selection import score
+from onnxqat.train.selection import Selection, figures_of, score
 from onnxqat.train.supply import Feeds, Supply
 from onnxqat.train.updater import Updater
+from onnxqat.train.validation import Validation
+from onnxqat.train.verdict import verdict
 
 __all__ = ["Loop"]
 
@@ -55,12 +58,16 @@ class Loop:
         What is trained, how, on what.
     delayed : StepSession or None
         The float network, which the first steps train.
-    validate : callable
-        Evaluates a Q/DQ model on the held-out data, calling its second argument meanwhile.
+    validate : Validation
+        Evaluates a Q/DQ model on the held-out data.
+    parts, selection
+        As `Finetuned` returns them.
     epochs : int
         How many to run.
     report : callable
         Told about every step and epoch.
+    stage : callable
+        Told what is evaluated, how many batches are done, and how many there are.
     checkpoints : Checkpoints or None
         Where the state is saved.
     identity : callable
@@ -77,9 +84,12 @@ class Loop:
     delayed: StepSession | None
     supply: Supply
     config: Config
-    validate: Callable[[Model, Callable[[], None]], Evaluation]
+    validate: Validation
+    parts: tuple[Part, ...]
+    selection: Selection
     epochs: int
     report: Callable[[Progress], None]
+    stage: Callable[[str, int, int], None]
     checkpoints: Checkpoints | None
     identity: Callable[[], Identity]
     stop: Callable[[], bool]
@@ -99,7 +109,8 @@ class Loop:
         while not self._train():
             self._reset()
             self.record = self._again()
-        record = self.record
+        record, selection = self.record, self.selection
+        said = verdict(record.before, record.tried, record.best_epoch, selection)
         return Finetuned(
             model=self._best_model(),
             before=record.before,
@@ -107,7 +118,9 @@ class Loop:
             epochs=record.epoch,
             best_epoch=record.best_epoch,
             seconds=self._seconds(),
-            notes=tuple(record.notes),
+            parts=self.parts,
+            selection=selection,
+            notes=(*record.notes, *said),
         )
 
     def _check_delay(self) -> None:
@@ -139,17 +152,36 @@ class Loop:
             self.updater.optimizer.steps = record.step
             self.started -= record.seconds
             return record
-        before = self._evaluate(self.model, self._stop_at_start)
-        score(before, self.config.select)  # a figure that does not exist is said at once
+        before = self._evaluate("the start", self.model, self._stop_at_start)
+        score(before, self.selection.figure)  # a figure that does not exist is said at once
+        self._check_start(before)
         return Record(before=before, best=before, losses=self._no_losses())
 
     def _load(self) -> Record:
         assert self.checkpoints is not None
         return self.checkpoints.load(self.identity(), Record, self._arrays())
 
-    def _evaluate(self, model: Model, stop: Callable[[], None]) -> Evaluation:
+    def _check_start(self, before: Evaluation) -> None:
+        """Refuse a start that no state can be better than."""
+        value = figures_of(before)[self.selection.figure]
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.model.name}: on the held-out data, {self.selection.figure} is {value} "
+                "before training. The model computes values that are not finite on these data: "
+                "check them and the preprocessing (--mean, --scale)."
+            )
+
+    def _evaluate(self, title: str, model: Model, stop: Callable[[], None]) -> Evaluation:
         """Let worker 0 evaluate; ``stop`` may end it, where nobody waits for the result."""
-        progress = stop if self.workers.size == 1 else lambda: None
+        done, total = 0, self.validate.batches
+
+        def progress() -> None:
+            nonlocal done
+            done += 1
+            self.stage(f"evaluating {title}", done, total)
+            if self.workers.size == 1:
+                stop()
+
         return self.workers.first(lambda: self.validate(model, progress))
 
     def _again(self) -> Record:
@@ -276,10 +308,9 @@ class Loop:
             self._diverged(f"Step {record.step + 1}: {reason}.")
 
     def _diverged(self, message: str) -> NoReturn:
-        raise DivergedError(
-            f"{message} The best state so far (epoch {self.record.best_epoch}) is kept.",
-            self._best_model(),
-        )
+        best = self.record.best_epoch
+        kept = f"The best state so far (epoch {best}) is kept." if best else "The start is kept."
+        raise DivergedError(f"{message} {kept}", self._best_model())
 
     def _back_off(self) -> bool:
         """Say what is done about a rising loss; return whether to try again."""
@@ -315,10 +346,11 @@ class Loop:
         """Evaluate, and keep the state if it is the best."""
         record, kept = self.record, self.kept
         candidate = _written_back(self.model, self.form, kept.views)
-        figures = self._evaluate(candidate, self._stop_if_asked)
+        figures = self._evaluate(f"epoch {record.epoch + 1}", candidate, self._stop_if_asked)
         record.epoch += 1
         record.waited += 1
-        if score(figures, self.config.select) > score(record.best, self.config.select):
+        record.tried.append((record.epoch, figures))
+        if score(figures, self.selection.figure) > score(record.best, self.selection.figure):
             record.best, record.best_epoch, record.waited = figures, record.epoch, 0
             self.best.buffer[...] = kept.buffer
         self._tell(figures, candidate)

@@ -10,6 +10,8 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
 from onnxqat.model import Model
 from onnxqat.train.guard import LossHistory
+from onnxqat.train.losses import Part
+from onnxqat.train.selection import Selection
 
 __all__ = ["DivergedError", "Finetuned", "Progress", "Record", "StoppedError"]
 
@@ -62,8 +64,13 @@ class Finetuned:
         The one the model is of; 0 is the start.
     seconds : float
         Wall time of training, without loading.
+    parts : tuple of Part
+        What each output adds to the loss, where the loss was chosen by default.
+    selection : Selection
+        What the state was chosen by, and why.
     notes : tuple of str
-        What was done about a rising loss, and why it ended early.
+        What was done about a rising loss, why it ended early, that the start was kept, and where
+        loss and accuracy disagree.
     """
 
     model: Model
@@ -72,6 +79,8 @@ class Finetuned:
     epochs: int
     best_epoch: int
     seconds: float
+    parts: tuple[Part, ...]
+    selection: Selection
     notes: tuple[str, ...] = ()
 
 
@@ -104,6 +113,9 @@ class Record(msgspec.Struct, kw_only=True):
         Epochs since the last better state.
     losses : LossHistory
         Since then.
+    tried : list of (int, Evaluation)
+        The epochs whose states were judged, and their figures; those of a start with another rate
+        too.
     notes : list of str
         What was done about a rising loss, and why it ended early.
     seconds : float
@@ -118,5 +130,6 @@ class Record(msgspec.Struct, kw_only=True):
     step: int = 0
     epoch: int = 0
     waited: int = 0
+    tried: list[tuple[int, Evaluation]] = []
     notes: list[str] = []
     seconds: float = 0.0

@@ -2,13 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
+from onnxqat.outputs import Output
 
-__all__ = ["figures_of", "score"]
+__all__ = ["LOSS", "Selection", "figures_of", "score", "selection_of"]
 
 LOSS = "loss"
 FALLING = ("max_abs_diff", LOSS)  # the smaller the better
+# A share p of n samples has the standard error sqrt(p (1 - p) / n), at most 1 / (2 sqrt(n)). Epochs
+# differ by some points, and two points are the standard error of 625 samples: fewer cannot tell.
+ERROR = 0.02
+ENOUGH = 625
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What the best state is chosen by.
+
+    Attributes
+    ----------
+    figure : str
+        ``top1``, ``agreement``, ``loss`` ...
+    reason : str
+        Why.
+    """
+
+    figure: str
+    reason: str
+
+
+def selection_of(
+    outputs: Sequence[Output], *, labelled: bool, own_loss: bool, held_out: int
+) -> Selection:
+    """Return what states are told apart by, where the user does not say.
+
+    Parameters
+    ----------
+    outputs : sequence of Output
+        Of the model.
+    labelled : bool
+        Whether the held-out data have class labels.
+    own_loss : bool
+        Whether the loss is computed by a file of the user's.
+    held_out : int
+        How many samples judge a state.
+    """
+    if own_loss:
+        return Selection(figure=LOSS, reason="it is computed by a file")
+    if not labelled and len(outputs) > 1:
+        return Selection(
+            figure=LOSS, reason=f"agreement is of one output, and there are {len(outputs)}"
+        )
+    if not labelled and outputs[0].scores is None:
+        reason = f"agreement is of class scores, and '{outputs[0].name}' holds none"
+        return Selection(figure=LOSS, reason=reason)
+    figure = "top1" if labelled else "agreement"
+    if held_out < ENOUGH:
+        error = 50 / held_out**0.5
+        return Selection(
+            figure=LOSS,
+            reason=f"{held_out} held-out samples are too few for {figure}, whose standard error is "
+            f"up to {error:.1f} points; from {ENOUGH} samples on it is below {100 * ERROR:g}",
+        )
+    return Selection(figure=figure, reason=f"{held_out} held-out samples")
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:

@@ -15,7 +15,6 @@ from onnxqat.runtime import open_session
 from onnxqat.train.config import Config
 from onnxqat.train.engine import fix_batch
 from onnxqat.train.losses import Loss, add_loss
-from onnxqat.train.selection import LOSS
 from onnxqat.train.supply import feeds_of
 
 __all__ = ["Validation"]
@@ -32,11 +31,13 @@ class Validation:
     reference : Model
         The float model.
     config : Config
-        Batch size, threads, and whether the state is chosen by the loss.
+        Batch size and threads.
     loss : Loss
         Of the training.
     teacher : InferenceSession or None
         What the loss reads of the float model.
+    with_loss : bool
+        Whether the data have what the loss reads.
     """
 
     data: DataSet
@@ -44,15 +45,22 @@ class Validation:
     config: Config
     loss: Loss
     teacher: ort.InferenceSession | None
+    with_loss: bool = True
+
+    @property
+    def batches(self) -> int:
+        """How often ``progress`` is called."""
+        size, count = self.config.samples, len(self.data)
+        return -(-count // size) + (max(count // size, 1) if self.with_loss else 0)
 
     def __call__(self, model: Model, progress: Callable[[], None]) -> Evaluation:
-        """Return the figures of a Q/DQ model; the loss among them if it is what is chosen by."""
+        """Return the figures of a Q/DQ model; ``progress`` is called after each batch."""
         threads = self.config.threads
         batches = self.data.batches(self.config.samples)
         figures = evaluate(
             model, batches, against=self.reference, threads=threads, progress=progress
         )
-        if self.config.select != LOSS:
+        if not self.with_loss:
             return figures
         return replace(figures, loss=self._mean_loss(model, progress))
 

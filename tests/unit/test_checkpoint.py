@@ -51,8 +51,9 @@ def stopped(model, data, path, count, config, **options):
         )
 
 
-# Asked after each batch of the first evaluation (2), after each step, and each batch later.
-@pytest.mark.parametrize("count", [3, 9, 14, 15, 16])
+# Asked after each batch of the first evaluation (2, and 1 full one for the loss), after each of 11
+# steps, and each batch later.
+@pytest.mark.parametrize("count", [4, 10, 15, 17, 18])
 @pytest.mark.parametrize(
     "settings",
     [

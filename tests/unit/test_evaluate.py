@@ -94,12 +94,80 @@ def test_agreement_and_largest_difference(rng):
     assert found.reference == {"top1": np.mean(theirs.argmax(1) == labels)}
 
 
-def test_agreement_is_a_mean_over_positions(rng):
-    ours, theirs = (rng.normal(size=(9, 5, 4)).astype(np.float32) for _ in range(2))
+def compared(nodes, ours, theirs, shape, kind=TensorProto.FLOAT):
+    """Return the figures of the only output of two tables behind some nodes."""
+    models = [table_model(scores, output="row") for scores in (ours, theirs)]
+    for i, model in enumerate(models):
+        proto = to_proto(model)
+        proto.graph.node.extend(nodes)
+        del proto.graph.output[:]
+        proto.graph.output.append(helper.make_tensor_value_info("out", kind, shape))
+        models[i] = from_proto(proto)
+    found = evaluate(models[0], batches(np.arange(len(ours)), None, 4), against=models[1])
+    assert found.agreement == found.outputs[0].agreement
+    return found.outputs[0]
 
-    assert figures(ours, None, theirs).agreement == pytest.approx(
-        np.mean(ours.argmax(-1) == theirs.argmax(-1)), abs=1e-15
+
+def test_agreement_is_a_mean_over_positions_along_the_axis_of_the_classes(rng):
+    ours, theirs = (rng.normal(size=(9, 4, 3, 5)).astype(np.float32) for _ in range(2))
+    node = helper.make_node("Softmax", ["row"], ["out"], axis=1)
+    found = compared([node], ours, theirs, ["N", 4, 3, 5])
+
+    assert found.agreement == pytest.approx(np.mean(ours.argmax(1) == theirs.argmax(1)), abs=1e-15)
+    assert (found.kind, found.classes, found.positions) == ("classes", 4, 15)
+    assert found.meaning == (
+        "of the positions (15 per sample) have the largest of the 4 class scores of 'out' where "
+        "the reference model has it"
     )
+
+
+@pytest.mark.parametrize("shape", [(9, 320), (5, 4, 4), (1,)], ids=["boxes", "grid", "one"])
+def test_values_have_an_error_and_no_agreement(rng, shape):
+    """By the standard deviation of all of the reference's values, over batches of other sizes."""
+    ours, theirs = (100 + rng.normal(size=(10, *shape)).astype(np.float32) for _ in range(2))
+    node = helper.make_node("Identity", ["row"], ["out"])
+    found = compared([node], ours, theirs, ["N", *shape])
+    difference = ours.astype(np.float64) - theirs
+    expected = np.sqrt(np.mean(difference**2) / np.var(theirs.astype(np.float64)))
+
+    assert found.agreement is None
+    assert found.relative_error == pytest.approx(expected, rel=1e-9)
+    assert found.max_abs_diff == np.abs(difference).max()
+    assert found.meaning == "root mean square error of 'out', by its standard deviation"
+
+
+def test_a_constant_reference_has_no_relative_error():
+    ours = np.ones((4, 3, 3), np.float32)
+    node = helper.make_node("Identity", ["row"], ["out"])
+
+    assert compared([node], ours, 0 * ours, ["N", 3, 3]).relative_error is None
+
+
+def test_integers_agree_where_they_are_equal(rng):
+    ours, theirs = (rng.normal(size=(9, 4, 6)).astype(np.float32) for _ in range(2))
+    node = helper.make_node("ArgMax", ["row"], ["out"], axis=1, keepdims=0)
+    found = compared([node], ours, theirs, ["N", 6], TensorProto.INT64)
+
+    assert found.agreement == pytest.approx(np.mean(ours.argmax(1) == theirs.argmax(1)), abs=1e-15)
+    assert (found.kind, found.relative_error) == ("integers", None)
+    assert found.meaning == "of the integers of 'out' are those of the reference model"
+
+
+def test_how_many_values_there_are_may_depend_on_them():
+    """As with the boxes that a suppression keeps: they are not compared, and nothing stops."""
+    ours, theirs = np.float32([[0, 1, 1], [1, 1, 1]]), np.float32([[0, 0, 1], [1, 1, 1]])
+    node = helper.make_node("NonZero", ["row"], ["out"])
+    found = compared([node], ours, theirs, [2, "K"], TensorProto.INT64)
+
+    assert (found.agreement, found.max_abs_diff) == (None, None)
+
+
+def test_independent_scores_of_many_places_have_an_error(rng):
+    """Most places of a detector show nothing, where the largest of tiny scores is noise."""
+    ours, theirs = (rng.normal(size=(5, 20, 8)).astype(np.float32) for _ in range(2))
+    node = helper.make_node("Sigmoid", ["row"], ["out"])
+
+    assert compared([node], ours, theirs, ["N", 20, 8]).kind == "values"
 
 
 def test_one_value_per_sample_has_a_difference_alone(rng):

@@ -29,6 +29,7 @@ ORDER = [
     "plan",
     "insert",
     "snap",
+    "outputs",
     "foreign",
     "data",
     "settings",

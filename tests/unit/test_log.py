@@ -321,11 +321,12 @@ def test_the_curves_of_a_report_are_those_of_the_log(events, tmp_path):
         "Learning rates": ["lr", "scale_lr"],
         "Held-out data": ["metrics/top1", "metrics/top5", "metrics/agreement"],
         "Held-out data: max_abs_diff": ["metrics/max_abs_diff"],
+        "Held-out data: loss": ["metrics/loss"],
         "Scale drift": names["scale_drift"],
         "Clipped values": names["clipped"],
     }
 
-    assert len(names["metrics"]) == 4
+    assert len(names["metrics"]) == 5
     for figure, shown_names in expected.items():
         found = [drawn.pop(f"{figure}/{n.partition('/')[2] or n}") for n in shown_names]
         same_up_to_axes(found, [logged[n] for n in shown_names])

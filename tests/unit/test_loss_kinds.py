@@ -249,3 +249,38 @@ def test_what_a_loss_does_not_find(text, message):
 def test_an_option_of_cross_entropy_without_it(option):
     with pytest.raises(TrainingError, match=f"--{option.replace('_', '-')} is of cross-entropy"):
         read_loss("kl", **{option: 0})
+
+
+# --- where the graph says which axis the classes are ----------------------------------------------
+
+IMAGES = RNG.normal(size=(2, 4, 3, 3)).astype(np.float32)  # 4 classes at 3 x 3 positions
+TAUGHT_IMAGES = RNG.normal(size=(2, 4, 3, 3)).astype(np.float32)
+
+
+def moved(x):
+    return np.moveaxis(x, 1, -1)
+
+
+@pytest.mark.parametrize("last", ["Softmax", "LogSoftmax"])
+def test_kl_of_images_is_over_the_axis_of_the_softmax(last):
+    """Logits are compared: the softmax of what a Softmax or LogSoftmax gives out is itself."""
+    log_p = log_softmax(TAUGHT_IMAGES.astype(np.float64), 1)
+    check_loss(
+        read_loss("kl"),
+        lambda y: kl(moved(y["y"]), moved(TAUGHT_IMAGES)),
+        {"y": IMAGES},
+        teacher={"y": (np.exp(log_p) if last == "Softmax" else log_p).astype(np.float32)},
+        last=last,
+        axis=1,
+    )
+
+
+def test_kl_of_a_sigmoid_takes_any_shape():
+    taught = 1 / (1 + np.exp(-TAUGHT_IMAGES))
+    check_loss(
+        read_loss("kl"),
+        lambda y: bernoulli_kl(moved(y["y"]), moved(taught)),
+        {"y": IMAGES},
+        teacher={"y": taught},
+        last="Sigmoid",
+    )

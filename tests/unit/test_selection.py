@@ -8,9 +8,11 @@ import pytest
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
 from onnxqat.insert import read_params, strip
+from onnxqat.outputs import Output, Scores
 from onnxqat.train import Config, finetune
-from onnxqat.train.selection import score
+from onnxqat.train.selection import Selection, score, selection_of
 from onnxqat.train.updater import Updater
+from onnxqat.train.verdict import verdict
 from tests.digits import calibrated_lenet, training_digits
 
 
@@ -26,7 +28,7 @@ def coarse(data):
 
 
 def figures(**metrics) -> Evaluation:
-    others = {n: metrics.pop(n) for n in ("agreement", "max_abs_diff") if n in metrics}
+    others = {n: metrics.pop(n) for n in ("agreement", "max_abs_diff", "loss") if n in metrics}
     return Evaluation(samples=1, metrics=metrics, reference={}, **others)
 
 
@@ -96,13 +98,78 @@ def test_patience_ends_a_run_that_does_not_get_better(coarse, data):
     result = finetune(coarse, data, config=config)
 
     assert (result.epochs, result.best_epoch) == (2, 0)
-    assert result.notes == ("stopped after epoch 2: no better state in the last 2 epochs",)
+    stopped, kept = result.notes
+    assert stopped == "stopped after epoch 2: no better state in the last 2 epochs"
+    assert kept.startswith(
+        "the start was kept, OUT holds its parameters: no epoch had a better loss"
+    )
+    assert result.model is coarse
+    assert result.after == result.before
 
 
 def test_patience_waits_anew_after_a_better_state(coarse, data):
     told = []
-    config = Config(epochs=30, threads=1, patience=3)
+    config = Config(epochs=30, threads=1, patience=3, select="top1")
     result = finetune(coarse, data, config=config, report=told.append)
     last = [p for p in told if p.validation][-1]
 
     assert last.epoch == result.epochs == result.best_epoch + 3 < 30
+
+
+# --- what chooses where the user does not say --------------------------------------------------
+
+CLASSES = Output(name="y", learned=True, shape=("N", 5), scores=Scores(kind="logits", axis=1))
+BOXES = Output(name="boxes", learned=True, shape=("N", 9, 320), scores=None)
+
+
+def select(*outputs, held_out=1000, labelled=False, own_loss=False):
+    return selection_of(outputs, labelled=labelled, own_loss=own_loss, held_out=held_out)
+
+
+def test_what_states_are_told_apart_by():
+    assert select(CLASSES).figure == "agreement"
+    assert select(CLASSES, BOXES, labelled=True).figure == "top1"
+    assert select(CLASSES, labelled=True, own_loss=True).figure == "loss"
+    assert select(BOXES).figure == select(CLASSES, CLASSES).figure == "loss"
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_few_samples_cannot_tell_shares_apart(labelled):
+    """The largest standard error of a share, at one half, is two points of 625 samples."""
+    error = np.sqrt(0.5 * 0.5 / np.array([624, 625]))
+
+    assert error[0] > 0.02 >= error[1]
+    assert select(CLASSES, held_out=625, labelled=labelled).figure != "loss"
+    assert select(CLASSES, held_out=624, labelled=labelled).figure == "loss"
+    assert "100 held-out samples are too few" in select(CLASSES, held_out=100).reason
+    assert "up to 5.0 points" in select(CLASSES, held_out=100).reason
+
+
+# --- what is said about the choice --------------------------------------------------------------
+
+BY_LOSS = Selection(figure="loss", reason="few samples")
+START = figures(agreement=0.9, loss=0.2)
+
+
+def test_a_kept_start_is_said_with_the_numbers():
+    tried = [(1, figures(agreement=0.85, loss=0.4)), (2, figures(agreement=0.88, loss=0.3))]
+
+    (note,) = verdict(START, tried, 0, BY_LOSS)
+    assert note == (
+        "the start was kept, OUT holds its parameters: no epoch had a better loss, the best being "
+        "2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, 0.3 "
+        "after epoch 2)"
+    )
+    assert "no epoch was completed" in verdict(START, [], 0, BY_LOSS)[0]
+
+
+def test_a_disagreement_is_said_with_both_choices():
+    tried = [(1, figures(agreement=0.95, loss=0.19)), (2, figures(agreement=0.94, loss=0.1))]
+
+    (note,) = verdict(START, tried, 2, BY_LOSS)
+    assert note == (
+        "loss and agreement disagree: the loss is lowest at epoch 2 (loss 0.1, agreement 94.00 %), "
+        "agreement highest at epoch 1 (loss 0.19, agreement 95.00 %); loss chose: few samples"
+    )
+    assert verdict(START, [(1, figures(agreement=0.95, loss=0.1))], 1, BY_LOSS) == ()
+    assert verdict(START, [(1, figures(agreement=0.9, loss=0.1))], 1, BY_LOSS) == ()

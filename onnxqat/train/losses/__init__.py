@@ -5,6 +5,7 @@ model, or a file of recorded outputs, can teach.
 """
 
 from onnxqat.train.losses.add import add_loss
+from onnxqat.train.losses.default import Part, default_loss, variances
 from onnxqat.train.losses.graph import tensor_read
 from onnxqat.train.losses.terms import KINDS, Loss, Term, nearest, parse_loss, read_loss
 from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_of, teacher_input
@@ -15,12 +16,15 @@ __all__ = [
     "TENSOR",
     "Arrays",
     "Loss",
+    "Part",
     "Term",
     "add_loss",
     "array_of",
+    "default_loss",
     "nearest",
     "parse_loss",
     "read_loss",
     "teacher_input",
     "tensor_read",
+    "variances",
 ]

@@ -3,28 +3,31 @@
 =================  ====================================================================
 cross-entropy      mean of -log softmax(s)[label] over all label positions, axis 1 being the
                    classes
-kl                 mean over positions of KL(softmax(t) || softmax(s)), the last axis being the
-                   classes (Hinton et al. 2015, temperature 1)
+kl                 mean over positions of KL(softmax(t) || softmax(s)) over the axis of the classes
+                   (Hinton et al. 2015, temperature 1)
 mse, l1            mean of (s - t)^2, of |s - t|
 smooth-l1          mean of d^2 / 2 where d = |s - t| < 1, of d - 1/2 elsewhere (Girshick 2015,
                    equation 3)
 bce                mean of -t log sigmoid(s) - (1 - t) log sigmoid(-s)
 =================  ====================================================================
 
-Where a model ends in Softmax, the logarithm of its output stands for the logits. Where it ends in
-Sigmoid, each value is the probability of one class by itself, and ``kl`` is the mean over positions
-of the sum over classes of KL(Bernoulli(t) || Bernoulli(s)).
+The axis of the classes is that of a Softmax, LogSoftmax or ArgMax at the output, see
+`onnxqat.outputs`; the last one without any. Where a model ends in Softmax, the logarithm of its
+output stands for the logits. Where it ends in Sigmoid, each value is the probability of one class
+by itself, and ``kl`` is the mean over positions of the sum over classes of
+KL(Bernoulli(t) || Bernoulli(s)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
+from onnxqat.outputs import Ends, Scores
 from onnxqat.train.fake_quantize import DOMAIN
 from onnxqat.train.losses.terms import Loss
 from onnxqat.train.losses.values import Value
@@ -35,8 +38,6 @@ SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
 # What is mixed into the probabilities of a Sigmoid on both sides: half a level of 8 bits, below
 # which they are 0. So the logarithms are finite, and what was rounded to 0 still learns.
 DOUBT = 1 / 512
-PAIR = {"QuantizeLinear", "DequantizeLinear"}
-MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 Nodes = list[tuple[str, list[str], str, dict[str, Any]]]
 
@@ -76,15 +77,6 @@ BCE: Nodes = [
     ("Add", ["linear", "curved"], "terms", {}),
     ("ReduceMean", ["terms"], "loss", MEAN),
 ]
-KL: Nodes = [
-    ("LogSoftmax", ["student"], "log_q", {"axis": -1}),
-    ("LogSoftmax", ["target"], "log_p", {"axis": -1}),
-    ("Softmax", ["target"], "p", {"axis": -1}),
-    ("Sub", ["log_p", "log_q"], "ratio", {}),
-    ("Mul", ["p", "ratio"], "terms", {}),
-    ("ReduceMean", ["terms"], "mean", MEAN),  # over positions and classes
-    ("Mul", ["mean", "classes"], "loss", {}),
-]
 BERNOULLI_KL: Nodes = [
     ("Mul", ["student", "sure"], "q_sure", {}),
     ("Add", ["q_sure", "doubt"], "q", {}),
@@ -102,6 +94,20 @@ BERNOULLI_KL: Nodes = [
     ("ReduceMean", ["terms"], "mean", MEAN),
     ("Mul", ["mean", "classes"], "loss", {}),
 ]
+
+
+def _kl_nodes(axis: int) -> Nodes:
+    return [
+        ("LogSoftmax", ["student"], "log_q", {"axis": axis}),
+        ("LogSoftmax", ["target"], "log_p", {"axis": axis}),
+        ("Softmax", ["target"], "p", {"axis": axis}),
+        ("Sub", ["log_p", "log_q"], "ratio", {}),
+        ("Mul", ["p", "ratio"], "terms", {}),
+        ("ReduceMean", ["terms"], "mean", MEAN),  # over positions and classes
+        ("Mul", ["mean", "classes"], "loss", {}),
+    ]
+
+
 # (1 - e) * nll + e * mean of -log softmax over the classes of all positions that count
 SMOOTHING: Nodes = [
     ("LogSoftmax", ["logits"], "log_q", {"axis": 1}),
@@ -150,14 +156,16 @@ def _pointwise(nodes: Nodes) -> Callable[[onnx.GraphProto, Value, Value, str], s
 
 
 def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str:
-    shape = student.shape
-    if not 2 <= len(shape) <= 3 or not isinstance(shape[-1], int):
+    shape, scores = student.shape, _scores(graph, student)
+    length = shape[scores.axis] if scores and len(shape) > scores.axis else None
+    if scores is None or not isinstance(length, int):
         raise TrainingError(
             f"Output '{student.name}' has shape {list(shape)}; kl needs (N, classes) or (N, "
-            "positions, classes) with a fixed number of classes. Choose --loss mse."
+            "positions, classes) with a fixed number of classes, or a Softmax, Sigmoid or ArgMax "
+            f"that says which axis they are. Choose --loss mse:{student.name}."
         )
-    classes = _number(graph, f"{name}/classes", float(shape[-1]))  # ReduceMean divided by it
-    if _last_op(graph, student.name, MOVES) == "Sigmoid":
+    classes = _number(graph, f"{name}/classes", float(length))  # ReduceMean divided by it
+    if scores.kind == "independent":
         numbers = {"one": 1.0, "sure": 1 - 2 * DOUBT, "doubt": DOUBT}
         made = {k: _number(graph, f"{name}/{k}", v) for k, v in numbers.items()}
         values = {"student": student.name, "target": target.name, "classes": classes}
@@ -167,7 +175,19 @@ def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str
         "student": _logits(graph, student.name, student.name),
         "target": _logits(graph, student.name, target.name),
     }
-    return _emit(graph, name, KL, symbols)
+    return _emit(graph, name, _kl_nodes(scores.axis), symbols)
+
+
+def _scores(graph: onnx.GraphProto, student: Value) -> Scores | None:
+    """Return which axis the classes are, the last one where the graph does not say."""
+    rank, ends = len(student.shape), Ends(graph, rounding=DOMAIN)
+    found = ends.explicit(student.name)
+    if found is not None or rank < 2:
+        return found
+    axis = ends.readers_axis(student.name)
+    if axis is None and rank <= 3:
+        axis = rank - 1
+    return None if axis is None else Scores(kind="logits", axis=axis)
 
 
 # Of the kinds that compare two values of one shape; each adds its nodes and returns the result.
@@ -231,7 +251,8 @@ def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
     A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
     softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
     """
-    if _last_op(graph, output) != "Softmax":
+    scores = Ends(graph, rounding=DOMAIN).explicit(output)
+    if scores is None or scores.kind != "probabilities":
         return values
     logits = f"onnxqat/log/{values}"
     if all(logits not in node.output for node in graph.node):
@@ -240,19 +261,3 @@ def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
         graph.node.append(helper.make_node("Clip", [values, floor.name], [f"{logits}/raised"]))
         graph.node.append(helper.make_node("Log", [f"{logits}/raised"], [logits]))
     return logits
-
-
-def _last_op(graph: onnx.GraphProto, output: str, moves: Set[str] = frozenset()) -> str:
-    """Return the operator that computes an output, before its quantization and ``moves``."""
-    producers = {o: n for n in graph.node for o in n.output}
-    before, node = None, producers.get(output)
-    while node is not None and _passes(node, before, moves):
-        source = next((i for i in node.input if i in producers), "")
-        before, node = node, producers.get(source)
-    return "" if node is None else str(node.op_type)
-
-
-def _passes(node: onnx.NodeProto, before: onnx.NodeProto | None, moves: Set[str]) -> bool:
-    """Whether a node rounds, of the training form or of a file, or is one of ``moves``."""
-    clips = node.op_type == "Clip" and before is not None and before.op_type == "DequantizeLinear"
-    return node.domain == DOMAIN or node.op_type in PAIR | moves or clips  # Clip: below 8 bits

@@ -18,13 +18,13 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model, load_model
 
-__all__ = ["KINDS", "Loss", "Term", "nearest", "parse_loss", "read_loss"]
+__all__ = ["KINDS", "Loss", "Term", "check_options", "nearest", "parse_loss", "read_loss"]
 
 # Each kind, and what it learns from where no array is named.
 KINDS: dict[str, Literal["labels", "teacher", "array"]] = {
@@ -113,19 +113,34 @@ def read_loss(
         A file is not an ONNX model, see `onnxqat.model.load_model`.
     """
     terms = parse_loss(text)
-    options = {"label-smoothing": label_smoothing, "ignore-index": ignore_index}
-    for option, value in options.items():
-        if value is not None and all(term.kind != "cross-entropy" for term in terms):
-            raise TrainingError(
-                f"--{option} is of cross-entropy, which is no part of the loss '{text}'. "
-                "Leave it out."
-            )
-    return Loss(
+    loss = Loss(
         terms=terms,
-        graphs={term.kind: load_model(term.kind) for term in terms if term.is_file},
+        graphs={},
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+    check_options(loss)
+    return replace(
+        loss, graphs={term.kind: load_model(term.kind) for term in terms if term.is_file}
+    )
+
+
+def check_options(loss: Loss) -> None:
+    """Refuse options of cross-entropy without it.
+
+    Raises
+    ------
+    TrainingError
+        One is given.
+    """
+    options = {"label-smoothing": loss.label_smoothing, "ignore-index": loss.ignore_index}
+    for option, value in options.items():
+        if value is not None and all(term.kind != "cross-entropy" for term in loss.terms):
+            kinds = "+".join(term.kind for term in loss.terms)
+            raise TrainingError(
+                f"--{option} is of cross-entropy, which is no part of the loss '{kinds}'. "
+                "Leave it out."
+            )
 
 
 def parse_loss(text: str) -> tuple[Term, ...]:

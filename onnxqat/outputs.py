@@ -1,0 +1,290 @@
+"""What the values of an output mean, read from how the graph ends.
+
+Class scores are told from everything else (boxes, grids, features, images) by the last operators
+and by the shape. They are
+
+- what ends in Softmax, LogSoftmax or Sigmoid, moved or not;
+- what a Softmax, LogSoftmax or ArgMax reads besides;
+- an output (N, classes) of two classes and more, unless it ends in an operator that scores do not
+  end in, or another output of the model has a Softmax or Sigmoid of its own: then the exporter
+  writes probabilities, and this one is a regression;
+- an output (N, positions, classes) of a matrix product, in a model that reads integers (tokens).
+
+Where this leaves a doubt, they are values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
+
+__all__ = ["Ends", "Output", "Scores", "outputs_of"]
+
+PAIR = {"QuantizeLinear", "DequantizeLinear"}
+MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+ARITHMETIC = {"Add", "BatchNormalization", "Cast", "Div", "Mul", "Sub"}  # with constants
+PRODUCTS = {"Gemm", "MatMul"}
+# An output (N, classes) does not end in them: they squash, cut off, normalize or collect.
+NOT_SCORES = {
+    *("Abs", "Clip", "Concat", "Div", "Elu", "Exp", "Floor", "HardSigmoid", "HardSwish", "Log"),
+    *("LayerNormalization", "LeakyRelu", "LpNormalization", "Pow", "Relu", "Round", "Softplus"),
+    *("Sqrt", "Tanh"),
+}
+INTEGERS = {TensorProto.INT32, TensorProto.INT64}
+GRID = 4  # axes of (N, classes, height, width)
+
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Class scores.
+
+    Attributes
+    ----------
+    kind : {"logits", "log-probabilities", "probabilities", "independent"}
+        ``independent``: each value is the probability of one class by itself, of a Sigmoid.
+    axis : int
+        That of the classes, counted from 0.
+    """
+
+    kind: Literal["logits", "log-probabilities", "probabilities", "independent"]
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """An output of a model.
+
+    Attributes
+    ----------
+    name : str
+        In the graph.
+    learned : bool
+        Whether it is float32, so that a gradient can come from it.
+    shape : tuple or None
+        As the file says.
+    scores : Scores or None
+        None: it holds values, not classes.
+    """
+
+    name: str
+    learned: bool
+    shape: Shape | None
+    scores: Scores | None
+
+
+def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
+    """Return what each output of a model is, in order."""
+    ends = Ends(_without_weights(graph))
+    found = [
+        Output(
+            name=tensor.name,
+            learned=tensor.dtype in (None, np.float32),
+            shape=None if tensor.shape is None else tuple(tensor.shape),
+            scores=ends.scores(tensor.name),
+        )
+        for tensor in graph.outputs
+    ]
+    if not any(ends.explicit(output.name) for output in found):
+        return tuple(found)
+    return tuple(
+        output if ends.explicit(output.name) or ends.readers_axis(output.name) is not None
+        else replace(output, scores=None)
+        for output in found
+    )  # fmt: skip
+
+
+def _without_weights(graph: gs.Graph) -> onnx.GraphProto:
+    """Return nodes and shapes of a graph."""
+    result = onnx.GraphProto()
+    for node in graph.nodes:
+        kept = {k: v for k, v in node.attrs.items() if k in ("axis", "perm")}
+        names = [t.name for t in node.inputs], [t.name for t in node.outputs]
+        result.node.append(helper.make_node(node.op, *names, domain=node.domain or "", **kept))
+    for tensor in graph.tensors().values():
+        if (
+            isinstance(tensor, gs.Variable)
+            and tensor.dtype is not None
+            and tensor.shape is not None
+        ):
+            result.value_info.append(_info(tensor))
+    result.input.extend(_info(tensor) for tensor in graph.inputs)
+    return result
+
+
+def _info(tensor: gs.Variable) -> onnx.ValueInfoProto:
+    kind = TensorProto.UNDEFINED
+    if tensor.dtype is not None:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return helper.make_tensor_value_info(tensor.name, kind, tensor.shape)
+
+
+class Ends:
+    """How the values of a graph come about, from the end.
+
+    Parameters
+    ----------
+    graph : onnx.GraphProto
+        With the shapes that are known. Weights need not be in it.
+    rounding : str
+        The domain of the operators that round, and pass their first input on.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, rounding: str | None = None) -> None:
+        self._rounding = rounding
+        self._producers = {o: n for n in graph.node for o in n.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self._shapes = {v.name: _shape(v) for v in values if v.type.tensor_type.HasField("shape")}
+        self._reads_integers = any(v.type.tensor_type.elem_type in INTEGERS for v in graph.input)
+
+    def scores(self, name: str) -> Scores | None:
+        """Return what classes a float tensor holds, None for other values."""
+        shape = self._shapes.get(name, ())
+        if len(shape) < 2:
+            return None
+        return self.explicit(name) or self._read(name) or self._bare(name, shape)
+
+    def explicit(self, name: str) -> Scores | None:
+        """Return the scores of a tensor that ends in Softmax, LogSoftmax or Sigmoid."""
+        path, node = self._path(name)
+        rank = len(self._shapes.get(name, ()))
+        if node is None:
+            return None
+        if node.op_type == "Sigmoid":
+            return Scores(kind="independent", axis=1 if rank >= GRID else max(rank - 1, 0))
+        if node.op_type not in ("Softmax", "LogSoftmax"):
+            return None
+        axis = self._axis(path, _attribute(node, "axis", -1))
+        kind: Any = "probabilities" if node.op_type == "Softmax" else "log-probabilities"
+        return None if axis is None else Scores(kind=kind, axis=axis)
+
+    def readers_axis(self, name: str) -> int | None:
+        """Return the axis along which a Softmax, LogSoftmax or ArgMax reads a tensor."""
+        path, _ = self._path(name)
+        for i, tensor in enumerate(path):
+            for node in self._rounded_readers(tensor):
+                if node.op_type in ("Softmax", "LogSoftmax", "ArgMax"):
+                    default = 0 if node.op_type == "ArgMax" else -1
+                    return self._axis(path[: i + 1], _attribute(node, "axis", default))
+        return None
+
+    def _read(self, name: str) -> Scores | None:
+        axis = self.readers_axis(name)
+        return None if axis is None else Scores(kind="logits", axis=axis)
+
+    def _bare(self, name: str, shape: Shape) -> Scores | None:
+        """Return logits that nothing reads, by shape and operator."""
+        _, node = self._path(name)
+        last = "" if node is None else node.op_type
+        if shape[-1] == 1:
+            return None
+        if len(shape) == 2:
+            return None if last in NOT_SCORES else Scores(kind="logits", axis=1)
+        product = self._product(name)
+        if len(shape) == 3 and self._reads_integers and product:
+            return Scores(kind="logits", axis=2)
+        return None
+
+    def _product(self, name: str) -> bool:
+        """Whether a tensor is a matrix product, with constants added or multiplied or not."""
+        node = self._producers.get(name)
+        while node is not None and (self._moves(node) or node.op_type in ARITHMETIC):
+            sources = [i for i in node.input if not self._constant(i)]
+            if len(sources) != 1 and node.op_type in ARITHMETIC:
+                return False
+            node = self._producers.get(sources[0]) if sources else None
+        return node is not None and node.op_type in PRODUCTS
+
+    def _path(self, name: str) -> tuple[list[str], onnx.NodeProto | None]:
+        """Return the tensors from ``name`` back over what moves or rounds, and the node there."""
+        path, node = [name], self._producers.get(name)
+        while node is not None and self._moves(node):
+            path.append(next((i for i in node.input if i), ""))
+            node = self._producers.get(path[-1])
+        return path, node
+
+    def _moves(self, node: onnx.NodeProto) -> bool:
+        """Whether a node moves values, or rounds: of a training form or of a file."""
+        before = self._producers.get(node.input[0]) if node.input else None
+        if node.op_type == "Clip":  # of a pair below 8 bits
+            return before is not None and before.op_type == "QuantizeLinear"
+        rounds = self._rounding is not None and node.domain == self._rounding
+        return rounds or node.op_type in PAIR | MOVES
+
+    def _constant(self, name: str) -> bool:
+        """Whether a tensor is a constant, rounded or not."""
+        node = self._producers.get(name)
+        while node is not None and self._moves(node):
+            name = node.input[0]
+            node = self._producers.get(name)
+        return node is None or node.op_type == "Constant"
+
+    def _rounded_readers(self, name: str) -> list[onnx.NodeProto]:
+        """Return the readers of a tensor, through pairs."""
+        found, waiting = [], [name]
+        while waiting:
+            for node in self._readers.get(waiting.pop(), []):
+                moves = node.op_type not in MOVES and self._moves(node)
+                waiting += node.output[:1] if moves else []
+                found += [] if moves else [node]
+        return found
+
+    def _axis(self, path: list[str], axis: int) -> int | None:
+        """Follow an axis of the last tensor of a path to the first; None where it is lost."""
+        shape = self._shapes.get(path[-1])
+        found: int | None = axis
+        if shape is not None:
+            found = axis % len(shape)
+        for before, after in zip(path[:0:-1], path[-2::-1], strict=True):
+            found = self._moved(before, after, found)
+        rank = len(self._shapes.get(path[0], ()))
+        if found is None and rank == 2:  # (N, classes), whatever the way
+            return 1
+        return found if found is None or found >= 0 else found + rank
+
+    def _moved(self, before: str, after: str, axis: int | None) -> int | None:
+        """Return where an axis lies behind one node that moves values."""
+        node = self._producers[after]
+        if axis is None or node.op_type not in MOVES - {"Identity"}:
+            return axis
+        old, new = self._shapes.get(before), self._shapes.get(after)
+        if node.op_type == "Transpose":
+            rank = len(old or new or ())
+            perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+            perm = perm or list(range(rank))[::-1]
+            return perm.index(axis % len(perm)) if perm else None
+        if old is None or new is None:
+            return axis if axis == -1 else None
+        return _kept(old, new, axis % len(old))
+
+
+def _kept(old: Shape, new: Shape, axis: int) -> int | None:
+    """Return the axis of ``new`` that is ``axis`` of ``old``: as long, with as much behind it."""
+
+    def behind(shape: Shape, i: int) -> int | None:
+        lengths = [n for n in shape[i + 1 :] if isinstance(n, int)]
+        return math.prod(lengths) if len(lengths) == len(shape) - i - 1 else None
+
+    wanted = behind(old, axis)
+    found = (i for i, n in enumerate(new) if n == old[axis] and behind(new, i) == wanted)
+    return None if wanted is None else next(found, None)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == name), default)
+
+
+def _shape(value: onnx.ValueInfoProto) -> Shape:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)

@@ -1,0 +1,139 @@
+"""What outputs mean, by how the graph ends."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+import pytest
+
+from onnxqat.model import from_proto
+from onnxqat.outputs import outputs_of
+from onnxqat.prepare import prepare
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
+W = "<float[4, 5] w, float[5] b> "
+GRID = "net (float[N, 4, 6, 6] x) => "
+ROWS = "net (float[N, 4] x) => "
+TOKENS = "net (int64[N, 7] x) => (float[N, 7, 5] y) <float[11, 4] e, float[4, 5] w, float[5] b> "
+
+
+def kinds(text: str) -> dict[str, tuple[str, int] | None]:
+    model = onnx.parser.parse_model(HEADER + text)
+    for weight in model.graph.initializer:
+        size = 1
+        for length in weight.dims:
+            size *= length
+        if not (weight.float_data or weight.int64_data or weight.raw_data):
+            weight.float_data.extend([0.5] * size)
+    found = outputs_of(prepare(from_proto(model)).graph)
+    return {o.name: o.scores and (o.scores.kind, o.scores.axis) for o in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ROWS + "(float[N, 5] y) " + W + "{ y = Gemm(x, w, b) }", ("logits", 1)),
+        (ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) y = Add(b, h) }", ("logits", 1)),
+        (
+            ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) y = Softmax(h) }",
+            ("probabilities", 1),
+        ),
+        (ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) y = Sigmoid(h) }", ("independent", 1)),
+        # a regression: cut off, squashed, of one value, normalized
+        (ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) y = Relu(h) }", None),
+        (ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) y = Tanh(h) }", None),
+        (ROWS + "(float[N, 1] y) <float[4, 1] w> { y = MatMul(x, w) }", None),
+        (
+            ROWS + "(float[N, 5] y) " + W + "{ h = MatMul(x, w) "
+            "n = ReduceL2 <axes = [1], keepdims = 1> (h) y = Div(h, n) }",
+            None,
+        ),
+        # grids and boxes
+        (GRID + "(float[N, 9, 6, 6] y) <float[9, 4, 1, 1] w> { y = Conv(x, w) }", None),
+        (
+            GRID + "(float[N, 9, 36] y) <float[9, 4, 1, 1] w, int64[3] s = {0, 9, -1}> "
+            "{ h = Conv(x, w) y = Reshape(h, s) }",
+            None,
+        ),
+        (
+            GRID + "(float[N, 36, 9] y) <float[9, 4, 1, 1] w, int64[3] s = {0, 9, -1}> "
+            "{ h = Conv(x, w) r = Reshape(h, s) y = Transpose <perm = [0, 2, 1]> (r) }",
+            None,
+        ),
+        (
+            GRID + "(float[N, 36, 9] y) <float[9, 4, 1, 1] w, int64[3] s = {0, 9, -1}> "
+            "{ h = Conv(x, w) p = Sigmoid(h) r = Reshape(p, s) "
+            "y = Transpose <perm = [0, 2, 1]> (r) }",
+            ("independent", 2),
+        ),
+        # segmentation, by its Softmax, moved or not
+        (
+            GRID + "(float[N, 9, 6, 6] y) <float[9, 4, 1, 1] w> "
+            "{ h = Conv(x, w) y = Softmax <axis = 1> (h) }",
+            ("probabilities", 1),
+        ),
+        (
+            GRID + "(float[N, 6, 6, 9] y) <float[9, 4, 1, 1] w> "
+            "{ h = Conv(x, w) p = LogSoftmax <axis = 1> (h) "
+            "y = Transpose <perm = [0, 2, 3, 1]> (p) }",
+            ("log-probabilities", 3),
+        ),
+        (
+            GRID + "(float[N, 9, 36] y) <float[9, 4, 1, 1] w, int64[3] s = {0, 9, -1}> "
+            "{ h = Conv(x, w) p = Softmax <axis = 1> (h) y = Reshape(p, s) }",
+            ("probabilities", 1),
+        ),
+        (
+            GRID + "(float[N, 9] y) <float[9, 4, 6, 6] w> "
+            "{ h = Conv(x, w) p = Softmax <axis = 1> (h) y = Flatten(p) }",
+            ("probabilities", 1),
+        ),
+        # tokens
+        (
+            TOKENS + "{ t = Gather(e, x) h = MatMul(t, w) y = Add(h, b) }",
+            ("logits", 2),
+        ),
+        (
+            "net (float[N, 7, 4] x) => (float[N, 7, 5] y) " + W + "{ h = MatMul(x, w) "
+            "y = Add(h, b) }",
+            None,
+        ),
+    ],
+)
+def test_one_output(text, expected):
+    assert kinds(text) == {"y": expected}
+
+
+def test_what_reads_an_output_says_which_axis_its_classes_are():
+    found = kinds(
+        GRID + "(float[N, 9, 6, 6] y, int64[N, 1, 6, 6] best) <float[9, 4, 1, 1] w> "
+        "{ y = Conv(x, w) best = ArgMax <axis = 1> (y) }"
+    )
+
+    assert found["y"] == ("logits", 1)
+
+
+def test_beside_probabilities_a_bare_output_is_a_regression():
+    text = ROWS + "(float[N, 5] y, float[N, 5] z) <float[4, 5] w, float[4, 5] v> "
+
+    assert kinds(text + "{ z = MatMul(x, v) h = MatMul(x, w) y = Softmax(h) }") == {
+        "y": ("probabilities", 1),
+        "z": None,
+    }
+    assert kinds(text + "{ z = MatMul(x, v) y = MatMul(x, w) }") == {
+        "y": ("logits", 1),
+        "z": ("logits", 1),
+    }
+    # logits that are given out beside their own probabilities stay logits
+    assert kinds(text + "{ z = MatMul(x, v) y = Softmax(z) }")["z"] == ("logits", 1)
+
+
+def test_where_answers_start_and_end():
+    text = (
+        "net (int64[N, 7] x) => (float[N, 7] start, float[N, 7] end) "
+        "<float[11, 4] e, float[4, 2] w, int64[1] last = {-1}> { t = Gather(e, x) "
+        "h = MatMul(t, w) a, b = Split <axis = -1> (h) start = Squeeze(a, last) "
+        "end = Squeeze(b, last) }"
+    )
+
+    assert kinds(text) == {"start": ("logits", 1), "end": ("logits", 1)}
