@@ -79,11 +79,12 @@ def _user_decisions(index: GraphIndex, overrides: Sequence[Override]) -> dict[st
 
 def _impossible(unit: Unit) -> str | None:
     node = unit.nodes[-1]
-    if not any(is_float(t) for t in unit.outputs):
-        return "no float32 output"
     if node.domain not in (None, "", "ai.onnx"):
         return f"domain '{node.domain}' is not ONNX's own"
-    return None
+    if any(is_float(t) for t in unit.outputs):
+        return None
+    unknown = next((t.name for t in unit.outputs if t.name and t.dtype is None), None)
+    return "no float32 output" if unknown is None else f"the type of '{unknown}' is not known"
 
 
 def _included(rule: HardwareRule, unit: Unit, override: Override) -> OpRule:

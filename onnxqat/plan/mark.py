@@ -104,10 +104,19 @@ class Marker:
             if op.inputs and (op.reads == "all" or self._is_residual(unit, tensor)):
                 spec = self.rule.specs[op.inputs].resolve(None)
                 self._draft(tensor, "activation", spec, [edge], f"read by {unit.kind}")
-        elif op.weight and len(unit.nodes) == 1 and not self._is_chained_bias(unit):
+        elif op.weight and len(unit.nodes) == 1 and self._has_its_input(node, op, i):
+            if self._is_chained_bias(unit):
+                return
             axis = channel_axis(node, i) if node.op in WEIGHTED_OPS else None
             spec = self.rule.specs[op.weight].resolve(axis)
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
+
+    def _has_its_input(self, node: gs.Node, op: OpRule, i: int) -> bool:
+        """Whether what a weight is multiplied with is quantized too, if the rule wants both."""
+        if node.op not in WEIGHTED_OPS or not op.inputs:
+            return True
+        data = node.inputs[1 - i]
+        return is_float(data) and data.name not in self.drowned
 
     def _is_residual(self, unit: Unit, tensor: gs.Tensor) -> bool:
         """Whether a unit adds a tensor to what a weighted node wrote."""

@@ -28,6 +28,7 @@ from onnxqat.prepare.opset import MIN_TARGET, upgrade_opset
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.padding import make_pads_explicit
 from onnxqat.prepare.passthrough import remove_passthroughs
+from onnxqat.prepare.runtime_types import read_runtime_types
 from onnxqat.prepare.shapes import infer_shapes
 from onnxqat.prepare.statistics import note_statistics, statistics_of
 from onnxqat.prepare.unused import remove_unused
@@ -50,7 +51,12 @@ _QUICK: tuple[Callable[[gs.Graph], int], ...] = (
     fold_batchnorms,
 )
 # These export the graph; they run when the others have nothing left to do.
-_COSTLY: tuple[Callable[[gs.Graph], int], ...] = (fold_shapes, infer_shapes, make_pads_explicit)
+_COSTLY: tuple[Callable[[gs.Graph], int], ...] = (
+    fold_shapes,
+    infer_shapes,
+    read_runtime_types,
+    make_pads_explicit,
+)
 PASSES = (*_QUICK, *_COSTLY)
 
 

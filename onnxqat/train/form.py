@@ -38,6 +38,9 @@ GRID_PRESERVING = (
 )
 
 
+MAX_NAMED = 5  # nodes in one message
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingForm:
     """A model whose parameters are inputs.
@@ -151,7 +154,9 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
 
 
 def _refusal(nodes: list[Untrainable]) -> str:
-    named = "; ".join(f"'{n.node}' ({n.op_type}: {n.reason})" for n in nodes)
+    named = "; ".join(f"'{n.node}' ({n.op_type}: {n.reason})" for n in nodes[:MAX_NAMED])
+    rest = len(nodes) - MAX_NAMED
+    named += f"; and {rest} more, which 'onnxqat check --train' names" if rest > 0 else ""
     noun = "Node" if len(nodes) == 1 else f"{len(nodes)} nodes:"
     return (
         f"{noun} {named}. Parameters before are trained. Exclude the nodes before "

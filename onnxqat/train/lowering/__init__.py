@@ -51,6 +51,7 @@ NATIVE = frozenset(
     )
 )
 FIRST_INPUT_ONLY = ("Clip", "Pow")  # whose other inputs get no gradient, or a wrong one
+RUNTIME_DOMAIN = "com.microsoft"
 RECURRENT = "a recurrent layer has no gradient here"
 SUBGRAPH = "what a subgraph computes has no gradient here"
 REFUSED = {
@@ -103,7 +104,9 @@ def lower(
         Neither onnxruntime nor this package has a right gradient.
     """
     if not is_op(node, node.op):
-        raise Refusal(f"ops of the domain '{node.domain}' have no gradient here")
+        fused = "; give the model as it was before onnxruntime fused it"
+        cause = fused if node.domain.startswith(RUNTIME_DOMAIN) else ""
+        raise Refusal(f"ops of the domain '{node.domain}' have no gradient here{cause}")
     if node.op in REFUSED:
         raise Refusal(REFUSED[node.op])
     rewritten = _rewritten(node, all_reach_loss=all_reach_loss)
