@@ -72,26 +72,24 @@ class Output:
         As the file says.
     scores : Scores or None
         None: it holds values, not classes.
+    source : str or None
+        Of an output that is not float32: the nearest float32 tensor that it follows from.
+    source_scores : Scores or None
+        What that holds.
     """
 
     name: str
     learned: bool
     shape: Shape | None
     scores: Scores | None
+    source: str | None = None
+    source_scores: Scores | None = None
 
 
 def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
     """Return what each output of a model is, in order."""
     ends = Ends(_without_weights(graph))
-    found = [
-        Output(
-            name=tensor.name,
-            learned=tensor.dtype in (None, np.float32),
-            shape=None if tensor.shape is None else tuple(tensor.shape),
-            scores=ends.scores(tensor.name),
-        )
-        for tensor in graph.outputs
-    ]
+    found = [_output(tensor, ends) for tensor in graph.outputs]
     if not any(ends.explicit(output.name) for output in found):
         return tuple(found)
     return tuple(
@@ -99,6 +97,32 @@ def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
         else replace(output, scores=None)
         for output in found
     )  # fmt: skip
+
+
+def _output(tensor: gs.Tensor, ends: Ends) -> Output:
+    learned = tensor.dtype in (None, np.float32)
+    source = None if learned else _float_before(tensor)
+    return Output(
+        name=tensor.name,
+        learned=learned,
+        shape=None if tensor.shape is None else tuple(tensor.shape),
+        scores=ends.scores(tensor.name) if learned else None,
+        source=source,
+        source_scores=ends.scores(source) if source else None,
+    )
+
+
+def _float_before(tensor: gs.Tensor) -> str | None:
+    """Return the nearest float32 tensor that a node computes, before its quantization."""
+    waiting, seen = [tensor], {tensor.name}
+    for one in waiting:
+        floats = isinstance(one, gs.Variable) and one.dtype == np.float32
+        if floats and one.inputs and one.inputs[0].op not in PAIR:
+            return str(one.name)
+        before = [t for node in one.inputs for t in node.inputs if t.name not in seen]
+        seen.update(t.name for t in before)
+        waiting += before
+    return None
 
 
 def _without_weights(graph: gs.Graph) -> onnx.GraphProto:

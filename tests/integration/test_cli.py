@@ -196,7 +196,8 @@ def test_evaluate_has_the_keys_of_its_schema(work, digits):
     top1 = (expected.argmax(axis=1) == digits["label"]).mean()
 
     assert plain.keys() == {"schema", "samples", "mode", "metrics"}
-    assert found.keys() == plain.keys() | {"reference", "agreement", "max_abs_diff"}
+    assert found.keys() == plain.keys() | {"reference", "agreement", "max_abs_diff", "outputs"}
+    assert found["outputs"][0]["agreement"] == found["agreement"]
     assert (found["schema"], found["samples"], found["mode"]) == ("onnxqat.evaluate/1", 200, "qdq")
     assert found["metrics"]["top1"] == plain["metrics"]["top1"] == top1
     assert found["reference"]["top1"] > 0.9

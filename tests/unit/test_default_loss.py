@@ -56,6 +56,16 @@ def test_nothing_to_learn_from_is_said_with_the_next_step(outputs):
         chosen(*outputs, boxes=0.0)
 
 
+def test_the_next_step_names_the_tensor_before_an_index():
+    axis = Scores(kind="logits", axis=1)
+    best = Output(
+        name="best", learned=False, shape=("N",), scores=None, source="a+b", source_scores=axis
+    )
+
+    with pytest.raises(TrainingError, match=r'as in --loss kl:"tensor/a\+b"\.'):
+        chosen(best)
+
+
 def test_options_of_cross_entropy_need_labels():
     with pytest.raises(TrainingError, match="--label-smoothing is of cross-entropy"):
         default_loss([CLASSES], labelled=False, measured=lambda _: {}, label_smoothing=0.1)

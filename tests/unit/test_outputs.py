@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from onnx import numpy_helper
 
 from onnxqat.model import from_proto
-from onnxqat.outputs import outputs_of
+from onnxqat.outputs import Output, Scores, outputs_of
 from onnxqat.prepare import prepare
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
@@ -17,15 +19,19 @@ ROWS = "net (float[N, 4] x) => "
 TOKENS = "net (int64[N, 7] x) => (float[N, 7, 5] y) <float[11, 4] e, float[4, 5] w, float[5] b> "
 
 
-def kinds(text: str) -> dict[str, tuple[str, int] | None]:
+def outputs(text: str) -> tuple[Output, ...]:
+    """Parse a network, whose weights get values, and return what its outputs are."""
     model = onnx.parser.parse_model(HEADER + text)
-    for weight in model.graph.initializer:
-        size = 1
-        for length in weight.dims:
-            size *= length
-        if not (weight.float_data or weight.int64_data or weight.raw_data):
-            weight.float_data.extend([0.5] * size)
-    found = outputs_of(prepare(from_proto(model)).graph)
+    for weight in model.graph.value_info:  # without values, the parser takes it for a result
+        shape = [d.dim_value for d in weight.type.tensor_type.shape.dim]
+        values = np.full(shape, 0.5, np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, weight.name))
+    del model.graph.value_info[:]
+    return outputs_of(prepare(from_proto(model)).graph)
+
+
+def kinds(text: str) -> dict[str, tuple[str, int] | None]:
+    found = outputs(text)
     return {o.name: o.scores and (o.scores.kind, o.scores.axis) for o in found}
 
 
@@ -137,3 +143,13 @@ def test_where_answers_start_and_end():
     )
 
     assert kinds(text) == {"start": ("logits", 1), "end": ("logits", 1)}
+
+
+def test_of_an_index_the_tensor_is_known_that_it_follows_from():
+    (best,) = outputs(
+        GRID + "(int64[N, 6, 6] best) <float[9, 4, 1, 1] w> "
+        "{ y = Conv(x, w) i = ArgMax <axis = 1, keepdims = 0> (y) best = Identity(i) }"
+    )
+
+    assert (best.learned, best.source) == (False, "y")
+    assert best.source_scores == Scores(kind="logits", axis=1)

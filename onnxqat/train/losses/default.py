@@ -90,11 +90,21 @@ def default_loss(
     if not terms:
         raise TrainingError(
             f"Nothing to learn from: {'; '.join(map(str, parts))}. Name a float tensor on the way "
-            "there, as in --loss mse:tensor/NAME (kl: for class scores)."
+            f"there, as in --loss {_before(outputs)}."
         )
     loss = Loss(terms=terms, graphs={}, label_smoothing=label_smoothing, ignore_index=ignore_index)
     check_options(loss)
     return loss, tuple(parts)
+
+
+def _before(outputs: Sequence[Output]) -> str:
+    """Return a loss of the tensor before the first output that is not float."""
+    output = next((o for o in outputs if o.source), None)
+    if output is None:
+        return "mse:tensor/NAME"
+    name = f"tensor/{output.source}"
+    name = f'"{name}"' if set(name) & set('+="') or name != name.strip() else name
+    return f"{'kl' if output.source_scores else 'mse'}:{name}"
 
 
 def _part(output: Output) -> Part:

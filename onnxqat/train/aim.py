@@ -1,0 +1,125 @@
+"""What a run learns from and what chooses its best state, where the user does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from onnxqat.data import DataSet
+from onnxqat.errors import TrainingError
+from onnxqat.evaluate.run import model_session
+from onnxqat.model import Model
+from onnxqat.outputs import Output, Scores, outputs_of
+from onnxqat.train.config import Config
+from onnxqat.train.losses import Loss, Part, default_loss, read_loss, variances
+from onnxqat.train.selection import LOSS, Selection, selection_of
+
+__all__ = [
+    "announcement",
+    "chosen_loss",
+    "chosen_selection",
+    "described_outputs",
+    "readable",
+]
+
+MEASURED = 64  # samples that the variance of the teacher's outputs is taken of
+
+
+def described_outputs(model: Model, data: DataSet) -> tuple[Output, ...]:
+    """Return what the outputs are; labels say that the first one holds class scores."""
+    first, *others = outputs_of(model.graph)
+    if data.has_labels and first.scores is None and len(first.shape or ()) == 2:
+        first = replace(first, scores=Scores(kind="logits", axis=1))
+    return (first, *others)
+
+
+def chosen_loss(
+    outputs: Sequence[Output], data: DataSet, training: DataSet, reference: Model, config: Config
+) -> tuple[Loss, tuple[Part, ...]]:
+    """Return the loss, and what each output adds to one that was not named."""
+    cross_entropy: Any = {
+        "label_smoothing": config.label_smoothing,
+        "ignore_index": config.ignore_index,
+    }
+    if config.loss is None:
+        return default_loss(
+            outputs,
+            labelled=data.has_labels,
+            measured=partial(_variances, reference, outputs, training, config),
+            **cross_entropy,
+        )
+    loss = read_loss(config.loss, **cross_entropy)
+    if any(term.reads_labels for term in loss.terms) and not data.has_labels:
+        raise TrainingError(
+            "The loss 'cross-entropy' needs labels, and the data have none. "
+            "Name them with --label, or leave --loss out to learn from the float model."
+        )
+    return loss, ()
+
+
+def _variances(
+    reference: Model,
+    outputs: Sequence[Output],
+    training: DataSet,
+    config: Config,
+    names: list[str],
+) -> dict[str, float]:
+    """Return the variance of some of the teacher's outputs over some training samples."""
+    if not names:
+        return {}
+    session = model_session(reference, "float", threads=config.threads)
+    own = [tensor.name for tensor in reference.graph.outputs]
+    wanted = {ours.name: theirs for ours, theirs in zip(outputs, own, strict=True)}
+    count = max(min(len(training), MEASURED), config.samples)
+    chosen = np.unique(np.linspace(0, len(training) - 1, count).astype(np.int64))
+    batches = training.batches(config.samples, indices=chosen, drop_last=True)
+    return variances(
+        dict(zip(names, session.run([wanted[n] for n in names], batch.inputs), strict=True))
+        for batch in batches
+    )
+
+
+def readable(loss: Loss, data: DataSet, held_out: DataSet) -> bool:
+    """Whether the held-out data have the labels and arrays that a loss reads of the data."""
+    read = {term.array for term in loss.terms if term.array}
+    read |= {tensor.name for file in loss.graphs.values() for tensor in file.graph.inputs}
+    arrays = read & set(data.array_names)
+    labels = any(term.reads_labels for term in loss.terms)
+    return arrays <= set(held_out.array_names) and (held_out.has_labels or not labels)
+
+
+def chosen_selection(
+    outputs: Sequence[Output], held_out: DataSet, config: Config, loss: Loss, with_loss: bool
+) -> Selection:
+    """Return what chooses the best state.
+
+    Raises
+    ------
+    TrainingError
+        It would be the loss, and the held-out data lack what that reads.
+    """
+    if config.select is not None:
+        return Selection(figure=config.select, reason="--select names it")
+    chosen = selection_of(
+        outputs,
+        labelled=held_out.has_labels,
+        own_loss=bool(loss.graphs),
+        held_out=len(held_out),
+    )
+    if chosen.figure == LOSS and not with_loss:
+        raise TrainingError(
+            f"The best state would be chosen by the loss ({chosen.reason}), and the held-out data "
+            "lack labels or arrays that it reads. Give them, or choose another figure, as "
+            "--select max_abs_diff."
+        )
+    return chosen
+
+
+def announcement(config: Config, parts: Sequence[Part], selection: Selection) -> list[str]:
+    """Return what is learned from, and what chooses the state, a line each."""
+    lines = [f"learns from: {part}" for part in parts] or [f"learns from: --loss {config.loss}"]
+    return [*lines, f"chooses the state by {selection.figure}: {selection.reason}"]
