@@ -42,7 +42,7 @@ def _print(bar: Progress, line: str) -> None:
 def time_left(seconds: float, done: int, total: int) -> str:
     """Return how long something took so far, and how long it will take as it goes."""
     text = f"{seconds:.0f} s"
-    if not done or done >= total:
+    if not done:
         return text
     return f"{text}, about {seconds / done * (total - done):.0f} s left"
 
@@ -180,7 +180,7 @@ class FinetuneReport:
         if last is None:
             return f"{self._stage}, {time_left(seconds, 0, 0)}"
         done, total = last.step - self.start, last.steps - self.start
-        where = f"epoch {last.epoch}/{last.epochs}, step {last.step} of {last.steps}"
+        where = f"step {last.step} of {last.steps}, epoch {last.epoch}/{last.epochs}"
         where += f", loss {last.loss:.4f}"
         where += f", {self._stage}" if self._stage else ""
         return f"{where}, {time_left(seconds, done, total)}"

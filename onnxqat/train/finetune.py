@@ -125,8 +125,6 @@ def finetune(
     with_loss = readable(loss, data, held_out)
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     config = msgspec.structs.replace(config, select=selection.figure)
-    for line in announcement(config, parts, selection):
-        say(line)
     read = tensor_read(loss, model)
     asked = asked_for(config)
     form = training_form(model, method=config.method, read=read, asked=asked)
@@ -162,6 +160,8 @@ def finetune(
         epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
         report=report,
         stage=stage,
+        announcement=announcement(config, parts, selection),
+        say=say,
         checkpoints=checkpoints,
         identity=cache(
             partial(_identity, model, reference, training, held_out, config, workers, loss)

@@ -68,6 +68,8 @@ class Loop:
         Told about every step and epoch.
     stage : callable
         Told what is evaluated, how many batches are done, and how many there are.
+    announcement, say
+        What is told, and to whom, once the data have proved usable.
     checkpoints : Checkpoints or None
         Where the state is saved.
     identity : callable
@@ -90,6 +92,8 @@ class Loop:
     epochs: int
     report: Callable[[Progress], None]
     stage: Callable[[str, int, int], None]
+    announcement: list[str]
+    say: Callable[[str], None]
     checkpoints: Checkpoints | None
     identity: Callable[[], Identity]
     stop: Callable[[], bool]
@@ -106,6 +110,8 @@ class Loop:
         self.kept = values if self.config.ema is None else Flat(values.views)
         self._reset()
         self.record = self._first_record()
+        for line in self.announcement:
+            self.say(line)
         while not self._train():
             self._reset()
             self.record = self._again()

@@ -51,7 +51,7 @@ def test_nobody_listens(error):
 def test_the_time_that_is_left():
     assert time_left(20.0, 4, 10) == "20 s, about 30 s left"
     assert time_left(7.0, 0, 10) == "7 s"
-    assert time_left(9.0, 10, 10) == "9 s"
+    assert time_left(9.0, 10, 10) == "9 s, about 0 s left"
 
 
 @pytest.fixture
@@ -101,13 +101,13 @@ def test_a_fine_tuning(pulses, capfd):
         lines.append(report.line())
 
     assert len(pulses) == 1
-    where = "epoch 1/2, step 5 of 100, loss 0.5000"
+    where = "step 5 of 100, epoch 1/2, loss 0.5000"
     assert lines == [
         "preparing, 0 s",
         "evaluating the start: 3 of 8 batches, 12 s",
         f"{where}, 10 s, about 190 s left",
         f"{where}, evaluating epoch 1: 1 of 8 batches, 10 s, about 190 s left",
-        "epoch 1/2, step 50 of 100, loss 0.5000, 10 s, about 10 s left",
+        "step 50 of 100, epoch 1/2, loss 0.5000, 10 s, about 10 s left",
     ]
     assert capfd.readouterr().err == (
         "epoch 1/2  loss 0.5000  top1 50.00 %  held-out loss 0.25  10 s, about 10 s left\n"
