@@ -24,7 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-__all__ = ["Ends", "Output", "Scores", "outputs_of"]
+__all__ = ["Ends", "Joined", "Output", "Scores", "outputs_of"]
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
 MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -59,6 +59,22 @@ class Scores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Parts of an output that a Concat puts side by side, as boxes and scores.
+
+    Attributes
+    ----------
+    axis : int
+        Of the output, counted from 0.
+    sizes : tuple of int
+        How long each part is.
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Output:
     """An output of a model.
 
@@ -76,6 +92,8 @@ class Output:
         Of an output that is not float32: the nearest float32 tensor that it follows from.
     source_scores : Scores or None
         What that holds.
+    joined : tuple of Joined
+        The parts that it is put together of, if any.
     """
 
     name: str
@@ -84,6 +102,7 @@ class Output:
     scores: Scores | None
     source: str | None = None
     source_scores: Scores | None = None
+    joined: tuple[Joined, ...] = ()
 
 
 def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
@@ -109,6 +128,7 @@ def _output(tensor: gs.Tensor, ends: Ends) -> Output:
         scores=ends.scores(tensor.name) if learned else None,
         source=source,
         source_scores=ends.scores(source) if source else None,
+        joined=ends.joined(tensor.name),
     )
 
 
@@ -189,7 +209,7 @@ class Ends:
             return Scores(kind="independent", axis=1 if rank >= GRID else max(rank - 1, 0))
         if node.op_type not in ("Softmax", "LogSoftmax"):
             return None
-        axis = self._axis(path, _attribute(node, "axis", -1))
+        axis = self._class_axis(path, _attribute(node, "axis", -1))
         kind: Any = "probabilities" if node.op_type == "Softmax" else "log-probabilities"
         return None if axis is None else Scores(kind=kind, axis=axis)
 
@@ -200,8 +220,38 @@ class Ends:
             for node in self._rounded_readers(tensor):
                 if node.op_type in ("Softmax", "LogSoftmax", "ArgMax"):
                     default = 0 if node.op_type == "ArgMax" else -1
-                    return self._axis(path[: i + 1], _attribute(node, "axis", default))
+                    return self._class_axis(path[: i + 1], _attribute(node, "axis", default))
         return None
+
+    def joined(self, name: str) -> tuple[Joined, ...]:
+        """Return the parts that the last Concats put together, seen from the output.
+
+        Of each Concat, what lies behind is that of its first input: the others are its like.
+        """
+        path: list[str] = [name]
+        found: dict[int, Joined] = {}  # by axis: the outermost, whose parts are all there are
+        node = self._producers.get(name)
+        while node is not None and (self._moves(node) or node.op_type == "Concat"):
+            if node.op_type == "Concat":
+                parts = self._parts(node, path)
+                if parts is not None:
+                    found.setdefault(parts.axis, parts)
+            path.append(next((i for i in node.input if i), ""))
+            node = self._producers.get(path[-1])
+        return tuple(found.values())
+
+    def _parts(self, node: onnx.NodeProto, path: list[str]) -> Joined | None:
+        shapes = [self._shapes.get(name) for name in node.input]
+        if any(shape is None for shape in shapes):
+            return None
+        rank = len(shapes[0] or ())
+        inner = _attribute(node, "axis", 0) % rank
+        sizes = tuple(shape[inner] for shape in shapes if shape is not None)
+        lengths = tuple(size for size in sizes if isinstance(size, int))
+        axis = self._axis(path, inner)
+        if len(lengths) != len(sizes) or not axis:  # not along the samples
+            return None
+        return Joined(axis=axis, sizes=lengths)
 
     def _read(self, name: str) -> Scores | None:
         axis = self.readers_axis(name)
@@ -273,9 +323,12 @@ class Ends:
         for before, after in zip(path[:0:-1], path[-2::-1], strict=True):
             found = self._moved(before, after, found)
         rank = len(self._shapes.get(path[0], ()))
-        if found is None and rank == 2:  # (N, classes), whatever the way
-            return 1
         return found if found is None or found >= 0 else found + rank
+
+    def _class_axis(self, path: list[str], axis: int) -> int | None:
+        """Follow the axis of the classes; of (N, classes) it is known, whatever the way."""
+        rank = len(self._shapes.get(path[0], ()))
+        return 1 if rank == 2 else self._axis(path, axis)
 
     def _moved(self, before: str, after: str, axis: int | None) -> int | None:
         """Return where an axis lies behind one node that moves values."""

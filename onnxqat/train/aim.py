@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxqat.data import DataSet
+from onnxqat.data import Batch, DataSet
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
 from onnxqat.model import Model
 from onnxqat.outputs import Output, Scores, outputs_of
 from onnxqat.train.config import Config
-from onnxqat.train.losses import Loss, Part, default_loss, read_loss, variances
+from onnxqat.train.losses import Key, Loss, Part, default_loss, pieces, read_loss, variances
 from onnxqat.train.selection import LOSS, Selection, selection_of
 
 __all__ = [
@@ -66,20 +66,25 @@ def _variances(
     outputs: Sequence[Output],
     training: DataSet,
     config: Config,
-    names: list[str],
-) -> dict[str, float]:
-    """Return the variance of some of the teacher's outputs over some training samples."""
-    if not names:
+    wanted: list[Output],
+) -> dict[Key, float]:
+    """Return the variances of some of the teacher's outputs over some training samples."""
+    if not wanted:
         return {}
     session = model_session(reference, "float", threads=config.threads)
     own = [tensor.name for tensor in reference.graph.outputs]
-    wanted = {ours.name: theirs for ours, theirs in zip(outputs, own, strict=True)}
+    names = {ours.name: theirs for ours, theirs in zip(outputs, own, strict=True)}
     count = max(min(len(training), MEASURED), config.samples)
     chosen = np.unique(np.linspace(0, len(training) - 1, count).astype(np.int64))
-    batches = training.batches(config.samples, indices=chosen, drop_last=True)
+
+    def measured(batch: Batch) -> dict[Key, Any]:
+        values = session.run([names[output.name] for output in wanted], batch.inputs)
+        found = zip(wanted, values, strict=True)
+        return {k: v for output, array in found for k, v in pieces(output, array).items()}
+
     return variances(
-        dict(zip(names, session.run([wanted[n] for n in names], batch.inputs), strict=True))
-        for batch in batches
+        measured(batch)
+        for batch in training.batches(config.samples, indices=chosen, drop_last=True)
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnxqat.model import from_proto
-from onnxqat.outputs import Output, Scores, outputs_of
+from onnxqat.outputs import Joined, Output, Scores, outputs_of
 from onnxqat.prepare import prepare
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
@@ -153,3 +153,36 @@ def test_of_an_index_the_tensor_is_known_that_it_follows_from():
 
     assert (best.learned, best.source) == (False, "y")
     assert best.source_scores == Scores(kind="logits", axis=1)
+
+
+BESIDE = "c = Concat <axis = 1> (a, p)"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        # as YOLOv8: boxes and scores along axis 1
+        ("y = Concat <axis = 1> (a, p) ", {Joined(axis=1, sizes=(4, 5))}),
+        (
+            f"{BESIDE} y = Transpose <perm = [0, 2, 1]> (c) ",
+            {Joined(axis=2, sizes=(4, 5))},
+        ),
+        # as YOLOv5: of several maps, side by side along the positions
+        (
+            f"{BESIDE} t = Transpose <perm = [0, 2, 1]> (c) y = Concat <axis = 1> (t, t) ",
+            {Joined(axis=2, sizes=(4, 5)), Joined(axis=1, sizes=(36, 36))},
+        ),
+        # one of several along the axis says nothing of the others
+        (f"{BESIDE} y = Concat <axis = 1> (c, a) ", {Joined(axis=1, sizes=(9, 4))}),
+        ("y = Concat <axis = 0> (a, a) ", set()),
+        ("y = Add(a, a) ", set()),
+    ],
+)
+def test_parts_that_lie_side_by_side(nodes, expected):
+    (output,) = outputs(
+        "net (float[N, 4, 36] x, float[N, 5, 36] z) => (float[N, K, M] y) "
+        "{ a = Tanh(x) p = Sigmoid(z) " + nodes + "}"
+    )
+
+    assert set(output.joined) == expected
+    assert output.scores is None

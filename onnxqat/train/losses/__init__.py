@@ -5,7 +5,7 @@ model, or a file of recorded outputs, can teach.
 """
 
 from onnxqat.train.losses.add import add_loss
-from onnxqat.train.losses.default import Part, default_loss, variances
+from onnxqat.train.losses.default import Key, Part, default_loss, pieces, variances
 from onnxqat.train.losses.graph import tensor_read
 from onnxqat.train.losses.terms import KINDS, Loss, Term, nearest, parse_loss, read_loss
 from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_of, teacher_input
@@ -15,6 +15,7 @@ __all__ = [
     "LABELS",
     "TENSOR",
     "Arrays",
+    "Key",
     "Loss",
     "Part",
     "Term",
@@ -23,6 +24,7 @@ __all__ = [
     "default_loss",
     "nearest",
     "parse_loss",
+    "pieces",
     "read_loss",
     "teacher_input",
     "tensor_read",

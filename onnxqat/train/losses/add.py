@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxqat.train.losses.graph import attach
-from onnxqat.train.losses.kinds import NODES, check_cross_entropy, cross_entropy
+from onnxqat.train.losses.kinds import NODES, balanced_mse, check_cross_entropy, cross_entropy
 from onnxqat.train.losses.terms import KINDS, Loss, Term
 from onnxqat.train.losses.values import Arrays, NoArrays, Values
 
@@ -93,4 +93,6 @@ def _part(
         target = values.teacher(name)
     else:
         target = values.array(term.array, TensorProto.FLOAT, student.shape)
+    if term.balance is not None:
+        return balanced_mse(graph, student, target, result, term.balance)
     return NODES[term.kind](graph, student, target, result)

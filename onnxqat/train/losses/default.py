@@ -2,25 +2,29 @@
 
 Class scores learn by ``kl``. Everything else learns by ``mse``, divided by the variance of the
 teacher's output, so that boxes in pixels and offsets below one weigh alike: the term is the share
-of the output's variance that is lost.
+of the output's variance that is lost. An output that a Concat puts together of parts of very
+different variance, as boxes and scores, is divided part by part, and the parts' shares are added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.errors import TrainingError
-from onnxqat.outputs import Output, Scores
-from onnxqat.train.losses.terms import Loss, Term, check_options
+from onnxqat.outputs import Joined, Output, Scores
+from onnxqat.train.losses.terms import Balance, Loss, Term, check_options
 
-__all__ = ["Part", "default_loss", "variances"]
+__all__ = ["Key", "Part", "default_loss", "pieces", "variances"]
 
 Array = NDArray[Any]
+Key = tuple[str, Joined | None, int]  # an output, and which part of which parts
+
+UNLIKE = 100.0  # parts whose variances differ by more are of other units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +41,15 @@ class Part:
         What the term is multiplied by.
     reason : str
         Why.
+    balance : Balance or None
+        Weights of its parts.
     """
 
     output: str
     kind: str | None
     weight: float = 1.0
     reason: str
+    balance: Balance | None = None
 
     def __str__(self) -> str:
         """In words."""
@@ -56,7 +63,7 @@ def default_loss(
     outputs: Sequence[Output],
     *,
     labelled: bool,
-    measured: Callable[[list[str]], Mapping[str, float]],
+    measured: Callable[[list[Output]], Mapping[Key, float]],
     label_smoothing: float | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Loss, tuple[Part, ...]]:
@@ -69,7 +76,7 @@ def default_loss(
     labelled : bool
         Whether the data have class labels, which are of the first output.
     measured : callable
-        Returns the variance of the teacher's outputs of some names.
+        Returns the variances of some of the teacher's outputs, and of their parts, see `pieces`.
     label_smoothing, ignore_index
         See `Loss`.
 
@@ -82,10 +89,13 @@ def default_loss(
     if labelled:
         first = Part(output=outputs[0].name, kind="cross-entropy", reason="the labels of the data")
         parts.insert(0, first)
-    spreads = measured([p.output for p in parts if p.kind == "mse"])
-    parts = [_balanced(p, spreads[p.output]) if p.kind == "mse" else p for p in parts]
+    by_name = {output.name: output for output in outputs}
+    spreads = measured([by_name[p.output] for p in parts if p.kind == "mse"])
+    parts = [_balanced(p, by_name[p.output], spreads) if p.kind == "mse" else p for p in parts]
     terms = tuple(
-        Term(kind=p.kind, weight=p.weight, output=p.output) for p in parts if p.kind is not None
+        Term(kind=p.kind, weight=p.weight, output=p.output, balance=p.balance)
+        for p in parts
+        if p.kind is not None
     )
     if not terms:
         raise TrainingError(
@@ -125,23 +135,60 @@ def _described(scores: Scores, output: Output) -> str:
     return f"{classes}{behind} along axis {scores.axis} of its shape"
 
 
-def _balanced(part: Part, variance: float) -> Part:
+def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
+    """Divide a part of the loss by the variance of its output, or of the output's own parts."""
+    variance = spreads[output.name, None, 0]
     if not variance > 0 or not np.isfinite(variance):
-        return Part(
-            output=part.output,
-            kind=None,
-            reason=f"the float model's variance there is {variance:g}, so that it says nothing",
-        )
-    weight = float(f"{1 / variance:.3g}")
-    reason = f"{part.reason}; divided by the float model's variance"
-    return Part(output=part.output, kind="mse", weight=weight, reason=reason)
+        reason = f"the float model's variance there is {variance:g}, so that it says nothing"
+        return replace(part, kind=None, reason=reason)
+    apart = max(
+        output.joined, key=lambda one: _ratio(_of_parts(output, one, spreads)), default=None
+    )
+    if apart is None or _ratio(_of_parts(output, apart, spreads)) <= UNLIKE:
+        reason = f"{part.reason}; divided by the float model's variance"
+        return replace(part, weight=_rounded(1 / variance), reason=reason)
+    length, sizes = sum(apart.sizes), apart.sizes
+    found = zip(sizes, _of_parts(output, apart, spreads), strict=True)
+    # a mean over the part in the place of one over the output
+    weights = tuple(_rounded(length / size / one) if one > 0 else 0.0 for size, one in found)
+    reason = (
+        f"{part.reason}; its parts of {', '.join(map(str, sizes))} along axis {apart.axis} each "
+        "divided by the float model's variance"
+    )
+    balance = Balance(axis=apart.axis, sizes=sizes, weights=weights)
+    return replace(part, reason=reason, balance=balance)
 
 
-def variances(batches: Iterable[Mapping[str, Array]]) -> dict[str, float]:
+def _of_parts(output: Output, joined: Joined, spreads: Mapping[Key, float]) -> list[float]:
+    return [spreads[output.name, joined, i] for i in range(len(joined.sizes))]
+
+
+def _ratio(found: Sequence[float]) -> float:
+    """Return how many times the largest variance is the smallest that is one."""
+    some = [one for one in found if one > 0]
+    return max(some) / min(some) if some else 0.0
+
+
+def _rounded(weight: float) -> float:
+    return float(f"{weight:.3g}")
+
+
+def pieces(output: Output, values: Array) -> dict[Key, Array]:
+    """Return the values of an output, and those of its parts."""
+    found: dict[Key, Array] = {(output.name, None, 0): values}
+    fitting = (one for one in output.joined if values.shape[one.axis] == sum(one.sizes))
+    for joined in fitting:
+        ends = np.cumsum(joined.sizes)[:-1]
+        for i, part in enumerate(np.split(values, ends, axis=joined.axis)):
+            found[output.name, joined, i] = part
+    return found
+
+
+def variances(batches: Iterable[Mapping[Key, Array]]) -> dict[Key, float]:
     """Return the variance over all values of each array, over batches of them."""
-    counts: dict[str, int] = {}
-    means: dict[str, float] = {}
-    squares: dict[str, float] = {}  # sums of squared distances from the mean
+    counts: dict[Key, int] = {}
+    means: dict[Key, float] = {}
+    squares: dict[Key, float] = {}  # sums of squared distances from the mean
     for batch in batches:
         for name, array in batch.items():
             values = array.astype(np.float64)

@@ -23,16 +23,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import TrainingError
 from onnxqat.outputs import Ends, Scores
 from onnxqat.train.fake_quantize import DOMAIN
-from onnxqat.train.losses.terms import Loss
+from onnxqat.train.losses.terms import Balance, Loss
 from onnxqat.train.losses.values import Value
 
-__all__ = ["NODES", "check_cross_entropy", "cross_entropy"]
+__all__ = ["NODES", "balanced_mse", "check_cross_entropy", "cross_entropy"]
 
 SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
 # What is mixed into the probabilities of a Sigmoid on both sides: half a level of 8 bits, below
@@ -46,6 +47,11 @@ MSE: Nodes = [
     ("Sub", ["student", "target"], "difference", {}),
     ("Mul", ["difference", "difference"], "square", {}),
     ("ReduceMean", ["square"], "loss", MEAN),
+]
+BALANCED: Nodes = [
+    *MSE[:2],
+    ("Mul", ["square", "weights"], "weighted", {}),
+    ("ReduceMean", ["weighted"], "loss", MEAN),
 ]
 L1: Nodes = [
     ("Sub", ["student", "target"], "difference", {}),
@@ -188,6 +194,19 @@ def _scores(graph: onnx.GraphProto, student: Value) -> Scores | None:
     if axis is None and rank <= 3:
         axis = rank - 1
     return None if axis is None else Scores(kind="logits", axis=axis)
+
+
+def balanced_mse(
+    graph: onnx.GraphProto, student: Value, target: Value, name: str, balance: Balance
+) -> str:
+    """Add the nodes of mse with a weight for each part, and return the result."""
+    weights = np.repeat(np.array(balance.weights, np.float32), balance.sizes)
+    shape = [1] * len(student.shape)
+    shape[balance.axis] = -1
+    values = numpy_helper.from_array(weights.reshape(shape), f"{name}/weights")
+    graph.initializer.append(values)
+    symbols = {"student": student.name, "target": target.name, "weights": values.name}
+    return _emit(graph, name, BALANCED, symbols)
 
 
 # Of the kinds that compare two values of one shape; each adds its nodes and returns the result.

@@ -24,7 +24,16 @@ from typing import Literal
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model, load_model
 
-__all__ = ["KINDS", "Loss", "Term", "check_options", "nearest", "parse_loss", "read_loss"]
+__all__ = [
+    "KINDS",
+    "Balance",
+    "Loss",
+    "Term",
+    "check_options",
+    "nearest",
+    "parse_loss",
+    "read_loss",
+]
 
 # Each kind, and what it learns from where no array is named.
 KINDS: dict[str, Literal["labels", "teacher", "array"]] = {
@@ -46,6 +55,25 @@ PART = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Weights of the parts of an output, by which its squared differences are multiplied.
+
+    Attributes
+    ----------
+    axis : int
+        Along which the parts lie side by side.
+    sizes : tuple of int
+        How long each one is.
+    weights : tuple of float
+        Of each one.
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Term:
     """One part of a loss.
 
@@ -59,12 +87,15 @@ class Term:
         The output, or ``tensor/NAME``; None for those that the kind reads.
     array : str or None
         The array of the data that it learns from; None for labels or teacher.
+    balance : Balance or None
+        Of ``mse``.
     """
 
     kind: str
     weight: float = 1.0
     output: str | None = None
     array: str | None = None
+    balance: Balance | None = None
 
     @property
     def is_file(self) -> bool:
