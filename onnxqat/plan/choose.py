@@ -22,10 +22,14 @@ INCLUDED_SPEC = "activation"
 
 @dataclass
 class Choice:
-    """Units that are quantized, by name, with their table; the nodes that are not."""
+    """Units that are quantized, by name, with their table; the nodes that are not.
+
+    Those in ``fed_floats`` get floats even where others get what is quantized.
+    """
 
     ops: dict[str, OpRule] = field(default_factory=dict)
     skips: list[Skip] = field(default_factory=list)
+    fed_floats: set[str] = field(default_factory=set)
 
     def skip(self, unit: Unit, reason: str, *, unsupported: bool = False) -> None:
         """Leave every node of a unit float."""
@@ -61,6 +65,7 @@ def choose_ops(
             choice.skip(unit, f"override {by_user}")
         elif unit.name in masks.reasons and not (by_user and by_user.pattern == unit.name):
             choice.skip(unit, masks.reasons[unit.name])
+            choice.fed_floats.update({unit.name} & masks.computing)
         elif by_user is not None:
             choice.ops[unit.name] = rule.ops.get(unit.kind) or _included(rule, unit, by_user)
         else:
@@ -105,6 +110,9 @@ def _by_rule(index: GraphIndex, rule: HardwareRule, unit: Unit, choice: Choice) 
         choice.skip(unit, rule.unsupported[unit.kind], unsupported=True)
     elif exception is not None and exception.kept_float:
         choice.skip(unit, exception.kept_float)
+        if exception.reads_float:
+            choice.fed_floats.add(unit.name)
+            _keep_movers_float(index, unit, choice)
     elif op is not None:
         choice.ops[unit.name] = changed(op, exception)
     elif unit.kind in rule.kept_float:
@@ -113,6 +121,20 @@ def _by_rule(index: GraphIndex, rule: HardwareRule, unit: Unit, choice: Choice) 
         choice.ops[unit.name] = OpRule()
     else:
         choice.skip(unit, f"rule {rule.name} leaves {unit.kind} in float")
+
+
+def _keep_movers_float(index: GraphIndex, unit: Unit, choice: Choice) -> None:
+    """Leave what only moves values to a unit that reads floats float: a runtime sees through it."""
+    frontier = [unit]
+    while frontier:
+        for node in frontier.pop().nodes[0].inputs[0].inputs:
+            mover = index.unit_of[node.name]
+            op = choice.ops.get(mover.name)
+            if op is not None and op.parameters == "passthrough":
+                del choice.ops[mover.name]
+                choice.skip(mover, f"moves values to '{unit.name}', which reads floats")
+                choice.fed_floats.add(mover.name)
+                frontier.append(mover)
 
 
 def _follows_in_a_chain(rule: HardwareRule, unit: Unit) -> bool:

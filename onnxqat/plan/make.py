@@ -58,7 +58,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     choice = choose_ops(index, rule, overrides, masks)
     chains = find_chains(index, rule.fuse, choice.ops)
     _skip_loose_followers(index, rule, choice, chains)
-    marker = Marker(index, rule, choice.ops, chains, masks)
+    marker = Marker(index, rule, choice, chains, masks.drowned)
     marker.mark()
     _apply_overrides(index, rule, marker.drafts, overrides)
     if not marker.drafts:

@@ -9,8 +9,8 @@ from typing import Literal
 import msgspec
 import onnx_graphsurgeon as gs
 
+from onnxqat.plan.choose import Choice
 from onnxqat.plan.graph import GraphIndex, Unit
-from onnxqat.plan.masks import Masks
 from onnxqat.plan.operators import (
     BIAS_INPUT,
     NONNEGATIVE_OPS,
@@ -53,27 +53,27 @@ class Marker:
 
     Parameters
     ----------
-    ops : dict of str to OpRule
-        By name of the unit.
+    choice : Choice
+        What is quantized, and which nodes are fed floats.
     chains : list of tuple of Unit
         What the chip runs as one.
-    masks : Masks
-        Tensors that get no point, and nodes that are fed floats.
+    drowned : set of str
+        Tensors that get no point.
     """
 
     def __init__(
         self,
         index: GraphIndex,
         rule: HardwareRule,
-        ops: dict[str, OpRule],
+        choice: Choice,
         chains: list[tuple[Unit, ...]],
-        masks: Masks,
+        drowned: set[str],
     ) -> None:
         self.index = index
         self.rule = rule
-        self.ops = ops
-        self.drowned = masks.drowned
-        self.fed_floats = masks.computing - ops.keys()
+        self.ops = choice.ops
+        self.fed_floats = choice.fed_floats
+        self.drowned = drowned
         self.heads = {unit.name: chain[0] for chain in chains for unit in chain}
         self.tails = {chain[0].name: chain[1:] for chain in chains}
         self.inner = {chain_unit.outputs[0].name for c in chains for chain_unit in c[:-1]}

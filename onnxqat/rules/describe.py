@@ -90,11 +90,12 @@ def _exception(exception: RuleException) -> str:
     ops = ", ".join(given.pop("op"))
     changes, kept_float = given.pop("changes"), given.pop("kept_float")
     unsupported = given.pop("unsupported")
-    attributes = given.pop("attributes")
+    attributes, reads_float = given.pop("attributes"), given.pop("reads_float")
     where = [f"{k} {v}" for k, v in {**given, **attributes}.items() if v is not None]
     if changes is not None:
         fields = msgspec.structs.asdict(changes).items()
         effect = ", ".join(f"{k} {v}" for k, v in fields if v is not None)
     else:
         effect = f"float: {kept_float}" if kept_float else f"unsupported: {unsupported}"
+        effect += "; reads float" if reads_float else ""
     return f"{ops} with {', '.join(where)}: {effect}"

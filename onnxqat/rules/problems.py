@@ -157,6 +157,8 @@ def _wrong_exceptions(rule: HardwareRule) -> Iterator[Problem]:
         yield from _unknown_ops(path, exception.op)
         if sum(getattr(exception, effect) is not None for effect in EFFECTS) != 1:
             yield Problem(path, "has not exactly one of changes, float, unsupported.")
+        if exception.reads_float and exception.kept_float is None:
+            yield Problem(path, "reads_float goes with float: what is quantized reads integers.")
         if exception.changes is not None:
             yield from _unknown_specs(rule, path, exception.changes)
 

@@ -113,6 +113,9 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Effect: the node stays float, for this reason.
     unsupported : str or None
         Effect: the chip cannot run the node, for this reason.
+    reads_float : bool
+        Of a node that stays ``float``: what it reads is not quantized for it either, because the
+        chip would run it in integers between a DequantizeLinear and a QuantizeLinear.
     """
 
     op: tuple[str, ...]
@@ -128,6 +131,7 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     changes: Changes | None = None
     kept_float: str | None = msgspec.field(default=None, name="float")
     unsupported: str | None = None
+    reads_float: bool = False
 
 
 class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,12 +7,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import FormatError
 from onnxqat.formats.onnxruntime_qdq import integer_model, quantize_bias
-from onnxqat.insert import plan_of, read_params
+from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import to_proto
 from onnxqat.qparams import quantize
-from tests.networks import W4A4, convnet, quantized, samples
+from tests.networks import W4A4, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
 
@@ -83,3 +84,29 @@ def test_first_layer_is_within_one_level_of_the_working_model():
 def test_bias_beyond_int32_is_an_error():
     with pytest.raises(FormatError, match="beyond int32"):
         quantize_bias(np.float32([1.0, 2.0]), np.float32([1e-10, 1.0]), "b")
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("moved", ["", "MaxPool<kernel_shape = [2, 2]>", "Transpose"])
+def test_default_session_resizes_as_the_file_says(mode, moved):
+    """The scales before and behind are equal: the largest value is at a corner."""
+    move = f"t = {moved}(a)" if moved else "t = Relu(a)"
+    network = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]> g (float[4,4,4,4] input) => (float[p,q,r,s] y)
+        <float[4] s = {{1, 1, 2, 2}}> {{ a = Relu(input) {move}
+        d = Resize<mode = "{mode}", coordinate_transformation_mode = "align_corners">(t, , s)
+        y = Add(d, d) }}"""
+    )
+    x = np.random.default_rng(0).uniform(0, 1, (4, 4, 4, 4)).astype(np.float32)
+    x[0, 0, 0, 0] = x[-1, -1, -1, -1] = 2
+    floats, plan = planned(network, "onnxruntime-cpu")
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    exported = to_proto(integer_model(calibrate(empty, [{"input": x}], observer="minmax")))
+    session = ort.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
+    scale = next(t for t in exported.graph.initializer if t.name == "y/scale")
+    level = float(onnx.numpy_helper.to_array(scale))
+    difference = session.run(None, {"input": x})[0] - run_ort(exported, {"input": x})[0]
+
+    assert np.abs(difference).max() < 1.5 * level
+    assert np.mean(np.abs(difference) > 0.5 * level) < 0.01
+    assert ("Resize" in {s.op_type for s in plan.skips}) == (mode != "nearest")
