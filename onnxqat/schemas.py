@@ -1,10 +1,9 @@
 """A node against the operator that it names: how many inputs, which attributes, which ranks.
 
-The counts and the attributes are those of ONNX's schemas. `RANKS`, `FILLED` and the rules for
-windows are narrower than shape inference, which looks at no value: onnxruntime 1.19.2 divides by a
-stride or a group of 0 and reads behind the end of weights of another rank, and with it dies
-whoever asked it. They were found by running some 70 operators with each of their inputs and
-attributes spoiled.
+The counts and the attributes are those of ONNX's schemas. `RANKS`, `FILLED`, `LIMITS` and the
+rules for windows say more: onnxruntime 1.19.2 divides by a stride or a group of 0, and reads
+behind the end of weights of another rank, and with it dies whoever asked it. They were found by
+running some 70 operators with each of their inputs and attributes spoiled.
 """
 
 from __future__ import annotations
@@ -61,10 +60,19 @@ RANKS: dict[str, dict[int, int]] = {
 FILLED: dict[str, tuple[int, ...]] = {
     "Conv": (1, 2),
     "ConvTranspose": (1, 2),
+    "CumSum": (1,),
+    "Einsum": (0, 1),
     "GRU": (0, 1, 2, 3),
     "LSTM": (0, 1, 2, 3),
     "LayerNormalization": (1, 2),
+    "LpNormalization": (0,),
     "RNN": (0, 1, 2, 3),
+}
+# By operator: an integer attribute, and its least and greatest value.
+LIMITS = {
+    "DepthToSpace": ("blocksize", 1, 2**15),
+    "GatherND": ("batch_dims", 0, 63),
+    "SpaceToDepth": ("blocksize", 1, 2**15),
 }
 WINDOWS = ("AveragePool", "Conv", "ConvTranspose", "LpPool", "MaxPool")
 
@@ -172,6 +180,9 @@ def _wrong_attributes(node: NodeProto, facts: _Facts) -> str | None:
             kinds = AttributeProto.AttributeType
             found, right = kinds.Name(attribute.type), kinds.Name(expected)
             return f"has the attribute '{attribute.name}' as {found}; it is {right}"
+        name, least, greatest = LIMITS.get(node.op_type, ("", 0, 0))
+        if attribute.name == name and not least <= attribute.i <= greatest:
+            return f"has the {name} {attribute.i}; it is {least} to {greatest}"
     return None
 
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
@@ -24,12 +23,17 @@ from onnxqat.calls import check_calls
 from onnxqat.errors import ModelError
 from onnxqat.preserve import subgraphs
 from onnxqat.schemas import ATTRIBUTE_LISTS, ATTRIBUTE_SINGLES, Shape, check_node, label
+from onnxqat.texts import check_texts
 
 __all__ = ["check_data", "validate"]
 
 MAX_SUBGRAPH_DEPTH = 32
 MAX_ELEMENTS = 2**40  # of a value: no machine holds more, and below it products stay exact
 KINDS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+INTEGERS = frozenset(
+    getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
+)
+MAX_SMALL = 1024  # elements of a constant whose values are looked at
 TYPES = (None, "tensor_type", "sequence_type", "sparse_tensor_type")
 # Operators that keep the shape of their first input: a weight may come through these.
 KEEPING = ("Cast", "Clip", "DequantizeLinear", "Identity", "QuantizeLinear")
@@ -52,18 +56,15 @@ def validate(proto: onnx.ModelProto, where: str) -> None:
     """
     for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
         _check_depth(nodes, where)
-    with _text(where, "the model's metadata"):
-        for entry in proto.metadata_props:
-            _ = entry.key, entry.value
-        opsets = {entry.domain: entry.version for entry in proto.opset_import}
-        _ = proto.producer_name, proto.producer_version, proto.domain, proto.doc_string
+    check_texts(proto, where)
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    _check_types(proto.graph, where)
     _Validator(where, opsets).check_graph(proto.graph, ChainMap())
     for function in proto.functions:
-        with _text(where, "a function"):
-            own = {entry.domain: entry.version for entry in function.opset_import}
-            inside = f"{where}: function '{function.domain}.{function.name}'"
-            values: dict[str, Shape] = dict.fromkeys(function.input)
+        own = {entry.domain: entry.version for entry in function.opset_import}
+        inside = f"{where}: function '{function.domain}.{function.name}'"
         validator = _Validator(inside, own or opsets, in_function=True)
+        values: dict[str, Shape] = dict.fromkeys(function.input)
         validator.check_nodes(function.node, function.output, values, ChainMap())
     check_calls(proto, where)
 
@@ -79,6 +80,15 @@ def check_data(tensor: TensorProto, where: str) -> None:
         ) from error
 
 
+def _check_types(graph: GraphProto, where: str) -> None:
+    weights = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        kind = value.type.WhichOneof("value") or "tensor_type"
+        typed = kind != "tensor_type" or value.type.tensor_type.elem_type
+        if value.name not in weights and not typed:
+            raise ModelError(f"{where}: input '{value.name}' has no type. Export it with one.")
+
+
 def _check_depth(nodes: Iterable[NodeProto], where: str, depth: int = 0) -> None:
     if depth > MAX_SUBGRAPH_DEPTH:
         raise ModelError(f"{where}: subgraphs nest deeper than {MAX_SUBGRAPH_DEPTH} levels.")
@@ -88,17 +98,6 @@ def _check_depth(nodes: Iterable[NodeProto], where: str, depth: int = 0) -> None
                 _check_depth(subgraph.node, where, depth + 1)
 
 
-@contextmanager
-def _text(where: str, what: str) -> Iterator[None]:
-    """Name what holds bytes that are not text; protobuf finds it where they are looked at."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ModelError(
-            f"{where}: {what} holds {error.object[:60]!r}, which is not UTF-8. Rename it."
-        ) from error
-
-
 class _Validator:
     """Looks at one graph, or one function, and what is nested in it."""
 
@@ -106,33 +105,32 @@ class _Validator:
         self.where = where
         self.opset = opsets.get("", opsets.get("ai.onnx", 0))
         self.in_function = in_function
+        self.integers: dict[str, TensorProto] = {}  # small constants that may divide
 
     def check_graph(self, graph: GraphProto, outer: ChainMap[str, Shape]) -> set[str]:
         """Check a graph, whose nodes may read ``outer``; return what of it they do read."""
         values: dict[str, Shape] = {}
-        with _text(self.where, "an initializer"):
-            for tensor in graph.initializer:
-                self._tensor(tensor)
-                if tensor.name in values:
-                    raise self._error(f"initializer '{tensor.name}' is there twice. Export again.")
-                values[tensor.name] = tuple(tensor.dims)
-            for sparse in graph.sparse_initializer:
-                values[sparse.values.name] = None
-        with _text(self.where, "an input or output"):
-            named = set()
-            for value in graph.input:
-                self._value(value, "input")
-                if not value.name or value.name in named:
-                    raise self._error(f"input '{value.name}' is there twice, or has no name.")
-                named.add(value.name)
-                values.setdefault(value.name, _known_shape(value))
-            for value in graph.output:
-                self._value(value, "output")
-        with _text(self.where, "a value"):
-            for value in graph.value_info:
-                self._value(value, "value")
-            outputs = [value.name for value in graph.output]
-            _ = graph.name, graph.doc_string
+        for tensor in graph.initializer:
+            self._tensor(tensor)
+            if tensor.name in values:
+                raise self._error(f"initializer '{tensor.name}' is there twice. Export again.")
+            values[tensor.name] = tuple(tensor.dims)
+            self._note_integers(tensor.name, tensor)
+        values |= {sparse.values.name: None for sparse in graph.sparse_initializer}
+        named = set()
+        for value in graph.input:
+            if not value.name or value.name in named:
+                raise self._error(f"input '{value.name}' is there twice, or has no name.")
+            named.add(value.name)
+            values.setdefault(value.name, _known_shape(value))
+        for what, listed in (
+            ("input", graph.input),
+            ("output", graph.output),
+            ("value", graph.value_info),
+        ):
+            for value in listed:
+                self._value(value, what)
+        outputs = [value.name for value in graph.output]
         return self.check_nodes(graph.node, outputs, values, outer)
 
     def check_nodes(
@@ -145,10 +143,7 @@ class _Validator:
         """Check the nodes of a graph that has these inputs and initializers."""
         writers = self._writers(nodes, values)
         scope = outer.new_child({**dict.fromkeys(writers), **values})
-        reads: list[set[str]] = []
-        for index, node in enumerate(nodes):
-            with _text(self.where, f"node number {index}"):
-                reads.append(self._node(node, scope))
+        reads = [self._node(node, scope) for node in nodes]
         for output in outputs:
             if output not in scope:
                 raise self._error(f"nothing writes the output '{output}'. Export it again.")
@@ -166,7 +161,6 @@ class _Validator:
                 f"{tensor.data_type}, which ONNX does not have. Export again."
             )
         self._sizes(tensor.name, tensor.dims, negative=False)
-        _ = tensor.doc_string
 
     def _sizes(self, name: str, sizes: Iterable[int], *, negative: bool) -> None:
         sizes = list(sizes)
@@ -193,21 +187,17 @@ class _Validator:
         """Return which node writes a value; none may be written twice."""
         writers: dict[str, int] = {}
         for index, node in enumerate(nodes):
-            with _text(self.where, f"node number {index}"):
-                for name in filter(None, node.output):
-                    if name in values or writers.setdefault(name, index) != index:
-                        text = f"'{name}' is written by more than one node or input."
-                        raise self._error(f"{text} Export it again.")
-                if len(set(filter(None, node.output))) < len(list(filter(None, node.output))):
-                    raise self._error(f"{label(node)} writes one value twice. Export it again.")
+            written = [name for name in node.output if name]
+            if len(set(written)) < len(written):
+                raise self._error(f"{label(node)} writes one value twice. Export it again.")
+            for name in written:
+                if name in values or writers.setdefault(name, index) != index:
+                    text = f"'{name}' is written by more than one node or input."
+                    raise self._error(f"{text} Export it again.")
         return writers
 
     def _node(self, node: NodeProto, scope: ChainMap[str, Shape]) -> set[str]:
         """Check one node; return what it and its subgraphs read."""
-        for name in (node.name, node.op_type, node.domain, *node.input, *node.output):
-            if "\0" in name:
-                raise self._error(f"the name {name!r} holds a NUL. Rename it.")
-        _ = node.doc_string
         read = set(filter(None, node.input))
         for name in read:
             if name not in scope:
@@ -221,10 +211,26 @@ class _Validator:
             for graph in subgraphs(attribute):
                 read |= self.check_graph(graph, scope)
         if node.domain in ("", "ai.onnx"):
+            self._check_division(node)
             check_node(node, self.opset, scope, self.where)
             if node.op_type in KEEPING:
                 scope[node.output[0]] = scope[node.input[0]]
         return read
+
+    def _check_division(self, node: NodeProto) -> None:
+        """Refuse an integer division by a constant 0, which ends onnxruntime's process."""
+        if node.op_type == "Constant" and node.output:
+            self._note_integers(node.output[0], next((a.t for a in node.attribute), TensorProto()))
+        divisor = self.integers.get(node.input[1]) if len(node.input) == 2 else None
+        if divisor is not None and node.op_type in ("Div", "Mod"):
+            check_data(divisor, self.where)
+            if not onnx.numpy_helper.to_array(divisor).all():
+                raise self._error(f"{label(node)} divides by '{node.input[1]}', which holds a 0.")
+
+    def _note_integers(self, name: str, tensor: TensorProto) -> None:
+        inside = tensor.data_location != TensorProto.EXTERNAL
+        if inside and tensor.data_type in INTEGERS and math.prod(tensor.dims) <= MAX_SMALL:
+            self.integers[name] = tensor
 
     def _attribute(self, node: NodeProto, attribute: AttributeProto) -> None:
         """Refuse what graphsurgeon would drop (rare types) or could not write (an empty list)."""
@@ -240,8 +246,6 @@ class _Validator:
         filled = node.op_type == "Constant"  # whose empty lists are an empty tensor
         if kind in ATTRIBUTE_LISTS and not filled and not getattr(attribute, ATTRIBUTE_LISTS[kind]):
             raise self._error(f"{where} is an empty list. Leave it out of the export.")
-        for text in (attribute.s, *attribute.strings):
-            text.decode()  # raises what is caught for the whole node
         if kind == AttributeProto.TENSOR:
             self._tensor(attribute.t)
 

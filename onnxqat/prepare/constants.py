@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxqat.errors import ModelError
-from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
+from onnxqat.prepare.editing import constant_values, dtype_of, is_op, pinned_names, remove_nodes
 
 __all__ = ["lift_constants", "read_typed_weights", "refuse_sparse"]
 
@@ -71,7 +71,9 @@ def read_typed_weights(graph: gs.Graph) -> None:
         if isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues):
             stored = tensor._values.tensor
             typed = isinstance(stored, onnx.TensorProto) and not stored.HasField("raw_data")
-            if typed and stored.data_type != onnx.TensorProto.STRING:  # which has no raw form
+            kind = dtype_of(tensor)
+            # graphsurgeon has no raw form for strings, and a wrong one for halves of bytes
+            if typed and kind is not None and kind.isbuiltin == 1 and kind.kind in "fiub":
                 tensor.values = tensor.values
 
 

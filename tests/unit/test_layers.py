@@ -18,6 +18,7 @@ ORDER = [
     "native",
     "schemas",
     "calls",
+    "texts",
     "validate",
     "external",
     "versions",
