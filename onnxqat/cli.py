@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from onnxqat.commands import COMMANDS
+from onnxqat.commands.outputs import ARGUMENTS
 from onnxqat.errors import OnnxQatError
 
 __all__ = ["main"]
@@ -32,6 +33,11 @@ class _UsageLineError(click.ClickException):
 
 class Group(click.Group):
     """A group whose commands turn our errors into one line on stderr and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words as they were given, and parse them."""
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

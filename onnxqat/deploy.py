@@ -24,7 +24,14 @@ from onnxqat.qparams import QuantParams, quantize
 from onnxqat.rules import load_rule
 from onnxqat.snap import snap_weights
 
-__all__ = ["Deployment", "deployed_model", "read_table", "write_deployment"]
+__all__ = [
+    "MODEL_NAME",
+    "Deployment",
+    "deployed_model",
+    "read_table",
+    "table_names",
+    "write_deployment",
+]
 
 logger = logging.getLogger(__name__)
 

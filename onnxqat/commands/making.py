@@ -16,6 +16,7 @@ from onnxqat.commands.common import (
     renamed,
     take_settings,
 )
+from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import (
     calibration_options,
     data_options,
@@ -65,7 +66,9 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     target = output or renamed(model, "qdq")
     workers = join_workers() if data and not plan_only else Workers()
     if not plan_only:
+        check_apart({"output": target})
         check_writable(target, force=force)
+        hold(target if workers.rank == 0 else None)
     workers.any(False)  # all have looked before one writes
     floats, foreign = read_foreign_qdq(load_model(model))
     given = take_settings(options)
@@ -151,7 +154,9 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
 
     target = output or renamed(model, "calibrated")
     workers = join_workers()
+    check_apart({"output": target})
     check_writable(target, force=force)
+    hold(target if workers.rank == 0 else None)
     workers.any(False)  # all have looked before one writes
     loaded = load_model(model)
     plan_of(loaded)
@@ -186,7 +191,9 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     from onnxqat.model import load_model, save_model
 
     target = output or renamed(model, "qdq")
+    check_apart({"output": target})
     check_writable(target, force=force)
+    hold(target)
     prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
     plan, params = read_table(table, prepared, plan, table=format_name)
     save_model(insert_pairs(prepared, plan, params, state="calibrated"), target, force=force)
@@ -218,7 +225,9 @@ def export(model: str, format_name: str, int4: bool, output: str | None, force: 
     if int4 and format_name == "qoperator":
         raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")
     target = output or renamed(model, "int8")
+    check_apart({"output": target})
     check_writable(target, force=force)
+    hold(target)
     loaded = load_model(model)
     exported = EXPORTS[format_name](loaded)
     if int4:

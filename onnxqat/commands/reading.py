@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from onnxqat.commands.common import (
     take_settings,
     warn_if_unlike_training,
 )
+from onnxqat.commands.outputs import check_apart
 from onnxqat.options import data_options, force_option, json_option, run_options
 
 if TYPE_CHECKING:
@@ -145,9 +147,10 @@ def _print_points(points: Sequence[PointDifference]) -> None:
 def strip(model: str, output: str, format_name: str | None, weights: Any, force: bool,
           as_json: bool) -> None:  # fmt: skip
     """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
-    from onnxqat.deploy import write_deployment
+    from onnxqat.deploy import MODEL_NAME, table_names, write_deployment
     from onnxqat.model import load_model
 
+    check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *table_names())})
     result = write_deployment(
         load_model(model), output, table=format_name, weights=weights, force=force
     )

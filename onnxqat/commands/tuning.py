@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from onnxqat.commands.common import (
     take_settings,
     warn_if_unlike_training,
 )
+from onnxqat.commands.outputs import check_apart, command_line, hold
 from onnxqat.commands.signals import noted_signals
 from onnxqat.options import (
     calibration_options,
@@ -71,9 +73,13 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
 
     target = output or renamed(model, "qat")
     workers = join_workers()
+    kept = f"{target}.checkpoint"
+    check_apart({"output": target, "checkpoint": kept, "log": log, "tensorboard": tensorboard})
     check_writable(target, force=force)
-    checkpoints = _checkpoints(f"{target}.checkpoint", checkpoint_every, resume, force)
     _check_logs(log, tensorboard, force=force or resume)
+    if workers.rank == 0:
+        hold(target, kept, log, tensorboard)
+    checkpoints = _checkpoints(kept, checkpoint_every, resume, force)
     workers.any(False)  # all have looked before one writes
     loaded = load_model(model)
     plan_of(loaded)
@@ -151,11 +157,35 @@ def _check_logs(log: str | None, tensorboard: str | None, *, force: bool) -> Non
 
 def _finish(model: Model, target: str, force: bool, checkpoints: Checkpoints | None) -> None:
     """Write the result; only then is the checkpoint not needed any more."""
+    from onnxqat.errors import OnnxQatError
     from onnxqat.model import save_model
 
-    save_model(model, target, force=force)
+    try:
+        save_model(model, target, force=force)
+    except OnnxQatError as error:
+        raise OnnxQatError(f"{error} {_kept(model, target, checkpoints)}") from error
     if checkpoints:
         checkpoints.remove()
+
+
+def _kept(model: Model, target: str, checkpoints: Checkpoints | None) -> str:
+    """Say where a result is that could not be written to its place."""
+    from onnxqat.errors import OnnxQatError
+    from onnxqat.model import save_model
+
+    options = ("--resume", "--force") if Path(target).exists() else ("--resume",)
+    again = f"with: {command_line(*options)}"
+    if checkpoints and checkpoints.finished and checkpoints.path.is_file():
+        return f"The finished training is kept in {checkpoints.path}. Then write it {again}"
+    try:
+        place = Path(tempfile.mkdtemp(prefix="result-of-onnxqat-")) / Path(target).name
+        save_model(model, place)
+        kept = f"The result is kept in {place}. Move it to where you want it"
+    except (OSError, OnnxQatError) as error:
+        kept = f"Nor could the result be kept elsewhere ({error})"
+    if checkpoints and checkpoints.written and checkpoints.path.is_file():
+        return f"{kept}, or go on from the last checkpoint {again}"
+    return f"{kept}."
 
 
 def _teacher(path: str, student: Model) -> Model:

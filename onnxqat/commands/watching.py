@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from onnxqat.commands.common import print_result
+from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import force_option, json_option, output_option
 
 __all__ = ["report"]
@@ -23,7 +24,9 @@ def report(log: str, output: str | None, force: bool, as_json: bool) -> None:
     from onnxqat.train import check_plotting, read_log, write_report
 
     target = output or str(Path(log).with_suffix(".html"))
+    check_apart({"output": target})
     check_writable(target, force=force)
+    hold(target)
     check_plotting()
     events = read_log(log)
     write_report(target, events, title=Path(log).name, force=force)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from onnxqat.data import DataSet
 from onnxqat.errors import OnnxQatError, TrainingError
+from onnxqat.files import atomic_output
 from onnxqat.model import Model, to_proto
 from onnxqat.train.config import Config
 
@@ -30,6 +33,8 @@ __all__ = [
     "model_identity",
     "settings_identity",
 ]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SAMPLES = 64  # are read to tell whether data are the same
@@ -58,6 +63,11 @@ class Checkpoints:
         or when so much time has passed.
     resume : bool
         Whether the run goes on from the file, which must exist then.
+
+    Attributes
+    ----------
+    written, finished : bool
+        Whether the file is of this run, and whether it is of its end.
     """
 
     def __init__(
@@ -70,8 +80,8 @@ class Checkpoints:
     ) -> None:
         self.path, self.resume = Path(path), resume
         self.steps, self.minutes = steps, minutes
-        # of a fixed name, so that a run that is killed again and again leaves one at most
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self.written = self.finished = False
+        self._warned = False
         self._saved = time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -81,26 +91,39 @@ class Checkpoints:
         return self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
 
     def save(
-        self, identity: Identity, record: msgspec.Struct, arrays: Mapping[str, NDArray[Any]]
-    ) -> None:
-        """Replace the file by the present state, whole or not at all.
+        self,
+        identity: Identity,
+        record: msgspec.Struct,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        finished: bool = False,
+    ) -> bool:
+        """Replace the file by the present state, whole or not at all; return whether it was.
 
-        Raises
-        ------
-        OnnxQatError
-            The file system refuses the write.
+        What keeps the file from being written is told once: training is worth more than its
+        checkpoints.
+
+        Parameters
+        ----------
+        finished : bool
+            Whether the run is at its end.
         """
         document = _Document(identity=identity, record=msgspec.to_builtins(record))
         text = np.frombuffer(json.dumps(msgspec.to_builtins(document)).encode(), np.uint8)
         members: dict[str, Any] = {RECORD: text, **arrays}
         try:
-            with self._partial.open("wb") as file:
+            with atomic_output(self.path, force=True) as temporary, temporary.open("wb") as file:
                 np.savez(file, **members)
-            self._partial.replace(self.path)
-        except OSError as error:
-            message = f"{self.path}: cannot be written ({error.strerror}). Free some space."
-            raise OnnxQatError(message) from error
-        self._saved = time.monotonic()
+        except OnnxQatError as error:
+            if not self._warned:
+                reason = str(error).removesuffix(" Choose another output.")
+                logger.warning("%s Training goes on without this checkpoint.", reason)
+            self._warned = True
+            return False
+        finally:
+            self._saved = time.monotonic()
+        self.written, self.finished = True, finished
+        return True
 
     def load(self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]) -> T:
         """Fill ``arrays`` from the file and return the record.
@@ -126,6 +149,7 @@ class Checkpoints:
                 f"{self.path}: is no checkpoint of this version ({error}). Leave out --resume and "
                 "pass --force to start again."
             ) from error
+        self.written, self.finished = True, bool(document.record.get("finished"))
         return record
 
     def _compare(self, theirs: Identity, ours: Identity) -> None:
@@ -138,9 +162,9 @@ class Checkpoints:
                 )
 
     def remove(self) -> None:
-        """Delete the file, and the half of one that a killed run may have left."""
-        self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
+        """Delete the file."""
+        with suppress(OSError):  # the result is safe
+            self.path.unlink(missing_ok=True)
 
 
 def _uncompressed(path: Path) -> Path:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from onnxqat.errors import OnnxQatError
 from onnxqat.model import Model
 from onnxqat.train.events import Epoch, Event, Note, Resume, Start, Step
 from onnxqat.train.records import Progress
@@ -21,6 +21,8 @@ from onnxqat.train.watch import clipped_shares, scale_drift
 from onnxqat.train.writers import LogWriter, file_writer
 
 __all__ = ["TrainingLog"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
@@ -42,10 +44,8 @@ class TrainingLog:
     tensorboard : str or Path, optional
         A folder of event files. Those that are there are removed, or with ``resume`` continued.
 
-    Raises
-    ------
-    OnnxQatError
-        A file cannot be written, or what writes it is not installed.
+    Files are opened at the first report. One that cannot be written, on a full disk for instance,
+    is left as it is with a warning: training is worth more than its log.
     """
 
     def __init__(
@@ -60,18 +60,13 @@ class TrainingLog:
         tensorboard: str | Path | None = None,
     ) -> None:
         self.start, self.batch, self.every, self.threads = start, batch, every, threads
-        self.note, self.resuming = "", resume
+        self.note, self.resume, self.begun = "", resume, False
         self.writers: list[LogWriter] = []
         if path is not None:
-            self._open("--log", Path(path), file_writer)
+            self.writers.append(file_writer(Path(path), option="--log", resume=resume))
         if tensorboard is not None:
-            self._open("--tensorboard", Path(tensorboard), EventFiles)
-        if not resume:
-            self._write(Start())
-
-    def _open(self, option: str, path: Path, make: Callable[..., LogWriter]) -> None:
-        with _writing(option, path):
-            self.writers.append(make(path, option=option, resume=self.resuming))
+            folder = Path(tensorboard)
+            self.writers.append(EventFiles(folder, option="--tensorboard", resume=resume))
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -82,16 +77,18 @@ class TrainingLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for writer in self.writers:
-            with _writing(writer.option, writer.path):  # what was not written may fail once more
-                writer.close()
+        if self.begun:
+            self._each(lambda writer: writer.close())
 
     def __call__(self, progress: Progress) -> None:
         """Take one report."""
         step, epoch, loss = progress.step, progress.epoch, progress.loss
-        if self.resuming:  # the checkpoint is of the step before, or of the last of the epoch
-            self.resuming = False
-            self._write(Resume(step=step - (progress.validation is None)))
+        if not self.begun:  # only now, so that a run that is refused leaves nothing behind
+            self.begun = True
+            self._each(lambda writer: writer.open())
+            # the checkpoint is of the step before, or of the last of the epoch
+            before = step - (progress.validation is None)
+            self._write(Resume(step=before) if self.resume else Start())
         if progress.note != self.note:
             self.note = progress.note
             self._write(Note(step=step, note=progress.note))
@@ -113,15 +110,20 @@ class TrainingLog:
         )
 
     def _write(self, event: Event) -> None:
-        for writer in self.writers:
-            with _writing(writer.option, writer.path):
-                writer.write(event)
+        self._each(lambda writer: writer.write(event))
 
-
-@contextmanager
-def _writing(option: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"{path}: cannot be written ({error.strerror}). Choose another {option}."
-        raise OnnxQatError(message) from error
+    def _each(self, act: Callable[[LogWriter], None]) -> None:
+        """Let every writer act; one that cannot is told of once, and ends."""
+        for writer in list(self.writers):
+            try:
+                act(writer)
+            except OSError as error:
+                self.writers.remove(writer)
+                with suppress(OSError, AttributeError):  # one that was never opened has no file
+                    writer.close()
+                logger.warning(
+                    "%s: cannot be written (%s). Training goes on without this %s.",
+                    writer.path,
+                    error.strerror,
+                    writer.option,
+                )

@@ -109,12 +109,17 @@ class Loop:
         self.factor = 0.0
         self.kept = values if self.config.ema is None else Flat(values.views)
         self._reset()
+        if self.checkpoints and self.workers.rank == 0:
+            self.identity()  # now, since the data may be gone when a checkpoint is due
         self.record = self._first_record()
-        for line in self.announcement:
-            self.say(line)
-        while not self._train():
-            self._reset()
-            self.record = self._again()
+        if not self.record.finished:
+            for line in self.announcement:
+                self.say(line)
+            while not self._train():
+                self._reset()
+                self.record = self._again()
+            self.record.finished = True
+            self._save()
         record, selection = self.record, self.selection
         said = verdict(record.before, record.tried, record.best_epoch, selection)
         return Finetuned(
@@ -212,11 +217,17 @@ class Loop:
     def _seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def _save(self) -> None:
-        assert self.checkpoints is not None
-        self.record.seconds = self._seconds()
-        if self.workers.rank == 0:
-            self.checkpoints.save(self.identity(), self.record, self._arrays())
+    def _save(self) -> bool:
+        """Write a checkpoint where there is one to be; return whether it was written."""
+        if self.checkpoints is None:
+            return False
+        record = self.record
+        record.seconds = self._seconds()
+        if self.workers.rank != 0:
+            return True
+        return self.checkpoints.save(
+            self.identity(), record, self._arrays(), finished=record.finished
+        )
 
     def _stop_at_start(self) -> None:
         if self.stop():
@@ -227,11 +238,12 @@ class Loop:
         if not self.workers.any(self.stop()):
             return
         where = f"Interrupted at step {self.record.step} of {self.steps}"
-        if self.checkpoints is None:
+        kept = self._save()
+        if self.checkpoints is None or not self.checkpoints.written:
             raise StoppedError(f"{where}. Nothing was kept.")
-        self._save()
+        what = "kept" if kept else "which could not be kept; an earlier step is"
         raise StoppedError(
-            f"{where}, kept in {self.checkpoints.path}. Go on with the same command and --resume."
+            f"{where}, {what} in {self.checkpoints.path}. Go on with the same command and --resume."
         )
 
     def _train(self) -> bool:

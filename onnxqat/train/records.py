@@ -120,6 +120,8 @@ class Record(msgspec.Struct, kw_only=True):
         What was done about a rising loss, and why it ended early.
     seconds : float
         Wall time so far.
+    finished : bool
+        Whether the run is at its end.
     """
 
     before: Evaluation
@@ -133,3 +135,4 @@ class Record(msgspec.Struct, kw_only=True):
     tried: list[tuple[int, Evaluation]] = []
     notes: list[str] = []
     seconds: float = 0.0
+    finished: bool = False

@@ -24,16 +24,16 @@ PATTERN = "events.out.tfevents.*"
 class EventFiles(LogWriter):
     """The event files of a folder; a resumed run adds one, a new run removes the others."""
 
-    def __init__(self, path: Path, *, option: str, resume: bool) -> None:
-        self.path, self.option = path, option
+    def open(self) -> None:
+        """Make the folder, and begin a file in it."""
         writer, self._proto, self._summary = _library()
-        path.mkdir(exist_ok=True)
-        earlier = list(path.glob(PATTERN))
-        if not resume:
+        self.path.mkdir(exist_ok=True)
+        earlier = list(self.path.glob(PATTERN))
+        if not self.resume:
             for file in earlier:
                 file.unlink()
         # numbered, since their time is in whole seconds
-        self._file = writer.EventsWriter(str(path / "events"), f".{len(earlier)}")
+        self._file = writer.EventsWriter(str(self.path / "events"), f".{len(earlier)}")
         self._last = 0
 
     def write(self, event: Event) -> None:

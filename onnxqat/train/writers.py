@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from io import FileIO, StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, cast
 
 import msgspec
 
@@ -15,6 +18,7 @@ from onnxqat.train.events import Epoch, Event, Start, Step, figures, stale_from
 __all__ = ["LogWriter", "file_writer", "read_log"]
 
 LARGEST = 2**28  # bytes of a log that is read
+BLOCK = 2**16  # bytes that the end of the last line is looked for in at once
 
 
 class LogWriter(ABC):
@@ -24,10 +28,18 @@ class LogWriter(ABC):
     ----------
     path, option : Path, str
         What is written, and the option that named it.
+    resume : bool
+        Whether it continues what is there.
+
+    Every method may raise an OSError.
     """
 
-    path: Path
-    option: str
+    def __init__(self, path: Path, *, option: str, resume: bool) -> None:
+        self.path, self.option, self.resume = path, option, resume
+
+    @abstractmethod
+    def open(self) -> None:
+        """Begin the file, or with ``resume`` go on in it."""
 
     @abstractmethod
     def write(self, event: Event) -> None:
@@ -39,11 +51,25 @@ class LogWriter(ABC):
 
 
 class _TextWriter(LogWriter):
-    """A text file, replaced or continued."""
+    """A file of lines, replaced or continued, which never ends within a line."""
 
-    def __init__(self, path: Path, *, option: str, resume: bool) -> None:
-        self.path, self.option = path, option
-        self.file: TextIO = path.open("a" if resume else "w", encoding="utf-8", newline="")
+    file: FileIO
+
+    def open(self) -> None:
+        mode = "r+b" if self.resume and self.path.exists() else "wb"
+        self.file = cast(FileIO, self.path.open(mode, buffering=0))
+        self.file.seek(_end_of_lines(self.file))
+        self.file.truncate()  # a run that was killed may have left half of one
+
+    def append(self, text: str) -> None:
+        """Write lines, all or none."""
+        start, data = self.file.tell(), text.encode()
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError:
+            self.file.truncate(start)
+            raise
 
     def close(self) -> None:
         self.file.close()
@@ -53,24 +79,39 @@ class _JsonLines(_TextWriter):
     """One JSON document per line."""
 
     def write(self, event: Event) -> None:
-        self.file.write(msgspec.json.encode(event).decode() + "\n")
-        self.file.flush()
+        self.append(msgspec.json.encode(event).decode() + "\n")
 
 
 class _Csv(_TextWriter):
     """One number per row; what is logged again after a resumption stands in later rows."""
 
-    def __init__(self, path: Path, **how: Any) -> None:
-        super().__init__(path, **how)
-        self.rows = csv.writer(self.file, lineterminator="\n")
+    def open(self) -> None:
+        super().open()
         if self.file.tell() == 0:
-            self.rows.writerow(("step", "epoch", "name", "value"))
+            self._append_rows([("step", "epoch", "name", "value")])
 
     def write(self, event: Event) -> None:
         if isinstance(event, Step | Epoch):
             where = event.step, event.epoch
-            self.rows.writerows((*where, name, repr(value)) for name, value in figures(event))
-        self.file.flush()
+            self._append_rows((*where, name, repr(value)) for name, value in figures(event))
+
+    def _append_rows(self, rows: Iterable[Sequence[Any]]) -> None:
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        self.append(text.getvalue())
+
+
+def _end_of_lines(file: FileIO) -> int:
+    """Return how many bytes of a file are whole lines."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(end - BLOCK, 0)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def file_writer(path: Path, *, option: str, resume: bool) -> LogWriter:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onnxqat.errors import OnnxQatError, TrainingError
+from onnxqat.errors import TrainingError
 from onnxqat.model import to_proto
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.guard import LossHistory
@@ -256,20 +259,59 @@ def test_a_checkpoint_is_a_plain_archive(kept):
     ]
 
 
-def test_what_a_killed_write_left_is_removed_too(tmp_path):
-    for name in ("a.checkpoint", "a.checkpoint.partial", "b.checkpoint.partial"):
-        (tmp_path / name).write_text("half")
-    Checkpoints(tmp_path / "a.checkpoint").remove()
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the system refuse to make a file larger than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    assert [p.name for p in tmp_path.iterdir()] == ["b.checkpoint.partial"]
 
-
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(kept, tmp_path):
+def test_a_full_disk_is_said_once_and_the_last_checkpoint_stays(kept, tmp_path, caplog):
     (tmp_path / "c").write_bytes(kept.read_bytes())
-    (tmp_path / "c.partial").symlink_to("/dev/full")
     checkpoints = Checkpoints(tmp_path / "c")
-    values = np.zeros(10_000, np.float32)
-    with pytest.raises(OnnxQatError, match=r"c: cannot be written \(No space left"):
-        checkpoints.save({}, LossHistory(window=0), {"values": values})
+    values = {"values": np.zeros(10_000, np.float32)}
+    with largest_file(8000):
+        assert not checkpoints.save({}, LossHistory(window=0), values)
+        assert not checkpoints.save({}, LossHistory(window=0), values)
 
+    (message,) = caplog.messages
+    assert "c: cannot be written (File too large)." in message
+    assert message.endswith("Training goes on without this checkpoint.")
     assert (tmp_path / "c").read_bytes() == kept.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert not checkpoints.written
+    assert checkpoints.save({}, LossHistory(window=0), values)
+    assert checkpoints.written
+
+
+def test_training_goes_on_without_checkpoints(models, data, tmp_path):
+    config, checkpoints = Config(**FAST), Checkpoints(tmp_path / "c", steps=5)
+    whole = finetune(models[2], data, config=config)
+    with largest_file(8000):
+        result = finetune(models[2], data, config=config, checkpoints=checkpoints)
+        with pytest.raises(StoppedError, match=r"Interrupted at step 7 of 24\. Nothing was kept"):
+            finetune(models[2], data, config=config, checkpoints=checkpoints, stop=stop_at(9))
+
+    assert as_bytes(result.model) == as_bytes(whole.model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"patience": 1, "lr": 1e-9, "epochs": 9}])
+def test_a_finished_run_is_kept_and_not_trained_again(models, data, tmp_path, settings):
+    config = Config(**(FAST | settings))
+    whole = finetune(
+        models[2], data, config=config, checkpoints=Checkpoints(tmp_path / "c", steps=5)
+    )
+    told = []
+    checkpoints = Checkpoints(tmp_path / "c", resume=True)
+    again = finetune(models[2], data, config=config, checkpoints=checkpoints, report=told.append)
+
+    assert told == []
+    assert checkpoints.finished
+    assert as_bytes(again.model) == as_bytes(whole.model)
+    assert (again.before, again.after, again.notes) == (whole.before, whole.after, whole.notes)
+    assert (again.epochs, again.best_epoch) == (whole.epochs, whole.best_epoch)

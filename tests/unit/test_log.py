@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
-import errno
-import os
 import re
+import resource
 import sys
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from onnxqat.errors import DataError, OnnxQatError
+from onnxqat.errors import DataError, OnnxQatError, TrainingError
 from onnxqat.train import (
     Checkpoints,
     Config,
@@ -25,6 +25,7 @@ from onnxqat.train import (
     write_report,
 )
 from onnxqat.train.events import Epoch, Note, Resume, Start, Step, figures
+from onnxqat.train.writers import file_writer
 from tests.digits import calibrated_lenet, training_digits
 
 CONFIG = Config(epochs=2, threads=1)  # 200 samples are 11 steps an epoch
@@ -203,20 +204,60 @@ def test_what_is_not_installed_is_said(tmp_path, monkeypatch):
         check_plotting()
 
 
-def test_a_full_disk_under_event_files_is_said(model, data, tmp_path):
+@contextmanager
+def largest_file(size):
+    """Let the system refuse to make a file larger than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# tensorboardX cannot close a file that it cannot write
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_ends_a_log_and_not_the_training(model, data, events, tmp_path, caplog):
     pytest.importorskip("tensorboardX")
-    log = TrainingLog(None, model, {}, every=1, tensorboard=tmp_path / "board")
+    paths = [tmp_path / name for name in ("log.jsonl", "log.csv", "board")]
+    with largest_file(700):
+        run(model, data, (paths[0], paths[2]), (paths[1], None))
+    found = read_log(paths[0])
 
-    def full():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    refused = [f"{p}: cannot be written (File too large). Training goes on" for p in paths]
+    assert sorted(line.partition(" without")[0] for line in caplog.messages) == sorted(refused)
+    assert 1 < len(found) < len(events)
+    assert found == events[: len(found)]
+    rows = paths[1].read_text().splitlines(keepends=True)
+    assert rows[1] == f"3,1,loss,{scalars(events)['loss'][0][1]!r}\n"
+    assert rows[-1].endswith("\n")
+    assert rows[-1].count(",") == 3
+    drawn = shown(paths[2])["loss"]
+    assert drawn == as_float32(scalars(events))["loss"][: len(drawn)]
 
-    flush, log.writers[0]._file.flush = log.writers[0]._file.flush, full
-    with pytest.raises(OnnxQatError, match=r"board: .*No space left.* Choose another --tensorb"):
-        finetune(model, data, config=CONFIG, report=log)
-    with pytest.raises(OnnxQatError, match=r"board: .*No space left"), log:
-        pass
-    log.writers[0]._file.flush = flush
-    log.writers[0].close()
+
+def test_the_half_line_of_a_killed_run_is_dropped(tmp_path):
+    whole = b'{"event":"start"}\n' * 5000  # more than one block
+    for name, before in (("a", whole + b"x" * 70_000), ("b", b"x"), ("c", b""), ("d", whole)):
+        path = tmp_path / name
+        path.write_bytes(before)
+        writer = file_writer(path, option="--log", resume=True)
+        writer.open()
+        assert path.read_bytes() == (whole if before.startswith(whole) else b"")
+        writer.write(Start())
+        writer.close()
+        assert path.read_bytes().startswith(whole if before.startswith(whole) else b"{")
+        assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_run_that_is_refused_leaves_the_log_as_it_was(model, data, tmp_path):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "log").write_text("earlier")
+    for path in (tmp_path / "log", tmp_path / "new"):
+        with pytest.raises(TrainingError, match="too few"):
+            run(model, data, (path, tmp_path / "board"), config=Config(batch_size=500))
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+    assert (tmp_path / "log").read_text() == "earlier"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""What a command writes: never what it reads, and nothing that another run is writing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+__all__ = ["ARGUMENTS", "check_apart", "command_line", "hold"]
+
+ARGUMENTS = "onnxqat.arguments"  # where a context keeps the words of the command line
+
+
+def check_apart(outputs: Mapping[str, str | None]) -> None:
+    """Refuse outputs that are inputs of the running command, or one another.
+
+    Parameters
+    ----------
+    outputs : mapping of str to str
+        Paths by the parameter that named them, or by any other word.
+
+    Raises
+    ------
+    OnnxQatError
+        One would overwrite another file, by whatever path it is named.
+    """
+    from onnxqat.errors import OnnxQatError
+    from onnxqat.locks import same_file
+
+    ctx = click.get_current_context()
+    others = list(_inputs(ctx, outputs))
+    for name, text in outputs.items():
+        if not text:
+            continue
+        path, option = Path(text), _label(ctx, name)
+        for other, source in others:
+            if same_file(path, source) or _is_sample(path, source):
+                raise OnnxQatError(
+                    f"{path}: {option} would overwrite {other} '{source}'. Choose another {option}."
+                )
+        others.append((option, path))
+
+
+def hold(*paths: str | None) -> None:
+    """Keep other runs off these outputs while the running command lives.
+
+    Raises
+    ------
+    OnnxQatError
+        Another run is writing one.
+    """
+    from onnxqat.locks import claimed
+
+    for path in paths:
+        if path:
+            click.get_current_context().with_resource(claimed(path))
+
+
+def command_line(*more: str) -> str:
+    """Return the command line that runs, with more options, for a shell."""
+    words: list[str] = list(click.get_current_context().meta.get(ARGUMENTS, ()))
+    end = words.index("--") if "--" in words else len(words)
+    words[end:end] = [option for option in more if option not in words]
+    return shlex.join(("onnxqat", *words))
+
+
+def _inputs(ctx: click.Context, outputs: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+    """Yield the files and folders there are among a command's arguments, but for the outputs."""
+    for param in ctx.command.params:
+        given = ctx.params.get(param.name or "")
+        for value in given if isinstance(given, tuple) else (given,):
+            if param.name not in outputs and isinstance(value, str):
+                with suppress(OSError, ValueError):  # it is no path
+                    if Path(value).exists():
+                        yield _label(ctx, param.name or ""), Path(value)
+
+
+def _label(ctx: click.Context, name: str) -> str:
+    param = next((param for param in ctx.command.params if param.name == name), None)
+    if param is None:
+        return f"the {name}"
+    return max(param.opts, key=len) if isinstance(param, click.Option) else name.upper()
+
+
+def _is_sample(path: Path, folder: Path) -> bool:
+    """Return whether a file lies in a folder of data, as one of them."""
+    from onnxqat.data.images import is_image
+
+    if not (path.is_file() and folder.is_dir() and path.resolve().is_relative_to(folder.resolve())):
+        return False
+    return is_image(path) or path.suffix.lower() == ".npz"
