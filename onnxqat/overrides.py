@@ -43,7 +43,8 @@ __all__ = ["Override", "parse_override", "read_overrides"]
 
 ROLES = ("weight", "activation", "bias")
 SELECTORS = (*ROLES, "first", "last", "op:", "name:", "between:", "tensor:")
-SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in ("fixed_range", "rounding"))
+NOT_BY_HAND = ("fixed_range", "rounding", "min_scale")
+SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in NOT_BY_HAND)
 KEYS = (*SPEC_KEYS, "spec", "quantize")
 MAX_FILE_BYTES = 2**20
 

@@ -79,6 +79,8 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     min_range : float
         Smallest width of a clipping range, in units of the tensor; keeps the scale of an
         all-zero tensor or channel positive.
+    min_scale : float
+        Smallest scale, whatever the range.
     method : Method or None
         How fine-tuning moves scale and zero_point, see `onnxqat.train.fake_quantize`; None leaves
         it to the run.
@@ -93,6 +95,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     axis: int | None = None
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
+    min_scale: float = 0.0
     method: Method | None = None
 
 
@@ -192,6 +195,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     else:
         width = high.astype(np.float64) - low  # may exceed the largest float32
         scale = (np.maximum(width, floor) / (qmax - qmin)).astype(np.float32)
+    scale = np.maximum(scale, np.float32(spec.min_scale))
     if spec.power_of_two:
         scale = power_of_two(scale)
     if not np.all(scale > 0):

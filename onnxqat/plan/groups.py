@@ -103,4 +103,5 @@ def merged_spec(specs: list[QuantSpec]) -> QuantSpec:
         bits=max(s.bits for s in specs),
         signedness=signedness,
         min_range=max(s.min_range for s in specs),
+        min_scale=max(s.min_scale for s in specs),
     )

@@ -25,7 +25,7 @@ from onnxqat.plan.operators import (
     runs_along,
 )
 from onnxqat.plan.types import Edge, QuantPoint
-from onnxqat.qparams import QuantSpec
+from onnxqat.qparams import FloatArray, QuantSpec
 from onnxqat.rules import HardwareRule, OpRule
 
 __all__ = ["Draft", "Marker"]
@@ -46,6 +46,12 @@ class Draft:
 def _is_parameter(node: gs.Node, index: int) -> bool:
     """Return whether an input is no data: a bias, a shape, limits, slopes."""
     return index == BIAS_INPUT.get(node.op) or (index > 0 and node.op in SINGLE_DATA_INPUT)
+
+
+def _scale_of_constant(values: FloatArray) -> float:
+    """Return the smallest scale at which a constant fits int8, or uint8 where none is negative."""
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    return max(-low / 128, high / 127) if low < 0 else high / 255
 
 
 class Marker:
@@ -146,7 +152,16 @@ class Marker:
             unit.kind in NONNEGATIVE_OPS or clips_from_zero(unit.nodes[-1])
         ):
             spec = msgspec.structs.replace(spec, signedness="unsigned")
+        spec = msgspec.structs.replace(spec, min_scale=self._smallest_scale(unit, spec))
         self._draft(tensor, "activation", spec, edges, f"written by {unit.kind}")
+
+    def _smallest_scale(self, unit: Unit, spec: QuantSpec) -> float:
+        """Return the scale at which an output holds a constant that the chip writes in it."""
+        head = self._head(unit)
+        if self.ops[head.name].constant_scale == "own":
+            return spec.min_scale
+        constants = [t.values for _, _, t in head.inputs() if is_constant(t) and is_float(t)]
+        return max(spec.min_scale, *map(_scale_of_constant, constants), 0.0)
 
     def _draft(
         self, tensor: gs.Tensor, role: Role, spec: QuantSpec, edges: Iterable[Edge], reason: str

@@ -70,6 +70,7 @@ def _op(op: OpRule) -> str:
     words = [f"{k} {v}" for k in ("inputs", "weight", "outputs") if (v := getattr(op, k))]
     words += ["reads the skip side only"] if op.reads == "residual" else []
     words += [f"parameters {op.parameters}"] if op.parameters != "own" else []
+    words += ["constant in the output's scale"] if op.constant_scale == "output" else []
     return ", ".join(words)
 
 

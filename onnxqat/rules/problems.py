@@ -99,6 +99,8 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         return "narrow_range goes with 8 bits or fewer: no runtime clips 16-bit integers."
     if not 0 < spec.min_range < math.inf:
         return f"min_range = {spec.min_range}. Give > 0."
+    if not 0 <= spec.min_scale < math.inf:
+        return f"min_scale = {spec.min_scale}. Give 0 or more."
     if not spec.symmetric and spec.signedness == "from_range":
         return (
             "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or 'unsigned'."

@@ -69,6 +69,9 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ``passthrough``: the outputs share the parameters of input 0; ``unify``: all inputs
         and outputs share one set, which covers them all; ``unify_inputs``: the inputs do;
         ``from_output``: all share one set, measured on the output alone.
+    constant_scale : {"own", "output"}
+        ``output``: the chip writes a constant operand in 8-bit integers of the output's scale, so
+        that the output's range is made to hold it.
     """
 
     inputs: str | None = None
@@ -76,6 +79,7 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weight: str | None = None
     reads: Literal["all", "residual"] = "all"
     parameters: Parameters = "own"
+    constant_scale: Literal["own", "output"] = "own"
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

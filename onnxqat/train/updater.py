@@ -74,6 +74,7 @@ class Updater:
         self.factors = _scale_gradient_factors(plan, params, self.limits, model)
         self.units = self._units(plan, model)
         powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
+        self.floors = _floors(plan, self.limits)
         self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
         self.optimizer = self._optimizer(gradients.buffer.size)
 
@@ -123,11 +124,12 @@ class Updater:
             low, high = self.limits[name.removesuffix("/zero_point")]
             value -= np.float32(rate * (high - low)) * direction
             np.clip(value, low, high, out=value)
-        elif name in self.latents:
-            self.latents[name] *= np.exp(-np.float32(rate) * (direction + np.float32(decay)))
-            value[...] = nearest_power_of_two(self.latents[name])
         else:
-            value *= np.exp(-np.float32(rate) * (direction + np.float32(decay)))
+            moved = self.latents.get(name, value)
+            moved *= np.exp(-np.float32(rate) * (direction + np.float32(decay)))
+            np.maximum(moved, self.floors[name], out=moved)
+            if name in self.latents:
+                value[...] = nearest_power_of_two(moved)
 
     def frozen(self, name: str, step: int) -> bool:
         """Return whether a scale that follows what is observed stays as it is at ``step``."""
@@ -169,6 +171,17 @@ def _limits(plan: QuantPlan, params: dict[str, QuantParams]) -> dict[str, tuple[
         p.parameters: quantized_range(p.spec, signed=params[p.parameters].signed)
         for p in plan.grid_points()
     }
+
+
+def _floors(plan: QuantPlan, limits: dict[str, tuple[int, int]]) -> dict[str, np.float32]:
+    """Return the smallest scale that the rule allows, by name of the scale."""
+    floors: dict[str, np.float32] = {}
+    for point in plan.grid_points():
+        low, high = limits[point.parameters]
+        levels = high if point.spec.symmetric else high - low
+        smallest = max(point.spec.min_range / levels, point.spec.min_scale)
+        floors[f"{point.parameters}/scale"] = np.float32(smallest)
+    return floors
 
 
 def _rms(values: FloatArray, axis: int | None) -> FloatArray:

@@ -8,7 +8,7 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import insert
+from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
@@ -147,6 +147,23 @@ def test_the_rate_follows_the_coarsest_grid(overrides, settings, lr):
 
 def test_a_given_rate_holds_whatever_the_bits(model):
     assert Trained(model, lr=0.5).updater.lr == 0.5
+
+
+def test_a_scale_stays_above_the_floor_of_its_rule():
+    """Whatever the gradient says; the floor of the rule is far below."""
+    model = calibrated("activation.min_range=3.0")
+    trained = Trained(model, scale_lr=0.5)
+    trained.gradients.buffer[...] = 1
+    for step in range(20):
+        trained.gradients.buffer[...] = 1
+        trained.updater.step(1.0, step)
+    values = trained.values.views
+    activations = [p for p in plan_of(model).grid_points() if p.role == "activation"]
+
+    assert values["conv1.weight/scale"].max() < 1e-4
+    for point in activations:
+        levels = 127 if read_params(model)[point.parameters].signed else 255
+        assert values[f"{point.parameters}/scale"] == np.float32(3.0 / levels)
 
 
 def test_later_groups_win(model):

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.cli import main
 from onnxqat.errors import ModelError, PlanError, RuleError
 from onnxqat.evaluate import IntegerProgram, evaluate
@@ -118,6 +118,31 @@ def test_each_node_is_near_fake_quantize(rule, seed):
     weighted = {p.tensor: p.bias_differing for p in program.points}
     assert weighted["c3"] == 0  # it has no bias
     assert weighted["r1"] > 0
+
+
+@pytest.mark.parametrize("constant", [100.0, -100.0, [3.0, -90.0], 0.25])
+@pytest.mark.parametrize(
+    "body", ["y = Sub(k, c)", "y = Sub(c, k)", "d = Sub(k, c) y = Relu(d)", "y = Add(k, c)"]
+)
+def test_compiled_constant_fits_the_scale_of_the_output(body, constant):
+    """The output's values are near to zero, where a constant in its scale would saturate."""
+    values = np.float32(np.reshape(constant, (-1, 1)))
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]> g (float[N,2,4] input) => (float[N,2,4] y)
+        {{ c = MatMul(input, w) {body} }}"""
+    )
+    tensors = {"k": values, "w": np.eye(4, dtype=np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in tensors.items())
+    sign = -1 if "Add" in body else 1
+    x = np.random.default_rng(0).normal(size=(64, 2, 4)).astype(np.float32) + sign * values
+    floats = prepare(from_proto(model))
+    plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    program = IntegerProgram(calibrate(empty, [{"input": x}], observer="minmax"), threads=1)
+    program.run(None, {"input": x})
+    (point,) = [p for p in program.points if p.tensor == "y"]
+
+    assert point.max_levels <= 2
 
 
 def test_counts_are_those_of_the_two_runs():
