@@ -27,7 +27,7 @@ _HOMES = {
     "evaluate": "onnxqat.evaluate",
     "finetune": "onnxqat.train",
     "insert": "onnxqat.insert",
-    "load_model": "onnxqat.model",
+    "load_model": "onnxqat.quantized",
     "load_rule": "onnxqat.rules",
     "make_plan": "onnxqat.plan",
     "open_data": "onnxqat.data",

@@ -255,7 +255,7 @@ def taken_params(model: Model) -> dict[str, QuantParams]:
         return {}
     try:
         names = msgspec.json.decode(model.metadata[TAKEN_KEY], type=list[str])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         message = f"{model.name}: '{TAKEN_KEY}' cannot be read ({error}). Insert again."
         raise ModelError(message) from error
     found = read_params(model)

@@ -15,7 +15,6 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.plan.operators import along_channels
 from onnxqat.qparams import FloatArray, QuantParams, power_of_two
 
 __all__ = ["fit_bias_range", "without_large_biases"]
@@ -93,10 +92,9 @@ def _magnitudes(bias: FloatArray, scale: FloatArray) -> NDArray[np.float64]:
     The groups of a ConvTranspose share the scales between them.
     """
     values = np.abs(np.asarray(bias, np.float64)).reshape(-1)
-    if not scale.ndim:
-        return np.asarray(values.max(initial=0.0))
-    whole = along_channels(values, max(values.size, scale.size))
-    return np.asarray(whole.reshape(-1, scale.size).max(axis=0))
+    if values.size % scale.size:  # one value for all channels
+        return np.full(scale.shape, values.max(initial=0.0))
+    return np.asarray(values.reshape(-1, *scale.shape).max(axis=0, initial=0.0))
 
 
 def without_large_biases(

@@ -57,8 +57,9 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.files import check_writable
     from onnxqat.foreign import read_foreign_qdq
     from onnxqat.insert import plan_of, state_of
-    from onnxqat.model import load_model, save_model
+    from onnxqat.model import save_model
     from onnxqat.parallel import Workers, join_workers
+    from onnxqat.quantized import load_model
     from onnxqat.settings import settle
 
     if data is None:
@@ -149,8 +150,9 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     """Measure the scales of a Q/DQ MODEL on DATA."""
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of
-    from onnxqat.model import load_model, save_model
+    from onnxqat.model import save_model
     from onnxqat.parallel import join_workers
+    from onnxqat.quantized import load_model
 
     target = output or renamed(model, "calibrated")
     workers = join_workers()
@@ -188,7 +190,8 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     from onnxqat.deploy import read_table
     from onnxqat.files import check_writable
     from onnxqat.insert import insert as insert_pairs
-    from onnxqat.model import load_model, save_model
+    from onnxqat.model import save_model
+    from onnxqat.quantized import load_model
 
     target = output or renamed(model, "qdq")
     check_apart({"output": target})
@@ -220,7 +223,8 @@ def export(model: str, format_name: str, int4: bool, output: str | None, force: 
     from onnxqat.files import check_writable
     from onnxqat.formats import EXPORTS, with_int4_weights
     from onnxqat.insert import plan_of
-    from onnxqat.model import load_model, save_model
+    from onnxqat.model import save_model
+    from onnxqat.quantized import load_model
 
     if int4 and format_name == "qoperator":
         raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")

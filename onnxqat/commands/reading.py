@@ -53,8 +53,8 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
              layout: Any, **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
     from onnxqat.evaluate import evaluate as run
-    from onnxqat.model import load_model
     from onnxqat.progress import progress_bar
+    from onnxqat.quantized import load_model
     from onnxqat.rules import load_rule
     from onnxqat.settings import adopt, settle
 
@@ -148,7 +148,7 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
           as_json: bool) -> None:  # fmt: skip
     """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
     from onnxqat.deploy import MODEL_NAME, table_names, write_deployment
-    from onnxqat.model import load_model
+    from onnxqat.quantized import load_model
 
     check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *table_names())})
     result = write_deployment(

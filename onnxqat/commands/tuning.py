@@ -68,7 +68,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
-    from onnxqat.model import load_model
+    from onnxqat.quantized import load_model
     from onnxqat.train import join_workers
 
     target = output or renamed(model, "qat")
@@ -193,8 +193,8 @@ def _teacher(path: str, student: Model) -> Model:
     from onnxqat.errors import ModelError
     from onnxqat.evaluate import check_interface
     from onnxqat.insert import PLAN_KEY
-    from onnxqat.model import load_model
     from onnxqat.prepare import prepare
+    from onnxqat.quantized import load_model
 
     teacher = load_model(path)
     if PLAN_KEY in teacher.metadata:

@@ -113,7 +113,7 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             return msgspec.json.decode(text, type=QuantPlan)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise PlanError(f"The stored plan cannot be read ({error}). Insert again.") from error
 
     def __str__(self) -> str:

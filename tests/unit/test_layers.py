@@ -29,6 +29,7 @@ ORDER = [
     "overrides",
     "plan",
     "insert",
+    "quantized",
     "snap",
     "outputs",
     "foreign",
