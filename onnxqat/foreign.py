@@ -2,9 +2,10 @@
 
 ::
 
-    x -> QuantizeLinear -> DequantizeLinear -> y      =>   x, and its scale and zero_point
-    integers -> DequantizeLinear -> w                 =>   initializer w = (q - zero_point) * scale
+    x -> QuantizeLinear [-> Clip] -> DequantizeLinear -> y   =>   x, its scale, zero_point, range
+    integers [-> Clip] -> DequantizeLinear -> w              =>   w = (q - zero_point) * scale
 
+PyTorch writes a Clip for ranges as 0 to 127, Brevitas for 2 to 7 bits and for -127 to 127.
 onnxruntime.quantization leaves a Relu out where the unsigned integers behind it cut at zero anyway
 (``onnxruntime/python/tools/quantization/operators/activation.py``). The float model needs it: where
 the integers of what a Conv, Gemm, MatMul or Add writes begin at 0.0 and no Relu or Clip follows, a
@@ -15,7 +16,8 @@ to the parameters only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,16 +29,26 @@ from onnxqat.insert import PLAN_KEY, read_params
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import constant_values, remove_nodes
+from onnxqat.prepare.editing import constant_values, is_op, remove_nodes, scalar
 from onnxqat.prepare.folding import evaluate
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.passthrough import remove_passthroughs
-from onnxqat.qparams import QuantParams, choose_qparams, storage_dtype
+from onnxqat.qparams import (
+    QuantParams,
+    QuantSpec,
+    choose_qparams,
+    power_of_two,
+    quantized_range,
+    rounded_levels,
+    storage_dtype,
+)
 
 __all__ = ["ForeignParams", "mark_taken", "read_foreign_qdq", "take_over", "taken_params"]
 
 TAKEN_KEY = "onnxqat.taken_over"
 
+PAIR = ("QuantizeLinear", "DequantizeLinear")
+INTEGER_KINDS = tuple(getattr(onnx.TensorProto, k) for k in ("INT8", "UINT8", "INT16", "UINT16"))
 DOMAINS = (None, "", "ai.onnx", "com.microsoft")
 # Producers whose output may be negative, so that integers from 0.0 upwards say that it is cut.
 CUT_BEHIND = ("Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Sub")
@@ -52,10 +64,13 @@ class ForeignParams:
         Scale and zero_point, of shape () or (C,).
     axis : int or None
         The axis of a scale of shape (C,), not negative.
+    limits : tuple of int
+        The quantized range.
     """
 
     params: QuantParams
     axis: int | None
+    limits: tuple[int, int]
 
 
 def read_foreign_qdq(model: Model) -> tuple[Model, dict[str, ForeignParams]]:
@@ -75,16 +90,21 @@ def read_foreign_qdq(model: Model) -> tuple[Model, dict[str, ForeignParams]]:
     graph = result.graph
     lift_constants(graph)
     found: dict[str, ForeignParams] = {}
-    folded = []
+    folded, clips = [], list[gs.Node]()
     for node in list(graph.nodes):
-        if _is(node, "DequantizeLinear"):
-            if isinstance(node.inputs[0], gs.Constant):
-                _fold_weight(node, found, model.name)
+        if not node.op.endswith("Linear") or not _is(node, node.op):
+            continue
+        _check_operands(node, model.name)
+        if node.op == "DequantizeLinear":
+            between = _clips_before(node)
+            clips += between
+            if isinstance((between[-1] if between else node).inputs[0], gs.Constant):
+                _fold_weight(node, between, found, model.name)
                 folded.append(node)
             else:
-                _take_pair_out(graph, node, found, model.name)
+                _take_pair_out(graph, node, between, found, model.name)
     remove_nodes(graph, folded)
-    _check_rest(graph, model.name)
+    _remove_unread(graph, clips, model.name)
     remove_passthroughs(graph)
     sort_nodes(graph)
     return result, found
@@ -94,47 +114,100 @@ def _is(node: gs.Node, op: str) -> bool:
     return node.op == op and node.domain in DOMAINS
 
 
-def _fold_weight(node: gs.Node, found: dict[str, ForeignParams], where: str) -> None:
-    stored = constant_values(node.inputs[0])
-    read = [constant_values(tensor) for tensor in node.inputs if tensor.name]
-    values = [] if any(v is None for v in read) else evaluate(node, read)
+def _check_operands(node: gs.Node, where: str) -> None:
+    named = [tensor for tensor in node.inputs[:2] if tensor.name]
+    if node.op in PAIR and (len(named) < 2 or len(node.outputs) != 1):
+        raise _refused(where, node, "has no input, no scale or no output")
+
+
+def _clips_before(node: gs.Node) -> list[gs.Node]:
+    """Return the Clips between a DequantizeLinear and its integers, the last one first."""
+    found: list[gs.Node] = []
+    tensor = node.inputs[0]
+    while tensor.inputs and is_op(tensor.inputs[0], "Clip") and tensor.inputs[0] not in found:
+        found.append(tensor.inputs[0])
+        tensor = tensor.inputs[0].inputs[0]
+    return found
+
+
+def _limits(
+    node: gs.Node, clips: list[gs.Node], dtype: np.dtype[Any], where: str
+) -> tuple[int, int]:
+    """Return the quantized range that Clips leave of a type."""
+    info = np.iinfo(dtype)
+    low, high = info.min, info.max
+    for clip in clips:
+        ends = [*clip.inputs[1:3], *[gs.Variable.empty()] * (3 - len(clip.inputs))]
+        given = [scalar(tensor) if tensor.name else None for tensor in ends]
+        if any(t.name and value is None for t, value in zip(ends, given, strict=True)):
+            raise _refused(where, node, f"is behind '{clip.name}', whose limits are no constants")
+        low = low if given[0] is None else max(low, int(given[0]))
+        high = high if given[1] is None else min(high, int(given[1]))
+    if low >= high:
+        raise _refused(where, node, f"is behind a Clip to [{low}, {high}], which leaves no range")
+    return low, high
+
+
+def _fold_weight(
+    node: gs.Node, clips: list[gs.Node], found: dict[str, ForeignParams], where: str
+) -> None:
+    stored = constant_values((clips[-1] if clips else node).inputs[0])
+    others = [constant_values(tensor) for tensor in node.inputs[1:] if tensor.name]
+    values, limits = [], (0, 0)
+    if stored is not None and stored.dtype.kind in "iu" and not any(v is None for v in others):
+        limits = _limits(node, clips, stored.dtype, where)
+        values = evaluate(node, [np.clip(stored, *limits), *others])
     if stored is None or not values:
         raise _refused(where, node, "does not hold 8, 16 or 32-bit integers with a constant scale")
     target = node.outputs[0]
     if stored.dtype != np.int32:
-        found[target.name] = _params(node, stored.dtype, stored.ndim, where)
+        found[target.name] = _params(node, stored.dtype, stored.ndim, limits, where)
     target.to_constant(values[0])
 
 
 def _take_pair_out(
-    graph: gs.Graph, node: gs.Node, found: dict[str, ForeignParams], where: str
+    graph: gs.Graph,
+    node: gs.Node,
+    clips: list[gs.Node],
+    found: dict[str, ForeignParams],
+    where: str,
 ) -> None:
     """Let the DequantizeLinear hand on what the QuantizeLinear reads."""
-    integers = node.inputs[0]
+    integers = (clips[-1] if clips else node).inputs[0]
     quantize = integers.inputs[0] if integers.inputs else None
     if quantize is None or not _is(quantize, "QuantizeLinear"):
         raise _refused(where, node, "is not behind a QuantizeLinear")
+    _check_operands(quantize, where)
     source, target = quantize.inputs[0], node.outputs[0]
     rank = len(source.shape) if source.shape is not None else None
-    pair = [_params(n, _dtype(quantize), rank, where) for n in (quantize, node)]
+    dtype = _dtype(quantize, where)
+    pair = [_params(n, dtype, rank, (0, 0), where) for n in (quantize, node)]
     if not pair[0].params.same_as(pair[1].params):
         raise _refused(where, node, f"has other parameters than '{quantize.name}' before it")
-    _restore_relu(graph, quantize, pair[0])
-    found.setdefault(source.name, pair[0])
-    found.setdefault(target.name, pair[0])  # of a graph output, the name that survives
+    limits = _limits(node, clips, pair[0].params.zero_point.dtype, where)
+    foreign = replace(pair[0], limits=limits)
+    _restore_relu(graph, quantize, node, foreign)
+    found.setdefault(source.name, foreign)
+    found.setdefault(target.name, foreign)  # of a graph output, the name that survives
     node.op, node.domain = "Identity", None
     node.attrs.clear()
     node.inputs = [source]
 
 
-def _dtype(node: gs.Node) -> np.dtype[np.generic]:
+def _dtype(node: gs.Node, where: str) -> np.dtype[np.generic]:
     """Return the type of the integers that a QuantizeLinear writes without a zero_point."""
     kind = node.attrs.get("output_dtype", 0) or onnx.TensorProto.UINT8
+    if kind not in INTEGER_KINDS:
+        raise _refused(where, node, f"writes data type {kind}, which is no 8 or 16-bit integer")
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
 def _params(
-    node: gs.Node, dtype: np.dtype[np.generic], rank: int | None, where: str
+    node: gs.Node,
+    dtype: np.dtype[np.generic],
+    rank: int | None,
+    limits: tuple[int, int],
+    where: str,
 ) -> ForeignParams:
     scale = constant_values(node.inputs[1])
     zero_point = constant_values(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -144,7 +217,9 @@ def _params(
         scale is None
         or zero_point is None
         or scale.dtype != np.float32
+        or zero_point.dtype.name not in ("int8", "uint8", "int16", "uint16")
         or scale.ndim > 1
+        or scale.size == 0
         or not np.all((scale > 0) & np.isfinite(scale))
         or zero_point.size != scale.size
     ):
@@ -154,21 +229,21 @@ def _params(
         axis = node.attrs.get("axis", 1)
         axis = axis + rank if axis < 0 and rank is not None else axis
     params = QuantParams(scale=scale, zero_point=zero_point.reshape(scale.shape))
-    return ForeignParams(params=params, axis=axis)
+    return ForeignParams(params=params, axis=axis, limits=limits)
 
 
-def _restore_relu(graph: gs.Graph, quantize: gs.Node, foreign: ForeignParams) -> None:
+def _restore_relu(
+    graph: gs.Graph, quantize: gs.Node, dequantize: gs.Node, foreign: ForeignParams
+) -> None:
     """Put a Relu before a pair whose integers begin at 0.0, where the producer needs it."""
     source = quantize.inputs[0]
     producer = source.inputs[0] if source.inputs else None
-    lowest = np.iinfo(foreign.params.zero_point.dtype).min
-    pairs = quantize.outputs[0].outputs
-    readers = {reader.op for node in pairs for t in node.outputs for reader in t.outputs}
+    readers = {reader.op for reader in dequantize.outputs[0].outputs}
     if (
         producer is None
         or producer.op not in CUT_BEHIND
         or foreign.params.zero_point.size != 1
-        or int(foreign.params.zero_point.reshape(())) != lowest
+        or int(foreign.params.zero_point.reshape(())) != foreign.limits[0]
         or readers & {"Clip", "Relu"}
         or len(source.outputs) > 1
         or any(t is source for t in graph.outputs)
@@ -179,14 +254,15 @@ def _restore_relu(graph: gs.Graph, quantize: gs.Node, foreign: ForeignParams) ->
     graph.nodes.append(gs.Node("Relu", f"{source.name}/Relu", {}, [uncut], [source]))
 
 
-def _check_rest(graph: gs.Graph, where: str) -> None:
-    """Remove QuantizeLinear nodes without readers; refuse one that has some."""
+def _remove_unread(graph: gs.Graph, clips: list[gs.Node], where: str) -> None:
+    """Remove what stood before a DequantizeLinear; refuse it where it has other readers."""
     outputs = {tensor.name for tensor in graph.outputs}
-    left = [node for node in graph.nodes if _is(node, "QuantizeLinear")]
-    for node in left:
-        if node.outputs[0].outputs or node.outputs[0].name in outputs:
-            raise _refused(where, node, "feeds integers to other nodes")
-    remove_nodes(graph, left)
+    quantizes = [node for node in graph.nodes if _is(node, "QuantizeLinear")]
+    for group in ([clip for clip in clips if clip.outputs], quantizes):
+        for node in {id(node): node for node in group}.values():
+            if node.outputs[0].outputs or node.outputs[0].name in outputs:
+                raise _refused(where, node, "feeds integers to other nodes")
+            remove_nodes(graph, [node])
 
 
 def _refused(where: str, node: gs.Node, reason: str) -> ModelError:
@@ -213,35 +289,52 @@ def take_over(
     ignored = []
     for point in plan.grid_points():
         if point.tensor in foreign:
-            axis = point.spec.axis
-            channels = None if axis is None else tensors[point.tensor].shape[axis]
-            params = _fitting(point, foreign[point.tensor], channels)
+            params = _fitting(point, foreign[point.tensor], tensors[point.tensor])
             if params is None or not taken.setdefault(point.parameters, params).same_as(params):
                 ignored.append(point.tensor)
     return taken, ignored
 
 
-def _fitting(point: QuantPoint, foreign: ForeignParams, channels: int | None) -> QuantParams | None:
+def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> QuantParams | None:
     """Return the parameters, of shape () or (channels,), if they fit the point's spec."""
     spec, params = point.spec, foreign.params
+    channels = None if spec.axis is None else tensor.shape[spec.axis]
     kind = "signed" if params.signed else "unsigned"
     if (
         spec.signedness not in (kind, "from_range")
-        or spec.bits not in (8, 16)
         or params.zero_point.dtype != storage_dtype(spec, signed=params.signed)
         or (spec.symmetric and np.any(params.zero_point))
         or params.scale.size != (channels or 1)
         or (params.scale.size > 1 and foreign.axis != spec.axis)
+        or (spec.power_of_two and not np.array_equal(power_of_two(params.scale), params.scale))
     ):
         return None
     shape = () if channels is None else (channels,)
     fitted = QuantParams(
         scale=params.scale.reshape(shape), zero_point=params.zero_point.reshape(shape)
     )
+    if not _same_range(fitted, spec, foreign.limits, tensor):
+        return None
     if spec.fixed_range is None:
         return fitted
     forced = choose_qparams(np.zeros(shape, np.float32), np.ones(shape, np.float32), spec)
     return fitted if forced.same_as(fitted) else None
+
+
+def _same_range(
+    params: QuantParams, spec: QuantSpec, limits: tuple[int, int], tensor: gs.Tensor
+) -> bool:
+    """Whether a spec makes the integers that a range of another tool makes.
+
+    Those of a constant may be one level off, where one tool leaves the lowest integer out.
+    """
+    limits_of_spec = quantized_range(spec, signed=params.signed)
+    values = constant_values(tensor)
+    if values is None or limits_of_spec == limits:
+        return limits_of_spec == limits
+    levels = rounded_levels(values, params, spec)
+    differences = np.clip(levels, *limits_of_spec) - np.clip(levels, *limits)
+    return bool(np.abs(differences).max(initial=0) <= 1)
 
 
 def mark_taken(model: Model, names: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from onnxqat.insert import PLAN_KEY, plan_of, state_of
 from onnxqat.model import Model
 from onnxqat.model import load_model as load_any
 from onnxqat.plan import Edge, QuantPlan, QuantPoint
+from onnxqat.plan.operators import biased_node
 from onnxqat.prepare.constants import lift_constants
 from onnxqat.prepare.editing import constant_values, is_op, names_in_subgraphs
 from onnxqat.qparams import WIDTHS, QuantParams, quantized_range, storage_dtype
@@ -236,5 +237,8 @@ class _Checker:
             self.wrong(bias.tensor, "is a bias of what has no points in the stored plan")
 
     def _reads(self, edge: Edge, tensor: str) -> bool:
-        inputs = self.nodes[edge.node].inputs if edge.node in self.nodes else ()
-        return 0 <= edge.index < len(inputs) and inputs[edge.index].name == tensor
+        """Return whether a node takes a tensor as the bias of a product."""
+        node = self.nodes.get(edge.node)
+        if node is None or not 0 <= edge.index < len(node.inputs):
+            return False
+        return node.inputs[edge.index].name == tensor and biased_node(node, edge.index) is not None

@@ -19,7 +19,7 @@ from onnxqat.errors import FormatError
 from onnxqat.insert import check_calibrated, forget_plan, plan_of, read_params
 from onnxqat.model import Model, constant
 from onnxqat.plan import QuantPoint
-from onnxqat.plan.operators import BIAS_INPUT, along_channels, bias_channels, runs_along
+from onnxqat.plan.operators import along_channels, bias_channels, biased_node, runs_along
 from onnxqat.qparams import FloatArray, QuantParams, quantize
 from onnxqat.snap import snap_weights
 
@@ -132,9 +132,9 @@ def _store_bias(
     edge = bias.consumers[0]
     name = f"{edge.node}/bias"  # a bias may be shared; its scale is that of this node
     reader = nodes[edge.node]
-    weighted = reader if reader.op in BIAS_INPUT else reader.inputs[1 - edge.index].inputs[0]
+    weighted = biased_node(reader, edge.index)
     _, weight = bias.derived_from or ("", "")
-    channels = bias_channels(weighted, tensors[weight].values.shape)
+    channels = bias_channels(weighted, tensors[weight].values.shape) if weighted else None
     if channels is None or not runs_along(values.shape, channels):
         return  # a file of an earlier version; the bias stays float
     values = along_channels(values, channels)  # the one shape that every kernel takes

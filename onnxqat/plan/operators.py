@@ -16,6 +16,7 @@ __all__ = [
     "WEIGHTED_OPS",
     "along_channels",
     "bias_channels",
+    "biased_node",
     "channel_axis",
     "clips_from_zero",
     "is_bias_add",
@@ -64,6 +65,19 @@ def bias_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
     if node.op == "MatMul":
         return None if len(shape) < 2 else shape[-1]
     return shape[1] * int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else shape[0]
+
+
+def biased_node(node: gs.Node, index: int) -> gs.Node | None:
+    """Return the weighted node whose bias is input ``index`` of ``node``, if there is one.
+
+    It is the node itself, or the MatMul whose product an Add takes.
+    """
+    if index == BIAS_INPUT.get(node.op):
+        return node
+    if node.op != "Add" or len(node.inputs) != 2:
+        return None
+    producers = node.inputs[1 - index].inputs
+    return producers[0] if producers and producers[0].op == "MatMul" else None
 
 
 def runs_along(shape: Sequence[int], channels: int) -> bool:

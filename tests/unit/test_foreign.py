@@ -22,6 +22,7 @@ from onnxqat.errors import ModelError
 from onnxqat.foreign import read_foreign_qdq, take_over
 from onnxqat.insert import insert, plan_of, read_params, state_of, strip
 from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
@@ -266,3 +267,137 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path: Path) -> None:
     assert np.array_equal(params["w"].scale, stored["ws"])
     assert float(params["x"].scale) == pytest.approx((batch.max() - batch.min()) / 255)
     assert plan_of(calibrated).rule == "onnxruntime-cpu"
+
+
+# --- a Clip between the pair: PyTorch's 0 to 127, Brevitas' fewer bits ------------------------
+
+
+def clipped(limits: tuple[int, int], dtype: Any, *, stored: bool = False) -> onnx.ModelProto:
+    """Q, Clip, DQ around x, w and y; the weight may be stored as integers before its Clip."""
+    rng = np.random.default_rng(0)
+    low, high = limits
+    zero_point = dtype(low if np.iinfo(dtype).min == 0 else 0)
+    weights = {
+        "w": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "q": rng.integers(-128, 127, (4, 3, 3, 3)).astype(np.int8),
+        "low": dtype(low),
+        "high": dtype(high),
+        "wlow": np.int8(-high if low else -64),
+        "whigh": np.int8(high if low else 63),
+        "s": np.float32(0.03),
+        "z": zero_point,
+        "ws": rng.uniform(0.02, 0.05, 4).astype(np.float32),
+        "wz": np.zeros(4, np.int8),
+    }
+    nodes = []
+
+    def pair(name: str, target: str, source: str | None = None) -> None:
+        weight = name == "w"
+        scale, zero = ("ws", "wz") if weight else ("s", "z")
+        attributes = {"axis": 0} if weight else {}
+        # PyTorch leaves out the end that is that of the type
+        ends = ["wlow", "whigh"] if weight else ["" if low == 0 else "low", "high"]
+        if source is None:
+            operands = [name, scale, zero]
+            nodes.append(
+                helper.make_node(
+                    "QuantizeLinear", operands, [f"{name}_q"], f"{name}_Q", **attributes
+                )
+            )
+        nodes.append(helper.make_node("Clip", [source or f"{name}_q", *ends], [f"{name}_c"]))
+        operands = [f"{name}_c", scale, zero]
+        nodes.append(helper.make_node("DequantizeLinear", operands, [target], **attributes))
+
+    pair("x", "xd")
+    pair("w", "wd", "q" if stored else None)
+    nodes.append(helper.make_node("Conv", ["xd", "wd"], ["c"]))
+    pair("c", "y")
+    read = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        "clipped",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4, 6, 6])],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items() if n in read],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+RANGES = [
+    ((0, 127), np.uint8, 7, {}),
+    ((0, 3), np.uint8, 2, {}),
+    ((0, 15), np.uint8, 4, {}),
+    ((-127, 127), np.int8, 8, {"narrow_range": "true"}),
+    ((-8, 7), np.int8, 4, {}),
+    ((-7, 7), np.int8, 4, {"narrow_range": "true"}),
+    ((-2, 1), np.int8, 2, {}),
+]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["float weight", "integer weight"])
+@pytest.mark.parametrize(("limits", "dtype", "bits", "fields"), RANGES)
+def test_a_clip_between_a_pair_is_its_quantized_range(
+    limits: tuple[int, int], dtype: Any, bits: int, fields: dict[str, str], stored: bool
+) -> None:
+    theirs = clipped(limits, dtype, stored=stored)
+    floats, foreign = read_foreign_qdq(from_proto(theirs))
+    assert not {"QuantizeLinear", "DequantizeLinear", "Clip"} & {n.op for n in floats.graph.nodes}
+    assert foreign["x"].limits == foreign["y"].limits == limits
+    signedness = "signed" if dtype is np.int8 else "unsigned"
+    changes = {"bits": str(bits), "signedness": signedness} | fields
+    weight = {"bits": "7" if limits[0] == 0 else str(bits)}
+    weight |= {"narrow_range": "true"} if limits[0] else {}
+    texts = [f"activation.{k}={v}" for k, v in changes.items()]
+    texts += [f"weight.{k}={v}" for k, v in weight.items()]
+    prepared = prepare(floats)
+    parsed = [parse_override(text) for text in texts]
+    plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"), parsed)
+    taken, ignored = take_over(plan, prepared.graph, foreign)
+    assert (ignored, len(taken)) == ([], 3)
+    ours = to_proto(insert(prepared, plan, taken, state="calibrated"))
+    x = {"x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32) * 3}
+    assert np.array_equal(run_ort(ours, x)[0], run_ort(theirs, x)[0])
+
+
+def test_a_range_that_the_rule_does_not_have_does_not_fit() -> None:
+    floats, foreign = read_foreign_qdq(from_proto(clipped((0, 127), np.uint8)))
+    prepared = prepare(floats)
+    plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"))
+
+    assert sorted(take_over(plan, prepared.graph, foreign)[1]) == ["w", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("node", "index", "tensor", "message"),
+    [
+        ("x_q", 0, "", "x_Q' has no input, no scale"),
+        ("x_q", 1, "", "x_Q' has no input, no scale"),
+        ("xd", 1, "", "xd' has no input, no scale"),
+        ("x_c", 1, "x_q", "xd' is behind 'Clip_.*', whose limits are no constants"),
+        ("x_c", 2, "low", "leaves no range"),
+        ("xd", 1, "ws", "xd' has no positive float32 scale"),
+        ("c", 0, "x_c", "feeds integers to other nodes"),
+        ("c", 0, "x_q", "feeds integers to other nodes"),
+    ],
+)
+def test_a_pair_that_is_none_is_named(node: str, index: int, tensor: str, message: str) -> None:
+    proto = clipped((-127, 127), np.int8)
+    for i, other in enumerate(proto.graph.node):
+        other.name = other.name or f"{other.op_type}_{i}"
+        if other.output[0] == "xd":
+            other.name = "xd"
+    edited = next(n for n in proto.graph.node if n.output[0] == node)
+    edited.input[index] = tensor
+    if not tensor:  # of ONNX's own domain, loading refuses it
+        edited.domain = "com.microsoft"
+        proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(ModelError, match=message):
+        read_foreign_qdq(from_proto(proto))
+
+
+def test_a_scale_that_is_no_power_of_two_does_not_fit_a_rule_of_shifts() -> None:
+    floats, foreign = read_foreign_qdq(from_proto(pytorch()))
+    prepared = prepare(floats)
+    plan = make_plan(prepared.graph, load_rule("esp32-p4"))
+
+    assert take_over(plan, prepared.graph, foreign)[0] == {}
