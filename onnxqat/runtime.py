@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from onnxqat.errors import DataError, ModelError, OnnxQatError
 
-__all__ = ["Optimization", "Session", "TensorReader", "UnknownOpError", "open_session"]
+__all__ = ["Optimization", "Session", "UnknownOpError", "open_session"]
 
 # all: what a user's runtime does; basic: only rewrites that keep every value bit for bit;
 # none: node by node as the file says.
@@ -198,40 +197,3 @@ def open_session(
                 outputs.setdefault(node.op_type, []).append(node.output[0])
         model = model.SerializeToString()
     return Session(name, model, options, outputs)
-
-
-class TensorReader:
-    """A session that returns tensors of a model by name, inner ones too.
-
-    Parameters
-    ----------
-    model : onnx.ModelProto
-        Not changed but for its outputs: those of ``names`` that it lacks are added.
-    names : iterable of str
-        What to read; a graph input is none of them.
-    optimization, threads, name
-        As `open_session`.
-    """
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        names: Iterable[str],
-        *,
-        optimization: Optimization,
-        threads: int = 0,
-        name: str = "the model",
-    ) -> None:
-        self.names = list(names)
-        present = {value.name for value in model.graph.output}
-        added = (onnx.ValueInfoProto(name=name) for name in self.names if name not in present)
-        model.graph.output.extend(added)
-        self.session = open_session(model, optimization=optimization, threads=threads, name=name)
-        self._inputs = {value.name for value in self.session.get_inputs()}
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the tensors for one batch; inputs that none of them needs may be among these."""
-        if not self.names:  # a session that is asked for nothing returns all of its outputs
-            return {}
-        feeds = {name: values for name, values in inputs.items() if name in self._inputs}
-        return dict(zip(self.names, self.session.run(self.names, feeds), strict=True))

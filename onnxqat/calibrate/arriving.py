@@ -13,13 +13,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.data import DataSet
+from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
 from onnxqat.insert import PLAN_KEY, strip
 from onnxqat.model import Model
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.statistics import Statistics, statistics_of
 from onnxqat.prepare.unused import remove_unused
-from onnxqat.runtime import TensorReader
 
 __all__ = ["unlike_training"]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxqat.calibrate.biases import fit_bias_range
 from onnxqat.calibrate.observers import OBSERVERS, Observer, Range, weight_range
 from onnxqat.data import Batch
+from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
 from onnxqat.foreign import taken_params
 from onnxqat.insert import plan_of, state_of, strip, with_params
@@ -21,7 +22,6 @@ from onnxqat.model import Model, to_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, choose_qparams
-from onnxqat.runtime import TensorReader
 
 __all__ = ["calibrate", "placeholder_params", "resolved_plan"]
 

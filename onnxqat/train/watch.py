@@ -9,11 +9,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.ends import TensorReader
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import QuantParams, quantized_range, rounded_levels
-from onnxqat.runtime import TensorReader
 
 __all__ = ["clipped_shares", "scale_drift"]
 

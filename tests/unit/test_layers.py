@@ -24,6 +24,7 @@ ORDER = [
     "versions",
     "model",
     "runtime",
+    "ends",
     "rules",
     "prepare",
     "overrides",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxqat.ends import TensorReader
 from onnxqat.errors import DataError, ModelError
-from onnxqat.runtime import TensorReader, UnknownOpError, open_session
+from onnxqat.runtime import UnknownOpError, open_session
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.ends import TensorReader
 from onnxqat.evaluate.integer.build import build_steps
 from onnxqat.evaluate.integer.compare import Counts, PointDifference
 from onnxqat.evaluate.integer.grid import Grid
@@ -16,7 +17,6 @@ from onnxqat.evaluate.integer.steps import ProductStep, Step, Values
 from onnxqat.insert import check_calibrated, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.rules import HardwareRule, load_rule
-from onnxqat.runtime import TensorReader
 
 __all__ = ["IntegerProgram"]
 
