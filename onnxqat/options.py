@@ -270,6 +270,11 @@ training_options = _options(
         type=click.IntRange(1),
         help="End after so many epochs without a better state.",
     ),
+    click.option(
+        "--force-labels",
+        is_flag=True,
+        help="Train on labels that the float model hardly ever meets, too.",
+    ),
     click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
 )
 checkpoint_options = _options(

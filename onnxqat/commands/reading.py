@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,8 +25,11 @@ from onnxqat.options import data_options, force_option, json_option, run_options
 
 if TYPE_CHECKING:
     from onnxqat.evaluate import Evaluation, PointDifference
+    from onnxqat.model import Model
 
 __all__ = ["evaluate", "strip"]
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -76,11 +80,24 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
             result = run(loaded, samples.batches(size), mode=mode, against=reference,
                          rule=load_rule(rules) if rules else None, threads=threads,
                          progress=advance)  # fmt: skip
+    if result.doubt is not None:
+        _warn_of_labels(loaded, result, mode)
     _print_evaluation(result, mode, reference is not None or mode == "integer", as_json)
     if max_drop is not None:
         drop = result.reference["top1"] - result.metrics["top1"]
         if not drop <= max_drop:
             raise click.ClickException(f"top1 dropped by {drop:.4f}, more than {max_drop:g}.")
+
+
+def _warn_of_labels(model: Model, result: Evaluation, mode: str) -> None:
+    """Say that the labels can hardly be the model's own."""
+    from onnxqat.evaluate.labels import CAUSES
+    from onnxqat.insert import PLAN_KEY
+
+    judged = "the reference" if result.reference else model.name
+    rounded = PLAN_KEY in model.metadata and mode != "float" and not result.reference
+    other = " Or the quantization costs it: --mode float leaves that out." if rounded else ""
+    logger.warning("%s %s. %s%s", judged, result.doubt, CAUSES, other)
 
 
 def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bool) -> None:

@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from logging import INFO, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     from onnxqat.quantized import load_model
     from onnxqat.train import join_workers
 
+    # how right the float model is on the labels is no detail
+    getLogger("onnxqat.train.validation").setLevel(INFO)
     target = output or renamed(model, "qat")
     workers = join_workers()
     kept = f"{target}.checkpoint"

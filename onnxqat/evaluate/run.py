@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
+from onnxqat.evaluate.labels import Hits, doubt
 from onnxqat.evaluate.likeness import Likeness, OutputFigures
 from onnxqat.insert import PLAN_KEY, check_calibrated, strip
 from onnxqat.model import Model, to_proto
@@ -65,6 +66,10 @@ class Evaluation:
         Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
     loss : float or None
         What training lowers, where a state is chosen by it.
+    classes : int or None
+        How many the model tells apart; None without labels.
+    confidence, reference_confidence : float or None
+        Mean of the largest probability, of the model and the reference; None without labels.
     """
 
     samples: int
@@ -75,6 +80,22 @@ class Evaluation:
     points: tuple[PointDifference, ...] = ()
     loss: float | None = None
     outputs: tuple[OutputFigures, ...] = ()
+    classes: int | None = None
+    confidence: float | None = None
+    reference_confidence: float | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the labels cannot be the model's own, see `onnxqat.evaluate.labels`.
+
+        It is the reference that is judged, if there is one: it may be float.
+        """
+        figures, confidence = self.metrics, self.confidence
+        if self.reference:
+            figures, confidence = self.reference, self.reference_confidence
+        if "top1" not in figures:
+            return None
+        return doubt(figures["top1"], self.samples, self.classes or 0, confidence)
 
 
 class _Runner(Protocol):
@@ -206,8 +227,7 @@ class _Counts:
 
     def __init__(self, model: Model) -> None:
         self.samples = 0
-        self.correct: dict[str, int] = {}
-        self.reference: dict[str, int] = {}
+        self.hits, self.reference = Hits(), Hits()
         self.likeness = [Likeness(output) for output in outputs_of(model.graph)]
         self.compared = False
 
@@ -220,12 +240,12 @@ class _Counts:
         rows = batch.indices if isinstance(batch, Batch) else next(iter(batch.inputs.values()))
         self.samples += len(rows)
         if batch.labels is not None:
-            _count_labels(outputs[0], batch.labels, self.correct)
+            self.hits.add(outputs[0], batch.labels)
         if expected is None:
             return
         self.compared = True
         if batch.labels is not None:
-            _count_labels(expected[0], batch.labels, self.reference)
+            self.reference.add(expected[0], batch.labels)
         for likeness, ours, theirs in zip(self.likeness, outputs, expected, strict=True):
             likeness.add(ours, theirs)
 
@@ -237,30 +257,13 @@ class _Counts:
         differences = [o.max_abs_diff for o in outputs if o.max_abs_diff is not None]
         return Evaluation(
             samples=self.samples,
-            metrics={name: hits / self.samples for name, hits in self.correct.items()},
-            reference={name: hits / self.samples for name, hits in self.reference.items()},
+            metrics=self.hits.fractions,
+            reference=self.reference.fractions,
             agreement=agreements[0] if agreements else None,
             # Python's own max can lose a NaN
             max_abs_diff=float(np.max(differences)) if differences else None,
             outputs=outputs,
+            classes=self.hits.classes or None,
+            confidence=self.hits.confidence,
+            reference_confidence=self.reference.confidence,
         )
-
-
-def _count_labels(scores: NDArray[Any], labels: NDArray[np.int64], correct: dict[str, int]) -> None:
-    """Add the hits of one batch to ``correct``."""
-    if scores.ndim != 2:
-        raise DataError(
-            f"Top-1 needs an output of shape (N, classes); the first output is "
-            f"{scores.shape}. Evaluate with --label none and --against."
-        )
-    classes = scores.shape[1]
-    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
-        raise DataError(
-            f"Labels reach from {labels.min()} to {labels.max()}; the model has {classes} "
-            f"classes, 0 to {classes - 1}. Check the labels."
-        )
-    ranking = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")
-    for name, depth in (("top1", 1), ("top5", 5)):
-        if depth == 1 or classes >= 10:
-            hits = int((ranking[:, :depth] == labels[:, None]).any(axis=1).sum())
-            correct[name] = correct.get(name, 0) + hits

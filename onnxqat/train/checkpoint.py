@@ -184,6 +184,7 @@ def settings_identity(config: Config) -> Identity:
     """Return the hyper-parameters by the names of their options."""
     settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
     settings["group"] = settings.pop("groups")
+    del settings["force_labels"]  # changes nothing of a run that goes on
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 

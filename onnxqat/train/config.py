@@ -80,6 +80,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Random changes of the training images: ``flip``, ``crop``.
     validation : float
         Fraction of the training data held out where no validation data are given.
+    force_labels : bool
+        Train on labels that the float model hardly ever meets, too.
     seed : int
         Of the order of samples, the held-out slice and augmentation.
     threads : int
@@ -111,6 +113,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     patience: Count | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1
+    force_labels: bool = False
     seed: Annotated[int, Meta(ge=0)] = 0
     threads: Annotated[int, Meta(ge=0)] = 0
 

@@ -38,7 +38,7 @@ from onnxqat.train.schedules import rate_factor
 from onnxqat.train.selection import Selection, figures_of, score
 from onnxqat.train.supply import Feeds, Supply
 from onnxqat.train.updater import Updater
-from onnxqat.train.validation import Validation
+from onnxqat.train.validation import Validation, check_labels
 from onnxqat.train.verdict import verdict
 
 __all__ = ["Loop"]
@@ -166,6 +166,7 @@ class Loop:
         before = self._evaluate("the start", self.model, self._stop_at_start)
         score(before, self.selection.figure)  # a figure that does not exist is said at once
         self._check_start(before)
+        check_labels(before, self.model.name, force=self.config.force_labels)
         return Record(before=before, best=before, losses=self._no_losses())
 
     def _load(self) -> Record:

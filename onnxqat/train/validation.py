@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 from onnxqat.data import DataSet
+from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation, evaluate
+from onnxqat.evaluate.labels import CAUSES
 from onnxqat.model import Model, to_proto
 from onnxqat.runtime import open_session
 from onnxqat.train.config import Config
@@ -17,7 +20,9 @@ from onnxqat.train.engine import fix_batch
 from onnxqat.train.losses import Loss, add_loss
 from onnxqat.train.supply import feeds_of
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "check_labels"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +86,36 @@ class Validation:
             losses.append(float(session.run(None, {n: feeds[n] for n in wanted})[0]))
             progress()
         return float(np.mean(losses))
+
+
+def check_labels(start: Evaluation, name: str, *, force: bool) -> None:
+    """Tell how often the float model is right on the held-out labels, if there are any.
+
+    Parameters
+    ----------
+    start : Evaluation
+        Of the start, with the float model as the reference.
+    name : str
+        What the model is called.
+    force : bool
+        Whether labels that it hardly ever meets are used all the same.
+
+    Raises
+    ------
+    TrainingError
+        They cannot be the labels that it was trained with.
+    """
+    if "top1" not in start.reference:
+        return
+    accuracy, sure = start.reference["top1"], start.reference_confidence
+    logger.info(
+        "The float model is right on %.2f %% of %d held-out labels%s.",
+        100 * accuracy,
+        start.samples,
+        "" if sure is None else f"; its mean confidence is {100 * sure:.2f} %",
+    )
+    if start.doubt is not None and not force:
+        raise TrainingError(
+            f"{name}: the float model {start.doubt}. {CAUSES} --label none trains without labels, "
+            "--force-labels with these."
+        )
