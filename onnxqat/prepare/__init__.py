@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
+from onnxqat.prepare.batches import warn_of_fixed_batches
 from onnxqat.prepare.batchnorm import fold_batchnorms
 from onnxqat.prepare.branches import inline_branches
 from onnxqat.prepare.budget import Budget
@@ -96,6 +97,7 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     names = widen_float16(prepared.graph, model.name)
     seen = statistics_of(prepared)
     _settle(prepared.graph, model.name)
+    warn_of_fixed_batches(prepared.graph, model.name)
     note_float16(prepared, names)
     note_statistics(prepared, seen)
     read_typed_weights(prepared.graph)

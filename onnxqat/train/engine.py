@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import _pybind_state as ort_internals
 
+from onnxqat import native
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
@@ -162,7 +163,13 @@ class StepSession:
 
 
 def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
-    """Return a copy whose data inputs have a first axis of this length, with all shapes."""
+    """Return a copy whose data inputs have a first axis of this length, with all shapes.
+
+    Raises
+    ------
+    TrainingError
+        onnx cannot infer them.
+    """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     model = fixed
@@ -171,7 +178,11 @@ def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> 
         if value.name not in parameters and dims and not dims[0].HasField("dim_value"):
             dims[0].dim_value = batch_size
     del model.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    try:
+        return native.infer_shapes(model)
+    except native.NativeError as error:
+        message = f"Batches of {batch_size}: shapes cannot be inferred ({error}). Insert again."
+        raise TrainingError(message) from error
 
 
 def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:

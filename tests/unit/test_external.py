@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -138,6 +139,47 @@ def test_entries_that_do_not_fit_the_file(
 
     with pytest.raises(ModelError, match=message):
         load_model(path)
+
+
+@pytest.mark.parametrize("map_bytes", [1, 2**20])
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        pytest.param("none.bin", "'none.bin' is missing", id="missing"),
+        pytest.param("../weights.bin", "outside of the model's folder", id="outside"),
+        pytest.param("link.bin", "outside of the model's folder", id="link-outside"),
+        pytest.param("n" * 300, "'w1' cannot be read .*File name too long", id="too-long"),
+        pytest.param("a\0b", "not UTF-8|holds a NUL|'w1' cannot be read", id="nul"),
+        pytest.param("pipe", "not a regular file", id="pipe"),
+        pytest.param("folder", "'w1': .*a directory", id="folder"),
+        pytest.param("loop", "'w1' cannot be read|is missing", id="loop"),
+        pytest.param(None, "keeps its data at ''", id="no-location"),
+    ],
+)
+def test_locations_that_are_not_files_beside_the_model(
+    location: str | None, message: str, map_bytes: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(external, "MAP_BYTES", map_bytes)
+    (tmp_path / "m").mkdir()
+    path = write(tmp_path / "m")
+    (tmp_path / "weights.bin").write_bytes(b"\0" * 2**16)
+    (path.parent / "link.bin").symlink_to(tmp_path / "weights.bin")
+    (path.parent / "loop").symlink_to("loop")
+    (path.parent / "folder").mkdir()
+    os.mkfifo(path.parent / "pipe")
+    proto = onnx.load(path, load_external_data=False)
+    entries = proto.graph.initializer[1].external_data
+    if location is None:
+        del entries[:]
+    for entry in entries:
+        if entry.key == "location":
+            entry.value = location
+    path.write_bytes(proto.SerializeToString())
+
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
 
 
 INSERT = """
