@@ -10,7 +10,7 @@ from onnxqat.overrides import Override
 from onnxqat.plan.exceptions import changed, find_exception
 from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.masks import Masks
-from onnxqat.plan.operators import is_bias_add, is_float
+from onnxqat.plan.operators import is_bias_add, is_empty, is_float
 from onnxqat.plan.types import Skip
 from onnxqat.rules import HardwareRule, OpRule
 
@@ -86,7 +86,10 @@ def _impossible(unit: Unit) -> str | None:
     node = unit.nodes[-1]
     if node.domain not in (None, "", "ai.onnx"):
         return f"domain '{node.domain}' is not ONNX's own"
-    if any(is_float(t) for t in unit.outputs):
+    floats = [t for t in unit.outputs if is_float(t)]
+    if floats and all(map(is_empty, floats)):
+        return f"'{floats[0].name}' of shape {list(floats[0].shape)} holds no values"
+    if floats:
         return None
     unknown = next((t.name for t in unit.outputs if t.name and t.dtype is None), None)
     return "no float32 output" if unknown is None else f"the type of '{unknown}' is not known"

@@ -21,6 +21,7 @@ from onnxqat.plan.operators import (
     clips_from_zero,
     is_bias_add,
     is_constant,
+    is_empty,
     is_float,
     runs_along,
 )
@@ -166,6 +167,8 @@ class Marker:
     def _draft(
         self, tensor: gs.Tensor, role: Role, spec: QuantSpec, edges: Iterable[Edge], reason: str
     ) -> None:
+        if is_empty(tensor):
+            return
         known = self.drafts.get(tensor.name)
         if known is None:
             self.drafts[tensor.name] = Draft(role, spec, list(edges), reason)

@@ -22,6 +22,7 @@ __all__ = [
     "is_bias_add",
     "is_constant",
     "is_depthwise",
+    "is_empty",
     "is_float",
     "kernel_size",
     "runs_along",
@@ -101,6 +102,11 @@ def is_float(tensor: gs.Tensor) -> bool:
 def is_constant(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is an initializer."""
     return isinstance(tensor, gs.Constant)
+
+
+def is_empty(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is known to hold no values: an axis of it has the length 0."""
+    return tensor.shape is not None and 0 in tuple(tensor.shape)
 
 
 def is_bias_add(node: gs.Node) -> bool:

@@ -64,4 +64,4 @@ def is_structure(values: FloatArray) -> bool:
 
 
 def _is_float(tensor: gs.Tensor | None) -> bool:
-    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32
+    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and 0 not in tensor.shape
