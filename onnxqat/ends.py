@@ -66,12 +66,17 @@ def open_ends(
         model = make()
         outputs = tuple(value.name for value in model.graph.output)
         names, lost = _ends(model.graph, unknown) if unknown else (outputs, ())
+        if unknown and not names:
+            raise ModelError(
+                f"{name}: onnxruntime has no {unknown[-1][0]}, and computes nothing before it. "
+                "Export without it."
+            )
         if lost:
             prune(model, names)
         try:
             session = open_session(model, optimization=optimization, threads=threads, name=name)
         except UnknownOpError as error:
-            if (error.op, error.node) in unknown or not model.graph.output:
+            if (error.op, error.node) in unknown:
                 raise
             unknown.append((error.op, error.node))
             continue
@@ -93,7 +98,8 @@ def _ends(
         reads = _reads(node)
         if lost & reads or any(_is_of(node, *one) for one in unknown):
             lost.update(node.output)
-            ends |= dict.fromkeys(n for n in node.input if n in computed)
+            others = sorted(reads - set(node.input))
+            ends |= dict.fromkeys(n for n in (*node.input, *others) if n in computed)
         elif varying & reads:
             computed.update(n for n in node.output if n)
             varying.update(computed)
@@ -169,13 +175,9 @@ def prune(model: onnx.ModelProto, names: Iterable[str]) -> None:
         del graph.node[:]
         graph.node.extend(kept)
         read = {name for node in kept for name in _reads(node)} | set(names)
-        for tensors in (graph.initializer, graph.sparse_initializer):
-            for index in reversed(range(len(tensors))):
-                tensor = tensors[index]
-                if (
-                    tensor.name if tensors is graph.initializer else tensor.values.name
-                ) not in read:
-                    del tensors[index]
+        for index in reversed(range(len(graph.initializer))):
+            if graph.initializer[index].name not in read:
+                del graph.initializer[index]
     del graph.output[:]
     graph.output.extend(outputs)
 
@@ -230,13 +232,15 @@ class TensorReader:
         return dict(zip(self.names, self.session.run(self.names, feeds), strict=True))
 
 
-def _before(graph: onnx.GraphProto, names: list[str], error: UnknownOpError) -> ModelError:
+def _before(graph: onnx.GraphProto, names: list[str], error: UnknownOpError) -> UnknownOpError:
     """Say which of the tensors lies behind the op."""
     for name in names:
         if any(_is_of(node, error.op, error.node) for node in _needed(graph, [name])):
             text = str(error).removesuffix(". Export without it.")
-            return ModelError(
-                f"{text}, and '{name}' is computed behind it. Keep what follows it float, as with --set "
-                "'between:A->B.quantize=false', or export without it."
+            return UnknownOpError(
+                f"{text}, and '{name}' is computed behind it. Keep what follows it float, as with "
+                "--set 'between:A->B.quantize=false', or export without it.",
+                error.op,
+                error.node,
             )
     return error

@@ -166,7 +166,9 @@ def _without_weights(graph: gs.Graph) -> onnx.GraphProto:
 def _info(tensor: gs.Variable) -> onnx.ValueInfoProto:
     kind = TensorProto.UNDEFINED
     if tensor.dtype is not None:
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+        # a type that numpy lacks is onnx's number
+        known = isinstance(tensor.dtype, int)
+        kind = tensor.dtype if known else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return helper.make_tensor_value_info(tensor.name, kind, tensor.shape)
 
 

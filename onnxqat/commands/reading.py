@@ -121,6 +121,9 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         rows.append(("max_abs_diff", f"{difference:.6g}  largest difference of any output value"))
     if mode == "integer":
         document["points"] = [asdict(point) for point in result.points]
+    if result.note:
+        document["note"] = result.note
+        rows.append(("note", result.note))
     print_result(document, as_json, rows)
     if mode == "integer" and not as_json:
         _print_points(result.points)

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnxqat.computable import computable
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
@@ -23,7 +24,7 @@ from onnxqat.insert import PLAN_KEY, check_calibrated, strip
 from onnxqat.model import Model, to_proto
 from onnxqat.outputs import outputs_of
 from onnxqat.rules import HardwareRule
-from onnxqat.runtime import Optimization, open_session
+from onnxqat.runtime import Optimization, UnknownOpError, open_session
 
 __all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
 
@@ -70,6 +71,8 @@ class Evaluation:
         How many the model tells apart; None without labels.
     confidence, reference_confidence : float or None
         Mean of the largest probability, of the model and the reference; None without labels.
+    note : str
+        What stands for outputs that onnxruntime cannot compute; empty where it computes all.
     """
 
     samples: int
@@ -83,6 +86,7 @@ class Evaluation:
     classes: int | None = None
     confidence: float | None = None
     reference_confidence: float | None = None
+    note: str = ""
 
     @property
     def doubt(self) -> str | None:
@@ -160,20 +164,39 @@ def evaluate(
     RuleError
         ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """
+    if against is not None:
+        check_interface(model, against)
+    try:
+        program, runs = _runs(model, mode, against, rule, threads)
+        lost = None
+    except UnknownOpError:
+        lost = computable(model)
+        model, against = lost.model, against and computable(against).model
+        if against is not None:
+            check_interface(model, against)
+        program, runs = _runs(model, mode, against, rule, threads)
+    counts = _Counts(model, labelled=lost is None or not lost.first_lost)
+    for batch in batches:
+        counts.add(batch, *(_run(session, batch, run) for session, run in runs))
+        progress()
+    result = counts.result()
+    result = replace(result, note=lost.note if lost else "")
+    return replace(result, points=program.points) if program else result
+
+
+def _runs(
+    model: Model, mode: Mode, against: Model | None, rule: HardwareRule | None, threads: int
+) -> tuple[IntegerProgram | None, list[tuple[_Runner, Model]]]:
+    """Return the integer program, if it is one, and what runs the model and its reference."""
     program = IntegerProgram(model, rule, threads=threads) if mode == "integer" else None
     against = model if program and against is None else against
     ours: _Runner = program or model_session(
         model, "float" if mode == "float" else "qdq", threads=threads
     )
-    counts, runs = _Counts(model), [(ours, model)]
+    runs = [(ours, model)]
     if against is not None:
-        check_interface(model, against)
         runs.append((model_session(against, "qdq", threads=threads), against))
-    for batch in batches:
-        counts.add(batch, *(_run(session, batch, run) for session, run in runs))
-        progress()
-    result = counts.result()
-    return replace(result, points=program.points) if program else result
+    return program, runs
 
 
 def check_interface(model: Model, other: Model, *, output_names: bool = False) -> None:
@@ -225,8 +248,8 @@ def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
 class _Counts:
     """Running sums of an evaluation."""
 
-    def __init__(self, model: Model) -> None:
-        self.samples = 0
+    def __init__(self, model: Model, *, labelled: bool) -> None:
+        self.samples, self.labelled = 0, labelled
         self.hits, self.reference = Hits(), Hits()
         self.likeness = [Likeness(output) for output in outputs_of(model.graph)]
         self.compared = False
@@ -239,13 +262,14 @@ class _Counts:
     ) -> None:
         rows = batch.indices if isinstance(batch, Batch) else next(iter(batch.inputs.values()))
         self.samples += len(rows)
-        if batch.labels is not None:
-            self.hits.add(outputs[0], batch.labels)
+        labels = batch.labels if self.labelled else None
+        if labels is not None:
+            self.hits.add(outputs[0], labels)
         if expected is None:
             return
         self.compared = True
-        if batch.labels is not None:
-            self.reference.add(expected[0], batch.labels)
+        if labels is not None:
+            self.reference.add(expected[0], labels)
         for likeness, ours, theirs in zip(self.likeness, outputs, expected, strict=True):
             likeness.add(ours, theirs)
 

@@ -10,6 +10,7 @@ from functools import cache, partial
 import msgspec
 import onnxruntime as ort
 
+from onnxqat.computable import computable
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
@@ -120,26 +121,32 @@ def finetune(
         config, batch_size=size, accumulate=_batches_per_step(training, size, config, workers)
     )
     _check_enough(len(data), training, held_out, config, workers)
-    reference, outputs = _teacher_of(model, teacher), described_outputs(model, data)
+    rest, reference = computable(model), _teacher_of(model, teacher)
+    if rest.lost:
+        reference = computable(reference).model
+        say(rest.note)
+    outputs = described_outputs(rest.model, data)
     loss, parts = chosen_loss(outputs, data, training, reference, config)
     with_loss = readable(loss, data, held_out)
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     config = msgspec.structs.replace(config, select=selection.figure)
-    read = tensor_read(loss, model)
+    read = tensor_read(loss, rest.model)
     asked = asked_for(config)
-    form = training_form(model, method=config.method, read=read, asked=asked)
+    form = training_form(rest.model, method=config.method, read=read, asked=asked)
     opened = partial(
         StepSession, loss=loss, batch_size=config.samples, threads=config.threads, arrays=data
     )
     session = opened(form)
     delayed = (
-        opened(_float_form(model, form, read, asked), other=session) if config.quant_delay else None
+        opened(_float_form(rest.model, form, read, asked), other=session)
+        if config.quant_delay
+        else None
     )
     training = _with_arrays(training, session.inputs, config)
     teaching = _teaching_session(reference, session.inputs)
     if with_loss or config.select == LOSS:
         held_out = _with_arrays(held_out, session.inputs, config)
-    supply = Supply(model, training, teaching, config, workers, session.classes)
+    supply = Supply(rest.model, training, teaching, config, workers, session.classes)
     loop = Loop(
         model=model,
         form=form,
@@ -154,6 +161,7 @@ def finetune(
             loss=loss,
             teacher=teaching,
             with_loss=with_loss or config.select == LOSS,
+            whole=not rest.lost,
         ),
         parts=parts,
         selection=selection,

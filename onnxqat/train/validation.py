@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnxruntime as ort
 
+from onnxqat.computable import computable
 from onnxqat.data import DataSet
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation, evaluate
@@ -43,6 +44,8 @@ class Validation:
         What the loss reads of the float model.
     with_loss : bool
         Whether the data have what the loss reads.
+    whole : bool
+        Whether onnxruntime can run all of the model; the reference is what it can run.
     """
 
     data: DataSet
@@ -51,6 +54,7 @@ class Validation:
     loss: Loss
     teacher: ort.InferenceSession | None
     with_loss: bool = True
+    whole: bool = True
 
     @property
     def batches(self) -> int:
@@ -61,6 +65,8 @@ class Validation:
     def __call__(self, model: Model, progress: Callable[[], None]) -> Evaluation:
         """Return the figures of a Q/DQ model; ``progress`` is called after each batch."""
         threads = self.config.threads
+        if not self.whole:
+            model = computable(model).model
         batches = self.data.batches(self.config.samples)
         figures = evaluate(
             model, batches, against=self.reference, threads=threads, progress=progress

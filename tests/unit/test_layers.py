@@ -31,6 +31,7 @@ ORDER = [
     "plan",
     "insert",
     "quantized",
+    "computable",
     "snap",
     "outputs",
     "foreign",

@@ -1,0 +1,113 @@
+"""A model without what onnxruntime lacks: it ends in the tensors that the missing ops would read.
+
+Calibration, training and evaluation need no more than that. What is written keeps the whole graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import onnx_graphsurgeon as gs
+
+from onnxqat.ends import open_ends
+from onnxqat.errors import ModelError
+from onnxqat.insert import PLAN_KEY, insert, plan_of, read_params, state_of, strip
+from onnxqat.model import Model, to_proto
+from onnxqat.plan import Edge, QuantPoint
+from onnxqat.prepare.order import sort_nodes
+from onnxqat.prepare.shapes import infer_shapes
+from onnxqat.prepare.unused import remove_unused
+
+__all__ = ["Computable", "computable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computable:
+    """What onnxruntime can run of a model.
+
+    Attributes
+    ----------
+    model : Model
+        The model itself where it can run all of it.
+    lost : tuple of str
+        The outputs that it cannot compute.
+    ops : tuple of str
+        The types of the ops that it lacks.
+    first_lost : bool
+        Whether the first output, which labels are compared with, is among them.
+    """
+
+    model: Model
+    lost: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    first_lost: bool = False
+
+    @property
+    def note(self) -> str:
+        """One line that says what is looked at in the place of what."""
+        ends = [tensor.name for tensor in self.model.graph.outputs]
+        return (
+            f"onnxruntime has no {', '.join(self.ops)}: outputs {_listed(self.lost)} are not "
+            f"computed, and {_listed(ends)} stand for them"
+        )
+
+
+def computable(model: Model) -> Computable:
+    """Return what onnxruntime can run of a model, float or Q/DQ.
+
+    The outputs that it computes come first, and behind them the tensors that the other ops read.
+    In a Q/DQ model these are quantized where the ops read them so.
+
+    Raises
+    ------
+    ModelError
+        A point of the plan lies behind such an op, or nothing before it can be computed.
+    """
+    quantized = PLAN_KEY in model.metadata
+    floats = strip(model) if quantized else model
+    ends = open_ends(lambda: to_proto(floats), optimization="none", threads=1, name=model.name)
+    if not ends.lost:
+        return Computable(model=model)
+    rest = floats.copy()
+    tensors = rest.graph.tensors()
+    if any(tensors[name].dtype is None for name in ends.names):
+        infer_shapes(rest.graph)
+    rest.graph.outputs = [tensors[name] for name in ends.names]
+    sort_nodes(rest.graph)
+    remove_unused(rest.graph)
+    if quantized:
+        rest = _with_pairs(rest, model)
+    first_lost = floats.graph.outputs[0].name in ends.lost
+    return Computable(model=rest, lost=ends.lost, ops=ends.ops, first_lost=first_lost)
+
+
+def _with_pairs(rest: Model, model: Model) -> Model:
+    """Return the rest of a float model with the Q/DQ pairs that the whole one has there."""
+    plan = plan_of(model)
+    names, tensors = {node.name for node in rest.graph.nodes}, rest.graph.tensors()
+    for point in plan.points:
+        if point.tensor not in tensors:
+            raise ModelError(
+                f"{model.name}: '{point.tensor}' is quantized behind an op that onnxruntime lacks. "
+                "Keep it float, or export without the op."
+            )
+    points = tuple(_moved(point, names, rest.graph) for point in plan.points)
+    kept = msgspec.structs.replace(plan, points=points)
+    result = insert(rest, kept, read_params(model), state=state_of(model))
+    result.metadata = model.metadata | result.metadata
+    return result
+
+
+def _moved(point: QuantPoint, names: set[str], graph: gs.Graph) -> QuantPoint:
+    """Return a point whose readers that are gone are outputs now."""
+    ends = [tensor.name for tensor in graph.outputs]
+    readers = [edge for edge in point.consumers if edge.node in names]
+    read = any(edge.node not in names for edge in point.consumers)
+    if read and point.tensor in ends:
+        readers.append(Edge(node="", index=ends.index(point.tensor)))
+    return msgspec.structs.replace(point, consumers=tuple(readers))
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
