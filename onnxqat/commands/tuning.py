@@ -246,10 +246,6 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
         return run(model, training, validation=validation, config=config, workers=workers, **others)
 
 
-def _epochs(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
-
-
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -288,7 +284,8 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
     rows += [(f"loss {when}", f"{v:.6g}") for when, v in losses.items() if v is not None]
     rows += [
         ("held-out samples", result.after.samples),
-        ("kept", f"{kept}, of {_epochs(result.epochs)}; chosen by {result.selection.figure}"),
+        ("epochs", f"{result.epochs}, best {result.best_epoch}"),
+        ("kept", f"{kept}, chosen by {result.selection.figure}"),
         ("seconds", document["seconds"]),
         *(("note", note) for note in result.notes),
         ("output", target),
