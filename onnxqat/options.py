@@ -121,6 +121,9 @@ data_options = _options(
         metavar="FILE",
         help="Class index of each folder name: one name a line, JSON, or CSV of name and index.",
     ),
+    click.option(
+        "--skip-broken", is_flag=True, help="Do without images that cannot be read; each is named."
+    ),
     click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
 )
 

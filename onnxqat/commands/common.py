@@ -54,13 +54,14 @@ def open_for(
     given: Settings,
     *,
     layout: Any,
+    skip_broken: bool,
     beside: Model | None = None,
     labels: bool = True,
 ) -> DataSet:
     """Open a data source for a model, and store what was said about it in the model.
 
-    ``layout`` is not stored: it tells how the arrays of this one source lie. ``beside`` is a model
-    that runs on the same batches. ``labels`` says whether the command reads any.
+    ``layout`` and ``skip_broken`` are not stored: they speak of this one source. ``beside`` is a
+    model that runs on the same batches. ``labels`` says whether the command reads any.
     """
     from onnxqat.data import open_data
     from onnxqat.settings import Settings, class_count, input_specs, settle
@@ -75,6 +76,7 @@ def open_for(
         labels=labels,
         classes=settings.classes,
         class_count=class_count(model),
+        skip_broken=skip_broken,
     )
     try:
         if data.classes is not None:
@@ -161,6 +163,7 @@ def calibrated(
     given: Settings,
     *,
     layout: Any,
+    skip_broken: bool,
     observer: str,
     samples: int,
     batch_size: int | None,
@@ -179,7 +182,9 @@ def calibrated(
     from onnxqat.calibrate import calibrate
     from onnxqat.progress import progress_bar
 
-    with open_for(model, source, given, layout=layout, labels=False) as data:
+    with open_for(
+        model, source, given, layout=layout, skip_broken=skip_broken, labels=False
+    ) as data:
         chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
         size = data.batch_size(batch_size, default=default_size)
         share = workers.share(-(-len(chosen) // size))
@@ -190,7 +195,8 @@ def calibrated(
                 model, batches, observer=observer, threads=threads, progress=advance,
                 workers=workers,
             )  # fmt: skip
-    return result, len(chosen)
+        seen = len(chosen) - data.broken(chosen)
+    return result, seen
 
 
 def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, Any]]) -> None:

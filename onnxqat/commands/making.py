@@ -63,7 +63,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.settings import settle
 
     if data is None:
-        _refuse_given("observer", "samples", "layout")
+        _refuse_given("observer", "samples", "layout", "skip_broken")
     target = output or renamed(model, "qdq")
     workers = join_workers() if data and not plan_only else Workers()
     if not plan_only:
@@ -119,7 +119,7 @@ def _refuse_given(*names: str) -> None:
     ctx = click.get_current_context()
     for name in names:
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name} needs --data.", ctx)
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --data.", ctx)
 
 
 def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> None:

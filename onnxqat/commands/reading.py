@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 @json_option
 def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
              max_drop: float | None, as_json: bool, batch_size: int | None, threads: int,
-             layout: Any, **options: Any) -> None:  # fmt: skip
+             layout: Any, skip_broken: bool, **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
     from onnxqat.evaluate import evaluate as run
     from onnxqat.progress import progress_bar
@@ -71,7 +71,9 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
     if reference is not None:  # a float model has nothing stored; both read the same data
         settle(loaded, given)
         adopt(loaded, reference)
-    with open_for(loaded, data, given, layout=layout, beside=reference) as samples:
+    with open_for(
+        loaded, data, given, layout=layout, skip_broken=skip_broken, beside=reference
+    ) as samples:
         if max_drop is not None and not samples.has_labels:
             raise click.ClickException("--max-drop needs labels, and the data have none.")
         size = samples.batch_size(batch_size)

@@ -87,18 +87,19 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     loaded = load_model(model)
     plan_of(loaded)
     taught_by = _teacher(teacher, loaded) if teacher else None
-    given, layout = take_settings(options), options.pop("layout")
+    given = take_settings(options)
+    reading = {name: options.pop(name) for name in ("layout", "skip_broken")}
     calibration = {name: options.pop(name) for name in ("observer", "samples")}
     config = _config(options)
     compare = state_of(loaded) != "uncalibrated"  # calibration does it else
     if not compare:
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
-        shared |= {**calibration, "layout": layout, "default_size": config.samples}
+        shared |= {**calibration, **reading, "default_size": config.samples}
         loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
     logging = {"path": log, "tensorboard": tensorboard, "every": log_every, "resume": resume}
     with _ending_well(workers, target, force, checkpoints) as stop:
         result = _tuned(
-            loaded, data, val_data, given, layout, logging=logging, teacher=taught_by,
+            loaded, data, val_data, given, reading, logging=logging, teacher=taught_by,
             config=config, checkpoints=checkpoints, stop=stop, workers=workers, compare=compare,
         )  # fmt: skip
     if workers.rank == 0:
@@ -213,7 +214,8 @@ def _config(options: dict[str, Any]) -> Config:
     return Config(**{name: value for name, value in options.items() if value is not None})
 
 
-def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layout: Any, *,
+def _tuned(model: Model, data: str, val_data: str | None, given: Settings,
+           reading: dict[str, Any], *,
            logging: dict[str, Any], config: Config, workers: Workers, compare: bool,
            **others: Any) -> Finetuned:  # fmt: skip
     """Open the data and fine-tune on them."""
@@ -222,7 +224,7 @@ def _tuned(model: Model, data: str, val_data: str | None, given: Settings, layou
     from onnxqat.train import finetune as run
 
     def opened(source: str) -> Any:
-        return open_for(model, source, given, layout=layout, beside=others["teacher"])
+        return open_for(model, source, given, beside=others["teacher"], **reading)
 
     reports: list[Callable[[Any], None]] = []
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ Knows nothing of ONNX graphs: a model is here a list of `InputSpec`.
 
 from __future__ import annotations
 
+from onnxqat.data.arrays import BrokenError
 from onnxqat.data.augmentation import augment
 from onnxqat.data.classes import check_count, read_classes
 from onnxqat.data.dataset import Batch, DataSet, split
@@ -14,6 +15,7 @@ from onnxqat.data.preprocess import Preprocessing
 
 __all__ = [
     "Batch",
+    "BrokenError",
     "DataSet",
     "InputSpec",
     "Preprocessing",

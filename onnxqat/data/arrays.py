@@ -7,7 +7,7 @@ asked for. `ArraySource` joins the arrays of several parts (files) without copyi
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from onnxqat.errors import DataError
 from onnxqat.locks import Scratch
 
-__all__ = ["ArraySource", "Header", "MemoryPart", "Part", "Source", "names", "reason"]
+__all__ = [
+    "ArraySource",
+    "BrokenError",
+    "Header",
+    "MemoryPart",
+    "Part",
+    "Source",
+    "names",
+    "reason",
+]
 
 
 class Header(NamedTuple):
@@ -24,6 +33,10 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+
+class BrokenError(DataError):
+    """Samples cannot be read, and the user wants to do without them."""
 
 
 class Part(Protocol):
@@ -45,6 +58,7 @@ class Source(Protocol):
     name: str
     keys: tuple[str, ...]
     classes: Mapping[str, int] | None
+    broken: Set[int]  # samples that turned out to be unreadable, and may be left out
 
     def count(self, keys: Sequence[str]) -> int:
         """Return the number of samples, once the arrays that will be read are found sound."""
@@ -59,7 +73,13 @@ class Source(Protocol):
         """Return a whole array, as each file has it."""
 
     def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the samples at ``indices``, stacked along the first axis; a new array."""
+        """Return the samples at ``indices``, stacked along the first axis; a new array.
+
+        Raises
+        ------
+        BrokenError
+            Some have just joined ``broken``. Ask for the others.
+        """
 
     def origin(self, key: str, index: int) -> str:
         """Return where a sample comes from, for messages."""
@@ -104,6 +124,7 @@ class ArraySource:
     """
 
     classes: Mapping[str, int] | None = None
+    broken: Set[int] = frozenset()
 
     def __init__(self, name: str, parts: Sequence[Part], scratch: Scratch) -> None:
         self.name, self.keys = name, parts[0].keys

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from onnxqat.data.arrays import Header, Source, names
+from onnxqat.data.arrays import BrokenError, Header, Source, names
 from onnxqat.data.batching import Batching, Value
 from onnxqat.data.feeds import Feed, InputSpec
 from onnxqat.data.preprocess import Preprocessing
@@ -271,6 +271,7 @@ class DataSet:
         *,
         indices: NDArray[np.int64] | None = None,
         drop_last: bool = False,
+        full: bool = False,
     ) -> Iterator[Batch]:
         """Yield batches, the next one being prepared in a thread meanwhile.
 
@@ -283,6 +284,10 @@ class DataSet:
             Samples to visit, in order; all of them by default.
         drop_last : bool
             Leave out a last batch that is not full.
+        full : bool
+            What is done about samples that cannot be read, where that is no error: others of the
+            batch take their place, for a training that needs so many; by default the batch has
+            fewer, or is left out.
 
         Raises
         ------
@@ -294,15 +299,39 @@ class DataSet:
         order = np.arange(len(self)) if indices is None else _checked_indices(indices, len(self))
         stop = len(order) - len(order) % size if drop_last else len(order)
         return _prefetched(
-            partial(self._read, order[start : start + size], self.fixed_batch)
+            partial(self._read, order[start : start + size], self.fixed_batch, full=full)
             for start in range(0, stop, size)
         )
 
+    def broken(self, indices: ArrayLike) -> int:
+        """Return how many of the samples at ``indices`` turned out to be unreadable."""
+        rows = self._indices[_checked_indices(indices, len(self))]
+        return sum(int(row) in self._source.broken for row in rows)
+
     def sample(self, index: int) -> Batch:
         """Return the sample at ``index`` by itself, whatever batch the model takes."""
-        return self._read(_checked_indices([index], len(self)), None)
+        batch = self._read(_checked_indices([index], len(self)), None, full=True)
+        assert batch is not None
+        return batch
 
-    def _read(self, positions: NDArray[np.int64], fixed: int | None) -> Batch:
+    def _read(self, positions: NDArray[np.int64], fixed: int | None, *, full: bool) -> Batch | None:
+        """Return a batch of the samples that can be read; None, or an error, without any."""
+        broken = self._source.broken
+        readable = positions
+        if broken:
+            good = np.array([int(row) not in broken for row in self._indices[positions]], bool)
+            readable = positions[good]
+        if not len(readable):
+            if full:
+                raise BrokenError(f"{self._source.name}: no sample of a batch can be read.")
+            return None
+        chosen = np.resize(readable, len(positions)) if full else readable
+        try:
+            return self._read_chosen(chosen, fixed)
+        except BrokenError:  # the source remembers which
+            return self._read(positions, fixed, full=full)
+
+    def _read_chosen(self, positions: NDArray[np.int64], fixed: int | None) -> Batch:
         size = fixed or len(positions)
         rows = self._indices[np.resize(positions, size)]
         inputs, arrays = (
@@ -345,17 +374,20 @@ def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _prefetched(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what the jobs return, the next one running in a thread while a result is used."""
+def _prefetched(jobs: Iterable[Callable[[], T | None]]) -> Iterator[T]:
+    """Yield what the jobs return, the next one running in a thread while a result is used.
+
+    What is None is left out.
+    """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnxqat-data")
     try:
-        ahead: Future[T] | None = None
+        ahead: Future[T | None] | None = None
         for job in jobs:
             current, ahead = ahead, pool.submit(job)
-            if current is not None:
-                yield current.result()
-        if ahead is not None:
-            yield ahead.result()
+            if current is not None and (result := current.result()) is not None:
+                yield result
+        if ahead is not None and (result := ahead.result()) is not None:
+            yield result
     finally:  # also when the caller gives up, or a job failed
         pool.shutdown(wait=True, cancel_futures=True)
 

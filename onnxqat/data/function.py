@@ -79,14 +79,14 @@ def _call(name: str) -> object:
         if not callable(function):
             raise DataError(f"{name}: is not a function. Name a callable.")
         result: object = function()
-    except DataError:
+    except (DataError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a function that ends the process would leave a success
         raise _raised(name, error) from error
     return result
 
 
-def _raised(name: str, error: Exception) -> DataError:
+def _raised(name: str, error: BaseException) -> DataError:
     return DataError(
         f"{name}: raised {type(error).__name__} ({reason(error)}). Make it run in Python first."
     )
@@ -94,10 +94,12 @@ def _raised(name: str, error: Exception) -> DataError:
 
 def _arrays(name: str, mapping: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
     arrays = {}
-    for key, value in mapping.items():
+    for key, value in _guarded(name, _items(mapping)):
         try:
             array = np.asarray(value)
-        except Exception as error:  # ragged lists, or whatever an array-like raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # ragged lists, or whatever an array-like raises
             raise DataError(
                 f"{name}: array {key!r} is no array ({reason(error)}). Return a numpy array."
             ) from error
@@ -136,10 +138,16 @@ def _spool(name: str, batches: Iterable[Any], scratch: Scratch) -> dict[str, NDA
     }
 
 
+def _items(mapping: Mapping[Any, Any]) -> Iterator[Any]:
+    yield from mapping.items()
+
+
 def _guarded(name: str, batches: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from batches
-    except Exception as error:
+    except (GeneratorExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
         raise _raised(name, error) from error
 
 

@@ -7,9 +7,11 @@ one that has it and cannot be decoded is an error. EXIF orientation is ignored.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from onnxqat.data.arrays import Header, names, reason
+from onnxqat.data.arrays import BrokenError, Header, names, reason
 from onnxqat.data.classes import Classes, class_indices, refuse_splits
 from onnxqat.data.feeds import InputSpec, model_layout
 from onnxqat.data.preprocess import Preprocessing, output_size, resize_and_crop
 from onnxqat.errors import DataError
+from onnxqat.files import check_readable
 
 __all__ = ["IMAGE", "IMAGE_SUFFIXES", "ImageFolder", "is_image"]
+
+logger = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 DECODERS = min(4, os.cpu_count() or 1)
+MAX_NAMED = 1000
 # Pillow warns from here on, and refuses twice as many.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 
@@ -54,6 +60,8 @@ class ImageFolder:
         Resize and crop happen here, image by image, since images differ in size.
     classes : Classes or None
         Say which class a folder is; None: images of all folders, without labels.
+    skip_broken : bool
+        Name images that cannot be read, and do without them, also if they vanish later.
 
     Raises
     ------
@@ -67,7 +75,12 @@ class ImageFolder:
         spec: InputSpec,
         preprocessing: Preprocessing,
         classes: Classes | None,
+        *,
+        skip_broken: bool = False,
     ) -> None:
+        self._broken: set[int] = set()
+        self.broken: Set[int] = self._broken
+        self._skip_broken = skip_broken
         self.name = str(folder)
         self._mode = _mode(self.name, spec, preprocessing)
         self._preprocessing = _with_model_size(spec, preprocessing)
@@ -92,8 +105,11 @@ class ImageFolder:
         """Return shape and dtype of the first image, decoded, or of a label."""
         if key == LABEL:
             return Header((), np.dtype(np.int64))
-        image = self._decode(0)
-        return Header(image.shape, image.dtype)
+        for index in (i for i in range(len(self._paths)) if i not in self.broken):
+            with suppress(BrokenError):
+                image = self.read(key, np.array([index]))[0]
+                return Header(image.shape, image.dtype)
+        raise DataError(f"{self.name}: none of its {len(self._paths)} images can be read.")
 
     def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Return images of shape (n, height, width, channels), or labels.
@@ -108,7 +124,10 @@ class ImageFolder:
             return self._labels[indices]
         # of this call alone: no thread outlives an iterator that is given up
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="onnxqat-decode") as pool:
-            images = list(pool.map(self._decode, indices.tolist()))
+            read = list(pool.map(self._attempt, indices.tolist()))
+        images = [image for image in read if not isinstance(image, DataError)]
+        if len(images) < len(read):
+            self._do_without(dict(zip(indices.tolist(), read, strict=True)))
         for index, image in zip(indices.tolist(), images, strict=True):
             if image.shape != images[0].shape:
                 raise DataError(
@@ -117,8 +136,28 @@ class ImageFolder:
                 )
         return np.stack(images)
 
+    def _attempt(self, index: int) -> NDArray[Any] | DataError:
+        try:
+            return self._decode(index)
+        except DataError as error:
+            return error
+
+    def _do_without(self, read: dict[int, NDArray[Any] | DataError]) -> None:
+        """Raise the first error or, where broken images may be skipped, name and note them all."""
+        errors = {index: found for index, found in read.items() if isinstance(found, DataError)}
+        if not self._skip_broken:
+            raise next(iter(errors.values()))
+        for index, error in errors.items():
+            if len(self.broken) < MAX_NAMED:
+                logger.warning("Skipped: %s", error)
+            elif len(self.broken) == MAX_NAMED:
+                logger.warning("Skipped: more images, which are not named.")
+            self._broken.add(index)
+        raise BrokenError(f"{self.name}: {len(errors)} images cannot be read.")
+
     def _decode(self, index: int) -> NDArray[Any]:
         path = self._paths[index]
+        check_readable(path, DataError)
         try:
             with Image.open(path) as image:
                 pixels = _pixels(image, self._mode)

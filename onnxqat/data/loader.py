@@ -18,6 +18,7 @@ from onnxqat.data.images import ImageFolder, is_image
 from onnxqat.data.npz import open_npz
 from onnxqat.data.preprocess import Preprocessing
 from onnxqat.errors import DataError
+from onnxqat.files import check_readable
 
 __all__ = ["open_data"]
 
@@ -36,6 +37,7 @@ def open_data(
     labels: bool = True,
     classes: Mapping[str, int] | str | Path | None = None,
     class_count: int | None = None,
+    skip_broken: bool = False,
 ) -> DataSet:
     """Open data for a model.
 
@@ -61,6 +63,8 @@ def open_data(
         Class index of each folder name, or a file of them, see `onnxqat.data.classes`.
     class_count : int, optional
         How many classes the model has. As many folders are taken for them in sorted order.
+    skip_broken : bool
+        Do without images that cannot be read, and name each.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def open_data(
     if known is not None:
         check_count(known, class_count, str(source))
     folders = Classes(known, class_count, labels) if label != NO_LABELS else None
-    opened = _open_source(str(source), inputs, preprocessing, folders)
+    opened = _open_source(str(source), inputs, preprocessing, folders, skip_broken=skip_broken)
     try:
         keys, label_key = _match_arrays(opened, inputs, label, input_map or {}, labels=labels)
         intake, count = _intake(opened, inputs, keys, label_key, preprocessing)
@@ -125,13 +129,16 @@ def _open_source(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing,
     classes: Classes | None,
+    *,
+    skip_broken: bool,
 ) -> Source:
     path = Path(name)
     if not inputs:
         raise DataError(f"{name}: the model has no inputs to feed. Choose another model.")
     if path.is_dir():
-        return _open_directory(path, inputs, preprocessing, classes)
-    if path.is_file():
+        return _open_directory(path, inputs, preprocessing, classes, skip_broken=skip_broken)
+    if path.exists():
+        check_readable(path, DataError)
         if path.suffix.lower() != ".npz":
             raise DataError(
                 f"{name}: is not an .npz file. Give one, a directory of them or of images."
@@ -147,6 +154,8 @@ def _open_directory(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing,
     classes: Classes | None,
+    *,
+    skip_broken: bool,
 ) -> Source:
     try:
         entries = sorted(path.iterdir())
@@ -168,7 +177,7 @@ def _open_directory(
                 f"{path}: images feed one input, but the model has "
                 f"{names([spec.name for spec in inputs])}. Give .npz files."
             )
-        return ImageFolder(path, inputs[0], preprocessing, classes)
+        return ImageFolder(path, inputs[0], preprocessing, classes, skip_broken=skip_broken)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
 

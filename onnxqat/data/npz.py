@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from onnxqat.data.arrays import ArraySource, Header, reason
 from onnxqat.errors import DataError
+from onnxqat.files import check_readable
 from onnxqat.locks import Scratch
 
 __all__ = ["NpzPart", "open_npz"]
@@ -71,6 +72,7 @@ class NpzPart:
 
     @contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:
+        check_readable(self._path, DataError)
         try:
             with zipfile.ZipFile(self._path) as archive:
                 yield archive

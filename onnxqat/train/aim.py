@@ -84,7 +84,7 @@ def _variances(
 
     return variances(
         measured(batch)
-        for batch in training.batches(config.samples, indices=chosen, drop_last=True)
+        for batch in training.batches(config.samples, indices=chosen, drop_last=True, full=True)
     )
 
 

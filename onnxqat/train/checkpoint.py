@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxqat.data import DataSet
+from onnxqat.data import BrokenError, DataSet
 from onnxqat.errors import OnnxQatError, TrainingError
 from onnxqat.files import atomic_output
 from onnxqat.model import Model, to_proto
@@ -201,7 +201,10 @@ def data_identity(data: DataSet) -> str:
     digest = hashlib.sha256()
     chosen = np.unique(np.linspace(0, len(data) - 1, SAMPLES).astype(np.int64))
     for index in chosen.tolist():
-        batch = data.sample(index)
+        try:
+            batch = data.sample(index)
+        except BrokenError:
+            continue
         for name in sorted(batch.inputs):
             digest.update(batch.inputs[name].tobytes())
         for name in sorted(batch.arrays):

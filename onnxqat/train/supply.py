@@ -93,7 +93,9 @@ class Supply:
         numbers = np.arange(self.steps * workers.size * parts)
         mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
         order = self._order(epoch)[: len(numbers) * size].reshape(-1, size)[mine].reshape(-1)
-        for index, batch in zip(mine, self.data.batches(size, indices=order), strict=True):
+        for index, batch in zip(
+            mine, self.data.batches(size, indices=order, full=True), strict=True
+        ):
             feeds = dict(batch.inputs)
             if self.config.augment:
                 rng = np.random.default_rng((self.config.seed, epoch, int(index)))

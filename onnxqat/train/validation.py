@@ -87,7 +87,7 @@ class Validation:
         )
         wanted = {value.name for value in session.get_inputs()}
         losses: list[float] = []
-        for batch in self.data.batches(size, drop_last=len(self.data) >= size):
+        for batch in self.data.batches(size, drop_last=len(self.data) >= size, full=True):
             feeds = feeds_of(batch, batch.inputs, self.teacher)
             losses.append(float(session.run(None, {n: feeds[n] for n in wanted})[0]))
             progress()

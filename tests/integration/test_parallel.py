@@ -92,7 +92,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     model = load_model(work / "qdq.onnx")
     config = Config(batch_size=1, accumulate=BATCH, threads=1)
     form, loss = training_form(model), read_loss("cross-entropy+kl")
-    with open_for(model, str(work / "one.npz"), Settings(), layout=None) as data:
+    with open_for(model, str(work / "one.npz"), Settings(), layout=None, skip_broken=False) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
         teacher = model_session(strip(model), "float")
         (step,) = Supply(model, data, teacher, config, Workers()).epoch(1)

@@ -15,6 +15,7 @@ from onnxqat.errors import DataError
 SPEC = InputSpec(name="x", shape=("n", 3), dtype="float32")
 X = np.arange(30, dtype=np.float32).reshape(10, 3)
 SOURCE = """
+import sys
 import numpy as np
 X = np.arange(30, dtype=np.float32).reshape(10, 3)
 
@@ -37,6 +38,18 @@ def bare(): return [X]
 def objects(): return {"x": np.array([object()])}
 def ragged(): return {"x": [[1, 2], [3]]}
 def fails(): raise KeyError("no\\nsuch")
+class Stop(BaseException): pass
+class Hostile(dict):
+    def items(self): raise Stop("here")
+class Array:
+    def __array__(self, *args, **kwargs): sys.exit(0)
+def exits(): sys.exit(0)
+def exits_late():
+    yield {"x": X}
+    sys.exit()
+def stops(): raise Stop("not an Exception")
+def hostile(): return Hostile(x=X)
+def array(): return {"x": Array()}
 def fails_late():
     yield {"x": X}
     raise RuntimeError("half way")
@@ -54,11 +67,12 @@ def in_user_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     (tmp_path / "user_loader.py").write_text(SOURCE)
     (tmp_path / "neighbour.py").write_text("")
     (tmp_path / "broken_loader.py").write_text("1 / 0")
+    (tmp_path / "exiting_loader.py").write_text("import sys; sys.exit(0)")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     yield
     assert sys.path == before
-    for name in ("user_loader", "neighbour", "broken_loader"):
+    for name in ("user_loader", "neighbour", "broken_loader", "exiting_loader"):
         sys.modules.pop(name, None)
 
 
@@ -95,6 +109,12 @@ def test_lists_are_arrays_of_float64() -> None:
         ("user_loader:ragged", r"array 'x' is no array"),
         ("user_loader:fails", r"raised KeyError \(.*\)\. Make it run in Python first"),
         ("user_loader:fails_late", r"raised RuntimeError \(half way\)"),
+        ("user_loader:exits", r"raised SystemExit \(0\)\. Make it run"),
+        ("user_loader:exits_late", r"raised SystemExit"),
+        ("user_loader:stops", r"raised Stop \(not an Exception\)"),
+        ("user_loader:hostile", r"raised Stop \(here\)"),
+        ("user_loader:array", r"array 'x' is no array"),
+        ("exiting_loader:make", r"raised SystemExit \(0\)"),
         ("user_loader:uneven", r"batch 0: lengths \{'x': 10, 'label': 3\} differ"),
         ("user_loader:scalar", r"batch 0: array 'x' is a single number"),
         ("user_loader:other_keys", r"batch 1: has the arrays 'z', batch 0 had 'x'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,94 @@ def test_models_that_take_no_images(tmp_path: Path) -> None:
         open_data(tmp_path, [vector])
     with pytest.raises(DataError, match="images feed one input, but the model has 'input', 'v'"):
         open_data(tmp_path, [RGB, vector])
+
+
+def broken_folder(parent: Path, count: int = 7) -> tuple[Path, NDArray[np.uint8]]:
+    """Two folders of images; of each the second is damaged, a FIFO, or leads nowhere."""
+    images = [save(parent / f"{n % 2}" / f"{n}.png") for n in range(count)]
+    (parent / "0" / "2.png").write_bytes(b"no image")
+    (parent / "1" / "3.png").unlink()
+    os.mkfifo(parent / "1" / "3.png")
+    (parent / "0" / "0.png").unlink()
+    (parent / "0" / "0.png").symlink_to("nowhere.png")
+    return parent, np.stack(images)
+
+
+def test_broken_images_are_named_and_skipped_where_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, images = broken_folder(tmp_path)
+    with pytest.raises(DataError, match=r"0\.png: no such file"):
+        open_data(folder, [RGB])
+    order = [4, 6, 1, 5]  # what is left: of folder 0, then of folder 1
+    with open_data(folder, [RGB], skip_broken=True) as data:
+        assert len(data) == 7
+        for size in (1, 2, 3, 7):
+            found = list(data.batches(size))
+            pixels = np.concatenate([batch.inputs["input"] for batch in found])
+            np.testing.assert_array_equal(pixels, images[order].transpose(0, 3, 1, 2))
+            labels = np.concatenate([batch.labels for batch in found if batch.labels is not None])
+            np.testing.assert_array_equal(labels, [0, 0, 1, 1])
+            positions = np.concatenate([batch.indices for batch in found])
+            np.testing.assert_array_equal(positions, [2, 3, 4, 6])
+            assert all(len(batch.inputs["input"]) == batch.size > 0 for batch in found)
+        assert data.broken(np.arange(7)) == 3
+    for name, times in (("0/0.png", 1), ("0/2.png", 1), ("1/3.png", 1), ("4.png", 0)):
+        assert caplog.text.count(name) == times  # once, however often it is read
+
+
+def test_a_training_gets_full_batches_of_images_that_can_be_read(tmp_path: Path) -> None:
+    folder, images = broken_folder(tmp_path)
+    with open_data(folder, [RGB], skip_broken=True) as data:
+        (batch,) = data.batches(7, full=True)
+        pixels = batch.inputs["input"].transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(pixels, images[[4, 6, 1, 5, 4, 6, 1]])
+        np.testing.assert_array_equal(batch.labels, [0, 0, 1, 1, 0, 0, 1])
+        with pytest.raises(DataError, match="no sample of a batch can be read"):
+            list(data.batches(2, full=True))  # the first two are broken
+
+
+def test_a_fixed_batch_is_filled_beside_broken_images(tmp_path: Path) -> None:
+    folder, images = broken_folder(tmp_path)
+    spec = InputSpec(name="input", shape=(7, 3, 8, 6), dtype="float32")
+    with open_data(folder, [spec], skip_broken=True) as data:
+        (batch,) = data.batches()
+    assert (batch.size, batch.indices.tolist()) == (7, [2, 3, 4, 6])
+    np.testing.assert_array_equal(
+        batch.inputs["input"][:4], images[[4, 6, 1, 5]].transpose(0, 3, 1, 2)
+    )
+
+
+def test_an_image_that_vanishes_ends_no_run_that_may_skip_it(tmp_path: Path) -> None:
+    for n in range(4):
+        save(tmp_path / f"{n}.png")
+    with open_data(tmp_path, [RGB], skip_broken=True) as data:
+        assert sum(len(batch.indices) for batch in data.batches(2)) == 4
+        (tmp_path / "1.png").unlink()
+        assert sum(len(batch.indices) for batch in data.batches(2)) == 3
+    with open_data(tmp_path, [RGB]) as data:
+        (tmp_path / "2.png").unlink()
+        with pytest.raises(DataError, match=r"2\.png: no such file"):
+            list(data.batches(2))
+
+
+def test_without_any_readable_image_nothing_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxqat.data.images.MAX_NAMED", 3)
+    for n in range(9):
+        (tmp_path / f"{n}.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of its 9 images can be read"):
+        open_data(tmp_path, [RGB], skip_broken=True)
+    assert caplog.text.count(".png: cannot be decoded") == 3
+    assert caplog.text.count("more images") == 1
+
+
+def test_only_regular_files_are_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"a\.npz: is not a regular file"):
+        open_data(tmp_path / "a.npz", [RGB])
+    with pytest.raises(DataError, match=r"a\.npz: is not a regular file"):
+        open_data(tmp_path, [RGB])  # among the arrays of a folder
+    with pytest.raises(DataError, match="/dev/zero: is not a regular file"):
+        open_data("/dev/zero", [RGB])
