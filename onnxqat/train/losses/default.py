@@ -128,11 +128,14 @@ def _part(output: Output) -> Part:
 def _described(scores: Scores, output: Output) -> str:
     count = None if output.shape is None else output.shape[scores.axis]
     classes = f"{count} class scores" if isinstance(count, int) else "class scores"
-    ends = {"probabilities": "a Softmax", "log-probabilities": "a LogSoftmax"}
-    ends |= {"independent": "a Sigmoid", "logits": ""}
-    end = ends[scores.kind]
-    behind = f" behind {end}" if end else ""
-    return f"{classes}{behind} along axis {scores.axis} of its shape"
+    ends = {
+        "probabilities": " behind a Softmax",
+        "log-probabilities": " behind a LogSoftmax",
+        "independent": " behind a Sigmoid",
+        "logits": "",
+    }
+    doubt = f" (if they are none, --loss mse:{output.name})" if scores.kind == "logits" else ""
+    return f"{classes}{ends[scores.kind]} along axis {scores.axis} of its shape{doubt}"
 
 
 def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
