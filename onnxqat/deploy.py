@@ -28,6 +28,7 @@ __all__ = [
     "MODEL_NAME",
     "Deployment",
     "deployed_model",
+    "name_problems",
     "read_table",
     "table_names",
     "write_deployment",
@@ -127,6 +128,25 @@ def write_deployment(
 def table_names() -> list[str]:
     """Return what tables are called, of every format."""
     return sorted({f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()})
+
+
+def name_problems(model: Model, plan: QuantPlan, table: str | None) -> list[str]:
+    """Return the names that a table could not hold, and why; known before there are parameters.
+
+    Parameters
+    ----------
+    model : Model
+        The prepared float model that the plan was made for.
+    table : str or None
+        A name in `onnxqat.formats.FORMATS`, or ``none``.
+
+    Raises
+    ------
+    FormatError
+        There is no such table.
+    """
+    chosen = _format(table or "none")
+    return chosen.name_problems(model.graph, plan) if chosen else []
 
 
 def _format(name: str) -> Format | None:

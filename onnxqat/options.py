@@ -22,6 +22,7 @@ __all__ = [
     "rule_options",
     "run_options",
     "seed_option",
+    "table_option",
     "training_options",
 ]
 
@@ -173,6 +174,13 @@ rule_options = _options(
         metavar="SELECTOR.KEY=VALUE",
         help="Override the rule, as in weight.bits=4; repeatable, later wins.",
     ),
+)
+table_option = click.option(
+    "--format",
+    "format_name",
+    metavar="NAME",
+    help="Calibration table that strip writes, see docs/formats.md; the rule's own by default, "
+    "or none.",
 )
 training_options = _options(
     click.option(

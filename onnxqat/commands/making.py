@@ -26,6 +26,7 @@ from onnxqat.options import (
     rule_options,
     run_options,
     seed_option,
+    table_option,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = ["calibrate", "export", "import_table", "insert"]
 @rule_options
 @click.option("--data", help="Calibrate on this too; the scales are placeholders without.")
 @click.option("--plan-only", is_flag=True, help="Print what would be quantized, and why.")
+@table_option
 @calibration_options
 @data_options
 @run_options(32)
@@ -51,8 +53,8 @@ __all__ = ["calibrate", "export", "import_table", "insert"]
 @force_option
 @json_option
 def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
-           data: str | None, plan_only: bool, output: str | None, force: bool, as_json: bool,
-           **options: Any) -> None:  # fmt: skip
+           data: str | None, plan_only: bool, format_name: str | None, output: str | None,
+           force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Insert Q/DQ pairs into MODEL as the rule says."""
     from onnxqat.files import check_writable
     from onnxqat.foreign import read_foreign_qdq
@@ -60,6 +62,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.model import save_model
     from onnxqat.parallel import Workers, join_workers
     from onnxqat.quantized import load_model
+    from onnxqat.rules import load_rule
     from onnxqat.settings import settle
 
     if data is None:
@@ -78,6 +81,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     if plan_only:
         click.echo(json.dumps(plan_document(plan), indent=2) if as_json else str(plan))
         return
+    _refuse_names(prepared, plan, format_name or load_rule(rules).table)
     result = _inserted(prepared, plan, foreign)
     settle(result, given)
     if data is not None:
@@ -86,6 +90,18 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
         save_model(result, target, force=force)
         _print_inserted(plan_of(result), state_of(result), target, as_json)
     workers.leave()
+
+
+def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
+    """Refuse now what `strip` could not write after the training."""
+    from onnxqat.deploy import name_problems
+    from onnxqat.formats.format import refuse
+
+    refuse(
+        name_problems(prepared, plan, table),
+        f"The table '{table}' could not be read. Rename these in the model, or give insert and "
+        "strip --format onnxqat, which holds any name",
+    )
 
 
 def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]) -> Model:

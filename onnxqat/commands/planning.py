@@ -25,13 +25,17 @@ __all__ = ["check", "rules"]
 def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
           train: bool, as_json: bool) -> None:  # fmt: skip
     """Say what of MODEL the chip cannot run, or runs in float, and why."""
+    from onnxqat.deploy import name_problems
     from onnxqat.foreign import read_foreign_qdq
     from onnxqat.model import load_model
+    from onnxqat.rules import load_rule
 
     floats, _ = read_foreign_qdq(load_model(model))
     prepared, plan = planned(floats, rules, overrides, overrides_file)
     unsupported = sum(skip.unsupported for skip in plan.skips)
-    document = {**plan_document(plan), "schema": "onnxqat.check/1"}
+    table = load_rule(rules).table
+    names = name_problems(prepared, plan, table)
+    document = {**plan_document(plan), "schema": "onnxqat.check/1", "names": names}
     untrainable: list[dict[str, str]] = []
     if train:
         from onnxqat.train import untrainable_nodes
@@ -44,6 +48,8 @@ def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: st
         _print_skips(plan.skips)
         for node in untrainable:
             click.echo("untrainable  {op_type}  {node}: {reason}".format(**node))
+        for problem in names:
+            click.echo(f"name  {problem}")
         click.echo(
             f"{len(plan.grid_points())} tensors quantized; {len(plan.skips) - unsupported} nodes "
             f"in float, {unsupported} unsupported"
@@ -51,6 +57,11 @@ def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: st
         )
     if unsupported:
         raise click.ClickException(f"{unsupported} nodes cannot run on {plan.rule}.")
+    if names:
+        raise click.ClickException(
+            f"{len(names)} names cannot stand in the table '{table}'. Rename them, or give insert "
+            "and strip --format onnxqat."
+        )
     if untrainable:
         raise click.ClickException(f"{len(untrainable)} nodes keep it from being fine-tuned.")
 

@@ -21,7 +21,7 @@ from onnxqat.commands.common import (
     warn_if_unlike_training,
 )
 from onnxqat.commands.outputs import check_apart
-from onnxqat.options import data_options, force_option, json_option, run_options
+from onnxqat.options import data_options, force_option, json_option, run_options, table_option
 
 if TYPE_CHECKING:
     from onnxqat.evaluate import Evaluation, PointDifference
@@ -151,12 +151,7 @@ def _print_points(points: Sequence[PointDifference]) -> None:
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, help="Directory to write into.")
-@click.option(
-    "--format",
-    "format_name",
-    metavar="NAME",
-    help="Calibration table, see docs/formats.md; the rule's own by default, or none.",
-)
+@table_option
 @click.option(
     "--weights",
     type=click.Choice(["snapped", "tuned"]),

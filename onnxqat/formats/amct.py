@@ -13,10 +13,10 @@
     }
 
 (CANN documentation atlasamct_16_0165; OpenPPL/ppq ``ppq/parser/ascend_export.py``, which adds
-fields of the Caffe variant.) Keys are names of nodes. ``offset_d`` is the int8 zero_point,
-``scale_d`` the scale of the layer's input: an op that reads two tensors at different scales has no
-record, and is listed. Floats are float32 in the prototype, and are written with all their digits.
-Format-checked.
+fields of the Caffe variant.) Keys are names of nodes, with the escapes of that text form.
+``offset_d`` is the int8 zero_point, ``scale_d`` the scale of the layer's input: an op that reads
+two tensors at different scales has no record, and is listed. Floats are float32 in the prototype,
+and are written with all their digits. Format-checked.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from google.protobuf.text_encoding import CEscape, CUnescape
 
 from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
@@ -83,7 +84,8 @@ def _write(source: Calibrated) -> Written:
             values += [("scale_w", scale) for scale in scales]
             values += [("offset_w", 0)] * len(scales)
         fields = "".join(f"    {name}: {value!r}\n" for name, value in values)
-        texts.append(f'record {{\n  key: "{layer.node.name}"\n  value {{\n{fields}  }}\n}}\n')
+        key = CEscape(layer.node.name, as_utf8=False)
+        texts.append(f'record {{\n  key: "{key}"\n  value {{\n{fields}  }}\n}}\n')
     unequal = {"ops with inputs at two scales": tuple(left_out)} if left_out else {}
     rest = source.others(covered, "activation", "weight")
     return Written(
@@ -94,8 +96,6 @@ def _write(source: Calibrated) -> Written:
 def _problems(source: Calibrated) -> Iterator[str]:
     for layer in _layers(source.graph, source.plan):
         name, op = layer.node.name, layer.node.op
-        if re.search(r'["\\]|[^\x20-\x7e]', name):
-            yield f"name {name!r} is not plain ASCII"
         if len(layer.weights) > 1 or not layer.inputs:
             yield f"'{name}' ({op}) has no activation or two weights"
         for point in (*layer.inputs, *layer.weights):
@@ -154,17 +154,27 @@ def _parse(table: Table) -> dict[str, _Record]:
         tokens.take("{")
         tokens.take("key")
         tokens.take(":")
-        key = tokens.take()
-        if len(key) < 3 or key[0] != '"' or key[-1] != '"' or "\\" in key:
-            raise tokens.error(f"'{key[:40]}' is not a plain name in quotes")
-        if key[1:-1] in found:
-            raise tokens.error(f"record {key[:80]} appears twice")
+        key = _name(tokens)
+        if key in found:
+            raise tokens.error(f"record {key[:80]!r} appears twice")
         tokens.take("value")
         tokens.accept(":")
         tokens.take("{")
-        found[key[1:-1]] = _parse_value(tokens)
+        found[key] = _parse_value(tokens)
         tokens.take("}")
     return found
+
+
+def _name(tokens: _Tokens) -> str:
+    """Read a name in quotes."""
+    word = tokens.take()
+    try:
+        name = str(CUnescape(word[1:-1]), "utf-8")
+    except ValueError:
+        name = ""
+    if not name or word[0] != '"' or word[-1] != '"':
+        raise tokens.error(f"{word[:40]!r} is not a name in quotes")
+    return name
 
 
 def _parse_value(tokens: _Tokens) -> _Record:
@@ -213,6 +223,6 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 AMCT = Format(
     summary="record file of Ascend's AMCT",
     files={"table": "amct_record.txt"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

@@ -129,6 +129,6 @@ def _stored(tensor: onnx.TensorProto) -> onnx.TensorProto:
 AXERA = Format(
     summary="Q/DQ model and configuration for Axera's Pulsar2",
     files={"table": "axera_qdq.onnx", "config": "pulsar2.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

@@ -8,8 +8,9 @@ CATCH keeps, in a module's state dict (Cambricon/catch
      "conv1.quantized_by_channel": [1], "conv1.scale_weight_per_channel": [812.7, 790.1]}
 
 input, then weight; mode 1 is int8, 2 int16. A module goes by the name of its weight without
-``.weight``, as PyTorch exports it, otherwise by the name of the node. The dict is written as JSON:
-a state dict itself is a pickle.
+``.weight``, as PyTorch exports it, otherwise by the name of the node. A module that is called twice
+has one scale of its input: where the two inputs have grids of their own, each call goes by the name
+of its node. The dict is written as JSON: a state dict itself is a pickle.
 
 MagicMind's build (Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``) takes
 ranges by tensor, ``{"custom_ranges": {"input": {"max": [1.0], "min": [-1.0]}}}``, and a precision
@@ -20,14 +21,14 @@ empty name, only. Format-checked.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
+from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written, edges_of, refuse
 from onnxqat.formats.json_table import numbers, read_json, write_json
 from onnxqat.formats.thresholds import largest, require_symmetric
 from onnxqat.plan import QuantPlan, QuantPoint
@@ -43,15 +44,33 @@ class _Range(msgspec.Struct):
     min: list[float]
 
 
-def _modules(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[str, QuantPoint, QuantPoint]]:
-    """Yield the name of each module, and the points of its input and weight."""
+class _Module(NamedTuple):
+    """What goes by one name: its input and its weight."""
+
+    name: str
+    input: QuantPoint
+    weight: QuantPoint
+
+
+def _modules(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Module]:
     edges = edges_of(plan)
+    calls: list[tuple[gs.Node, QuantPoint, QuantPoint]] = []
+    inputs: dict[str, set[str]] = {}
     for node in graph.nodes:
         points = [edges[node.name, i] for i in (0, 1) if (node.name, i) in edges]
         if sorted(p.role for p in points) == ["activation", "weight"]:
             x, weight = sorted(points, key=lambda p: p.role)
-            name = weight.tensor.removesuffix(".weight")
-            yield (name if name and name != weight.tensor else node.name), x, weight
+            calls.append((node, x, weight))
+            inputs.setdefault(weight.tensor, set()).add(x.parameters)
+    for node, x, weight in calls:
+        name = weight.tensor.removesuffix(".weight")
+        known = name not in ("", weight.tensor) and len(inputs[weight.tensor]) == 1
+        yield _Module(name if known else node.name, x, weight)
+
+
+def _keys(graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
+    return (Key(m.name, f"{m.input.parameters}, {m.weight.parameters}")
+            for m in _modules(graph, plan))  # fmt: skip
 
 
 def _write(source: Calibrated) -> Written:
@@ -64,9 +83,7 @@ def _write(source: Calibrated) -> Written:
     )  # fmt: skip
     state: dict[str, Any] = {}
     for module, x, weight in modules:
-        for key, value in _state(source, x, weight).items():
-            if state.setdefault(f"{module}.{key}", value) != value:
-                raise FormatError(f"Two nodes go by '{module}', at different scales. Rename one.")
+        state |= {f"{module}.{key}": value for key, value in _state(source, x, weight).items()}
     ranges = {p.tensor: _range(p, float(q.scale)) for p, q in source.points("activation")}
     covered = {p.parameters for _, *points in modules for p in points}
     others = source.others(covered, "activation", "weight")
@@ -174,6 +191,7 @@ CAMBRICON = Format(
         "ranges": "magicmind_ranges.json",
         "config": "magicmind_config.json",
     },
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=_keys,
 )

@@ -209,12 +209,12 @@ def _put(found: Found, point: QuantPoint, entry: _Entry) -> None:
 ENCODINGS = Format(
     summary="encodings 0.6.1 of SNPE and QNN (AIMET)",
     files={"table": "encodings.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )
 ENCODINGS_1 = Format(
     summary="encodings 1.0.0 of SNPE and QNN (AIMET)",
     files={"table": "encodings_1.json"},
-    write=_write_1,
+    writer=_write_1,
     read=_read,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,7 +21,17 @@ from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
 
-__all__ = ["Calibrated", "Format", "Found", "Table", "Written", "edges_of", "listed", "refuse"]
+__all__ = [
+    "Calibrated",
+    "Format",
+    "Found",
+    "Key",
+    "Table",
+    "Written",
+    "edges_of",
+    "listed",
+    "refuse",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +337,32 @@ def _float32(scale: ArrayLike, place: str) -> np.ndarray[Any, np.dtype[np.float3
     return scales
 
 
+class Key(NamedTuple):
+    """What a table looks an entry up by.
+
+    Attributes
+    ----------
+    name : str
+        As it stands in the file.
+    parameters : str
+        What stands under it, a `QuantPoint.parameters`; empty for other things than numbers.
+    section : str
+        Part of the file; the same name may stand in several.
+    """
+
+    name: str
+    parameters: str = ""
+    section: str = ""
+
+
+def _no_keys(_graph: gs.Graph, _plan: QuantPlan) -> Iterable[Key]:
+    return ()
+
+
+def _any_name(_name: str) -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One format of calibration tables.
@@ -337,13 +373,43 @@ class Format:
         One line: whose it is, and what for.
     files : dict of str to str
         Suffix of each kind of file it writes; ``table`` is the one that `read` is made for.
-    write : function
+    writer : function
         Calibrated -> Written. Raises FormatError for what the target needs and the plan lacks.
     read : function
         (Table, Graph, QuantPlan) -> Found. Raises FormatError for what is no such table.
+    keys : function
+        (Graph, QuantPlan) -> the keys that `writer` writes, where these are not the unique names of
+        tensors or nodes in a file that can say any name (JSON can).
+    misread : function
+        name -> why the target would not read it as one name, or None.
     """
 
     summary: str
     files: Mapping[str, str]
-    write: Callable[[Calibrated], Written]
+    writer: Callable[[Calibrated], Written]
     read: Callable[[Table, gs.Graph, QuantPlan], Found]
+    keys: Callable[[gs.Graph, QuantPlan], Iterable[Key]] = _no_keys
+    misread: Callable[[str], str | None] = _any_name
+
+    def name_problems(self, graph: gs.Graph, plan: QuantPlan) -> list[str]:
+        """Return what is wrong with the names of a model: no data or parameters are needed."""
+        problems: dict[str, None] = {}
+        known: dict[tuple[str, str], str] = {}
+        for key in self.keys(graph, plan):
+            why = self.misread(key.name)
+            if why:
+                problems[f"{key.name!r} {why}"] = None
+            elif known.setdefault((key.section, key.name), key.parameters) != key.parameters:
+                problems[f"{key.name!r} would stand for two tensors"] = None
+        return list(problems)
+
+    def write(self, source: Calibrated) -> Written:
+        """Write a calibrated model as files.
+
+        Raises
+        ------
+        FormatError
+            It has names, or a plan, that the target could not read.
+        """
+        refuse(self.name_problems(source.graph, source.plan), "Rename these in the model")
+        return self.writer(source)

@@ -89,6 +89,6 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 HORIZON = Format(
     summary="thresholds as Horizon's HzCalibration nodes have them",
     files={"table": "hz_thresholds.json", "config": "quant_config.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

@@ -146,6 +146,6 @@ def _put(found: Found, point: QuantPoint, ends: tuple[Any, Any], name: str) -> N
 MINDSPORE = Format(
     summary="ranges under MindSpore's attribute names",
     files={"table": "mindspore.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

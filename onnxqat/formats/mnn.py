@@ -234,6 +234,6 @@ def _put(found: Found, layer: _Written, place: str, grids: list[_Grid]) -> None:
 MNN = Format(
     summary="compression parameters for MNN's converter",
     files={"table": "mnn.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

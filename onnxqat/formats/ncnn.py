@@ -25,8 +25,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
-from onnxqat.formats.text_table import check_names, rows
+from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written, edges_of
+from onnxqat.formats.text_table import misread, rows
 from onnxqat.formats.thresholds import require_symmetric
 from onnxqat.plan import QuantPlan, QuantPoint
 
@@ -46,12 +46,21 @@ def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[gs.Node, QuantPo
             yield node, x, weight
 
 
+def _keys(graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
+    for node, x, weight in _layers(graph, plan):
+        yield Key(node.name, x.parameters)
+        yield Key(f"{node.name}{_WEIGHT}0", weight.parameters)
+
+
+def _misread(name: str) -> str | None:
+    if _WEIGHT in name.removesuffix(f"{_WEIGHT}0"):
+        return f"has '{_WEIGHT}', which marks a weight"
+    return misread(name, longest=255)
+
+
 def _write(source: Calibrated) -> Written:
     require_symmetric(source, _TITLE, weight_bits=range(2, 9))
     layers = list(_layers(source.graph, source.plan))
-    names = [node.name for node, _, _ in layers]
-    check_names((f"{name}{_WEIGHT}0" for name in names), longest=255)
-    refuse((f"name '{n}' contains {_WEIGHT}" for n in names if _WEIGHT in n), "Rename the nodes")
     inputs, weights = [], []
     for node, x, weight in layers:
         scales = _for_groups(node, source.params(weight).scale.astype(np.float64))
@@ -115,6 +124,8 @@ def _for_channels(node: gs.Node, point: QuantPoint, scales: NDArray[Any]) -> NDA
 NCNN = Format(
     summary="calibration table of ncnn2int8",
     files={"table": "ncnn.table"},
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=_keys,
+    misread=_misread,
 )

@@ -119,6 +119,6 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 NEUTRAL = Format(
     summary="all scales and zero points of any rule, exact",
     files={"table": "onnxqat.json"},
-    write=_write,
+    writer=_write,
     read=_read,
 )

@@ -16,10 +16,10 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, refuse
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.json_table import read_json, write_json
-from onnxqat.formats.text_table import rows
-from onnxqat.formats.thresholds import LEFT_OUT, put_thresholds, thresholds
+from onnxqat.formats.text_table import misread, rows
+from onnxqat.formats.thresholds import LEFT_OUT, activation_keys, put_thresholds, thresholds
 from onnxqat.plan import QuantPlan
 
 __all__ = ["ONNXRUNTIME_CALIBRATION"]
@@ -29,10 +29,6 @@ _TITLE = "A calibration table of onnxruntime"
 
 def _write(source: Calibrated) -> Written:
     ranges = thresholds(source, _TITLE)
-    refuse(
-        (f"{name!r} has white space" for name in ranges if name.split() != [name]),
-        "It separates fields; rename the tensors",
-    )
     lines = [f"{name} {value!r}\n" for name, value in sorted(ranges.items())]
     document = {name: [-value, value] for name, value in ranges.items()}
     return Written(
@@ -61,6 +57,8 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 ONNXRUNTIME_CALIBRATION = Format(
     summary="calibration.json and .cache of onnxruntime's quantization tools",
     files={"table": "calibration.json", "cache": "ort_calibration.cache"},
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=activation_keys,
+    misread=misread,
 )

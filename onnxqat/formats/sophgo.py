@@ -40,9 +40,10 @@ from typing import TypeVar
 import numpy as np
 
 from onnxqat.errors import FormatError
+from onnxqat.formats import text_table
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 
-__all__ = ["WORK_MODES", "read", "scale_of", "threshold", "write", "write_qtable"]
+__all__ = ["WORK_MODES", "misread", "read", "scale_of", "threshold", "write", "write_qtable"]
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
 
@@ -166,15 +167,17 @@ def _scales_problem(entry: WeightScales) -> str | None:
     return None
 
 
-def _name_problem(name: str) -> str | None:
-    """Return why the compiler would not find ``name`` in a table."""
-    if not name or any(c.isspace() for c in name):
-        return f"name {name!r} is empty or has whitespace, which separates fields. Rename it."
+def misread(name: str) -> str | None:
+    """Return why the compiler would not find ``name`` in a table, or None.
+
+    Examples
+    --------
+    >>> misread("#1_Relu")
+    "starts with '#', which starts a comment"
+    """
     if name.startswith("#"):
-        return f"name {name!r} starts with '#', which starts a comment. Rename it."
-    if any("\ud800" <= c <= "\udfff" for c in name):
-        return f"name {name!r} cannot be written as UTF-8. Rename it."
-    return None
+        return "starts with '#', which starts a comment"
+    return text_table.misread(name)
 
 
 def _decimal(value: float) -> str:
@@ -198,7 +201,10 @@ def _lines(
 ) -> Iterator[str]:
     """Yield the lines of a section, or raise FormatError."""
     for name, entry in section.items():
-        problem = _name_problem(name) or check(entry)
+        why = misread(name)
+        if why:
+            raise FormatError(f"{name!r} {why}. Rename it.")
+        problem = check(entry)
         if problem:
             raise FormatError(f"{name}: {problem}")
         yield " ".join([name, *fields(entry)])
@@ -294,7 +300,8 @@ def _add(
     if name in section:
         raise _LineError(f"'{name[:80]}' appears twice in this section. Remove one of the lines.")
     entry = parse(fields)
-    problem = _name_problem(name) or check(entry)
+    why = misread(name)
+    problem = f"name {name!r} {why}. Rename it." if why else check(entry)
     if problem:
         raise _LineError(problem)
     section[name] = entry

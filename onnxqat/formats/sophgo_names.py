@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import sophgo
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
+from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import Model
@@ -193,6 +193,16 @@ def float_ops(model: Model) -> list[str]:
     return [names.of_output(node) for node in names.floats()]
 
 
+def _keys(graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
+    names = _Names(graph, plan)
+    for name, point in names.activations():
+        yield Key(name, point.parameters, "int4" if point.spec.bits == 4 else "activations")
+    for name, point, _ in names.weights():
+        yield Key(name, point.parameters, "weights")
+    for node in names.floats():
+        yield Key(names.of_output(node), section="qtable")
+
+
 def _write(source: Calibrated) -> Written:
     files = {"table": sophgo.write(table_of(source.model))}
     if floats := float_ops(source.model):
@@ -259,6 +269,8 @@ def _put_weight(found: Found, point: QuantPoint, entry: WeightScales, name: str)
 SOPHGO = Format(
     summary="cali_table and qtable of Sophgo's tpu-mlir",
     files={"table": "cali_table", "qtable": "qtable"},
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=_keys,
+    misread=sophgo.misread,
 )

@@ -9,12 +9,14 @@ too. Format-checked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, refuse
-from onnxqat.formats.text_table import check_names, rows
-from onnxqat.formats.thresholds import LEFT_OUT
+from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written, refuse
+from onnxqat.formats.text_table import misread, rows
+from onnxqat.formats.thresholds import LEFT_OUT, activation_keys
 from onnxqat.plan import QuantPlan
 
 __all__ = ["TENGINE"]
@@ -38,9 +40,13 @@ def _write(source: Calibrated) -> Written:
         for inner, end in _inner(source.graph, source.plan).items()
         if end in lines
     }
-    check_names(lines)
     text = "".join(f"{name} {numbers}\n" for name, numbers in lines.items())
     return Written(files={"table": text}, left_out=source.left_out(*LEFT_OUT))
+
+
+def _keys(graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
+    yield from activation_keys(graph, plan)
+    yield from (Key(name) for name in _inner(graph, plan))
 
 
 def _inner(graph: gs.Graph, plan: QuantPlan) -> dict[str, str]:
@@ -71,6 +77,8 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 TENGINE = Format(
     summary="Tengine scale file",
     files={"table": "for_tengine.scale"},
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=_keys,
+    misread=misread,
 )

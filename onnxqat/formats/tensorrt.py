@@ -29,9 +29,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import FormatError
-from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, refuse
+from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.json_table import read_json, write_json
-from onnxqat.formats.thresholds import LEFT_OUT, put_thresholds, thresholds
+from onnxqat.formats.thresholds import LEFT_OUT, activation_keys, put_thresholds, thresholds
 from onnxqat.plan import QuantPlan
 
 __all__ = ["TENSORRT"]
@@ -50,12 +50,12 @@ class _Document(msgspec.Struct):
     tensorrt: _Ranges
 
 
+def _misread(name: str) -> str | None:
+    return "has ': ' or a line break" if re.search(r": |[\r\n]", name) else None
+
+
 def _write(source: Calibrated) -> Written:
     ranges = thresholds(source, _TITLE)
-    refuse(
-        (f"{name!r} has ': ' or a line break" for name in ranges if re.search(r": |[\r\n]", name)),
-        "These separate fields of the cache; rename the tensors",
-    )
     lines = [_HEADER]
     for point, params in source.points("activation"):
         lines.append(f"{point.tensor}: {struct.pack('>f', params.scale).hex()}")
@@ -101,6 +101,8 @@ def _scales(text: str, name: str) -> dict[str, float]:
 TENSORRT = Format(
     summary="TensorRT calibration cache and dynamic ranges",
     files={"table": "calibration.cache", "dynamic_range": "dynamic_range.json"},
-    write=_write,
+    writer=_write,
     read=_read,
+    keys=activation_keys,
+    misread=_misread,
 )

@@ -8,37 +8,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from onnxqat.errors import FormatError
-from onnxqat.formats.format import Table, refuse
+from onnxqat.formats.format import Table
 
-__all__ = ["check_names", "rows"]
+__all__ = ["misread", "rows"]
 
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{0,400})?([eE][-+]?[0-9]{1,3})?")
 
 
-def check_names(names: Iterable[str], *, longest: int = 2**16) -> None:
-    """Refuse names that would not be read back as one field.
+def misread(name: str, *, longest: int = 2**16) -> str | None:
+    """Return why a name would not be read back as one field.
 
     Parameters
     ----------
     longest : int
         Bytes that the target's reader takes.
 
-    Raises
-    ------
-    FormatError
-        It lists the names.
+    Examples
+    --------
+    >>> misread("conv 1")
+    'has white space or a control character'
     """
-    refuse(
-        (
-            f"{name!r} is empty, longer than {longest} bytes or has white space"
-            for name in names
-            if name.split() != [name] or len(name.encode(errors="replace")) > longest
-        ),
-        "The table could not be read again; rename the tensors or nodes",
-    )
+    if name.split() != [name] or any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "has white space or a control character" if name else "is empty"
+    if any("\ud800" <= c <= "\udfff" for c in name):
+        return "cannot be written as UTF-8"
+    return f"is longer than {longest} bytes" if len(name.encode()) > longest else None
 
 
 def rows(table: Table, counts: Container[int]) -> dict[str, tuple[float, ...]]:

@@ -7,16 +7,24 @@ survives bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
-from onnxqat.formats.format import Calibrated, Found, refuse
+from onnxqat.formats.format import Calibrated, Found, Key, refuse
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams
 
-__all__ = ["LEFT_OUT", "largest", "put_thresholds", "require_symmetric", "thresholds"]
+__all__ = [
+    "LEFT_OUT",
+    "activation_keys",
+    "largest",
+    "put_thresholds",
+    "require_symmetric",
+    "thresholds",
+]
 
 LEFT_OUT = ("weight scales", "biases")
 
@@ -65,6 +73,11 @@ def _unsayable(point: QuantPoint, params: QuantParams, widths: Any) -> str | Non
     if not params.signed:
         return "unsigned integers"
     return None if point.spec.bits in widths else f"{point.spec.bits} bits"
+
+
+def activation_keys(_graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
+    """Yield the keys of a table that names activations by their tensor."""
+    return (Key(p.tensor, p.parameters) for p in plan.grid_points() if p.role == "activation")
 
 
 def thresholds(source: Calibrated, title: str) -> dict[str, float]:
