@@ -132,7 +132,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 
 def _put(found: Found, point: QuantPoint, ends: tuple[Any, Any], name: str) -> None:
     """Take in the ends of ranges; undo `_ends`."""
-    signed = found.signed(point, name)
+    signed = found.signed(point, name, lowest=not any(ends[0] < 0))
     qmin, qmax = quantized_range(point.spec, signed=signed)
     if ends[0].shape != ends[1].shape:
         raise FormatError(f"{found.source}: '{name}' has unlike numbers of minq and maxq.")

@@ -152,11 +152,14 @@ def _write(source: Calibrated) -> Written:
         for name in layer.names:
             output = grids["output"] | {"name": name}
             entries.append({p: [grid] for p, grid in (grids | {"output": output}).items()})
+    covered = {point.parameters for layer in layers for point in layer.points.values()}
     parameters = {"roundMode": "ROUND_AWAY_FROM_ZERO", "layer": entries}
     document = {"version": _VERSION, "algo": [{"type": "QUANTIZE", "quantParams": parameters}]}
     return Written(
         files={"table": write_json(document)},
-        left_out=_float_ops(source, layers) | source.left_out("biases"),
+        left_out=_float_ops(source, layers)
+        | source.others(covered, "activation", "weight")
+        | source.left_out("biases"),
     )
 
 

@@ -31,6 +31,12 @@ def _write(source: Calibrated) -> Written:
         ),
         "A Tengine scale file holds 8 bits; insert again with them",
     )
+    signed = {params.signed for _, params in source.points("activation")}
+    if len(signed) > 1:
+        raise FormatError(
+            "A Tengine scale file is for int8 or for uint8, and the model has both. Insert again "
+            "with --set activation.signedness=signed."
+        )
     lines = {
         point.tensor: f"{float(params.scale)!r} {int(params.zero_point)}"
         for point, params in source.points("activation")
