@@ -370,7 +370,7 @@ def renamed_node(name):
         ("ncnn", "ncnn", "conv 1"),
         ("ncnn", "ncnn", "conv_param_1"),
         ("ncnn", "ncnn", "c" * 250),
-        ("ncnn", "ncnn", "conv\x001"),
+        ("ncnn", "ncnn", "conv\x7f1"),
     ],
 )
 def test_names_the_target_could_not_read_are_refused(table, rule, name):
