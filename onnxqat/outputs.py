@@ -208,12 +208,21 @@ class Ends:
         if node is None:
             return None
         if node.op_type == "Sigmoid":
-            return Scores(kind="independent", axis=1 if rank >= GRID else max(rank - 1, 0))
+            return Scores(kind="independent", axis=self._channels(path, node, rank))
         if node.op_type not in ("Softmax", "LogSoftmax"):
             return None
         axis = self._class_axis(path, _attribute(node, "axis", -1))
         kind: Any = "probabilities" if node.op_type == "Softmax" else "log-probabilities"
         return None if axis is None else Scores(kind=kind, axis=axis)
+
+    def _channels(self, path: list[str], sigmoid: onnx.NodeProto, rank: int) -> int:
+        """Return the axis of the classes: channels of a grid before, else the usual one."""
+        before, _ = self._path(sigmoid.input[0])
+        if len(self._shapes.get(before[-1], ())) >= GRID:
+            found = self._axis([*path, *before], 1)
+            if found is not None:
+                return found
+        return 1 if rank >= GRID else max(rank - 1, 0)
 
     def readers_axis(self, name: str) -> int | None:
         """Return the axis along which a Softmax, LogSoftmax or ArgMax reads a tensor."""

@@ -233,6 +233,9 @@ def output_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
             rows.append(("agreement", f"{100 * one.agreement:.2f} %  {one.meaning}"))
         elif one.relative_error is not None:
             rows.append(("error", f"{100 * one.relative_error:.2f} %  {one.meaning}"))
+        elif one.max_abs_diff is None:
+            reason = "its length depends on the values, and differs"
+            rows.append(("agreement", f"none of '{one.output}': {reason}"))
     return rows
 
 

@@ -72,6 +72,11 @@ def kinds(text: str) -> dict[str, tuple[str, int] | None]:
             "y = Transpose <perm = [0, 2, 1]> (r) }",
             ("independent", 2),
         ),
+        (
+            GRID + "(float[N, 9, 36] y) <float[9, 4, 1, 1] w, int64[3] s = {0, 9, -1}> "
+            "{ h = Conv(x, w) r = Reshape(h, s) y = Sigmoid(r) }",
+            ("independent", 1),
+        ),
         # segmentation, by its Softmax, moved or not
         (
             GRID + "(float[N, 9, 6, 6] y) <float[9, 4, 1, 1] w> "

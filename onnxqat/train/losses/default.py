@@ -127,15 +127,16 @@ def _part(output: Output) -> Part:
 
 def _described(scores: Scores, output: Output) -> str:
     count = None if output.shape is None else output.shape[scores.axis]
-    classes = f"{count} class scores" if isinstance(count, int) else "class scores"
+    classes = f"{count} class scores" if isinstance(count, int) and count > 1 else "class scores"
     ends = {
         "probabilities": " behind a Softmax",
         "log-probabilities": " behind a LogSoftmax",
-        "independent": " behind a Sigmoid",
+        "independent": " behind a Sigmoid, each by itself",
         "logits": "",
     }
+    axis = "" if scores.kind == "independent" else f" along axis {scores.axis} of its shape"
     doubt = f" (if they are none, --loss mse:{output.name})" if scores.kind == "logits" else ""
-    return f"{classes}{ends[scores.kind]} along axis {scores.axis} of its shape{doubt}"
+    return f"{classes}{ends[scores.kind]}{axis}{doubt}"
 
 
 def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
