@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+import onnx_graphsurgeon as gs
 
 from onnxqat.data import InputSpec, Preprocessing, check_count, check_preprocessing
 from onnxqat.errors import DataError, ModelError
@@ -20,6 +21,14 @@ __all__ = [
 ]
 
 KEY = "onnxqat.data"
+# Ops that read rows of a table: which input has the indices, which the table.
+LOOKUPS = {
+    "Gather": ((1, 0),),
+    "GatherElements": ((1, 0),),
+    "EmbedLayerNormalization": ((0, 2), (1, 4)),  # com.microsoft
+}
+# Those that keep every value, of their first input.
+MOVES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 class Settings(
@@ -192,5 +201,25 @@ def input_specs(model: Model, beside: Model | None = None) -> list[InputSpec]:
                     f"{beside.name} of {other[0]}. Export one of them with a dynamic batch."
                 )
             shape = (other[0], *shape[1:])
-        specs.append(InputSpec(name=tensor.name, shape=shape, dtype=str(tensor.dtype)))
+        kind, rows = str(tensor.dtype), _rows_looked_up(tensor)
+        specs.append(InputSpec(name=tensor.name, shape=shape, dtype=kind, rows=rows))
     return specs
+
+
+def _rows_looked_up(tensor: gs.Tensor) -> int | None:
+    """Return how many rows the smallest table has that the values of a tensor are indices of."""
+    found: list[int] = []
+    seen, waiting = {tensor.name}, [tensor]
+    while waiting:
+        reached = waiting.pop()
+        for node in reached.outputs:
+            if node.op in MOVES and node.inputs[0] is reached:
+                moved = [t for t in node.outputs[:1] if t.name not in seen]
+                seen.update(t.name for t in moved)
+                waiting += moved
+            for index, table in LOOKUPS.get(node.op, ()):
+                if len(node.inputs) > max(index, table) and node.inputs[index] is reached:
+                    shape, axis = node.inputs[table].shape or (), node.attrs.get("axis", 0)
+                    length = shape[axis] if -len(shape) <= axis < len(shape) else None
+                    found += [length] if isinstance(length, int) and length > 0 else []
+    return min(found, default=None)

@@ -53,11 +53,14 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
         samples.
     dtype : str
         Name of the numpy dtype.
+    rows : int, optional
+        Of a table that the values are indices of: they lie from ``-rows`` to ``rows - 1``.
     """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: str
+    rows: int | None = None
 
 
 def model_layout(spec: InputSpec) -> Layout | None:
@@ -128,7 +131,21 @@ class Feed:
         with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
             result = np.ascontiguousarray(rows, dtype=dtype)
         _check_values(rows, result, origin)
+        self._check_indices(result, origin)
         return result
+
+    def _check_indices(self, values: NDArray[Any], origin: Callable[[int], str]) -> None:
+        limit = self.spec.rows
+        if limit is None:
+            return
+        wrong = (values < -limit) | (values >= limit)
+        if wrong.any():
+            position = int(np.argwhere(wrong)[0][0])
+            value = values[wrong].reshape(-1)[0]
+            raise DataError(
+                f"{origin(position)} holds {value}, and model input {self.spec.name!r} takes "
+                f"indices of {limit} rows, 0 to {limit - 1}. Store indices that the model has."
+            )
 
     def _resized(self, rows: NDArray[Any]) -> NDArray[Any]:
         if not self.preprocessing.changes_size:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 DECODERS = min(4, os.cpu_count() or 1)
+# So many are decoded alone, since each may take half a gigabyte meanwhile.
+LARGE = 2**24
+_LARGE = threading.Lock()
 MAX_NAMED = 1000
 # Pillow warns from here on, and refuses twice as many.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
@@ -159,7 +163,7 @@ class ImageFolder:
         path = self._paths[index]
         check_readable(path, DataError)
         try:
-            with Image.open(path) as image:
+            with Image.open(path) as image, _turn(image):
                 pixels = _pixels(image, self._mode)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise DataError(
@@ -179,6 +183,11 @@ class ImageFolder:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _turn(image: Image.Image) -> AbstractContextManager[object]:
+    """Return what is held while an image is decoded: large ones wait for each other."""
+    return _LARGE if image.width * image.height > LARGE else nullcontext()
 
 
 def _size(image: NDArray[Any]) -> str:

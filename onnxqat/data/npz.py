@@ -6,6 +6,7 @@ whose size was checked against the archive and the free space before.
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 import zipfile
@@ -28,6 +29,8 @@ __all__ = ["NpzPart", "open_npz"]
 # Deflate codes at most 258 bytes in 2 bits, so that a member cannot grow by more than this.
 MAX_INFLATION = 1032
 CHUNK = 1 << 20
+MAX_HEADER = 1 << 14  # numpy takes 10,000 bytes
+MAX_EMPTY = 10**7  # samples that hold nothing, of which a file may claim any number
 
 
 def open_npz(name: str, paths: list[Path]) -> ArraySource:
@@ -117,6 +120,8 @@ class NpzPart:
     def _parse(self, key: str, member: zipfile.ZipInfo, stream: IO[bytes]) -> Header:
         # version 3 exists for structured dtypes alone
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        # numpy reads a header whole before it looks at its length, which may be 4 GB
+        stream = io.BytesIO(stream.read(MAX_HEADER))
         version = npy.read_magic(stream)
         if version not in readers:
             raise ValueError(f"array {key!r} has format version {version}")
@@ -129,6 +134,11 @@ class NpzPart:
             raise DataError(
                 f"{self.name}: array {key!r} claims shape {shape}, {size} bytes, but holds "
                 f"{member.file_size}. Save it again with numpy.savez_compressed."
+            )
+        if math.prod(shape) == 0 and max(shape) > MAX_EMPTY:
+            raise DataError(
+                f"{self.name}: array {key!r} claims shape {shape}, which takes no bytes. "
+                "Save it again with numpy.savez_compressed."
             )
         return Header(shape, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onnxqat.data import InputSpec, Preprocessing, open_data
+from onnxqat.data.images import _pixels as pixels_of
 from onnxqat.errors import DataError
 
 RNG = np.random.default_rng(2)
@@ -312,3 +314,24 @@ def test_only_regular_files_are_data(tmp_path: Path) -> None:
         open_data(tmp_path, [RGB])  # among the arrays of a folder
     with pytest.raises(DataError, match="/dev/zero: is not a regular file"):
         open_data("/dev/zero", [RGB])
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [save(tmp_path / f"{n}.png") for n in range(6)]
+    monkeypatch.setattr("onnxqat.data.images.LARGE", 47)
+    running, most = 0, 0
+
+    def convert(image: Image.Image, mode: str) -> NDArray[np.uint8]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.002)
+        running -= 1
+        return pixels_of(image, mode)
+
+    monkeypatch.setattr("onnxqat.data.images._pixels", convert)
+    found, _ = read(tmp_path)
+    np.testing.assert_array_equal(found, np.stack(images).transpose(0, 3, 1, 2))
+    assert most == 1

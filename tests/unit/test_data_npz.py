@@ -411,3 +411,43 @@ def test_memory_is_that_of_a_few_batches(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < x.nbytes / 2
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    length = 2**30
+    raw = b"\x93NUMPY\x02\x00" + struct.pack("<I", length) + b" " * 2**26
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", raw)
+    del raw
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a\.npz: cannot be read"):
+            open_data(tmp_path / "a.npz", [VECTOR])
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(10**12, 0), (10**12, 5, 0), (0, 10**18)])
+def test_samples_that_hold_nothing_cannot_be_any_number(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", member(shape, b""))
+    spec = InputSpec(name="x", shape=("n", *shape[1:]), dtype="float32")
+    with pytest.raises(DataError, match="which takes no bytes"):
+        open_data(tmp_path / "a.npz", [spec])
+
+
+def test_an_index_that_a_table_lacks_names_the_sample(tmp_path: Path) -> None:
+    ids = np.zeros((6, 2), np.int64)
+    ids[:, 1] = [9, 8, -10, 10, 3, -11]
+    np.savez(tmp_path / "a.npz", ids=ids)
+    spec = InputSpec(name="ids", shape=("n", 2), dtype="int64", rows=10)
+    with open_data(tmp_path / "a.npz", [spec]) as data:
+        (batch,) = data.subset([0, 1, 2, 4]).batches(4)
+        np.testing.assert_array_equal(batch.inputs["ids"], ids[[0, 1, 2, 4]])
+        for row, value in ((3, "10"), (5, "-11")):
+            text = rf"sample {row} of array 'ids' holds {value}, and .* of 10 rows, 0 to 9"
+            with pytest.raises(DataError, match=text):
+                list(data.subset([0, row]).batches(2))

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.data import Preprocessing
 from onnxqat.errors import DataError, ModelError
@@ -211,3 +213,43 @@ def test_models_that_run_beside_each_other_take_the_batch_of_the_one_that_is_fix
     model.graph.inputs[0].shape = (4, 3, 8, 8)
     with pytest.raises(ModelError, match=r"takes batches of 4, that of other\.onnx of 2"):
         input_specs(model, other)
+
+
+def lookup(*nodes, kind=TensorProto.INT64):
+    """Return a model of two tables, of 10 and 7 rows, that ``nodes`` read by the input ``t``."""
+    tables = {"ten": np.zeros((10, 4), np.float32), "seven": np.zeros((7, 4), np.float32)}
+    shape = numpy_helper.from_array(np.int64([-1, 2]), "shape")
+    graph = helper.make_graph(
+        [helper.make_node(op, names, [out], **attrs) for op, names, out, attrs in nodes],
+        "g",
+        [helper.make_tensor_value_info("t", kind, ["N", 2])],
+        [helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)],
+        [*(numpy_helper.from_array(array, name) for name, array in tables.items()), shape],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return from_proto(helper.make_model(graph, ir_version=8, opset_imports=opsets))
+
+
+TEN = ("Gather", ["ten", "t"], "a", {})
+CAST = ("Cast", ["t"], "c", {"to": TensorProto.INT64})
+MOVED = ("Reshape", ["c", "shape"], "r", {})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rows"),
+    [
+        ([TEN], 10),
+        ([TEN, ("Gather", ["seven", "t"], "b", {})], 7),
+        ([("Gather", ["ten", "t"], "a", {"axis": 1})], 4),
+        ([("Gather", ["ten", "t"], "a", {"axis": -1})], 4),
+        ([CAST, MOVED, ("Gather", ["seven", "r"], "a", {})], 7),
+        ([CAST, ("Add", ["c", "c"], "r", {}), ("Gather", ["seven", "r"], "a", {})], None),
+        ([CAST, ("Gather", ["t", "c"], "r", {}), ("Cast", ["r"], "a", {"to": 1})], None),
+        ([("GatherElements", ["ten", "t"], "a", {})], 10),
+        ([("Cast", ["t"], "a", {"to": 1})], None),
+    ],
+)
+def test_inputs_know_the_table_that_they_look_up(nodes, rows):
+    (spec,) = input_specs(lookup(*nodes))
+
+    assert spec.rows == rows
