@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from typing import Any
 
 import click
@@ -16,6 +15,7 @@ import click
 from onnxqat.commands import COMMANDS
 from onnxqat.commands.outputs import ARGUMENTS
 from onnxqat.errors import OnnxQatError
+from onnxqat.terminal import LineFormatter, guarded_streams, say, shown
 
 __all__ = ["main"]
 
@@ -34,6 +34,11 @@ class _UsageLineError(click.ClickException):
 class Group(click.Group):
     """A group whose commands turn our errors into one line on stderr and an exit code."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line."""
+        with guarded_streams():
+            return super().main(*args, **options)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the words as they were given, and parse them."""
         ctx.meta[ARGUMENTS] = tuple(args)
@@ -46,18 +51,20 @@ class Group(click.Group):
         except OnnxQatError as error:
             if ctx.params.get("verbose", 0) > 1:
                 raise
-            raise click.ClickException(_one_line(str(error))) from error
+            raise click.ClickException(shown(str(error).strip())) from error
         except click.UsageError as error:
             # 'onnxqat rules' alone is an exception to click as well, and shows the help
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 raise
             path = error.ctx.command_path if error.ctx else ctx.command_path
-            message = f"{_one_line(error.format_message())} See '{path} --help'."
+            message = f"{shown(_one_line(error.format_message()))} See '{path} --help'."
             raise _UsageLineError(message) from error
+        except click.ClickException as error:
+            raise click.ClickException(shown(error.message)) from error
         except MemoryError as error:
             raise click.ClickException("Out of memory. Try a smaller --batch-size.") from error
         except KeyboardInterrupt:
-            click.echo("Interrupted: no half-written file is left.", err=True)
+            say("Interrupted: no half-written file is left.", err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -72,7 +79,9 @@ def main(verbose: int) -> None:
     """Quantization-aware training for an exported ONNX model."""
     gc.set_threshold(GARBAGE_THRESHOLD)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 for command in COMMANDS:

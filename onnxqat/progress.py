@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from onnxqat.terminal import shown
+
 __all__ = ["FinetuneReport", "Pulse", "progress_bar", "time_left"]
 
 EVERY = 10.0  # seconds between two lines
@@ -36,7 +38,7 @@ def _bar(*fields: str) -> Progress:
 
 def _print(bar: Progress, line: str) -> None:
     # as it is: a log file has no width, and names may look like rich's markup
-    bar.console.print(line, soft_wrap=True, markup=False, highlight=False)
+    bar.console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
 
 
 def time_left(seconds: float, done: int, total: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
     from onnxqat.data import DataSet
@@ -92,7 +92,7 @@ def open_for(
 def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
     """Say which class the first folders were taken for; nobody gave a list."""
     first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
-    click.echo(f"{source}: folders in sorted order are the classes: {first}, ...", err=True)
+    say(f"{source}: folders in sorted order are the classes: {first}, ...", err=True)
 
 
 def warn_if_unlike_training(
@@ -202,11 +202,11 @@ def calibrated(
 def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, Any]]) -> None:
     """Print the result: a JSON document, or a short table."""
     if as_json:
-        click.echo(json.dumps(document, indent=2, allow_nan=False))
+        say_document(document)
         return
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+        say(f"{name:<{width}}  {value}")
 
 
 def percentages(metrics: dict[str, float]) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from onnxqat.options import (
     seed_option,
     table_option,
 )
+from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +79,10 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     settle(floats, given)  # before any work is done for settings that are wrong
     prepared, plan = planned(floats, rules, overrides, overrides_file)
     if plan_only:
-        click.echo(json.dumps(plan_document(plan), indent=2) if as_json else str(plan))
+        if as_json:
+            say_document(plan_document(plan))
+        for line in () if as_json else plan.lines():
+            say(line)
         return
     _refuse_names(prepared, plan, format_name or load_rule(rules).table)
     result = _inserted(prepared, plan, foreign)
@@ -115,13 +118,11 @@ def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignPar
     missing = params.keys() - taken.keys()
     if not foreign:
         return insert_pairs(prepared, plan, params, state="uncalibrated")
-    click.echo(
-        f"{len(taken)} of {len(params)} parameters are those of the model's pairs.", err=True
-    )
+    say(f"{len(taken)} of {len(params)} parameters are those of the model's pairs.", err=True)
     if missing:
-        click.echo(f"Calibration measures the others: {', '.join(sorted(missing))}.", err=True)
+        say(f"Calibration measures the others: {', '.join(sorted(missing))}.", err=True)
     if ignored:
-        click.echo(f"Pairs that do not fit the rule: {', '.join(ignored)}.", err=True)
+        say(f"Pairs that do not fit the rule: {', '.join(ignored)}.", err=True)
     if missing:
         result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
         mark_taken(result, taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from onnxqat.commands.common import plan_document, planned, print_result
 from onnxqat.options import json_option, rule_options
+from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
     from onnxqat.plan import Skip
@@ -43,14 +43,14 @@ def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: st
         untrainable = [node._asdict() for node in untrainable_nodes(prepared, plan)]
         document["untrainable"] = untrainable
     if as_json:
-        click.echo(json.dumps(document, indent=2))
+        say_document(document)
     else:
         _print_skips(plan.skips)
         for node in untrainable:
-            click.echo("untrainable  {op_type}  {node}: {reason}".format(**node))
+            say("untrainable  {op_type}  {node}: {reason}".format(**node))
         for problem in names:
-            click.echo(f"name  {problem}")
-        click.echo(
+            say(f"name  {problem}")
+        say(
             f"{len(plan.grid_points())} tensors quantized; {len(plan.skips) - unsupported} nodes "
             f"in float, {unsupported} unsupported"
             + (f", {len(untrainable)} without gradient" if train else "")
@@ -78,7 +78,7 @@ def _print_skips(skips: Iterable[Skip]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows if len(rows) > 1 else ():
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
-        click.echo("  ".join((*cells, row[4])))
+        say("  ".join((*cells, row[4])))
 
 
 @click.group()
@@ -104,7 +104,8 @@ def rules_show(name: str) -> None:
     """Print what a rule says, and where it was read."""
     from onnxqat.rules import describe_rule, load_rule
 
-    click.echo(describe_rule(load_rule(name)))
+    for line in describe_rule(load_rule(name)).split("\n"):
+        say(line)
 
 
 @rules.command("validate")
@@ -127,4 +128,4 @@ def rules_schema() -> None:
     """Print the JSON Schema of rule files, for editors."""
     from onnxqat.rules import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    say_document(json_schema())

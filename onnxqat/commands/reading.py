@@ -22,6 +22,7 @@ from onnxqat.commands.common import (
 )
 from onnxqat.commands.outputs import check_apart
 from onnxqat.options import data_options, force_option, json_option, run_options, table_option
+from onnxqat.terminal import say
 
 if TYPE_CHECKING:
     from onnxqat.evaluate import Evaluation, PointDifference
@@ -136,16 +137,17 @@ WORST = 10
 
 def _print_points(points: Sequence[PointDifference]) -> None:
     """Print the points that differ most, on identical inputs and at the end."""
-    click.echo(f"\nagainst the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
+    say("")
+    say(f"against the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
     ranked = sorted(points, key=lambda p: (-p.max_levels, -p.differing))[:WORST]
     width = max((len(p.tensor) for p in ranked), default=0)
     heads = ("alone", "levels", "by bias", "at the end", "levels")
-    click.echo(f"{'':<{width}}  " + "  ".join(f"{head:>10}" for head in heads))
+    say(f"{'':<{width}}  " + "  ".join(f"{head:>10}" for head in heads))
     for p in ranked:
         shares = (p.differing, p.bias_differing, p.end_differing)
         alone, bias, end = (f"{100 * share:.3f} %" for share in shares)
         cells = (alone, p.max_levels, bias, end, p.end_max_levels)
-        click.echo(f"{p.tensor:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells))
+        say(f"{p.tensor:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells))
 
 
 @click.command()

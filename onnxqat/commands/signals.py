@@ -12,7 +12,11 @@ __all__ = ["noted_signals"]
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Yield the list that SIGINT and SIGTERM are noted in; a second one acts as usual."""
+    """Yield the list that a signal to end is noted in; a second one acts as usual.
+
+    The signals are those of Ctrl-C, of kill, and of a terminal that goes away; what the caller
+    ignores, as nohup does, stays ignored.
+    """
     received: list[int] = []
     usual: dict[signal.Signals, Any] = {}
 
@@ -21,8 +25,9 @@ def noted_signals() -> Iterator[list[int]]:
         for name, handler in usual.items():
             signal.signal(name, handler)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        usual[name] = signal.signal(name, note)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:
+            usual[name] = signal.signal(name, note)
     try:
         yield received
     finally:

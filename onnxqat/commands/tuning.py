@@ -37,6 +37,7 @@ from onnxqat.options import (
     seed_option,
     training_options,
 )
+from onnxqat.terminal import say
 
 if TYPE_CHECKING:
     from onnxqat.model import Model
@@ -120,7 +121,7 @@ def _ending_well(
             yield lambda: bool(received)
         except StoppedError as error:
             if workers.rank == 0:
-                click.echo(str(error), err=True)
+                say(str(error), err=True)
             workers.leave()
             number = received[0] if received else signal.SIGINT  # another worker's
             click.get_current_context().exit(128 + number)

@@ -117,12 +117,16 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
             raise PlanError(f"The stored plan cannot be read ({error}). Insert again.") from error
 
     def __str__(self) -> str:
+        """Return the lines as one text."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
         """Return one line per point, then one per skip."""
         skips = (
             f"{'unsupported' if s.unsupported else 'float'}: {s.node} ({s.op_type}): {s.reason}"
             for s in self.skips
         )
-        return "\n".join((*map(str, self.points), *skips))
+        return [*map(str, self.points), *skips]
 
     def grid_points(self) -> tuple[QuantPoint, ...]:
         """Return the points that have Q/DQ nodes: all but the biases."""

@@ -6,10 +6,12 @@ draws the curves as SVG.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import chdir
 from html import escape
 from pathlib import Path
 from typing import TypeAlias
@@ -42,8 +44,12 @@ def check_plotting() -> None:
         It is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
+        found = importlib.util.find_spec("matplotlib")
+        package = Path((found and found.origin) or "").parent
+        # it reads a matplotlibrc of the current folder first; this one has matplotlib's own
+        with chdir(package / "mpl-data"):
+            import matplotlib.figure  # noqa: F401
+    except (ImportError, ValueError, OSError) as error:
         message = "A report needs matplotlib. Run pip install 'onnxqat[report]'."
         raise OnnxQatError(message) from error
 
@@ -134,7 +140,9 @@ def _svg(title: str, unit: str, curves: Mapping[str, Curve]) -> str:
         "svg.hashsalt": "onnxqat",  # the same log gives the same bytes
         "text.parse_math": False,  # a name may hold dollars
     }
-    with mpl.rc_context(settings), warnings.catch_warnings():
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
         warnings.simplefilter("ignore")  # of letters that the font to measure with does not have
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel=unit)

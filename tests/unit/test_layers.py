@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from onnxqat.formats import EXPORTS, FORMATS
@@ -42,6 +43,7 @@ ORDER = [
     "train",
     "formats",
     "deploy",
+    "terminal",
     "progress",
     "options",
     "commands",
@@ -95,3 +97,15 @@ def test_chips_are_data():
 
     assert users == []
     assert not [path for path, text in sources.items() if "rule ==" in text or ".rule in" in text]
+
+
+def test_only_one_module_prints():
+    """So that whatever is printed is escaped."""
+    printing = re.compile(r"\b(click\.echo|click\.secho|print|console\.print|sys\.stdout\.write)\(")
+    users = {
+        str(p.relative_to(PACKAGE))
+        for p in PACKAGE.rglob("*.py")
+        if any(printing.search(line) for line in p.read_text(encoding="utf-8").splitlines())
+    }
+
+    assert users == {"terminal.py", "progress.py"}  # the latter escapes what it gives to rich

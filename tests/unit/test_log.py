@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import re
 import resource
+import subprocess
 import sys
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -424,3 +426,21 @@ def test_a_report_of_a_run_that_just_began_has_no_curves(tmp_path):
     page = Page(report_of([Start()], tmp_path / "r.html"))
 
     assert ("0 steps, 0 epochs" in page.text, "svg" in page.tags) == (True, False)
+
+
+def test_a_report_reads_no_settings_of_the_current_folder(events, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path / "usual.html", events[:4], title="run")
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 77\nno.such.key: 1\n")
+    code = (
+        "import msgspec, sys\n"
+        "from onnxqat.train import read_log, write_report\n"
+        "write_report('here.html', read_log('log'), title='run')\n"
+    )
+    lines = [msgspec.json.encode(event) + b"\n" for event in events[:4]]
+    (tmp_path / "log").write_bytes(b"".join(lines))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stderr == ""
+    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "usual.html").read_bytes()
