@@ -26,11 +26,17 @@ def load(path: str) -> Any:
     return module
 
 
+def limit(kind: int, value: int) -> None:
+    """Set a limit of this process, below one that it was started with."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
 def serve(path: str, memory: int, seconds: int) -> None:
     """Answer requests until stdin ends; ``memory`` bytes in all, ``seconds`` of CPU for each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to whoever called us, too
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, memory)
     onnx = load(path)
     calls: dict[str, Callable[[bytes, int], bytes]] = {
         "infer_shapes": lambda data, strict: onnx.shape_inference.infer_shapes(
@@ -42,8 +48,7 @@ def serve(path: str, memory: int, seconds: int) -> None:
     while line := sys.stdin.buffer.readline():
         name, number, size = line.split()
         used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
         state = b"ok"
         try:
             answer = calls[name.decode()](sys.stdin.buffer.read(int(size)), int(number))

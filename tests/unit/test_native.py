@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -102,6 +105,22 @@ def test_a_process_takes_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(native.NativeError, match="took more than 0 s of processor time"):
         ask()
+
+
+@pytest.mark.usefixtures("_door")
+def test_limits_of_our_own_process_hold_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_CPU)
+    command = subprocess.Popen
+
+    def limited(*arguments: Any, **others: Any) -> Any:
+        hard = (10**6, 10**6)
+        limit = lambda: resource.setrlimit(resource.RLIMIT_CPU, hard)  # noqa: E731
+        return command(*arguments, **others, preexec_fn=limit)
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+
+    assert native.infer_shapes(small()).graph.value_info[0].name == "a"
+    assert resource.getrlimit(resource.RLIMIT_CPU) == before
 
 
 @pytest.mark.usefixtures("_door")
