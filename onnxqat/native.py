@@ -22,7 +22,7 @@ from collections.abc import Container
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import EncodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from onnxqat.errors import ModelError
 from onnxqat.preserve import copy_fields
@@ -156,7 +156,10 @@ def _call(name: str, number: int, model: onnx.ModelProto) -> onnx.ModelProto:
         raise NativeError(f"onnx's {name} cannot be called ({error})") from error
     if state != b"ok":
         raise NativeError(answer.decode(errors="replace").strip().splitlines()[0])
-    result: onnx.ModelProto = onnx.ModelProto.FromString(answer)
+    try:
+        result: onnx.ModelProto = onnx.ModelProto.FromString(answer)
+    except DecodeError as error:  # of subgraphs that nest deeper than protobuf reads
+        raise NativeError(f"the result of onnx's {name} cannot be read ({error})") from error
     for tensor in result.graph.initializer:
         if tensor.name in large:
             tensor.CopyFrom(large[tensor.name])

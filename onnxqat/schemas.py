@@ -21,7 +21,7 @@ from onnxqat.errors import ModelError
 
 __all__ = ["ATTRIBUTE_LISTS", "ATTRIBUTE_SINGLES", "Shape", "check_node", "label"]
 
-Shape = Sequence[int] | None
+Shape = Sequence[int | None] | None  # None for a length, or a shape, that is not known
 
 ATTRIBUTE_LISTS = {
     AttributeProto.FLOATS: "floats",
@@ -74,6 +74,7 @@ LIMITS = {
     "GatherND": ("batch_dims", 0, 63),
     "SpaceToDepth": ("blocksize", 1, 2**15),
 }
+GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 WINDOWS = ("AveragePool", "Conv", "ConvTranspose", "LpPool", "MaxPool")
 
 
@@ -109,6 +110,8 @@ def check_node(node: NodeProto, opset: int, shapes: Mapping[str, Shape], where: 
     wrong = wrong or _wrong_ranks(node, shapes)
     if not wrong and node.op_type in WINDOWS:
         wrong = _wrong_window(node, shapes)
+    if not wrong and node.op_type in GATES:
+        wrong = _wrong_gates(node, shapes)
     if wrong:
         raise ModelError(f"{where}: {label(node)} {wrong}. Export it again.")
 
@@ -229,12 +232,34 @@ def _wrong_groups(node: NodeProto, weight: Shape, shapes: Mapping[str, Shape]) -
     group = next((a.i for a in node.attribute if a.name == "group" and not a.ref_attr_name), 1)
     if not 1 <= group < MAX_SIZE:
         return f"has the group {group}; it is 1 or more"
-    if weight is None:
+    if weight is None or weight[0] is None or weight[1] is None:
         return None
     if weight[0] % group:
         return f"has a weight '{node.input[1]}' of shape {list(weight)} for {group} groups"
     channels = weight[0] if node.op_type == "Conv" else weight[1] * group
     bias = _shape(node, 2, shapes)
-    if bias is not None and list(bias) != [channels]:
+    if bias is not None and bias[0] not in (channels, None):
         return f"has a bias '{node.input[2]}' of shape {list(bias)} for {channels} channels"
+    return None
+
+
+def _wrong_gates(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
+    """Compare the weights W, R and B with the directions, gates and units that there are."""
+    given = {attribute.name: attribute for attribute in node.attribute}
+    if "hidden_size" not in given:
+        return None
+    units = given["hidden_size"].i
+    directions = 2 if "direction" in given and given["direction"].s == b"bidirectional" else 1
+    rows = GATES[node.op_type] * units
+    data = _shape(node, 0, shapes)
+    for index, expected in (
+        (1, (directions, rows, data[-1] if data else None)),
+        (2, (directions, rows, units)),
+        (3, (directions, 2 * rows)),
+    ):
+        shape = _shape(node, index, shapes)
+        known = zip(shape or (), expected, strict=False)
+        if any(None not in pair and pair[0] != pair[1] for pair in known):
+            wanted = " x ".join("any" if size is None else str(size) for size in expected)
+            return f"has '{node.input[index]}' of shape {list(shape or ())}; it takes {wanted}"
     return None

@@ -274,10 +274,11 @@ class _Validator:
 
 
 def _known_shape(value: ValueInfoProto) -> Shape:
-    """Return the shape of an input, if all of its lengths are known."""
+    """Return the shape of an input, as far as it is known."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    sizes = [size.dim_value for size in tensor.shape.dim if size.HasField("dim_value")]
-    known = len(sizes) == len(tensor.shape.dim) and min(sizes, default=0) >= 0
-    return tuple(sizes) if known else None
+    return tuple(
+        size.dim_value if size.HasField("dim_value") and size.dim_value >= 0 else None
+        for size in tensor.shape.dim
+    )

@@ -99,6 +99,9 @@ REFUSED = {  # by what is wrong: the model, and the message
     "bias-length": (of_weights("Conv", "4,1,3", "5"), "for 4 channels"),
     "bias-empty": (of_weights("ConvTranspose", "1,4,3", "0"), "which is empty"),
     "lstm-rank": (of_weights("LSTM", "16,3", "1,16,4"), r"'w0' of shape \[16, 3\]; its rank is 3"),
+    "lstm-input": (of_weights("LSTM<hidden_size = 4>", "3,16,1", "1,16,4"), r"'w0' of shape \[3, 16, 1\]; it takes 1 x 16 x 3"),
+    "gru-units": (of_weights("GRU<hidden_size = 4>", "1,12,3", "1,12,5"), "it takes 1 x 12 x 4"),
+    "rnn-bias": (of_weights("RNN<hidden_size = 4>", "1,4,3", "1,4,4", "1,4"), "it takes 1 x 8"),
     "gru-empty": (of_weights("GRU", "1,12,3", "1,0,4"), "which is empty"),
     "norm-empty": (of_weights("LayerNormalization", "3", "0"), "'w1' of shape .*empty"),
     "gather-nd": (
