@@ -33,7 +33,7 @@ def chosen(*outputs, labelled=False, **variance):
 def test_each_output_has_the_kind_of_its_meaning():
     terms, parts = chosen(BOXES, CLASSES, INDICES, boxes=400.0)
 
-    assert terms == [("mse", "boxes", 0.0025), ("kl", "y", 1.0)]
+    assert terms == [("mse", "boxes", 0.00125), ("kl", "y", 1.0)]
     assert [p.kind for p in parts] == ["mse", "kl", None]
     assert str(parts[2]).startswith("'kept' left out: it holds no float32")
     assert str(parts[1]) == (
@@ -45,7 +45,7 @@ def test_labels_are_of_the_first_output():
     assert chosen(CLASSES, BOXES, labelled=True, boxes=4.0)[0] == [
         ("cross-entropy", "y", 1.0),
         ("kl", "y", 1.0),
-        ("mse", "boxes", 0.25),
+        ("mse", "boxes", 0.125),
     ]
 
 
@@ -93,7 +93,7 @@ JOINED = Joined(axis=1, sizes=(4, 5))
 
 @pytest.mark.parametrize("size", [400.0, 4.0], ids=["pixels", "alike"])
 def test_boxes_and_scores_in_one_output_weigh_alike(size):
-    """The sum of two means of squares, each divided by its part's variance, where those differ."""
+    """The sum of two means of squares, each divided by its part's, where variances differ."""
     rng = np.random.default_rng(1)
     taught = rng.normal(size=(6, 9, 7)).astype(np.float32)
     taught[:, :4] *= size
@@ -103,15 +103,15 @@ def test_boxes_and_scores_in_one_output_weigh_alike(size):
     loss, parts = default_loss([output], labelled=False, measured=lambda _: spreads)
     square, boxes, scores = np.square(other - taught), taught[:, :4], taught[:, 4:]
     expected = {
-        400.0: square[:, :4].mean() / boxes.var() + square[:, 4:].mean() / scores.var(),
-        4.0: square.mean() / taught.var(),
+        400.0: square[:, :4].mean() / 2 / boxes.var() + square[:, 4:].mean() / 2 / scores.var(),
+        4.0: square.mean() / 2 / taught.var(),
     }
 
     assert (parts[0].balance is None) == (size == 4.0)
     value, gradients = loss_and_gradients(loss, {"boxes": other}, teacher={"boxes": taught})
     assert value == pytest.approx(expected[size], rel=0.01)  # weights have three digits
     if size == 400.0:
-        slope = 2 * (other - taught)[:, 4:] / (6 * 5 * 7) / scores.var()
+        slope = (other - taught)[:, 4:] / (6 * 5 * 7) / scores.var()
         np.testing.assert_allclose(gradients["boxes"][:, 4:], slope, rtol=0.01)
 
 

@@ -1,9 +1,10 @@
 """The loss of a run that names none: chosen per output, from what its values mean.
 
-Class scores learn by ``kl``. Everything else learns by ``mse``, divided by the variance of the
-teacher's output, so that boxes in pixels and offsets below one weigh alike: the term is the share
-of the output's variance that is lost. An output that a Concat puts together of parts of very
-different variance, as boxes and scores, is divided part by part, and the parts' shares are added.
+Class scores learn by ``kl``. Everything else learns by ``mse``, divided by twice the variance of
+the teacher's output: the KL divergence of two normal distributions of that variance. So boxes in
+pixels, offsets below one and class scores weigh alike. An output that a Concat puts together of
+parts of very different variance, as boxes and scores, is divided part by part, and the parts are
+added.
 """
 
 from __future__ import annotations
@@ -149,15 +150,15 @@ def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
         output.joined, key=lambda one: _ratio(_of_parts(output, one, spreads)), default=None
     )
     if apart is None or _ratio(_of_parts(output, apart, spreads)) <= UNLIKE:
-        reason = f"{part.reason}; divided by the float model's variance"
-        return replace(part, weight=_rounded(1 / variance), reason=reason)
+        reason = f"{part.reason}; divided by twice the float model's variance"
+        return replace(part, weight=_rounded(0.5 / variance), reason=reason)
     length, sizes = sum(apart.sizes), apart.sizes
     found = zip(sizes, _of_parts(output, apart, spreads), strict=True)
     # a mean over the part in the place of one over the output
-    weights = tuple(_rounded(length / size / one) if one > 0 else 0.0 for size, one in found)
+    weights = tuple(_rounded(0.5 * length / size / one) if one > 0 else 0.0 for size, one in found)
     reason = (
         f"{part.reason}; its parts of {', '.join(map(str, sizes))} along axis {apart.axis} each "
-        "divided by the float model's variance"
+        "divided by twice the float model's variance"
     )
     balance = Balance(axis=apart.axis, sizes=sizes, weights=weights)
     return replace(part, reason=reason, balance=balance)
