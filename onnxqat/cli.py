@@ -6,14 +6,17 @@ an error or a check that said no, 2 is wrong usage, 130 is an interruption.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from onnxqat.commands import COMMANDS
 from onnxqat.commands.outputs import ARGUMENTS
+from onnxqat.environment import check_environment, check_packages
 from onnxqat.errors import OnnxQatError
 from onnxqat.terminal import LineFormatter, guarded_streams, say, shown
 
@@ -84,5 +87,24 @@ def main(verbose: int) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
+def _in_order(command: click.Command, check: Callable[[], None]) -> click.Command:
+    """Let a command, or those of a group, first look at the environment; help does not."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _in_order(inner, check)
+    elif command.callback:
+        run = command.callback
+
+        @functools.wraps(run)
+        def checked(*args: Any, **options: Any) -> Any:
+            check()
+            return run(*args, **options)
+
+        command.callback = checked
+    return command
+
+
 for command in COMMANDS:
-    main.add_command(command)
+    # what reads rules alone imports none of the packages
+    check = check_packages if command.name == "rules" else check_environment
+    main.add_command(_in_order(command, check))

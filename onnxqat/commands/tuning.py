@@ -71,10 +71,11 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
     from onnxqat.quantized import load_model
-    from onnxqat.train import join_workers
+    from onnxqat.train import join_workers, require_training
 
     # how right the float model is on the labels is no detail
     getLogger("onnxqat.train.validation").setLevel(INFO)
+    require_training()
     target = output or renamed(model, "qat")
     workers = join_workers()
     kept = f"{target}.checkpoint"

@@ -13,15 +13,8 @@ from typing import Any
 import onnx
 from onnxruntime.capi import _pybind_state as ort_internals
 
+from onnxqat.environment import mending
 from onnxqat.errors import TrainingError
-
-if not hasattr(ort_internals, "GradientGraphBuilder"):
-    message = (
-        "The onnxruntime that is installed cannot train: a plain onnxruntime package lies over "
-        "onnxruntime-training-cpu. Run 'pip uninstall onnxruntime' and 'pip install "
-        "--force-reinstall onnxruntime-training-cpu==1.19.2'."
-    )
-    raise TrainingError(message)
 
 __all__ = [
     "LOWERED_DOMAIN",
@@ -30,6 +23,7 @@ __all__ = [
     "constant",
     "register_gradient",
     "register_relu_gradient",
+    "require_training",
     "step",
 ]
 
@@ -72,6 +66,18 @@ class CustomOp:
         node.attributes = []
         key = f"{LOWERED_DOMAIN}::{self.op_type}"
         ort_internals.register_gradient_definition(key, [node])
+
+
+def require_training() -> None:
+    """Refuse an onnxruntime without gradients; for everything but training it will do.
+
+    Raises
+    ------
+    TrainingError
+        It has none. What to run is said.
+    """
+    if not hasattr(ort_internals, "GradientGraphBuilder"):
+        raise TrainingError(f"The onnxruntime that is installed cannot train. {mending()}")
 
 
 def register_relu_gradient() -> None:

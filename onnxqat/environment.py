@@ -1,0 +1,120 @@
+"""Whether what we stand on is installed as it should be, and how to mend it.
+
+Several distributions hold a module ``onnxruntime``. Installed over one another, or after one of
+them is removed, what is left is a mixture of files that fails anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from onnxqat.errors import OnnxQatError
+
+__all__ = ["check_environment", "check_packages", "mending"]
+
+ENGINE = "onnxruntime-training-cpu"
+IMPORTED = ("numpy", "google.protobuf", "onnx", "onnx_graphsurgeon", "onnxruntime")
+LIBRARIES = {"google.protobuf": ("protobuf", "onnx"), "onnx": ("onnx", "protobuf")}
+USED = ("InferenceSession", "SessionOptions", "GraphOptimizationLevel")
+
+
+def check_packages() -> None:
+    """Refuse an environment where distributions of onnxruntime overlie; imports nothing of it.
+
+    Raises
+    ------
+    OnnxQatError
+        There are several, or parts of one; what to run is said.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    found = _distributions()
+    if len(found) > 1:
+        raise OnnxQatError(f"{' and '.join(found)} overwrite each other's files. {mending()}")
+    if spec is None:
+        raise OnnxQatError(f"onnxruntime is not installed. {mending()}")
+    if spec.origin is None:  # a folder without its __init__.py
+        raise OnnxQatError(f"onnxruntime lacks files. {mending()}")
+
+
+def check_environment() -> None:
+    """Refuse an environment where a package that every model needs cannot be imported.
+
+    Raises
+    ------
+    OnnxQatError
+        See `check_packages`; or an import fails, because of an old protobuf or another numpy than
+        a package was built for, for instance. What to run is said.
+    """
+    check_packages()
+    said = io.StringIO()
+    for name in IMPORTED:
+        try:
+            with redirect_stderr(said):  # numpy prints a page
+                module = importlib.import_module(name)
+        except Exception as error:  # whatever a mixture of versions raises
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise OnnxQatError(f"{name} cannot be imported ({reason}). {_mending(name)}") from error
+    missing = [attribute for attribute in USED if not hasattr(module, attribute)]
+    if missing:
+        raise OnnxQatError(f"onnxruntime lacks {', '.join(missing)}. {mending()}")
+    sys.stderr.write(said.getvalue())
+
+
+def mending() -> str:
+    """Return the commands that leave one distribution of onnxruntime, which can train."""
+    installed = [entry.partition(" ")[0] for entry in _distributions()]
+    remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
+    return f"Run: {remove}pip install --force-reinstall {_requirement(ENGINE)}"
+
+
+def _mending(name: str) -> str:
+    if name == "onnxruntime":
+        return mending()
+    libraries = LIBRARIES.get(name, (name.replace("_", "-"),))
+    wanted = " ".join(map(_requirement, libraries))
+    return f"Run: pip install --upgrade --force-reinstall {wanted}"
+
+
+def _requirement(name: str) -> str:
+    """Return a requirement of ours as pip takes it in a shell."""
+    from importlib import metadata
+
+    try:
+        wanted = [r for r in metadata.requires("onnxqat") or () if r.startswith(name)]
+    except metadata.PackageNotFoundError:
+        wanted = []
+    exact = [r for r in wanted if not r[len(name)].isalnum() and r[len(name)] != "-"]
+    text = exact[0] if exact else name
+    return f"'{text}'" if "<" in text or ">" in text else text
+
+
+def _distributions() -> list[str]:
+    """Return the distributions, with their versions, that put files where onnxruntime lies."""
+    spec = importlib.util.find_spec("onnxruntime")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    found = set()
+    for folder in (Path(place).parent for place in places[:1]):
+        for pattern in ("onnxruntime*.dist-info", "ort_*.dist-info", "onnxruntime*.egg-info"):
+            found |= {_title(info) for info in folder.glob(pattern) if _holds_onnxruntime(info)}
+    return sorted(found)
+
+
+def _title(info: Path) -> str:
+    name, _, version = info.stem.partition("-")
+    return f"{name.replace('_', '-')} {version}".strip()
+
+
+def _holds_onnxruntime(info: Path) -> bool:
+    """Return whether a distribution holds the module, as onnxruntime-extensions does not."""
+    try:
+        record = info / "RECORD"
+        if record.is_file():
+            return "\nonnxruntime/__init__.py," in f"\n{record.read_text(encoding='utf-8')}"
+        return (info / "top_level.txt").read_text(encoding="utf-8").strip() == "onnxruntime"
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,147 @@
+"""A mixture of packages is one line that says how to mend it, whatever the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from onnxqat.cli import main
+from onnxqat.environment import check_packages
+from onnxqat.errors import OnnxQatError
+from onnxqat.train import gradients
+
+TRAINING = "pip install --force-reinstall onnxruntime-training-cpu==1.19.2"
+PAGE = "import sys; sys.stderr.write('a page\\nof text\\n'); "
+
+
+def package(folder: Path, name: str, code: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(code)
+
+
+def distribution(folder: Path, name: str, module: str = "onnxruntime") -> None:
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{module}/capi/x.so,,\n{module}/__init__.py,,\n")
+
+
+def run(*words: str, path: tuple[Path, ...]) -> subprocess.CompletedProcess[str]:
+    code = "from onnxqat.cli import main; main()"
+    places = os.pathsep.join(map(str, (*path, Path(__file__).parents[2])))
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "removed"),
+    [
+        (("onnxruntime-gpu",), "onnxruntime-gpu onnxruntime-training-cpu"),
+        (
+            ("onnxruntime-directml", "onnxruntime-openvino"),
+            "onnxruntime-directml onnxruntime-openvino onnxruntime-training-cpu",
+        ),
+    ],
+)
+def test_two_distributions_are_named_with_the_commands_that_leave_one(tmp_path, others, removed):
+    package(tmp_path, "onnxruntime", "")
+    for name in ("onnxruntime-training-cpu", *others):
+        distribution(tmp_path, name)
+    titles = " and ".join(f"{name} 1.0" for name in removed.split())
+    result = run("rules", "list", path=(tmp_path,))
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: {titles} overwrite each other's files. "
+        f"Run: pip uninstall -y {removed} && {TRAINING}\n"
+    )
+
+
+def test_what_does_not_overlie_is_right(tmp_path):
+    for folder in ("environment", "system"):
+        package(tmp_path / folder, "onnxruntime", "")
+    distribution(tmp_path / "environment", "onnxruntime-training-cpu")
+    distribution(tmp_path / "environment", "onnxruntime-extensions", "onnxruntime_extensions")
+    distribution(tmp_path / "system", "onnxruntime")
+    path = (tmp_path / "environment", tmp_path / "system")
+
+    assert run("rules", "list", path=path).returncode == 0
+
+
+BROKEN = {
+    "attributes": ("onnxruntime", "", "onnxruntime lacks InferenceSession", TRAINING),
+    "binary": (
+        "onnxruntime",
+        PAGE + "raise ImportError('numpy.core.multiarray\\nfailed to import')",
+        "onnxruntime cannot be imported (numpy.core.multiarray failed to import).",
+        TRAINING,
+    ),
+    "protobuf": (
+        "onnx",
+        PAGE + "raise ImportError(\"cannot import name 'builder'\")",
+        "onnx cannot be imported (cannot import name 'builder').",
+        "pip install --upgrade --force-reinstall 'onnx>=1.17' protobuf",
+    ),
+    "numpy": (
+        "numpy",
+        "raise ImportError('Error importing numpy')",
+        "numpy cannot be imported (Error importing numpy).",
+        "pip install --upgrade --force-reinstall 'numpy>=1.26'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_imported_is_one_line_with_the_commands_that_mend_it(tmp_path, name):
+    module, code, told, mended = BROKEN[name]
+    package(tmp_path, module, code)
+    result = run("check", "none.onnx", path=(tmp_path,))
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"Error: {told}")
+    assert result.stderr.endswith(f"{mended}\n")
+
+
+def test_a_module_that_lost_its_files_is_named(tmp_path, monkeypatch):
+    distribution(tmp_path, "ort-nightly")
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    left = ModuleSpec("onnxruntime", None, is_package=True)
+    left.submodule_search_locations = [str(tmp_path / "onnxruntime")]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: left)
+    with pytest.raises(OnnxQatError) as raised:
+        check_packages()
+    mended = f"Run: pip uninstall -y ort-nightly && {TRAINING}"
+    assert str(raised.value) == f"onnxruntime lacks files. {mended}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(OnnxQatError, match=f"onnxruntime is not installed. Run: {TRAINING}"):
+        check_packages()
+
+
+def test_help_is_given_in_a_broken_environment(tmp_path):
+    package(tmp_path, "onnxruntime", "")
+    result = run("insert", "--help", path=(tmp_path,))
+
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_onnxruntime_without_training_is_named_by_finetune(monkeypatch):
+    monkeypatch.delattr(gradients.ort_internals, "GradientGraphBuilder")
+    result = CliRunner().invoke(main, ["finetune", "model.onnx", "data.npz"])
+
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: The onnxruntime that is installed cannot train. "
+        f"Run: pip uninstall -y onnxruntime-training-cpu && {TRAINING}\n"
+    )
