@@ -298,7 +298,10 @@ def take_over(
 def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> QuantParams | None:
     """Return the parameters, of shape () or (channels,), if they fit the point's spec."""
     spec, params = point.spec, foreign.params
-    channels = None if spec.axis is None else tensor.shape[spec.axis]
+    shape = tensor.shape or ()
+    if spec.axis is not None and spec.axis >= len(shape):
+        return None  # a malformed model, which inserting refuses
+    channels = None if spec.axis is None else shape[spec.axis]
     kind = "signed" if params.signed else "unsigned"
     if (
         spec.signedness not in (kind, "from_range")

@@ -178,9 +178,22 @@ class _Inserter:
                         f"Plan expects '{point.tensor}' at ('{edge.node}', {edge.index}); the "
                         "model has another tensor there. Plan again from this model."
                     )
-            taken = f"{point.tensor}/dequantized" in self.tensors
-            if taken or f"{point.parameters}/scale" in self.tensors:
-                raise ModelError(f"Name '{point.tensor}/...' is taken. Rename it in the model.")
+            if taken := self._taken_name(point):
+                raise ModelError(
+                    f"Name '{taken}', which a Q/DQ pair of '{point.tensor}' needs, is taken. "
+                    "Rename it in the model."
+                )
+
+    def _taken_name(self, point: QuantPoint) -> str | None:
+        """Return the first name that the pair of a point needs and the model has."""
+        tensor, parameters = point.tensor, point.parameters
+        suffixes = ["quantized", "clipped", "dequantized"]
+        suffixes += ["float"] if tensor in self.output_names else []
+        needed = [f"{tensor}/{suffix}" for suffix in suffixes]
+        needed += [f"{parameters}/scale", f"{parameters}/zero_point"]
+        nodes = (f"{tensor}/{op}" for op in ("QuantizeLinear", "Clip", "DequantizeLinear"))
+        found = [name for name in needed if name in self.tensors]
+        return next(iter((*found, *(name for name in nodes if name in self.nodes))), None)
 
     def _pair(self, point: QuantPoint) -> list[gs.Node]:
         source = self.tensors[point.tensor]

@@ -105,11 +105,8 @@ class _Checker:
         if source.name not in (tensor, f"{tensor}/float"):
             self.wrong(tensor, f"is not what its QuantizeLinear reads, which is '{source.name}'")
         shape = source.shape
-        if point.role == "weight":
-            values = constant_values(source)
-            if values is None or values.dtype != np.float32:
-                self.wrong(tensor, "is a weight, and holds no float32 constant")
-            shape = values.shape
+        if point.role == "weight" and not _is_float_constant(source):
+            self.wrong(tensor, "is a weight, and holds no float32 constant")
         if spec.axis is not None and (shape is None or not 0 <= spec.axis < len(shape)):
             self.wrong(tensor, f"has no axis {spec.axis}, which the stored plan says")
         params = self._params(point, pair, None if spec.axis is None else shape[spec.axis])
@@ -227,8 +224,7 @@ class _Checker:
             self.wrong(point.tensor, f"and the plan disagree: {reader} {does} {stands}")
 
     def _check_bias(self, bias: QuantPoint) -> None:
-        values = constant_values(self.tensors.get(bias.tensor))
-        if values is None or values.dtype != np.float32:
+        if not _is_float_constant(self.tensors.get(bias.tensor)):
             self.wrong(bias.tensor, "is a bias, and holds no float32 constant")
         if len(bias.consumers) != 1 or not self._reads(bias.consumers[0], bias.tensor):
             self.wrong(bias.tensor, "is not the bias of the node that the stored plan says")
@@ -242,3 +238,8 @@ class _Checker:
         if node is None or not 0 <= edge.index < len(node.inputs):
             return False
         return node.inputs[edge.index].name == tensor and biased_node(node, edge.index) is not None
+
+
+def _is_float_constant(tensor: gs.Tensor | None) -> bool:
+    """Return whether a tensor is a float32 initializer, without reading it."""
+    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32

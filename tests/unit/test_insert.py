@@ -162,3 +162,15 @@ def test_file_without_plan_or_pairs_says_what_to_do():
 
 def test_state_is_stored():
     assert state_of(quantized(convnet())[1]) == "calibrated"
+
+
+@pytest.mark.parametrize("name", ["output/float", "r1/clipped", "w1/scale", "c3/zero_point"])
+def test_a_name_that_a_pair_needs_is_refused(name):
+    network = convnet()
+    for node in network.graph.node:  # rename what the second Conv writes
+        node.input[:] = [name if tensor == "c2" else tensor for tensor in node.input]
+        node.output[:] = [name if tensor == "c2" else tensor for tensor in node.output]
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, load_rule("tflite"))
+    with pytest.raises(ModelError, match=f"Name '{name}'"):
+        insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")

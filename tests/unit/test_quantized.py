@@ -11,6 +11,7 @@ from onnxqat.errors import ModelError, PlanError
 from onnxqat.formats import EXPORTS
 from onnxqat.insert import strip
 from onnxqat.model import save_model, to_proto
+from onnxqat.plan import QuantPlan
 from onnxqat.quantized import load_model
 from tests.networks import attention, convnet, quantized, samples
 from tests.oracles import run_ort
@@ -201,5 +202,7 @@ def test_a_plan_that_is_not_text_is_refused(written, tmp_path):
     path.write_bytes(data.replace(b'"role":"weight"', b'"role":"w\xffight"'))
 
     assert path.read_bytes() != data
-    with pytest.raises((ModelError, PlanError)):
+    with pytest.raises(ModelError, match="not UTF-8"):
         load_model(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        QuantPlan.from_json("\udcff")
