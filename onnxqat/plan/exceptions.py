@@ -38,6 +38,7 @@ def _holds(index: GraphIndex, exception: RuleException, unit: Unit) -> bool:
     shape = unit.outputs[0].shape
     channels = shape[1] if shape and len(shape) > 1 else None
     checks = (
+        node.attrs.keys() >= set(exception.written),
         exception.depthwise in (None, is_depthwise(node)),
         exception.constant_operand in (None, any(map(is_constant, node.inputs))),
         exception.kernel is None or kernel == exception.kernel,

@@ -129,7 +129,8 @@ class _Search:
         if node.op not in ("Add", "Sub", "Where"):
             return None
         if tensor.name not in self.roots:
-            return "adds the mask '{}', computed from no data"
+            drowns = tensor.name in self.large or _any(node.outputs, self.selected)
+            return f"adds {'the mask ' if drowns else ''}'{{}}', computed from no data"
         others = [t for t in node.inputs if t is not tensor and t.name in self.roots]
         if not others or tensor.name in self.found.drowned & self.learned:
             return None

@@ -92,7 +92,7 @@ def _exception(exception: RuleException) -> str:
     changes, kept_float = given.pop("changes"), given.pop("kept_float")
     unsupported = given.pop("unsupported")
     attributes, reads_float = given.pop("attributes"), given.pop("reads_float")
-    where = [f"{k} {v}" for k, v in {**given, **attributes}.items() if v is not None]
+    where = [f"{k} {v}" for k, v in {**given, **attributes}.items() if v not in (None, ())]
     if changes is not None:
         fields = msgspec.structs.asdict(changes).items()
         effect = ", ".join(f"{k} {v}" for k, v in fields if v is not None)

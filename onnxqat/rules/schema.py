@@ -100,6 +100,8 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Op types.
     attributes : dict
         Values of ONNX attributes, defaults included (``mode = "linear"``, ``strides = [1, 1]``).
+    written : tuple of str
+        ONNX attributes that the node has, whatever their value, and be it the default.
     depthwise : bool or None
         Whether each group of a convolution has one input channel, and there are several.
     constant_operand : bool or None
@@ -124,6 +126,7 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     op: tuple[str, ...]
     attributes: dict[str, int | float | str | tuple[int, ...]] = msgspec.field(default_factory=dict)
+    written: tuple[str, ...] = ()
     depthwise: bool | None = None
     constant_operand: bool | None = None
     kernel: tuple[int, ...] | None = None
