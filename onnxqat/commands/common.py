@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "calibrated",
+    "join",
+    "note",
     "open_for",
     "output_documents",
     "output_rows",
@@ -34,6 +36,25 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+QUIET = "onnxqat.quiet"  # in click's context: another process prints the notes
+
+
+def join() -> Workers:
+    """Join the processes that work together; the first one speaks for all."""
+    from onnxqat.parallel import join_workers
+
+    workers = join_workers()
+    if workers.rank > 0:
+        logging.disable(logging.WARNING)
+        click.get_current_context().meta[QUIET] = True
+    return workers
+
+
+def note(text: str) -> None:
+    """Print a line beside the result, unless another process does."""
+    context = click.get_current_context(silent=True)
+    if context is None or not context.meta.get(QUIET):
+        say(text, err=True)
 
 
 def take_settings(options: dict[str, Any]) -> Settings:
@@ -92,7 +113,7 @@ def open_for(
 def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
     """Say which class the first folders were taken for; nobody gave a list."""
     first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
-    say(f"{source}: folders in sorted order are the classes: {first}, ...", err=True)
+    note(f"{source}: folders in sorted order are the classes: {first}, ...")
 
 
 def warn_if_unlike_training(

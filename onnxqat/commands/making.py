@@ -9,6 +9,8 @@ import click
 
 from onnxqat.commands.common import (
     calibrated,
+    join,
+    note,
     plan_document,
     planned,
     print_result,
@@ -60,7 +62,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.foreign import read_foreign_qdq
     from onnxqat.insert import plan_of, state_of
     from onnxqat.model import save_model
-    from onnxqat.parallel import Workers, join_workers
+    from onnxqat.parallel import Workers
     from onnxqat.quantized import load_model
     from onnxqat.rules import load_rule
     from onnxqat.settings import settle
@@ -68,7 +70,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     if data is None:
         _refuse_given("observer", "samples", "layout", "skip_broken")
     target = output or renamed(model, "qdq")
-    workers = join_workers() if data and not plan_only else Workers()
+    workers = join() if data and not plan_only else Workers()
     if not plan_only:
         check_apart({"output": target})
         check_writable(target, force=force)
@@ -118,11 +120,11 @@ def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignPar
     missing = params.keys() - taken.keys()
     if not foreign:
         return insert_pairs(prepared, plan, params, state="uncalibrated")
-    say(f"{len(taken)} of {len(params)} parameters are those of the model's pairs.", err=True)
+    note(f"{len(taken)} of {len(params)} parameters are those of the model's pairs.")
     if missing:
-        say(f"Calibration measures the others: {', '.join(sorted(missing))}.", err=True)
+        note(f"Calibration measures the others: {', '.join(sorted(missing))}.")
     if ignored:
-        say(f"Pairs that do not fit the rule: {', '.join(ignored)}.", err=True)
+        note(f"Pairs that do not fit the rule: {', '.join(ignored)}.")
     if missing:
         result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
         mark_taken(result, taken)
@@ -168,11 +170,10 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of
     from onnxqat.model import save_model
-    from onnxqat.parallel import join_workers
     from onnxqat.quantized import load_model
 
     target = output or renamed(model, "calibrated")
-    workers = join_workers()
+    workers = join()
     check_apart({"output": target})
     check_writable(target, force=force)
     hold(target if workers.rank == 0 else None)

@@ -14,6 +14,7 @@ import click
 
 from onnxqat.commands.common import (
     calibrated,
+    join,
     open_for,
     output_documents,
     output_rows,
@@ -71,13 +72,13 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
     from onnxqat.quantized import load_model
-    from onnxqat.train import join_workers, require_training
+    from onnxqat.train import require_training
 
     # how right the float model is on the labels is no detail
     getLogger("onnxqat.train.validation").setLevel(INFO)
     require_training()
     target = output or renamed(model, "qat")
-    workers = join_workers()
+    workers = join()
     kept = f"{target}.checkpoint"
     check_apart({"output": target, "checkpoint": kept, "log": log, "tensorboard": tensorboard})
     check_writable(target, force=force)

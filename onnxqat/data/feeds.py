@@ -240,7 +240,12 @@ def check_dtype(spec: InputSpec, sample: Header, where: str) -> None:
             f"{where}: model input {spec.name!r} has dtype '{spec.dtype}', which numpy lacks. "
             "Export the model with float32 inputs."
         ) from error
-    if wanted.kind not in "biuf" or not np.can_cast(sample.dtype, wanted, "same_kind"):
+    if wanted.kind not in "biuf":
+        raise DataError(
+            f"{where}: model input {spec.name!r} takes text, and data are numbers here. Export the "
+            "model with inputs behind the step that reads text."
+        )
+    if not np.can_cast(sample.dtype, wanted, "same_kind"):
         raise DataError(
             f"{where} is {sample.dtype}, but model input {spec.name!r} is {wanted}. "
             f"Store it as {wanted}."

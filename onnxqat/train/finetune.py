@@ -240,8 +240,8 @@ def _divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[
     count, fraction, unit = len(data), config.validation, data.fixed_batch or 1
     if count < 2 * unit:
         unit = 1
-    if fraction > 0:
-        fraction = max(round(count * fraction / unit), 1) * unit / count
+    if 0 < fraction < 1:
+        fraction = min(max(round(count * fraction / unit), 1) * unit, count - 1) / count
     trained, kept = split(count, fraction, config.seed)
     return data.subset(trained), data.subset(kept)
 

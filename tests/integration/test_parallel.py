@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxqat.commands.common import open_for
@@ -177,13 +179,38 @@ def test_processes_calibrate_what_one_does_bit_for_bit(work, observer):
 def test_processes_without_a_batch_to_calibrate_on_help_nobody_and_harm_nothing(work):
     rule = ("--rules", "sophgo-bm1684x", "--mean", "128", "--scale", "0.0078125", "--threads", "1")
     few = ("--data", "train.npz", "--samples", "20", "--batch-size", "16")
+    few += ("--set", "weight.bits=2")
     model = str(MODELS / "mobilenet-digits.onnx")
     alone = onnxqat(work, "insert", model, *rule, *few, "-o", "few1.onnx")
     result = onnxqat(work, "insert", model, *rule, *few, "-o", "few4.onnx", workers=4)
 
     assert (alone.returncode, result.returncode) == (0, 0), result.stderr
     assert result.stdout.count("few4.onnx") == 1
+    assert result.stderr.count("2 bits of weights are for study") == 1
     assert (work / "few4.onnx").read_bytes() == (work / "few1.onnx").read_bytes()
+
+
+@needs_mpi
+def test_processes_share_the_batches_of_a_model_that_is_fixed_to_one(work):
+    """A step has 16 samples of all together, up to the order of summation those of one process."""
+    model = onnx.load(work / "qdq.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, work / "single.onnx")
+    words = ("finetune", "single.onnx", "train.npz", "--epochs", "1", "--threads", "1", *SGD)
+    files = []
+    for workers in (1, 2):
+        files.append(f"single-{workers}.onnx")
+        log = f"single-{workers}.jsonl"
+        result = onnxqat(
+            work, *words, "--select", "loss", "--log", log, "-o", files[-1], workers=workers
+        )
+        assert result.returncode == 0, result.stderr
+        steps = [json.loads(line) for line in (work / log).read_text().splitlines()]
+        assert max(line.get("step", 0) for line in steps) == 270 // 16
+    one, two = (parameters(work / name) for name in files)
+    for name, values in one.items():
+        np.testing.assert_allclose(two[name], values, rtol=0, atol=1e-5, err_msg=name)
 
 
 @needs_mpi

@@ -7,7 +7,7 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import Batch, InputSpec, open_data
-from onnxqat.errors import DataError
+from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import evaluate
 from onnxqat.insert import insert, read_params
 from onnxqat.model import from_proto
@@ -97,6 +97,14 @@ def test_training_takes_whole_batches_and_usual_steps(pair):
     assert set(seen) == {2}  # of 22 samples: one step of 16 in each epoch
     few = finetune(model, by_four.subset(np.arange(9)), config=Config(epochs=2, threads=1))
     assert few.after.samples == 4  # and one step of 4 in each epoch
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_too_few_samples_to_train_on_are_an_error(pair, count):
+    _, _, fixed, by_four = pair
+    model = calibrate(inserted(fixed), by_four.batches(), observer="minmax", threads=1)
+    with pytest.raises(TrainingError, match=rf"^{count} samples are too few .* Give more data\.$"):
+        finetune(model, by_four.subset(np.arange(count)), config=Config(threads=1))
 
 
 def test_one_sample_is_repeated(pair):
