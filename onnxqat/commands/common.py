@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
