@@ -109,7 +109,10 @@ def progress_bar(
     done, started = 0, clock()
 
     def line() -> str:
-        return f"{title}: {done} of {total} batches, {time_left(clock() - started, done, total)}"
+        seconds = clock() - started
+        if done >= total:
+            return f"{title}: all {total} batches seen, {seconds:.0f} s, finishing"
+        return f"{title}: {done} of {total} batches, {time_left(seconds, done, total)}"
 
     with _bar() as bar:
         task = bar.add_task(title, total=total)

@@ -72,9 +72,13 @@ def test_batches(pulses):
         for _ in range(2):
             advance()
         second = pulse._line()
+        for _ in range(6):
+            advance()
+        third = pulse._line()
 
     assert first == "calibrating: 0 of 8 batches, 6 s"
     assert second == "calibrating: 2 of 8 batches, 6 s, about 18 s left"
+    assert third == "calibrating: all 8 batches seen, 6 s, finishing"
 
 
 def progress(step, epoch=1, validation=None):
