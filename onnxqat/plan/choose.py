@@ -10,7 +10,7 @@ from onnxqat.overrides import Override
 from onnxqat.plan.exceptions import changed, find_exception
 from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.masks import Masks
-from onnxqat.plan.operators import is_bias_add, is_empty, is_float
+from onnxqat.plan.operators import ONNX_DOMAINS, is_bias_add, is_empty, is_float
 from onnxqat.plan.types import Skip
 from onnxqat.rules import HardwareRule, OpRule
 
@@ -84,7 +84,7 @@ def _user_decisions(index: GraphIndex, overrides: Sequence[Override]) -> dict[st
 
 def _impossible(unit: Unit) -> str | None:
     node = unit.nodes[-1]
-    if node.domain not in (None, "", "ai.onnx"):
+    if node.domain not in ONNX_DOMAINS:
         return f"domain '{node.domain}' is not ONNX's own"
     floats = [t for t in unit.outputs if is_float(t)]
     if floats and all(map(is_empty, floats)):

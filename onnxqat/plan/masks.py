@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.plan.operators import is_constant, is_float, weight_index
+from onnxqat.plan.operators import ONNX_DOMAINS, is_constant, is_float, weight_index
 
 __all__ = ["Masks", "find_masks"]
 
@@ -87,6 +87,13 @@ class _Search:
             if mask is not None:
                 conditions = node.inputs[:1] if node.op == "Where" else []
                 self._keep_float(f"computes the mask '{mask.name}'", [mask, *conditions])
+        if node.domain not in ONNX_DOMAINS:  # attention as one op takes its mask as an input
+            for tensor in (t for t in node.inputs if t.name in self.large - self.learned):
+                self._keep_float(f"computes the mask '{tensor.name}'", [tensor])
+        self._classify(node, mask)
+
+    def _classify(self, node: gs.Node, mask: gs.Tensor | None) -> None:
+        """Note what the outputs of a node come from."""
         outputs = {t.name for t in node.outputs if is_float(t)}
         roots = self._roots_of(node, mask)
         if roots is not None:
@@ -186,8 +193,9 @@ def _is_learned(node: gs.Node) -> bool:
     """Return whether what a node writes was learned: looked up, or weighted."""
     if node.op == "Gather" and is_constant(node.inputs[0]) and is_float(node.inputs[0]):
         return True
-    own = node.domain in (None, "", "ai.onnx")
-    return not own or node.op in OPAQUE_OPS or weight_index(node) is not None
+    return (
+        node.domain not in ONNX_DOMAINS or node.op in OPAQUE_OPS or weight_index(node) is not None
+    )
 
 
 def _selected(graph: gs.Graph) -> set[str]:

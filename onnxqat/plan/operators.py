@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = [
     "BIAS_INPUT",
     "NONNEGATIVE_OPS",
+    "ONNX_DOMAINS",
     "SINGLE_DATA_INPUT",
     "WEIGHTED_OPS",
     "along_channels",
@@ -29,6 +30,7 @@ __all__ = [
     "weight_index",
 ]
 
+ONNX_DOMAINS = (None, "", "ai.onnx")  # onnxruntime has a Conv and a Gelu of its own
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 BIAS_INPUT = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2}
 NONNEGATIVE_OPS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs")
@@ -143,7 +145,7 @@ def is_depthwise(node: gs.Node) -> bool:
 
 def weight_index(node: gs.Node) -> int | None:
     """Return which input of a weighted op is its constant weight, if one is."""
-    if node.op not in WEIGHTED_OPS:
+    if node.op not in WEIGHTED_OPS or node.domain not in ONNX_DOMAINS:
         return None
     found = [i for i, t in enumerate(node.inputs[:2]) if is_constant(t) and is_float(t)]
     return found[-1] if found else None

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.plan import WEIGHTED_OPS, QuantPlan
+from onnxqat.plan.operators import ONNX_DOMAINS
 from onnxqat.qparams import FloatArray
 from onnxqat.train.lowering import FIRST_INPUT_ONLY, TRAINED_INPUTS
 
@@ -52,7 +53,8 @@ def trained_initializers(
 
 
 def _is_parameter(node: gs.Node, index: int) -> bool:
-    return node.op in WEIGHTED_OPS or index in TRAINED_INPUTS.get(node.op, ())
+    weighted = node.op in WEIGHTED_OPS or index in TRAINED_INPUTS.get(node.op, ())
+    return weighted and node.domain in ONNX_DOMAINS
 
 
 def is_structure(values: FloatArray) -> bool:

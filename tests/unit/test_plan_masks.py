@@ -213,3 +213,21 @@ def test_mask_is_quantized_where_an_override_has_the_name_of_the_node():
 
     assert "z" not in {p.tensor for p in plan_of(body, "name:.*.quantize=true").points}
     assert "z" in {p.tensor for p in plan_of(body, f"name:{node}.quantize=true").points}
+
+
+@pytest.mark.parametrize("kind", ["float", "int64"])
+def test_mask_of_attention_as_one_op_is_left_float(kind):
+    cast = "k = Identity(mask)" if kind == "float" else "k = Cast<to = 1>(mask)"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>
+        g (float[N,6,8] x, {kind}[N,1,6,6] mask) => (float[N,6,8] y)
+        <float one = {{1}}, float low = {{-10000}}> {{
+        {cast} d = Sub(one, k) m = Mul(d, low) z = MatMul(x, v)
+        y = com.microsoft.Attention<num_heads = 2>(z, w, b, , , m) }}"""
+    )
+    arrays = {"w": (8, 24), "b": (24,), "v": (8, 8)}
+    tensors = (onnx.numpy_helper.from_array(np.ones(s, np.float32), n) for n, s in arrays.items())
+    model.graph.initializer.extend(tensors)
+    plan = make_plan(prepare(from_proto(model), opset=21).graph, quantizing(*OPS))
+
+    assert {p.tensor for p in plan.points} == {"x", "v", "z"}
