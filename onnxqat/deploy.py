@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxqat.calibrate import without_large_biases
 from onnxqat.errors import FormatError, OnnxQatError, RuleError
-from onnxqat.files import atomic_outputs, check_writable
+from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.insert import check_calibrated, plan_of, read_params, strip
@@ -263,6 +263,7 @@ def read_table(
 
 
 def _read_file(path: Path) -> Table:
+    check_readable(path, FormatError)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FormatError(f"{path}: larger than 256 MiB. This is not a calibration table.")

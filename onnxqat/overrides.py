@@ -36,6 +36,7 @@ from typing import Any, Literal
 import msgspec
 
 from onnxqat.errors import RuleError
+from onnxqat.files import check_readable
 from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
 
@@ -125,6 +126,7 @@ def read_overrides(path: str | Path) -> list[Override]:
     RuleError
         The file cannot be read, is not TOML, or holds what `parse_override` refuses.
     """
+    check_readable(path, RuleError)
     try:
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not an overrides file.")

@@ -210,6 +210,8 @@ def calibrated(
     ) as data:
         chosen = np.random.default_rng(seed).permutation(len(data))[:samples]
         size = data.batch_size(batch_size, default=default_size)
+        if workers.rank == 0:
+            warn_if_unlike_training(model, data, source, batch_size=size, threads=threads)
         share = workers.share(-(-len(chosen) // size))
         mine = np.sort(chosen)[share.start * size : share.stop * size]
         batches = data.batches(size, indices=mine)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from onnxqat.errors import RuleError
+from onnxqat.files import check_readable
 from onnxqat.rules.problems import Problem, find_problems, line_of
 from onnxqat.rules.schema import HardwareRule
 
@@ -87,6 +88,7 @@ def _text(name: str) -> str:
         hint = f"Did you mean {' or '.join(close)}?" if close else "See 'onnxqat rules list'."
         raise RuleError(f"Unknown rule '{name}'. {hint} Or give the path of a .toml file.")
     path = Path(name)
+    check_readable(path, RuleError)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a rule file.")

@@ -477,7 +477,7 @@ WRONG = [
     ("strip {q} -o {wrong}/text", 1, "cannot be made"),
     ("strip {q} -o {wrong}/text/chip", 1, "cannot be made"),
     ("strip {q} -o {work}/chip", 1, "already exists. Pass --force"),
-    (f"import-table {{wrong}}/none {{lenet}} --rules {RULE[1]} {OUT}", 1, "none: cannot be read"),
+    (f"import-table {{wrong}}/none {{lenet}} --rules {RULE[1]} {OUT}", 1, "none: no such file"),
     (f"import-table {{table}} {{lenet}} --rules {RULE[1]} {OUT}", 1, "names that the model needs"),
     (f"import-table {{table}} {{lenet}} {OUT}", 1, "'onnxruntime-cpu' has no table of its own"),
     (

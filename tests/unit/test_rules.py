@@ -77,7 +77,7 @@ def test_wrong_rule_says_where_and_what(change, message, tmp_path):
 def test_unknown_name_suggests_and_missing_file_says_so(tmp_path):
     with pytest.raises(RuleError, match="Did you mean sophgo-bm1684x"):
         load_rule("sophgo-bm1684")
-    with pytest.raises(RuleError, match="cannot be read"):
+    with pytest.raises(RuleError, match="no such file"):
         load_rule(str(tmp_path / "none.toml"))
 
 
