@@ -119,12 +119,12 @@ def test_a_module_that_lost_its_files_is_named(tmp_path, monkeypatch):
     (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
     left = ModuleSpec("onnxruntime", None, is_package=True)
     left.submodule_search_locations = [str(tmp_path / "onnxruntime")]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: left)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: left)
     with pytest.raises(OnnxQatError) as raised:
         check_packages()
     mended = f"Run: pip uninstall -y ort-nightly && {TRAINING}"
     assert str(raised.value) == f"onnxruntime lacks files. {mended}"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(OnnxQatError, match=f"onnxruntime is not installed. Run: {TRAINING}"):
         check_packages()
 
