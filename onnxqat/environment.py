@@ -69,7 +69,7 @@ def mending() -> str:
     """Return the commands that leave one distribution of onnxruntime, which can train."""
     installed = [entry.partition(" ")[0] for entry in _distributions()]
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
-    return f"Run: {remove}pip install --force-reinstall {_requirement(ENGINE)}"
+    return f"Run: {remove}pip install {_requirement(ENGINE)}"
 
 
 def _mending(name: str) -> str:

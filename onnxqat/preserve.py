@@ -53,10 +53,11 @@ def copy_fields(source: Any, target: Any, *, but: str) -> None:
     for descriptor, value in source.ListFields():
         if descriptor.name == but:
             continue
-        if descriptor.is_repeated:
-            getattr(target, descriptor.name).extend(value)
-        else:
+        # not by the descriptor, which every protobuf describes in another way
+        if isinstance(value, int | float | str | bytes):
             setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).extend(value)
 
 
 def _keep_initializers(rest: onnx.GraphProto, source: onnx.GraphProto) -> None:

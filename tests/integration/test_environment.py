@@ -16,7 +16,7 @@ from onnxqat.environment import check_packages
 from onnxqat.errors import OnnxQatError
 from onnxqat.train import gradients
 
-TRAINING = "pip install --force-reinstall onnxruntime-training-cpu==1.19.2"
+TRAINING = "pip install onnxruntime-training-cpu==1.19.2"
 PAGE = "import sys; sys.stderr.write('a page\\nof text\\n'); "
 
 
