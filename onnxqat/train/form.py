@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from onnxqat.calibrate import placeholder_params
-from onnxqat.errors import TrainingError
+from onnxqat.computable import computable
+from onnxqat.errors import ModelError, TrainingError
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPlan, QuantPoint
@@ -142,6 +144,8 @@ class Untrainable(NamedTuple):
 def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
     """Return what would keep a model from being fine-tuned under a plan; empty if nothing does.
 
+    Ops behind the last point that onnxruntime lacks do not: training ends before them.
+
     Parameters
     ----------
     model : Model
@@ -150,6 +154,8 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
         Made for it.
     """
     qdq = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    with suppress(ModelError):  # where it cannot be run, its nodes are named
+        qdq = computable(qdq).model
     return _build(qdq)[2].refused
 
 

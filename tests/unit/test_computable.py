@@ -19,7 +19,7 @@ from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs
-from onnxqat.train import Config, finetune
+from onnxqat.train import Config, finetune, untrainable_nodes
 from tests.networks import detector, samples
 
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
@@ -170,6 +170,12 @@ def test_training_ends_before_them_and_keeps_the_whole_graph(tmp_path, rule):
     assert [t.name for t in graph.outputs] == ["count", "boxes"]
     assert graph.nodes[-1].op == "EfficientNMS_TRT"
     assert [t.name for t in graph.nodes[-1].inputs] == network()[1]
+
+
+def test_they_do_not_keep_a_model_from_being_trained():
+    prepared = prepare(with_tail(plugin(), outputs=PLUGIN_OUTPUTS))
+    plan = make_plan(prepared.graph, load_rule("tensorrt"))
+    assert untrainable_nodes(prepared, plan) == []
 
 
 def test_a_point_behind_them_is_refused_by_name():
