@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import strip
+from onnxqat.insert import read_params, strip
 from onnxqat.model import save_model, to_proto
 from onnxqat.plan import QuantPlan
 from onnxqat.quantized import load_model
@@ -194,6 +194,18 @@ def test_an_edited_file_is_refused_by_the_name_of_the_tensor(written, number, tm
     assert name in text
     assert "\n" not in text
     assert "nsert" in text or "Export it again" in text  # the next step
+
+
+def test_scales_and_weights_are_those_of_the_nodes(written, tmp_path):
+    proto = copy(written)
+    put(proto, "input/scale", S(0.5))
+    put(proto, "input/zero_point", np.uint8(7))
+    put(proto, "w3", np.full((6, 6, 1, 1), 0.25, S))
+    model = load_model(saved(proto, tmp_path))
+    params = read_params(model)["input"]
+
+    assert (float(params.scale), int(params.zero_point)) == (0.5, 7)
+    assert np.all(strip(model).graph.tensors()["w3"].values == 0.25)
 
 
 def test_a_plan_that_is_not_text_is_refused(written, tmp_path):
