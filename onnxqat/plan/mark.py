@@ -188,7 +188,7 @@ class Marker:
                 continue
             bias = self.index.nodes[edge.node].inputs[edge.index]
             channels = bias_channels(node, weight.shape) if is_constant(weight) else None
-            if channels is None or not runs_along(bias.shape, channels):
+            if channels is None or not (is_float(bias) and runs_along(bias.shape, channels)):
                 continue  # it stays float: s_x * s_w is not its scale
             per_axis = self.drafts[weight.name].spec.axis is not None
             found.append(
