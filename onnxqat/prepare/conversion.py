@@ -6,7 +6,6 @@
                               the mode is nearest, nearest_mode = floor, or ceil if it makes
                               smaller: what onnxruntime computes for opset 10 and below
     Resize, empty roi/scales  empty tensors become absent inputs; onnxruntime refuses them
-    Split into equal parts    gets num_outputs, which opset 18 needs
     replaced nodes            write the values that the nodes before them wrote, by name
 
 All others are left to it. What comes out is compared with what went in by
@@ -15,19 +14,18 @@ All others are left to it. What comes out is compared with what went in by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence
+from collections.abc import MutableSequence
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from onnxqat import native
-from onnxqat.preserve import all_nodes, replace_messages
+from onnxqat.preserve import replace_messages
 
 __all__ = ["convert"]
 
 FIRST_COORDINATES = 11  # the opset in which Resize says how it takes its coordinates
-FIRST_NUM_OUTPUTS = 18
 
 
 def convert(source: onnx.ModelProto, opset: int, target: int) -> onnx.ModelProto:
@@ -43,8 +41,6 @@ def convert(source: onnx.ModelProto, opset: int, target: int) -> onnx.ModelProto
     _leave_out_empty(converted.graph)
     if opset < FIRST_COORDINATES:
         _set_coordinates(converted.graph)
-    if target >= FIRST_NUM_OUTPUTS:
-        _set_num_outputs(all_nodes(converted.graph.node))
     return converted
 
 
@@ -101,11 +97,3 @@ def _set_coordinates(graph: onnx.GraphProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name not in given]
         made = [onnx.helper.make_attribute(key, value) for key, value in given.items()]
         replace_messages(node.attribute, [*kept, *made])
-
-
-def _set_num_outputs(nodes: Iterable[onnx.NodeProto]) -> None:
-    for node in nodes:
-        sizes = len(node.input) > 1 and node.input[1]
-        given = any(attribute.name == "num_outputs" for attribute in node.attribute)
-        if node.op_type == "Split" and not node.domain and not sizes and not given:
-            node.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))

@@ -18,6 +18,7 @@ from onnxqat.prepare import prepare
         ("N,4,6", "-1,24", None),
         ("N,4,6", "0,24", None),
         ("N,4,6", "1,-1", None),  # the batch becomes part of the second axis
+        ("N,4,6", "1,36", None),  # no number of samples has so many values
         ("N,4,H", "1,24", None),
         ("2,4,6", "2,24", None),
     ],

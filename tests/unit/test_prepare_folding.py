@@ -242,13 +242,17 @@ def test_a_tensor_that_is_read_twice_counts_once() -> None:
         f"{{ {' '.join(steps)} c=ReduceSum(d9) y=Add(x, c) }}"
     )
     shared = budget.Budget(model.graph, "m")
+    tracemalloc.start()
 
     while fold_constants(model.graph, shared):
         pass
 
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     sizes = [t.values.nbytes for t in model.graph.tensors().values() if hasattr(t, "values")]
     assert [node.op for node in model.graph.nodes] == ["Concat"] * 4 + ["ReduceSum", "Add"]
     assert sizes == [32 * 16**5]
+    assert peak < 32 * 16**6  # what is too large is not made to be looked at
 
 
 def parse(text: str) -> Model:
