@@ -126,7 +126,9 @@ class GraphTrial:
         original = onnxqat.load_model(path)
         self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original, opset=opset))
         self.proto = to_proto(self.prepared)
-        self.bytes = self.proto.SerializeToString(deterministic=True)
+        bare = self.prepared.copy()  # strip leaves no note of ours
+        bare.metadata = {k: v for k, v in bare.metadata.items() if not k.startswith("onnxqat.")}
+        self.bytes = to_proto(bare).SerializeToString(deterministic=True)
         rng = np.random.default_rng(SEED)
         self.calibration = random_batches(self.prepared.graph, samples, rng)
         # the same, so that what is lost is lost to rounding, not to values never seen before

@@ -79,7 +79,7 @@ def test_inserted_is_valid_runs_and_strips_bit_for_bit(name, rule):
     onnx.checker.check_model(proto, full_check=True)
 
     assert all(np.isfinite(y).all() for y in run_ort(proto, feeds))
-    before, after = (
-        to_proto(m).SerializeToString(deterministic=True) for m in (floats, strip(qdq))
-    )
+    bare = floats.copy()  # strip leaves no note of ours
+    bare.metadata = {k: v for k, v in floats.metadata.items() if not k.startswith("onnxqat.")}
+    before, after = (to_proto(m).SerializeToString(deterministic=True) for m in (bare, strip(qdq)))
     assert before == after
