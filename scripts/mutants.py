@@ -99,30 +99,19 @@ def shuffle_nodes(model: onnx.ModelProto, rng: Random) -> str:
     return "shuffled the nodes"
 
 
-def change_input(model: onnx.ModelProto, rng: Random) -> str:
+def change_edge(model: onnx.ModelProto, rng: Random) -> str:
     node = node_of(model, rng)
-    if not node.input or rng.random() < 0.2:
-        node.input.append(random_name(model, rng))
-        return f"gave a {node.op_type} one more input"
-    place = rng.randrange(len(node.input))
+    kind = rng.choice(("input", "input", "output"))
+    names = getattr(node, kind)
+    if not names or rng.random() < 0.2:
+        names.append(random_name(model, rng))
+        return f"gave a {node.op_type} one more {kind}"
+    place = rng.randrange(len(names))
     if rng.random() < 0.3:
-        del node.input[place]
-        return f"took input {place} from a {node.op_type}"
-    node.input[place] = random_name(model, rng)
-    return f"input {place} of a {node.op_type} is {node.input[place][:40]!r}"
-
-
-def change_output(model: onnx.ModelProto, rng: Random) -> str:
-    node = node_of(model, rng)
-    if not node.output or rng.random() < 0.2:
-        node.output.append(random_name(model, rng))
-        return f"gave a {node.op_type} one more output"
-    place = rng.randrange(len(node.output))
-    if rng.random() < 0.3:
-        del node.output[place]
-        return f"took output {place} from a {node.op_type}"
-    node.output[place] = random_name(model, rng)
-    return f"output {place} of a {node.op_type} is {node.output[place][:40]!r}"
+        del names[place]
+        return f"took {kind} {place} from a {node.op_type}"
+    names[place] = random_name(model, rng)
+    return f"{kind} {place} of a {node.op_type} is {names[place][:40]!r}"
 
 
 def change_op(model: onnx.ModelProto, rng: Random) -> str:
@@ -408,7 +397,7 @@ def _nested_functions(model: onnx.ModelProto, depth: int) -> None:
 
 
 NODE_CHANGES: tuple[Change, ...] = (
-    *(drop_node, repeat_node, shuffle_nodes, change_input, change_input, change_output, change_op),
+    *(drop_node, repeat_node, shuffle_nodes, change_edge, change_edge, change_edge, change_op),
     *(change_op, change_domain, change_node_name, change_attribute, change_attribute, add_cycle),
 )
 TENSOR_CHANGES: tuple[Change, ...] = (
