@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import errno
-import io
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +8,6 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxqat.errors import OnnxQatError
 from onnxqat.insert import plan_of, read_params, with_params
 from onnxqat.model import to_proto
 from onnxqat.qparams import quantized_range
@@ -142,22 +138,3 @@ def test_a_log_goes_on_and_notes_what_happened(model, data, tmp_path):
     notes = [line["note"] for line in lines if line["event"] == "note"]
     assert notes == list(result.notes[: len(notes)])
     assert "starting again with 0.25 times" in notes[0]
-
-
-def test_a_log_that_cannot_be_written_is_said(model, tmp_path):
-    with pytest.raises(OnnxQatError, match=r"cannot be written .* Choose another --log"):
-        TrainingLog(tmp_path / "no" / "l", model, {})
-
-
-class FullDisk(io.StringIO):
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_is_said(model, data, tmp_path):
-    batch, config = next(iter(data.batches(16))).inputs, Config(epochs=1, threads=1)
-    log = TrainingLog(tmp_path / "l", model, batch, every=5)
-    log.writers[0].file.close()
-    log.writers[0].file = FullDisk()
-    with pytest.raises(OnnxQatError, match=r"l: cannot be written \(No space left"):
-        finetune(model, data, config=config, report=log)
