@@ -18,7 +18,7 @@ from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.insert import check_calibrated, plan_of, read_params, strip
 from onnxqat.model import Model, write_model
-from onnxqat.plan import QuantPlan, QuantPoint
+from onnxqat.plan import QuantPlan, QuantPoint, Skip
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
 from onnxqat.rules import load_rule
@@ -233,9 +233,9 @@ def read_table(
     Returns
     -------
     plan, params
-        The plan with signedness as the table has it and without the biases that its scales make
-        too large for integers, and the parameters. Where a table says nothing of weights, they
-        are quantized by their largest absolute value.
+        The plan with signedness as the table has it, without what such a table cannot say and
+        without the biases that its scales make too large for integers, and the parameters. Where a
+        table says nothing of weights, they are quantized by their largest absolute value.
 
     Raises
     ------
@@ -250,6 +250,7 @@ def read_table(
             f"--format: one of {', '.join(FORMATS)}."
         )
     params = chosen.read(_read_file(path), model.graph, plan).complete()
+    plan = _as_far_as(plan, params, model)
 
     def resolved(point: QuantPoint) -> QuantPoint:
         if point.role == "bias" or (point.role == "weight" and point.group is None):
@@ -260,6 +261,24 @@ def read_table(
 
     plan = msgspec.structs.replace(plan, points=tuple(map(resolved, plan.points)))
     return without_large_biases(plan, params, model.graph.tensors()), params
+
+
+def _as_far_as(plan: QuantPlan, params: Mapping[str, QuantParams], model: Model) -> QuantPlan:
+    """Return the plan without the points that have no parameters; they stay float."""
+    kept = {p.tensor for p in plan.grid_points() if p.parameters in params}
+    if len(kept) == len(plan.grid_points()):
+        return plan
+    points = tuple(
+        p
+        for p in plan.points
+        if (set(p.derived_from or ()) if p.role == "bias" else {p.tensor}) <= kept
+    )
+    before, after = (
+        {e.node for p in found for e in p.consumers} for found in (plan.points, points)
+    )
+    reason = "the calibration table says nothing of what it reads"
+    skips = [Skip(n.name, n.op, reason) for n in model.graph.nodes if n.name in before - after]
+    return msgspec.structs.replace(plan, points=points, skips=(*plan.skips, *skips))
 
 
 def _read_file(path: Path) -> Table:

@@ -201,6 +201,12 @@ def _parse_number(text: str, tokens: _Tokens) -> float:
     return float(text.rstrip("f"))
 
 
+def _named(graph: gs.Graph, plan: QuantPlan) -> set[str]:
+    """Return the parameters that have a record whatever their numbers: ops with one input grid."""
+    layers = [x for x in _layers(graph, plan) if len({p.parameters for p in x.inputs}) == 1]
+    return {p.parameters for layer in layers for p in (*layer.inputs, *layer.weights)}
+
+
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     found, records = Found(table.name, graph), _parse(table)
     for layer in _layers(graph, plan):
@@ -215,7 +221,10 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
             found.put(point, record.scale_d[0], int(offset), signed=True, name=name)
         for point in layer.weights:
             found.put(point, record.scale_w, signed=True, name=name)
-    found.missing += [p.tensor for p in plan.grid_points() if p.parameters not in found.params]
+    lacking = [p for p in plan.grid_points() if p.parameters not in found.params]
+    named = _named(graph, plan)
+    found.missing += [p.tensor for p in lacking if p.parameters in named]
+    found.unsaid += [p.tensor for p in lacking if p.parameters not in named]
     found.unused += records
     return found
 

@@ -175,7 +175,7 @@ def _read_state(
         weights = state.get(f"{module}.scale_weight_per_channel", scale[1:])
         found.put(x, _inverse(scale[:1]), signed=True, name=f"{module}.scale")
         found.put(weight, _inverse(weights), signed=True, name=f"{module}.scale")
-    found.missing += lacking.values()
+    found.unsaid += lacking.values()
     found.unused += sorted(state.keys() - read)
 
 

@@ -166,6 +166,8 @@ class Found:
         By `QuantPoint.parameters`.
     missing : list of str
         Names that the plan needs and the table lacks.
+    unsaid : list of str
+        Tensors of the plan that such a table has no name for: its target runs them in float.
     unused : list of str
         Names in the table that the plan does not ask for.
     """
@@ -175,6 +177,7 @@ class Found:
         self.tensors: dict[str, gs.Tensor] = graph.tensors()
         self.params: dict[str, QuantParams] = {}
         self.missing: list[str] = []
+        self.unsaid: list[str] = []
         self.unused: list[str] = []
 
     def entries(
@@ -279,17 +282,29 @@ class Found:
                 self.params[point.parameters] = choose_qparams(low, high, point.spec)
 
     def complete(self) -> dict[str, QuantParams]:
-        """Return the parameters of the whole plan.
+        """Return the parameters of the plan, as far as such a table has them.
 
         Raises
         ------
         FormatError
-            The table lacks some.
+            The table lacks some, or has none at all.
         """
         if self.missing:
             raise FormatError(
                 f"{self.source}: lacks {len(self.missing)} names that the model needs: "
                 f"{listed(self.missing)}. Is it the table of this model and rule?"
+            )
+        if self.unsaid and not self.params:
+            raise FormatError(
+                f"{self.source}: says nothing that the plan asks for. Is it the table of this "
+                "model and rule?"
+            )
+        if self.unsaid:
+            logger.warning(
+                "%s: says nothing of %d tensors, which stay float: %s.",
+                self.source,
+                len(self.unsaid),
+                listed(self.unsaid),
             )
         if self.unused:  # under the plan they came from, there are none
             logger.warning(

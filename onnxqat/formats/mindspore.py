@@ -125,7 +125,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
                 "Are --rules and --set those that the table was made with?"
             )
         _put(found, point, (np.atleast_1d(low), np.atleast_1d(high)), f"{name}.{place}")
-    found.missing += lacking.values()
+    found.unsaid += lacking.values()
     found.unused += sorted(document.nodes.keys() - used)
     return found
 

@@ -208,7 +208,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
             for entry in named:
                 _put(found, layer, place, getattr(entry, place))
         found.missing += () if named else [layer.names[-1]]
-    found.missing += lacking.values()
+    found.unsaid += lacking.values()
     found.unused += entries
     return found
 

@@ -106,7 +106,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
                 scales = np.float64(1) / np.asarray(numbers)
             scales = _for_channels(node, point, scales)
             found.put(point, scales, signed=True, name=name)
-    found.missing += points.values()
+    found.unsaid += points.values()
     found.unused += lines
     return found
 

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onnxqat.deploy import read_table, write_deployment
 from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import FORMATS, Calibrated, Table, Written
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import Model
+from onnxqat.insert import insert, plan_of, read_params
+from onnxqat.model import Model, to_proto
 from onnxqat.plan import QuantPlan
 from onnxqat.rules import bundled_rules, load_rule
-from tests.networks import _Graph, attention, convnet, detector, joined_to_a_constant
+from tests.networks import _Graph, attention, convnet, detector, joined_to_a_constant, samples
+from tests.oracles import run_ort
 from tests.random_params import with_random_params
 
 OWN = [(rule, load_rule(rule).table) for rule in bundled_rules() if load_rule(rule).table]
@@ -124,3 +126,30 @@ def test_what_is_written_is_read(name, rule, network_name, overrides, seed, dist
     except (FormatError, RuleError):  # it cannot say that, or the override covers nothing
         assume(False)
     check(name, written, *made)
+
+
+PARTIAL = [
+    ("amct", "ascend"),
+    ("mnn", "sophgo-cv183x"),
+    ("ncnn", "ncnn"),
+    ("cambricon", "tensorrt"),
+]
+
+
+@pytest.mark.parametrize(("table", "rule"), PARTIAL, ids=[table for table, _ in PARTIAL])
+def test_what_a_table_leaves_out_stays_float_when_it_is_read(table, rule, tmp_path, caplog):
+    net = convnet()
+    floats, plan, model = with_random_params(net, rule)
+    deployment = write_deployment(model, tmp_path, table=table)
+    with caplog.at_level("WARNING"):
+        found, params = read_table(deployment.files["table"], floats, plan, table=table)
+    again = insert(floats, found, params, state="calibrated")
+    lost = {p.tensor for p in plan.grid_points()} - {p.tensor for p in found.grid_points()}
+    grids = read_params(model)
+
+    assert lost == set(deployment.left_out.get("tensors of other ops", ()))
+    assert bool(lost) == ("which stay float" in caplog.text)
+    assert all(grids[key].same_as(value) for key, value in params.items())
+    read = {e.node for p in found.points for e in p.consumers} | {s.node for s in found.skips}
+    assert {e.node for p in plan.points for e in p.consumers} <= read
+    run_ort(to_proto(again), {"input": samples(net, 2)})
