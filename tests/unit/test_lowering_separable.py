@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from onnxqat.train.lowering.gradient import Refusal
 from tests.derivatives import check_node, gradients, one_node
@@ -107,8 +108,7 @@ def test_resize_with_computed_scales_is_refused():
     x = {"x": normal(1, 2, 3, 5)}
     model = one_node("Resize", x, {"roi": None, "scales": np.ones(4, np.float32)})
     del model.graph.initializer[:]
-    model.graph.input.append(model.graph.input[0])
-    model.graph.input[1].name = "scales"
+    model.graph.input.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, [4]))
     with pytest.raises(Refusal, match=r"not fixed|its scales are computed"):
         gradients(model, x, ["x"], [x["x"]])
 
