@@ -24,7 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-__all__ = ["Ends", "Joined", "Output", "Scores", "outputs_of"]
+__all__ = ["OutputTracer", "Joined", "Output", "Scores", "outputs_of"]
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
 MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -107,28 +107,28 @@ class Output:
 
 def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
     """Return what each output of a model is, in order."""
-    ends = Ends(_without_weights(graph))
-    found = [_output(tensor, ends) for tensor in graph.outputs]
-    if not any(ends.explicit(output.name) for output in found):
+    tracer = OutputTracer(_without_weights(graph))
+    found = [_output(tensor, tracer) for tensor in graph.outputs]
+    if not any(tracer.explicit(output.name) for output in found):
         return tuple(found)
     return tuple(
-        output if ends.explicit(output.name) or ends.readers_axis(output.name) is not None
+        output if tracer.explicit(output.name) or tracer.readers_axis(output.name) is not None
         else replace(output, scores=None)
         for output in found
     )  # fmt: skip
 
 
-def _output(tensor: gs.Tensor, ends: Ends) -> Output:
+def _output(tensor: gs.Tensor, tracer: OutputTracer) -> Output:
     learned = tensor.dtype in (None, np.float32)
     source = None if learned else _float_before(tensor)
     return Output(
         name=tensor.name,
         learned=learned,
         shape=None if tensor.shape is None else tuple(tensor.shape),
-        scores=ends.scores(tensor.name) if learned else None,
+        scores=tracer.scores(tensor.name) if learned else None,
         source=source,
-        source_scores=ends.scores(source) if source else None,
-        joined=ends.joined(tensor.name),
+        source_scores=tracer.scores(source) if source else None,
+        joined=tracer.joined(tensor.name),
     )
 
 
@@ -172,7 +172,7 @@ def _info(tensor: gs.Variable) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(tensor.name, kind, tensor.shape)
 
 
-class Ends:
+class OutputTracer:
     """How the values of a graph come about, from the end.
 
     Parameters

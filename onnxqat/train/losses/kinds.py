@@ -28,7 +28,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import TrainingError
-from onnxqat.outputs import Ends, Scores
+from onnxqat.outputs import OutputTracer, Scores
 from onnxqat.train.fake_quantize import DOMAIN
 from onnxqat.train.losses.terms import Balance, Loss
 from onnxqat.train.losses.values import Value
@@ -186,11 +186,11 @@ def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str
 
 def _scores(graph: onnx.GraphProto, student: Value) -> Scores | None:
     """Return which axis the classes are, the last one where the graph does not say."""
-    rank, ends = len(student.shape), Ends(graph, rounding=DOMAIN)
-    found = ends.explicit(student.name)
+    rank, tracer = len(student.shape), OutputTracer(graph, rounding=DOMAIN)
+    found = tracer.explicit(student.name)
     if found is not None or rank < 2:
         return found
-    axis = ends.readers_axis(student.name)
+    axis = tracer.readers_axis(student.name)
     if axis is None and rank <= 3:
         axis = rank - 1
     return None if axis is None else Scores(kind="logits", axis=axis)
@@ -270,7 +270,7 @@ def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
     A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
     softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
     """
-    scores = Ends(graph, rounding=DOMAIN).explicit(output)
+    scores = OutputTracer(graph, rounding=DOMAIN).explicit(output)
     if scores is None or scores.kind != "probabilities":
         return values
     logits = f"onnxqat/log/{values}"
