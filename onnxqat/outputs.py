@@ -24,7 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-__all__ = ["OutputTracer", "Joined", "Output", "Scores", "outputs_of"]
+__all__ = ["Joined", "Output", "OutputTracer", "Scores", "outputs_of"]
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
 MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}

@@ -18,10 +18,10 @@ from collections.abc import Iterable
 import onnx
 
 from onnxqat import native
-from onnxqat.calls import called_key
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
 from onnxqat.preserve import all_nodes
+from onnxqat.validate.calls import called_key
 from onnxqat.versions import changed_node, default_opset
 
 __all__ = ["inline_functions"]

@@ -41,7 +41,7 @@ DOCUMENTED = [
 ]
 
 
-# Without VNNI, a sum of two uint8 x int8 products saturates at 16 bits; with 7 bits none reaches it.
+# Without VNNI, a sum of two uint8 x int8 products saturates at 16 bits; of 7 bits none reaches it.
 EVERY_CPU = ("weight.bits=7",)
 
 

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
 
-from onnxqat.calls import check_calls
 from onnxqat.errors import ModelError
 from onnxqat.preserve import subgraphs
-from onnxqat.schemas import ATTRIBUTE_LISTS, ATTRIBUTE_SINGLES, Shape, check_node, label
-from onnxqat.texts import check_texts
+from onnxqat.validate.calls import check_calls
+from onnxqat.validate.schemas import ATTRIBUTE_LISTS, ATTRIBUTE_SINGLES, Shape, check_node, label
+from onnxqat.validate.texts import check_texts
 
 __all__ = ["check_data", "validate"]
 
