@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
-from onnxqat.locks import claimed, is_data, refuse_claimed, withdraw_if_killed
+from onnxqat.locks import claimed, is_data, noted_data, refuse_claimed
 
 __all__ = ["atomic_output", "atomic_outputs", "check_readable", "check_writable", "write_text"]
 
@@ -139,19 +139,18 @@ def _commit(temporary: tuple[Path, ...], folder: Path, outdated: Iterable[Path])
     """Move written files to where they belong: data, then the model, then what belongs to it."""
     staging, model = temporary[0].parent, folder / temporary[0].name
     beside = {made.name for made in staging.iterdir()} - {made.name for made in temporary}
-    old = _data_of(model)
     new = sorted(name for name in beside if not (folder / name).exists())  # else of these bytes
-    withdraw_if_killed(temporary[0], new)
-    for name in new:
-        _move(staging / name, folder)
-    for path in outdated:
-        path.unlink(missing_ok=True)
-    _sync(folder)
-    for made in temporary:
-        _move(made, folder)
-    for path in old:
-        if path.name not in beside:
+    old = sorted(path.name for path in _data_of(model) if path.name not in beside)
+    with noted_data(temporary[0], new, old):
+        for name in new:
+            _move(staging / name, folder)
+        for path in outdated:
             path.unlink(missing_ok=True)
+        _sync(folder)
+        for made in temporary:
+            _move(made, folder)
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _move(made: Path, folder: Path) -> None:

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
 
-__all__ = ["Scratch", "claimed", "is_data", "refuse_claimed", "same_file", "withdraw_if_killed"]
+__all__ = ["Scratch", "claimed", "is_data", "noted_data", "refuse_claimed", "same_file"]
 
 logger = logging.getLogger(__name__)
 
 OUTPUTS, TEMPORARY = ".onnxqat-", "onnxqat-"  # prefixes: beside outputs, and for temporary files
 LOCK = "lock"  # the file in the folder
-WITHDRAWN = ".withdrawn"  # suffix of others, see `withdraw_if_killed`
+NOTE = ".data"  # suffix of others, see `noted_data`
 # file systems that keep no locks, some network ones for instance
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -134,26 +134,37 @@ def is_data(path: Path, model: Path) -> bool:
     return path.name == f"{model.name}.{middle}.data" and len(middle) == 16
 
 
-def withdraw_if_killed(model: Path, data: Iterable[str]) -> None:
-    """Note which data go again if the process dies before it has moved their model.
+@contextmanager
+def noted_data(model: Path, new: Iterable[str], old: Iterable[str]) -> Iterator[None]:
+    """Let the next run finish what a process that is killed in this block began with data.
+
+    Those of the new model go again where it was not moved yet, and those of the old one where it
+    was.
 
     Parameters
     ----------
     model : Path
-        Still in a folder within that of `claimed`.
-    data : iterable of str
-        Names, beside the output.
+        Still in a folder within that of `claimed`; the block moves it.
+    new, old : iterable of str
+        Names of data, beside the output.
     """
-    if names := list(data):
-        note = model.parent.with_suffix(WITHDRAWN)
-        note.write_bytes(os.fsencode("\0".join((model.name, *names))))
+    note = model.parent.with_suffix(NOTE)
+    names = (model.name, *new, "", *old)
+    note.write_bytes(os.fsencode("\0".join(names)))
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
 
 
-def _withdraw(folder: Path) -> None:
-    """Remove the data that a killed process moved, and not their model."""
-    for note in folder.glob(f"*{WITHDRAWN}"):
-        model, *data = os.fsdecode(note.read_bytes()).split("\0")
-        for name in data if (note.with_suffix("") / model).exists() else ():
+def _settle_data(folder: Path) -> None:
+    """Remove the data that a killed process would have removed, or not left alone."""
+    for note in folder.glob(f"*{NOTE}"):
+        model, *names = os.fsdecode(note.read_bytes()).split("\0")
+        if "" not in names:  # killed while it was written, before anything was moved
+            continue
+        new, old = names[: names.index("")], names[names.index("") + 1 :]
+        for name in new if (note.with_suffix("") / model).exists() else old:
             if is_data(Path(name), Path(model)):
                 (folder.parent / name).unlink(missing_ok=True)
 
@@ -237,5 +248,5 @@ def _remove_orphan(folder: Path) -> None:
         return
     handle = _take(folder)
     if handle is not None:
-        _withdraw(folder)
+        _settle_data(folder)
         _release(folder, handle)

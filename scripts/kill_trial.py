@@ -198,8 +198,10 @@ def main() -> None:
                     killed = trial.killed_at_call(job, calls[job.name], index)
                     where = f"{calls[job.name][index]}, call {index + 1} of {len(calls[job.name])}"
                 else:
-                    after = rng.uniform(0.3, 1.0) * seconds[job.name]
-                    killed = trial.killed_after(job, after)
+                    killed = False
+                    while not killed:  # one that ended before was no trial
+                        after = rng.uniform(0.2, 1.0) * seconds[job.name]
+                        killed = trial.killed_after(job, after)
                     where = f"after {after:.2f} s"
                 left = trial.check(job)
                 trial.finish(job)
