@@ -186,8 +186,9 @@ def parse_loss(text: str) -> tuple[Term, ...]:
     --------
     >>> [term.kind for term in parse_loss("cross-entropy+kl")]
     ['cross-entropy', 'kl']
-    >>> parse_loss("0.5*mse:boxes=targets")
-    (Term(kind='mse', weight=0.5, output='boxes', array='targets'),)
+    >>> (term,) = parse_loss("0.5*mse:boxes=targets")
+    >>> term.kind, term.weight, term.output, term.array
+    ('mse', 0.5, 'boxes', 'targets')
     """
     if len(text) > MAX_LENGTH:
         raise TrainingError(f"--loss: has {len(text)} characters. Give {MAX_LENGTH} at most.")
