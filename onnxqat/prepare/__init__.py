@@ -15,6 +15,7 @@ from functools import partial
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxqat.errors import ModelError
 from onnxqat.model import Model
 from onnxqat.prepare.batches import warn_of_fixed_batches
 from onnxqat.prepare.batchnorm import fold_batchnorms
@@ -96,7 +97,12 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     refuse_sparse(prepared.graph, model.name)
     names = widen_float16(prepared.graph, model.name)
     seen = statistics_of(prepared)
-    _settle(prepared.graph, model.name)
+    try:
+        _settle(prepared.graph, model.name)
+    except ModelError as error:
+        if str(error).startswith(f"{model.name}:"):
+            raise
+        raise ModelError(f"{model.name}: {error}") from error  # a pass does not know the file
     warn_of_fixed_batches(prepared.graph, model.name)
     note_float16(prepared, names)
     note_statistics(prepared, seen)

@@ -64,10 +64,7 @@ def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
     try:
         return native.infer_shapes(proto).graph
     except native.NativeError as error:
-        name = proto.graph.name
-        raise ModelError(
-            f"{name}: shapes cannot be inferred ({error}). Export it again."
-        ) from error
+        raise ModelError(f"Shapes cannot be inferred ({error}). Export it again.") from error
 
 
 def _skeleton(graph: gs.Graph) -> onnx.ModelProto:

@@ -35,8 +35,15 @@ INTEGERS = frozenset(
 )
 MAX_SMALL = 1024  # elements of a constant whose values are looked at
 TYPES = (None, "tensor_type", "sequence_type", "sparse_tensor_type")
-# Operators that keep the shape of their first input: a weight may come through these.
-KEEPING = ("Cast", "Clip", "DequantizeLinear", "Identity", "QuantizeLinear")
+# Operators that keep the shape of their first input: one of a wrong rank may come through these.
+KEEPING = frozenset({
+    *("Cast", "Clip", "DequantizeLinear", "Dropout", "Identity", "QuantizeLinear"),
+    *("BatchNormalization", "InstanceNormalization", "LayerNormalization", "LRN"),
+    *("Celu", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu"),
+    *("Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu"),
+    *("Abs", "Ceil", "Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Round", "Sign", "Sqrt"),
+    *("Cos", "Sin", "Hardmax", "LogSoftmax", "Softmax"),
+})  # fmt: skip
 
 
 def validate(proto: onnx.ModelProto, where: str) -> None:

@@ -210,6 +210,10 @@ def _wrong_window(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
     weight = _shape(node, 1, shapes) if node.op_type.startswith("Conv") else None
     if weight is not None and len(weight) < 3:
         return f"has a weight '{node.input[1]}' of shape {list(weight)}; its rank is 3 or more"
+    data = _shape(node, 0, shapes)
+    if data is not None and weight is not None and len(data) != len(weight):
+        ranks = f"of rank {len(data)} for a weight of rank {len(weight)}"
+        return f"has data '{node.input[0]}' {ranks}"
     axes = len(weight) - 2 if weight is not None else len(given.get("kernel_shape", ()))
     for name, lowest, count in (
         ("kernel_shape", 1, axes),

@@ -95,6 +95,11 @@ REFUSED = {  # by what is wrong: the model, and the message
         r"'y' \(MaxPool\) has the strides",
     ),
     "weight-rank": (of_weights("ConvTranspose", "3"), r"weight 'w0' of shape \[3\]; its rank is 3"),
+    "data-rank": (
+        """g (float[4] x) => (float[1,4,3,3] y) <float[4,4,3,3] w>
+        { r = Relu(x) n = Neg(r) y = Conv(n, w) }""",
+        "data 'n' of rank 1 for a weight of rank 4",
+    ),
     "bias-rank": (of_weights("Conv", "4,1,3", "1,4"), r"'w1' of shape \[1, 4\]; its rank is 1"),
     "bias-length": (of_weights("Conv", "4,1,3", "5"), "for 4 channels"),
     "bias-empty": (of_weights("ConvTranspose", "1,4,3", "0"), "which is empty"),
