@@ -10,10 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxqat.model
-from onnxqat import validate
 from onnxqat.errors import ModelError, OnnxQatError
 from onnxqat.model import constant, from_proto, load_model, save_model, to_proto
 from onnxqat.preserve import stored_tensors
+from onnxqat.validate import checks
 from tests.oracles import run_ort
 
 HEADER = '<ir_version: 8, opset_import: ["": 17]>'
@@ -293,7 +293,7 @@ def test_values_that_are_neither_tensors_nor_sequences_are_refused() -> None:
 
 def test_subgraphs_that_nest_too_deep_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     proto = parse(ROUND_TRIPS["nested"])
-    monkeypatch.setattr(validate, "MAX_SUBGRAPH_DEPTH", 1)
+    monkeypatch.setattr(checks, "MAX_SUBGRAPH_DEPTH", 1)
 
     with pytest.raises(ModelError, match="nest deeper than 1 "):
         from_proto(proto)
