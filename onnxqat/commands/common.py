@@ -165,7 +165,8 @@ def plan_document(plan: QuantPlan) -> dict[str, Any]:
 
 def _warn_of_widths(plan: QuantPlan, rule: HardwareRule) -> None:
     for role, widths in (("weight", rule.weight_bits), ("activation", rule.activation_bits)):
-        others = sorted({p.spec.bits for p in plan.points if p.role == role} - set(widths))
+        known = {*widths, *(spec.bits for spec in rule.specs.values())}
+        others = sorted({p.spec.bits for p in plan.points if p.role == role} - known)
         if others:
             logger.warning(
                 "%s bits of %ss are for study: %s runs %s.",
