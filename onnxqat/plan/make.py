@@ -201,7 +201,7 @@ def _channel_axis(index: GraphIndex, draft: Draft) -> int | None:
     node = index.nodes.get(edge.node)
     if draft.role != "weight" or node is None or node.op not in WEIGHTED_OPS:
         return None
-    return channel_axis(node, edge.index)
+    return channel_axis(node, edge.index, len(node.inputs[edge.index].shape))
 
 
 def _unmatched(index: GraphIndex, drafts: dict[str, Draft], override: Override) -> str:

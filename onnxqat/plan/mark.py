@@ -114,7 +114,8 @@ class Marker:
         elif op.weight and len(unit.nodes) == 1 and self._has_its_input(node, op, i):
             if self._is_chained_bias(unit):
                 return
-            axis = channel_axis(node, i) if node.op in WEIGHTED_OPS else None
+            rank = len(tensor.shape)
+            axis = channel_axis(node, i, rank) if node.op in WEIGHTED_OPS else None
             spec = self.rule.specs[op.weight].resolve(axis)
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
 

@@ -41,8 +41,8 @@ SINGLE_DATA_INPUT = (
 )
 
 
-def channel_axis(node: gs.Node, index: int) -> int | None:
-    """Return the axis of the output channels in constant operand ``index`` of ``node``.
+def channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
+    """Return the axis of the output channels in constant operand ``index``, of rank ``rank``.
 
     None in a MatMul for a vector, which is all contracted, and for a stack of matrices: the fused
     kernels of runtimes take one scale for it (QLinearMatMul of onnxruntime 1.19.2 does not run).
@@ -51,7 +51,7 @@ def channel_axis(node: gs.Node, index: int) -> int | None:
         flipped = bool(node.attrs.get("transB" if index else "transA", 0))
         return index ^ flipped  # of A the rows, of B the columns
     if node.op == "MatMul":
-        return index if len(node.inputs[index].shape) == 2 else None
+        return index if rank == 2 else None
     return 1 if node.op == "ConvTranspose" else 0
 
 

@@ -156,10 +156,10 @@ class Updater:
 
 def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int | None]:
     """Return the axis of the output channels of weights, by tensor; a vector has none."""
-    nodes = {node.name: node for node in model.graph.nodes}
+    nodes, tensors = {node.name: node for node in model.graph.nodes}, model.graph.tensors()
     edges = [(p.tensor, p.consumers[0]) for p in plan.points if p.role == "weight"]
     return {
-        tensor: channel_axis(nodes[edge.node], edge.index)
+        tensor: channel_axis(nodes[edge.node], edge.index, len(tensors[tensor].shape))
         for tensor, edge in edges
         if edge.node and nodes[edge.node].op in WEIGHTED_OPS
     }
