@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxqat.errors import ModelError
+from onnxqat.preserve import subgraphs
 from onnxqat.runtime import Optimization, Session, UnknownOpError, open_session
 
 __all__ = ["Ends", "TensorReader", "open_ends", "prune"]
@@ -133,9 +134,7 @@ def _is_of(node: onnx.NodeProto, op: str, name: str | None) -> bool:
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
+        yield from subgraphs(attribute)
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
