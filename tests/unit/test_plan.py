@@ -3,8 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from onnxqat.errors import PlanError, RuleError
 from onnxqat.model import from_proto, to_proto
@@ -76,11 +78,21 @@ def test_first_and_last_cover_weights_and_input_activations_only():
     assert (bits["r1"], bits["w2"], bits["output"]) == (4, 4, 4)
 
 
-def test_shared_edge_takes_the_higher_precision():
-    plan = plan_of(convnet(), "sophgo-bm1684x", "activation.bits=8", "name:n_c2.bits=4")
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        (("name:n_q0.bits=4",), (4, 8, 8)),
+        (("activation.bits=4", "name:n_q0.bits=8"), (8, 8, 8)),
+        (("weight.bits=4", "activation.bits=4", "name:n_q0.bits=2"), (2, 4, 4)),
+        (("name:n_[qkv]0.bits=4",), (4, 4, 4)),  # the Add that reads it too has no weight
+    ],
+)
+def test_shared_edge_takes_the_higher_precision(overrides, bits):
+    """Three MatMul and an Add read the input."""
+    plan = plan_of(attention(), "onnxruntime-cpu", *overrides)
 
-    assert point(plan, "w2").spec.bits == 4
-    assert point(plan, "r1").spec.bits == 4  # read by n_c2 and by the Add, which has no weight
+    assert {e.node for e in point(plan, "input").consumers} == {"n_q0", "n_k0", "n_v0", "n_a"}
+    assert tuple(point(plan, t).spec.bits for t in ("wq", "wk", "input")) == bits
 
 
 def test_relu_output_is_unsigned_by_plan_and_the_rest_by_range():
@@ -103,6 +115,35 @@ def test_per_axis_follows_the_op():
     assert {p.spec.axis for p in plan.grid_points()} == {None}
 
 
+@pytest.mark.parametrize(
+    ("node", "axis"),
+    [
+        ("MatMul(x, w)", 1),
+        ("MatMul(w, x)", 0),
+        ("Gemm(x, w)", 1),
+        ("Gemm<transB = 1>(x, w)", 0),
+        ("Gemm(w, x)", 0),
+        ("Gemm<transA = 1>(w, x)", 1),
+    ],
+)
+def test_axis_of_a_matrix_runs_along_the_output_channels(node, axis):
+    """Ten times a column, or a row, of the weight is ten times a column or a row of the output."""
+    text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[3,3] x) => (float[3,3] y)
+    <float[3,3] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9}}> {{ y = {node} }}"""
+    network = onnx.parser.parse_model(text)
+    x, w = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
+    outputs = []
+    for factor in (1, 10):
+        scaled = w.copy()
+        scaled[(slice(None), 1) if axis else 1] *= factor
+        network.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(scaled, "w"))
+        outputs.append(ReferenceEvaluator(network).run(None, {"x": x})[0])
+    moved = ~np.isclose(*outputs)
+
+    assert point(plan_of(network, "onnxruntime-cpu"), "w").spec.axis == axis
+    assert moved.sum() == 3  # one channel of the output, and nothing else
+
+
 def test_bias_is_derived_from_input_and_weight():
     plan = plan_of(attention(), "sophgo-bm1684x")
 
@@ -114,6 +155,14 @@ def test_concat_shares_one_group_and_maxpool_passes_it_on():
     plan = plan_of(convnet(), "sophgo-bm1684x")
 
     assert {point(plan, t).group for t in ("r3", "p1", "c4", "k1")} == {"r3"}
+
+
+@pytest.mark.parametrize("tensor", ["r3", "c4"])
+def test_a_group_keeps_the_widest_of_the_smallest_ranges(tensor):
+    plan = plan_of(convnet(), "sophgo-bm1684x", f"tensor:{tensor}.min_range=0.5")
+
+    assert {point(plan, t).spec.min_range for t in ("r3", "p1", "c4", "k1")} == {0.5}
+    assert point(plan, "r1").spec.min_range < 1e-6
 
 
 def test_keep_float_by_override():

@@ -207,6 +207,33 @@ def test_what_is_no_mask_is_quantized(body, points):
     assert {p.tensor for p in plan_of(body).points} == set(points.split())
 
 
+@pytest.mark.parametrize(
+    ("body", "values", "masks"),
+    [
+        ("a = Add(s, k)", "0, -49", False),  # exp(-50) of a score is nothing
+        ("a = Add(s, k)", "0, -50", True),
+        ("a = Add(s, k)", "-50, -50", False),  # a shift
+        ("a = Sub(s, k)", "0, 49", False),
+        ("a = Sub(s, k)", "0, 50", True),
+        ("a = Sub(k, s)", "0, 9999", False),
+        ("a = Sub(k, s)", "0, 10000", True),
+        ("a = Max(s, k)", "-9999, -9999", False),  # no weight or factor is as large as 1e4
+        ("a = Max(s, k)", "-10000, -10000", True),
+        ("a = Max(s, k)", "0, -10000", False),
+    ],
+)
+def test_where_a_constant_becomes_a_mask(body, values, masks):
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21]> g (float[N,2] x) => (float[N,2] y)
+        <float[2] k = {{{values}}}, float[2,2] w = {{1, 2, 3, 4}}>
+        {{ s = MatMul(x, w) {body} y = Softmax(a) }}"""
+    )
+    plan = make_plan(prepare(from_proto(model), opset=21).graph, quantizing(*OPS))
+
+    assert ("k" in {p.tensor for p in plan.points}) != masks
+    assert any("mask" in s.reason for s in plan.skips) == masks
+
+
 def test_mask_is_quantized_where_an_override_has_the_name_of_the_node():
     body = "s = MatMul(x, w) a = Add(s, z) y = Softmax(a)"
     node = next(s.node for s in plan_of(body).skips if s.op_type == "Add")

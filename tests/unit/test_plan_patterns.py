@@ -23,9 +23,10 @@ from tests import networks
 from tests.networks import convnet
 
 
-def graph_of(body: str, *, constants: str = "", shape: str = "N,4,6"):
+def graph_of(body: str, *, constants: str = "", shape: str = "N,4,6", outputs: str = "y"):
+    declared = ", ".join(f"float[{shape}] {name}" for name in outputs.split())
     text = (
-        f'<ir_version: 8, opset_import: ["": 17]> g (float[{shape}] x) => (float[{shape}] y) '
+        f'<ir_version: 8, opset_import: ["": 17]> g (float[{shape}] x) => ({declared}) '
         f"<{constants}> {{{body}}}"
     )
     return prepare(from_proto(onnx.parser.parse_model(text))).graph
@@ -153,6 +154,35 @@ def test_residual_side_alone():
     first, second = [n.name for n in graph.nodes if n.op == "Add"]
     assert ("x", first, 1) in readers
     assert not any(node == second for _, node, _ in readers)
+
+
+def test_neither_side_of_two_convolutions_is_a_residual():
+    graph = graph_of("c = Conv(x, w) d = Conv(x, w) y = Add(c, d)", constants=CONV)
+    ops = {
+        "Conv": OpRule(inputs="a", weight="w"),
+        "Add": OpRule(inputs="a", reads="residual"),
+    }
+    plan = make_plan(graph, rule_of(ops=ops, bias="float"))
+
+    assert [p.tensor for p in plan.points] == ["x", "w"]
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs", "chains", "points"),
+    [
+        ("c = Conv(x, w) y = Relu(c)", "y", 1, "x w y"),
+        ("c = Conv(x, w) r = Relu(c) y = Add(r, c)", "y", 0, "x w c r y"),
+        ("c = Conv(x, w) r = Relu(c) y = Add(c, r)", "y", 0, "x w c r y"),
+        ("c = Conv(x, w) y = Relu(c)", "y c", 0, "x w c y"),
+    ],
+)
+def test_what_others_read_too_is_not_inside_of_a_chain(body, outputs, chains, points):
+    """Another node, or the user, who reads an output."""
+    graph = graph_of(body, constants=CONV, outputs=outputs)
+    plan = make_plan(graph, rule_of(fuse=(("Conv", "Relu"),)))
+
+    assert len(plan.chains) == chains
+    assert {p.tensor for p in plan.points} == set(points.split())
 
 
 MASKED = {
