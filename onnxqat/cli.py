@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import click
 
 from onnxqat.commands import COMMANDS
 from onnxqat.commands.outputs import ARGUMENTS
+from onnxqat.commands.signals import noted_signals
 from onnxqat.environment import check_environment, check_packages
 from onnxqat.errors import OnnxQatError
 from onnxqat.terminal import LineFormatter, guarded_streams, say, shown
@@ -50,6 +52,15 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
+            return self._run(ctx)
+        except (Exception, KeyboardInterrupt) as error:
+            if not _is_interruption(error):
+                raise
+            say("Interrupted: no half-written file is left.", err=True)
+            ctx.exit(INTERRUPTED)
+
+    def _run(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except OnnxQatError as error:
             if ctx.params.get("verbose", 0) > 1:
@@ -66,9 +77,13 @@ class Group(click.Group):
             raise click.ClickException(shown(error.message)) from error
         except MemoryError as error:
             raise click.ClickException("Out of memory. Try a smaller --batch-size.") from error
-        except KeyboardInterrupt:
-            say("Interrupted: no half-written file is left.", err=True)
-            ctx.exit(INTERRUPTED)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C led to an error; what Python calls back may make another of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _one_line(text: str) -> str:
@@ -97,11 +112,22 @@ def _in_order(command: click.Command, check: Callable[[], None]) -> click.Comman
 
         @functools.wraps(run)
         def checked(*args: Any, **options: Any) -> Any:
-            check()
+            _undisturbed(check)
             return run(*args, **options)
 
         command.callback = checked
     return command
+
+
+def _undisturbed(check: Callable[[], None]) -> None:
+    """Import what a check imports, and only then let a signal act.
+
+    A package in native code whose import is interrupted crashes, or looks like a broken one.
+    """
+    with noted_signals() as received:
+        check()
+    for number in received:
+        signal.raise_signal(number)
 
 
 for command in COMMANDS:

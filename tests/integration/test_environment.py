@@ -7,10 +7,12 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
+from onnxqat import __main__, environment
 from onnxqat.cli import main
 from onnxqat.environment import check_packages
 from onnxqat.errors import OnnxQatError
@@ -145,3 +147,44 @@ def test_an_onnxruntime_without_training_is_named_by_finetune(monkeypatch):
         "Error: The onnxruntime that is installed cannot train. "
         f"Run: pip uninstall -y onnxruntime-training-cpu && {TRAINING}\n"
     )
+
+
+def test_an_interruption_acts_when_the_packages_are_imported(tmp_path, monkeypatch):
+    code = "import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n"
+    (tmp_path / "interrupted_package.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("interrupted_package", *environment.IMPORTED)
+    monkeypatch.setattr(environment, "IMPORTED", names)
+    result = CliRunner().invoke(main, ["check", "none.onnx"])
+
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "Interrupted: no half-written file is left.\n"
+    assert sys.modules.pop("interrupted_package").whole
+
+
+@pytest.mark.parametrize("wrapped", [RuntimeError, OnnxQatError])
+def test_an_interruption_that_became_another_error_is_told_as_one(monkeypatch, wrapped):
+    def check(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise wrapped("Error calling __set_name__ on 'Field' instance 'ops'") from error
+
+    monkeypatch.setattr(environment, "_distributions", check)
+    result = CliRunner().invoke(main, ["rules", "list"])
+
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "Interrupted: no half-written file is left.\n"
+
+
+def test_an_interruption_while_the_commands_are_imported_is_one_line(monkeypatch, capsys):
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "onnxqat.cli", Interrupted("onnxqat.cli"))
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"

@@ -46,6 +46,7 @@ ORDER = [
     "options",
     "commands",
     "cli",
+    "__main__",
 ]
 PACKAGE = Path(__file__).parents[2] / "onnxqat"
 
