@@ -14,11 +14,8 @@ from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.rules import load_rule
-from onnxqat.train import Config
-from onnxqat.train.engine import Flat
-from onnxqat.train.form import training_form
 from onnxqat.train.groups import parse_group
-from onnxqat.train.updater import Updater
+from tests.descent import Trained
 from tests.networks import attention
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -36,30 +33,6 @@ def calibrated(*overrides):
 @pytest.fixture(scope="module")
 def model():
     return calibrated()
-
-
-class Trained:
-    """The parameters of the model, moved by the same gradients in every test."""
-
-    def __init__(self, model, **settings) -> None:
-        form = training_form(model, method=settings.get("method", "lsq"))
-        learned = {n: v for n, v in form.parameters.items() if n in form.learned}
-        self.values = Flat(form.parameters)
-        self.start = {n: v.copy() for n, v in self.values.views.items()}
-        gradients = Flat({n: np.ones_like(v) for n, v in learned.items()})
-        self.updater = Updater(form, self.values, gradients, model, Config(**settings))
-        self.gradients = gradients
-
-    def steps(self, count: int) -> Trained:
-        rng = np.random.default_rng(1)
-        for step in range(count):
-            self.gradients.buffer[...] = rng.normal(size=self.gradients.buffer.size)
-            self.updater.step(1.0, step)
-        return self
-
-    @property
-    def moved(self) -> set[str]:
-        return {n for n, v in self.values.views.items() if not np.array_equal(v, self.start[n])}
 
 
 def names(model, role: str) -> set[str]:
@@ -154,10 +127,8 @@ def test_a_scale_stays_above_the_floor_of_its_rule():
     """Whatever the gradient says; the floor of the rule is far below."""
     model = calibrated("activation.min_range=3.0")
     trained = Trained(model, scale_lr=0.5)
-    trained.gradients.buffer[...] = 1
     for step in range(20):
-        trained.gradients.buffer[...] = 1
-        trained.updater.step(1.0, step)
+        trained.step(lambda *_: 1, step)
     values = trained.values.views
     activations = [p for p in plan_of(model).grid_points() if p.role == "activation"]
 
@@ -191,8 +162,7 @@ def test_decoupled_decay_shrinks_what_it_covers(model):
     """With no gradient AdamW leaves nothing but the decay: w *= 1 - lr * decay."""
     settings = {"lr": 0.1, "weight_decay": 0.5, "groups": ("bias.weight_decay=0.25",)}
     found = Trained(model, **settings)
-    found.gradients.buffer[...] = 0
-    found.updater.step(1.0, 0)
+    found.step(lambda *_: 0)
     for role, factor in (("weight", 0.95), ("bias", 0.975), ("scale", 1.0)):
         for name in names(model, role):
             expected = found.start[name] * np.float32(factor)
@@ -202,8 +172,7 @@ def test_decoupled_decay_shrinks_what_it_covers(model):
 def test_coupled_decay_is_a_part_of_adams_gradient(model):
     """Without another gradient, Adam's first direction is the sign of the decay's: the weight's."""
     found = Trained(model, optimizer="adam", lr=0.1, weight_decay=0.5)
-    found.gradients.buffer[...] = 0
-    found.updater.step(1.0, 0)
+    found.step(lambda *_: 0)
     for name in names(model, "weight"):
         moved = found.values.views[name] - found.start[name]
         expected = -0.1 * found.updater.units[name] * np.sign(found.start[name])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import numpy as np
 import onnx
@@ -11,7 +13,7 @@ from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_p
 from onnxqat.model import from_proto, load_model, save_model, to_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.qparams import fake_quantize
+from onnxqat.qparams import choose_qparams, fake_quantize
 from onnxqat.rules import load_rule
 from tests.networks import RULES, W4A4, attention, convnet, planned, quantized, samples
 from tests.oracles import run_ort
@@ -123,6 +125,46 @@ def test_shared_weight_has_one_pair():
     assert len(weights[0].consumers) == 2
     assert [n.name for n in qdq.graph.nodes].count("w/QuantizeLinear") == 1
     assert as_bytes(strip(qdq)) == as_bytes(floats)
+
+
+@pytest.mark.parametrize("outputs", ["quantized", "float"])
+def test_an_output_that_a_node_reads_too_is_quantized_for_whom_the_plan_says(outputs):
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,2,3] x) => (float[N,2,3] y, float[N,2,3] z)
+    <float[2,2,1] w = {1, 2, -3, 4}> { y = LeakyRelu(x) z = Conv(y, w) }"""
+    floats = prepare(from_proto(onnx.parser.parse_model(text)))
+    rule = msgspec.structs.replace(load_rule("onnxruntime-cpu"), graph_outputs=outputs)
+    plan = make_plan(floats.graph, rule)
+    spec = next(p.spec for p in plan.points if p.tensor == "y")
+    grid = choose_qparams(np.float32(-1), np.float32(1), spec)
+    params = placeholder_params(floats, plan) | {"x": grid, "y": grid}
+    qdq = insert(floats, plan, params, state="calibrated")
+
+    x = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
+    seen = fake_quantize(x, grid, spec)
+    y = np.where(seen < 0, np.float32(0.01) * seen, seen)
+    on_grid = fake_quantize(y, grid, spec)
+    proto = to_proto(qdq)
+    conv = next(n for n in proto.graph.node if n.op_type == "Conv")
+    before_conv = onnx.utils.Extractor(proto).extract_model(["x"], [conv.input[0]])
+
+    assert not np.array_equal(y, on_grid)
+    assert [t.name for t in proto.graph.output] == ["y", "z"]
+    np.testing.assert_array_equal(run_ort(before_conv, {"x": x})[0], on_grid)
+    expected = on_grid if outputs == "quantized" else y
+    np.testing.assert_array_equal(run_ort(proto, {"x": x})[0], expected)
+    assert as_bytes(strip(qdq)) == as_bytes(floats)
+
+
+def test_the_stored_hash_is_of_the_names_and_values_of_all_weights():
+    """Files keep it: it says later whether the weights are still those of the float model."""
+    floats, qdq = quantized(attention())
+    digest = hashlib.sha256()
+    for tensor in sorted(to_proto(floats).graph.initializer, key=lambda t: t.name):
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            digest.update(tensor.name.encode() + onnx.numpy_helper.to_array(tensor).tobytes())
+
+    assert qdq.metadata["onnxqat.source"] == digest.hexdigest()
 
 
 def test_inserting_twice_is_refused():
