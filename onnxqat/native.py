@@ -76,7 +76,13 @@ class _Server:
         # isolated and without site-packages, which it has no use for
         command = [sys.executable, "-I", "-S", str(SERVER), extension, str(MEMORY), str(SECONDS)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # a terminal sends Ctrl-C to the whole group of ours
+        )
 
     def ask(self, name: str, number: int, data: bytes) -> tuple[bytes, bytes]:
         """Return the state and the answer; raises OSError or EOFError when the process is gone."""

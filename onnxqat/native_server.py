@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,6 @@ def limit(kind: int, value: int) -> None:
 
 def serve(path: str, memory: int, seconds: int) -> None:
     """Answer requests until stdin ends; ``memory`` bytes in all, ``seconds`` of CPU for each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to whoever called us, too
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, memory)
     onnx = load(path)

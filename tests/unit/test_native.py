@@ -79,6 +79,16 @@ def test_a_process_that_dies_is_named_and_replaced() -> None:
 
 
 @pytest.mark.usefixtures("_door")
+def test_what_a_terminal_sends_to_our_group_does_not_reach_the_process() -> None:
+    """Not even while it starts, when Python has no handler yet."""
+    native.infer_shapes(small())
+    server = native._door.server
+    assert server is not None
+
+    assert os.getpgid(server.process.pid) == server.process.pid
+
+
+@pytest.mark.usefixtures("_door")
 def test_a_process_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shape inference computes the values of constants, whose sizes nobody has looked at."""
     monkeypatch.setattr(native, "MEMORY", 2**27)
