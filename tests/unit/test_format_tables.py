@@ -16,7 +16,7 @@ from onnx import numpy_helper
 import onnxqat.deploy
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, RuleError
-from onnxqat.formats import FORMATS, Calibrated, Found, Table
+from onnxqat.formats import FORMATS, Calibrated, Found, Table, sophgo
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import from_proto, load_model
 from onnxqat.overrides import parse_override
@@ -185,6 +185,25 @@ def test_ncnn_takes_the_largest_scale_of_a_group_and_says_so(tmp_path):
     assert 18 <= deployment.regridded["w"] <= 36  # of the two smaller channels
 
 
+def test_sophgo_lists_one_scale_for_each_channel_of_every_group():
+    """The groups of a ConvTranspose share their scales, and the compiler reads one per channel."""
+    g = _Graph(0)
+    weight = g.rng.normal(size=(4, 3, 2, 2)) * np.reshape([1, 2, 4], (3, 1, 1))
+    g.node("ConvTranspose", ["input", g.constant("w", weight.astype(np.float32))], "t", group=2)
+    g.node("Conv", ["t", g.weight("v", 5, 6, 1, 1)], "output")
+    floats, model = quantized(g.model(["N", 4, 5, 5], ["N", 5, 6, 6]))
+    table = FORMATS["sophgo"].write(Calibrated(model)).files["table"]
+    weights, scales = sophgo.read(table, "t").weights, read_params(model)
+    found = FORMATS["sophgo"].read(
+        Table(name="t", data=table.encode()), floats.graph, plan_of(model)
+    )
+
+    assert scales["w"].scale.shape == (3,)
+    assert weights["t_ConvTranspose_weight"].scales == (*scales["w"].scale, *scales["w"].scale)
+    assert weights["output_Conv_weight"].scales == tuple(scales["v"].scale)
+    assert found.complete()["w"].same_as(scales["w"])
+
+
 def test_modules_of_catch_go_by_their_weight():
     proto = convnet()
     for node in proto.graph.node:
@@ -223,6 +242,24 @@ def test_horizon_says_the_width_of_a_node():
     assert nodes["input"]["nodes"] == ["n_c1"]
     assert nodes["w1"]["axis"] == 0
     assert json.loads(made.files["config"])["node_config"]["n_c1"] == {"qtype": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("wide", "widths"),
+    [
+        ((), {"n_q0": "int8", "n_k0": "int8", "n_s0": "int8"}),
+        (("q",), {"n_q0": "int8", "n_k0": "int8", "n_s0": "int16"}),
+        (("kt",), {"n_q0": "int8", "n_k0": "int8", "n_s0": "int16"}),
+        (("input",), {"n_q0": "int16", "n_k0": "int16", "n_s0": "int8"}),
+    ],
+)
+def test_a_node_runs_in_the_width_of_its_widest_input(wide, widths):
+    """``n_s0`` multiplies ``q`` with ``kt``."""
+    overrides = tuple(f"tensor:{name}.bits=16" for name in wide)
+    made, _ = written("horizon", "horizon-bayes", overrides, network=attention())
+    config = json.loads(made.files["config"])["node_config"]
+
+    assert {name: config[name]["qtype"] for name in widths} == widths
 
 
 def test_mindspore_uses_the_names_of_its_attributes():

@@ -86,6 +86,42 @@ def test_bias_beyond_int32_is_an_error():
         quantize_bias(np.float32([1.0, 2.0]), np.float32([1e-10, 1.0]), "b")
 
 
+@pytest.mark.parametrize(
+    ("node", "shapes"),
+    [
+        ("Conv(x, w, b)", {"w": (6, 4, 1, 1), "b": (6,)}),
+        ("Conv<group = 2>(x, w, b)", {"w": (6, 2, 1, 1), "b": (6,)}),
+        ("ConvTranspose(x, w, b)", {"w": (4, 6, 1, 1), "b": (6,)}),
+        ("ConvTranspose<group = 2>(x, w, b)", {"w": (4, 3, 1, 1), "b": (6,)}),
+    ],
+)
+@pytest.mark.parametrize("overrides", [(), ("weight.axis=none",)], ids=["per-axis", "per-tensor"])
+def test_a_bias_lies_on_the_grid_of_its_channel(node, shapes, overrides):
+    """With an input of zeros the output is the bias: no further off than half of s_x * s_w."""
+    proto = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[N,4,3,3] input) => (float[N,6,3,3] output) {{
+        x = Identity(input) output = {node} }}"""
+    )
+    rng = np.random.default_rng(0)
+    arrays = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    axis = 1 if "Transpose" in node else 0
+    sizes = np.float32(10.0) ** np.arange(arrays["w"].shape[axis])  # no two scales are alike
+    arrays["w"] *= sizes.reshape([-1 if i == axis else 1 for i in range(4)])
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in arrays.items())
+    _, qdq = quantized(proto, "qnn-htp", (*overrides, "tensor:output.quantize=false"))
+    params = read_params(qdq)
+    scale = np.broadcast_to(params["input"].scale * params["w"].scale, sizes.shape)
+    scale = np.tile(scale, 6 // scale.size)
+    exported = to_proto(integer_model(qdq))
+    arrays |= {t.name: onnx.numpy_helper.to_array(t) for t in exported.graph.initializer}
+    (name,) = (n for n in arrays if n.endswith("/bias/integers"))
+    found = run_ort(exported, {"input": np.zeros((1, 4, 3, 3), np.float32)})[0][0, :, 0, 0]
+
+    np.testing.assert_array_equal(arrays[name], np.rint(arrays["b"].astype(np.float64) / scale))
+    np.testing.assert_array_equal(found, (arrays[name] * scale).astype(np.float32))
+
+
 def levels_apart(network, x, output, overrides=()):
     """Return by how many levels the default session differs from the file node by node."""
     floats, plan = planned(network, "onnxruntime-cpu", overrides)
