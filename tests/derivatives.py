@@ -10,6 +10,7 @@ import onnx.reference
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxqat.gradients import add_gradients, installed_kernels
 from onnxqat.model import from_proto, to_proto
 from onnxqat.prepare.shapes import infer_shapes
 from onnxqat.runtime import open_session
@@ -82,16 +83,28 @@ def gradients(model, inputs, learned, upstream, **options):
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
     proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    built = _gradient_graph(proto.SerializeToString(), set(learned))
     feeds = {n: np.asarray(a) for n, a in inputs.items()}
-    session = open_session(built, optimization="basic", threads=1)
-    found = dict(
-        zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True)
-    )
-    # the gradient of a scalar may come as (1,), which the engine knows
-    return {n: found[f"{n}_grad"].reshape(inputs[n].shape) for n in learned}
+    results = {}
+    for title, build in BUILDERS.items():
+        session = open_session(build(proto, set(learned)), optimization="basic", threads=1)
+        outputs = (o.name for o in session.get_outputs())
+        results[title] = dict(zip(outputs, session.run(None, feeds), strict=True))
+    # onnxruntime's gradient of a scalar may come as (1,), which the engine knows
+    found = {n: results["standard"][f"{n}_grad"].reshape(inputs[n].shape) for n in learned}
+    for title, others in results.items():
+        for name, gradient in found.items():
+            other = others[f"{name}_grad"].reshape(gradient.shape)
+            error, size = np.linalg.norm(other - gradient), np.linalg.norm(gradient)
+            assert error <= FORMS * (size + 1e-6), (title, name, error / size)
+    return found
 
 
+FORMS = 1e-4  # relative; how far the forms of a definition may lie apart
+BUILDERS = {
+    "standard": lambda model, learned: add_gradients(model, learned, kernels=frozenset()),
+    "kernels": lambda model, learned: add_gradients(model, learned, kernels=installed_kernels()),
+    "onnxruntime": lambda model, learned: _gradient_graph(model.SerializeToString(), learned),
+}
 CHECKS = ("tolerance", "step", "oracle", "all_reach_loss")
 
 

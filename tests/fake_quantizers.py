@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxqat.gradients import add_gradients
 from onnxqat.qparams import QuantSpec, quantized_range
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import _gradient_graph
@@ -59,15 +60,21 @@ def one_op(variant, x, params, upstream, opset=17):
         value_info=[value("y", TensorProto.FLOAT, x.shape)],
     )
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    functions = [variant.function(opset)]
+    functions = [variant.function(opset), variant.gradient_function(opset)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     wanted = {"x": variant.learns_x, "s": variant.learns_scale, "z": variant.learns_zero_point}
     learned = {name for name, learns in wanted.items() if learns}
-    session = open_session(
-        _gradient_graph(model.SerializeToString(), learned), optimization="basic", threads=1
-    )
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(None, feeds), strict=True))
+    results = []
+    for graph in (
+        add_gradients(model, learned, kernels=frozenset()),
+        _gradient_graph(model.SerializeToString(), learned),
+    ):
+        session = open_session(graph, optimization="basic", threads=1)
+        names = (o.name for o in session.get_outputs())
+        results.append(dict(zip(names, session.run(None, feeds), strict=True)))
+    for name, gradient in results[0].items():
+        np.testing.assert_array_equal(gradient, results[1][name])
+    return results[0]
 
 
 def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):

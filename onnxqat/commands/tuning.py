@@ -72,11 +72,9 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     from onnxqat.files import check_writable
     from onnxqat.insert import plan_of, state_of
     from onnxqat.quantized import load_model
-    from onnxqat.train import require_training
 
     # how right the float model is on the labels is no detail
     getLogger("onnxqat.train.validation").setLevel(INFO)
-    require_training()
     target = output or renamed(model, "qat")
     workers = join()
     kept = f"{target}.checkpoint"

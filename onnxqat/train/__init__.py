@@ -5,7 +5,6 @@ from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.form import Untrainable, untrainable_nodes
-from onnxqat.train.gradients import require_training
 from onnxqat.train.log import TrainingLog
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
 from onnxqat.train.report import check_plotting, write_report
@@ -27,7 +26,6 @@ __all__ = [
     "finetune",
     "join_workers",
     "read_log",
-    "require_training",
     "untrainable_nodes",
     "write_report",
 ]

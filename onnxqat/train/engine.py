@@ -1,7 +1,7 @@
-"""The only module that drives onnxruntime's training internals.
+"""A training form with a loss as a session that also computes the gradients.
 
-`GradientGraphBuilder` turns a training form with a loss into a graph that also computes the
-gradients; it runs as an ordinary inference session. Parameters and gradients live in flat numpy
+The graph of the gradients is that of onnxruntime's own builder where a training build is
+installed, and of `onnxqat.gradients` elsewhere. Parameters and gradients live in flat numpy
 buffers that the session reads and writes in place, so that a step copies nothing.
 """
 
@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi import _pybind_state as ort_internals
 
 from onnxqat import native
 from onnxqat.errors import TrainingError
+from onnxqat.gradients import add_gradients, drop_unread, installed_kernels
 from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
 from onnxqat.train.convolutions import batch_convolutions
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.gradients import register_relu_gradient
+from onnxqat.train.gradients import ort_internals, register_relu_gradient
 from onnxqat.train.losses import Arrays, Loss, add_loss
 
 __all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
@@ -103,15 +103,15 @@ class StepSession:
         other: StepSession | None = None,
     ) -> None:
         self.values: Flat = Flat(form.parameters) if other is None else other.values
-        register_relu_gradient()
         parameters = set(form.parameters)
         fixed = fix_batch(form.proto, parameters, batch_size)
         model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
         self.classes = _classes(model)
-        graph = _gradient_graph(model.SerializeToString(), _reaching(model) & form.learned)
+        graph = _differentiated(model, form.learned)
         self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
         tensors = sorted({t for tensors in self._observed.values() for t in tensors})
         _add_extremes(graph, tensors)
+        drop_unread(graph)
         self._session = open_session(
             graph, optimization="basic", threads=threads, name="the training graph"
         )
@@ -221,6 +221,14 @@ def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
             output = f"{name}{suffix}"
             model.graph.node.append(onnx.helper.make_node(op, [name], [output], keepdims=0))
             model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, []))
+
+
+def _differentiated(model: onnx.ModelProto, learned: frozenset[str]) -> onnx.ModelProto:
+    """Return the graph of loss and gradients, by onnxruntime's builder where it has one."""
+    if ort_internals is None:
+        return add_gradients(model, learned, kernels=installed_kernels())
+    register_relu_gradient()
+    return _gradient_graph(model.SerializeToString(), _reaching(model) & learned)
 
 
 def _gradient_graph(model: bytes, learned: set[str]) -> onnx.ModelProto:

@@ -40,12 +40,13 @@ Inside the range ``dy - passed`` is zero, so that no large sums cancel.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.qparams import Method
 from onnxqat.train.gradients import Node, constant, register_gradient, step
@@ -160,6 +161,26 @@ class FakeQuantize:
         """Tell onnxruntime the gradient; its first registration holds for the process."""
         if self.learns_x or self.learns_scale:
             register_gradient(f"{DOMAIN}::{self.op_type}", self._gradient())
+
+    def gradient_function(self, opset: int) -> onnx.FunctionProto | None:
+        """Return the gradient as a model-local function, None where nothing has one.
+
+        It reads inputs of the forward function by name, ``y``, its output, and ``dy``; and
+        computes ``d<input>``, see `onnxqat.gradients`.
+        """
+        if not (self.learns_x or self.learns_scale):
+            return None
+        roles = {f"I({i})": name for i, name in enumerate(self.inputs)}
+        roles |= {f"GI({i})": f"d{name}" for i, name in enumerate(self.inputs)}
+        roles |= {"O(0)": "y", "GO(0)": "dy"}
+        nodes = [_node(roles, *given) for given in self._gradient()]
+        made = {name for node in nodes for name in node.output}
+        read = {name for node in nodes for name in node.input} - made
+        outputs = [f"d{name}" for name in self.inputs if f"d{name}" in made]
+        passed = [name for name in (*self.inputs, "y", "dy") if name in read]
+        name = f"{self.op_type}_gradient"
+        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_function(DOMAIN, name, passed, outputs, nodes, opsets)
 
     def _gradient(self) -> list[Node]:
         x, s, z = (f"I({self.inputs.index(name)})" for name in "xsz")
@@ -312,3 +333,21 @@ class FakeQuantize:
             ("Constant", [], [f"{name}_axes"], [("value", axes, "int", True)]),
             ("ReduceSum", [terms, f"{name}_axes"], [name], [KEEP_NO_AXES]),
         ]
+
+
+def _node(
+    roles: Mapping[str, str],
+    op_type: str,
+    inputs: list[str],
+    outputs: list[str],
+    attributes: list[tuple[str, Any, str, bool]],
+) -> onnx.NodeProto:
+    """Return a node of a gradient definition; names that are no roles are its own."""
+    read, made = ([roles.get(n, f"inner_{n}") for n in names] for names in (inputs, outputs))
+    given: dict[str, Any] = {name: value for name, value, _, _ in attributes}
+    for name, value, dtype, is_tensor in attributes:
+        if is_tensor:
+            array = np.array(value, np.float32 if dtype == "float" else np.int64)
+            given[name] = numpy_helper.from_array(array)
+    domain, _, op_type = op_type.rpartition(".")
+    return helper.make_node(op_type, read, made, None, None, domain, None, **given)

@@ -35,7 +35,6 @@ from onnxqat.train.checkpoint import (
 from onnxqat.train.config import STEP, Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import TrainingForm, training_form
-from onnxqat.train.gradients import require_training
 from onnxqat.train.groups import asked_for
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import (
@@ -111,7 +110,6 @@ def finetune(
     StoppedError
         ``stop`` said so.
     """
-    require_training()
     config.check()
     check_calibrated(model)
     data = _in_batches_of(model, data)

@@ -360,7 +360,9 @@ class _Builder:
             method=method,
             moves_zero_point=moves,
         )
-        self._use(variant, variant.function(self.graph.opset))
+        gradient = variant.gradient_function(self.graph.opset)
+        functions = [variant.function(self.graph.opset), *([gradient] if gradient else [])]
+        self._use(variant, *functions)
         return variant
 
     def _inputs(self, point: QuantPoint, variant: FakeQuantize) -> tuple[gs.Tensor, gs.Tensor]:

@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnxruntime.capi import _pybind_state as ort_internals
 
-from onnxqat.environment import mending
-from onnxqat.errors import TrainingError
+try:
+    from onnxruntime.capi import _pybind_state
+
+    # None without a training build; onnxqat.gradients is used then
+    ort_internals: Any = _pybind_state if hasattr(_pybind_state, "GradientGraphBuilder") else None
+except ImportError:
+    ort_internals = None
 
 __all__ = [
     "LOWERED_DOMAIN",
     "CustomOp",
     "Node",
     "constant",
+    "ort_internals",
     "register_gradient",
     "register_relu_gradient",
-    "require_training",
     "step",
 ]
 
@@ -57,6 +61,8 @@ class CustomOp:
 
     def register(self) -> None:
         """Tell onnxruntime the gradient; its first registration holds for the process."""
+        if ort_internals is None:
+            return
         roles = {name: f"I({i})" for i, name in enumerate(self.forward.input)}
         roles |= {"y": "O(0)", "dy": "GO(0)"}
         node = ort_internals.GradientNodeDefinition()
@@ -66,18 +72,6 @@ class CustomOp:
         node.attributes = []
         key = f"{LOWERED_DOMAIN}::{self.op_type}"
         ort_internals.register_gradient_definition(key, [node])
-
-
-def require_training() -> None:
-    """Refuse an onnxruntime without gradients; for everything but training it will do.
-
-    Raises
-    ------
-    TrainingError
-        It has none. What to run is said.
-    """
-    if not hasattr(ort_internals, "GradientGraphBuilder"):
-        raise TrainingError(f"The onnxruntime that is installed cannot train. {mending()}")
 
 
 def register_relu_gradient() -> None:
@@ -92,7 +86,8 @@ def register_gradient(key: str, nodes: list[Node]) -> None:
     ``I(k)``, ``O(k)`` and ``GO(k)`` name an input, an output and its upstream gradient, ``GI(k)``
     the gradient to write. Input 0 needs a gradient.
     """
-    ort_internals.register_gradient_definition(key, _definitions(nodes))
+    if ort_internals is not None:
+        ort_internals.register_gradient_definition(key, _definitions(nodes))
 
 
 def step(source: str, target: str) -> Node:

@@ -16,7 +16,6 @@ from onnxqat import __main__, environment
 from onnxqat.cli import main
 from onnxqat.environment import check_packages
 from onnxqat.errors import OnnxQatError
-from onnxqat.train import gradients
 
 TRAINING = "pip install onnxruntime-training-cpu==1.19.2"
 PAGE = "import sys; sys.stderr.write('a page\\nof text\\n'); "
@@ -136,17 +135,6 @@ def test_help_is_given_in_a_broken_environment(tmp_path):
     result = run("insert", "--help", path=(tmp_path,))
 
     assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_an_onnxruntime_without_training_is_named_by_finetune(monkeypatch):
-    monkeypatch.delattr(gradients.ort_internals, "GradientGraphBuilder")
-    result = CliRunner().invoke(main, ["finetune", "model.onnx", "data.npz"])
-
-    assert result.exit_code == 1
-    assert result.stderr == (
-        "Error: The onnxruntime that is installed cannot train. "
-        f"Run: pip uninstall -y onnxruntime-training-cpu && {TRAINING}\n"
-    )
 
 
 def test_an_interruption_acts_when_the_packages_are_imported(tmp_path, monkeypatch):

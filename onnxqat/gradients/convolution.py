@@ -1,0 +1,264 @@
+"""Gradients of convolutions, in several forms of the same sums.
+
+With ``y[n, m, o] = b[m] + sum over c, t of w[m, c, t] * x[n, c, o * stride + t * dilation - pad]``
+(t: taps of the kernel, o: output positions)::
+
+    dx = the adjoint of the map x -> y: a ConvTranspose of dy with the same weight
+    dw[m, c, t] = sum over n, o of dy[n, m, o] * x[n, c, o * stride + t * dilation - pad]
+    db[m] = sum over n, o of dy[n, m, o]
+
+(Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285, section 4.) What the forms of dw are:
+
+===========  =====================================================================================
+kernel       ConvGrad of a training build: dx, dw and db of one sample after the other
+small maps   see `onnxqat.gradients.small_maps`
+rows         a 1x1 kernel without strides and pads: a product of each sample's matrices, summed
+im2col       what each tap reads, as rows of one matrix; one product with dy (Chellapilla et al.
+             2006, "High performance convolutional neural networks for document processing",
+             section 3)
+taps         one product per tap, where that matrix would be large or lengths are not known
+depthwise    the sum of dy times what a tap reads, per tap
+===========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxqat.gradients.backward import CONTRIB, Backward
+from onnxqat.gradients.small_maps import Geometry, gains, products
+
+__all__ = ["CONVOLUTIONS", "convolution"]
+
+Found = dict[int, str]
+MOST_COLUMNS = 1 << 26  # elements of the matrix of im2col, 256 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Conv:
+    """A convolution whose gradient is sought."""
+
+    b: Backward
+    dy: str
+    x: str
+    w: str
+    kernel: list[int]
+    group: int
+    strides: list[int]
+    pads: list[int]
+    dilations: list[int]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "kernel_shape": self.kernel,
+            "strides": self.strides,
+            "pads": self.pads,
+            "dilations": self.dilations,
+        }
+
+    @property
+    def rank(self) -> int:
+        """How many spatial axes there are."""
+        return len(self.kernel)
+
+    @property
+    def space(self) -> list[int]:
+        """The spatial axes."""
+        return list(range(2, 2 + self.rank))
+
+    @property
+    def taps(self) -> list[tuple[int, ...]]:
+        return list(np.ndindex(*self.kernel))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each output position reads the input at the same position alone."""
+        ones = {*self.kernel, *self.strides}
+        return ones == {1} and not any(self.pads)
+
+    def filters(self) -> tuple[int, int]:
+        """Return filters and input channels of a group."""
+        shape = self.b.fixed(self.w)
+        if shape is None:
+            raise self.b.unknown(f"the shape of '{self.w}'")
+        return shape[0] // self.group, shape[1]
+
+    def geometry(self) -> Geometry | None:
+        """Return all shapes, None where a length is not known."""
+        shapes = [self.b.fixed(name) for name in (self.x, self.w, self.dy)]
+        if any(shape is None for shape in shapes):
+            return None
+        x, w, dy = (shape or [] for shape in shapes)
+        others = (self.group, self.strides, self.pads, self.dilations)
+        return Geometry(x, w, dy, *others)
+
+
+def _conv(b: Backward) -> Found:
+    wanted = [i in b.wanted for i in range(3)]
+    return convolution(b, [b.dy, b.x, b.input(1)], b.attribute, wanted)
+
+
+def convolution(
+    b: Backward, inputs: Sequence[str], attribute: Callable[[str, Any], Any], wanted: Sequence[bool]
+) -> Found:
+    """Return the gradients of a convolution's input, weight and bias, those that are wanted.
+
+    Parameters
+    ----------
+    b : Backward
+        Where nodes are added.
+    inputs : sequence of str
+        Upstream gradient, input and weight.
+    attribute : callable
+        Returns an attribute of the convolution by its name, or a default.
+    wanted : sequence of bool
+        Of input, weight and bias.
+    """
+    shape = b.fixed(inputs[2])
+    kernel = list(attribute("kernel_shape", None) or (shape or [])[2:])
+    if not kernel:
+        raise b.unknown("its kernel_shape")
+    ones, mode = [1] * len(kernel), attribute("auto_pad", "NOTSET")
+    if mode not in ("NOTSET", "VALID"):
+        raise b.unknown(f"the pads of auto_pad {mode}")
+    pads = None if mode == "VALID" else attribute("pads", None)
+    conv = _Conv(
+        b=b,
+        dy=inputs[0],
+        x=inputs[1],
+        w=inputs[2],
+        kernel=kernel,
+        group=attribute("group", 1),
+        strides=list(attribute("strides", ones)),
+        pads=list(pads or [0] * (2 * len(kernel))),
+        dilations=list(attribute("dilations", ones)),
+    )
+    geometry = conv.geometry()
+    if geometry is not None and gains(geometry):
+        return products(b, geometry, inputs, wanted)
+    if b.has("ConvGrad"):
+        likes = [conv.x if wanted[0] else None, conv.w if wanted[1] else None]
+        likes.append("" if wanted[2] else None)
+        made = b.ops(f"{CONTRIB}.ConvGrad", *inputs, likes=likes, **conv.attributes)
+        return {i: name for i, name in enumerate(made) if name}
+    found = {}
+    if wanted[0]:
+        found[0] = _of_input(conv)
+    if wanted[1]:
+        found[1] = _of_weight(conv)
+    if wanted[2]:
+        found[2] = b.reduce("ReduceSum", conv.dy, [0, *conv.space], keepdims=False)
+    return found
+
+
+def _of_input(conv: _Conv) -> str:
+    """Return dx; positions that no tap reads are 0."""
+    b, x, dy = conv.b, conv.b.fixed(conv.x), conv.b.fixed(conv.dy)
+    if x is not None and dy is not None:
+        rest = [
+            x[2 + i]
+            + conv.pads[i]
+            + conv.pads[i + conv.rank]
+            - (dy[2 + i] - 1) * conv.strides[i]
+            - (conv.kernel[i] - 1) * conv.dilations[i]
+            - 1
+            for i in range(conv.rank)
+        ]
+        attributes = conv.attributes | {"output_padding": rest}
+        return b.op("ConvTranspose", conv.dy, conv.w, like=conv.x, **attributes)
+    longest = [s - 1 for s in conv.strides]
+    dx = b.op("ConvTranspose", conv.dy, conv.w, **conv.attributes | {"output_padding": longest})
+    if not any(longest):
+        return dx
+    axes = np.array(conv.space, np.int64)
+    ends = b.op("Gather", b.op("Shape", conv.x), axes)
+    return b.op("Slice", dx, np.zeros(conv.rank, np.int64), ends, axes, like=conv.x)
+
+
+def _of_weight(conv: _Conv) -> str:
+    b = conv.b
+    filters, channels = conv.filters()
+    if conv.group > 1 and filters == channels == 1:
+        return _depthwise(conv)
+    if conv.group == 1 and conv.is_plain:
+        rows = [b.reshape(v, [0, n, -1]) for v, n in ((conv.dy, filters), (conv.x, channels))]
+        each = b.product(*rows, trans_b=True)
+        return b.shaped_like(b.reduce("ReduceSum", each, [0], keepdims=False), conv.w)
+    dy = b.fixed(conv.dy)
+    if dy is not None:
+        size = len(conv.taps) * conv.group * channels * dy[0] * math.prod(dy[2:])
+        if size <= MOST_COLUMNS:
+            return _im2col(conv)
+    return _by_tap(conv)
+
+
+def _depthwise(conv: _Conv) -> str:
+    b, read = conv.b, _reader(conv, conv.x)
+    columns = []
+    for tap in conv.taps:
+        total = b.reduce("ReduceSum", b.op("Mul", read(tap), conv.dy), [0, *conv.space])
+        columns.append(b.reshape(total, [conv.group, 1, 1]))
+    return b.shaped_like(_joined(conv, columns, axis=2), conv.w)
+
+
+def _im2col(conv: _Conv) -> str:
+    b = conv.b
+    filters, channels = conv.filters()
+    exchange = [1, 0, *conv.space]  # the samples behind the channels
+    rows = b.reshape(b.op("Transpose", conv.dy, perm=exchange), [conv.group, filters, -1])
+    read = _reader(conv, b.op("Transpose", conv.x, perm=exchange))
+    columns = [b.reshape(read(tap), [conv.group, channels, -1]) for tap in conv.taps]
+    product = b.product(rows, _joined(conv, columns, axis=1), trans_b=True)
+    apart = b.reshape(product, [conv.group * filters, len(columns), channels])
+    return b.shaped_like(b.op("Transpose", apart, perm=[0, 2, 1]), conv.w)
+
+
+def _by_tap(conv: _Conv) -> str:
+    b, read = conv.b, _reader(conv, conv.x)
+    filters, channels = conv.filters()
+    rows = b.reshape(conv.dy, [0, conv.group, filters, -1])
+    columns = []
+    for tap in conv.taps:
+        values = b.reshape(read(tap), [0, conv.group, channels, -1])
+        each = b.product(rows, values, trans_b=True)
+        total = b.reduce("ReduceSum", each, [0], keepdims=False)
+        columns.append(b.reshape(total, [conv.group * filters, channels, 1]))
+    return b.shaped_like(_joined(conv, columns, axis=2), conv.w)
+
+
+def _joined(conv: _Conv, parts: list[str], axis: int) -> str:
+    return conv.b.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
+
+
+def _reader(conv: _Conv, x: str) -> Callable[[tuple[int, ...]], str]:
+    """Return what adds the values that a tap reads at each output position."""
+    b, axes = conv.b, np.array(conv.space, np.int64)
+    strides = np.array(conv.strides, np.int64)
+    if any(conv.pads):
+        sizes = [0, 0, *conv.pads[: conv.rank], 0, 0, *conv.pads[conv.rank :]]
+        x = b.op("Pad", x, np.array(sizes, np.int64))
+    dy = b.fixed(conv.dy)
+    lengths = None if dy is None else np.array(dy[2:], np.int64)
+    if lengths is None:
+        last = b.op("Sub", b.op("Gather", b.op("Shape", conv.dy), axes), np.array(1, np.int64))
+        reach = b.op("Add", b.op("Mul", last, strides), np.array(1, np.int64))
+
+    def read(tap: tuple[int, ...]) -> str:
+        if conv.is_plain:
+            return x
+        start = np.array(tap, np.int64) * np.array(conv.dilations, np.int64)
+        if lengths is None:
+            return b.op("Slice", x, start, b.op("Add", reach, start), axes, strides)
+        return b.op("Slice", x, start, start + (lengths - 1) * strides + 1, axes, strides)
+
+    return read
+
+
+CONVOLUTIONS: dict[str, Callable[[Backward], Found]] = {"Conv": _conv}

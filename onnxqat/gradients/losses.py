@@ -1,0 +1,67 @@
+"""The gradient of SoftmaxCrossEntropyLoss.
+
+With the weight c of each position (that of its label, 0 where the label is ignored)::
+
+    dx = (softmax(x) - onehot(label)) * c * dy                reduction sum or none
+    dx = (softmax(x) - onehot(label)) * c / sum(c) * dy       reduction mean
+
+(the derivative of the definition, https://onnx.ai/onnx/operators/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import TensorProto
+
+from onnxqat.gradients.backward import CONTRIB, Backward
+
+__all__ = ["LOSSES"]
+
+Found = dict[int, str]
+TINY = 1e-30  # where no label counts
+
+
+def _cross_entropy(b: Backward) -> Found:
+    log_p, labels = b.output(1), b.input(1)
+    if b.has("SoftmaxCrossEntropyLossGrad"):
+        attributes = {"reduction": b.attribute("reduction", "mean")}
+        if (ignored := b.attribute("ignore_index")) is not None:
+            attributes["ignore_index"] = ignored
+        inputs = [b.dy, log_p, labels, *([b.input(2)] if b.input(2) else [])]
+        kernel = f"{CONTRIB}.SoftmaxCrossEntropyLossGrad"
+        return {0: b.op(kernel, *inputs, like=b.x, **attributes)}
+    integers = b.op("Cast", labels, to=TensorProto.INT64, like=labels)
+    counted = None
+    if (ignored := b.attribute("ignore_index")) is not None:
+        skipped = b.op("Equal", integers, np.array(ignored, np.int64))
+        integers = b.op("Where", skipped, np.array(0, np.int64), integers)
+        counted = b.op("Cast", b.op("Not", skipped), to=TensorProto.FLOAT)
+    if b.input(2):
+        weights = b.op("Gather", b.input(2), integers)
+        counted = weights if counted is None else b.op("Mul", weights, counted)
+    classes = b.op("Gather", b.lengths(b.x), np.array(1, np.int64))
+    ends = np.array([0, 1], np.float32)
+    right = b.op("OneHot", integers, classes, ends, axis=1)
+    away = b.op("Sub", b.op("Exp", log_p), right)
+    return {0: b.op("Mul", away, _factor(b, counted), like=b.x)}
+
+
+def _factor(b: Backward, counted: str | None) -> str:
+    """Return what each position is multiplied by, with an axis for the classes."""
+    factor = b.dy
+    if b.attribute("reduction", "mean") == "mean":
+        if counted is None:
+            size = b.op("Cast", b.op("Size", b.input(1)), to=TensorProto.FLOAT)
+        else:
+            size = b.op("Max", b.op("ReduceSum", counted, keepdims=0), TINY)
+        factor = b.op("Div", factor, size)
+    elif b.attribute("reduction") == "none":
+        factor = b.unsqueeze(factor, [1])
+    if counted is None:
+        return factor
+    return b.op("Mul", b.unsqueeze(counted, [1]), factor)
+
+
+LOSSES: dict[str, Callable[[Backward], Found]] = {"SoftmaxCrossEntropyLoss": _cross_entropy}
