@@ -157,6 +157,19 @@ def test_concat_shares_one_group_and_maxpool_passes_it_on():
     assert {point(plan, t).group for t in ("r3", "p1", "c4", "k1")} == {"r3"}
 
 
+@pytest.mark.parametrize(
+    ("second", "axis"), [("MatMul(a, w)", 1), ("Gemm(a, w)", 1), ("Gemm<transB = 1>(a, w)", None)]
+)
+def test_a_shared_weight_is_per_axis_where_its_readers_agree_on_the_axis(second, axis):
+    text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N,2] x) => (float[N,2] y)
+    <float[2,2] w = {{1, 2, 3, 4}}> {{ a = MatMul(x, w) y = {second} }}"""
+    weight = point(plan_of(onnx.parser.parse_model(text), "onnxruntime-cpu"), "w")
+
+    assert weight.spec.axis == axis
+    assert len(weight.consumers) == 2
+    assert ("disagree" in weight.reason) == (axis is None)
+
+
 @pytest.mark.parametrize("tensor", ["r3", "c4"])
 def test_a_group_keeps_the_widest_of_the_smallest_ranges(tensor):
     plan = plan_of(convnet(), "sophgo-bm1684x", f"tensor:{tensor}.min_range=0.5")

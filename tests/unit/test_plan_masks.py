@@ -234,6 +234,18 @@ def test_where_a_constant_becomes_a_mask(body, values, masks):
     assert any("mask" in s.reason for s in plan.skips) == masks
 
 
+@pytest.mark.parametrize(("masked", "points"), [("-64", "x w s"), ("-49", "x w s k a v y")])
+def test_a_weight_stays_float_where_a_mask_was_added_to_what_it_multiplies(masked, points):
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21]> g (float[N,2] x) => (float[N,2] y)
+        <float[2] k = {{0, {masked}}}, float[2,2] w = {{1, 2, 3, 4}}, float[2,2] v = {{1, 2, 3, 4}}>
+        {{ s = MatMul(x, w) a = Add(s, k) y = MatMul(a, v) }}"""
+    )
+    plan = make_plan(prepare(from_proto(model), opset=21).graph, quantizing("Add", "MatMul"))
+
+    assert {p.tensor for p in plan.points} - {"y"} == set(points.split()) - {"y"}
+
+
 def test_mask_is_quantized_where_an_override_has_the_name_of_the_node():
     body = "s = MatMul(x, w) a = Add(s, z) y = Softmax(a)"
     node = next(s.node for s in plan_of(body).skips if s.op_type == "Add")

@@ -329,6 +329,22 @@ def test_forced_range_is_passed_on_and_kept_out_of_other_groups():
     assert found["y"] == (None, None)
 
 
+@pytest.mark.parametrize("joined", ["a, r", "r, a"])
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [("-5.12, 2", 5.12 / 128), ("-5.12, 6.35", 6.35 / 127), ("10.2, 0", 10.2 / 255)],
+)
+def test_a_sum_holds_its_constant_and_so_does_what_is_joined_with_it(joined, values, scale):
+    """In int8, or uint8 where nothing is negative, whatever calibration sees."""
+    body = f"a = Add(x, k) r = Tanh(x) y = Concat<axis=1>({joined})"
+    graph = graph_of(body, constants=f"float[2] k = {{{values}}}", shape="N,2")
+    plan = make_plan(graph, load_rule("sophgo-bm1684x"))
+    smallest = {p.tensor: p.spec.min_scale for p in plan.points}
+
+    assert {n: pytest.approx(scale, rel=1e-6) for n in "ary"} == {n: smallest[n] for n in "ary"}
+    assert smallest["x"] == 0
+
+
 def test_float_parameters_of_a_reader_have_no_point():
     text = (
         '<ir_version: 8, opset_import: ["": 17]> g (float[1,2,4,4] x, float[2] s) '
