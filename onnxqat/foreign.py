@@ -27,9 +27,11 @@ import onnx_graphsurgeon as gs
 from onnxqat.errors import ModelError
 from onnxqat.insert import PLAN_KEY, read_params
 from onnxqat.model import Model
+from onnxqat.nodes import is_op
+from onnxqat.operators import ONNX_DOMAINS, WEIGHTED
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import constant_values, is_op, remove_nodes, scalar
+from onnxqat.prepare.editing import constant_values, remove_nodes, scalar
 from onnxqat.prepare.folding import evaluate
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.passthrough import remove_passthroughs
@@ -49,9 +51,9 @@ TAKEN_KEY = "onnxqat.taken_over"
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 INTEGER_KINDS = tuple(getattr(onnx.TensorProto, k) for k in ("INT8", "UINT8", "INT16", "UINT16"))
-DOMAINS = (None, "", "ai.onnx", "com.microsoft")
+DOMAINS = (*ONNX_DOMAINS, "com.microsoft")
 # Producers whose output may be negative, so that integers from 0.0 upwards say that it is cut.
-CUT_BEHIND = ("Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Sub")
+CUT_BEHIND = (*WEIGHTED, "Add", "BatchNormalization", "Sub")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

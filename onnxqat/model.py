@@ -32,6 +32,7 @@ from onnxqat import native
 from onnxqat.errors import ModelError, OnnxQatError
 from onnxqat.external import read_external_data, write_external_data
 from onnxqat.files import atomic_output, check_readable
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preserve import all_nodes, restore, stored_tensors, without_weights
 from onnxqat.validate import check_data, validate
 from onnxqat.versions import MAX_IR_VERSION, MAX_OPSET, readable_opset
@@ -237,7 +238,7 @@ def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
     graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
     for holder in (graph.import_domains, *(f.opset_import for f in rest.functions)):
         for entry in holder:
-            if entry.domain in ("", "ai.onnx"):
+            if entry.domain in ONNX_DOMAINS:
                 entry.version = min(entry.version, MAX_OPSET)
 
 

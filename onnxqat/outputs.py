@@ -24,12 +24,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
+from onnxqat.operators import MATRIX_PRODUCTS, moving
+
 __all__ = ["Joined", "Output", "OutputTracer", "Scores", "outputs_of"]
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
-MOVES = {"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+MOVES = set(moving("axes"))  # behind which an axis can be followed
 ARITHMETIC = {"Add", "BatchNormalization", "Cast", "Div", "Mul", "Sub"}  # with constants
-PRODUCTS = {"Gemm", "MatMul"}
 # An output (N, classes) does not end in them: they squash, cut off, normalize or collect.
 NOT_SCORES = {
     *("Abs", "Clip", "Concat", "Div", "Elu", "Exp", "Floor", "HardSigmoid", "HardSwish", "Log"),
@@ -289,7 +290,7 @@ class OutputTracer:
             if len(sources) != 1 and node.op_type in ARITHMETIC:
                 return False
             node = self._producers.get(sources[0]) if sources else None
-        return node is not None and node.op_type in PRODUCTS
+        return node is not None and node.op_type in MATRIX_PRODUCTS
 
     def _path(self, name: str) -> tuple[list[str], onnx.NodeProto | None]:
         """Return the tensors from ``name`` back over what moves or rounds, and the node there."""

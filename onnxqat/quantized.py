@@ -20,10 +20,10 @@ from onnxqat.errors import ModelError
 from onnxqat.insert import PLAN_KEY, plan_of, state_of
 from onnxqat.model import Model
 from onnxqat.model import load_model as load_any
+from onnxqat.nodes import biased_node, is_op
 from onnxqat.plan import Edge, QuantPlan, QuantPoint
-from onnxqat.plan.operators import biased_node
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import constant_values, is_op, names_in_subgraphs
+from onnxqat.prepare.editing import constant_values, names_in_subgraphs
 from onnxqat.qparams import WIDTHS, QuantParams, quantized_range, storage_dtype
 
 __all__ = ["check_pairs", "load_model"]

@@ -18,6 +18,7 @@ import onnx
 from onnx.defs import OpSchema, SchemaError
 
 from onnxqat.errors import ModelError
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preserve import all_nodes
 
 __all__ = [
@@ -74,7 +75,7 @@ def readable_opset(proto: onnx.ModelProto, name: str) -> int:
 
 def default_opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int | None:
     """Return the version of the default domain."""
-    return next((o.version for o in imports if o.domain in ("", "ai.onnx")), None)
+    return next((o.version for o in imports if o.domain in ONNX_DOMAINS), None)
 
 
 def _check_lowers(nodes: Iterable[onnx.NodeProto], opset: int, name: str) -> None:
@@ -92,7 +93,7 @@ def changed_node(
 ) -> onnx.NodeProto | None:
     """Return the first node that does not mean the same in both opsets, if there is one."""
     for node in all_nodes(nodes):
-        if node.domain in ("", "ai.onnx") and not _same_meaning(node, source, target):
+        if node.domain in ONNX_DOMAINS and not _same_meaning(node, source, target):
             return node
     return None
 

@@ -31,11 +31,11 @@ from google.protobuf.text_encoding import CEscape, CUnescape
 
 from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
+from onnxqat.operators import CONVOLUTIONS
 from onnxqat.plan import QuantPlan, QuantPoint
 
 __all__ = ["AMCT"]
 
-_PER_CHANNEL = ("Conv", "ConvTranspose")
 _TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{}:]|[^\s{}:"#]+|#[^\n]*|\n|[^\S\n]+|"')
 _SKIPPED = ("shift_bit", "channels", "height", "width", "skip_fusion", "is_tensor_quantize",
             "tensor_balance_factor", "op_data_type", "act_type", "wts_type")  # fmt: skip
@@ -104,7 +104,7 @@ def _problems(source: Calibrated) -> Iterator[str]:
                 yield f"'{point.tensor}' is not int8"
             if point.role == "weight" and np.any(params.zero_point):
                 yield f"weight '{point.tensor}' has a zero_point"
-            if point.spec.axis is not None and op not in _PER_CHANNEL:
+            if point.spec.axis is not None and op not in CONVOLUTIONS:
                 yield f"'{point.tensor}' is per-axis, '{name}' a {op}"
 
 

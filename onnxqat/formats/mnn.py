@@ -40,6 +40,8 @@ import onnx_graphsurgeon as gs
 from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, edges_of, refuse
 from onnxqat.formats.json_table import numbers, read_json, write_json
+from onnxqat.nodes import output_channels
+from onnxqat.operators import MATRIX_PRODUCTS
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, quantized_range
 
@@ -90,10 +92,7 @@ class _Written:
 
     @property
     def channels(self) -> int:
-        weight = self.node.inputs[1]
-        if self.node.op == "Conv" or self.node.attrs.get("transB"):
-            return int(weight.shape[0])
-        return int(weight.shape[-1])
+        return output_channels(self.node, self.node.inputs[1].shape) or 1
 
 
 def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Written]:
@@ -121,7 +120,7 @@ def _is_layer(node: gs.Node, chain: list[gs.Node]) -> bool:
     if any(_is_fused(reader) for reader in chain[-1].outputs[0].outputs):
         return False
     if node.op != "Conv":
-        return node.op in ("Gemm", "MatMul") and len(chain) == 1
+        return node.op in MATRIX_PRODUCTS and len(chain) == 1
     groups, (channels, inner, *kernel) = node.attrs.get("group", 1), node.inputs[1].shape
     whole = groups == 1 or (inner == 1 and groups == channels)
     return whole and len(kernel) == 2 and all(n.op in _FUSED for n in chain[1:])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written, edges_of
 from onnxqat.formats.text_table import misread, rows
 from onnxqat.formats.thresholds import require_symmetric
+from onnxqat.nodes import output_channels
 from onnxqat.plan import QuantPlan, QuantPoint
 
 __all__ = ["NCNN"]
@@ -80,9 +81,7 @@ def _decimal(value: float) -> str:
 def _count(node: gs.Node) -> int:
     """Return how many weight scales ncnn takes for a node."""
     group = int(node.attrs.get("group", 1))
-    if node.op == "Conv":
-        return group if group > 1 else int(node.inputs[1].shape[0])
-    return int(node.inputs[1].shape[0 if node.attrs.get("transB", 0) else 1])
+    return group if group > 1 else output_channels(node, node.inputs[1].shape) or 1
 
 
 def _for_groups(node: gs.Node, scales: NDArray[Any]) -> NDArray[Any]:

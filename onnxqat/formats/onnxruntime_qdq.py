@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from onnxqat.errors import FormatError
 from onnxqat.insert import check_calibrated, forget_plan, plan_of, read_params
 from onnxqat.model import Model, constant
+from onnxqat.nodes import along_channels, bias_channels, biased_node, runs_along
 from onnxqat.plan import QuantPoint
-from onnxqat.plan.operators import along_channels, bias_channels, biased_node, runs_along
 from onnxqat.qparams import FloatArray, QuantParams, quantize
 from onnxqat.snap import snap_weights
 

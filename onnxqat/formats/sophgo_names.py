@@ -22,8 +22,9 @@ from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Writte
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import Model
+from onnxqat.nodes import is_convolution, output_channels, takes_grid
+from onnxqat.operators import WEIGHTED
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.plan.operators import BIAS_INPUT, SINGLE_DATA_INPUT, WEIGHTED_OPS
 from onnxqat.qparams import QuantParams
 
 __all__ = ["SOPHGO", "float_ops", "found_in", "table_of"]
@@ -102,9 +103,8 @@ class _Names:
 
     def _is_off_grid(self, node: gs.Node) -> bool:
         """Return whether a node reads or writes data that are not quantized."""
-        data = node.inputs[:1] if node.op in SINGLE_DATA_INPUT else node.inputs
-        read = [t for i, t in enumerate(data) if i != BIAS_INPUT.get(node.op)]
-        if node.op not in WEIGHTED_OPS:  # a constant elsewhere is the rule's business
+        read = [t for i, t in enumerate(node.inputs) if takes_grid(node, i)]
+        if node.op not in WEIGHTED:  # a constant elsewhere is the rule's business
             read = [t for t in read if not isinstance(t, gs.Constant)]
         written = [t for t in node.outputs if t.outputs or t.name in self.outputs]
         return any(
@@ -115,11 +115,7 @@ class _Names:
 
 def _channels(node: gs.Node) -> int:
     """Return how many output channels a convolution has, 0 for other ops."""
-    if node.op == "Conv":
-        return int(node.inputs[1].shape[0])
-    if node.op == "ConvTranspose":
-        return int(node.inputs[1].shape[1] * node.attrs.get("group", 1))
-    return 0
+    return (output_channels(node, node.inputs[1].shape) or 0) if is_convolution(node) else 0
 
 
 def table_of(model: Model) -> CalibrationTable:

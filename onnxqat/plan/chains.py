@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from onnxqat.nodes import clips_from_zero, is_bias_add
 from onnxqat.plan.graph import GraphIndex, Unit
-from onnxqat.plan.operators import clips_from_zero, is_bias_add
 
 __all__ = ["find_chains"]
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from onnxqat.errors import RuleError
+from onnxqat.nodes import is_bias_add, is_empty, is_float
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.overrides import Override
 from onnxqat.plan.exceptions import changed, find_exception
 from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.masks import Masks
-from onnxqat.plan.operators import ONNX_DOMAINS, is_bias_add, is_empty, is_float
 from onnxqat.plan.types import Skip
 from onnxqat.rules import HardwareRule, OpRule
 

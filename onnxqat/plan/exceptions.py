@@ -8,8 +8,8 @@ import msgspec
 import onnx
 
 from onnxqat.errors import RuleError
+from onnxqat.nodes import is_constant, is_depthwise, kernel_size
 from onnxqat.plan.graph import GraphIndex, Unit
-from onnxqat.plan.operators import is_constant, is_depthwise, kernel_size
 from onnxqat.rules import HardwareRule, OpRule, RuleException
 
 __all__ = ["changed", "find_exception"]

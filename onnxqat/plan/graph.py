@@ -11,8 +11,8 @@ from typing import Literal
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import PlanError
+from onnxqat.nodes import weight_index
 from onnxqat.overrides import Override
-from onnxqat.plan.operators import weight_index
 from onnxqat.plan.patterns import find_patterns
 from onnxqat.plan.types import Edge
 

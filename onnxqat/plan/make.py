@@ -19,6 +19,7 @@ import msgspec
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import PlanError, RuleError
+from onnxqat.nodes import channel_axis
 from onnxqat.overrides import Override
 from onnxqat.plan.chains import find_chains
 from onnxqat.plan.choose import Choice, choose_ops
@@ -26,7 +27,6 @@ from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.groups import Quantized, find_groups, merged_spec, unobserved_tensors
 from onnxqat.plan.mark import Draft, Marker
 from onnxqat.plan.masks import find_masks
-from onnxqat.plan.operators import WEIGHTED_OPS, channel_axis
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.plan.types import QuantPlan, QuantPoint
 from onnxqat.rules import HardwareRule, wrong_spec
@@ -199,7 +199,7 @@ def _new_fields(
 def _channel_axis(index: GraphIndex, draft: Draft) -> int | None:
     edge = draft.consumers[0]
     node = index.nodes.get(edge.node)
-    if draft.role != "weight" or node is None or node.op not in WEIGHTED_OPS:
+    if draft.role != "weight" or node is None:
         return None
     return channel_axis(node, edge.index, len(node.inputs[edge.index].shape))
 

@@ -9,14 +9,9 @@ from typing import Literal
 import msgspec
 import onnx_graphsurgeon as gs
 
-from onnxqat.plan.choose import Choice
-from onnxqat.plan.graph import GraphIndex, Unit
-from onnxqat.plan.operators import (
-    BIAS_INPUT,
-    NONNEGATIVE_OPS,
-    SINGLE_DATA_INPUT,
-    WEIGHTED_OPS,
+from onnxqat.nodes import (
     bias_channels,
+    bias_index,
     channel_axis,
     clips_from_zero,
     is_bias_add,
@@ -24,7 +19,11 @@ from onnxqat.plan.operators import (
     is_empty,
     is_float,
     runs_along,
+    takes_grid,
 )
+from onnxqat.operators import NONNEGATIVE, WEIGHTED
+from onnxqat.plan.choose import Choice
+from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.types import Edge, QuantPoint
 from onnxqat.qparams import FloatArray, QuantSpec
 from onnxqat.rules import HardwareRule, OpRule
@@ -42,11 +41,6 @@ class Draft:
     spec: QuantSpec
     consumers: list[Edge]
     reason: str
-
-
-def _is_parameter(node: gs.Node, index: int) -> bool:
-    """Return whether an input is no data: a bias, a shape, limits, slopes."""
-    return index == BIAS_INPUT.get(node.op) or (index > 0 and node.op in SINGLE_DATA_INPUT)
 
 
 def _scale_of_constant(values: FloatArray) -> float:
@@ -104,7 +98,7 @@ class Marker:
         return self.heads.get(unit.name, unit)
 
     def _mark_input(self, unit: Unit, node: gs.Node, op: OpRule, i: int, tensor: gs.Tensor) -> None:
-        if i == BIAS_INPUT.get(node.op) or (i and node.op in SINGLE_DATA_INPUT):
+        if not takes_grid(node, i):
             return
         edge = Edge(node.name, i)
         if not is_constant(tensor):
@@ -114,14 +108,12 @@ class Marker:
         elif op.weight and len(unit.nodes) == 1 and self._has_its_input(node, op, i):
             if self._is_chained_bias(unit):
                 return
-            rank = len(tensor.shape)
-            axis = channel_axis(node, i, rank) if node.op in WEIGHTED_OPS else None
-            spec = self.rule.specs[op.weight].resolve(axis)
+            spec = self.rule.specs[op.weight].resolve(channel_axis(node, i, len(tensor.shape)))
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
 
     def _has_its_input(self, node: gs.Node, op: OpRule, i: int) -> bool:
         """Whether what a weight is multiplied with is quantized too, if the rule wants both."""
-        if node.op not in WEIGHTED_OPS or not op.inputs:
+        if node.op not in WEIGHTED or not op.inputs:
             return True
         data = node.inputs[1 - i]
         return is_float(data) and data.name not in self.drowned
@@ -134,7 +126,7 @@ class Marker:
     def _from_weighted(self, tensor: gs.Tensor) -> bool:
         """Whether a weighted node, with what is fused into it, writes a tensor."""
         return any(
-            self._head(self.index.unit_of[node.name]).kind in WEIGHTED_OPS for node in tensor.inputs
+            self._head(self.index.unit_of[node.name]).kind in WEIGHTED for node in tensor.inputs
         )
 
     def _is_chained_bias(self, unit: Unit) -> bool:
@@ -143,7 +135,7 @@ class Marker:
 
     def _mark_output(self, unit: Unit, tensor: gs.Tensor, spec_name: str) -> None:
         nodes, all_edges = self.index.nodes, self.index.readers.get(tensor.name, [])
-        edges = [e for e in all_edges if not e.node or not _is_parameter(nodes[e.node], e.index)]
+        edges = [e for e in all_edges if not e.node or takes_grid(nodes[e.node], e.index)]
         edges = [e for e in edges if e.node not in self.fed_floats]
         if self.rule.graph_outputs == "float":
             edges = [e for e in edges if e.node]
@@ -151,7 +143,7 @@ class Marker:
             return
         spec = self.rule.specs[spec_name].resolve(None)
         if spec.signedness == "from_range" and (
-            unit.kind in NONNEGATIVE_OPS or clips_from_zero(unit.nodes[-1])
+            unit.kind in NONNEGATIVE or clips_from_zero(unit.nodes[-1])
         ):
             spec = msgspec.structs.replace(spec, signedness="unsigned")
         spec = msgspec.structs.replace(spec, min_scale=self._smallest_scale(unit, spec))
@@ -205,7 +197,7 @@ class Marker:
         return found
 
     def _bias_edge(self, node: gs.Node) -> Edge | None:
-        i = BIAS_INPUT.get(node.op)
+        i = bias_index(node)
         if i is not None:
             has_bias = len(node.inputs) > i and is_constant(node.inputs[i])
             return Edge(node.name, i) if has_bias else None

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.plan.operators import ONNX_DOMAINS, is_constant, is_float, weight_index
+from onnxqat.nodes import is_constant, is_float, is_op, weight_index
+from onnxqat.operators import ONNX_DOMAINS, RECURRENT, SUBGRAPHS
 
 __all__ = ["Masks", "find_masks"]
 
@@ -35,7 +36,7 @@ SELECTING_OPS = (
     *("MaxPool", "GlobalMaxPool"),
 )
 # Ops whose results come from more than their float inputs tell.
-OPAQUE_OPS = ("If", "Loop", "Scan", "LSTM", "GRU", "RNN")
+OPAQUE_OPS = (*SUBGRAPHS, *RECURRENT)
 SMALLEST_MASK = -50.0  # exp(-50) of a score is nothing
 LARGE = 1e4  # no weight or factor of a network is as large
 
@@ -191,7 +192,7 @@ def _is_byte(tensor: gs.Tensor) -> bool:
 
 def _is_learned(node: gs.Node) -> bool:
     """Return whether what a node writes was learned: looked up, or weighted."""
-    if node.op == "Gather" and is_constant(node.inputs[0]) and is_float(node.inputs[0]):
+    if is_op(node, "Gather") and is_constant(node.inputs[0]) and is_float(node.inputs[0]):
         return True
     return (
         node.domain not in ONNX_DOMAINS or node.op in OPAQUE_OPS or weight_index(node) is not None

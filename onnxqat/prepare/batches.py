@@ -15,7 +15,8 @@ import math
 
 import onnx_graphsurgeon as gs
 
-from onnxqat.prepare.editing import constant_values, is_op
+from onnxqat.nodes import is_op
+from onnxqat.prepare.editing import constant_values
 
 __all__ = ["warn_of_fixed_batches"]
 

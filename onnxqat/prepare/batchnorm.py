@@ -37,9 +37,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.model import constant
+from onnxqat.nodes import bias_index, channel_axis, is_op
+from onnxqat.operators import WEIGHTED
 from onnxqat.prepare.editing import (
     constant_values,
-    is_op,
     pinned_names,
     remove_nodes,
     tensor_names,
@@ -117,7 +118,7 @@ def _layer_before(node: gs.Node, pinned: set[str]) -> gs.Node | None:
     if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in pinned:
         return None
     layer = tensor.inputs[0]
-    return layer if is_op(layer, "Conv", "ConvTranspose", "Gemm") else None
+    return layer if is_op(layer, *WEIGHTED) and bias_index(layer) is not None else None
 
 
 def _fold(layer: gs.Node, affine: _Affine) -> tuple[NDArray[Any], NDArray[Any]] | None:
@@ -157,10 +158,8 @@ def _scale_channels(layer: gs.Node, weight: Float64, factor: Float64) -> Float64
         if factor.size % groups or weight.shape[0] % groups:
             return None
         spread = np.repeat(factor.reshape(groups, -1), weight.shape[0] // groups, axis=0)
-    elif layer.op == "Gemm" and not layer.attrs.get("transB", 0):
-        spread = factor.reshape(1, -1)
     else:
-        spread = factor
+        spread = factor.reshape((1,) * (channel_axis(layer, 1, weight.ndim) or 0) + (-1,))
     if any(size not in (1, axis) for size, axis in zip(spread.shape, weight.shape, strict=False)):
         return None
     return weight * spread.reshape(spread.shape + (1,) * (weight.ndim - spread.ndim))

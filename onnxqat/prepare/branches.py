@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from onnxqat.prepare.editing import is_op, scalar, tensor_names, unique_name
+from onnxqat.nodes import is_op
+from onnxqat.prepare.editing import scalar, tensor_names, unique_name
 
 __all__ = ["inline_branches"]
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxqat.errors import ModelError
-from onnxqat.prepare.editing import constant_values, dtype_of, is_op, pinned_names, remove_nodes
+from onnxqat.nodes import is_op
+from onnxqat.prepare.editing import constant_values, dtype_of, pinned_names, remove_nodes
 
 __all__ = ["lift_constants", "read_typed_weights", "refuse_sparse"]
 

@@ -18,7 +18,6 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 __all__ = [
     "constant_values",
     "dtype_of",
-    "is_op",
     "names_in_subgraphs",
     "pinned_names",
     "remove_nodes",
@@ -27,11 +26,6 @@ __all__ = [
     "tensor_names",
     "unique_name",
 ]
-
-
-def is_op(node: gs.Node, *ops: str) -> bool:
-    """Whether the node is one of these operators of the default domain."""
-    return node.op in ops and node.domain in (None, "", "ai.onnx")
 
 
 def constant_values(tensor: gs.Tensor) -> NDArray[Any] | None:

@@ -21,7 +21,9 @@ from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, constant
-from onnxqat.prepare.editing import constant_values, dtype_of, is_op, tensor_names, unique_name
+from onnxqat.nodes import is_op
+from onnxqat.operators import WEIGHTED
+from onnxqat.prepare.editing import constant_values, dtype_of, tensor_names, unique_name
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.shapes import infer_shapes
 
@@ -40,7 +42,6 @@ OTHER_FLOATS = {
     int(onnx.TensorProto.DOUBLE): "float64",
     int(onnx.TensorProto.BFLOAT16): "bfloat16",
 }
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class Float16Names(msgspec.Struct, frozen=True):

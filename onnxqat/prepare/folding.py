@@ -29,9 +29,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.nodes import is_op
 from onnxqat.prepare.arithmetic import ARITHMETIC
 from onnxqat.prepare.budget import Budget, TooLargeError
-from onnxqat.prepare.editing import constant_values, is_op, pinned_names, remove_nodes
+from onnxqat.prepare.editing import constant_values, pinned_names, remove_nodes
 from onnxqat.prepare.movement import MOVEMENT
 from onnxqat.prepare.shapes import reliable_shapes
 

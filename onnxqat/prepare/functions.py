@@ -20,6 +20,7 @@ import onnx
 from onnxqat import native
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preserve import all_nodes
 from onnxqat.validate.calls import called_key
 from onnxqat.versions import changed_node, default_opset
@@ -69,7 +70,7 @@ def _match_opset(function: onnx.FunctionProto, model: Model) -> None:
             "again with one opset."
         )
     for entry in function.opset_import:
-        if entry.domain in ("", "ai.onnx"):
+        if entry.domain in ONNX_DOMAINS:
             entry.version = model.graph.opset
 
 

@@ -19,6 +19,7 @@ from onnxqat import native
 from onnxqat.ends import open_ends, prune
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.prepare.conversion import convert
 from onnxqat.runtime import Session, open_session
 from onnxqat.versions import MAX_OPSET, changed_node
@@ -56,7 +57,7 @@ def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
         converted = onnx.ModelProto()
         converted.CopyFrom(source)
         for entry in converted.opset_import:
-            if entry.domain in ("", "ai.onnx"):
+            if entry.domain in ONNX_DOMAINS:
                 entry.version = target
     else:
         try:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from onnxqat.prepare.editing import is_op
+from onnxqat.nodes import is_op
 
 __all__ = ["make_pads_explicit"]
 

@@ -26,7 +26,8 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
-from onnxqat.prepare.editing import is_op, pinned_names, remove_nodes, replace_input, scalar
+from onnxqat.nodes import is_op
+from onnxqat.prepare.editing import pinned_names, remove_nodes, replace_input, scalar
 
 __all__ = ["remove_passthroughs"]
 

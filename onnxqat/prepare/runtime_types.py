@@ -13,11 +13,11 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
 from onnxqat.model import weights_left_out
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.runtime import open_session
 
 __all__ = ["read_runtime_types"]
 
-ONNX_DOMAINS = ("", "ai.onnx")
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
 MAX_ELEMENTS = 1024  # of an initializer whose values may decide a shape
 # As a session names the types of its outputs.

@@ -18,9 +18,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
+from onnxqat.nodes import is_op
 from onnxqat.prepare.batchnorm import read_statistics
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import is_op
 from onnxqat.prepare.order import sort_nodes
 
 __all__ = ["Statistics", "find_statistics", "note_statistics", "statistics_of"]

@@ -14,12 +14,15 @@ from collections.abc import Collection
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.plan import WEIGHTED_OPS, QuantPlan
-from onnxqat.plan.operators import ONNX_DOMAINS
+from onnxqat.nodes import input_role
+from onnxqat.operators import Role
+from onnxqat.plan import QuantPlan
 from onnxqat.qparams import FloatArray
-from onnxqat.train.lowering import FIRST_INPUT_ONLY, TRAINED_INPUTS
+from onnxqat.train.lowering import FIRST_INPUT_ONLY
 
 __all__ = ["is_structure", "trained_initializers"]
+
+PARAMETERS: tuple[Role, ...] = ("factor", "weight", "bias", "scale", "slope")
 
 
 def trained_initializers(
@@ -42,19 +45,14 @@ def trained_initializers(
         for point in plan.points
         if point.role == "bias"
         or (point.role == "weight" and not is_structure(tensors[point.tensor].values))
-        or any(_is_parameter(nodes[e.node], e.index) for e in point.consumers if e.node)
+        or any(input_role(nodes[e.node], e.index) in PARAMETERS for e in point.consumers if e.node)
     ]
     for node in graph.nodes:
-        names += [t.name for i, t in enumerate(node.inputs) if _is_parameter(node, i)]
+        names += [t.name for i, t in enumerate(node.inputs) if input_role(node, i) in PARAMETERS]
     names += [name for name in asked if name in tensors]
     # an exponent or a limit has no gradient, whoever else reads the same constant
     fixed = {t.name for n in graph.nodes if n.op in FIRST_INPUT_ONLY for t in n.inputs[1:]}
     return [n for n in dict.fromkeys(names) if n not in fixed and _is_float(tensors.get(n))]
-
-
-def _is_parameter(node: gs.Node, index: int) -> bool:
-    weighted = node.op in WEIGHTED_OPS or index in TRAINED_INPUTS.get(node.op, ())
-    return weighted and node.domain in ONNX_DOMAINS
 
 
 def is_structure(values: FloatArray) -> bool:

@@ -25,7 +25,8 @@ import numpy as np
 
 from onnxqat.insert import plan_of, read_params
 from onnxqat.model import Model
-from onnxqat.plan import WEIGHTED_OPS, QuantPlan, channel_axis
+from onnxqat.nodes import channel_axis
+from onnxqat.plan import QuantPlan
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
@@ -161,7 +162,7 @@ def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int | None]:
     return {
         tensor: channel_axis(nodes[edge.node], edge.index, len(tensors[tensor].shape))
         for tensor, edge in edges
-        if edge.node and nodes[edge.node].op in WEIGHTED_OPS
+        if edge.node
     }
 
 

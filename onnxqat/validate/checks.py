@@ -20,6 +20,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
 
 from onnxqat.errors import ModelError
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preserve import subgraphs
 from onnxqat.validate.calls import check_calls
 from onnxqat.validate.schemas import ATTRIBUTE_LISTS, ATTRIBUTE_SINGLES, Shape, check_node, label
@@ -217,7 +218,7 @@ class _Validator:
             self._attribute(node, attribute)
             for graph in subgraphs(attribute):
                 read |= self.check_graph(graph, scope)
-        if node.domain in ("", "ai.onnx"):
+        if node.domain in ONNX_DOMAINS:
             self._check_division(node)
             check_node(node, self.opset, scope, self.where)
             if node.op_type in KEEPING:

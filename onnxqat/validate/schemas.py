@@ -18,6 +18,7 @@ from onnx import AttributeProto, NodeProto
 from onnx.defs import OpSchema, SchemaError
 
 from onnxqat.errors import ModelError
+from onnxqat.operators import CONVOLUTIONS, OPERATORS, RECURRENT, WINDOWED, convolution_channels
 
 __all__ = ["ATTRIBUTE_LISTS", "ATTRIBUTE_SINGLES", "Shape", "check_node", "label"]
 
@@ -74,8 +75,6 @@ LIMITS = {
     "GatherND": ("batch_dims", 0, 63),
     "SpaceToDepth": ("blocksize", 1, 2**15),
 }
-GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
-WINDOWS = ("AveragePool", "Conv", "ConvTranspose", "LpPool", "MaxPool")
 
 
 def label(node: NodeProto) -> str:
@@ -108,9 +107,9 @@ def check_node(node: NodeProto, opset: int, shapes: Mapping[str, Shape], where: 
     if facts is not None:
         wrong = _wrong_counts(node, facts) or _wrong_attributes(node, facts)
     wrong = wrong or _wrong_ranks(node, shapes)
-    if not wrong and node.op_type in WINDOWS:
+    if not wrong and node.op_type in WINDOWED:
         wrong = _wrong_window(node, shapes)
-    if not wrong and node.op_type in GATES:
+    if not wrong and node.op_type in RECURRENT:
         wrong = _wrong_gates(node, shapes)
     if wrong:
         raise ModelError(f"{where}: {label(node)} {wrong}. Export it again.")
@@ -207,7 +206,7 @@ def _shape(node: NodeProto, index: int, shapes: Mapping[str, Shape]) -> Shape:
 
 def _wrong_window(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
     given = {a.name: list(a.ints) for a in node.attribute if not a.ref_attr_name}
-    weight = _shape(node, 1, shapes) if node.op_type.startswith("Conv") else None
+    weight = _shape(node, 1, shapes) if node.op_type in CONVOLUTIONS else None
     if weight is not None and len(weight) < 3:
         return f"has a weight '{node.input[1]}' of shape {list(weight)}; its rank is 3 or more"
     data = _shape(node, 0, shapes)
@@ -240,7 +239,7 @@ def _wrong_groups(node: NodeProto, weight: Shape, shapes: Mapping[str, Shape]) -
         return None
     if weight[0] % group:
         return f"has a weight '{node.input[1]}' of shape {list(weight)} for {group} groups"
-    channels = weight[0] if node.op_type == "Conv" else weight[1] * group
+    channels = convolution_channels(node.op_type, (weight[0], weight[1]), group)
     bias = _shape(node, 2, shapes)
     if bias is not None and bias[0] not in (channels, None):
         return f"has a bias '{node.input[2]}' of shape {list(bias)} for {channels} channels"
@@ -254,7 +253,7 @@ def _wrong_gates(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
         return None
     units = given["hidden_size"].i
     directions = 2 if "direction" in given and given["direction"].s == b"bidirectional" else 1
-    rows = GATES[node.op_type] * units
+    rows = OPERATORS[node.op_type].gates * units
     data = _shape(node, 0, shapes)
     for index, expected in (
         (1, (directions, rows, data[-1] if data else None)),

@@ -15,6 +15,8 @@ ORDER = [
     "files",
     "parallel",
     "qparams",
+    "operators",
+    "nodes",
     "preserve",
     "native_server",
     "native",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
@@ -24,7 +23,7 @@ from onnxqat.evaluate.integer.kernels import (
     multiply,
     multiply_constant,
 )
-from onnxqat.evaluate.integer.matrix import PRODUCTS, build_product
+from onnxqat.evaluate.integer.matrix import build_product
 from onnxqat.evaluate.integer.steps import (
     ElementwiseStep,
     FloatStep,
@@ -37,20 +36,18 @@ from onnxqat.evaluate.integer.steps import (
 from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
 from onnxqat.insert import plan_of
 from onnxqat.model import Model
-from onnxqat.plan.operators import SINGLE_DATA_INPUT, is_float
+from onnxqat.nodes import input_role, is_float, keeps_grid
+from onnxqat.operators import OPERATORS, WEIGHTED
 from onnxqat.rules import HardwareRule
 
 __all__ = ["build_steps"]
 
-# Ops that choose or move values: exact on integers where all share one grid.
-MOVES = (
-    *("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"),
-    *("Tile", "Gather", "Expand", "Pad", "DepthToSpace", "SpaceToDepth", "Concat", "Min", "Max"),
-    *("Relu", "Abs", "ReduceMax", "ReduceMin", "Resize", "Identity"),
-)
+KEEPS_SIZE = "Abs"  # |lowest integer| may lie one level above the range: the step cuts it
+# Ops that choose or move values.
+MOVES = (*(op for op, facts in OPERATORS.items() if facts.movement), KEEPS_SIZE)
 MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 ELEMENTWISE = ("Add", "Sub", "Mul")
-INTEGER = (*PRODUCTS, *MEANS, *ELEMENTWISE, "LeakyRelu")
+INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu")
 
 
 def build_steps(model: Model, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
@@ -110,7 +107,7 @@ def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Make
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
     if not has_tail_only_of_limits(group):
         _refuse(context, group, "what follows it in one kernel is not documented")
-    if group.kind in PRODUCTS:
+    if group.kind in WEIGHTED:
         return build_product
     if group.kind in MEANS:
         return build_mean if is_spatial(group.nodes[0]) else _float
@@ -124,10 +121,10 @@ def _is_left_float(context: Context, group: Group, operand: Operand) -> bool:
         return False
     if (operand.node, operand.index) in context.biases:
         return False
-    if node.op in SINGLE_DATA_INPUT and operand.index > 0:
+    if input_role(node, operand.index) in ("setting", "slope"):
         return False
     # the constants of a pattern belong to its function
-    return operand.values is None or group.kind in (*PRODUCTS, *ELEMENTWISE, *MOVES)
+    return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
 
 
 def _refuse(context: Context, group: Group, what: str) -> NoReturn:
@@ -138,21 +135,14 @@ def _refuse(context: Context, group: Group, what: str) -> NoReturn:
 
 
 def _is_move(context: Context, group: Group, quantized: Sequence[Operand]) -> bool:
-    """Whether a group only moves integers of one grid."""
+    """Whether a group only moves integers of one grid: that is exact."""
     node = group.nodes[0]
     outputs = group.outputs
-    if group.kind not in MOVES or len(group.nodes) > 1:
+    if len(group.nodes) > 1 or not (keeps_grid(node) or node.op == KEEPS_SIZE):
         return False
     if not all(name in context.grids for name in outputs):
         return False
-    if len({context.groups[n] for n in (*outputs, *(o.tensor for o in quantized))}) > 1:
-        return False
-    if node.op == "Resize":
-        return bool(node.attrs.get("mode", "nearest") == "nearest")
-    if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
-        fill = node.inputs[2] if len(node.inputs) > 2 else None
-        return fill is None or (isinstance(fill, gs.Constant) and not np.any(fill.values))
-    return True
+    return len({context.groups[n] for n in (*outputs, *(o.tensor for o in quantized))}) == 1
 
 
 def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[str, NDArray[Any]]:

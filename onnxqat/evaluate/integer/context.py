@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnxqat.evaluate.integer.grid import Grid
 from onnxqat.insert import plan_of, read_params, strip
 from onnxqat.model import Model, to_proto
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.rules import Arithmetic, HardwareRule
@@ -161,7 +162,7 @@ def make_context(model: Model, rule: HardwareRule, arithmetic: Arithmetic, threa
         graph=floats.graph,
         protos={n.name: n for n in proto.graph.node},
         opsets=list(proto.opset_import),
-        opset=next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")),
+        opset=next(o.version for o in proto.opset_import if o.domain in ONNX_DOMAINS),
         threads=threads,
         grids={p.tensor: Grid(params[p.parameters], p.spec) for p in points},
         groups={p.tensor: p.parameters for p in points},

@@ -17,10 +17,10 @@ from onnxqat.evaluate.integer.requantize import ratio, requantizer
 from onnxqat.evaluate.integer.rounding import Int64Array, round_levels
 from onnxqat.evaluate.integer.steps import FloatTarget, ProductStep, Target
 from onnxqat.evaluate.integer.tails import float_limits, make_target
+from onnxqat.nodes import is_convolution, is_plain_product
 
-__all__ = ["PRODUCTS", "build_product"]
+__all__ = ["build_product"]
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MAX_BITS = 8  # a sum of products of wider integers need not fit into int32
 
 
@@ -59,7 +59,7 @@ def _check(node: gs.Node, grids: Sequence[Grid]) -> None:
             f"Node '{node.name}': integer evaluation covers widths up to {MAX_BITS} bits. "
             "Evaluate with --mode qdq."
         )
-    if node.op == "Gemm" and (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)) != (1, 1):
+    if not is_plain_product(node):
         raise RuleError(
             f"Node '{node.name}': a Gemm with alpha or beta has no documented integer arithmetic."
         )
@@ -76,7 +76,7 @@ def _spreader(
     def spread(values: NDArray[Any], of_weight: bool) -> NDArray[Any]:
         if values.ndim == 0:
             return values
-        if node.op in ("Conv", "ConvTranspose"):
+        if is_convolution(node):
             repeated = np.tile(values, group) if of_weight else values
             return repeated.reshape(-1, *[1] * (rank - 2))
         # a constant on the left: its rows, which are the last axis before a vector
@@ -102,7 +102,7 @@ def _bias(
         return None, None
     ((node, tensor),) = found
     values = np.asarray(tensor.values, np.float64)
-    if node.op in ("Conv", "ConvTranspose"):
+    if is_convolution(node):
         values = spread(values, False)
     dtype = np.float32 if context.arithmetic.requantize == "float" else np.float64
     scale = np.asarray(scales[0], dtype) * np.asarray(scales[1], dtype)
@@ -124,7 +124,7 @@ def _sums(
         None if o.values is None else g.centered(g.quantize(o.values, "half-even"))
         for o, g in zip(pair, grids, strict=True)
     ]
-    if node.op in ("Conv", "ConvTranspose"):
+    if is_convolution(node):
         weight = constants[1]
         if weight is None:
             raise RuleError(f"Node '{node.name}': its kernel is no constant.")

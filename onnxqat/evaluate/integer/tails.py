@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.evaluate.integer.context import Context, Group
 from onnxqat.evaluate.integer.steps import Target, limits_of
-from onnxqat.plan.operators import is_bias_add
+from onnxqat.nodes import is_bias_add
 
 __all__ = ["float_limits", "has_tail_only_of_limits", "make_target"]
 

@@ -18,7 +18,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import constant
-from onnxqat.prepare.editing import is_op
+from onnxqat.nodes import is_op
+from onnxqat.operators import RECURRENT, SUBGRAPHS
 from onnxqat.train.gradients import CustomOp
 from onnxqat.train.lowering import chains, pointwise, reductions, separable
 from onnxqat.train.lowering.convolution import conv_transpose
@@ -29,7 +30,7 @@ from onnxqat.train.lowering.gradient import (
     custom_op,
     static_shape,
 )
-from onnxqat.train.lowering.normalization import NORMALIZATIONS, TRAINED_INPUTS
+from onnxqat.train.lowering.normalization import NORMALIZATIONS
 from onnxqat.train.lowering.rearranging import (
     depth_to_space,
     einsum,
@@ -38,7 +39,7 @@ from onnxqat.train.lowering.rearranging import (
 )
 from onnxqat.train.lowering.shapes import fixed_shapes
 
-__all__ = ["FIRST_INPUT_ONLY", "TRAINED_INPUTS", "Refusal", "ShapeUnknown", "fixed_shapes", "lower"]
+__all__ = ["FIRST_INPUT_ONLY", "Refusal", "ShapeUnknown", "fixed_shapes", "lower"]
 
 NATIVE = frozenset(
     (
@@ -52,15 +53,9 @@ NATIVE = frozenset(
 )
 FIRST_INPUT_ONLY = ("Clip", "Pow")  # whose other inputs get no gradient, or a wrong one
 RUNTIME_DOMAIN = "com.microsoft"
-RECURRENT = "a recurrent layer has no gradient here"
-SUBGRAPH = "what a subgraph computes has no gradient here"
 REFUSED = {
-    "GRU": RECURRENT,
-    "LSTM": RECURRENT,
-    "RNN": RECURRENT,
-    "If": SUBGRAPH,
-    "Loop": SUBGRAPH,
-    "Scan": SUBGRAPH,
+    **dict.fromkeys(RECURRENT, "a recurrent layer has no gradient here"),
+    **dict.fromkeys(SUBGRAPHS, "what a subgraph computes has no gradient here"),
     "GridSample": "sampling at computed positions has no gradient here",
 }
 GRADIENTS: dict[str, Callable[[gs.Node], Gradient]] = {

@@ -14,16 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_shape
 
-__all__ = ["NORMALIZATIONS", "TRAINED_INPUTS"]
-
-# Which inputs are trained, by op: scales and biases, not running statistics.
-TRAINED_INPUTS = {
-    "BatchNormalization": (1, 2),
-    "GroupNormalization": (1, 2),
-    "InstanceNormalization": (1, 2),
-    "LayerNormalization": (1, 2),
-    "PRelu": (1,),
-}
+__all__ = ["NORMALIZATIONS"]
 
 # From v and dn to the normalised n and to dv, over {axes}.
 NORMALISE = """

@@ -1,0 +1,226 @@
+"""Questions about one node of a float graph, answered from `onnxqat.operators` and the node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.operators import (
+    CONVOLUTIONS,
+    ONNX_DOMAINS,
+    OPERATORS,
+    Role,
+    convolution_channels,
+    role_of,
+)
+
+__all__ = [
+    "along_channels",
+    "bias_channels",
+    "bias_index",
+    "biased_node",
+    "channel_axis",
+    "clips_from_zero",
+    "data_inputs",
+    "input_role",
+    "is_bias_add",
+    "is_constant",
+    "is_convolution",
+    "is_depthwise",
+    "is_empty",
+    "is_float",
+    "is_op",
+    "is_plain_product",
+    "keeps_grid",
+    "kernel_size",
+    "output_channels",
+    "runs_along",
+    "takes_grid",
+    "weight_index",
+]
+
+# Inputs whose values a chip may take in integers of their own grid.
+GRID_ROLES: tuple[Role, ...] = ("data", "factor", "weight", "scale")
+
+
+def is_op(node: gs.Node, *ops: str) -> bool:
+    """Return whether a node is one of these operators of the default domain."""
+    return node.op in ops and node.domain in ONNX_DOMAINS
+
+
+def is_float(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is known to hold float32."""
+    # graphsurgeon holds a type that numpy lacks as onnx's number
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
+        return False
+    return bool(np.dtype(tensor.dtype) == np.float32)
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is an initializer."""
+    return isinstance(tensor, gs.Constant)
+
+
+def is_empty(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is known to hold no values: an axis of it has the length 0."""
+    return tensor.shape is not None and 0 in tuple(tensor.shape)
+
+
+def input_role(node: gs.Node, index: int) -> Role:
+    """Return what input ``index`` of a node is; of operators that are not ONNX's, data."""
+    return role_of(node.op, index) if node.domain in ONNX_DOMAINS else "data"
+
+
+def takes_grid(node: gs.Node, index: int) -> bool:
+    """Return whether a chip may take an input in integers of its own grid.
+
+    It cannot be a bias, whose scale follows from others, nor a slope, a statistic or a setting.
+    """
+    return input_role(node, index) in GRID_ROLES
+
+
+def data_inputs(node: gs.Node) -> list[gs.Tensor]:
+    """Return what a node works on: its inputs without weights, biases, settings and the like."""
+    return [t for i, t in enumerate(node.inputs) if input_role(node, i) in ("data", "factor")]
+
+
+def weight_index(node: gs.Node) -> int | None:
+    """Return which input of a node is its constant weight, if one is."""
+    found = [
+        i
+        for i, tensor in enumerate(node.inputs)
+        if input_role(node, i) in ("weight", "factor") and is_constant(tensor) and is_float(tensor)
+    ]
+    return found[-1] if found else None
+
+
+def bias_index(node: gs.Node) -> int | None:
+    """Return which input of a node would be its bias, None where its operator has none."""
+    roles = OPERATORS[node.op].inputs if is_op(node, *OPERATORS) else ()
+    return roles.index("bias") if "bias" in roles else None
+
+
+def channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
+    """Return the axis of the output channels in constant operand ``index``, of rank ``rank``.
+
+    None for an operand that is no weight, and in a MatMul for a vector, which is all contracted,
+    and for a stack of matrices: the fused kernels of runtimes take one scale for it (QLinearMatMul
+    of onnxruntime 1.19.2 does not run).
+    """
+    if input_role(node, index) not in ("weight", "factor"):
+        return None
+    if node.op == "Gemm":
+        flipped = bool(node.attrs.get("transB" if index else "transA", 0))
+        return index ^ flipped  # of A the rows, of B the columns
+    if node.op == "MatMul":
+        return index if rank == 2 else None
+    return OPERATORS[node.op].channel_axis
+
+
+def output_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
+    """Return how many channels a node writes whose weight, or right operand, has ``shape``.
+
+    None for a MatMul with a vector.
+    """
+    if is_convolution(node):
+        return convolution_channels(node.op, shape, int(node.attrs.get("group", 1)))
+    axis = channel_axis(node, 1, 2)  # of a stack of matrices, that of each
+    return None if axis is None or len(shape) < 2 else shape[axis - 2]
+
+
+def is_plain_product(node: gs.Node) -> bool:
+    """Return whether a node is no Gemm that multiplies its product or its bias by a number."""
+    return node.op != "Gemm" or (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)) == (
+        1,
+        1,
+    )
+
+
+def bias_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
+    """Return how many channels the bias of a node runs along, whose right operand has ``shape``.
+
+    None where no integers of scale s_x * s_w stand for the bias: the operand is a vector, or a Gemm
+    multiplies the product or the bias.
+    """
+    return output_channels(node, shape) if is_plain_product(node) else None
+
+
+def biased_node(node: gs.Node, index: int) -> gs.Node | None:
+    """Return the node whose bias is input ``index`` of ``node``, if there is one.
+
+    It is the node itself, or the MatMul whose product an Add takes.
+    """
+    if input_role(node, index) == "bias":
+        return node
+    if node.op != "Add" or len(node.inputs) != 2:
+        return None
+    producers = node.inputs[1 - index].inputs
+    return producers[0] if producers and producers[0].op == "MatMul" else None
+
+
+def is_bias_add(node: gs.Node) -> bool:
+    """Return whether a node adds a constant vector."""
+    constants = [t for t in node.inputs if is_constant(t)]
+    return node.op == "Add" and len(constants) == 1 and len(constants[0].shape) == 1
+
+
+def runs_along(shape: Sequence[int], channels: int) -> bool:
+    """Return whether a bias of ``shape`` has one value per channel, or one for all of them."""
+    return all(n == 1 for n in shape[:-1]) and tuple(shape[-1:]) in ((), (1,), (channels,))
+
+
+def along_channels(bias: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Return a bias of shape (), (1,), (N,), (1, 1) or (1, N) as an array of shape (N,)."""
+    return np.broadcast_to(bias.reshape(bias.shape[-1:]), (channels,))
+
+
+def is_convolution(node: gs.Node) -> bool:
+    """Return whether a node is a Conv or a ConvTranspose."""
+    return is_op(node, *CONVOLUTIONS)
+
+
+def kernel_size(node: gs.Node) -> tuple[int, ...]:
+    """Return the spatial size of a kernel, () where there is none."""
+    if "kernel_shape" in node.attrs:
+        return tuple(node.attrs["kernel_shape"])
+    if is_convolution(node) and is_constant(node.inputs[1]):
+        return tuple(node.inputs[1].shape[2:])
+    return ()
+
+
+def is_depthwise(node: gs.Node) -> bool:
+    """Return whether each group of a convolution has one input channel, and there are several."""
+    group = node.attrs.get("group", 1)
+    if not is_convolution(node) or group == 1 or not is_constant(node.inputs[1]):
+        return False
+    # weight: (M, C / group, ...) of Conv, (C, M / group, ...) of ConvTranspose
+    shape = node.inputs[1].shape
+    return bool(shape[1] == 1 if node.op == "Conv" else shape[0] == group)
+
+
+def clips_from_zero(node: gs.Node) -> bool:
+    """Return whether a node is a Clip that lets nothing negative through."""
+    if node.op != "Clip" or len(node.inputs) < 2 or not is_constant(node.inputs[1]):
+        return False
+    return bool(np.all(node.inputs[1].values >= 0))
+
+
+def keeps_grid(node: gs.Node) -> bool:
+    """Return whether a node writes values of one grid where it reads data of that grid.
+
+    It moves or chooses values; what it adds, as a Relu or a Pad does, is zero, which every grid
+    holds. A Resize does so by the nearest value, a Pad of another kind by values that are there.
+    """
+    if not is_op(node, *OPERATORS) or OPERATORS[node.op].movement is None:
+        return False
+    if node.op == "Resize":
+        outside = node.attrs.get("extrapolation_value", 0)
+        return bool(node.attrs.get("mode", "nearest") == "nearest" and not outside)
+    if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
+        fill = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+        return fill is None or (is_constant(fill) and not np.any(fill.values))
+    return True
