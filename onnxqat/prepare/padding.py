@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from onnxqat.nodes import is_op
+from onnxqat.operators import WINDOWED
 
 __all__ = ["make_pads_explicit"]
 
@@ -32,7 +33,7 @@ def make_pads_explicit(graph: gs.Graph) -> int:
     """Replace ``auto_pad`` by ``pads``; return at how many nodes."""
     changed = 0
     for node in graph.nodes:
-        if not is_op(node, "Conv", "ConvTranspose", "MaxPool", "AveragePool"):
+        if not is_op(node, *WINDOWED):
             continue
         mode = node.attrs.get("auto_pad", "NOTSET")
         if mode == "NOTSET" or "output_shape" in node.attrs:

@@ -68,7 +68,9 @@ def test_conv_transpose(kernel: tuple[int, int], strides: tuple[int, int], mode:
 @pytest.mark.parametrize("ceil_mode", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kernel", "strides"), SHAPES)
-@pytest.mark.parametrize("pool", ["MaxPool", "AveragePool-excluding", "AveragePool-including"])
+@pytest.mark.parametrize(
+    "pool", ["MaxPool", "LpPool", "AveragePool-excluding", "AveragePool-including"]
+)
 def test_pools(
     pool: str, kernel: tuple[int, int], strides: tuple[int, int], mode: str, ceil_mode: int
 ) -> None:
