@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.data import InputSpec, Preprocessing, check_count, check_preprocessing
 from onnxqat.errors import DataError, ModelError
 from onnxqat.model import Model
+from onnxqat.operators import moving
 
 __all__ = [
     "Settings",
@@ -27,8 +28,8 @@ LOOKUPS = {
     "GatherElements": ((1, 0),),
     "EmbedLayerNormalization": ((0, 2), (1, 4)),  # com.microsoft
 }
-# Those that keep every value, of their first input.
-MOVES = {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+# Those whose output holds every value of their first input; a Cast changes no index.
+MOVES = (*moving("axes", "blocks", "repeats"), "Cast")
 
 
 class Settings(

@@ -218,13 +218,13 @@ def test_models_that_run_beside_each_other_take_the_batch_of_the_one_that_is_fix
 def lookup(*nodes, kind=TensorProto.INT64):
     """Return a model of two tables, of 10 and 7 rows, that ``nodes`` read by the input ``t``."""
     tables = {"ten": np.zeros((10, 4), np.float32), "seven": np.zeros((7, 4), np.float32)}
-    shape = numpy_helper.from_array(np.int64([-1, 2]), "shape")
+    integers = {"shape": np.int64([-1, 2]), "repeats": np.int64([1, 3])}
     graph = helper.make_graph(
         [helper.make_node(op, names, [out], **attrs) for op, names, out, attrs in nodes],
         "g",
         [helper.make_tensor_value_info("t", kind, ["N", 2])],
         [helper.make_tensor_value_info(nodes[-1][2], TensorProto.FLOAT, None)],
-        [*(numpy_helper.from_array(array, name) for name, array in tables.items()), shape],
+        [numpy_helper.from_array(array, name) for name, array in (tables | integers).items()],
     )
     opsets = [helper.make_opsetid("", 17)]
     return from_proto(helper.make_model(graph, ir_version=8, opset_imports=opsets))
@@ -243,6 +243,7 @@ MOVED = ("Reshape", ["c", "shape"], "r", {})
         ([("Gather", ["ten", "t"], "a", {"axis": 1})], 4),
         ([("Gather", ["ten", "t"], "a", {"axis": -1})], 4),
         ([CAST, MOVED, ("Gather", ["seven", "r"], "a", {})], 7),
+        ([("Tile", ["t", "repeats"], "r", {}), ("Gather", ["seven", "r"], "a", {})], 7),
         ([CAST, ("Add", ["c", "c"], "r", {}), ("Gather", ["seven", "r"], "a", {})], None),
         ([CAST, ("Gather", ["t", "c"], "r", {}), ("Cast", ["r"], "a", {"to": 1})], None),
         ([("GatherElements", ["ten", "t"], "a", {})], 10),
