@@ -22,14 +22,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.nodes import is_constant, is_float, is_op, weight_index
-from onnxqat.operators import ONNX_DOMAINS, RECURRENT, SUBGRAPHS
+from onnxqat.operators import ONNX_DOMAINS, RECURRENT, SUBGRAPHS, moving
 
 __all__ = ["Masks", "find_masks"]
 
 MASKING_OPS = ("Add", "Sub", "Where", "Max", "Min", "Concat", "Pad", "ScatterND", "ScatterElements")
-MOVING_OPS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Slice")
+MOVING_OPS = moving("axes", "blocks", "repeats", "picks")
 # Ops behind which a very negative value is still one, with the above.
-PASSING_OPS = (*MASKING_OPS, *MOVING_OPS, "Mul", "Div", "Neg", "Clip", "Split", "Gather", "Tile")
+PASSING_OPS = (*MASKING_OPS, *MOVING_OPS, "Mul", "Div", "Neg", "Clip")
 # Ops for which a very negative value counts for nothing.
 SELECTING_OPS = (
     *("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp", "ReduceMax", "ArgMax", "TopK"),

@@ -270,3 +270,32 @@ def test_mask_of_attention_as_one_op_is_left_float(kind):
     plan = make_plan(prepare(from_proto(model), opset=21).graph, quantizing(*OPS))
 
     assert {p.tensor for p in plan.points} == {"x", "v", "z"}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        "Transpose<perm = [0, 1, 3, 2]>(a)",
+        "DepthToSpace<blocksize = 2>(a)",
+        "Expand(a, sizes)",
+        "Tile(a, sizes)",
+        "Slice(a, starts, ends)",
+        "Split<axis = 1, num_outputs = 1>(a)",
+        "Gather<axis = 1>(a, starts)",
+    ],
+)
+def test_what_moves_a_sum_with_no_data_stays_float_like_the_sum(moved):
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 21]>
+        g (float[1,4,2,2] x, int64[1,4,2,2] ids) => (float[n,c,h,k] y)
+        <float[4,4,1,1] w = {{{", ".join(["0.5"] * 16)}}},
+         int64[4] sizes = {{1, 1, 1, 1}}, int64[1] starts = {{0}}, int64[1] ends = {{1}}>
+        {{ c = Conv(x, w) p = Cast<to = 1>(ids) a = Add(c, p) t = {moved} y = Tanh(t) }}"""
+    )
+    skips = make_plan(prepare(from_proto(model)).graph, quantizing("Conv", "Tanh")).skips
+    reasons = {skip.op_type: skip.reason for skip in skips}
+
+    assert reasons["Add"] == "adds 'p', computed from no data"
+    assert reasons[moved.partition("<")[0].partition("(")[0]] == (
+        "moves 'a', to which a mask was added"
+    )
