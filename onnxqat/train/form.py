@@ -22,6 +22,7 @@ from onnxqat.computable import computable
 from onnxqat.errors import ModelError, TrainingError
 from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import Model, to_proto
+from onnxqat.nodes import data_inputs, keeps_grid
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, QuantParams, quantized_range
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
@@ -32,13 +33,6 @@ from onnxqat.train.trained import trained_initializers
 __all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untrainable_nodes"]
 
 logger = logging.getLogger(__name__)
-
-# Ops that only move or pick values: what goes in on a grid comes out on it.
-GRID_PRESERVING = (
-    *("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
-    *("Tile", "Gather", "Expand", "DepthToSpace", "SpaceToDepth", "Identity", "Relu", "Concat"),
-)
-
 
 MAX_NAMED = 5  # nodes in one message
 
@@ -265,9 +259,8 @@ class _Builder:
 
     def _follow(self, node: gs.Node) -> list[gs.Node]:
         """Carry grids and the need of a gradient over one node; return what stands for it."""
-        sources = node.inputs if node.op == "Concat" else node.inputs[:1]
-        grids = {self.grid.get(t.name) for t in sources}
-        if node.op in GRID_PRESERVING and len(grids) == 1 and None not in grids:
+        grids = {self.grid.get(t.name) for t in data_inputs(node)}
+        if keeps_grid(node) and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
         floats = [t.name for t in node.outputs if t.dtype in (None, np.float32)]
         learned = [i for i, t in enumerate(node.inputs) if t.name in self.trained]

@@ -8,7 +8,7 @@ from onnx import numpy_helper
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import insert, with_params
+from onnxqat.insert import insert, plan_of, with_params
 from onnxqat.model import from_proto, load_model, save_model, to_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
@@ -51,6 +51,16 @@ def test_redundant_pairs_are_left_out_and_nothing_else():
     # behind MaxPool, Concat and Flatten the values lie on the grid already
     assert not pairs & {"p1", "k1", "f1"}
     assert {"input", "r1", "r2", "r3", "c3", "c4", "v1", "v2", "output"} <= pairs
+
+
+def test_a_pair_behind_what_keeps_a_grid_is_left_out():
+    _, qdq = quantized(upsampling())
+    form = training_form(qdq)
+    pairs = {n.name.split("/")[0] for n in form.proto.graph.node if n.domain == "onnxqat"}
+
+    assert {p.tensor: p.group for p in plan_of(qdq).grid_points()}["e1"] == "m1"
+    assert not pairs & {"k1", "e1"}  # behind a Concat, and a Pad by reflection
+    assert {"m1", "t1", "z1"} <= pairs  # of the same group; z1 is behind a linear Resize
 
 
 def test_weights_biases_and_scales_are_parameters():
