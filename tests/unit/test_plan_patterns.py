@@ -243,6 +243,30 @@ def test_exception_holds_where_its_conditions_do(condition, holds):
     assert [s.node for s in plan.skips if s.unsupported] == [f"n_{name}" for name in holds]
 
 
+@pytest.mark.parametrize(
+    ("node", "shape", "holds"),
+    [
+        ("Conv<group = 4>(x, w)", (4, 1, 1), True),
+        ("Conv<group = 4>(x, w)", (8, 1, 1), True),  # two filters for each channel
+        ("Conv<group = 2>(x, w)", (4, 2, 1), False),
+        ("ConvTranspose<group = 4>(x, w)", (4, 1, 1), True),
+        ("ConvTranspose<group = 4>(x, w)", (4, 2, 1), True),
+        ("ConvTranspose<group = 2>(x, w)", (4, 1, 1), False),
+        ("ConvTranspose(x, w)", (4, 1, 1), False),
+    ],
+)
+def test_depthwise_is_one_input_channel_in_each_of_several_groups(node, shape, holds):
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4,6] x) => (float[N,p,6] y, float[N,4,6] z) {{ y = {node} z = Relu(x) }}"""
+    model, weight = onnx.parser.parse_model(text), np.ones(shape, np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    exception = RuleException(op=("Conv", "ConvTranspose"), unsupported="no", depthwise=True)
+    ops = dict.fromkeys(("Conv", "ConvTranspose", "Relu"), OpRule(outputs="a"))
+    plan = make_plan(prepare(from_proto(model)).graph, rule_of(exceptions=(exception,), ops=ops))
+
+    assert any(s.unsupported for s in plan.skips) == holds
+
+
 def test_exception_changes_specs_and_the_first_one_decides():
     graph = prepare(from_proto(convnet())).graph
     exceptions = (
@@ -329,14 +353,14 @@ def test_forced_range_is_passed_on_and_kept_out_of_other_groups():
     assert found["y"] == (None, None)
 
 
-@pytest.mark.parametrize("joined", ["a, r", "r, a"])
+@pytest.mark.parametrize("first", ["a = Add(x, k) r = Tanh(x)", "r = Tanh(x) a = Add(x, k)"])
 @pytest.mark.parametrize(
     ("values", "scale"),
     [("-5.12, 2", 5.12 / 128), ("-5.12, 6.35", 6.35 / 127), ("10.2, 0", 10.2 / 255)],
 )
-def test_a_sum_holds_its_constant_and_so_does_what_is_joined_with_it(joined, values, scale):
+def test_a_sum_holds_its_constant_and_so_does_what_is_joined_with_it(first, values, scale):
     """In int8, or uint8 where nothing is negative, whatever calibration sees."""
-    body = f"a = Add(x, k) r = Tanh(x) y = Concat<axis=1>({joined})"
+    body = f"{first} y = Concat<axis=1>(a, r)"
     graph = graph_of(body, constants=f"float[2] k = {{{values}}}", shape="N,2")
     plan = make_plan(graph, load_rule("sophgo-bm1684x"))
     smallest = {p.tensor: p.spec.min_scale for p in plan.points}
