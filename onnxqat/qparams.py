@@ -199,8 +199,10 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     if spec.power_of_two:
         scale = power_of_two(scale)
     if not np.all(scale > 0):
+        at = int(np.argmin(scale))
         raise PlanError(
-            f"Clipping range [{low}, {high}] is too narrow for a float32 scale. Raise min_range."
+            f"Clipping range [{low.flat[at]}, {high.flat[at]}] is too narrow for a float32 scale. "
+            "Raise min_range."
         )
     zero_point = (
         np.zeros_like(scale) if spec.symmetric else np.clip(np.rint(qmin - low / scale), qmin, qmax)

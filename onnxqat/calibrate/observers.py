@@ -19,7 +19,7 @@ mse               least mean squared quantization error (Nagel et al. 2021,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final
 
 import msgspec
@@ -30,7 +30,6 @@ from onnxqat.calibrate.histogram import Histogram
 from onnxqat.errors import DataError, PlanError
 from onnxqat.qparams import (
     FloatArray,
-    QuantParams,
     QuantSpec,
     choose_qparams,
     fake_quantize,
@@ -49,14 +48,17 @@ __all__ = [
 ]
 
 Range: TypeAlias = tuple[float, float]
+Doubles: TypeAlias = NDArray[np.float64]
+Candidates: TypeAlias = Callable[[Doubles], tuple[Doubles, Doubles]]  # of factors: low, high ends
+Errors: TypeAlias = Callable[[Doubles, Doubles], list[float]]  # of low and high ends
 
 _COARSE = 2.0 ** (-np.arange(128) / 16)  # 1 down to 0.004, 4 % apart
 _FINE = 2.0 ** (np.arange(-16, 17) / 256)  # one coarse step to either side, 0.3 % apart
 _WEIGHT_FACTORS = np.arange(100, 19, -1) / 100  # 1.0 down to 0.2
 
 
-def _scalar(value: float) -> FloatArray:
-    """Return ``value`` as float32 of shape ()."""
+def _single(value: float | Doubles) -> FloatArray:
+    """Return a float64, or an array of them, as float32 of its shape."""
     return np.asarray(value, np.float32)
 
 
@@ -143,7 +145,7 @@ class Observer(ABC):
             raise DataError(f"{self._name}: no value was seen. Calibrate with at least one sample.")
         else:
             low, high = self._range()
-        return _scalar(low), _scalar(high)
+        return _single(low), _single(high)
 
     @abstractmethod
     def _update(self, x: FloatArray, low: float, high: float) -> None:
@@ -284,24 +286,27 @@ class MseObserver(Observer):
             return low, high
         edges, counts = self._histogram.occupied()
 
-        def error(limits: Range) -> float:
-            params = choose_qparams(_scalar(limits[0]), _scalar(limits[1]), self._spec)
+        def errors(lows: Doubles, highs: Doubles) -> list[float]:
+            params = choose_qparams(_single(lows), _single(highs), self._spec)
+            qmin, qmax = quantized_range(self._spec, signed=params.signed)
+            grids = zip(params.scale.tolist(), params.zero_point.tolist(), strict=True)
             # no dot product: a threaded BLAS makes it slow and its rounding depend on the machine
-            return float((counts * _bin_errors(edges, params, self._spec)).sum())
+            return [
+                float((counts * _bin_errors(edges, scale, qmin - z, qmax - z)).sum())
+                for scale, z in grids
+            ]
 
-        def cut(factor: float) -> Range:
-            t = magnitude * factor
-            return max(low, -t), min(high, t)
+        def cut(factors: Doubles) -> tuple[Doubles, Doubles]:
+            t = magnitude * factors
+            return np.maximum(low, -t), np.minimum(high, t)
 
-        best = _search(cut, error)
+        best = _search(cut, errors)
         if not self._spec.symmetric:
-            best = _search_ends(_search_ends(best, error), error)
+            best = _search_ends(_search_ends(best, errors), errors)
         return best
 
 
-def _bin_errors(
-    edges: NDArray[np.float64], params: QuantParams, spec: QuantSpec
-) -> NDArray[np.float64]:
+def _bin_errors(edges: Doubles, scale: float, lowest: int, highest: int) -> Doubles:
     """Return the mean squared quantization error of each bin, its values evenly spread.
 
     With ``u = x / scale``, ``k = clip(round(u), qmin - z, qmax - z)`` and ``d = u - k``, the
@@ -312,42 +317,54 @@ def _bin_errors(
     ----------
     edges : float64 of shape (n + 1,)
         Evenly spaced ends of the bins, in the units of the tensor.
+    scale : float
+        Units of the tensor per level.
+    lowest, highest : int
+        ``qmin - z`` and ``qmax - z``, in levels.
 
     Returns
     -------
     float64 of shape (n,)
         In squared units of the tensor.
     """
-    qmin, qmax = quantized_range(spec, signed=params.signed)
-    scale, zero_point = float(params.scale), int(params.zero_point)
-    u = edges / scale
-    k = np.clip(np.rint(u), qmin - zero_point, qmax - zero_point)
-    d = u - k
-    integral = k / 12 + d * d * d / 3
     step = (edges[1] - edges[0]) / scale
-    errors: NDArray[np.float64] = np.diff(integral) * (scale * scale / step)
+    d = edges / scale
+    integral = np.rint(d)
+    np.maximum(integral, lowest, out=integral)
+    np.minimum(integral, highest, out=integral)
+    d -= integral
+    cube = d * d
+    cube *= d
+    cube /= 3
+    integral /= 12
+    integral += cube
+    errors: Doubles = integral[1:] - integral[:-1]
+    errors *= scale * scale / step
     return errors
 
 
-def _search(candidate: Callable[[float], Range], error: Callable[[Range], float]) -> Range:
+def _search(candidates: Candidates, errors: Errors) -> Range:
     """Return the candidate of least error over a coarse grid of factors, then a fine one.
 
     The factor 1 comes first and only a smaller error replaces the best, so that the result is
     never worse than the range the search starts from.
     """
 
-    def least(factors: Iterable[float]) -> float:
-        return min(factors, key=lambda factor: error(candidate(factor)))
+    def least(factors: Doubles) -> Doubles:
+        """Return the best factor, of shape (1,)."""
+        best = np.argmin(errors(*candidates(factors)))
+        return factors[best : best + 1]
 
-    coarse = least(_COARSE.tolist())
-    return candidate(least([coarse, *(min(coarse * fine, 1.0) for fine in _FINE.tolist())]))
+    coarse = least(_COARSE)
+    low, high = candidates(least(np.concatenate([coarse, np.minimum(coarse * _FINE, 1.0)])))
+    return float(low[0]), float(high[0])
 
 
-def _search_ends(best: Range, error: Callable[[Range], float]) -> Range:
+def _search_ends(best: Range, errors: Errors) -> Range:
     """Move the high end alone, then the low end alone, towards zero."""
     low, high = best
-    low, high = _search(lambda factor: (low, high * factor), error)
-    return _search(lambda factor: (low * factor, high), error)
+    low, high = _search(lambda factors: (np.full_like(factors, low), high * factors), errors)
+    return _search(lambda factors: (low * factors, np.full_like(factors, high)), errors)
 
 
 OBSERVERS: dict[str, type[Observer]] = {

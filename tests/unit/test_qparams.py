@@ -272,6 +272,12 @@ def test_a_scale_of_zero_is_refused(symmetric: bool) -> None:
         choose_qparams(np.float32(0), np.float32(0), spec)
 
 
+def test_of_many_ranges_the_one_without_a_scale_is_named() -> None:
+    low, high = np.float32([-1, 0, -2]), np.float32([1, 1e-45, 2])
+    with pytest.raises(PlanError, match=r"Clipping range \[0\.0, 1\.\d*e-45\] is too narrow"):
+        choose_qparams(low, high, QuantSpec(axis=0, min_range=0.0))
+
+
 def test_inputs_are_unchanged() -> None:
     spec = QuantSpec(axis=0)
     low, high = np.float32([1, -1]), np.float32([2, 1])
