@@ -185,6 +185,19 @@ def test_keep_float_by_override():
     assert any(s.node == "n_output" and "op:Gemm.quantize=false" in s.reason for s in plan.skips)
 
 
+def test_all_that_moves_values_to_a_reader_of_floats_stays_float():
+    """onnxruntime sees through as many as there are."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[1,4,4,4] x) => (float[1,4,8,8] y)
+    <float[4] s = {1, 1, 2, 2}, int64[4] shape = {1, 4, 4, 4}> {
+        r = LeakyRelu(x) p = MaxPool<kernel_shape = [1, 1]>(r) t = Transpose<perm = [0, 1, 3, 2]>(p)
+        v = Reshape(t, shape) d = Resize<mode = "linear">(v, , s) y = LeakyRelu(d) }"""
+    plan = plan_of(onnx.parser.parse_model(text), "onnxruntime-cpu")
+    skipped = {s.op_type for s in plan.skips}
+
+    assert {p.tensor for p in plan.points} == {"x", "d", "y"}
+    assert {"MaxPool", "Transpose", "Reshape", "Resize"} <= skipped
+
+
 def test_high_precision_output_stays_float():
     rule = msgspec.structs.replace(load_rule("sophgo-bm1684x"), graph_outputs="float")
     graph = prepare(from_proto(convnet())).graph
