@@ -76,6 +76,27 @@ def test_qdq_arithmetic_is_that_of_the_parameters(rule, overrides):
     np.testing.assert_array_equal(after, expected)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("narrow", ["true", "false"])
+def test_both_ends_of_a_range_are_those_of_the_spec(bits, narrow):
+    """[-127, 127] too, which is no dtype's own."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[9] x) => (float[9] y)
+    { y = LeakyRelu(x) }"""
+    wide = ("symmetric=true", "signedness=signed", f"narrow_range={narrow}", f"bits={bits}")
+    overrides = tuple(f"activation.{field}" for field in wide)
+    floats, plan = planned(onnx.parser.parse_model(text), "onnxruntime-cpu", overrides)
+    spec = plan.points[0].spec
+    params = dict.fromkeys("xy", choose_qparams(np.float32(-1), np.float32(1), spec))
+    proto = to_proto(insert(floats, plan, params, state="calibrated"))
+    x = np.linspace(-2, 2, 9, dtype=np.float32)
+    read = next(n for n in proto.graph.node if n.op_type == "LeakyRelu").input[0]
+    (found,) = run_ort(onnx.utils.Extractor(proto).extract_model(["x"], [read]), {"x": x})
+
+    np.testing.assert_array_equal(found, fake_quantize(x, params["x"], spec))
+    top = 2 ** (bits - 1) - 1
+    np.testing.assert_allclose(found[0], -1 if narrow == "true" else -(top + 1) / top, rtol=1e-6)
+
+
 def test_16_bits_at_an_opset_without_them_are_an_error():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("qnn-htp-16"))
