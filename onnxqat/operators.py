@@ -25,7 +25,7 @@ movement       what is in an output
 ``picks``      some values of the first input, chosen by their positions
 ``joins``      the values of all inputs side by side
 ``extremes``   values of the data, or zero, chosen by their size
-``fills``      the values of the first input with others around them or between them
+``fills``      values of the first input, and by its attributes others around or between them
 =============  ====================================================================================
 """
 
@@ -148,6 +148,7 @@ OPERATORS: dict[str, Operator] = {
     "RNN": Operator(gates=1),
     "ReduceMean": Operator(inputs=_SETTINGS),
     "Scan": Operator(subgraphs=True),
+    "SequenceMap": Operator(subgraphs=True),
     "Sigmoid": Operator(nonnegative=True),
     "Softmax": Operator(nonnegative=True),
 }
