@@ -139,3 +139,16 @@ def test_the_scale_of_a_range_with_two_ends_stays_above_its_floor():
     scales = {float(trained.values.views[f"{n}/scale"]) for n in RANGES}
 
     assert scales == {float(np.float32(1.5 / LEVELS))}
+
+
+def test_a_power_of_two_is_the_one_nearest_to_a_scale_that_moves():
+    """Under a gradient of 1 in the logarithm, which moves the scale behind it by exp(-rate)."""
+    model = network("N", "activation.symmetric=true", "activation.power_of_two=true")
+    trained = Trained(model, scale_lr=0.2)
+    scales = [f"{name}/scale" for name in RANGES]
+    for step in range(8):
+        trained.step(lambda n, _: 1 / trained.values.views[n] if n in scales else 0, step)
+        halvings = np.rint(0.2 * (step + 1) / math.log(2))
+
+        for name in scales:
+            assert trained.values.views[name] == trained.start[name] * 0.5**halvings
