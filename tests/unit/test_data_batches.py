@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,16 @@ def data(tmp_path: Path) -> Iterator[DataSet]:
         yield opened
 
 
-def workers() -> int:
-    return sum(thread.name.startswith("onnxqat") for thread in threading.enumerate())
+@pytest.fixture
+def workers() -> Callable[[], int]:
+    """Counts the threads that a test has started; of earlier tests some may not be collected."""
+    others = set(threading.enumerate())
+
+    def count() -> int:
+        new = set(threading.enumerate()) - others
+        return sum(thread.name.startswith("onnxqat") for thread in new)
+
+    return count
 
 
 def test_a_last_batch_is_left_out_on_request(data: DataSet) -> None:
@@ -100,7 +108,9 @@ def test_the_next_batch_is_read_meanwhile(data: DataSet, monkeypatch: pytest.Mon
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_an_error_arrives_after_the_batches_before_it(tmp_path: Path) -> None:
+def test_an_error_arrives_after_the_batches_before_it(
+    tmp_path: Path, workers: Callable[[], int]
+) -> None:
     x = X.copy()
     x[9] = np.nan
     np.savez(tmp_path / "a.npz", x=x)
@@ -112,7 +122,7 @@ def test_an_error_arrives_after_the_batches_before_it(tmp_path: Path) -> None:
     assert workers() == 0
 
 
-def test_no_thread_outlives_its_iterator(data: DataSet) -> None:
+def test_no_thread_outlives_its_iterator(data: DataSet, workers: Callable[[], int]) -> None:
     assert workers() == 0
     for _ in data.batches(4):
         break
