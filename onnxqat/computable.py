@@ -6,29 +6,32 @@ Calibration, training and evaluation need no more than that. What is written kee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import msgspec
 import onnx_graphsurgeon as gs
 
 from onnxqat.ends import open_ends
 from onnxqat.errors import ModelError
-from onnxqat.insert import PLAN_KEY, insert, plan_of, read_params, state_of, strip
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
 from onnxqat.plan import Edge, QuantPoint
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.shapes import infer_shapes
 from onnxqat.prepare.unused import remove_unused
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 
 __all__ = ["Computable", "computable"]
 
+M = TypeVar("M", bound=AnyModel)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Computable:
+class Computable(Generic[M]):
     """What onnxruntime can run of a model.
 
     Attributes
     ----------
-    model : Model
+    model : Model or QuantizedModel
         The model itself where it can run all of it.
     lost : tuple of str
         The outputs that it cannot compute.
@@ -38,7 +41,7 @@ class Computable:
         Whether the first output, which labels are compared with, is among them.
     """
 
-    model: Model
+    model: M
     lost: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     first_lost: bool = False
@@ -46,14 +49,14 @@ class Computable:
     @property
     def note(self) -> str:
         """One line that says what is looked at in the place of what."""
-        ends = [tensor.name for tensor in self.model.graph.outputs]
+        ends = [tensor.name for tensor in float_part(self.model).graph.outputs]
         return (
             f"onnxruntime has no {', '.join(self.ops)}: outputs {_listed(self.lost)} are not "
             f"computed, and {_listed(ends)} stand for them"
         )
 
 
-def computable(model: Model) -> Computable:
+def computable(model: M) -> Computable[M]:
     """Return what onnxruntime can run of a model, float or Q/DQ.
 
     The outputs that it computes come first, and behind them the tensors that the other ops read.
@@ -64,9 +67,8 @@ def computable(model: Model) -> Computable:
     ModelError
         A point of the plan lies behind such an op, or nothing before it can be computed.
     """
-    quantized = PLAN_KEY in model.metadata
-    floats = strip(model) if quantized else model
-    ends = open_ends(lambda: to_proto(floats), optimization="none", threads=1, name=model.name)
+    floats = float_part(model)
+    ends = open_ends(floats.to_proto, optimization="none", threads=1, name=model.name)
     if not ends.lost:
         return Computable(model=model)
     rest = floats.copy()
@@ -76,15 +78,14 @@ def computable(model: Model) -> Computable:
     rest.graph.outputs = [tensors[name] for name in ends.names]
     sort_nodes(rest.graph)
     remove_unused(rest.graph)
-    if quantized:
-        rest = _with_pairs(rest, model)
+    made = _with_pairs(rest, model) if isinstance(model, QuantizedModel) else rest
     first_lost = floats.graph.outputs[0].name in ends.lost
-    return Computable(model=rest, lost=ends.lost, ops=ends.ops, first_lost=first_lost)
+    return Computable(model=cast("M", made), lost=ends.lost, ops=ends.ops, first_lost=first_lost)
 
 
-def _with_pairs(rest: Model, model: Model) -> Model:
+def _with_pairs(rest: Model, model: QuantizedModel) -> QuantizedModel:
     """Return the rest of a float model with the Q/DQ pairs that the whole one has there."""
-    plan = plan_of(model)
+    plan = model.plan
     names, tensors = {node.name for node in rest.graph.nodes}, rest.graph.tensors()
     for point in plan.points:
         if point.tensor not in tensors:
@@ -94,9 +95,7 @@ def _with_pairs(rest: Model, model: Model) -> Model:
             )
     points = tuple(_moved(point, names, rest.graph) for point in plan.points)
     kept = msgspec.structs.replace(plan, points=points)
-    result = insert(rest, kept, read_params(model), state=state_of(model))
-    result.metadata = model.metadata | result.metadata
-    return result
+    return model.with_params(model.params, state=model.state, plan=kept, floats=rest)
 
 
 def _moved(point: QuantPoint, names: set[str], graph: gs.Graph) -> QuantPoint:

@@ -16,11 +16,11 @@ from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
-from onnxqat.insert import check_calibrated, plan_of, read_params, strip
 from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint, Skip
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
+from onnxqat.quantized import QuantizedModel, require_quantized, without_notes
 from onnxqat.rules import load_rule
 from onnxqat.snap import snap_weights
 
@@ -60,31 +60,31 @@ class Deployment:
     regridded: Mapping[str, int]
 
 
-def deployed_model(model: Model, *, weights: Literal["snapped", "tuned"]) -> Model:
+def deployed_model(model: QuantizedModel, *, weights: Literal["snapped", "tuned"]) -> Model:
     """Return the float model of a Q/DQ model; float16 where the model it was made from was.
 
     Parameters
     ----------
-    model : Model
+    model : QuantizedModel
         Calibrated or fine-tuned.
     weights : {"snapped", "tuned"}
         ``snapped`` puts every quantized weight on its grid, ``round(w / s) * s``, so that any
         compiler that rounds it to this grid again gets the integers that training used; other
         readers of the same constant keep its values. ``tuned`` keeps the weights as trained.
     """
-    plan, params = plan_of(model), read_params(model)
     if weights == "snapped":
-        check_calibrated(model)
-    floats = strip(model)
+        model.check_calibrated()
+    floats = model.floats.copy()
+    note = floats.metadata.get(FLOAT16_KEY)
+    floats.metadata = without_notes(floats.metadata)
     if weights == "snapped":
-        points = (p for p in plan.grid_points() if p.role == "weight")
-        snap_weights(floats.graph, ((p, params[p.parameters]) for p in points))
-    note = model.metadata.get(FLOAT16_KEY)
+        points = (p for p in model.plan.grid_points() if p.role == "weight")
+        snap_weights(floats.graph, ((p, model.params[p.parameters]) for p in points))
     return floats if note is None else narrow_to_float16(floats, note)
 
 
 def write_deployment(
-    model: Model,
+    model: QuantizedModel,
     folder: str | Path,
     *,
     table: str | None = None,
@@ -105,9 +105,8 @@ def write_deployment(
     FormatError
         The table cannot say what the plan says.
     """
-    plan = plan_of(model)  # of a float model, an error
-    check_calibrated(model)
-    chosen = _format(table or _table_of_rule(plan.rule))
+    require_quantized(model).check_calibrated()
+    chosen = _format(table or _table_of_rule(model.plan.rule))
     floats = deployed_model(model, weights=weights)
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
@@ -159,7 +158,9 @@ def _bytes(content: str | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.encode()
 
 
-def _regridded(chosen: Format, written: Written, model: Model, floats: Model) -> dict[str, int]:
+def _regridded(
+    chosen: Format, written: Written, model: QuantizedModel, floats: Model
+) -> dict[str, int]:
     """Read the table back; return the weights whose integers differ from those of training.
 
     Raises

@@ -15,17 +15,15 @@ to the parameters only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError
-from onnxqat.insert import PLAN_KEY, read_params
 from onnxqat.model import Model
 from onnxqat.nodes import is_op
 from onnxqat.operators import ONNX_DOMAINS, WEIGHTED
@@ -45,9 +43,8 @@ from onnxqat.qparams import (
     storage_dtype,
 )
 
-__all__ = ["ForeignParams", "mark_taken", "read_foreign_qdq", "take_over", "taken_params"]
+__all__ = ["ForeignParams", "read_foreign_qdq", "take_over"]
 
-TAKEN_KEY = "onnxqat.taken_over"
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 INTEGER_KINDS = tuple(getattr(onnx.TensorProto, k) for k in ("INT8", "UINT8", "INT16", "UINT16"))
@@ -78,7 +75,7 @@ class ForeignParams:
 def read_foreign_qdq(model: Model) -> tuple[Model, dict[str, ForeignParams]]:
     """Return the float model within a Q/DQ model of another tool, and the parameters by tensor.
 
-    A model without pairs, and one of ours, is returned as it is. A weight stored as integers
+    A model without pairs is returned as it is. A weight stored as integers
     is named after the output of its DequantizeLinear; int32 is a bias, and has no parameters.
 
     Raises
@@ -86,7 +83,7 @@ def read_foreign_qdq(model: Model) -> tuple[Model, dict[str, ForeignParams]]:
     ModelError
         A QuantizeLinear or DequantizeLinear is not part of a pair with constant parameters.
     """
-    if PLAN_KEY in model.metadata or not any(_is(n, "DequantizeLinear") for n in model.graph.nodes):
+    if not any(_is(n, "DequantizeLinear") for n in model.graph.nodes):
         return model, {}
     result = model.copy()
     graph = result.graph
@@ -340,21 +337,3 @@ def _same_range(
     levels = rounded_levels(values, params, spec)
     differences = np.clip(levels, *limits_of_spec) - np.clip(levels, *limits)
     return bool(np.abs(differences).max(initial=0) <= 1)
-
-
-def mark_taken(model: Model, names: Iterable[str]) -> None:
-    """Note in a Q/DQ model that calibration is to leave these parameters alone."""
-    model.metadata[TAKEN_KEY] = msgspec.json.encode(sorted(names)).decode()
-
-
-def taken_params(model: Model) -> dict[str, QuantParams]:
-    """Return the parameters of a Q/DQ model that another tool chose."""
-    if TAKEN_KEY not in model.metadata:
-        return {}
-    try:
-        names = msgspec.json.decode(model.metadata[TAKEN_KEY], type=list[str])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        message = f"{model.name}: '{TAKEN_KEY}' cannot be read ({error}). Insert again."
-        raise ModelError(message) from error
-    found = read_params(model)
-    return {name: found[name] for name in names if name in found}

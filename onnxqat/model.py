@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,6 @@ __all__ = [
     "exported",
     "from_proto",
     "load_model",
-    "save_model",
-    "to_proto",
     "weights_left_out",
     "write_model",
 ]
@@ -57,7 +55,7 @@ MAX_REASON = 200  # characters of another library's message
 G_LOGGER.severity = G_LOGGER.CRITICAL
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Model:
     """A graph, its metadata, and the rest of its file.
 
@@ -75,7 +73,7 @@ class Model:
 
     graph: gs.Graph
     metadata: dict[str, str]
-    rest: onnx.ModelProto = field(repr=False)
+    rest: onnx.ModelProto
     name: str
 
     def copy(self) -> Model:
@@ -90,6 +88,30 @@ class Model:
                 tensor.type = originals[name].type
         _share_constants(graph)
         return Model(graph=graph, metadata=dict(self.metadata), rest=self.rest, name=self.name)
+
+    def __repr__(self) -> str:
+        return f"Model('{self.name}', {len(self.graph.nodes)} nodes, opset {self.graph.opset})"
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Return the model as a protobuf message that shares nothing with it."""
+        proto = exported(self.graph, self.name)
+        for key, value in self.metadata.items():
+            proto.metadata_props.add(key=key, value=value)
+        restore(proto, self.rest)
+        return proto
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the model, whole or not at all.
+
+        Above 2 GB its weights go to ``<name>.<hash>.data`` beside it.
+
+        Raises
+        ------
+        OnnxQatError
+            The file exists and ``force`` is not set, or it cannot be written.
+        """
+        with atomic_output(path, force=force) as temporary:
+            write_model(self, temporary)
 
 
 def _copy_opsets(opsets: Iterable[onnx.OperatorSetIdProto]) -> list[onnx.OperatorSetIdProto]:
@@ -242,15 +264,6 @@ def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
                 entry.version = min(entry.version, MAX_OPSET)
 
 
-def to_proto(model: Model) -> onnx.ModelProto:
-    """Return the model as a protobuf message that shares nothing with ``model``."""
-    proto = exported(model.graph, model.name)
-    for key, value in model.metadata.items():
-        proto.metadata_props.add(key=key, value=value)
-    restore(proto, model.rest)
-    return proto
-
-
 def exported(graph: gs.Graph, name: str) -> onnx.ModelProto:
     """Return a graph alone as a message.
 
@@ -287,29 +300,17 @@ def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Consta
             tensor._values = stored[name]
 
 
-def save_model(model: Model, path: str | Path, *, force: bool = False) -> None:
-    """Write the model, whole or not at all; above 2 GB its weights go to ``<name>.<hash>.data``.
-
-    Raises
-    ------
-    OnnxQatError
-        The file exists and ``force`` is not set, or it cannot be written.
-    """
-    with atomic_output(path, force=force) as temporary:
-        write_model(model, temporary)
-
-
 def write_model(model: Model, path: Path) -> None:
-    """Write the model where no one reads yet; see `save_model`."""
+    """Write the model where no one reads yet; see `Model.save`."""
     weights = {n: t for n, t in model.graph.tensors().items() if _is_plain(t)}
     size = sum(tensor._values.nbytes for tensor in weights.values())
     if size > MAX_PROTOBUF_BYTES - 2**24:
         with weights_left_out(model.graph, MAX_INLINE_ELEMENTS) as left_out:
-            proto = to_proto(model)
+            proto = model.to_proto()
         values = ((name, tensor.values) for name, tensor in left_out.items())
         write_external_data(proto, values, path)
     else:
-        proto = to_proto(model)
+        proto = model.to_proto()
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 

@@ -1,36 +1,288 @@
-"""Read a model file; one with Q/DQ pairs of ours is checked against its plan, once.
+"""The quantized model: a float graph, and what is quantized in it with which parameters.
 
-Another tool may have edited the file. Constant nodes are read as initializers. Beyond that the
-pairs have to be those that `onnxqat.insert` writes for the stored plan, so that nothing that reads
-such a model looks again. Scales, zero points and weights are those of the nodes.
+Every stage takes one and returns a new one, which shares what the stage does not change. The graph
+has Q/DQ nodes only in a file and in what is made for a runtime: `onnxqat.pairs` adds them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, get_args
 
+import msgspec
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
-from onnxqat.errors import ModelError
-from onnxqat.insert import PLAN_KEY, plan_of, state_of
+from onnxqat.check_pairs import check_pairs
+from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import Model
-from onnxqat.model import load_model as load_any
-from onnxqat.nodes import biased_node, is_op
-from onnxqat.plan import Edge, QuantPlan, QuantPoint
+from onnxqat.model import load_model as load_file
+from onnxqat.pairs import add_pairs, check_points, params_of_pairs, remove_pairs
+from onnxqat.plan import QuantPlan
 from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import constant_values, names_in_subgraphs
-from onnxqat.qparams import WIDTHS, QuantParams, quantized_range, storage_dtype
+from onnxqat.qparams import QuantParams
 
-__all__ = ["check_pairs", "load_model"]
+__all__ = [
+    "OPSET_OF_16_BITS",
+    "AnyModel",
+    "QuantizedModel",
+    "Stage",
+    "State",
+    "float_part",
+    "insert_pairs",
+    "load_model",
+    "needs_16_bits",
+    "read_pairs",
+    "require_quantized",
+    "weights_hash",
+    "without_notes",
+]
+
+OPSET_OF_16_BITS = 21  # https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
+State = Literal["uncalibrated", "calibrated", "finetuned"]
+
+OURS = "onnxqat."  # how the keys begin that we add to a file's metadata
+VERSION = "1"  # of what the metadata say; files without one are of version 1 too
+VERSION_KEY, PLAN_KEY, STATE_KEY = "onnxqat.version", "onnxqat.plan", "onnxqat.state"
+SOURCE_KEY, TAKEN_KEY, HISTORY_KEY = "onnxqat.source", "onnxqat.taken_over", "onnxqat.history"
+KEYS = (VERSION_KEY, PLAN_KEY, STATE_KEY, SOURCE_KEY, TAKEN_KEY, HISTORY_KEY)
 
 
-def load_model(path: str | Path) -> Model:
-    """Read an ONNX file, see `onnxqat.model.load_model`; check its Q/DQ pairs if they are ours.
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """What one stage did, for the report.
+
+    Attributes
+    ----------
+    name : str
+        The command: ``insert``, ``calibrate``, ``finetune``, ``import-table``.
+    settings : dict
+        What it was told, by the names of the options.
+    figures : dict of str to float or None
+        What it measured, by name; None where it is not finite.
+    """
+
+    name: str
+    settings: dict[str, Any] = {}
+    figures: dict[str, float | None] = {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class QuantizedModel:
+    """A float model, its quantization plan, and the parameters.
+
+    Attributes
+    ----------
+    floats : Model
+        The prepared float model; its metadata hold what is known of the data, see
+        `onnxqat.settings`. Models of several stages share its graph: change a copy.
+    plan : QuantPlan
+        What is quantized, and why.
+    params : mapping of str to QuantParams
+        By `QuantPoint.parameters`; one entry for each weight and activation of the plan.
+    state : {"uncalibrated", "calibrated", "finetuned"}
+        How far it has come; the scales of an uncalibrated one are placeholders.
+    source : str
+        SHA-256 of the weights of the float model that it was made from, see `weights_hash`.
+    taken : tuple of str
+        Parameters that another tool chose, and calibration leaves alone.
+    history : tuple of Stage
+        What was done, and measured.
+    """
+
+    floats: Model
+    plan: QuantPlan
+    params: Mapping[str, QuantParams]
+    state: State
+    source: str
+    taken: tuple[str, ...] = ()
+    history: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        # models of several stages share them
+        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+
+    @property
+    def name(self) -> str:
+        """The file name, for messages."""
+        return self.floats.name
+
+    def __repr__(self) -> str:
+        counts = {r: sum(p.role == r for p in self.plan.points) for r in ("weight", "activation")}
+        return (
+            f"QuantizedModel('{self.name}', {self.state}, rule '{self.plan.rule}', "
+            f"{counts['weight']} weights, {counts['activation']} activations)"
+        )
+
+    def with_params(
+        self,
+        params: Mapping[str, QuantParams],
+        *,
+        state: State,
+        plan: QuantPlan | None = None,
+        floats: Model | None = None,
+    ) -> QuantizedModel:
+        """Return the model with other parameters, state and, where given, plan and weights.
+
+        Raises
+        ------
+        PlanError
+            They disagree with each other.
+        """
+        changed = replace(
+            self, params=params, state=state, plan=plan or self.plan, floats=floats or self.floats
+        )
+        check_points(changed.floats.graph, changed.plan, params)
+        return changed
+
+    def check_calibrated(self) -> None:
+        """Refuse a model whose scales are placeholders, for all that reads them.
+
+        Raises
+        ------
+        PlanError
+            It is not calibrated.
+        """
+        if self.state == "uncalibrated":
+            raise PlanError(f"{self.name}: is not calibrated. Calibrate or fine-tune it first.")
+
+    def with_stage(self, stage: Stage) -> QuantizedModel:
+        """Return the model with one more stage in its history."""
+        return replace(self, history=(*self.history, stage))
+
+    def qdq(self) -> Model:
+        """Return a copy of the float model with Q/DQ pairs and our metadata: what a file has."""
+        result = self.floats.copy()
+        add_pairs(result.graph, self.plan, self.params)
+        result.metadata |= self._metadata()
+        return result
+
+    @contextmanager
+    def as_qdq(self) -> Iterator[Model]:
+        """Yield what `qdq` returns without a copy of the graph: it has the pairs meanwhile."""
+        floats = self.floats
+        add_pairs(floats.graph, self.plan, self.params)
+        try:
+            yield replace(floats, metadata=floats.metadata | self._metadata())
+        finally:
+            remove_pairs(floats.graph, self.plan)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Return the model with Q/DQ pairs as a message that shares nothing with it."""
+        with self.as_qdq() as model:
+            return model.to_proto()
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the model with Q/DQ pairs; see `Model.save`."""
+        with self.as_qdq() as model:
+            model.save(path, force=force)
+
+    def _metadata(self) -> dict[str, str]:
+        """Return what a file says beside its nodes."""
+        ours = {
+            VERSION_KEY: VERSION,
+            PLAN_KEY: self.plan.to_json(),
+            STATE_KEY: self.state,
+            SOURCE_KEY: self.source,
+        }
+        if self.taken:
+            ours[TAKEN_KEY] = _json(self.taken)
+        if self.history:
+            ours[HISTORY_KEY] = _json(self.history)
+        return ours
+
+
+AnyModel: TypeAlias = Model | QuantizedModel
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value, order="deterministic").decode()
+
+
+def float_part(model: AnyModel) -> Model:
+    """Return the float model of a quantized one; of a float model, itself."""
+    return model.floats if isinstance(model, QuantizedModel) else model
+
+
+def require_quantized(model: AnyModel) -> QuantizedModel:
+    """Return the model as a quantized one.
+
+    Raises
+    ------
+    ModelError
+        It is float.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(
+            f"{model.name}: holds no quantization plan. Run 'onnxqat insert' on it first."
+        )
+    return model
+
+
+def without_notes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file without what we added."""
+    return {key: value for key, value in metadata.items() if not key.startswith(OURS)}
+
+
+def needs_16_bits(plan: QuantPlan) -> bool:
+    """Return whether a plan has points that QuantizeLinear writes as 16 bits."""
+    return any(point.spec.bits > 8 for point in plan.grid_points())
+
+
+def weights_hash(graph: gs.Graph) -> str:
+    """Return the SHA-256 of all float32 initializers of a float graph, in order of name."""
+    digest = hashlib.sha256()
+    tensors = graph.tensors()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(tensor.values).data)
+    return digest.hexdigest()
+
+
+def insert_pairs(
+    floats: Model, plan: QuantPlan, params: Mapping[str, QuantParams], *, state: State
+) -> QuantizedModel:
+    """Return a prepared float model with the Q/DQ pairs of a plan.
+
+    Parameters
+    ----------
+    floats : Model
+        The prepared float model that the plan was made for; shared, not changed.
+    plan : QuantPlan
+        What to quantize.
+    params : mapping of str to QuantParams
+        By `QuantPoint.parameters`; one entry for each weight and activation.
+    state : {"uncalibrated", "calibrated", "finetuned"}
+        How far it has come.
+
+    Raises
+    ------
+    PlanError
+        Plan, parameters and model disagree.
+    """
+    if state not in get_args(State):
+        raise PlanError(f"State '{state}' is unknown. Give one of {', '.join(get_args(State))}.")
+    if isinstance(floats, QuantizedModel) or PLAN_KEY in floats.metadata:
+        raise ModelError(f"{floats.name}: already holds a quantization plan. Strip it first.")
+    if needs_16_bits(plan) and floats.graph.opset < OPSET_OF_16_BITS:
+        raise PlanError(
+            f"{floats.name}: the plan has 16-bit points, which QuantizeLinear of opset "
+            f"{floats.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, plan again."
+        )
+    check_points(floats.graph, plan, params)
+    source = weights_hash(floats.graph)
+    return QuantizedModel(floats=floats, plan=plan, params=params, state=state, source=source)
+
+
+def load_model(path: str | Path) -> AnyModel:
+    """Read an ONNX file, see `onnxqat.model.load_model`; one with Q/DQ pairs of ours as such.
 
     Raises
     ------
@@ -39,207 +291,58 @@ def load_model(path: str | Path) -> Model:
     PlanError
         The stored plan cannot be read.
     """
-    model = load_any(path)
-    if PLAN_KEY in model.metadata:
-        lift_constants(model.graph)
-        state_of(model)
-        check_pairs(model, plan_of(model))
-    return model
+    model = load_file(path)
+    return read_pairs(model) if PLAN_KEY in model.metadata else model
 
 
-def check_pairs(model: Model, plan: QuantPlan) -> None:
-    """Check that the Q/DQ pairs in a model are those of a plan.
+def read_pairs(model: Model) -> QuantizedModel:
+    """Return the quantized model that a Q/DQ file holds; ``model`` becomes its float part.
+
+    Constant nodes, which another tool may have made, are read as initializers.
 
     Raises
     ------
-    ModelError
-        They are not; the message names the tensor.
+    ModelError, PlanError
+        See `load_model`.
     """
-    _Checker(model, plan).run()
+    metadata = model.metadata
+    _check_version(metadata.get(VERSION_KEY, VERSION), model.name)
+    lift_constants(model.graph)
+    state = metadata.get(STATE_KEY)
+    if state not in get_args(State):
+        raise ModelError(f"{model.name}: state is {state!r}. Run 'onnxqat insert' again.")
+    plan = QuantPlan.from_json(metadata[PLAN_KEY])
+    check_pairs(model, plan)
+    params = params_of_pairs(model.graph, plan)
+    remove_pairs(model.graph, plan)
+    result = QuantizedModel(
+        floats=model,
+        plan=plan,
+        params=params,
+        state=state,  # type: ignore[arg-type]
+        source=metadata.get(SOURCE_KEY, ""),
+        taken=tuple(n for n in _stored(model, TAKEN_KEY, tuple[str, ...]) if n in params),
+        history=_stored(model, HISTORY_KEY, tuple[Stage, ...]),
+    )
+    for key in KEYS:
+        metadata.pop(key, None)
+    return result
 
 
-class _Checker:
-    """Looks tensors and nodes up by name, in time linear in their number."""
-
-    def __init__(self, model: Model, plan: QuantPlan) -> None:
-        self.name, self.graph, self.plan = model.name, model.graph, plan
-        self.tensors = model.graph.tensors()
-        self.nodes: dict[str, gs.Node] = {}
-        for node in model.graph.nodes:
-            if self.nodes.setdefault(node.name, node) is not node:
-                raise ModelError(
-                    f"{self.name}: two nodes are called '{node.name}', so that the stored plan "
-                    "means neither. Insert again."
-                )
-        self.inner = names_in_subgraphs(model.graph.nodes)
-        self.outputs = {t.name for t in model.graph.outputs}
-        self.params: dict[str, QuantParams] = {}
-        self.points: dict[str, QuantPoint] = {}
-
-    def run(self) -> None:
-        for point in self.plan.grid_points():
-            if self.points.setdefault(point.tensor, point) is not point:
-                self.wrong(point.tensor, "has two points in the stored plan")
-            self._check_point(point)
-        for bias in self.plan.points:
-            if bias.role == "bias":
-                self._check_bias(bias)
-        for name in (name for chain in self.plan.chains for name in chain):
-            if name not in self.nodes:
-                raise ModelError(
-                    f"{self.name}: node '{name}' of the stored plan is missing. Insert again."
-                )
-
-    def wrong(self, tensor: str, what: str) -> NoReturn:
+def _check_version(version: str, name: str) -> None:
+    if version != VERSION:
         raise ModelError(
-            f"{self.name}: tensor '{tensor}' {what}. The file was changed by another tool: insert "
-            "again from the float model."
+            f"{name}: was written by a newer onnxqat (metadata of version '{version}', this one "
+            f"reads {VERSION}). Upgrade onnxqat."
         )
 
-    def _check_point(self, point: QuantPoint) -> None:
-        tensor, spec = point.tensor, point.spec
-        if spec.bits not in WIDTHS:
-            self.wrong(tensor, f"has {spec.bits} bits in the stored plan")
-        pair = self._pair(point)
-        source = pair[0].inputs[0]
-        if source.name not in (tensor, f"{tensor}/float"):
-            self.wrong(tensor, f"is not what its QuantizeLinear reads, which is '{source.name}'")
-        shape = source.shape
-        if point.role == "weight" and not _is_float_constant(source):
-            self.wrong(tensor, "is a weight, and holds no float32 constant")
-        if spec.axis is not None and (shape is None or not 0 <= spec.axis < len(shape)):
-            self.wrong(tensor, f"has no axis {spec.axis}, which the stored plan says")
-        params = self._params(point, pair, None if spec.axis is None else shape[spec.axis])
-        if not self.params.setdefault(point.parameters, params).same_as(params):
-            self.wrong(tensor, f"has other parameters than '{point.parameters}', which it shares")
-        self._check_readers(point, pair[-1].outputs[0])
 
-    def _pair(self, point: QuantPoint) -> list[gs.Node]:
-        """Return the nodes of a point, one behind the other, and read by nothing else."""
-        tensor = point.tensor
-        found = [self.nodes.get(f"{tensor}/{op}") for op in ("QuantizeLinear", "DequantizeLinear")]
-        clip = self.nodes.get(f"{tensor}/Clip")
-        pair = [found[0], *([clip] if clip else []), found[1]]
-        ops = ["QuantizeLinear", *(["Clip"] if clip else []), "DequantizeLinear"]
-        for node, op in zip(pair, ops, strict=True):
-            if node is None or not is_op(node, op):
-                self.wrong(tensor, f"has no {op} called '{tensor}/{op}'")
-            if len(node.inputs) != 3 or len(node.outputs) != 1 or not node.inputs[0].name:
-                self.wrong(tensor, f"has a {op} without its three inputs and one output")
-        nodes = [node for node in pair if node is not None]
-        for node, reader in pairwise(nodes):
-            integers = node.outputs[0]
-            known = {integers.name} & (self.inner | self.outputs)
-            if known or [id(n) for n in integers.outputs] != [id(reader)]:
-                self.wrong(tensor, f"has integers that not only its {reader.op} reads")
-            if reader.inputs[0] is not integers:
-                self.wrong(tensor, f"has a {reader.op} that does not read its {node.op}")
-        return nodes
-
-    def _params(
-        self, point: QuantPoint, pair: list[gs.Node], channels: int | str | None
-    ) -> QuantParams:
-        """Return scale and zero_point of a pair, both of them as the plan wants them."""
-        tensor, spec = point.tensor, point.spec
-        ends = (pair[0], pair[-1])
-        scale, zero_point = (self._same(tensor, (n.inputs[i] for n in ends)) for i in (1, 2))
-        wanted = () if channels is None else (channels,)
-        if scale.dtype != np.float32 or scale.shape != wanted or zero_point.shape != wanted:
-            self.wrong(
-                tensor,
-                f"has a scale of {scale.dtype} {scale.shape} and a zero_point of shape "
-                f"{zero_point.shape} instead of float32 {wanted}",
-            )
-        if not np.all((scale > 0) & np.isfinite(scale)):
-            self.wrong(tensor, "has a scale that is no positive number")
-        params = QuantParams(scale=scale, zero_point=zero_point)
-        signedness = "signed" if params.signed else "unsigned"
-        if spec.signedness not in (signedness, "from_range") or (
-            zero_point.dtype != storage_dtype(spec, signed=params.signed)
-        ):
-            self.wrong(
-                tensor,
-                f"has integers of type {zero_point.dtype}; the stored plan says {spec.bits} bits, "
-                f"{spec.signedness}",
-            )
-        limits = quantized_range(spec, signed=params.signed)
-        if spec.symmetric and zero_point.any():
-            self.wrong(tensor, "has a zero_point other than 0; the stored plan has it symmetric")
-        if zero_point.min(initial=0) < limits[0] or zero_point.max(initial=0) > limits[1]:
-            self.wrong(tensor, f"has a zero_point outside of {limits}")
-        self._check_limits(tensor, pair, limits, zero_point.dtype)
-        axes = {node.attrs.get("axis") for node in ends}
-        if spec.axis is not None and axes != {spec.axis}:
-            self.wrong(tensor, f"is not quantized along axis {spec.axis}, which its plan says")
-        return params
-
-    def _same(self, tensor: str, operands: Iterable[gs.Tensor]) -> NDArray[Any]:
-        """Return the value that the two ends of a pair have in common."""
-        first, second = (constant_values(operand) for operand in operands)
-        if first is None or second is None:
-            self.wrong(tensor, "has a scale or zero_point that is no constant")
-        if first.dtype != second.dtype or not np.array_equal(first, second):
-            self.wrong(tensor, "has other parameters in QuantizeLinear than in DequantizeLinear")
-        return first
-
-    def _check_limits(
-        self, tensor: str, pair: list[gs.Node], limits: tuple[int, int], dtype: np.dtype[Any]
-    ) -> None:
-        stored = np.iinfo(dtype)
-        if (len(pair) == 2) != (limits == (stored.min, stored.max)):
-            what = "no Clip" if len(pair) == 2 else "a Clip"
-            self.wrong(
-                tensor, f"has {what} between its pair; the stored plan has integers {limits}"
-            )
-        for limit, operand in zip(
-            limits, pair[1].inputs[1:] if len(pair) == 3 else (), strict=False
-        ):
-            value = constant_values(operand)
-            if (
-                value is None
-                or value.dtype != dtype
-                or value.size != 1
-                or int(value.item()) != limit
-            ):
-                self.wrong(tensor, f"has a Clip of other limits than {limits} of type {dtype}")
-
-    def _check_readers(self, point: QuantPoint, target: gs.Tensor) -> None:
-        """Check that the consumers of the plan, and nothing else, read what was dequantized."""
-        found = {
-            Edge(node.name, i)
-            for node in {id(n): n for n in target.outputs}.values()
-            for i, tensor in enumerate(node.inputs)
-            if tensor is target
-        }
-        outputs = enumerate(self.graph.outputs)
-        found |= {Edge("", i) for i, tensor in outputs if tensor is target}
-        if target.name in self.inner:
-            self.wrong(point.tensor, "is read by a subgraph, which the stored plan does not know")
-        different = sorted(found.symmetric_difference(point.consumers))
-        if different:
-            edge = different[0]
-            reader = f"input {edge.index} of '{edge.node}'" if edge.node else f"output {edge.index}"
-            does = "reads it, and" if edge in found else "does not read it, but"
-            stands = "is not in the stored plan" if edge in found else "stands in the stored plan"
-            self.wrong(point.tensor, f"and the plan disagree: {reader} {does} {stands}")
-
-    def _check_bias(self, bias: QuantPoint) -> None:
-        if not _is_float_constant(self.tensors.get(bias.tensor)):
-            self.wrong(bias.tensor, "is a bias, and holds no float32 constant")
-        if len(bias.consumers) != 1 or not self._reads(bias.consumers[0], bias.tensor):
-            self.wrong(bias.tensor, "is not the bias of the node that the stored plan says")
-        roles = [self.points[n].role for n in bias.derived_from or () if n in self.points]
-        if roles != ["activation", "weight"] or not 2 <= bias.spec.bits <= 64:
-            self.wrong(bias.tensor, "is a bias of what has no points in the stored plan")
-
-    def _reads(self, edge: Edge, tensor: str) -> bool:
-        """Return whether a node takes a tensor as the bias of a product."""
-        node = self.nodes.get(edge.node)
-        if node is None or not 0 <= edge.index < len(node.inputs):
-            return False
-        return node.inputs[edge.index].name == tensor and biased_node(node, edge.index) is not None
-
-
-def _is_float_constant(tensor: gs.Tensor | None) -> bool:
-    """Return whether a tensor is a float32 initializer, without reading it."""
-    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32
+def _stored(model: Model, key: str, kind: Any) -> Any:
+    """Return what the metadata hold as JSON; an empty tuple where they hold nothing."""
+    if key not in model.metadata:
+        return ()
+    try:
+        return msgspec.json.decode(model.metadata[key], type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        message = f"{model.name}: '{key}' cannot be read ({error}). Insert again."
+        raise ModelError(message) from error

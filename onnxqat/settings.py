@@ -9,8 +9,8 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.data import InputSpec, Preprocessing, check_count, check_preprocessing
 from onnxqat.errors import DataError, ModelError
-from onnxqat.model import Model
 from onnxqat.operators import moving
+from onnxqat.quantized import AnyModel, float_part
 
 __all__ = [
     "Settings",
@@ -73,7 +73,7 @@ class Settings(
         return Preprocessing(**given, layout=layout)
 
 
-def stored_settings(model: Model) -> Settings:
+def stored_settings(model: AnyModel) -> Settings:
     """Return what the file knows about its data.
 
     Raises
@@ -81,7 +81,7 @@ def stored_settings(model: Model) -> Settings:
     ModelError
         What is stored cannot be read.
     """
-    text = model.metadata.get(KEY)
+    text = float_part(model).metadata.get(KEY)
     if text is None:
         return Settings()
     try:
@@ -103,7 +103,7 @@ def _by_name(stored: Any) -> Any:
     return stored
 
 
-def settle(model: Model, given: Settings) -> Settings:
+def settle(model: AnyModel, given: Settings) -> Settings:
     """Join what the file knows with what the user says now, and store it in ``model``.
 
     Raises
@@ -132,11 +132,11 @@ def settle(model: Model, given: Settings) -> Settings:
         except UnicodeEncodeError as error:  # file names need not be text
             name = error.object.encode("utf-8", "backslashreplace").decode()
             raise DataError(f"'{name}': is not UTF-8. Rename it.") from error
-        model.metadata[KEY] = text
+        float_part(model).metadata[KEY] = text
     return settings
 
 
-def adopt(model: Model, other: Model) -> None:
+def adopt(model: AnyModel, other: AnyModel) -> None:
     """Store in ``model`` what ``other`` knows about the data that both will read.
 
     Raises
@@ -168,14 +168,14 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def class_count(model: Model) -> int | None:
+def class_count(model: AnyModel) -> int | None:
     """Return the number of classes of a classifier, whose first output has shape (N, classes)."""
-    outputs = model.graph.outputs
+    outputs = float_part(model).graph.outputs
     shape = list(outputs[0].shape or ()) if outputs else []
     return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
 
-def input_specs(model: Model, beside: Model | None = None) -> list[InputSpec]:
+def input_specs(model: AnyModel, beside: AnyModel | None = None) -> list[InputSpec]:
     """Return the model's inputs as the data room wants them.
 
     Parameters
@@ -191,9 +191,13 @@ def input_specs(model: Model, beside: Model | None = None) -> list[InputSpec]:
     ModelError
         The two are fixed to batches of different length.
     """
-    others = {} if beside is None else {t.name: tuple(t.shape or ()) for t in beside.graph.inputs}
+    others = (
+        {}
+        if beside is None
+        else {t.name: tuple(t.shape or ()) for t in float_part(beside).graph.inputs}
+    )
     specs = []
-    for tensor in model.graph.inputs:
+    for tensor in float_part(model).graph.inputs:
         shape, other = tuple(tensor.shape or ()), others.get(tensor.name, ())
         if shape and other and isinstance(other[0], int) and shape[0] != other[0]:
             if beside is not None and isinstance(shape[0], int):

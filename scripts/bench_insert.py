@@ -25,10 +25,10 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from onnxqat.calibrate import placeholder_params
 from onnxqat.cli import GARBAGE_THRESHOLD
-from onnxqat.insert import insert
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 
 LARGEST_FOR_PEER = 5000
@@ -100,7 +100,7 @@ class _Transformer:
 def ours(proto: onnx.ModelProto) -> int:
     model = prepare(from_proto(proto))
     plan = make_plan(model.graph, load_rule("onnxruntime-cpu"))
-    result = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    result = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     return len(result.graph.nodes)
 
 

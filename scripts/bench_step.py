@@ -31,11 +31,11 @@ import onnxruntime as ort
 from step_server import serve
 
 from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.insert import insert
-from onnxqat.model import Model, load_model
+from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import QuantPlan, make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.train import Config
 from onnxqat.train.engine import StepSession
@@ -62,8 +62,8 @@ def prepared(path: Path, kind: str, images: np.ndarray) -> Model:
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), per_tensor)
     if kind == "float":
         nothing = QuantPlan(rule=plan.rule, points=(), skips=())
-        return insert(floats, nothing, {}, state="calibrated")
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+        return insert_pairs(floats, nothing, {}, state="calibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, [{"input": images}], observer="minmax", threads=THREADS)
 
 

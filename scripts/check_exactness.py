@@ -18,11 +18,11 @@ import numpy as np
 from onnxqat.data import open_data
 from onnxqat.deploy import read_table, write_deployment
 from onnxqat.errors import FormatError
-from onnxqat.insert import insert, plan_of
-from onnxqat.model import Model, load_model, to_proto
+from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session
 from onnxqat.settings import input_specs, stored_settings
@@ -34,7 +34,7 @@ SAMPLES, BATCH = 256, 32
 
 def rebuilt(model: Model) -> Model | None:
     """Return the Q/DQ model that the stripped model and its table make."""
-    plan = plan_of(model)
+    plan = model.plan
     with tempfile.TemporaryDirectory() as folder:
         try:
             files = write_deployment(model, folder, table="sophgo").files
@@ -48,7 +48,7 @@ def rebuilt(model: Model) -> Model | None:
             make_plan(floats.graph, load_rule(plan.rule), overrides),
             table="sophgo",
         )
-    return insert(floats, again, params, state="calibrated")
+    return insert_pairs(floats, again, params, state="calibrated")
 
 
 def check(path: str, source: str) -> bool:
@@ -62,9 +62,9 @@ def check(path: str, source: str) -> bool:
         input_map=settings.input_map,
     )
     form = training_form(model)
-    training, saved = forward_session(form), open_session(to_proto(model), optimization="none")
+    training, saved = forward_session(form), open_session(model.to_proto(), optimization="none")
     other = rebuilt(model)
-    table = open_session(to_proto(other), optimization="none") if other else None
+    table = open_session(other.to_proto(), optimization="none") if other else None
     differing = {"training form": 0, "table": 0}
     values = 0
     with data:

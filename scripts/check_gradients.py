@@ -28,11 +28,11 @@ import numpy as np
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import OnnxQatError
-from onnxqat.insert import insert
-from onnxqat.model import constant, load_model
+from onnxqat.model import constant
 from onnxqat.plan import QuantPlan, make_plan
 from onnxqat.prepare import prepare
 from onnxqat.prepare.editing import constant_values, remove_nodes, replace_input
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.train.engine import StepSession, forward_session
 from onnxqat.train.form import training_form
@@ -144,7 +144,7 @@ def check(path, rule, batch):
     fill_in_weights(loaded.graph, rng)  # before these constants are folded
     floats = prepare(loaded)
     plan = make_plan(floats.graph, load_rule(rule))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     feeds = random_inputs(floats.graph, batch, rng)
     sizes = {a.shape[0] for a in feeds.values() if a.ndim}
     batch = max(sizes, default=batch)
@@ -153,7 +153,7 @@ def check(path, rule, batch):
     finite = all(np.isfinite(g).all() for g in gradients.values())
     zero = len(form.parameters) - sum(bool(np.any(g)) for g in gradients.values())
     nothing = QuantPlan(rule=rule, points=(), skips=())
-    float_form = training_form(insert(floats, nothing, {}, state="calibrated"))
+    float_form = training_form(insert_pairs(floats, nothing, {}, state="calibrated"))
     worst = worst_derivative(float_form, feeds, batch, rng)
     result = "ok" if finite and worst <= TOLERANCE else "WRONG" if finite else "NOT FINITE"
     return Row(

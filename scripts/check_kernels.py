@@ -22,10 +22,10 @@ import onnxruntime as ort
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.formats.onnxruntime_qdq import integer_model
-from onnxqat.insert import insert
-from onnxqat.model import Model, load_model, to_proto
+from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 
 HEAVY = ("Conv", "Gemm", "MatMul", "Add", "AveragePool", "GlobalAveragePool", "MaxPool")
@@ -34,7 +34,7 @@ HEAVY = ("Conv", "Gemm", "MatMul", "Add", "AveragePool", "GlobalAveragePool", "M
 def quantized(path: str) -> tuple[Model, QuantPlan]:
     floats = prepare(load_model(path))
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     rng = np.random.default_rng(0)
     shapes = {
         t.name: [d if isinstance(d, int) and d > 0 else 1 for d in t.shape]
@@ -52,7 +52,7 @@ def optimized(model: Model) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         ort.InferenceSession(
-            to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            model.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         return onnx.load(options.optimized_model_filepath)
 

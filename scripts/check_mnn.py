@@ -33,8 +33,8 @@ from check_runtime import Feeds, feeds_of, layers_of, values_of
 from onnx.utils import Extractor
 
 from onnxqat.deploy import write_deployment
-from onnxqat.insert import plan_of
-from onnxqat.model import Model, load_model, to_proto
+from onnxqat.model import Model
+from onnxqat.quantized import load_model
 from onnxqat.runtime import open_session
 
 VARIABLE = "ONNXQAT_MNN"
@@ -101,7 +101,7 @@ def layer_names(table: Path) -> set[str]:
 
 def compare(model: Model, feeds: Feeds, python: str) -> dict[str, Any]:
     """Return what MNN computes otherwise than the Q/DQ model."""
-    trained = to_proto(model)
+    trained = model.to_proto()
     ((name, samples),) = feeds.items()
     few = {name: samples[:LAYER_SAMPLES]}
     with tempfile.TemporaryDirectory() as text:
@@ -126,7 +126,7 @@ def compare(model: Model, feeds: Feeds, python: str) -> dict[str, Any]:
         off = np.abs(found[f"{i:04}"] - session.run(None, {x: values[x]})[0]) / scale
         alone[y.removesuffix("/dequantized")] = [float((off > 0.5).mean()), float(off.max())]
     return {
-        "rule": plan_of(model).rule,
+        "rule": model.plan.rule,
         "samples": len(samples),
         "predictions": agreement(found["whole"], ours),
         "predictions_without_table": agreement(found["float"], ours),

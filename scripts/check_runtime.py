@@ -27,8 +27,8 @@ from onnx.utils import Extractor
 
 from onnxqat.data import open_data
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import Model, load_model, to_proto
+from onnxqat.model import Model
+from onnxqat.quantized import load_model
 from onnxqat.runtime import open_session
 from onnxqat.settings import input_specs, stored_settings
 
@@ -99,7 +99,7 @@ def feeds_of(model: Model, source: str) -> Feeds:
 
 def layers_of(model: Model) -> Iterator[tuple[str, str, float]]:
     """Yield input, output and output scale of the layers between two quantized tensors."""
-    plan, params = plan_of(model), read_params(model)
+    plan, params = model.plan, model.params
     points = {p.tensor: p for p in plan.grid_points() if p.role == "activation"}
     nodes = {n.name: n for n in model.graph.nodes}
     ends = {chain[0]: chain[-1] for chain in plan.chains}
@@ -141,7 +141,7 @@ def in_other(folder: str, runtime: str, python: str) -> dict[str, Any]:
 
 def compare(model: Model, feeds: Feeds, runtime: str, python: str) -> bool:
     """Print the comparison; return whether it passed."""
-    trained, exported = to_proto(model), to_proto(EXPORTS[runtime](model))
+    trained, exported = model.to_proto(), EXPORTS[runtime](model).to_proto()
     whole = open_session(trained, optimization="none").run(None, feeds)[0]
     layers = list(layers_of(model))
     few = {k: v[:SAMPLES] for k, v in feeds.items()}

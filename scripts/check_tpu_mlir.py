@@ -29,9 +29,9 @@ from onnxqat.data import open_data
 from onnxqat.deploy import write_deployment
 from onnxqat.evaluate.integer import IntegerProgram
 from onnxqat.evaluate.integer.steps import Values
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import Model, load_model
+from onnxqat.model import Model
 from onnxqat.qparams import quantize
+from onnxqat.quantized import load_model
 from onnxqat.settings import input_specs, stored_settings
 
 VARIABLE = "ONNXQAT_TPU_MLIR"
@@ -72,7 +72,7 @@ def environment(python: str) -> dict[str, str]:
 def compiled(model: Model, python: str, folder: Path, inputs: dict[str, Any]) -> str:
     """Strip and compile a model in ``folder``; return the name of its int8 file."""
     files = write_deployment(model, folder / "chip", table="sophgo").files
-    processor = PROCESSORS[plan_of(model).rule]
+    processor = PROCESSORS[model.plan.rule]
     shapes = ",".join(str([1, *x.shape[1:]]).replace(" ", "") for x in inputs.values())
     variables = environment(python)
     tools = Path(variables["TPUC_ROOT"]) / "python/tools"
@@ -109,12 +109,12 @@ def simulated(
 def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
     """Count the integers of the weights, and those that differ."""
     (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
-    params, tensors = read_params(model), model.graph.tensors()
+    params, tensors = model.params, model.graph.tensors()
     counts = {"weights": 0, "weights_differing": 0, "weights_not_found": 0}
     with np.load(path) as weights:
         theirs = {k: weights[k] for k in weights.files if "_filter_" in k}
     nodes = {n.name: n.op for n in model.graph.nodes}
-    for point in plan_of(model).grid_points():
+    for point in model.plan.grid_points():
         if point.role != "weight" or nodes[point.consumers[0].node] not in (
             "Conv",
             "Gemm",

@@ -38,7 +38,8 @@ from PIL import Image
 
 from onnxqat.data import DataSet, open_data
 from onnxqat.evaluate import evaluate
-from onnxqat.model import Model, load_model
+from onnxqat.model import Model
+from onnxqat.quantized import load_model
 from onnxqat.settings import input_specs, stored_settings
 from onnxqat.train import Config, Progress, finetune
 

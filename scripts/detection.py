@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 from onnxqat.data import open_data
 from onnxqat.evaluate.run import model_session
-from onnxqat.model import load_model
+from onnxqat.quantized import load_model
 from onnxqat.settings import Settings, input_specs, settle
 
 Array = NDArray[Any]

@@ -14,8 +14,8 @@ import onnx_graphsurgeon as gs
 
 import onnxqat
 from onnxqat.errors import OnnxQatError, PlanError
-from onnxqat.insert import OPSET_OF_16_BITS, needs_16_bits
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
+from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
 from onnxqat.runtime import open_session
 
 __all__ = ["LOW_DB", "GraphTrial", "first_line"]
@@ -125,16 +125,16 @@ class GraphTrial:
         self.with_16_bits = cache(lambda: GraphTrial(path, samples, observer, OPSET_OF_16_BITS))
         original = onnxqat.load_model(path)
         self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original, opset=opset))
-        self.proto = to_proto(self.prepared)
+        self.proto = self.prepared.to_proto()
         bare = self.prepared.copy()  # strip leaves no note of ours
         bare.metadata = {k: v for k, v in bare.metadata.items() if not k.startswith("onnxqat.")}
-        self.bytes = to_proto(bare).SerializeToString(deterministic=True)
+        self.bytes = bare.to_proto().SerializeToString(deterministic=True)
         rng = np.random.default_rng(SEED)
         self.calibration = random_batches(self.prepared.graph, samples, rng)
         # the same, so that what is lost is lost to rounding, not to values never seen before
         self.evaluation = self.calibration or random_batches(self.prepared.graph, 1, rng)
         self.expected = outputs_of(self.proto, self.evaluation)
-        before = outputs_of(to_proto(original), self.evaluation)
+        before = outputs_of(original.to_proto(), self.evaluation)
         self.prepared_sqnr = sqnr(before, self.expected)
 
     def facts(self) -> dict[str, Any]:
@@ -179,16 +179,16 @@ class GraphTrial:
         """Yield the checks by name; each returns "" or what is wrong."""
 
         def checker() -> str:
-            onnx.checker.check_model(to_proto(quantized), full_check=True)
+            onnx.checker.check_model(quantized.to_proto(), full_check=True)
             return ""
 
         def runtime() -> str:
-            open_session(to_proto(quantized), optimization="all")
-            outputs_of(to_proto(quantized), self.evaluation)
+            open_session(quantized.to_proto(), optimization="all")
+            outputs_of(quantized.to_proto(), self.evaluation)
             return ""
 
         def strip() -> str:
-            back = to_proto(onnxqat.strip(quantized)).SerializeToString(deterministic=True)
+            back = onnxqat.strip(quantized).to_proto().SerializeToString(deterministic=True)
             return "" if back == self.bytes else "not the prepared model's bytes"
 
         def noise() -> str:
@@ -205,7 +205,7 @@ class GraphTrial:
     def _noise(self, quantized: Model) -> tuple[float | None, list[Step]]:
         """Return the SQNR of the outputs after calibration and, if low, where it was lost."""
         calibrated = onnxqat.calibrate(quantized, self.calibration, observer=self.observer)
-        found = sqnr(self.expected, outputs_of(to_proto(calibrated), self.evaluation))
+        found = sqnr(self.expected, outputs_of(calibrated.to_proto(), self.evaluation))
         return found, self._steps(calibrated) if found is not None and found < LOW_DB else []
 
     def _steps(self, calibrated: Model) -> list[Step]:
@@ -221,7 +221,7 @@ class GraphTrial:
         pairs = zip(
             names,
             outputs_of(with_outputs(self.proto, names), batch, names),
-            outputs_of(with_outputs(to_proto(calibrated), there), batch, there),
+            outputs_of(with_outputs(calibrated.to_proto(), there), batch, there),
             strict=True,
         )
         ratios = {name: sqnr([x], [y]) for name, x, y in pairs}

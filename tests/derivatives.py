@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.gradients import add_gradients, installed_kernels
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare.shapes import infer_shapes
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import _gradient_graph
@@ -54,7 +54,7 @@ def lowered(model, learned, *, all_reach_loss=True):
         node.outputs.clear()
     work.graph.nodes.clear()
     work.graph.nodes.extend(nodes)
-    proto = to_proto(work)
+    proto = work.to_proto()
     proto.opset_import.append(helper.make_opsetid(LOWERED_DOMAIN, 1))
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     for op in ops:

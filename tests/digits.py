@@ -10,11 +10,11 @@ import numpy as np
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import DataSet, InputSpec, Preprocessing, open_data
-from onnxqat.insert import insert
-from onnxqat.model import Model, load_model
+from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -33,5 +33,5 @@ def calibrated_lenet(data: DataSet, *overrides: str, rule: str = "sophgo-bm1684x
     """Return LeNet-5 with Q/DQ pairs by a rule and overrides of it."""
     floats = prepare(load_model(MODELS / "lenet5.onnx"))
     plan = make_plan(floats.graph, load_rule(rule), list(map(parse_override, overrides)))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, (b.inputs for b in data.batches(100)), threads=1)

@@ -9,11 +9,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.insert import OPSET_OF_16_BITS, insert, needs_16_bits
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import QuantPlan, make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import OPSET_OF_16_BITS, insert_pairs, needs_16_bits
 from onnxqat.rules import bundled_rules, load_rule
 
 W4A4 = ("weight.bits=4", "activation.bits=4", "first.bits=8", "last.bits=8")
@@ -211,6 +211,6 @@ def quantized(
 ) -> tuple[Model, Model]:
     """Return the prepared float model and its calibrated Q/DQ model."""
     floats, plan = planned(network, rule, overrides)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     batches = [{"input": samples(network, 16, seed=s)} for s in range(2)]
     return floats, calibrate(empty, batches, observer=observer)

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 
 from onnxqat.calibrate import placeholder_params, resolved_plan
-from onnxqat.insert import insert
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
 from onnxqat.qparams import QuantParams, QuantSpec, quantized_range, storage_dtype
+from onnxqat.quantized import insert_pairs
 from tests.networks import planned
 
 Found = tuple[Model, QuantPlan, Model]
@@ -58,4 +58,8 @@ def with_random_params(
     """Return the float model, its plan as the rule makes it, and a calibrated Q/DQ model."""
     floats, plan = planned(network, rule, overrides)
     params = random_params(floats, plan, seed=seed, distinct=distinct)
-    return floats, plan, insert(floats, resolved_plan(plan, params), params, state="calibrated")
+    return (
+        floats,
+        plan,
+        insert_pairs(floats, resolved_plan(plan, params), params, state="calibrated"),
+    )

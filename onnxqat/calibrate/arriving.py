@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from onnxqat.data import DataSet
 from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
-from onnxqat.insert import PLAN_KEY, strip
-from onnxqat.model import Model
 from onnxqat.prepare.order import sort_nodes
 from onnxqat.prepare.statistics import Statistics, statistics_of
 from onnxqat.prepare.unused import remove_unused
+from onnxqat.quantized import AnyModel, float_part
 
 __all__ = ["unlike_training"]
 
@@ -30,7 +29,7 @@ MAX_FACTOR = 2.0
 
 
 def unlike_training(
-    model: Model, data: DataSet, *, batch_size: int | None = None, threads: int = 0
+    model: AnyModel, data: DataSet, *, batch_size: int | None = None, threads: int = 0
 ) -> str | None:
     """Return in what the data differ from those a network was trained with, if it is plain.
 
@@ -46,7 +45,7 @@ def unlike_training(
     str or None
         None also where the model remembers nothing, or does not run.
     """
-    seen = statistics_of(model)
+    seen = statistics_of(float_part(model))
     if seen is None or len(data) < FEWEST:
         return None
     try:
@@ -61,9 +60,9 @@ def unlike_training(
     return _difference(np.concatenate(values), seen)
 
 
-def _reader(model: Model, tensor: str, threads: int) -> TensorReader:
+def _reader(model: AnyModel, tensor: str, threads: int) -> TensorReader:
     """Return what runs the float network as far as a tensor."""
-    graph = (strip(model) if PLAN_KEY in model.metadata else model.copy()).graph
+    graph = float_part(model).copy().graph
     tensors = graph.tensors()
     if tensor not in tensors:
         raise ModelError(f"{model.name}: no tensor '{tensor}'. Insert again.")

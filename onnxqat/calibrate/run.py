@@ -16,12 +16,11 @@ from onnxqat.calibrate.observers import OBSERVERS, Observer, Range, weight_range
 from onnxqat.data import Batch
 from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
-from onnxqat.foreign import taken_params
-from onnxqat.insert import plan_of, state_of, strip, with_params
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, choose_qparams
+from onnxqat.quantized import QuantizedModel
 
 __all__ = ["calibrate", "placeholder_params", "resolved_plan"]
 
@@ -29,21 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 def calibrate(
-    model: Model,
+    model: QuantizedModel,
     batches: Iterable[Batch | Mapping[str, NDArray[Any]]],
     *,
     observer: str = "mse",
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
     workers: Workers = Workers(),  # noqa: B008 (without state)
-) -> Model:
-    """Return a copy of a Q/DQ model with parameters measured on data.
+) -> QuantizedModel:
+    """Return a Q/DQ model with parameters measured on data.
 
     Parameters that were taken over from another tool stay.
 
     Parameters
     ----------
-    model : Model
+    model : QuantizedModel
         As `insert` made it, not fine-tuned.
     batches : iterable of Batch, or of mapping of str to array
         Of the data, or model inputs by name. One batch is held at a time.
@@ -64,15 +63,15 @@ def calibrate(
     DataError
         A tensor holds NaN or infinity, or there is no data.
     """
-    if state_of(model) == "finetuned":
+    if model.state == "finetuned":
         raise ModelError(
             f"{model.name}: is fine-tuned; calibrating would replace its trained scales. "
             "Calibrate the file that 'onnxqat insert' wrote."
         )
-    plan, floats = plan_of(model), strip(model)
+    plan, floats = model.plan, model.floats
     tensors = floats.graph.tensors()
     params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
-    taken = taken_params(model)
+    taken = {name: model.params[name] for name in model.taken}
     params |= taken
     watched, ranges = _observe(
         floats, plan, batches, OBSERVERS[observer], threads, progress, workers
@@ -87,7 +86,7 @@ def calibrate(
         return params, fit_bias_range(plan, params, tensors, kept=taken)
 
     params, fitted = workers.first(measured)
-    return with_params(model, params, state="calibrated", plan=resolved_plan(fitted, params))
+    return model.with_params(params, state="calibrated", plan=resolved_plan(fitted, params))
 
 
 def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
@@ -142,7 +141,7 @@ def _observe(
     fed = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in fed]
     reader = TensorReader(
-        to_proto(floats), fetched, optimization="basic", threads=threads, name=floats.name
+        floats.to_proto(), fetched, optimization="basic", threads=threads, name=floats.name
     )
     ranges: dict[str, Range] = {}
     for batch in batches:

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from onnxqat.model import Model
     from onnxqat.parallel import Workers
     from onnxqat.plan import QuantPlan
+    from onnxqat.quantized import AnyModel, QuantizedModel
     from onnxqat.rules import HardwareRule
     from onnxqat.settings import Settings
 
 __all__ = [
     "calibrated",
     "join",
+    "load_float",
+    "load_quantized",
     "note",
     "open_for",
     "output_documents",
@@ -72,13 +75,13 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 
 def open_for(
-    model: Model,
+    model: AnyModel,
     source: str,
     given: Settings,
     *,
     layout: Any,
     skip_broken: bool,
-    beside: Model | None = None,
+    beside: AnyModel | None = None,
     labels: bool = True,
 ) -> DataSet:
     """Open a data source for a model, and store what was said about it in the model.
@@ -119,7 +122,7 @@ def _tell_classes(source: str, classes: Mapping[str, int]) -> None:
 
 
 def warn_if_unlike_training(
-    model: Model, data: DataSet, source: str, *, batch_size: int | None, threads: int
+    model: AnyModel, data: DataSet, source: str, *, batch_size: int | None, threads: int
 ) -> None:
     """Say if the data reach the network in another range than those it was trained with."""
     from onnxqat.calibrate import unlike_training
@@ -129,23 +132,38 @@ def warn_if_unlike_training(
         logger.warning("%s: %s. Check --mean, --scale and --layout.", source, found)
 
 
+def load_float(path: str) -> Model:
+    """Read a float model; refuse one with Q/DQ pairs of ours."""
+    from onnxqat.errors import ModelError
+    from onnxqat.quantized import QuantizedModel, load_model
+
+    model = load_model(path)
+    if isinstance(model, QuantizedModel):  # preparing would fold what the plan names
+        raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
+    return model
+
+
+def load_quantized(path: str) -> QuantizedModel:
+    """Read a Q/DQ model of ours."""
+    from onnxqat.quantized import load_model, require_quantized
+
+    return require_quantized(load_model(path))
+
+
 def planned(
     model: Model, rules: str, overrides: tuple[str, ...], overrides_file: str | None
 ) -> tuple[Model, QuantPlan]:
     """Prepare a float model and plan for it; ``--set`` lies over the overrides file."""
-    from onnxqat.errors import ModelError
-    from onnxqat.insert import OPSET_OF_16_BITS, PLAN_KEY, needs_16_bits
     from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
     from onnxqat.prepare import prepare
     from onnxqat.prepare.float16 import refuse_other_floats
+    from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
     from onnxqat.rules import load_rule
 
     rule = load_rule(rules)
     parsed = read_overrides(overrides_file) if overrides_file else []
     parsed += [parse_override(text) for text in overrides]
-    if PLAN_KEY in model.metadata:  # preparing would fold what the plan names
-        raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
     prepared = prepare(model)
     refuse_other_floats(prepared.graph, model.name)
     plan = make_plan(prepared.graph, rule, parsed)
@@ -182,7 +200,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def calibrated(
-    model: Model,
+    model: QuantizedModel,
     source: str,
     given: Settings,
     *,
@@ -195,7 +213,7 @@ def calibrated(
     threads: int,
     workers: Workers,
     default_size: int = 32,
-) -> tuple[Model, int]:
+) -> tuple[QuantizedModel, int]:
     """Calibrate on a seeded choice of samples; return the model, and how many samples it saw.
 
     The workers share whole batches between them, since what a runtime computes for a sample may

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import click
 from onnxqat.commands.common import (
     calibrated,
     join,
+    load_float,
+    load_quantized,
     note,
     plan_document,
     planned,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from onnxqat.foreign import ForeignParams
     from onnxqat.model import Model
     from onnxqat.plan import QuantPlan
+    from onnxqat.quantized import QuantizedModel
 
 __all__ = ["calibrate", "export", "import_table", "insert"]
 
@@ -60,10 +64,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     """Insert Q/DQ pairs into MODEL as the rule says."""
     from onnxqat.files import check_writable
     from onnxqat.foreign import read_foreign_qdq
-    from onnxqat.insert import plan_of, state_of
-    from onnxqat.model import save_model
     from onnxqat.parallel import Workers
-    from onnxqat.quantized import load_model
     from onnxqat.rules import load_rule
     from onnxqat.settings import settle
 
@@ -76,9 +77,9 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
         check_writable(target, force=force)
         hold(target if workers.rank == 0 else None)
     workers.any(False)  # all have looked before one writes
-    floats, foreign = read_foreign_qdq(load_model(model))
+    floats, foreign = read_foreign_qdq(load_float(model))
     given = take_settings(options)
-    settle(floats, given)  # before any work is done for settings that are wrong
+    settle(floats, given)  # now, before any work is done for settings that are wrong
     prepared, plan = planned(floats, rules, overrides, overrides_file)
     if plan_only:
         if as_json:
@@ -88,12 +89,11 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
         return
     _refuse_names(prepared, plan, format_name or load_rule(rules).table)
     result = _inserted(prepared, plan, foreign)
-    settle(result, given)
     if data is not None:
         result, _ = calibrated(result, data, given, workers=workers, **options)
     if workers.rank == 0:
-        save_model(result, target, force=force)
-        _print_inserted(plan_of(result), state_of(result), target, as_json)
+        result.save(target, force=force)
+        _print_inserted(result.plan, result.state, target, as_json)
     workers.leave()
 
 
@@ -109,11 +109,13 @@ def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
     )
 
 
-def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]) -> Model:
+def _inserted(
+    prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]
+) -> QuantizedModel:
     """Insert the pairs, with the parameters of another tool where the model had some."""
     from onnxqat.calibrate import placeholder_params, resolved_plan, without_large_biases
-    from onnxqat.foreign import mark_taken, take_over
-    from onnxqat.insert import insert as insert_pairs
+    from onnxqat.foreign import take_over
+    from onnxqat.quantized import insert_pairs
 
     params = placeholder_params(prepared, plan)
     taken, ignored = take_over(plan, prepared.graph, foreign)
@@ -127,8 +129,7 @@ def _inserted(prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignPar
         note(f"Pairs that do not fit the rule: {', '.join(ignored)}.")
     if missing:
         result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
-        mark_taken(result, taken)
-        return result
+        return replace(result, taken=tuple(sorted(taken)))
     plan = without_large_biases(resolved_plan(plan, taken), taken, prepared.graph.tensors())
     return insert_pairs(prepared, plan, taken, state="calibrated")
 
@@ -168,9 +169,6 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
               **options: Any) -> None:  # fmt: skip
     """Measure the scales of a Q/DQ MODEL on DATA."""
     from onnxqat.files import check_writable
-    from onnxqat.insert import plan_of
-    from onnxqat.model import save_model
-    from onnxqat.quantized import load_model
 
     target = output or renamed(model, "calibrated")
     workers = join()
@@ -178,11 +176,10 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     check_writable(target, force=force)
     hold(target if workers.rank == 0 else None)
     workers.any(False)  # all have looked before one writes
-    loaded = load_model(model)
-    plan_of(loaded)
+    loaded = load_quantized(model)
     result, samples = calibrated(loaded, data, take_settings(options), workers=workers, **options)
     if workers.rank == 0:
-        save_model(result, target, force=force)
+        result.save(target, force=force)
         document = {"observer": options["observer"], "samples": samples, "output": target}
         print_result({"schema": "onnxqat.calibrate/1", **document}, as_json, list(document.items()))
     workers.leave()
@@ -207,17 +204,15 @@ def import_table(table: str, model: str, rules: str, overrides: tuple[str, ...],
     """Make a calibrated Q/DQ model from a calibration TABLE and its float MODEL."""
     from onnxqat.deploy import read_table
     from onnxqat.files import check_writable
-    from onnxqat.insert import insert as insert_pairs
-    from onnxqat.model import save_model
-    from onnxqat.quantized import load_model
+    from onnxqat.quantized import insert_pairs
 
     target = output or renamed(model, "qdq")
     check_apart({"output": target})
     check_writable(target, force=force)
     hold(target)
-    prepared, plan = planned(load_model(model), rules, overrides, overrides_file)
+    prepared, plan = planned(load_float(model), rules, overrides, overrides_file)
     plan, params = read_table(table, prepared, plan, table=format_name)
-    save_model(insert_pairs(prepared, plan, params, state="calibrated"), target, force=force)
+    insert_pairs(prepared, plan, params, state="calibrated").save(target, force=force)
     document = {"parameters": len(params), "output": target}
     print_result({"schema": "onnxqat.import-table/1", **document}, as_json, list(document.items()))
 
@@ -240,9 +235,6 @@ def export(model: str, format_name: str, int4: bool, output: str | None, force: 
     """Write a calibrated or fine-tuned Q/DQ MODEL with integer weights, for a runtime."""
     from onnxqat.files import check_writable
     from onnxqat.formats import EXPORTS, with_int4_weights
-    from onnxqat.insert import plan_of
-    from onnxqat.model import save_model
-    from onnxqat.quantized import load_model
 
     if int4 and format_name == "qoperator":
         raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")
@@ -250,11 +242,11 @@ def export(model: str, format_name: str, int4: bool, output: str | None, force: 
     check_apart({"output": target})
     check_writable(target, force=force)
     hold(target)
-    loaded = load_model(model)
+    loaded = load_quantized(model)
     exported = EXPORTS[format_name](loaded)
     if int4:
-        exported = with_int4_weights(exported, plan_of(loaded))
-    save_model(exported, target, force=force)
+        exported = with_int4_weights(exported, loaded.plan)
+    exported.save(target, force=force)
     size = Path(target).stat().st_size
     document = {"format": format_name, "bytes": size, "output": target}
     print_result({"schema": "onnxqat.export/1", **document}, as_json, list(document.items()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxqat.commands.common import (
+    load_quantized,
     open_for,
     output_documents,
     output_rows,
@@ -26,7 +27,7 @@ from onnxqat.terminal import say
 
 if TYPE_CHECKING:
     from onnxqat.evaluate import Evaluation, PointDifference
-    from onnxqat.model import Model
+    from onnxqat.quantized import AnyModel
 
 __all__ = ["evaluate", "strip"]
 
@@ -92,13 +93,13 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
             raise click.ClickException(f"top1 dropped by {drop:.4f}, more than {max_drop:g}.")
 
 
-def _warn_of_labels(model: Model, result: Evaluation, mode: str) -> None:
+def _warn_of_labels(model: AnyModel, result: Evaluation, mode: str) -> None:
     """Say that the labels can hardly be the model's own."""
     from onnxqat.evaluate.labels import CAUSES
-    from onnxqat.insert import PLAN_KEY
+    from onnxqat.quantized import QuantizedModel
 
     judged = "the reference" if result.reference else model.name
-    rounded = PLAN_KEY in model.metadata and mode != "float" and not result.reference
+    rounded = isinstance(model, QuantizedModel) and mode != "float" and not result.reference
     other = " Or the quantization costs it: --mode float leaves that out." if rounded else ""
     logger.warning("%s %s. %s%s", judged, result.doubt, CAUSES, other)
 
@@ -167,11 +168,10 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
           as_json: bool) -> None:  # fmt: skip
     """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
     from onnxqat.deploy import MODEL_NAME, table_names, write_deployment
-    from onnxqat.quantized import load_model
 
     check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *table_names())})
     result = write_deployment(
-        load_model(model), output, table=format_name, weights=weights, force=force
+        load_quantized(model), output, table=format_name, weights=weights, force=force
     )
     files = {kind: str(path) for kind, path in result.files.items()}
     document = {

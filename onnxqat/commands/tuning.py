@@ -15,6 +15,7 @@ import click
 from onnxqat.commands.common import (
     calibrated,
     join,
+    load_quantized,
     open_for,
     output_documents,
     output_rows,
@@ -42,6 +43,7 @@ from onnxqat.terminal import say
 
 if TYPE_CHECKING:
     from onnxqat.model import Model
+    from onnxqat.quantized import QuantizedModel
     from onnxqat.settings import Settings
     from onnxqat.train import Checkpoints, Config, Finetuned, Workers
 
@@ -70,8 +72,6 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
              **options: Any) -> None:  # fmt: skip
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
     from onnxqat.files import check_writable
-    from onnxqat.insert import plan_of, state_of
-    from onnxqat.quantized import load_model
 
     # how right the float model is on the labels is no detail
     getLogger("onnxqat.train.validation").setLevel(INFO)
@@ -85,14 +85,13 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
         hold(target, kept, log, tensorboard)
     checkpoints = _checkpoints(kept, checkpoint_every, resume, force)
     workers.any(False)  # all have looked before one writes
-    loaded = load_model(model)
-    plan_of(loaded)
+    loaded = load_quantized(model)
     taught_by = _teacher(teacher, loaded) if teacher else None
     given = take_settings(options)
     reading = {name: options.pop(name) for name in ("layout", "skip_broken")}
     calibration = {name: options.pop(name) for name in ("observer", "samples")}
     config = _config(options)
-    compare = state_of(loaded) != "uncalibrated"  # calibration does it else
+    compare = loaded.state != "uncalibrated"  # calibration does it else
     if not compare:
         shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
         shared |= {**calibration, **reading, "default_size": config.samples}
@@ -160,23 +159,23 @@ def _check_logs(log: str | None, tensorboard: str | None, *, force: bool) -> Non
         check_event_folder(tensorboard, force=force)
 
 
-def _finish(model: Model, target: str, force: bool, checkpoints: Checkpoints | None) -> None:
+def _finish(
+    model: QuantizedModel, target: str, force: bool, checkpoints: Checkpoints | None
+) -> None:
     """Write the result; only then is the checkpoint not needed any more."""
     from onnxqat.errors import OnnxQatError
-    from onnxqat.model import save_model
 
     try:
-        save_model(model, target, force=force)
+        model.save(target, force=force)
     except OnnxQatError as error:
         raise OnnxQatError(f"{error} {_kept(model, target, checkpoints)}") from error
     if checkpoints:
         checkpoints.remove()
 
 
-def _kept(model: Model, target: str, checkpoints: Checkpoints | None) -> str:
+def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -> str:
     """Say where a result is that could not be written to its place."""
     from onnxqat.errors import OnnxQatError
-    from onnxqat.model import save_model
 
     options = ("--resume", "--force") if Path(target).exists() else ("--resume",)
     again = f"with: {command_line(*options)}"
@@ -184,7 +183,7 @@ def _kept(model: Model, target: str, checkpoints: Checkpoints | None) -> str:
         return f"The finished training is kept in {checkpoints.path}. Then write it {again}"
     try:
         place = Path(tempfile.mkdtemp(prefix="result-of-onnxqat-")) / Path(target).name
-        save_model(model, place)
+        model.save(place)
         kept = f"The result is kept in {place}. Move it to where you want it"
     except (OSError, OnnxQatError) as error:
         kept = f"Nor could the result be kept elsewhere ({error})"
@@ -193,16 +192,15 @@ def _kept(model: Model, target: str, checkpoints: Checkpoints | None) -> str:
     return f"{kept}."
 
 
-def _teacher(path: str, student: Model) -> Model:
+def _teacher(path: str, student: QuantizedModel) -> Model:
     """Load and prepare the float model that teaches."""
     from onnxqat.errors import ModelError
     from onnxqat.evaluate import check_interface
-    from onnxqat.insert import PLAN_KEY
     from onnxqat.prepare import prepare
-    from onnxqat.quantized import load_model
+    from onnxqat.quantized import QuantizedModel, load_model
 
     teacher = load_model(path)
-    if PLAN_KEY in teacher.metadata:
+    if isinstance(teacher, QuantizedModel):
         raise ModelError(f"{path}: holds Q/DQ pairs. Give a float model as --teacher.")
     check_interface(student, teacher, output_names=True)
     return prepare(teacher)
@@ -215,7 +213,7 @@ def _config(options: dict[str, Any]) -> Config:
     return Config(**{name: value for name, value in options.items() if value is not None})
 
 
-def _tuned(model: Model, data: str, val_data: str | None, given: Settings,
+def _tuned(model: QuantizedModel, data: str, val_data: str | None, given: Settings,
            reading: dict[str, Any], *,
            logging: dict[str, Any], config: Config, workers: Workers, compare: bool,
            **others: Any) -> Finetuned:  # fmt: skip

@@ -20,9 +20,8 @@ from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluate.integer import IntegerProgram, PointDifference
 from onnxqat.evaluate.labels import Hits, doubt
 from onnxqat.evaluate.likeness import Likeness, OutputFigures
-from onnxqat.insert import PLAN_KEY, check_calibrated, strip
-from onnxqat.model import Model, to_proto
 from onnxqat.outputs import outputs_of
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quantized
 from onnxqat.rules import HardwareRule
 from onnxqat.runtime import Optimization, UnknownOpError, open_session
 
@@ -110,27 +109,26 @@ class _Runner(Protocol):
 
 
 def model_session(
-    model: Model, mode: Literal["float", "qdq"], *, threads: int = 0
+    model: AnyModel, mode: Literal["float", "qdq"], *, threads: int = 0
 ) -> ort.InferenceSession:
     """Return a session of ``model`` in a mode; a float model is itself in both."""
-    quantized = PLAN_KEY in model.metadata
-    if mode == "float" and quantized:
-        model = strip(model)
-    exact = mode == "qdq" and quantized
-    if exact:
-        check_calibrated(model)
-    optimization: Optimization = "none" if exact else "all"
+    if mode == "float":
+        model = float_part(model)
+    optimization: Optimization = "all"
+    if isinstance(model, QuantizedModel):
+        model.check_calibrated()
+        optimization = "none"
     return open_session(
-        to_proto(model), optimization=optimization, threads=threads, name=model.name
+        model.to_proto(), optimization=optimization, threads=threads, name=model.name
     )
 
 
 def evaluate(
-    model: Model,
+    model: AnyModel,
     batches: Iterable[Samples],
     *,
     mode: Mode = "qdq",
-    against: Model | None = None,
+    against: AnyModel | None = None,
     rule: HardwareRule | None = None,
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
@@ -185,10 +183,11 @@ def evaluate(
 
 
 def _runs(
-    model: Model, mode: Mode, against: Model | None, rule: HardwareRule | None, threads: int
-) -> tuple[IntegerProgram | None, list[tuple[_Runner, Model]]]:
+    model: AnyModel, mode: Mode, against: AnyModel | None, rule: HardwareRule | None, threads: int
+) -> tuple[IntegerProgram | None, list[tuple[_Runner, AnyModel]]]:
     """Return the integer program, if it is one, and what runs the model and its reference."""
-    program = IntegerProgram(model, rule, threads=threads) if mode == "integer" else None
+    integer = mode == "integer"
+    program = IntegerProgram(require_quantized(model), rule, threads=threads) if integer else None
     against = model if program and against is None else against
     ours: _Runner = program or model_session(
         model, "float" if mode == "float" else "qdq", threads=threads
@@ -199,7 +198,7 @@ def _runs(
     return program, runs
 
 
-def check_interface(model: Model, other: Model, *, output_names: bool = False) -> None:
+def check_interface(model: AnyModel, other: AnyModel, *, output_names: bool = False) -> None:
     """Refuse two models that cannot be compared.
 
     Parameters
@@ -212,13 +211,13 @@ def check_interface(model: Model, other: Model, *, output_names: bool = False) -
     ModelError
         They differ in the names of their inputs, or in their outputs.
     """
-    inputs, others = ({t.name for t in m.graph.inputs} for m in (model, other))
+    inputs, others = ({t.name for t in float_part(m).graph.inputs} for m in (model, other))
     if inputs != others:
         raise ModelError(
             f"{other.name}: has the inputs {_listed(others)}, {model.name} has {_listed(inputs)}. "
             "Give models with the same inputs."
         )
-    ours, theirs = ([t.name for t in m.graph.outputs] for m in (model, other))
+    ours, theirs = ([t.name for t in float_part(m).graph.outputs] for m in (model, other))
     if len(ours) != len(theirs) or (output_names and ours != theirs):
         raise ModelError(
             f"{other.name}: has the outputs {_listed(theirs)}, {model.name} has {_listed(ours)}. "
@@ -230,13 +229,13 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def _halved(inputs: dict[str, NDArray[Any]], model: Model) -> dict[str, NDArray[Any]]:
+def _halved(inputs: dict[str, NDArray[Any]], model: AnyModel) -> dict[str, NDArray[Any]]:
     """Return float32 inputs as float16 where the model, as a reference, takes float16."""
-    halves = {t.name for t in model.graph.inputs if t.dtype == np.float16}
+    halves = {t.name for t in float_part(model).graph.inputs if t.dtype == np.float16}
     return {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items()}
 
 
-def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
+def _run(session: _Runner, batch: Samples, model: AnyModel) -> list[NDArray[Any]]:
     outputs: list[NDArray[Any]] = session.run(None, _halved(batch.inputs, model))
     if not isinstance(batch, Batch):
         return outputs
@@ -248,10 +247,10 @@ def _run(session: _Runner, batch: Samples, model: Model) -> list[NDArray[Any]]:
 class _Counts:
     """Running sums of an evaluation."""
 
-    def __init__(self, model: Model, *, labelled: bool) -> None:
+    def __init__(self, model: AnyModel, *, labelled: bool) -> None:
         self.samples, self.labelled = 0, labelled
         self.hits, self.reference = Hits(), Hits()
-        self.likeness = [Likeness(output) for output in outputs_of(model.graph)]
+        self.likeness = [Likeness(output) for output in outputs_of(float_part(model).graph)]
         self.compared = False
 
     def add(

@@ -20,6 +20,7 @@ from onnxqat.formats.sophgo_names import SOPHGO
 from onnxqat.formats.tengine import TENGINE
 from onnxqat.formats.tensorrt import TENSORRT
 from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel
 
 __all__ = [
     "EXPORTS",
@@ -51,7 +52,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 # Models with integer weights.
-EXPORTS: Mapping[str, Callable[[Model], Model]] = {
+EXPORTS: Mapping[str, Callable[[QuantizedModel], Model]] = {
     "onnxruntime": integer_model,
     "openvino": openvino_model,
     "qoperator": qoperator_model,

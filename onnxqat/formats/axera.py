@@ -22,7 +22,6 @@ from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.json_table import write_json
 from onnxqat.formats.onnxruntime_qdq import integer_model
-from onnxqat.model import to_proto
 from onnxqat.plan import QuantPlan, QuantPoint
 
 __all__ = ["AXERA"]
@@ -40,7 +39,7 @@ def _in_matmul(source: Calibrated) -> set[str]:
 
 def _write(source: Calibrated) -> Written:
     floats = _in_matmul(source)
-    exported = to_proto(integer_model(source.model, biases=False, float_weights=floats))
+    exported = integer_model(source.model, biases=False, float_weights=floats).to_proto()
     left_out = {"weight scales": tuple(sorted(floats))} if floats else {}
     return Written(
         files={

@@ -16,10 +16,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import ArrayLike
 
 from onnxqat.errors import FormatError
-from onnxqat.insert import check_calibrated, plan_of, read_params, strip
-from onnxqat.model import Model
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
+from onnxqat.quantized import QuantizedModel
 
 __all__ = [
     "Calibrated",
@@ -55,10 +54,10 @@ class Calibrated:
 
     Attributes
     ----------
-    model : Model
-        The Q/DQ model.
+    model : QuantizedModel
+        What is written.
     graph : onnx_graphsurgeon.Graph
-        Its float graph, with the names that the target sees.
+        Its float graph, with the names that the target sees; not to be changed.
     plan : QuantPlan
         What is quantized.
 
@@ -68,12 +67,12 @@ class Calibrated:
         The model is not calibrated.
     """
 
-    def __init__(self, model: Model) -> None:
-        check_calibrated(model)
+    def __init__(self, model: QuantizedModel) -> None:
+        model.check_calibrated()
         self.model = model
-        self.graph = strip(model).graph
-        self.plan = plan_of(model)
-        self._params = read_params(model)
+        self.graph = model.floats.graph
+        self.plan = model.plan
+        self._params = model.params
 
     def params(self, point: QuantPoint) -> QuantParams:
         """Return the parameters of a point."""

@@ -13,6 +13,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxqat.errors import FormatError
 from onnxqat.model import Model
+from onnxqat.pairs import node_name
 from onnxqat.plan import QuantPlan
 from onnxqat.prepare.opset import upgrade_opset
 
@@ -38,9 +39,10 @@ def with_int4_weights(exported: Model, plan: QuantPlan) -> Model:
     ModelError
         The model cannot be raised to opset 21 without changing its outputs.
     """
-    narrow = {p.tensor for p in plan.grid_points() if p.role == "weight" and p.spec.bits <= 4}
+    weights = (p for p in plan.grid_points() if p.role == "weight" and p.spec.bits <= 4)
+    narrow = {node_name(point.tensor, "DequantizeLinear") for point in weights}
     result = upgrade_opset(exported, OPSET_OF_INT4).copy()
-    pairs = [n for n in result.graph.nodes if n.name.removesuffix("/DequantizeLinear") in narrow]
+    pairs = [n for n in result.graph.nodes if n.name in narrow]
     stored = [node for node in pairs if isinstance(node.inputs[0], gs.Constant)]
     if not stored:
         raise FormatError(

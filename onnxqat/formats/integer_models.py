@@ -9,13 +9,15 @@ from onnxqat.formats.format import Calibrated, refuse
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.thresholds import require_symmetric
 from onnxqat.locks import Scratch
-from onnxqat.model import Model, load_model, to_proto
+from onnxqat.model import Model, load_model
+from onnxqat.pairs import has_clip
+from onnxqat.quantized import QuantizedModel
 from onnxqat.runtime import LOG_FATAL_ONLY
 
 __all__ = ["openvino_model", "qoperator_model", "tensorrt_model"]
 
 
-def openvino_model(model: Model) -> Model:
+def openvino_model(model: QuantizedModel) -> Model:
     """Return the model for OpenVINO: integer weights, float biases.
 
     OpenVINO reads Q/DQ as FakeQuantize. A per-axis pair carries its ``axis``; a per-tensor one has
@@ -32,7 +34,7 @@ def openvino_model(model: Model) -> Model:
     return integer_model(model, biases=False)
 
 
-def tensorrt_model(model: Model) -> Model:
+def tensorrt_model(model: QuantizedModel) -> Model:
     """Return the model for TensorRT: int8 weights, float biases, zero points of 0.
 
     NVIDIA TensorRT developer guide, Working with Quantized Types: symmetric int8 only, bias in
@@ -48,7 +50,7 @@ def tensorrt_model(model: Model) -> Model:
     return integer_model(model, biases=False)
 
 
-def qoperator_model(model: Model) -> Model:
+def qoperator_model(model: QuantizedModel) -> Model:
     """Return the model with QLinearConv, QGemm and their like in place of Q/DQ pairs.
 
     onnxruntime's own optimizer makes them, at the level that knows no hardware; what it leaves in
@@ -59,7 +61,7 @@ def qoperator_model(model: Model) -> Model:
     ModelError
         onnxruntime refuses the model.
     """
-    data = to_proto(integer_model(model)).SerializeToString()
+    data = integer_model(model).to_proto().SerializeToString()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = LOG_FATAL_ONLY
@@ -74,11 +76,10 @@ def qoperator_model(model: Model) -> Model:
         return load_model(path)
 
 
-def _refuse_clips(model: Model, runtime: str) -> None:
-    nodes = {node.name for node in model.graph.nodes}
+def _refuse_clips(model: QuantizedModel, runtime: str) -> None:
     clips = (
-        f"'{p.tensor}' has a narrowed range"
-        for p, _ in Calibrated(model).points("activation")
-        if f"{p.tensor}/Clip" in nodes
+        f"'{point.tensor}' has a narrowed range"
+        for point, params in Calibrated(model).points("activation")
+        if has_clip(point, params)
     )
     refuse(clips, f"{runtime} reads plain Q/DQ pairs; use all of 8 bits for activations")

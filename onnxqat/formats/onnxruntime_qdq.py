@@ -16,11 +16,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import FormatError
-from onnxqat.insert import check_calibrated, forget_plan, plan_of, read_params
 from onnxqat.model import Model, constant
 from onnxqat.nodes import along_channels, bias_channels, biased_node, runs_along
+from onnxqat.pairs import dequantized_name, node_name, node_names, scale_name, zero_point_name
 from onnxqat.plan import QuantPoint
+from onnxqat.prepare.editing import remove_nodes
 from onnxqat.qparams import FloatArray, QuantParams, quantize
+from onnxqat.quantized import QuantizedModel, without_notes
 from onnxqat.snap import snap_weights
 
 __all__ = ["bias_scale", "integer_model", "quantize_bias"]
@@ -55,7 +57,7 @@ def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.
 
 
 def integer_model(
-    model: Model, *, biases: bool = True, float_weights: Set[str] = frozenset()
+    model: QuantizedModel, *, biases: bool = True, float_weights: Set[str] = frozenset()
 ) -> Model:
     """Return the export of a calibrated or fine-tuned Q/DQ model.
 
@@ -73,9 +75,9 @@ def integer_model(
     FormatError
         A bias does not fit into int32.
     """
-    check_calibrated(model)
-    plan, params = plan_of(model), read_params(model)
-    result = model.copy()
+    model.check_calibrated()
+    plan, params = model.plan, model.params
+    result = model.qdq()
     graph = result.graph
     nodes = {n.name: n for n in graph.nodes}
     tensors = graph.tensors()
@@ -90,7 +92,8 @@ def integer_model(
         if bias.derived_from is not None:
             x, w = (params[points[name].parameters] for name in bias.derived_from)
             _store_bias(bias, x, w, nodes, tensors, graph)
-    forget_plan(result, removed)
+    remove_nodes(graph, [node for node in graph.nodes if node.name in removed])
+    result.metadata = without_notes(result.metadata)
     snapped = (points[name] for name in points if name in float_weights)
     snap_weights(graph, ((p, params[p.parameters]) for p in snapped))
     return result
@@ -104,17 +107,15 @@ def _store_integers(
 ) -> set[str]:
     """Feed a weight's DequantizeLinear with integers; return the nodes that are left over."""
     integers = quantize(tensors[point.tensor].values, params, point.spec)
-    nodes[f"{point.tensor}/DequantizeLinear"].inputs[0] = constant(
-        f"{point.tensor}/integers", integers
-    )
-    return {f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip")} & nodes.keys()
+    dequantize = nodes[node_name(point.tensor, "DequantizeLinear")]
+    dequantize.inputs[0] = constant(f"{point.tensor}/integers", integers)
+    return ({*node_names(point.tensor)} - {dequantize.name}) & nodes.keys()
 
 
 def _store_floats(point: QuantPoint, nodes: dict[str, gs.Node]) -> set[str]:
     """Let the readers of a weight read it, without its pair; return the nodes left over."""
-    ops = ("QuantizeLinear", "Clip", "DequantizeLinear")
-    pair = {f"{point.tensor}/{op}" for op in ops} & nodes.keys()
-    weight = nodes[f"{point.tensor}/QuantizeLinear"].inputs[0]
+    pair = {*node_names(point.tensor)} & nodes.keys()
+    weight = nodes[node_name(point.tensor, "QuantizeLinear")].inputs[0]
     for edge in point.consumers:
         nodes[edge.node].inputs[edge.index] = weight
     return pair
@@ -140,11 +141,12 @@ def _store_bias(
     values = along_channels(values, channels)  # the one shape that every kernel takes
     scale = bias_scale(x, w, channels)
     integers = constant(f"{name}/integers", quantize_bias(values, scale, bias.tensor))
-    zero_point = constant(f"{name}/zero_point", np.zeros(scale.shape, np.int32))
-    output = gs.Variable(f"{name}/dequantized", np.float32, values.shape)
+    zero_point = constant(zero_point_name(name), np.zeros(scale.shape, np.int32))
+    output = gs.Variable(dequantized_name(name), np.float32, values.shape)
     attributes = {"axis": 0} if scale.ndim else {}
-    inputs = [integers, constant(f"{name}/scale", scale), zero_point]
-    node = gs.Node("DequantizeLinear", f"{name}/DequantizeLinear", attributes, inputs, [output])
+    inputs = [integers, constant(scale_name(name), scale), zero_point]
+    title = node_name(name, "DequantizeLinear")
+    node = gs.Node("DequantizeLinear", title, attributes, inputs, [output])
     graph.nodes.insert(_position(graph, reader), node)
     reader.inputs[edge.index] = output
 

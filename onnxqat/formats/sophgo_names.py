@@ -20,12 +20,11 @@ from onnxqat.errors import FormatError
 from onnxqat.formats import sophgo
 from onnxqat.formats.format import Calibrated, Format, Found, Key, Table, Written
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
-from onnxqat.insert import plan_of, read_params, strip
-from onnxqat.model import Model
 from onnxqat.nodes import is_convolution, output_channels, takes_grid
 from onnxqat.operators import WEIGHTED
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams
+from onnxqat.quantized import QuantizedModel
 
 __all__ = ["SOPHGO", "float_ops", "found_in", "table_of"]
 
@@ -118,7 +117,7 @@ def _channels(node: gs.Node) -> int:
     return (output_channels(node, node.inputs[1].shape) or 0) if is_convolution(node) else 0
 
 
-def table_of(model: Model) -> CalibrationTable:
+def table_of(model: QuantizedModel) -> CalibrationTable:
     """Return the calibration table of a calibrated or fine-tuned Q/DQ model.
 
     Raises
@@ -126,8 +125,8 @@ def table_of(model: Model) -> CalibrationTable:
     FormatError
         The model has what the table cannot say: zero points, widths other than 8 and 4 bits.
     """
-    plan, params = plan_of(model), read_params(model)
-    names = _Names(strip(model).graph, plan)
+    plan, params = model.plan, model.params
+    names = _Names(model.floats.graph, plan)
     activations: dict[str, Threshold] = {}
     int4: dict[str, Threshold] = {}
     weights: dict[str, WeightScales] = {}
@@ -183,9 +182,9 @@ def _add(section: dict[str, _Entry], name: str, entry: _Entry) -> None:
         )
 
 
-def float_ops(model: Model) -> list[str]:
+def float_ops(model: QuantizedModel) -> list[str]:
     """Return the names of the ops that run in float on the chip, for the ``qtable``."""
-    names = _Names(strip(model).graph, plan_of(model))
+    names = _Names(model.floats.graph, model.plan)
     return [names.of_output(node) for node in names.floats()]
 
 

@@ -19,7 +19,7 @@ import onnx
 
 from onnxqat import native
 from onnxqat.errors import ModelError
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preserve import all_nodes
 from onnxqat.validate.calls import called_key
@@ -38,7 +38,7 @@ def inline_functions(model: Model) -> Model:
     """
     if not model.graph.functions:
         return model
-    proto = to_proto(model)
+    proto = model.to_proto()
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     for function in proto.functions:
         _match_opset(function, model)

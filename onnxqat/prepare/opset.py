@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxqat import native
 from onnxqat.ends import open_ends, prune
 from onnxqat.errors import ModelError
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.prepare.conversion import convert
 from onnxqat.runtime import Session, open_session
@@ -50,7 +50,7 @@ def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
         raise ModelError(f"{model.name}: opset {target} is wanted; at most {MAX_OPSET} is read.")
     if model.graph.opset >= target:
         return model
-    source = to_proto(model)
+    source = model.to_proto()
     where = f"{model.name}: opset {model.graph.opset}"
     changed = changed_node(source.graph.node, model.graph.opset, target)
     if changed is None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnxqat.data import BrokenError, DataSet
 from onnxqat.errors import OnnxQatError, TrainingError
 from onnxqat.files import atomic_output
-from onnxqat.model import Model, to_proto
+from onnxqat.quantized import AnyModel
 from onnxqat.train.config import Config
 
 __all__ = [
@@ -188,9 +188,9 @@ def settings_identity(config: Config) -> Identity:
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
-def model_identity(model: Model) -> str:
+def model_identity(model: AnyModel) -> str:
     """Return the beginning of the SHA-256 of a model as it would be written."""
-    return hashlib.sha256(to_proto(model).SerializeToString(deterministic=True)).hexdigest()[:16]
+    return hashlib.sha256(model.to_proto().SerializeToString(deterministic=True)).hexdigest()[:16]
 
 
 def data_identity(data: DataSet) -> str:

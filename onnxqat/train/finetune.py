@@ -14,10 +14,10 @@ from onnxqat.computable import computable
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import SOURCE_KEY, check_calibrated, insert, plan_of, strip, weights_hash
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
+from onnxqat.quantized import QuantizedModel, weights_hash
 from onnxqat.train.aim import (
     announcement,
     chosen_loss,
@@ -58,7 +58,7 @@ MAX_EPOCHS = 10
 
 
 def finetune(
-    model: Model,
+    model: QuantizedModel,
     data: DataSet,
     *,
     validation: DataSet | None = None,
@@ -75,7 +75,7 @@ def finetune(
 
     Parameters
     ----------
-    model : Model
+    model : QuantizedModel
         Calibrated, or fine-tuned before. It is not changed.
     data : DataSet
         Training samples.
@@ -111,7 +111,7 @@ def finetune(
         ``stop`` said so.
     """
     config.check()
-    check_calibrated(model)
+    model.check_calibrated()
     data = _in_batches_of(model, data)
     if validation is not None:
         validation = _in_batches_of(model, validation)
@@ -125,12 +125,12 @@ def finetune(
     if rest.lost:
         reference = computable(reference).model
         say(rest.note)
-    outputs = described_outputs(rest.model, data)
+    outputs = described_outputs(rest.model.floats, data)
     loss, parts = chosen_loss(outputs, data, training, reference, config)
     with_loss = readable(loss, data, held_out)
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     config = msgspec.structs.replace(config, select=selection.figure)
-    read = tensor_read(loss, rest.model)
+    read = tensor_read(loss, rest.model.floats)
     asked = asked_for(config)
     form = training_form(rest.model, method=config.method, read=read, asked=asked)
     opened = partial(
@@ -146,7 +146,7 @@ def finetune(
     teaching = _teaching_session(reference, session.inputs)
     if with_loss or config.select == LOSS:
         held_out = _with_arrays(held_out, session.inputs, config)
-    supply = Supply(rest.model, training, teaching, config, workers, session.classes)
+    supply = Supply(rest.model.floats, training, teaching, config, workers, session.classes)
     loop = Loop(
         model=model,
         form=form,
@@ -181,12 +181,12 @@ def finetune(
 
 
 def _float_form(
-    model: Model, form: TrainingForm, read: str | None, asked: frozenset[str]
+    model: QuantizedModel, form: TrainingForm, read: str | None, asked: frozenset[str]
 ) -> TrainingForm:
     """Return the training form of the float network, which observes what ``form`` observes."""
-    plan = plan_of(model)
+    plan = model.plan
     nothing = QuantPlan(rule=plan.rule, points=(), skips=())
-    floats = insert(strip(model), nothing, {}, state="calibrated")
+    floats = model.with_params({}, state="calibrated", plan=nothing)
     activations = [p for p in plan.grid_points() if p.role == "activation" and p.observed]
     observed = {
         name: tuple(p.tensor for p in activations if p.parameters == name) for name in form.observed
@@ -195,7 +195,7 @@ def _float_form(
 
 
 def _identity(
-    model: Model,
+    model: QuantizedModel,
     reference: Model,
     training: DataSet,
     held_out: DataSet,
@@ -214,9 +214,9 @@ def _identity(
     return settings_identity(config) | files | others
 
 
-def _in_batches_of(model: Model, data: DataSet) -> DataSet:
+def _in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
     """Return the data in the batches that the model is fixed to."""
-    for tensor in model.graph.inputs:
+    for tensor in model.floats.graph.inputs:
         length = tensor.shape[0] if tensor.shape else None
         if isinstance(length, int) and tensor.name in data.sample_inputs:
             return data.in_batches_of(length, tensor.name)
@@ -290,11 +290,11 @@ def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSessio
     return model_session(teacher, "float")
 
 
-def _teacher_of(model: Model, teacher: Model | None) -> Model:
+def _teacher_of(model: QuantizedModel, teacher: Model | None) -> Model:
     if teacher is not None:
         return teacher
-    floats = strip(model)
-    if weights_hash(floats.graph) != model.metadata.get(SOURCE_KEY):
+    floats = model.floats
+    if weights_hash(floats.graph) != model.source:
         raise TrainingError(
             f"{model.name}: its weights are not those of the float model any more, so that it "
             "cannot teach itself. Pass the float model with --teacher."

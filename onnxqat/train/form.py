@@ -20,11 +20,12 @@ from onnx import TensorProto, helper
 from onnxqat.calibrate import placeholder_params
 from onnxqat.computable import computable
 from onnxqat.errors import ModelError, TrainingError
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
 from onnxqat.nodes import data_inputs, keeps_grid
+from onnxqat.pairs import dequantized_name, float_name, node_name, scale_name, zero_point_name
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.qparams import FloatArray, Method, QuantParams, quantized_range
+from onnxqat.qparams import FloatArray, Method, quantized_range
+from onnxqat.quantized import QuantizedModel, insert_pairs
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
 from onnxqat.train.gradients import CustomOp
 from onnxqat.train.lowering import Refusal, ShapeUnknown, fixed_shapes, lower
@@ -67,13 +68,13 @@ class TrainingForm:
     @property
     def parameters(self) -> dict[str, FloatArray]:
         """Every parameter that is an input of the graph, by the input's name."""
-        scales = {f"{name}/scale": scale for name, scale in self.scales.items()}
-        zero_points = {f"{name}/zero_point": z for name, z in self.zero_points.items()}
+        scales = {scale_name(name): scale for name, scale in self.scales.items()}
+        zero_points = {zero_point_name(name): z for name, z in self.zero_points.items()}
         return self.weights | scales | zero_points
 
 
 def training_form(
-    model: Model,
+    model: QuantizedModel,
     *,
     method: Method = "lsq",
     read: str | None = None,
@@ -83,7 +84,7 @@ def training_form(
 
     Parameters
     ----------
-    model : Model
+    model : QuantizedModel
         As `insert` made it. It is not changed.
     method : Method
         Of the points whose spec names none, see `onnxqat.train.fake_quantize`.
@@ -100,8 +101,8 @@ def training_form(
     work, weights, builder = _build(model, method=method, read=read, asked=asked)
     if builder.refused:
         raise TrainingError(_refusal(builder.refused))
-    work.metadata.clear()
-    proto = to_proto(work)
+    work.metadata = {}
+    proto = work.to_proto()
     proto.functions.extend(builder.functions)
     needed = {f.domain for f in builder.functions}
     needed |= {opset.domain for f in builder.functions for opset in f.opset_import}
@@ -147,10 +148,10 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
     plan : QuantPlan
         Made for it.
     """
-    qdq = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    quantized = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     with suppress(ModelError):  # where it cannot be run, its nodes are named
-        qdq = computable(qdq).model
-    return _build(qdq)[2].refused
+        quantized = computable(quantized).model
+    return _build(quantized)[2].refused
 
 
 def _refusal(nodes: list[Untrainable]) -> str:
@@ -165,7 +166,7 @@ def _refusal(nodes: list[Untrainable]) -> str:
 
 
 def _build(
-    model: Model,
+    model: QuantizedModel,
     *,
     method: Method = "lsq",
     read: str | None = None,
@@ -176,14 +177,14 @@ def _build(
     Float weights before a node that has no gradient are left as they are: a node can be kept
     from being trained by keeping it from being quantized.
     """
-    plan, params = plan_of(model), read_params(model)
-    names = trained_initializers(model.graph, plan, asked)
+    plan = model.plan
+    names = trained_initializers(model.floats.graph, plan, asked)
     while True:
-        work = model.copy()
+        work = model.qdq()
         weights = _make_inputs(work.graph, names)
-        builder = _Builder(work.graph, model, plan, params, set(weights), method, read)
+        builder = _Builder(work.graph, model, set(weights), method, read)
         builder.run()
-        before = _before(model.graph, builder.refused) - {p.tensor for p in plan.points}
+        before = _before(model.floats.graph, builder.refused) - {p.tensor for p in plan.points}
         if before.isdisjoint(names):
             return work, weights, builder
         logger.info(
@@ -222,18 +223,17 @@ class _Builder:
     def __init__(
         self,
         graph: gs.Graph,
-        source: Model,
-        plan: QuantPlan,
-        params: dict[str, QuantParams],
+        source: QuantizedModel,
         trained: set[str],
         method: Method,
         read: str | None,
     ) -> None:
         self.graph = graph
-        self.source: Model | None = source  # until the shapes in it are used
-        self.params = params
+        self.source: Model | None = source.floats  # until the shapes in it are used
+        self.params = source.params
         self.method = method
-        self.points = {f"{p.tensor}/QuantizeLinear": p for p in plan.grid_points()}
+        points = source.plan.grid_points()
+        self.points = {node_name(p.tensor, "QuantizeLinear"): p for p in points}
         self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
         self.weights = frozenset(trained)
         self.trained = set(trained)  # tensors that need a gradient
@@ -290,6 +290,12 @@ class _Builder:
         """Fill in what does not depend on the batch, where a length is missing."""
         self.source = None
         found = fixed_shapes(source)
+        for rename in (float_name, dequantized_name):
+            found |= {
+                rename(point.tensor): found[point.tensor]
+                for point in self.points.values()
+                if point.tensor in found
+            }
         for name, tensor in self.graph.tensors().items():
             missing = tensor.shape is None or not all(isinstance(n, int) for n in tensor.shape[1:])
             if missing and name in found:
@@ -361,7 +367,7 @@ class _Builder:
     def _inputs(self, point: QuantPoint, variant: FakeQuantize) -> tuple[gs.Tensor, gs.Tensor]:
         """Return the scale and the zero_point of a point."""
         name, params = point.parameters, self.params[point.parameters]
-        scale, zero_point = f"{name}/scale", f"{name}/zero_point"
+        scale, zero_point = scale_name(name), zero_point_name(name)
         if scale not in self.inputs:
             shape = params.scale.shape
             self.inputs[scale] = gs.Variable(scale, np.float32, shape)

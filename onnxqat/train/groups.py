@@ -36,9 +36,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxqat.errors import TrainingError
-from onnxqat.insert import plan_of, strip
-from onnxqat.model import Model
 from onnxqat.qparams import FloatArray
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.config import Config
 
 __all__ = ["Group", "Rates", "asked_for", "base_rate", "parameter_rates", "parse_group"]
@@ -130,7 +129,10 @@ def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
 
 
 def parameter_rates(
-    parameters: dict[str, FloatArray], roles: Mapping[str, str], model: Model, config: Config
+    parameters: dict[str, FloatArray],
+    roles: Mapping[str, str],
+    model: QuantizedModel,
+    config: Config,
 ) -> dict[str, Rates]:
     """Return how each parameter is trained.
 
@@ -140,7 +142,7 @@ def parameter_rates(
         What is trained, by the input's name in the training form.
     roles : mapping of str to str
         Which of them are a ``scale`` or a ``zero_point``.
-    model : Model
+    model : QuantizedModel
         The Q/DQ model, which says what the nodes read.
     config : Config
         Rates and groups.
@@ -176,7 +178,7 @@ def asked_for(config: Config) -> frozenset[str]:
     )
 
 
-def base_rate(config: Config, model: Model) -> float:
+def base_rate(config: Config, model: QuantizedModel) -> float:
     """Return the learning rate of weights that have none of their own.
 
     Where none is given, Adam's is smaller if everything has eight bits or more: the calibrated
@@ -185,11 +187,11 @@ def base_rate(config: Config, model: Model) -> float:
     """
     if config.lr is not None:
         return config.lr
-    fine = all(point.spec.bits >= 8 for point in plan_of(model).grid_points())
+    fine = all(point.spec.bits >= 8 for point in model.plan.grid_points())
     return FINE_RATE if fine and config.optimizer != "sgd" else RATE
 
 
-def _covered(group: Group, roles: Mapping[str, str], model: Model) -> Iterable[str]:
+def _covered(group: Group, roles: Mapping[str, str], model: QuantizedModel) -> Iterable[str]:
     if group.kind == "name":
         return _read_by(group.pattern, model)
     if group.kind == "tensor":
@@ -197,11 +199,11 @@ def _covered(group: Group, roles: Mapping[str, str], model: Model) -> Iterable[s
     return [n for n, role in roles.items() if role == group.kind]
 
 
-def _read_by(pattern: str, model: Model) -> set[str]:
+def _read_by(pattern: str, model: QuantizedModel) -> set[str]:
     """Return the tensors that matching nodes read, and the scales and zero_points of these."""
-    nodes = {n.name: n for n in strip(model).graph.nodes if re.fullmatch(pattern, n.name)}
+    nodes = {n.name: n for n in model.floats.graph.nodes if re.fullmatch(pattern, n.name)}
     names: set[Any] = {tensor.name for node in nodes.values() for tensor in node.inputs}
-    for point in plan_of(model).grid_points():
+    for point in model.plan.grid_points():
         if any(edge.node in nodes for edge in point.consumers):
             names.update(f"{point.parameters}/{part}" for part in GRID)
     return names

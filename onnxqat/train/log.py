@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.events import Epoch, Event, Note, Resume, Start, Step
 from onnxqat.train.records import Progress
 from onnxqat.train.selection import figures_of
@@ -33,7 +33,7 @@ class TrainingLog:
     path : str or Path or None
         A file of JSON lines, see `onnxqat.train.events`, or of CSV by its ending. Replaced, or
         with ``resume`` continued.
-    start : Model
+    start : QuantizedModel
         The Q/DQ model before training.
     batch : mapping of str to array
         Inputs that the clipped values are counted on.
@@ -51,7 +51,7 @@ class TrainingLog:
     def __init__(
         self,
         path: str | Path | None,
-        start: Model,
+        start: QuantizedModel,
         batch: Mapping[str, NDArray[Any]],
         *,
         every: int = 20,

@@ -16,10 +16,10 @@ import numpy as np
 from onnxqat.calibrate import fit_bias_range
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
-from onnxqat.insert import plan_of, read_params, with_params
-from onnxqat.model import Model
+from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
@@ -80,7 +80,7 @@ class Loop:
         Who trains together.
     """
 
-    model: Model
+    model: QuantizedModel
     form: TrainingForm
     session: StepSession
     delayed: StepSession | None
@@ -107,7 +107,10 @@ class Loop:
         values = self.session.values
         self.best = Flat(values.views)
         self.factor = 0.0
+        points = self.model.plan.grid_points()
+        self.powers = {p.parameters for p in points if p.spec.power_of_two}
         self.kept = values if self.config.ema is None else Flat(values.views)
+        self.tuned = self.model.floats.copy()  # takes the weights of one state after the other
         self._reset()
         if self.checkpoints and self.workers.rank == 0:
             self.identity()  # now, since the data may be gone when a checkpoint is due
@@ -183,7 +186,7 @@ class Loop:
                 "check them and the preprocessing (--mean, --scale)."
             )
 
-    def _evaluate(self, title: str, model: Model, stop: Callable[[], None]) -> Evaluation:
+    def _evaluate(self, title: str, model: QuantizedModel, stop: Callable[[], None]) -> Evaluation:
         """Let worker 0 evaluate; ``stop`` may end it, where nobody waits for the result."""
         done, total = 0, self.validate.batches
 
@@ -345,7 +348,7 @@ class Loop:
             logger.warning(note)
         return again
 
-    def _tell(self, figures: Evaluation | None = None, model: Model | None = None) -> None:
+    def _tell(self, figures: Evaluation | None = None, model: QuantizedModel | None = None) -> None:
         record = self.record
         progress = Progress(
             step=record.step,
@@ -364,7 +367,7 @@ class Loop:
     def _end_epoch(self) -> None:
         """Evaluate, and keep the state if it is the best."""
         record, kept = self.record, self.kept
-        candidate = _written_back(self.model, self.form, kept.views)
+        candidate = self._written_back(kept.views)
         figures = self._evaluate(f"epoch {record.epoch + 1}", candidate, self._stop_if_asked)
         record.epoch += 1
         record.waited += 1
@@ -384,27 +387,25 @@ class Loop:
         self.record.notes.append(note)
         return False
 
-    def _best_model(self) -> Model:
+    def _best_model(self) -> QuantizedModel:
         if self.record.best_epoch == 0:
             return self.model
-        return _written_back(self.model, self.form, self.best.views)
+        return self._written_back(self.best.views)
 
+    def _written_back(self, views: Mapping[str, FloatArray]) -> QuantizedModel:
+        """Return the model with trained weights and scales; the next call changes its weights."""
+        model, tensors = self.model, self.tuned.graph.tensors()
+        for name in self.form.weights:
+            tensors[name].values = views[name].copy()
+        params = {name: self._trained(name, views) for name in model.params}
+        fitted = fit_bias_range(model.plan, params, tensors)
+        return model.with_params(params, state="finetuned", plan=fitted, floats=self.tuned)
 
-def _written_back(model: Model, form: TrainingForm, views: Mapping[str, FloatArray]) -> Model:
-    """Return the Q/DQ model with the trained weights and scales."""
-    tuned = model.copy()
-    tensors, plan = tuned.graph.tensors(), plan_of(model)
-    for name in form.weights:
-        tensors[name].values = views[name].copy()
-    params = read_params(model)
-    powers = {p.parameters for p in plan.grid_points() if p.spec.power_of_two}
-    for name, old in params.items():
-        scale = views[f"{name}/scale"].copy()
-        if name in powers:  # a moving average of powers of two is none
+    def _trained(self, name: str, views: Mapping[str, FloatArray]) -> QuantParams:
+        """Return a set of parameters as it was trained."""
+        scale, zero_point = views[scale_name(name)].copy(), self.model.params[name].zero_point
+        if name in self.powers:  # a moving average of powers of two is none
             scale = nearest_power_of_two(scale)
-        zero_point = old.zero_point
-        if name in form.zero_points:
-            zero_point = np.rint(views[f"{name}/zero_point"]).astype(zero_point.dtype)
-        params[name] = QuantParams(scale=scale, zero_point=zero_point)
-    fitted = fit_bias_range(plan, params, tensors)
-    return with_params(tuned, params, state="finetuned", plan=fitted)
+        if name in self.form.zero_points:
+            zero_point = np.rint(views[zero_point_name(name)]).astype(zero_point.dtype)
+        return QuantParams(scale=scale, zero_point=zero_point)

@@ -18,11 +18,10 @@ import numpy as np
 
 from onnxqat.calibrate import weight_range
 from onnxqat.errors import TrainingError
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, quantized_range
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
 
@@ -38,7 +37,7 @@ class Ranges:
         Says which they are.
     values : Flat
         Its scales and zero_points are set, its weights are read.
-    model : Model
+    model : QuantizedModel
         The Q/DQ model: the plan and the calibrated parameters.
     constant : float
         The averaging constant, 0 to 1.
@@ -49,9 +48,11 @@ class Ranges:
         The clipping ranges of the activations; rows of weights stay.
     """
 
-    def __init__(self, form: TrainingForm, values: Flat, model: Model, constant: float) -> None:
+    def __init__(
+        self, form: TrainingForm, values: Flat, model: QuantizedModel, constant: float
+    ) -> None:
         self.values, self.constant = values, constant
-        plan, params = plan_of(model), read_params(model)
+        plan, params = model.plan, model.params
         self.points: dict[str, list[QuantPoint]] = {name: [] for name in form.observed}
         for point in plan.grid_points():
             if point.parameters in self.points:

@@ -8,7 +8,7 @@ import msgspec
 
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
-from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.guard import LossHistory
 from onnxqat.train.losses import Part
 from onnxqat.train.selection import Selection
@@ -30,7 +30,7 @@ class Progress:
         Learning rates of weights and scales at this step, of groups without their own.
     validation : Evaluation or None
         After an epoch,
-    model : Model or None
+    model : QuantizedModel or None
         and the Q/DQ model it is of.
     note : str
         Something the user should read.
@@ -44,7 +44,7 @@ class Progress:
     lr: float
     scale_lr: float
     validation: Evaluation | None = None
-    model: Model | None = None
+    model: QuantizedModel | None = None
     note: str = ""
 
 
@@ -54,7 +54,7 @@ class Finetuned:
 
     Attributes
     ----------
-    model : Model
+    model : QuantizedModel
         The best state by the validation metric; the start itself if nothing was better.
     before, after : Evaluation
         On the held-out data.
@@ -73,7 +73,7 @@ class Finetuned:
         loss and accuracy disagree.
     """
 
-    model: Model
+    model: QuantizedModel
     before: Evaluation
     after: Evaluation
     epochs: int
@@ -87,7 +87,7 @@ class Finetuned:
 class DivergedError(TrainingError):
     """The loss became infinite or NaN; ``best`` is the last good state."""
 
-    def __init__(self, message: str, best: Model) -> None:
+    def __init__(self, message: str, best: QuantizedModel) -> None:
         super().__init__(message)
         self.best = best
 

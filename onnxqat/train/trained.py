@@ -33,7 +33,7 @@ def trained_initializers(
     Parameters
     ----------
     graph : gs.Graph
-        The Q/DQ model's.
+        That of the float model.
     plan : QuantPlan
         Its plan.
     asked : collection of str

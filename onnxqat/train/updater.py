@@ -20,14 +20,14 @@ https://arxiv.org/abs/1805.06085, section 3.1).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import Model
 from onnxqat.nodes import channel_axis
 from onnxqat.plan import QuantPlan
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
@@ -46,7 +46,7 @@ class Updater:
         Says which parameters are scales.
     values, gradients : Flat
         What is changed, and by which gradients; the gradients are overwritten.
-    model : Model
+    model : QuantizedModel
         The Q/DQ model: the plan and the grids.
     config : Config
         Rates and optimizer.
@@ -60,10 +60,15 @@ class Updater:
     """
 
     def __init__(
-        self, form: TrainingForm, values: Flat, gradients: Flat, model: Model, config: Config
+        self,
+        form: TrainingForm,
+        values: Flat,
+        gradients: Flat,
+        model: QuantizedModel,
+        config: Config,
     ) -> None:
         self.values, self.gradients, self.config = values, gradients, config
-        plan, params = plan_of(model), read_params(model)
+        plan, params = model.plan, model.params
         self.roles = {f"{name}/scale": "scale" for name in form.scales}
         self.roles |= {f"{name}/zero_point": "zero_point" for name in form.zero_points}
         self.weights = [n for n in gradients.views if n not in self.roles]
@@ -82,7 +87,7 @@ class Updater:
     def _named(self, role: str) -> list[str]:
         return [n for n in self.gradients.views if self.roles.get(n) == role]
 
-    def _rates(self, form: TrainingForm, model: Model) -> dict[str, Rates]:
+    def _rates(self, form: TrainingForm, model: QuantizedModel) -> dict[str, Rates]:
         """Return the rates of what learns; and of scales that follow, which have none to learn."""
         moved = dict(self.gradients.views)
         moved |= {n: self.values.views[n] for n in (f"{name}/scale" for name in form.observed)}
@@ -94,7 +99,7 @@ class Updater:
             return Sgd(size, momentum=self.config.momentum, nesterov=self.config.nesterov)
         return Adam(size)
 
-    def _units(self, plan: QuantPlan, model: Model) -> dict[str, FloatArray | float]:
+    def _units(self, plan: QuantPlan, model: QuantizedModel) -> dict[str, FloatArray | float]:
         """Return the size of a step of Adam for each weight: its root mean square.
 
         It is that of an output channel also where all channels share one scale: those of a
@@ -155,9 +160,12 @@ class Updater:
         clip(self.gradients.buffer, norm=self.config.clip_norm, value=self.config.clip_value)
 
 
-def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int | None]:
+def _channel_axes(plan: QuantPlan, model: QuantizedModel) -> dict[str, int | None]:
     """Return the axis of the output channels of weights, by tensor; a vector has none."""
-    nodes, tensors = {node.name: node for node in model.graph.nodes}, model.graph.tensors()
+    nodes, tensors = (
+        {node.name: node for node in model.floats.graph.nodes},
+        model.floats.graph.tensors(),
+    )
     edges = [(p.tensor, p.consumers[0]) for p in plan.points if p.role == "weight"]
     return {
         tensor: channel_axis(nodes[edge.node], edge.index, len(tensors[tensor].shape))
@@ -166,7 +174,7 @@ def _channel_axes(plan: QuantPlan, model: Model) -> dict[str, int | None]:
     }
 
 
-def _limits(plan: QuantPlan, params: dict[str, QuantParams]) -> dict[str, tuple[int, int]]:
+def _limits(plan: QuantPlan, params: Mapping[str, QuantParams]) -> dict[str, tuple[int, int]]:
     """Return the quantized range of each set of parameters."""
     return {
         p.parameters: quantized_range(p.spec, signed=params[p.parameters].signed)
@@ -197,16 +205,16 @@ def _rms(values: FloatArray, axis: int | None) -> FloatArray:
 
 def _scale_gradient_factors(
     plan: QuantPlan,
-    params: dict[str, QuantParams],
+    params: Mapping[str, QuantParams],
     limits: dict[str, tuple[int, int]],
-    model: Model,
+    model: QuantizedModel,
 ) -> dict[str, np.float32]:
     """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
 
     N is the number of elements that share one scale: of a channel of a weight, of one sample of
     an activation. Qp is qmax - zero_point.
     """
-    tensors = model.graph.tensors()
+    tensors = model.floats.graph.tensors()
     factors: dict[str, np.float32] = {}
     for point in plan.grid_points():
         shape = [d if isinstance(d, int) else 1 for d in tensors[point.tensor].shape or ()]

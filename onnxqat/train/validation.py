@@ -14,7 +14,8 @@ from onnxqat.data import DataSet
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation, evaluate
 from onnxqat.evaluate.labels import CAUSES
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel
 from onnxqat.runtime import open_session
 from onnxqat.train.config import Config
 from onnxqat.train.engine import fix_batch
@@ -62,7 +63,7 @@ class Validation:
         size, count = self.config.samples, len(self.data)
         return -(-count // size) + (max(count // size, 1) if self.with_loss else 0)
 
-    def __call__(self, model: Model, progress: Callable[[], None]) -> Evaluation:
+    def __call__(self, model: QuantizedModel, progress: Callable[[], None]) -> Evaluation:
         """Return the figures of a Q/DQ model; ``progress`` is called after each batch."""
         threads = self.config.threads
         if not self.whole:
@@ -75,13 +76,13 @@ class Validation:
             return figures
         return replace(figures, loss=self._mean_loss(model, progress))
 
-    def _mean_loss(self, model: Model, progress: Callable[[], None]) -> float:
+    def _mean_loss(self, model: QuantizedModel, progress: Callable[[], None]) -> float:
         """Return the mean over the batches that are full: a loss may depend on their size.
 
         Where the model takes more samples at a time than there are, repeated ones fill its batch.
         """
         size = self.data.fixed_batch or min(self.config.samples, len(self.data))
-        proto = add_loss(fix_batch(to_proto(model), set(), size), self.loss, self.data)
+        proto = add_loss(fix_batch(model.to_proto(), set(), size), self.loss, self.data)
         session = open_session(
             proto, optimization="none", threads=self.config.threads, name=model.name
         )

@@ -16,8 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from onnxqat.cli import main
-from onnxqat.insert import plan_of, read_params, state_of
-from onnxqat.model import load_model
+from onnxqat.quantized import load_model
 from tests.networks import attention
 from tests.oracles import run_ort
 
@@ -102,7 +101,7 @@ def test_insert_without_data_is_a_complete_command(tmp_path):
     text = run("insert", tmp_path / "model.onnx")
 
     assert "onnxruntime-cpu" in text
-    assert state_of(load_model(tmp_path / "model.qdq.onnx")) == "uncalibrated"
+    assert load_model(tmp_path / "model.qdq.onnx").state == "uncalibrated"
 
 
 def test_plan_only_prints_every_point_and_writes_nothing(tmp_path):
@@ -120,11 +119,11 @@ def test_per_tensor_override_reaches_the_scales(work, tmp_path):
     words = ("insert", LENET, "--data", work / "train.npz", *NORM, "--set", "weight.axis=none")
     found = document(*words, "-o", tmp_path / "out.onnx")
     model = load_model(tmp_path / "out.onnx")
-    weights = [p for p in plan_of(model).points if p.role == "weight"]
+    weights = [p for p in model.plan.points if p.role == "weight"]
 
     assert (found["state"], found["output"]) == ("calibrated", str(tmp_path / "out.onnx"))
     assert weights
-    assert all(read_params(model)[p.parameters].scale.shape == () for p in weights)
+    assert all(model.params[p.parameters].scale.shape == () for p in weights)
 
 
 def test_calibrating_later_gives_the_same_file_as_insert_with_data(work, tmp_path):
@@ -174,7 +173,7 @@ def test_finetune_calibrates_first_if_needed(work, tmp_path):
     words = (work / "empty.onnx", work / "train.npz", *NORM, *TUNE, "--method", "ste")
     run("finetune", *words, "-o", tmp_path / "out.onnx")
 
-    assert state_of(load_model(tmp_path / "out.onnx")) in ("calibrated", "finetuned")
+    assert load_model(tmp_path / "out.onnx").state in ("calibrated", "finetuned")
 
 
 def test_another_teacher_is_learnt_from(work, tmp_path):
@@ -519,7 +518,7 @@ def test_force_replaces(work, tmp_path):
     (tmp_path / "out.onnx").write_text("old")
     run("insert", LENET, "-o", tmp_path / "out.onnx", "--force")
 
-    assert plan_of(load_model(tmp_path / "out.onnx")).rule == "onnxruntime-cpu"
+    assert load_model(tmp_path / "out.onnx").plan.rule == "onnxruntime-cpu"
 
 
 def test_twice_verbose_shows_the_traceback(tmp_path):

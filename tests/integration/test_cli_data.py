@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxqat.model import load_model, save_model
+from onnxqat.quantized import load_model
 from onnxqat.settings import stored_settings
 from tests.integration.test_cli import LENET, NORM, RULE, TUNE, document, process, run
 from tests.normalized import IMAGES, MEAN, SCALE, network
@@ -50,7 +50,7 @@ def test_every_command_tells_once_of_wrong_settings(
 
     data, floats = tmp_path / "images.npz", tmp_path / "net.onnx"
     np.savez(data, images=IMAGES.astype(np.float32))
-    save_model(network(), floats)
+    network().save(floats)
     values = {"--mean": MEAN, "--scale": SCALE}
     settings = [w for name in right for w in (name, ",".join(map(str, values[name])))]
     out = [tmp_path / f"{n}.onnx" for n in range(5)]

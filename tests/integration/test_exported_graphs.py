@@ -10,10 +10,10 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import PlanError
-from onnxqat.insert import insert, strip
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.exported import EXPORTED, example, exported
 from tests.networks import RULES
@@ -25,7 +25,7 @@ PLACEMENTS = pytest.mark.parametrize("rule", ["onnxruntime-cpu", "sophgo-bm1684x
 
 
 def as_bytes(model: Model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    return model.to_proto().SerializeToString(deterministic=True)
 
 
 @cache
@@ -41,7 +41,7 @@ def test_preparing_keeps_the_outputs(name):
     for value, expected, actual in zip(
         model.graph.output,
         run_ort(model, feeds),
-        run_ort(to_proto(prepared(name)), feeds),
+        run_ort(prepared(name).to_proto(), feeds),
         strict=True,
     ):
         # BatchNormalization folded into a layer rounds anew: some tens of ulps of the largest
@@ -72,14 +72,14 @@ def test_every_node_has_a_point_or_a_reason(name, rule):
 def test_inserted_is_valid_runs_and_strips_bit_for_bit(name, rule):
     floats = prepared(name)
     plan = make_plan(floats.graph, load_rule(rule))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    feeds = example(to_proto(floats))
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    feeds = example(floats.to_proto())
     qdq = calibrate(empty, [feeds], observer="minmax")
-    proto = to_proto(qdq)
+    proto = qdq.to_proto()
     onnx.checker.check_model(proto, full_check=True)
 
     assert all(np.isfinite(y).all() for y in run_ort(proto, feeds))
     bare = floats.copy()  # strip leaves no note of ours
     bare.metadata = {k: v for k, v in floats.metadata.items() if not k.startswith("onnxqat.")}
-    before, after = (to_proto(m).SerializeToString(deterministic=True) for m in (bare, strip(qdq)))
+    before, after = (m.to_proto().SerializeToString(deterministic=True) for m in (bare, qdq.floats))
     assert before == after

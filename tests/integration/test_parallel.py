@@ -22,9 +22,8 @@ from onnxqat.cli import main
 from onnxqat.commands.common import open_for
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import plan_of, read_params, strip
-from onnxqat.model import load_model
 from onnxqat.parallel import Workers, join_workers
+from onnxqat.quantized import load_model
 from onnxqat.settings import Settings
 from onnxqat.train import Config
 from onnxqat.train.engine import StepSession
@@ -88,11 +87,11 @@ def work(tmp_path_factory):
 def parameters(path: Path) -> dict[str, np.ndarray]:
     """Return trained tensors, and the scales under the names that training gives them."""
     model = load_model(path)
-    tensors = strip(model).graph.tensors()
+    tensors = model.floats.graph.tensors()
     weights = {
-        p.tensor: tensors[p.tensor].values for p in plan_of(model).points if p.role != "activation"
+        p.tensor: tensors[p.tensor].values for p in model.plan.points if p.role != "activation"
     }
-    return weights | {f"{name}/scale": p.scale for name, p in read_params(model).items()}
+    return weights | {f"{name}/scale": p.scale for name, p in model.params.items()}
 
 
 def sample_gradients(work: Path) -> dict[str, np.ndarray]:
@@ -102,7 +101,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     form, loss = training_form(model), read_loss("cross-entropy+kl")
     with open_for(model, str(work / "one.npz"), Settings(), layout=None, skip_broken=False) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
-        teacher = model_session(strip(model), "float")
+        teacher = model_session(model.floats, "float")
         (step,) = Supply(model, data, teacher, config, Workers()).epoch(1)
         total = dict.fromkeys(session.gradients.views, 0.0)
         for feeds in step:

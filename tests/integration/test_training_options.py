@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from onnxqat.cli import main
-from onnxqat.insert import read_params, strip
-from onnxqat.model import load_model
+from onnxqat.quantized import load_model
 from tests.networks import detector, samples
 from tests.oracles import run_ort
 
@@ -154,11 +153,9 @@ def test_frozen_weights_are_in_the_result_as_they_were(work, tmp_path):
     before, after = load_model(work / "qdq.onnx"), load_model(tmp_path / "a.onnx")
     assert result.exit_code == 0, result.output
 
-    moved = [
-        name for name, p in read_params(after).items() if not p.same_as(read_params(before)[name])
-    ]
+    moved = [name for name, p in after.params.items() if not p.same_as(before.params[name])]
     assert moved
-    tensors = [strip(m).graph.tensors() for m in (before, after)]
+    tensors = [m.floats.graph.tensors() for m in (before, after)]
     for name, tensor in tensors[0].items():
         if hasattr(tensor, "values"):
             np.testing.assert_array_equal(tensor.values, tensors[1][name].values)

@@ -13,11 +13,11 @@ from onnx import helper
 
 from onnxqat.calibrate import calibrate, placeholder_params, unlike_training
 from onnxqat.data import DataSet, Preprocessing, open_data
-from onnxqat.insert import insert
-from onnxqat.model import Model, load_model, save_model
+from onnxqat.model import Model
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.prepare.statistics import KEY, statistics_of
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs
 from tests.normalized import IMAGES, MEAN, SCALE, graph, network
@@ -52,7 +52,7 @@ WRONG = [
 
 def quantized(floats: Model) -> Model:
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
 
 
@@ -61,7 +61,7 @@ def test_wrong_settings_are_seen_and_right_ones_are_not(
     kind: Any, images: Any, tmp_path: Path
 ) -> None:
     floats = network(**kind)
-    save_model(quantized(prepare(floats)), tmp_path / "q.onnx")
+    quantized(prepare(floats)).save(tmp_path / "q.onnx")
     for model in (floats, prepare(floats), load_model(tmp_path / "q.onnx")):
         assert unlike_training(model, images(model, **RIGHT)) is None
         for wrong in WRONG:

@@ -8,12 +8,12 @@ from onnx import numpy_helper
 from onnxqat.calibrate import OBSERVERS, calibrate, placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import DataError, ModelError
-from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.networks import convnet, joined_to_a_constant, quantized, samples
 from tests.oracles import run_ort
@@ -24,19 +24,19 @@ RULE = "sophgo-bm1684x"
 def uncalibrated(network, rule=RULE):
     floats = prepare(from_proto(network))
     plan = make_plan(floats.graph, load_rule(rule))
-    return insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
 
 def test_minmax_scales_are_those_of_the_extremes():
     """Against the float model's own tensors, fetched with plain onnxruntime."""
     network = convnet()
     _, qdq = quantized(network)
-    watched = to_proto(prepare(from_proto(network)))
+    watched = prepare(from_proto(network)).to_proto()
     del watched.graph.output[:]
     for name in ("r1", "c3"):
         watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     runs = [run_ort(watched, {"input": samples(network, 16, seed=s)}) for s in range(2)]
-    params = read_params(qdq)
+    params = qdq.params
     largest_r1 = max(r[0].max() for r in runs)
     largest_c3 = max(np.abs(r[1]).max() for r in runs)
 
@@ -49,21 +49,21 @@ def test_minmax_scales_are_those_of_the_extremes():
 def test_group_takes_the_range_of_all_its_tensors():
     network = convnet()
     _, qdq = quantized(network)
-    watched = to_proto(prepare(from_proto(network)))
+    watched = prepare(from_proto(network)).to_proto()
     del watched.graph.output[:]
     for name in ("r3", "c4"):
         watched.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
     runs = [run_ort(watched, {"input": samples(network, 16, seed=s)}) for s in range(2)]
     largest = max(np.abs(a).max() for r in runs for a in r)
 
-    assert read_params(qdq)["r3"].scale == np.float32(largest) / np.float32(127)
+    assert qdq.params["r3"].scale == np.float32(largest) / np.float32(127)
 
 
 def test_signedness_is_settled_and_stored():
     _, qdq = quantized(convnet())
 
-    assert {p.spec.signedness for p in plan_of(qdq).grid_points()} == {"signed", "unsigned"}
-    assert state_of(qdq) == "calibrated"
+    assert {p.spec.signedness for p in qdq.plan.grid_points()} == {"signed", "unsigned"}
+    assert qdq.state == "calibrated"
 
 
 class WaitingError(Exception):
@@ -102,8 +102,8 @@ def test_processes_with_their_share_measure_what_one_does(observer, size):
     found = calibrate(model, batches[first.share(5)], observer=observer, workers=first)
     expected = calibrate(model, batches, observer=observer)
 
-    assert any(p.role == "weight" and p.group for p in plan_of(model).grid_points())
-    assert to_proto(found) == to_proto(expected)
+    assert any(p.role == "weight" and p.group for p in model.plan.grid_points())
+    assert found.to_proto() == expected.to_proto()
 
 
 def test_batches_are_read_one_at_a_time():
@@ -125,10 +125,10 @@ def test_batches_are_read_one_at_a_time():
 def test_calibrating_changes_nothing_given():
     network = convnet()
     model = uncalibrated(network)
-    before = to_proto(model).SerializeToString(deterministic=True)
+    before = model.to_proto().SerializeToString(deterministic=True)
     calibrate(model, [{"input": samples(network, 4)}])
 
-    assert to_proto(model).SerializeToString(deterministic=True) == before
+    assert model.to_proto().SerializeToString(deterministic=True) == before
 
 
 def test_no_data_and_bad_data_are_errors():
@@ -143,14 +143,14 @@ def test_no_data_and_bad_data_are_errors():
 
 def test_fine_tuned_model_is_not_calibrated_again():
     _, qdq = quantized(convnet())
-    tuned = with_params(qdq, read_params(qdq), state="finetuned")
+    tuned = qdq.with_params(qdq.params, state="finetuned")
     with pytest.raises(ModelError, match="is fine-tuned"):
         calibrate(tuned, [])
 
 
 def bias_levels(qdq, bias="b1", x="input", w="w1"):
     """Return the integers of a bias before they are rounded, in float64."""
-    params, values = read_params(qdq), strip(qdq).graph.tensors()[bias].values
+    params, values = qdq.params, qdq.floats.graph.tensors()[bias].values
     return values / (params[x].scale.astype(np.float64) * params[w].scale)
 
 
@@ -168,9 +168,9 @@ def test_scale_of_a_dead_channel_is_raised_so_that_its_bias_fits(size):
     dead = np.array([1, 1, size, 1, 1, 1]).reshape(-1, 1, 1, 1)
     _, plain = quantized(convnet(), "onnxruntime-cpu")
     _, qdq = quantized(with_weight(convnet(), "w1", lambda w: w * dead), "onnxruntime-cpu")
-    found, expected = (np.delete(read_params(m)["w1"].scale, 2) for m in (qdq, plain))
+    found, expected = (np.delete(m.params["w1"].scale, 2) for m in (qdq, plain))
 
-    assert [p.tensor for p in plan_of(qdq).points if p.role == "bias"] == ["b1", "b2", "b4", "b5"]
+    assert [p.tensor for p in qdq.plan.points if p.role == "bias"] == ["b1", "b2", "b4", "b5"]
     assert np.abs(bias_levels(qdq)).max() <= 2**30 * (1 + 2**-20)
     np.testing.assert_array_equal(found, expected)
 
@@ -184,23 +184,23 @@ BIAS_RULES = ["onnxruntime-cpu", "tflite", "esp32-p4", "esp32-s3", "horizon-baye
 def test_a_range_of_almost_nothing_leaves_the_weights_as_they_are(rule, high, caplog):
     """The bias stays float instead: no int32 of the tiny scale holds it."""
     model = uncalibrated(convnet(), rule)
-    weights = {p.parameters for p in plan_of(model).points if p.role == "weight"}
+    weights = {p.parameters for p in model.plan.points if p.role == "weight"}
     ordinary = calibrate(model, [{"input": samples(convnet(), 4)}], observer="minmax")
     caplog.clear()
     tiny = np.linspace(0, high, 4 * 3 * 8 * 8, dtype=np.float32).reshape(4, 3, 8, 8)
     found = calibrate(model, [{"input": tiny}], observer="minmax")
-    expected, params = read_params(ordinary), read_params(found)
+    expected, params = ordinary.params, found.params
 
     assert weights
     assert all(params[name].same_as(expected[name]) for name in weights)
-    if "b1" in {p.tensor for p in plan_of(found).points}:
+    if "b1" in {p.tensor for p in found.plan.points}:
         assert np.abs(bias_levels(found)).max() < 2**31
     else:
         assert "'b1' of 'n_c1'" in caplog.text
     assert ("'input' (0)" in caplog.text) == (high == 0)
     deployed = deployed_model(found, weights="snapped").graph.tensors()
     for name in ("w1", "w2", "w3", "w4", "w5"):
-        assert snr(strip(found).graph.tensors()[name].values, deployed[name].values) >= 35
+        assert snr(found.floats.graph.tensors()[name].values, deployed[name].values) >= 35
 
 
 def snr(exact, found):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from onnxqat.errors import TrainingError
-from onnxqat.model import to_proto
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.guard import LossHistory
 from tests.digits import calibrated_lenet, training_digits
@@ -34,7 +33,7 @@ def models(data):
 
 
 def as_bytes(model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def stop_at(count: int):

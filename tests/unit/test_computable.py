@@ -13,10 +13,10 @@ from onnxqat.data import open_data
 from onnxqat.ends import TensorReader, prune
 from onnxqat.errors import ModelError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, read_params, strip
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs
 from onnxqat.train import Config, finetune, untrainable_nodes
@@ -114,7 +114,7 @@ TAILS = {
 def quantized(model, x, rule="onnxruntime-cpu"):
     prepared = prepare(model)
     plan = make_plan(prepared.graph, load_rule(rule))
-    empty = insert(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
+    empty = insert_pairs(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
     return calibrate(empty, [{model.graph.inputs[0].name: x}], observer="minmax", threads=1)
 
 
@@ -140,7 +140,7 @@ def test_what_stands_before_them_is_what_the_network_without_them_computes(tail)
     assert any(op in one for one in cut.ops)
     assert set(cut.lost) == {t.name for t in model.graph.outputs} - set(network()[1])
     qdq, plain = quantized(model, x), quantized(from_proto(network()[0]), x)
-    theirs, ours = read_params(plain), read_params(qdq)
+    theirs, ours = plain.params, qdq.params
     assert theirs.keys() & ours.keys()
     for name in theirs.keys() & ours.keys():
         np.testing.assert_array_equal(ours[name].scale, theirs[name].scale, err_msg=name)
@@ -149,7 +149,7 @@ def test_what_stands_before_them_is_what_the_network_without_them_computes(tail)
     assert op.split("_")[0] in found.note
     differences = [o.max_abs_diff for o in found.outputs if o.kind == "values"]
     assert 0 < max(differences) < 2 * alone.max_abs_diff
-    same = evaluate(model, batches(model, x), against=strip(qdq), threads=1)
+    same = evaluate(model, batches(model, x), against=qdq.floats, threads=1)
     assert same.max_abs_diff < 1e-4
 
 
@@ -166,7 +166,7 @@ def test_training_ends_before_them_and_keeps_the_whole_graph(tmp_path, rule):
         )
     assert "stand for them" in said[0]
     assert result.after.loss < result.before.loss
-    graph = strip(result.model).graph
+    graph = result.model.floats.graph
     assert [t.name for t in graph.outputs] == ["count", "boxes"]
     assert graph.nodes[-1].op == "EfficientNMS_TRT"
     assert [t.name for t in graph.nodes[-1].inputs] == network()[1]
@@ -188,7 +188,9 @@ def test_a_point_behind_them_is_refused_by_name():
         quantized(model, samples(network()[0], 4))
     prepared = prepare(model)
     plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"))
-    unmeasured = insert(prepared, plan, placeholder_params(prepared, plan), state="calibrated")
+    unmeasured = insert_pairs(
+        prepared, plan, placeholder_params(prepared, plan), state="calibrated"
+    )
     with pytest.raises(ModelError, match="'magic' is quantized behind an op that onnxruntime lac"):
         computable(unmeasured)
 
@@ -209,7 +211,7 @@ def test_a_model_whose_input_they_read_computes_nothing():
 
 @pytest.mark.parametrize("opset", [9, 11])
 def test_an_upgrade_is_compared_before_them(opset):
-    model = to_proto(with_tail(plugin(), outputs=PLUGIN_OUTPUTS))
+    model = with_tail(plugin(), outputs=PLUGIN_OUTPUTS).to_proto()
     model.opset_import[0].version = opset
     prepared = prepare(from_proto(model))
     assert prepared.graph.opset >= 13
@@ -222,7 +224,7 @@ def test_a_model_without_them_is_itself():
 
 
 def test_a_reader_takes_what_its_tensors_need():
-    proto = to_proto(with_tail(plugin(), outputs=PLUGIN_OUTPUTS))
+    proto = with_tail(plugin(), outputs=PLUGIN_OUTPUTS).to_proto()
     inner = proto.graph.node[1].output[0]
     whole = onnx.ModelProto.FromString(proto.SerializeToString())
     prune(proto, [inner])

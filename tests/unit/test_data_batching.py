@@ -10,10 +10,10 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import InputSpec, open_data
 from onnxqat.errors import DataError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, read_params
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs
 from onnxqat.train import Config, finetune
@@ -178,12 +178,12 @@ def test_such_a_model_is_calibrated_trained_and_evaluated(tmp_path):
     model = from_proto(decoder())
     prepared = prepare(model)
     plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"))
-    empty = insert(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
+    empty = insert_pairs(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
     x = np.random.default_rng(2).normal(size=(40, 3)).astype(np.float32)
     arrays = {"x": x, "mask": np.zeros((1, 3), np.float32), "rate": np.int64(2)}
     with opened(tmp_path, input_specs(model), cache=np.zeros((0, 6), np.float32), **arrays) as data:
         qdq = calibrate(empty, data.batches(), observer="minmax", threads=1)
-        reach = float(read_params(qdq)["louder"].scale) * 255  # of asymmetric uint8
+        reach = float(qdq.params["louder"].scale) * 255  # of asymmetric uint8
         assert reach == pytest.approx(2 * (max(x.max(), 0) - min(x.min(), 0)), rel=1e-5)
         result = finetune(qdq, data, config=Config(epochs=1, threads=1))
         figures = evaluate(result.model, data.batches(), against=model, threads=1)

@@ -9,10 +9,10 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import Batch, InputSpec, open_data
 from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, read_params
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs
 from onnxqat.train import Config, finetune
@@ -30,7 +30,7 @@ def with_batch(proto, length):
 def inserted(model):
     prepared = prepare(model)
     plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"))
-    return insert(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
+    return insert_pairs(prepared, plan, placeholder_params(prepared, plan), state="uncalibrated")
 
 
 @pytest.fixture(params=[convnet, attention])
@@ -67,7 +67,7 @@ def test_calibration_does_not_count_them(pair, observer):
     free, any_size, fixed, by_four = pair
     expected = calibrate(inserted(free), any_size.batches(SAMPLES), observer=observer, threads=1)
     found = calibrate(inserted(fixed), by_four.batches(), observer=observer, threads=1)
-    theirs, ours = read_params(expected), read_params(found)
+    theirs, ours = expected.params, found.params
     assert theirs.keys() == ours.keys()
     for name, params in theirs.items():
         np.testing.assert_allclose(ours[name].scale, params.scale, rtol=1e-5, err_msg=name)

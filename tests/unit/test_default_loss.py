@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.data import InputSpec, open_data
 from onnxqat.errors import TrainingError
-from onnxqat.model import to_proto
 from onnxqat.outputs import Joined, Output, Scores
 from onnxqat.train import Config, finetune
 from onnxqat.train.losses import default_loss, pieces, variances
@@ -147,7 +146,7 @@ def with_boxes() -> onnx.ModelProto:
 def distances(network, model) -> np.ndarray:
     """Return the mean distance of scores and of boxes from the float network's, unseen samples."""
     x = {"input": samples(network, 200, seed=6)}
-    away = np.abs(run_ort(to_proto(model), x)[0] - run_ort(network, x)[0])
+    away = np.abs(run_ort(model.to_proto(), x)[0] - run_ort(network, x)[0])
     return np.array([away[:, :1].mean(), away[:, 1:].mean()])
 
 

@@ -13,12 +13,12 @@ from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, ModelError, PlanError
 from onnxqat.formats import sophgo
 from onnxqat.formats.sophgo_names import float_ops, found_in, table_of
-from onnxqat.insert import insert, plan_of, read_params, strip
-from onnxqat.model import from_proto, load_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import fake_quantize, quantize
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from tests.networks import W4A4, attention, convnet, quantized, samples
 from tests.oracles import run_ort
@@ -29,7 +29,7 @@ RULE = "sophgo-bm1684x"
 
 
 def as_bytes(model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def imported(folder, overrides, rule=RULE, table=None):
@@ -37,7 +37,7 @@ def imported(folder, overrides, rule=RULE, table=None):
     floats = prepare(load_model(folder / "model.onnx"))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
     plan, params = read_table(folder / "model_cali_table", floats, plan, table=table)
-    return insert(floats, plan, params, state="calibrated")
+    return insert_pairs(floats, plan, params, state="calibrated")
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -47,11 +47,11 @@ def imported(folder, overrides, rule=RULE, table=None):
 @NETWORKS
 def test_snapped_weights_are_on_the_grid(network, overrides):
     _, model = quantized(network(), RULE, overrides)
-    params = read_params(model)
+    params = model.params
     before, after = (
-        m.graph.tensors() for m in (strip(model), deployed_model(model, weights="snapped"))
+        m.graph.tensors() for m in (model.floats, deployed_model(model, weights="snapped"))
     )
-    weights = [p for p in plan_of(model).grid_points() if p.role == "weight"]
+    weights = [p for p in model.plan.grid_points() if p.role == "weight"]
 
     assert weights
     for point in weights:
@@ -68,9 +68,9 @@ def test_snapped_weights_are_on_the_grid(network, overrides):
 def test_snapping_touches_nothing_but_weights(network):
     _, model = quantized(network())
     before, after = (
-        m.graph.tensors() for m in (strip(model), deployed_model(model, weights="snapped"))
+        m.graph.tensors() for m in (model.floats, deployed_model(model, weights="snapped"))
     )
-    weights = {p.tensor for p in plan_of(model).grid_points() if p.role == "weight"}
+    weights = {p.tensor for p in model.plan.grid_points() if p.role == "weight"}
     changed = {
         name
         for name, tensor in before.items()
@@ -84,7 +84,7 @@ def test_snapping_touches_nothing_but_weights(network):
 def test_tuned_weights_are_kept_as_they_are(network):
     _, model = quantized(network())
 
-    assert as_bytes(deployed_model(model, weights="tuned")) == as_bytes(strip(model))
+    assert as_bytes(deployed_model(model, weights="tuned")) == as_bytes(model.floats)
 
 
 # --- the round trip ---------------------------------------------------------------------------
@@ -100,13 +100,13 @@ def test_table_and_stripped_model_reproduce_the_model_bit_for_bit(
     _, model = quantized(network, rule, overrides, observer="mse")
     write_deployment(model, tmp_path)
     again = imported(tmp_path, overrides, rule)
-    old, new = read_params(model), read_params(again)
+    old, new = model.params, again.params
     x = {"input": samples(network, 32, seed=5)}
 
-    assert plan_of(again) == plan_of(model)
+    assert again.plan == model.plan
     assert old.keys() == new.keys()
     assert all(old[name].same_as(new[name]) for name in old)
-    np.testing.assert_array_equal(run_ort(to_proto(again), x)[0], run_ort(to_proto(model), x)[0])
+    np.testing.assert_array_equal(run_ort(again.to_proto(), x)[0], run_ort(model.to_proto(), x)[0])
 
 
 def concat_of_a_constant() -> onnx.ModelProto:
@@ -139,15 +139,15 @@ def test_a_constant_in_an_unsigned_group_comes_back_unsigned(tmp_path):
     write_deployment(model, tmp_path)
     again = imported(tmp_path, ())
 
-    assert not read_params(model)["r"].signed
-    assert plan_of(again) == plan_of(model)
-    assert all(p.same_as(read_params(again)[name]) for name, p in read_params(model).items())
+    assert not model.params["r"].signed
+    assert again.plan == model.plan
+    assert all(p.same_as(again.params[name]) for name, p in model.params.items())
 
 
 def calibrated_on_one(floats, plan):
     from onnxqat.calibrate import calibrate
 
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     x = np.random.default_rng(1).normal(size=(1, 3, 4, 4)).astype(np.float32)
     return floats, calibrate(empty, [{"input": x}], observer="minmax")
 
@@ -157,7 +157,7 @@ def calibrated_on_one(floats, plan):
 
 def looked_up(model) -> set[str]:
     """Return every name of an activation, by the naming rule of the compiler alone."""
-    graph = strip(model).graph
+    graph = model.floats.graph
     names = {t.name for t in graph.inputs}
     return names | {
         f"{t.name}_{n.op}" for n in graph.nodes for t in n.outputs if t.dtype == np.float32
@@ -204,7 +204,7 @@ def test_a_table_without_the_names_of_gemms_is_complete():
     weights = {k: v for k, v in table.weights.items() if k.removesuffix("_weight") not in gemms}
     table = dataclasses.replace(table, activations=lines, weights=weights)
 
-    assert not found_in(table, floats.graph, plan_of(qdq), "table").missing
+    assert not found_in(table, floats.graph, qdq.plan, "table").missing
 
 
 def test_weights_go_by_the_end_of_their_chain():
@@ -218,7 +218,7 @@ def test_weights_go_by_the_end_of_their_chain():
         "c4_Conv_weight",
         "output_Gemm_weight",
     }
-    scales = read_params(model)["w1"].scale.astype(np.float64)
+    scales = model.params["w1"].scale.astype(np.float64)
     np.testing.assert_array_equal(table["r1_Relu_weight"].scales, scales)
 
 
@@ -311,7 +311,7 @@ def test_widths_the_table_lacks_cannot_be_said(tmp_path):
 def test_uncalibrated_and_float_models_are_refused(tmp_path):
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule(RULE), [])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     with pytest.raises(PlanError, match="is not calibrated"):
         write_deployment(empty, tmp_path)
     with pytest.raises(ModelError, match="holds no quantization plan"):
@@ -383,12 +383,12 @@ def test_per_tensor_convolution_lists_its_scale_for_every_channel():
     """The compiler reads one scale per output channel of a convolution, whatever the grid."""
     _, qdq = quantized(convnet(), overrides=("weight.axis=none",))
     table = table_of(qdq)
-    scale = float(read_params(qdq)["w1"].scale)
+    scale = float(qdq.params["w1"].scale)
 
     assert table.weights["r1_Relu_weight"].scales == (scale,) * 6
     assert len(table.weights["output_Gemm_weight"].scales) == 1
-    params = found_in(table, strip(qdq).graph, plan_of(qdq), "table").complete()
-    assert all(params[name].same_as(p) for name, p in read_params(qdq).items())
+    params = found_in(table, qdq.floats.graph, qdq.plan, "table").complete()
+    assert all(params[name].same_as(p) for name, p in qdq.params.items())
 
 
 def test_unequal_scales_for_a_per_tensor_grid_are_refused():
@@ -396,4 +396,4 @@ def test_unequal_scales_for_a_per_tensor_grid_are_refused():
     table = table_of(qdq)
     _, per_tensor = quantized(convnet(), overrides=("weight.axis=none",))
     with pytest.raises(FormatError, match="has 6 scales; its tensor takes 1"):
-        found_in(table, strip(qdq).graph, plan_of(per_tensor), "table")
+        found_in(table, qdq.floats.graph, per_tensor.plan, "table")

@@ -14,8 +14,8 @@ from onnxqat.errors import DataError, ModelError, PlanError
 from onnxqat.evaluate import check_interface, evaluate
 from onnxqat.evaluate.run import model_session
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import insert
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
+from onnxqat.quantized import insert_pairs
 from tests.networks import W4A4, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
@@ -98,7 +98,7 @@ def compared(nodes, ours, theirs, shape, kind=TensorProto.FLOAT):
     """Return the figures of the only output of two tables behind some nodes."""
     models = [table_model(scores, output="row") for scores in (ours, theirs)]
     for i, model in enumerate(models):
-        proto = to_proto(model)
+        proto = model.to_proto()
         proto.graph.node.extend(nodes)
         del proto.graph.output[:]
         proto.graph.output.append(helper.make_tensor_value_info("out", kind, shape))
@@ -245,16 +245,16 @@ def test_qdq_mode_is_the_file_run_node_by_node(network, qdq):
     x = samples(network, 16)
     found = model_session(qdq, "qdq", threads=1).run(None, {"input": x})[0]
 
-    np.testing.assert_array_equal(found, run_ort(to_proto(qdq), {"input": x})[0])
+    np.testing.assert_array_equal(found, run_ort(qdq.to_proto(), {"input": x})[0])
 
 
 def test_models_are_not_changed_and_progress_is_told(network, qdq):
-    before = to_proto(qdq).SerializeToString(deterministic=True)
+    before = qdq.to_proto().SerializeToString(deterministic=True)
     told = []
     x = samples(network, 33)
     evaluate(qdq, batches(x), mode="float", threads=1, progress=lambda: told.append(1))
 
-    assert to_proto(qdq).SerializeToString(deterministic=True) == before
+    assert qdq.to_proto().SerializeToString(deterministic=True) == before
     assert len(told) == 3
 
 
@@ -265,7 +265,7 @@ def test_other_inputs_or_outputs_are_refused():
     scores = np.eye(3, dtype=np.float32)
     ours, renamed = table_model(scores), table_model(scores, output="logits")
     other = table_model(scores, name="rows")
-    two = onnx.ModelProto.FromString(to_proto(ours).SerializeToString())
+    two = onnx.ModelProto.FromString(ours.to_proto().SerializeToString())
     two.graph.node.append(helper.make_node("Neg", ["output"], ["second"]))
     two.graph.output.append(helper.make_tensor_value_info("second", TensorProto.FLOAT, ["N", 3]))
 
@@ -291,7 +291,7 @@ def test_data_the_model_cannot_take_are_an_error(qdq):
 def test_placeholder_scales_are_not_evaluated():
     network = convnet()
     floats, plan = planned(network, "onnxruntime-cpu")
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     batches = [Batch({"input": samples(network, 4)})]
     refused = pytest.raises(PlanError, match="is not calibrated")
     with refused:

@@ -9,7 +9,7 @@ from onnxqat.data import open_data
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import evaluate
 from onnxqat.evaluate.labels import Hits, doubt
-from onnxqat.model import load_model
+from onnxqat.quantized import load_model
 from onnxqat.train import Config, finetune
 from tests.digits import INPUT, MODELS, PIXELS, calibrated_lenet, training_digits
 

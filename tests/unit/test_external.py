@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 from onnxqat import external, model
 from onnxqat.calibrate import placeholder_params
 from onnxqat.errors import ModelError
-from onnxqat.insert import insert, strip
-from onnxqat.model import load_model, save_model, to_proto
+from onnxqat.model import load_model
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.networks import convnet
 from tests.oracles import run_ort
@@ -73,12 +73,12 @@ def test_mapped_weights_are_those_of_the_file(offset: int, tmp_path: Path) -> No
     x = {"x0": np.random.default_rng(1).normal(size=(2, SIDE)).astype(np.float32)}
 
     loaded = load_model(path)
-    save_model(loaded, tmp_path / "again.onnx")
+    loaded.save(tmp_path / "again.onnx")
 
     weight = loaded.graph.tensors()["w1"].values
     assert type(weight) is np.ndarray
     assert not weight.flags.writeable
-    assert np.array_equal(run_ort(to_proto(loaded), x)[0], run_ort(expected, x)[0])
+    assert np.array_equal(run_ort(loaded.to_proto(), x)[0], run_ort(expected, x)[0])
     again = onnx.load(tmp_path / "again.onnx")
     assert np.array_equal(run_ort(again, x)[0], run_ort(expected, x)[0])
     entries = onnx.load(tmp_path / "again.onnx", load_external_data=False).graph.initializer
@@ -96,23 +96,23 @@ def test_strip_undoes_insert_where_weights_lie_beside_the_model(
     path = tmp_path / "model.onnx"
     onnx.save(convnet(), path, save_as_external_data=True, location="data", size_threshold=0)
     floats = prepare(load_model(path))
-    before = to_proto(floats).SerializeToString(deterministic=True)
+    before = floats.to_proto().SerializeToString(deterministic=True)
     plan = make_plan(floats.graph, load_rule("tensorrt"))
-    qdq = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    qdq = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
-    assert to_proto(strip(qdq)).SerializeToString(deterministic=True) == before
-    assert to_proto(floats).SerializeToString(deterministic=True) == before
+    assert qdq.floats.to_proto().SerializeToString(deterministic=True) == before
+    assert floats.to_proto().SerializeToString(deterministic=True) == before
 
 
 def test_a_mapped_model_can_be_written_over_itself(tmp_path: Path) -> None:
-    save_model(load_model(write(tmp_path)), tmp_path / "own.onnx")
+    load_model(write(tmp_path)).save(tmp_path / "own.onnx")
     loaded = load_model(tmp_path / "own.onnx")
-    before = to_proto(loaded)
+    before = loaded.to_proto()
 
-    save_model(loaded, tmp_path / "own.onnx", force=True)
+    loaded.save(tmp_path / "own.onnx", force=True)
 
-    assert to_proto(load_model(tmp_path / "own.onnx")) == before
-    assert to_proto(loaded) == before
+    assert load_model(tmp_path / "own.onnx").to_proto() == before
+    assert loaded.to_proto() == before
 
 
 @pytest.mark.usefixtures("_large")

@@ -11,12 +11,12 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
-from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import fake_quantize
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.train import Config, DivergedError, finetune
 from tests.oracles import run_ort
@@ -55,19 +55,19 @@ def calibrated(network, data, overrides=()):
     plan = make_plan(
         floats.graph, load_rule("sophgo-bm1684x"), [parse_override(o) for o in overrides]
     )
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, (batch.inputs for batch in data.batches(100)), threads=1)
 
 
 def as_bytes(model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def kl_to_teacher(model, network, inputs):
     def log_softmax(scores):
         return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
-    q = log_softmax(run_ort(to_proto(model), inputs)[0].astype(np.float64))
+    q = log_softmax(run_ort(model.to_proto(), inputs)[0].astype(np.float64))
     p = log_softmax(run_ort(network, inputs)[0].astype(np.float64))
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
@@ -79,7 +79,7 @@ def test_fine_tuning_comes_nearer_to_the_teacher(coarse, data, network, unseen, 
     config = Config(**FAST, method=method, optimizer=optimizer, lr=lr)
     result = finetune(coarse, data, config=config)
 
-    assert state_of(result.model) == "finetuned"
+    assert result.model.state == "finetuned"
     before = kl_to_teacher(coarse, network, unseen.inputs)
     assert kl_to_teacher(result.model, network, unseen.inputs) < 0.7 * before
 
@@ -114,7 +114,7 @@ def test_seed_makes_a_run_reproducible_bit_for_bit(coarse, data):
 
 def test_ste_keeps_the_scales(coarse, data):
     result = finetune(coarse, data, config=Config(**FAST, method="ste"))
-    before, after = read_params(coarse), read_params(result.model)
+    before, after = coarse.params, result.model.params
 
     assert result.best_epoch > 0
     assert all(before[name].same_as(after[name]) for name in before)
@@ -122,7 +122,7 @@ def test_ste_keeps_the_scales(coarse, data):
 
 def test_scales_stay_positive_and_zero_points_stay(coarse, data):
     result = finetune(coarse, data, config=Config(**FAST, scale_lr=0.1))
-    before, after = read_params(coarse), read_params(result.model)
+    before, after = coarse.params, result.model.params
 
     assert all((p.scale > 0).all() for p in after.values())
     for name, params in before.items():
@@ -134,12 +134,10 @@ def test_scales_that_are_powers_of_two_stay_so_and_move(network, data, ema):
     powers = ("weight.bits=2", "activation.power_of_two=true", "weight.power_of_two=true")
     start = calibrated(network, data, powers)
     # every scale twice too large, which the straight-through gradient sees
-    params = {
-        name: replace(p, scale=p.scale * np.float32(2)) for name, p in read_params(start).items()
-    }
-    start = with_params(start, params, state="calibrated")
+    params = {name: replace(p, scale=p.scale * np.float32(2)) for name, p in start.params.items()}
+    start = start.with_params(params, state="calibrated")
     config = Config(**FAST, scale_lr=0.05, ema=ema)
-    tuned = read_params(finetune(start, data, config=config).model)
+    tuned = finetune(start, data, config=config).model.params
 
     moved = 0
     for name, before in params.items():
@@ -158,7 +156,7 @@ def test_inputs_are_not_changed(coarse, data):
 
 def test_saved_model_evaluates_to_the_reported_figures(coarse, data, tmp_path):
     result = finetune(coarse, data, validation=data, config=Config(**FAST))
-    save_model(result.model, tmp_path / "qat.onnx")
+    result.model.save(tmp_path / "qat.onnx")
     again = evaluate(load_model(tmp_path / "qat.onnx"), data.batches(16), threads=1)
 
     assert again.metrics == result.after.metrics
@@ -166,8 +164,8 @@ def test_saved_model_evaluates_to_the_reported_figures(coarse, data, tmp_path):
 
 def test_weights_are_tuned_and_written_back(coarse, data):
     result = finetune(coarse, data, config=Config(**FAST))
-    plan, params = plan_of(coarse), read_params(result.model)
-    before, after = strip(coarse).graph.tensors(), strip(result.model).graph.tensors()
+    plan, params = coarse.plan, result.model.params
+    before, after = coarse.floats.graph.tensors(), result.model.floats.graph.tensors()
     weights = [p for p in plan.points if p.role == "weight"]
 
     assert result.best_epoch > 0
@@ -273,9 +271,9 @@ def test_label_beyond_the_classes_is_refused_before_it_is_read(coarse, data, tmp
 
 def values(model):
     """Return the trained weights and scales in one vector."""
-    tensors = strip(model).graph.tensors()
-    weights = [p.tensor for p in plan_of(model).points if p.role != "activation"]
-    scales = [p.scale for p in read_params(model).values()]
+    tensors = model.floats.graph.tensors()
+    weights = [p.tensor for p in model.plan.points if p.role != "activation"]
+    scales = [p.scale for p in model.params.values()]
     return np.concatenate([np.ravel(a) for a in [*(tensors[n].values for n in weights), *scales]])
 
 

@@ -20,11 +20,11 @@ from onnxqat.calibrate import calibrate
 from onnxqat.cli import main
 from onnxqat.errors import ModelError
 from onnxqat.foreign import read_foreign_qdq, take_over
-from onnxqat.insert import insert, plan_of, read_params, state_of, strip
-from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from tests.networks import attention, convnet, samples
 from tests.oracles import run_ort
@@ -63,11 +63,11 @@ def test_a_convnet_of_onnxruntime_computes_the_same_bit_for_bit(
     network = convnet()
     theirs = quantized_by_onnxruntime(network, tmp_path, keep_relu=keep_relu)
     model = from_proto(theirs)
-    before = to_proto(model)
+    before = model.to_proto()
 
     floats, foreign = read_foreign_qdq(model)
 
-    assert to_proto(model) == before
+    assert model.to_proto() == before
     kinds = [node.op for node in floats.graph.nodes]
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(kinds)
     assert [kinds.count(op) for op in ("Conv", "Gemm")] == [4, 1]
@@ -77,11 +77,11 @@ def test_a_convnet_of_onnxruntime_computes_the_same_bit_for_bit(
     taken, ignored = take_over(plan, prepared.graph, foreign)
     assert ignored == []
     assert taken.keys() == {p.parameters for p in plan.grid_points()}
-    ours = to_proto(insert(prepared, plan, taken, state="calibrated"))
+    ours = insert_pairs(prepared, plan, taken, state="calibrated").to_proto()
     x = {"input": samples(network, 16, seed=5)}
     assert np.array_equal(run_ort(ours, x)[0], run_ort(theirs, x)[0])
     # and the float model is the one it was made from, up to the rounding of weights and biases
-    expected, found = run_ort(network, x)[0], run_ort(to_proto(floats), x)[0]
+    expected, found = run_ort(network, x)[0], run_ort(floats.to_proto(), x)[0]
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
@@ -167,7 +167,7 @@ def test_pairs_of_pytorch() -> None:
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,
     )
-    assert np.array_equal(run_ort(to_proto(floats), x)[0], run_ort(plain, x)[0])
+    assert np.array_equal(run_ort(floats.to_proto(), x)[0], run_ort(plain, x)[0])
 
 
 def test_parameters_that_do_not_fit_the_rule_are_listed() -> None:
@@ -241,13 +241,13 @@ def test_the_command_takes_over_everything(tmp_path: Path) -> None:
     assert "15 of 15 parameters are those of the model's pairs." in result.stderr
     model = load_model(out)
     x = {"input": samples(network, 16, seed=5)}
-    assert np.array_equal(run_ort(to_proto(model), x)[0], run_ort(theirs, x)[0])
-    assert state_of(model) == "calibrated"
-    assert "QuantizeLinear" not in [n.op for n in strip(model).graph.nodes]
+    assert np.array_equal(run_ort(model.to_proto(), x)[0], run_ort(theirs, x)[0])
+    assert model.state == "calibrated"
+    assert "QuantizeLinear" not in [n.op for n in model.floats.graph.nodes]
 
 
 def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path: Path) -> None:
-    save_model(from_proto(pytorch()), tmp_path / "m.onnx")
+    from_proto(pytorch()).save(tmp_path / "m.onnx")
     out = tmp_path / "ours.onnx"
 
     result = CliRunner().invoke(
@@ -259,14 +259,14 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path: Path) -> None:
     assert "Calibration measures the others: x, y." in result.stderr
     assert "Pairs that do not fit the rule: x, y." in result.stderr
     model = load_model(out)
-    assert state_of(model) == "uncalibrated"
+    assert model.state == "uncalibrated"
     batch = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)
     calibrated = calibrate(model, [{"x": batch}], observer="minmax")
-    params = read_params(calibrated)
+    params = calibrated.params
     stored = {t.name: numpy_helper.to_array(t) for t in pytorch().graph.initializer}
     assert np.array_equal(params["w"].scale, stored["ws"])
     assert float(params["x"].scale) == pytest.approx((batch.max() - batch.min()) / 255)
-    assert plan_of(calibrated).rule == "onnxruntime-cpu"
+    assert calibrated.plan.rule == "onnxruntime-cpu"
 
 
 # --- a Clip between the pair: PyTorch's 0 to 127, Brevitas' fewer bits ------------------------
@@ -354,7 +354,7 @@ def test_a_clip_between_a_pair_is_its_quantized_range(
     plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"), parsed)
     taken, ignored = take_over(plan, prepared.graph, foreign)
     assert (ignored, len(taken)) == ([], 3)
-    ours = to_proto(insert(prepared, plan, taken, state="calibrated"))
+    ours = insert_pairs(prepared, plan, taken, state="calibrated").to_proto()
     x = {"x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32) * 3}
     assert np.array_equal(run_ort(ours, x)[0], run_ort(theirs, x)[0])
 

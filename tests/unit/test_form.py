@@ -8,11 +8,11 @@ from onnx import numpy_helper
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import insert, plan_of, with_params
-from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import StepSession, forward_session
@@ -32,9 +32,9 @@ from tests.networks import RULES, W4A4, attention, convnet, quantized, samples, 
 def test_training_forward_equals_the_saved_file_bit_for_bit(network, rule, overrides, tmp_path):
     network = network()
     _, qdq = quantized(network, rule, overrides)
-    save_model(qdq, tmp_path / "model.onnx")
+    qdq.save(tmp_path / "model.onnx")
     x = samples(network, 32, seed=7) * 2  # some values are clipped
-    saved = to_proto(load_model(tmp_path / "model.onnx"))
+    saved = load_model(tmp_path / "model.onnx").to_proto()
     expected = open_session(saved, optimization="none", threads=1).run(None, {"input": x})
     form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
@@ -58,7 +58,7 @@ def test_a_pair_behind_what_keeps_a_grid_is_left_out():
     form = training_form(qdq)
     pairs = {n.name.split("/")[0] for n in form.proto.graph.node if n.domain == "onnxqat"}
 
-    assert {p.tensor: p.group for p in plan_of(qdq).grid_points()}["e1"] == "m1"
+    assert {p.tensor: p.group for p in qdq.plan.grid_points()}["e1"] == "m1"
     assert not pairs & {"k1", "e1"}  # behind a Concat, and a Pad by reflection
     assert {"m1", "t1", "z1"} <= pairs  # of the same group; z1 is behind a linear Resize
 
@@ -125,7 +125,7 @@ def widened(network, rule):
         for p in plan.points
     ]
     plan = replace(plan, points=tuple(points))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, [{"input": samples(network, 16)}], observer="minmax")
 
 
@@ -134,7 +134,7 @@ def test_16_bits_of_opset_21_train_and_equal_the_file_bit_for_bit(rule):
     network = convnet(opset=21)
     qdq = widened(network, rule)
     x = samples(network, 4, seed=7) * 2
-    expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
+    expected = open_session(qdq.to_proto(), optimization="none", threads=1).run(None, {"input": x})
     form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
     session = StepSession(form, read_loss("mse"), batch_size=4, threads=1)
@@ -222,7 +222,7 @@ def test_lowered_ops_leave_the_forward_pass_as_it_was_bit_for_bit():
     network = upsampling()
     _, qdq = quantized(network, "sophgo-bm1684x")
     x = samples(network, 4, seed=7)
-    expected = open_session(to_proto(qdq), optimization="none", threads=1).run(None, {"input": x})
+    expected = open_session(qdq.to_proto(), optimization="none", threads=1).run(None, {"input": x})
     form = training_form(qdq)
     actual = forward_session(form, threads=1).run(None, {"input": x, **form.parameters})
 
@@ -234,5 +234,5 @@ def quantized_text(network, rule="sophgo-bm1684x", overrides=()):
         network = onnx.parser.parse_model(network)
     floats = prepare(from_proto(network))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return floats, with_params(empty, placeholder_params(floats, plan), state="calibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return floats, empty.with_params(placeholder_params(floats, plan), state="calibrated")

@@ -9,8 +9,6 @@ from onnx import TensorProto, numpy_helper
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import to_proto
 from onnxqat.qparams import quantize
 from tests.networks import attention, convnet, quantized, samples
 from tests.oracles import run_ort
@@ -19,7 +17,7 @@ NETWORKS = pytest.mark.parametrize("network", [convnet, attention], ids=["convne
 
 
 def exported(model, name):
-    proto = to_proto(EXPORTS[name](model))
+    proto = EXPORTS[name](model).to_proto()
     onnx.checker.check_model(proto, full_check=True)
     return proto, {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
 
@@ -37,7 +35,7 @@ def test_openvino_keeps_biases_float_and_computes_the_same(network, rule):
     x = {"input": samples(net, 16, seed=3)}
 
     assert not any(a.dtype == np.int32 for a in arrays.values())
-    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(to_proto(qdq), x)[0])
+    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(qdq.to_proto(), x)[0])
 
 
 def test_openvino_says_the_axis_of_every_per_axis_pair():
@@ -56,7 +54,7 @@ def test_tensorrt_has_int8_weights_float_biases_and_zero_points_of_zero(network)
     _, qdq = quantized(net, "tensorrt")
     proto, arrays = exported(qdq, "tensorrt")
     linear = [n for n in proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    weights = [p for p in plan_of(qdq).points if p.role == "weight"]
+    weights = [p for p in qdq.plan.points if p.role == "weight"]
     x = {"input": samples(net, 16, seed=3)}
 
     assert all(not arrays[n.input[2]].any() for n in linear)
@@ -64,9 +62,9 @@ def test_tensorrt_has_int8_weights_float_biases_and_zero_points_of_zero(network)
     assert len(weights) == len([n for n in linear if n.input[0] in arrays])
     values = {t.name: t.values for t in qdq.graph.tensors().values() if hasattr(t, "values")}
     for point in weights:
-        expected = quantize(values[point.tensor], read_params(qdq)[point.parameters], point.spec)
+        expected = quantize(values[point.tensor], qdq.params[point.parameters], point.spec)
         np.testing.assert_array_equal(arrays[f"{point.tensor}/integers"], expected)
-    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(to_proto(qdq), x)[0])
+    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(qdq.to_proto(), x)[0])
 
 
 @pytest.mark.parametrize(
@@ -89,11 +87,11 @@ def test_qoperator_has_integer_operators():
     net = convnet()
     # without VNNI, products of 8-bit weights can saturate
     _, qdq = quantized(net, "onnxruntime-cpu", ("weight.bits=7",))
-    proto = to_proto(EXPORTS["qoperator"](qdq))
+    proto = EXPORTS["qoperator"](qdq).to_proto()
     found = Counter(n.op_type for n in proto.graph.node)
     x = {"input": samples(net, 64, seed=3)}
-    actual, expected = run_ort(proto, x)[0], run_ort(to_proto(EXPORTS["onnxruntime"](qdq)), x)[0]
-    levels = np.abs(actual - expected) / read_params(qdq)["output"].scale
+    actual, expected = run_ort(proto, x)[0], run_ort(EXPORTS["onnxruntime"](qdq).to_proto(), x)[0]
+    levels = np.abs(actual - expected) / qdq.params["output"].scale
 
     assert (found["QLinearConv"], found["QGemm"], found["QLinearAdd"]) == (4, 1, 1)
     assert not found.keys() & {"Conv", "Gemm", "Add", "Relu"}
@@ -105,7 +103,7 @@ def test_qoperator_has_integer_operators():
 @pytest.mark.parametrize("name", EXPORTS)
 def test_exports_hold_each_weight_once_as_int8(name):
     rule = "tensorrt" if name == "tensorrt" else "onnxruntime-cpu"
-    proto = to_proto(EXPORTS[name](quantized(convnet(), rule)[1]))
+    proto = EXPORTS[name](quantized(convnet(), rule)[1]).to_proto()
     sizes = [
         numpy_helper.to_array(t).size
         for t in proto.graph.initializer

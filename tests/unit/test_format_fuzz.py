@@ -8,7 +8,7 @@ import pytest
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import FORMATS, Calibrated, Table
-from onnxqat.insert import insert, plan_of, strip
+from onnxqat.quantized import insert_pairs
 from tests.networks import convnet, quantized
 
 RULES = {
@@ -50,7 +50,7 @@ def written():
     """The files of each format, with float graph and plan."""
     models = {name: quantized(convnet(), *RULES[name])[1] for name in FORMATS}
     return {
-        name: (FORMATS[name].write(Calibrated(m)).files, strip(m), plan_of(m))
+        name: (FORMATS[name].write(Calibrated(m)).files, m.floats, m.plan)
         for name, m in models.items()
     }
 
@@ -95,7 +95,7 @@ def check(written, name, kind, count, seed):
         else:  # the change did no harm: what came out must be usable
             assert all((p.scale > 0).all() for p in params.values())
             if rng.random() < 0.02:
-                insert(floats, plan, params, state="calibrated")
+                insert_pairs(floats, plan, params, state="calibrated")
     return refused
 
 

@@ -7,8 +7,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import EXPORTS, with_int4_weights
-from onnxqat.insert import plan_of
-from onnxqat.model import load_model, save_model, to_proto
+from onnxqat.quantized import load_model
 from tests.networks import attention, convnet, quantized, samples
 from tests.oracles import run_ort
 
@@ -21,20 +20,20 @@ def test_4_bit_weights_compute_what_8_bit_ones_do(network, name, tmp_path):
     net = network()
     _, qdq = quantized(net, "onnxruntime-cpu", W4)
     bytes_ = EXPORTS[name](qdq)
-    nibbles = with_int4_weights(bytes_, plan_of(qdq))
-    save_model(nibbles, tmp_path / "int4.onnx")
+    nibbles = with_int4_weights(bytes_, qdq.plan)
+    nibbles.save(tmp_path / "int4.onnx")
     proto = onnx.load(tmp_path / "int4.onnx")
     onnx.checker.check_model(proto, full_check=True)
     x = {"input": samples(net, 16, seed=3)}
 
-    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(to_proto(bytes_), x)[0])
+    np.testing.assert_array_equal(run_ort(proto, x)[0], run_ort(bytes_.to_proto(), x)[0])
     assert load_model(tmp_path / "int4.onnx").graph.opset == 21
 
 
 def test_values_are_stored_two_to_a_byte_and_wider_ones_stay():
     _, qdq = quantized(convnet(), "onnxruntime-cpu", W4)
-    before = to_proto(EXPORTS["onnxruntime"](qdq))
-    after = to_proto(with_int4_weights(EXPORTS["onnxruntime"](qdq), plan_of(qdq)))
+    before = EXPORTS["onnxruntime"](qdq).to_proto()
+    after = with_int4_weights(EXPORTS["onnxruntime"](qdq), qdq.plan).to_proto()
     old = {t.name: numpy_helper.to_array(t) for t in before.graph.initializer}
     packed = [t for t in after.graph.initializer if t.data_type == TensorProto.INT4]
 
@@ -49,4 +48,4 @@ def test_values_are_stored_two_to_a_byte_and_wider_ones_stay():
 def test_without_a_narrow_weight_it_says_so():
     _, qdq = quantized(convnet(), "onnxruntime-cpu")
     with pytest.raises(FormatError, match=r"no weight has 4 bits or fewer\. Insert with --set"):
-        with_int4_weights(EXPORTS["onnxruntime"](qdq), plan_of(qdq))
+        with_int4_weights(EXPORTS["onnxruntime"](qdq), qdq.plan)

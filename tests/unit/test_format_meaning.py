@@ -9,11 +9,10 @@ import onnx
 import pytest
 
 from onnxqat.deploy import read_table, write_deployment
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import load_model, to_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import bundled_rules, load_rule
 from tests import meanings
 from tests.networks import attention, convnet, quantized, samples
@@ -34,7 +33,7 @@ def rebuilt(deployment, rule, overrides, table):
     floats = prepare(load_model(deployment.files["model"]))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
     plan, params = read_table(deployment.files["table"], floats, plan, table=table)
-    return insert(floats, plan, params, state="calibrated")
+    return insert_pairs(floats, plan, params, state="calibrated")
 
 
 def by_meaning(deployment, kind, meaning):
@@ -78,12 +77,12 @@ def test_table_and_float_model_are_the_trained_one_bit_for_bit(
     deployment = write_deployment(model, tmp_path, table=table)
     again = rebuilt(deployment, rule, overrides, table)
     x = {"input": samples(net, 32, seed=5)}
-    expected = run_ort(to_proto(model), x)[0]
+    expected = run_ort(model.to_proto(), x)[0]
 
     assert deployment.regridded == {}
-    assert plan_of(again) == plan_of(model)
-    assert all(p.same_as(read_params(again)[name]) for name, p in read_params(model).items())
-    np.testing.assert_array_equal(run_ort(to_proto(again), x)[0], expected)
+    assert again.plan == model.plan
+    assert all(p.same_as(again.params[name]) for name, p in model.params.items())
+    np.testing.assert_array_equal(run_ort(again.to_proto(), x)[0], expected)
     found = by_meaning(deployment, "table", meaning)
     np.testing.assert_array_equal(run_ort(found, x)[0], expected)
 
@@ -112,9 +111,9 @@ def test_without_weight_scales_weights_are_by_absmax_and_counted(
     floats = prepare(load_model(deployment.files["model"]))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
     plan, params = read_table(deployment.files[kind], floats, plan, table=table)
-    trained = read_params(model)
+    trained = model.params
     x = {"input": samples(net, 32, seed=5)}
-    again = insert(floats, plan, params, state="calibrated")
+    again = insert_pairs(floats, plan, params, state="calibrated")
     reading = meanings.Reading(onnx.load(deployment.files["model"]))
     meaning(deployment.files[kind].read_bytes(), reading)
 
@@ -122,7 +121,7 @@ def test_without_weight_scales_weights_are_by_absmax_and_counted(
         if point.role == "activation":
             assert params[point.parameters].same_as(trained[point.parameters])
     np.testing.assert_array_equal(
-        run_ort(to_proto(again), x)[0], run_ort(reading.fake_quantized(), x)[0]
+        run_ort(again.to_proto(), x)[0], run_ort(reading.fake_quantized(), x)[0]
     )
     if kind == "table":
         weights = [p for p in plan.grid_points() if p.role == "weight"]
@@ -138,7 +137,7 @@ def differing(model, deployment, reading, point):
     grid = reading.edges[point.consumers[0].node, 1]
     integers = []
     for values, scale in (
-        (old[point.tensor], read_params(model)[point.parameters].scale),
+        (old[point.tensor], model.params[point.parameters].scale),
         (reading.arrays[point.tensor], np.asarray(grid.scale)),
     ):
         shape = [1] * values.ndim
@@ -167,11 +166,11 @@ def test_axera_model_is_the_trained_one(tmp_path):
     exported = onnx.load(deployment.files["table"])
     onnx.checker.check_model(exported, full_check=True)
     x = {"input": samples(net, 32, seed=5)}
-    expected = run_ort(to_proto(model), x)[0]
+    expected = run_ort(model.to_proto(), x)[0]
 
     np.testing.assert_array_equal(run_ort(exported, x)[0], expected)
     again = rebuilt(deployment, "axera-ax650", (), "axera")
-    np.testing.assert_array_equal(run_ort(to_proto(again), x)[0], expected)
+    np.testing.assert_array_equal(run_ort(again.to_proto(), x)[0], expected)
 
 
 def test_axera_matmul_weights_stay_float_on_their_grid(tmp_path):
@@ -185,7 +184,7 @@ def test_axera_matmul_weights_stay_float_on_their_grid(tmp_path):
     assert deployment.left_out["weight scales"] == ("wk", "wq", "wv")
     assert {"wk", "wq", "wv"} <= arrays
     assert "wo/integers" in arrays
-    np.testing.assert_array_equal(run_ort(exported, x)[0], run_ort(to_proto(model), x)[0])
+    np.testing.assert_array_equal(run_ort(exported, x)[0], run_ort(model.to_proto(), x)[0])
 
 
 @pytest.mark.parametrize("rule", [r for r in bundled_rules() if r not in INT16])
@@ -194,9 +193,9 @@ def test_neutral_table_holds_for_attention_under_every_rule(rule, tmp_path):
     _, model = quantized(net, rule, observer="mse")
     deployment = write_deployment(model, tmp_path, table="onnxqat")
     x = {"input": samples(net, 32, seed=5)}
-    expected = run_ort(to_proto(model), x)[0]
+    expected = run_ort(model.to_proto(), x)[0]
 
     found = by_meaning(deployment, "table", meanings.neutral)
     np.testing.assert_array_equal(run_ort(found, x)[0], expected)
     again = rebuilt(deployment, rule, (), "onnxqat")
-    np.testing.assert_array_equal(run_ort(to_proto(again), x)[0], expected)
+    np.testing.assert_array_equal(run_ort(again.to_proto(), x)[0], expected)

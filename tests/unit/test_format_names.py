@@ -14,7 +14,6 @@ from onnxqat.cli import main
 from onnxqat.deploy import name_problems, write_deployment
 from onnxqat.errors import FormatError
 from onnxqat.formats import FORMATS, Calibrated, Table
-from onnxqat.insert import read_params
 from tests.networks import _Graph, convnet
 from tests.random_params import with_random_params
 
@@ -73,7 +72,7 @@ def test_a_name_comes_back_or_is_refused_before_there_are_parameters(table):
         written = FORMATS[table].write(Calibrated(model)).files["table"]
         data = written if isinstance(written, bytes) else written.encode()
         found = FORMATS[table].read(Table(name="t", data=data), floats.graph, plan)
-        trained = read_params(model)
+        trained = model.params
         activations = {p.parameters for p in plan.grid_points() if p.role == "activation"}
         assert activations & found.params.keys()
         assert found.unused == []
@@ -139,7 +138,7 @@ def test_a_record_file_may_hold_utf8_or_escapes(key):
     again = text.replace(r"na\303\257ve", key)
     found = FORMATS["amct"].read(Table(name="t", data=again.encode()), floats.graph, plan)
 
-    assert found.params["w1"].same_as(read_params(model)["w1"])
+    assert found.params["w1"].same_as(model.params["w1"])
 
 
 def test_two_tensors_under_one_key_are_refused():
@@ -169,7 +168,7 @@ def module_called_twice() -> onnx.ModelProto:
 def test_calls_of_one_module_with_two_inputs_go_by_their_nodes(tmp_path):
     _, _, model = with_random_params(module_called_twice(), "cambricon-mlu")
     state = json.loads(write_deployment(model, tmp_path).files["table"].read_text())
-    params = read_params(model)
+    params = model.params
     weight = 1 / float(params["conv.weight"].scale)
 
     assert state["n_c1.scale"] == [1 / float(params["input"].scale), weight]

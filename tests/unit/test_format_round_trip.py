@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnxqat.deploy import read_table, write_deployment
 from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import FORMATS, Calibrated, Table, Written
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import bundled_rules, load_rule
 from tests.networks import _Graph, attention, convnet, detector, joined_to_a_constant, samples
 from tests.oracles import run_ort
@@ -76,9 +76,9 @@ def network(name: str) -> onnx.ModelProto:
 
 def check(name: str, written: Written, floats: Model, plan: QuantPlan, model: Model) -> None:
     """Read a table: by the plan of the rule, and by the one that calibration settled."""
-    trained = read_params(model)
+    trained = model.params
     listed = {entry for names in written.left_out.values() for entry in names}
-    plans = [plan_of(model)]
+    plans = [model.plan]
     if name != "tengine":  # which says no dtype: the rule has to
         plans.append(plan)
     for kind in (kind for kind in READABLE if kind in written.files):
@@ -143,13 +143,13 @@ def test_what_a_table_leaves_out_stays_float_when_it_is_read(table, rule, tmp_pa
     deployment = write_deployment(model, tmp_path, table=table)
     with caplog.at_level("WARNING"):
         found, params = read_table(deployment.files["table"], floats, plan, table=table)
-    again = insert(floats, found, params, state="calibrated")
+    again = insert_pairs(floats, found, params, state="calibrated")
     lost = {p.tensor for p in plan.grid_points()} - {p.tensor for p in found.grid_points()}
-    grids = read_params(model)
+    grids = model.params
 
     assert lost == set(deployment.left_out.get("tensors of other ops", ()))
     assert bool(lost) == ("which stay float" in caplog.text)
     assert all(grids[key].same_as(value) for key, value in params.items())
     read = {e.node for p in found.points for e in p.consumers} | {s.node for s in found.skips}
     assert {e.node for p in plan.points for e in p.consumers} <= read
-    run_ort(to_proto(again), {"input": samples(net, 2)})
+    run_ort(again.to_proto(), {"input": samples(net, 2)})

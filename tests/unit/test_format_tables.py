@@ -17,12 +17,12 @@ import onnxqat.deploy
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import FORMATS, Calibrated, Found, Table, sophgo
-from onnxqat.insert import plan_of, read_params, strip
-from onnxqat.model import from_proto, load_model
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import quantize
+from onnxqat.quantized import load_model
 from onnxqat.rules import bundled_rules, load_rule
 from tests.networks import _Graph, attention, convnet, quantized
 
@@ -37,7 +37,7 @@ def calibrated(rule, overrides=()):
 def written(name, rule, overrides=(), network=None):
     """Return the files of a format, and what it leaves out."""
     model = quantized(network, rule, overrides)[1] if network else calibrated(rule, overrides)
-    return FORMATS[name].write(Calibrated(model)), read_params(model)
+    return FORMATS[name].write(Calibrated(model)), model.params
 
 
 def read(name, text, rule, overrides=()):
@@ -62,9 +62,9 @@ ROUNDINGS = {
 def test_snapped_weights_round_to_the_same_integers_in_any_mode(rule, rounding):
     """Dividing or multiplying by the reciprocal, in float32 or float64."""
     model = calibrated(rule)
-    old, new = strip(model).graph.tensors(), deployed_model(model, weights="snapped")
-    params, count = read_params(model), 0
-    for point in (p for p in plan_of(model).grid_points() if p.role == "weight"):
+    old, new = model.floats.graph.tensors(), deployed_model(model, weights="snapped")
+    params, count = model.params, 0
+    for point in (p for p in model.plan.grid_points() if p.role == "weight"):
         entry = params[point.parameters]
         trained = quantize(old[point.tensor].values, entry, point.spec)
         values = new.graph.tensors()[point.tensor].values
@@ -177,7 +177,7 @@ def grouped() -> onnx.ModelProto:
 def test_ncnn_takes_the_largest_scale_of_a_group_and_says_so(tmp_path):
     _, model = quantized(grouped(), "ncnn")
     deployment = write_deployment(model, tmp_path)
-    scales = read_params(model)["w"].scale.astype(np.float64)
+    scales = model.params["w"].scale.astype(np.float64)
     first = deployment.files["table"].read_text().splitlines()[0].split()
 
     assert [1 / float(n) for n in first[1:]] == pytest.approx([scales[0], scales[3]])
@@ -193,10 +193,8 @@ def test_sophgo_lists_one_scale_for_each_channel_of_every_group():
     g.node("Conv", ["t", g.weight("v", 5, 6, 1, 1)], "output")
     floats, model = quantized(g.model(["N", 4, 5, 5], ["N", 5, 6, 6]))
     table = FORMATS["sophgo"].write(Calibrated(model)).files["table"]
-    weights, scales = sophgo.read(table, "t").weights, read_params(model)
-    found = FORMATS["sophgo"].read(
-        Table(name="t", data=table.encode()), floats.graph, plan_of(model)
-    )
+    weights, scales = sophgo.read(table, "t").weights, model.params
+    found = FORMATS["sophgo"].read(Table(name="t", data=table.encode()), floats.graph, model.plan)
 
     assert scales["w"].scale.shape == (3,)
     assert weights["t_ConvTranspose_weight"].scales == (*scales["w"].scale, *scales["w"].scale)
@@ -572,4 +570,4 @@ def test_default_table_of_a_rule_says_all_of_attention(rule, tmp_path):
 
     assert deployment.files["table"].is_file()
     assert load_model(deployment.files["model"]).metadata == {}
-    assert isinstance(Found("t", strip(model).graph).complete(), dict)
+    assert isinstance(Found("t", model.floats.graph).complete(), dict)

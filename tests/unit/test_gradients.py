@@ -8,8 +8,6 @@ import onnx.reference
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import to_proto
 from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
@@ -120,9 +118,9 @@ class Surrogate:
 
     def __init__(self, qdq, x):
         self.values = {}
-        proto = to_proto(qdq)
-        params = read_params(qdq)
-        points = plan_of(qdq).grid_points()
+        proto = qdq.to_proto()
+        params = qdq.params
+        points = qdq.plan.grid_points()
         observed = self._observe(proto, [p.tensor for p in points], x)
         for tensor in proto.graph.initializer:
             array = numpy_helper.to_array(tensor)

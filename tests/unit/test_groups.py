@@ -8,11 +8,11 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.insert import insert, plan_of, read_params
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.groups import parse_group
 from tests.descent import Trained
@@ -25,7 +25,7 @@ def calibrated(*overrides):
     floats = prepare(from_proto(onnx.load(MODELS / "lenet5.onnx")))
     overrides = [parse_override(text) for text in overrides]
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"), overrides)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     images = np.random.default_rng(0).normal(size=(8, 1, 28, 28)).astype(np.float32)
     return calibrate(empty, [{"input": images}], threads=1)
 
@@ -60,12 +60,11 @@ def test_a_role_stays_and_the_others_move(model, role, text):
 
 
 def test_a_node_covers_its_weight_its_bias_and_both_scales(model):
-    from onnxqat.insert import plan_of, strip
 
-    node = next(n for n in strip(model).graph.nodes if n.op == "Conv" and n.inputs[0].inputs)
+    node = next(n for n in model.floats.graph.nodes if n.op == "Conv" and n.inputs[0].inputs)
     found = Trained(model, groups=(f"name:{node.name}.freeze=true",)).steps(3)
     x, weight, bias = (t.name for t in node.inputs)
-    scales = {p.parameters for p in plan_of(model).grid_points() if p.tensor in (x, weight)}
+    scales = {p.parameters for p in model.plan.grid_points() if p.tensor in (x, weight)}
 
     assert len(scales) == 2
     stayed = set(found.start) - found.moved
@@ -130,11 +129,11 @@ def test_a_scale_stays_above_the_floor_of_its_rule():
     for step in range(20):
         trained.step(lambda *_: 1, step)
     values = trained.values.views
-    activations = [p for p in plan_of(model).grid_points() if p.role == "activation"]
+    activations = [p for p in model.plan.grid_points() if p.role == "activation"]
 
     assert values["conv1.weight/scale"].max() < 1e-4
     for point in activations:
-        levels = 127 if read_params(model)[point.parameters].signed else 255
+        levels = 127 if model.params[point.parameters].signed else 255
         assert values[f"{point.parameters}/scale"] == np.float32(3.0 / levels)
 
 
@@ -230,7 +229,7 @@ def test_weights_move_where_a_file_lacks_the_shape_of_their_rounded_values():
     """As in a file from which another tool dropped the types of inner values."""
     floats = prepare(from_proto(attention()))
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"))
-    model = insert(floats, plan, placeholder_params(floats, plan), state="calibrated")
+    model = insert_pairs(floats, plan, placeholder_params(floats, plan), state="calibrated")
     expected = Trained(model).steps(1)
     tensors = model.graph.tensors()
     for point in plan.points:

@@ -9,11 +9,12 @@ import pytest
 
 from onnxqat.calibrate import placeholder_params
 from onnxqat.errors import ModelError, PlanError
-from onnxqat.insert import insert, plan_of, read_params, state_of, strip, with_params
-from onnxqat.model import from_proto, load_model, save_model, to_proto
+from onnxqat.model import from_proto
+from onnxqat.pairs import remove_pairs
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams, fake_quantize
+from onnxqat.quantized import insert_pairs, load_model, require_quantized
 from onnxqat.rules import load_rule
 from tests.networks import RULES, W4A4, attention, convnet, planned, quantized, samples
 from tests.oracles import run_ort
@@ -24,7 +25,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", RULES)
 
 
 def as_bytes(model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    return model.to_proto().SerializeToString(deterministic=True)
 
 
 @EVERY_RULE
@@ -32,10 +33,10 @@ def as_bytes(model) -> bytes:
 @NETWORKS
 def test_strip_undoes_insert_bit_for_bit(network, rule, overrides, tmp_path):
     floats, qdq = quantized(network(), rule, overrides)
-    save_model(qdq, tmp_path / "model.qdq.onnx")
+    qdq.save(tmp_path / "model.qdq.onnx")
 
-    assert as_bytes(strip(qdq)) == as_bytes(floats)
-    assert as_bytes(strip(load_model(tmp_path / "model.qdq.onnx"))) == as_bytes(floats)
+    assert as_bytes(qdq.floats) == as_bytes(floats)
+    assert as_bytes(load_model(tmp_path / "model.qdq.onnx").floats) == as_bytes(floats)
 
 
 @EVERY_RULE
@@ -44,10 +45,10 @@ def test_strip_undoes_insert_bit_for_bit(network, rule, overrides, tmp_path):
 def test_every_state_is_a_valid_model_that_runs(network, rule, overrides):
     network = network()
     floats, plan = planned(network, rule)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     _, calibrated = quantized(network, rule, overrides)
     for model in (empty, calibrated):
-        proto = to_proto(model)
+        proto = model.to_proto()
         onnx.checker.check_model(proto, full_check=True)
         del proto.metadata_props[:]  # the file is whole without our metadata
         outputs = run_ort(proto, {"input": samples(network, 4)})
@@ -64,14 +65,14 @@ def test_qdq_arithmetic_is_that_of_the_parameters(rule, overrides):
     """The value behind the first activation pair, computed by numpy alone."""
     network = convnet()
     _, qdq = quantized(network, rule, overrides)
-    point = next(p for p in plan_of(qdq).points if p.tensor == "r1")
-    proto = to_proto(qdq)
+    point = next(p for p in qdq.plan.points if p.tensor == "r1")
+    proto = qdq.to_proto()
     for name in ("r1", "r1/dequantized"):
         proto.graph.output.append(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         )
     _, before, after = run_ort(proto, {"input": samples(network, 4)})
-    expected = fake_quantize(before, read_params(qdq)["r1"], point.spec)
+    expected = fake_quantize(before, qdq.params["r1"], point.spec)
 
     np.testing.assert_array_equal(after, expected)
 
@@ -101,22 +102,22 @@ def test_16_bits_at_an_opset_without_them_are_an_error():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("qnn-htp-16"))
     with pytest.raises(PlanError, match=r"opset 17 cannot write\. Prepare with opset=21"):
-        insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+        insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
 
 def test_insert_changes_neither_model_nor_plan():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
     before = as_bytes(floats), plan.to_json()
-    insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
     assert (as_bytes(floats), plan.to_json()) == before
 
 
 def test_parameters_read_back_bit_for_bit():
     _, qdq = quantized(convnet())
-    params = read_params(qdq)
-    again = read_params(with_params(qdq, params, state="calibrated"))
+    params = qdq.params
+    again = qdq.with_params(params, state="calibrated").params
 
     assert params.keys() == again.keys()
     assert all(params[name].same_as(again[name]) for name in params)
@@ -124,7 +125,9 @@ def test_parameters_read_back_bit_for_bit():
 
 def test_group_shares_one_scale():
     _, qdq = quantized(convnet())
-    scales = {n.inputs[1].name for n in qdq.graph.nodes if n.name.startswith(("r3/", "k1/", "c4/"))}
+    scales = {
+        n.inputs[1].name for n in qdq.qdq().graph.nodes if n.name.startswith(("r3/", "k1/", "c4/"))
+    }
 
     assert "r3/scale" in scales
     assert not scales & {"k1/scale", "c4/scale"}
@@ -139,13 +142,13 @@ def test_shared_weight_has_one_pair():
     }"""
     floats = prepare(from_proto(onnx.parser.parse_model(text)))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
-    qdq = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    qdq = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     weights = [p for p in plan.points if p.role == "weight"]
 
     assert len(weights) == 1
     assert len(weights[0].consumers) == 2
-    assert [n.name for n in qdq.graph.nodes].count("w/QuantizeLinear") == 1
-    assert as_bytes(strip(qdq)) == as_bytes(floats)
+    assert [n.name for n in qdq.qdq().graph.nodes].count("w/QuantizeLinear") == 1
+    assert as_bytes(qdq.floats) == as_bytes(floats)
 
 
 @pytest.mark.parametrize("outputs", ["quantized", "float"])
@@ -159,13 +162,13 @@ def test_an_output_that_a_node_reads_too_is_quantized_for_whom_the_plan_says(out
     spec = next(p.spec for p in plan.points if p.tensor == "y")
     grid = choose_qparams(np.float32(-1), np.float32(1), spec)
     params = placeholder_params(floats, plan) | {"x": grid, "y": grid}
-    qdq = insert(floats, plan, params, state="calibrated")
+    qdq = insert_pairs(floats, plan, params, state="calibrated")
 
     x = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
     seen = fake_quantize(x, grid, spec)
     y = np.where(seen < 0, np.float32(0.01) * seen, seen)
     on_grid = fake_quantize(y, grid, spec)
-    proto = to_proto(qdq)
+    proto = qdq.to_proto()
     conv = next(n for n in proto.graph.node if n.op_type == "Conv")
     before_conv = onnx.utils.Extractor(proto).extract_model(["x"], [conv.input[0]])
 
@@ -174,31 +177,31 @@ def test_an_output_that_a_node_reads_too_is_quantized_for_whom_the_plan_says(out
     np.testing.assert_array_equal(run_ort(before_conv, {"x": x})[0], on_grid)
     expected = on_grid if outputs == "quantized" else y
     np.testing.assert_array_equal(run_ort(proto, {"x": x})[0], expected)
-    assert as_bytes(strip(qdq)) == as_bytes(floats)
+    assert as_bytes(qdq.floats) == as_bytes(floats)
 
 
 def test_the_stored_hash_is_of_the_names_and_values_of_all_weights():
     """Files keep it: it says later whether the weights are still those of the float model."""
     floats, qdq = quantized(attention())
     digest = hashlib.sha256()
-    for tensor in sorted(to_proto(floats).graph.initializer, key=lambda t: t.name):
+    for tensor in sorted(floats.to_proto().graph.initializer, key=lambda t: t.name):
         if tensor.data_type == onnx.TensorProto.FLOAT:
             digest.update(tensor.name.encode() + onnx.numpy_helper.to_array(tensor).tobytes())
 
-    assert qdq.metadata["onnxqat.source"] == digest.hexdigest()
+    assert qdq.source == digest.hexdigest()
 
 
 def test_inserting_twice_is_refused():
     _, qdq = quantized(convnet())
     with pytest.raises(ModelError, match="already holds a quantization plan"):
-        insert(qdq, plan_of(qdq), read_params(qdq), state="calibrated")
+        insert_pairs(qdq, qdq.plan, qdq.params, state="calibrated")
 
 
 def test_missing_parameters_are_named():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
     with pytest.raises(PlanError, match="No parameters for 'input'"):
-        insert(floats, plan, {}, state="calibrated")
+        insert_pairs(floats, plan, {}, state="calibrated")
 
 
 def test_plan_of_another_model_is_refused():
@@ -209,22 +212,22 @@ def test_plan_of_another_model_is_refused():
     moved = msgspec.structs.replace(first, consumers=(first.consumers[0].__class__("n_c2", 0),))
     wrong = msgspec.structs.replace(plan, points=(moved, *plan.points[1:]))
     with pytest.raises(PlanError, match=r"Plan expects 'input' at \('n_c2', 0\)"):
-        insert(floats, wrong, params, state="calibrated")
+        insert_pairs(floats, wrong, params, state="calibrated")
 
 
 def test_file_without_plan_or_pairs_says_what_to_do():
     with pytest.raises(ModelError, match="Run 'onnxqat insert'"):
-        plan_of(from_proto(convnet()))
+        require_quantized(from_proto(convnet()))
 
     _, qdq = quantized(convnet())
-    broken = qdq.copy()
+    broken = qdq.qdq()
     broken.graph.nodes = [n for n in broken.graph.nodes if n.name != "r1/QuantizeLinear"]
     with pytest.raises(PlanError, match="Q/DQ pair of 'r1' is missing"):
-        strip(broken)
+        remove_pairs(broken.graph, qdq.plan)
 
 
 def test_state_is_stored():
-    assert state_of(quantized(convnet())[1]) == "calibrated"
+    assert quantized(convnet())[1].state == "calibrated"
 
 
 @pytest.mark.parametrize("name", ["output/float", "r1/clipped", "w1/scale", "c3/zero_point"])
@@ -236,4 +239,4 @@ def test_a_name_that_a_pair_needs_is_refused(name):
     floats = prepare(from_proto(network))
     plan = make_plan(floats.graph, load_rule("tflite"))
     with pytest.raises(ModelError, match=f"Name '{name}'"):
-        insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+        insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")

@@ -25,10 +25,10 @@ from onnxqat.evaluate.integer.steps import (
     Values,
 )
 from onnxqat.formats.onnxruntime_qdq import integer_model
-from onnxqat.insert import insert
-from onnxqat.model import from_proto, save_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import describe_rule, load_rule
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
 from tests.oracles import run_ort
@@ -51,7 +51,7 @@ def integer_kernels(model, x, path):
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 4
-    proto = to_proto(integer_model(model)).SerializeToString()
+    proto = integer_model(model).to_proto().SerializeToString()
     ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     optimized = onnx.load(path)
     names = [n for node in optimized.graph.node for n in node.output if n.endswith("/quantized")]
@@ -141,7 +141,7 @@ def test_compiled_constant_fits_the_scale_of_the_output(body, constant):
     x = np.random.default_rng(0).normal(size=(64, 2, 4)).astype(np.float32) + sign * values
     floats = prepare(from_proto(model))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     program = IntegerProgram(calibrate(empty, [{"input": x}], observer="minmax"), threads=1)
     program.run(None, {"input": x})
     (point,) = [p for p in program.points if p.tensor == "y"]
@@ -155,7 +155,7 @@ def test_counts_are_those_of_the_two_runs():
     program = IntegerProgram(qdq, threads=1)
     x = samples(network, 48, seed=5)
     outputs = [program.run(None, {"input": part})[0] for part in (x[:32], x[32:])]
-    proto = to_proto(qdq)
+    proto = qdq.to_proto()
     names = [f"{p.tensor}/quantized" for p in program.points]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     reference, *integers = run_ort(proto, {"input": x})
@@ -273,7 +273,7 @@ def test_op_without_documented_arithmetic_is_refused():
 def test_float_and_uncalibrated_models_are_refused():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
     with pytest.raises(ModelError, match="holds no quantization plan"):
         evaluate(floats, [Batch({})], mode="integer")
@@ -335,7 +335,7 @@ def run(*words):
 @pytest.fixture
 def files(tmp_path):
     network = convnet()
-    save_model(quantized(network)[1], tmp_path / "m.onnx")
+    quantized(network)[1].save(tmp_path / "m.onnx")
     x = samples(network, 24)
     np.savez(tmp_path / "d.npz", input=x, label=np.arange(24) % 5)
     return tmp_path / "m.onnx", tmp_path / "d.npz"

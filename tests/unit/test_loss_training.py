@@ -11,7 +11,6 @@ import pytest
 
 from onnxqat.data import InputSpec, open_data
 from onnxqat.errors import DataError, TrainingError
-from onnxqat.model import to_proto
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from tests.networks import answering, detector, quantized, samples
 from tests.oracles import run_ort
@@ -65,7 +64,7 @@ class Task:
     def distance(self, model) -> float:
         """Return the mean squared distance from the float network on unseen samples."""
         pairs = zip(
-            run_ort(to_proto(model), {"input": self.unseen}),
+            run_ort(model.to_proto(), {"input": self.unseen}),
             run_ort(self.network, {"input": self.unseen}),
             strict=True,
         )
@@ -182,7 +181,7 @@ def test_the_best_state_is_chosen_by_the_held_out_loss(answers):
     seen = {"input": answers.x[:64]}
 
     def loss(model):
-        pairs = zip(run_ort(to_proto(model), seen), run_ort(answers.network, seen), strict=True)
+        pairs = zip(run_ort(model.to_proto(), seen), run_ort(answers.network, seen), strict=True)
         (start, end) = (a.astype(np.float64) - b for a, b in pairs)
         return float(2 * np.square(end).mean() + np.abs(start).mean())
 
@@ -215,7 +214,7 @@ def test_only_what_is_read_learns(answers):
     unseen = {"input": answers.unseen}
     wanted = run_ort(answers.network, unseen)[1]
     before, after = (
-        np.square(run_ort(to_proto(model), unseen)[1] - wanted).mean()
+        np.square(run_ort(model.to_proto(), unseen)[1] - wanted).mean()
         for model in (answers.quantized, result.model)
     )
 

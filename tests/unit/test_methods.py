@@ -7,8 +7,6 @@ import pytest
 
 from onnxqat.calibrate import weight_range
 from onnxqat.errors import TrainingError
-from onnxqat.insert import plan_of, read_params
-from onnxqat.model import to_proto
 from onnxqat.parallel import Workers
 from onnxqat.qparams import choose_qparams, quantize, quantized_range
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
@@ -152,17 +150,17 @@ def test_the_form_computes_what_the_tuned_file_computes(model, data, method):
     images = next(iter(data.batches(16))).inputs
     trained = forward_session(form, threads=1).run(None, images | form.parameters)
 
-    np.testing.assert_array_equal(trained[0], run_ort(to_proto(tuned), images)[0])
+    np.testing.assert_array_equal(trained[0], run_ort(tuned.to_proto(), images)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_moves(model, data, method):
-    before = read_params(model)
+    before = model.params
     fast = {"scale_lr": 0.05, "averaging_constant": 0.5}
-    after = read_params(last_state(model, data, method=method, **fast))
+    after = last_state(model, data, method=method, **fast).params
     moved = {n for n in before if not np.array_equal(before[n].scale, after[n].scale)}
     shifted = {n for n in before if not np.array_equal(before[n].zero_point, after[n].zero_point)}
-    asymmetric = {p.parameters for p in plan_of(model).grid_points() if not p.spec.symmetric}
+    asymmetric = {p.parameters for p in model.plan.grid_points() if not p.spec.symmetric}
 
     assert len(moved) == 0 if method == "ste" else len(moved) > len(before) / 2
     assert shifted <= asymmetric
@@ -172,7 +170,7 @@ def test_what_moves(model, data, method):
 def test_the_plan_names_the_method_of_a_point(data):
     model = calibrated_lenet(data, "weight.method=ste", "tensor:input.method=pact")
     form = training_form(model, method="dsq")
-    weights = {p.tensor for p in plan_of(model).grid_points() if p.role == "weight"}
+    weights = {p.tensor for p in model.plan.grid_points() if p.role == "weight"}
     ops = {n.name.rpartition("/")[0]: n.op_type for n in form.proto.graph.node if n.domain}
 
     assert {n for n, op in ops.items() if not op.endswith(("pact", "dsq"))} == weights
@@ -206,8 +204,8 @@ def followed(data, constant, batches):
 
 def test_ranges_follow_the_moving_average(data):
     model, views = followed(data, 0.25, [(-2.0, 1.0), (-4.0, 3.0)])
-    spec = next(p.spec for p in plan_of(model).points if p.tensor == "input")
-    start = read_params(model)["input"]
+    spec = next(p.spec for p in model.plan.points if p.tensor == "input")
+    start = model.params["input"]
     low, high = ((end - int(start.zero_point)) * float(start.scale) for end in (0, 255))
     for batch_low, batch_high in ((-2.0, 1.0), (-4.0, 3.0)):
         low, high = low + 0.25 * (batch_low - low), high + 0.25 * (batch_high - high)
@@ -216,7 +214,7 @@ def test_ranges_follow_the_moving_average(data):
     # the range is kept in float32, and moved twice
     np.testing.assert_array_max_ulp(views["input/scale"], expected.scale, 4)
     assert views["input/zero_point"] == expected.zero_point
-    assert views["output/scale"] == read_params(model)["output"].scale  # frozen
+    assert views["output/scale"] == model.params["output"].scale  # frozen
 
 
 def test_an_infinite_range_is_named(data):
@@ -226,8 +224,8 @@ def test_an_infinite_range_is_named(data):
 
 def test_ranges_stay_with_constant_zero_and_weights_follow(data):
     model, views = followed(data, 0.0, [(-2.0, 1.0)])
-    before = read_params(model)
-    for point in plan_of(model).grid_points():
+    before = model.params
+    for point in model.plan.grid_points():
         if point.role == "weight":
             low, high = weight_range(views[point.tensor], point.spec, "minmax")
             expected = choose_qparams(low, high, point.spec).scale
@@ -239,8 +237,8 @@ def test_ranges_stay_with_constant_zero_and_weights_follow(data):
 def test_the_input_is_observed_batch_by_batch(model, data):
     """With constant 1 the range is that of the last batch, which the tuned file shows."""
     tuned = last_state(model, data, method="moving-average", averaging_constant=1.0)
-    found = read_params(tuned)["input"]
-    spec = next(p.spec for p in plan_of(model).points if p.tensor == "input")
+    found = tuned.params["input"]
+    spec = next(p.spec for p in model.plan.points if p.tensor == "input")
     images = data.subset(np.arange(220)).batches(1)
     lows, highs = zip(*((b.inputs["input"].min(), b.inputs["input"].max()) for b in images),
                       strict=True)  # fmt: skip
@@ -254,7 +252,7 @@ def test_a_scale_that_follows_can_be_frozen(model, data):
     group = ("tensor:input/scale.freeze=true",)
     fast = {"method": "moving-average", "averaging_constant": 0.5}
     start, free, frozen = (
-        read_params(m)["input"]
+        m.params["input"]
         for m in (
             model,
             last_state(model, data, **fast),
@@ -268,8 +266,8 @@ def test_a_scale_that_follows_can_be_frozen(model, data):
 
 def test_decay_pulls_a_clipping_range_together(model, data):
     group = ("scale.weight_decay=10", "scale.lr=0.01")
-    start = read_params(model)
-    after = read_params(last_state(model, data, method="pact", groups=group))
+    start = model.params
+    after = last_state(model, data, method="pact", groups=group).params
 
     assert all((after[n].scale < start[n].scale).all() for n in start)
 
@@ -307,6 +305,6 @@ def test_a_resumed_run_gives_the_same_bytes(model, data, tmp_path, settings, cou
                        checkpoints=Checkpoints(tmp_path / "c", resume=True))  # fmt: skip
 
     def as_bytes(result):
-        return to_proto(result.model).SerializeToString(deterministic=True)
+        return result.model.to_proto().SerializeToString(deterministic=True)
 
     assert as_bytes(resumed) == as_bytes(whole)

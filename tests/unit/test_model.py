@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxqat.model
 from onnxqat.errors import ModelError, OnnxQatError
-from onnxqat.model import constant, from_proto, load_model, save_model, to_proto
+from onnxqat.model import constant, from_proto, load_model
 from onnxqat.preserve import stored_tensors
 from onnxqat.validate import checks
 from tests.oracles import run_ort
@@ -127,9 +127,9 @@ def test_round_trip(text: str, tmp_path: Path) -> None:
     source = proto.SerializeToString(deterministic=True)
     model = from_proto(proto)
 
-    assert_same(to_proto(model), proto)
-    assert_same(to_proto(model.copy()), proto)
-    save_model(model, tmp_path / "m.onnx")
+    assert_same(model.to_proto(), proto)
+    assert_same(model.copy().to_proto(), proto)
+    model.save(tmp_path / "m.onnx")
     assert_same(onnx.load(tmp_path / "m.onnx"), proto)
     assert proto.SerializeToString(deterministic=True) == source
 
@@ -137,9 +137,9 @@ def test_round_trip(text: str, tmp_path: Path) -> None:
 def test_round_trip_of_everything_beside_the_graph() -> None:
     proto = documented()
 
-    assert_same(to_proto(from_proto(proto)), proto)
-    assert_same(to_proto(from_proto(proto).copy()), proto)
-    assert_same(to_proto(from_proto(to_proto(from_proto(proto)))), proto)
+    assert_same(from_proto(proto).to_proto(), proto)
+    assert_same(from_proto(proto).copy().to_proto(), proto)
+    assert_same(from_proto(from_proto(proto).to_proto()).to_proto(), proto)
 
 
 def test_documentation_in_subgraphs_and_functions() -> None:
@@ -151,8 +151,8 @@ def test_documentation_in_subgraphs_and_functions() -> None:
     functions.functions[0].node[1].doc_string = "a node"
     functions.functions[0].metadata_props.add(key="key", value="value")
 
-    assert_same(to_proto(from_proto(proto)), proto)
-    assert_same(to_proto(from_proto(functions)), functions)
+    assert_same(from_proto(proto).to_proto(), proto)
+    assert_same(from_proto(functions).to_proto(), functions)
 
 
 @pytest.mark.parametrize("dtype", ["BFLOAT16", "FLOAT16", "INT4", "FLOAT8E4M3FN", "BOOL", "STRING"])
@@ -170,7 +170,7 @@ def test_round_trip_of_rare_types(dtype: str) -> None:
     proto = helper.make_model(graph, ir_version=10, opset_imports=opsets)
     proto.ClearField("producer_name")
 
-    assert_same(to_proto(from_proto(proto).copy()), proto)
+    assert_same(from_proto(proto).copy().to_proto(), proto)
 
 
 def test_sparse_initializers() -> None:
@@ -181,7 +181,7 @@ def test_sparse_initializers() -> None:
     for tensor in (values, unread):
         proto.graph.sparse_initializer.append(helper.make_sparse_tensor(tensor, indices, [2]))
 
-    assert_same(to_proto(from_proto(proto)), proto)
+    assert_same(from_proto(proto).to_proto(), proto)
 
 
 def test_a_copy_can_be_changed_without_changing_the_original() -> None:
@@ -194,9 +194,9 @@ def test_a_copy_can_be_changed_without_changing_the_original() -> None:
     copy.graph.nodes[0].domain = "my"
     copy.graph.outputs[0].name = "z"
     copy.metadata["key"] = "value"
-    changed = to_proto(copy)
+    changed = copy.to_proto()
 
-    assert_same(to_proto(model), proto)
+    assert_same(model.to_proto(), proto)
     assert [o.domain for o in changed.opset_import] == ["", "my"]
 
 
@@ -205,7 +205,7 @@ def test_a_subgraph_reads_what_became_of_an_outer_weight() -> None:
     inner = next(copy.graph.subgraphs()).nodes[1].inputs[1]
     inner.values = np.float32([10, 10])
 
-    result = to_proto(copy)
+    result = copy.to_proto()
 
     feeds = {"x": np.float32([1, 1]), "t": np.array(True)}
     assert np.array_equal(run_ort(result, feeds)[0], [1000, 1000])
@@ -223,7 +223,7 @@ def test_a_node_with_other_outputs_keeps_its_documentation_by_name() -> None:
     model.graph.nodes = [first]
     first.outputs[0] = model.graph.outputs[0]
 
-    assert [node.doc_string for node in to_proto(model).graph.node] == ["first"]
+    assert [node.doc_string for node in model.to_proto().graph.node] == ["first"]
 
 
 def test_constants_keep_the_shape_of_scalars() -> None:
@@ -349,7 +349,7 @@ def external(path: Path) -> Path:
 def test_external_data_is_read_and_becomes_internal(tmp_path: Path) -> None:
     model = load_model(external(tmp_path / "m.onnx"))
     (tmp_path / "weights.bin").unlink()
-    save_model(model, tmp_path / "out.onnx")
+    model.save(tmp_path / "out.onnx")
 
     weight = onnx.load(tmp_path / "out.onnx").graph.initializer[0]
     assert weight.data_location == TensorProto.DEFAULT
@@ -420,12 +420,12 @@ def test_a_large_model_is_written_with_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proto = large(monkeypatch)
-    save_model(from_proto(proto), tmp_path / "m.onnx")
+    from_proto(proto).save(tmp_path / "m.onnx")
 
     model, data = sorted(p.name for p in tmp_path.iterdir())
     assert model == "m.onnx"
     assert re.fullmatch(r"m\.onnx\.[0-9a-f]{16}\.data", data)
-    weight = to_proto(load_model(tmp_path / "m.onnx")).graph.initializer[0]
+    weight = load_model(tmp_path / "m.onnx").to_proto().graph.initializer[0]
     assert np.array_equal(numpy_helper.to_array(weight), np.arange(1024, dtype=np.float32))
 
 
@@ -437,12 +437,12 @@ def test_data_of_others_beside_a_large_model_are_kept(
     for name in kept:
         (tmp_path / name).write_text("mine")
     for _ in range(2):
-        save_model(from_proto(proto), tmp_path / "m.onnx", force=True)
+        from_proto(proto).save(tmp_path / "m.onnx", force=True)
         proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[::-1]
 
     assert all((tmp_path / name).read_text() == "mine" for name in kept)
     assert len(list(tmp_path.iterdir())) == 4  # the data of the replaced model are gone
-    assert to_proto(load_model(tmp_path / "m.onnx")).graph.initializer[0].dims == [1024]
+    assert load_model(tmp_path / "m.onnx").to_proto().graph.initializer[0].dims == [1024]
 
 
 # writing
@@ -453,9 +453,9 @@ def test_an_existing_file_is_replaced_only_with_force(tmp_path: Path) -> None:
     path.write_text("mine")
 
     with pytest.raises(OnnxQatError, match=r"m.onnx: already exists. Pass --force"):
-        save_model(from_proto(parse()), path)
+        from_proto(parse()).save(path)
     assert path.read_text() == "mine"
-    save_model(from_proto(parse()), path, force=True)
+    from_proto(parse()).save(path, force=True)
     assert_same(onnx.load(path), parse())
 
 
@@ -470,7 +470,7 @@ def test_a_failing_write_leaves_nothing_behind(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OnnxQatError, match=r"m.onnx: cannot be written \(No space left"):
-        save_model(from_proto(parse()), path, force=True)
+        from_proto(parse()).save(path, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_text() == "mine"
 
@@ -479,9 +479,9 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     model = from_proto(parse())
 
     with pytest.raises(OnnxQatError, match=r"does not exist\. Create it first"):
-        save_model(model, tmp_path / "none" / "m.onnx")
+        model.save(tmp_path / "none" / "m.onnx")
     with pytest.raises(OnnxQatError, match="is a directory"):
-        save_model(model, tmp_path)
+        model.save(tmp_path)
 
 
 def test_a_constant_with_an_empty_list_is_an_empty_tensor(tmp_path):
@@ -493,7 +493,7 @@ def test_a_constant_with_an_empty_list_is_an_empty_tensor(tmp_path):
     proto = onnx.parser.parse_model(text)
     del proto.graph.node[0].attribute[0].ints[:]
     onnx.save(proto, tmp_path / "model.onnx")
-    written = to_proto(load_model(tmp_path / "model.onnx"))
+    written = load_model(tmp_path / "model.onnx").to_proto()
     x = np.float32([1, 2])
 
     np.testing.assert_array_equal(run_ort(written, {"x": x})[0], x)

@@ -10,9 +10,8 @@ import pytest
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import FormatError
 from onnxqat.formats.onnxruntime_qdq import integer_model, quantize_bias
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import to_proto
 from onnxqat.qparams import quantize
+from onnxqat.quantized import insert_pairs
 from tests.networks import W4A4, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
@@ -30,7 +29,7 @@ def optimized(model: onnx.ModelProto, path) -> onnx.ModelProto:
 def test_every_heavy_node_becomes_an_integer_kernel(tmp_path):
     _, qdq = quantized(convnet(), "onnxruntime-cpu")
     found = Counter(
-        n.op_type for n in optimized(to_proto(integer_model(qdq)), tmp_path / "o.onnx").graph.node
+        n.op_type for n in optimized(integer_model(qdq).to_proto(), tmp_path / "o.onnx").graph.node
     )
 
     assert found["QLinearConv"] == 4
@@ -47,10 +46,10 @@ def test_every_heavy_node_becomes_an_integer_kernel(tmp_path):
 def test_integers_are_those_of_the_working_model(rule, overrides):
     network = convnet()
     _, qdq = quantized(network, rule, overrides)
-    exported = to_proto(integer_model(qdq))
+    exported = integer_model(qdq).to_proto()
     onnx.checker.check_model(exported, full_check=True)
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in exported.graph.initializer}
-    params, plan = read_params(qdq), plan_of(qdq)
+    params, plan = qdq.params, qdq.plan
     weights = {t.name: t.values for t in qdq.graph.tensors().values() if hasattr(t, "values")}
     for point in (p for p in plan.points if p.role == "weight"):
         expected = quantize(weights[point.tensor], params[point.parameters], point.spec)
@@ -68,10 +67,10 @@ def test_first_layer_is_within_one_level_of_the_working_model():
     """On the same input they differ by the rounding of the bias only."""
     network = convnet()
     _, qdq = quantized(network, "onnxruntime-cpu")
-    scale = read_params(qdq)["r1"].scale
+    scale = qdq.params["r1"].scale
     found = []
     for model in (qdq, integer_model(qdq)):
-        proto = to_proto(model)
+        proto = model.to_proto()
         del proto.graph.output[:]
         proto.graph.output.append(onnx.helper.make_tensor_value_info("r1/dequantized", 1, None))
         found.append(run_ort(proto, {"input": samples(network, 64, seed=4)})[0])
@@ -110,10 +109,10 @@ def test_a_bias_lies_on_the_grid_of_its_channel(node, shapes, overrides):
     arrays["w"] *= sizes.reshape([-1 if i == axis else 1 for i in range(4)])
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in arrays.items())
     _, qdq = quantized(proto, "qnn-htp", (*overrides, "tensor:output.quantize=false"))
-    params = read_params(qdq)
+    params = qdq.params
     scale = np.broadcast_to(params["input"].scale * params["w"].scale, sizes.shape)
     scale = np.tile(scale, 6 // scale.size)
-    exported = to_proto(integer_model(qdq))
+    exported = integer_model(qdq).to_proto()
     arrays |= {t.name: onnx.numpy_helper.to_array(t) for t in exported.graph.initializer}
     (name,) = (n for n in arrays if n.endswith("/bias/integers"))
     found = run_ort(exported, {"input": np.zeros((1, 4, 3, 3), np.float32)})[0][0, :, 0, 0]
@@ -125,8 +124,8 @@ def test_a_bias_lies_on_the_grid_of_its_channel(node, shapes, overrides):
 def levels_apart(network, x, output, overrides=()):
     """Return by how many levels the default session differs from the file node by node."""
     floats, plan = planned(network, "onnxruntime-cpu", overrides)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    exported = to_proto(integer_model(calibrate(empty, [{"input": x}], observer="minmax")))
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    exported = integer_model(calibrate(empty, [{"input": x}], observer="minmax")).to_proto()
     session = ort.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
     scale = next(t for t in exported.graph.initializer if t.name == f"{output}/scale")
     found, expected = session.run(None, {"input": x})[0], run_ort(exported, {"input": x})[0]

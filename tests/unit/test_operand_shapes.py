@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.evaluate.integer import IntegerProgram
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
@@ -68,7 +68,7 @@ def batch(model, seed):
 def calibrated(model, rule, overrides=SEVEN_BITS):
     floats = prepare(from_proto(model))
     plan = make_plan(floats.graph, load_rule(rule), [parse_override(o) for o in overrides])
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, [batch(model, s) for s in range(2)], observer="minmax")
 
 
@@ -83,10 +83,10 @@ def run(proto, feeds, level="ORT_DISABLE_ALL"):
 
 def check_everywhere(model, qdq):
     """Compare export and integer evaluation with the Q/DQ model, in levels of the output."""
-    feeds, params = batch(model, 99), read_params(qdq)
+    feeds, params = batch(model, 99), qdq.params
     step = params["y"].scale if "y" in params else np.ptp(run(model, feeds)) / 255
-    expected = run(to_proto(qdq), feeds)
-    exported = to_proto(EXPORTS["onnxruntime"](qdq))
+    expected = run(qdq.to_proto(), feeds)
+    exported = EXPORTS["onnxruntime"](qdq).to_proto()
     onnx.checker.check_model(exported, full_check=True)
     for level in LEVELS:
         found = run(exported, feeds, level)
@@ -120,7 +120,7 @@ def test_a_gemm_bias_is_exported_per_channel_or_stays_float(rule, bias, rows, co
     qdq = calibrated(model, rule)
     arrays = check_everywhere(model, qdq)
 
-    assert ("b" in {p.tensor for p in plan_of(qdq).points}) == is_integer
+    assert ("b" in {p.tensor for p in qdq.plan.points}) == is_integer
     assert ("n/bias/integers" in arrays) == is_integer
     if is_integer:
         assert arrays["n/bias/integers"].shape == (columns,)
@@ -131,13 +131,13 @@ def test_a_gemm_that_multiplies_keeps_its_bias_float(attributes):
     model = gemm((6,), rows=16, columns=6, **attributes)
     qdq = calibrated(model, "onnxruntime-cpu")
     feeds = batch(model, 99)
-    exported = to_proto(EXPORTS["onnxruntime"](qdq))
-    expected = run(to_proto(qdq), feeds)
+    exported = EXPORTS["onnxruntime"](qdq).to_proto()
+    expected = run(qdq.to_proto(), feeds)
 
-    assert ("b" in {p.tensor for p in plan_of(qdq).points}) == ("transA" in attributes)
+    assert ("b" in {p.tensor for p in qdq.plan.points}) == ("transA" in attributes)
     for level in LEVELS:
         error = np.abs(run(exported, feeds, level) - expected).max()
-        assert error <= read_params(qdq)["y"].scale * (1 + 1e-4)
+        assert error <= qdq.params["y"].scale * (1 + 1e-4)
 
 
 # operand x, weight, output, whether the weight is the left operand

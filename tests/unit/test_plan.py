@@ -9,7 +9,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from onnxqat.errors import PlanError, RuleError
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import Edge, QuantPlan, make_plan
 from onnxqat.prepare import prepare
@@ -63,10 +63,10 @@ def test_plan_survives_json_and_is_stable():
 
 def test_planning_changes_nothing():
     model = prepare(from_proto(convnet()))
-    before = to_proto(model).SerializeToString(deterministic=True)
+    before = model.to_proto().SerializeToString(deterministic=True)
     make_plan(model.graph, load_rule("onnxruntime-cpu"))
 
-    assert to_proto(model).SerializeToString(deterministic=True) == before
+    assert model.to_proto().SerializeToString(deterministic=True) == before
 
 
 def test_first_and_last_cover_weights_and_input_activations_only():

@@ -7,10 +7,10 @@ import onnx
 import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.insert import insert
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.form import training_form
 from tests.oracles import run_ort, sqnr_db
@@ -53,9 +53,9 @@ def test_what_holds_no_values_is_left_out(name, rule):
     plan = make_plan(floats.graph, load_rule(rule))
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     feeds = {"x": x, "past": np.zeros((0, 4), np.float32)}
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     quantized = calibrate(empty, [feeds], observer="minmax")
-    outputs = [run_ort(to_proto(m), feeds)[0] for m in (floats, quantized)]
+    outputs = [run_ort(m.to_proto(), feeds)[0] for m in (floats, quantized)]
     shapes = {t.name: t.shape for t in floats.graph.tensors().values()}
 
     assert {"x", "w", "m", "c"} <= {p.tensor for p in plan.points}

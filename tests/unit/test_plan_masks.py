@@ -8,11 +8,11 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import insert
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import HardwareRule, OpRule, RuleSpec
 from onnxqat.train.form import training_form
 from tests.oracles import sqnr_db
@@ -167,7 +167,7 @@ def test_mask_is_neither_quantized_nor_lost(kind):
     names = [parse_override("name:.*.quantize=true")]
     plan = make_plan(model.graph, quantizing(*OPS), names)
     points = {p.tensor for p in plan.points}
-    empty = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    empty = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     quantized = calibrate(empty, [feeds(model, kind, padded=False)], observer="minmax")
     padded = feeds(model, kind, padded=True)
     expected = model_session(model, "float").run(None, padded)[0]

@@ -10,13 +10,13 @@ import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import RuleError
-from onnxqat.insert import insert, state_of, strip
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override, read_overrides
 from onnxqat.plan import make_plan
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import PATTERN_NAMES, HardwareRule, OpRule, RuleException, RuleSpec, load_rule
 from onnxqat.rules.schema import Changes
 from tests import networks
@@ -330,7 +330,7 @@ def test_inputs_take_the_range_of_the_output():
             )
         )
     )
-    empty = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    empty = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     x = np.zeros((1, 4, 6), np.float32)
     x[0, 0, :2] = -0.25, 100
     measured = calibrate(empty, [{"x": x}], observer="minmax")
@@ -338,9 +338,9 @@ def test_inputs_take_the_range_of_the_output():
 
     assert [p.observed for p in plan.points] == [False, True]
     assert float(scale.values) == np.float32(0.5) / np.float32(127)
-    assert to_proto(strip(measured)).SerializeToString(deterministic=True) == to_proto(
-        model
-    ).SerializeToString(deterministic=True)
+    assert measured.floats.to_proto().SerializeToString(
+        deterministic=True
+    ) == model.to_proto().SerializeToString(deterministic=True)
 
 
 def test_forced_range_is_passed_on_and_kept_out_of_other_groups():
@@ -387,10 +387,10 @@ def test_float_parameters_of_a_reader_have_no_point():
 def test_calibration_without_a_computed_activation():
     """Only the input and a weight are quantized, so that nothing is fetched."""
     floats, plan = networks.planned(convnet(), "ncnn", ("activation.quantize=false",))
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     x = networks.samples(convnet(), 4)
 
-    assert state_of(calibrate(empty, [{"input": x}])) == "calibrated"
+    assert calibrate(empty, [{"input": x}]).state == "calibrated"
 
 
 def planned(*overrides: str):

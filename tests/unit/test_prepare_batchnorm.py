@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import prepare
 from onnxqat.prepare.batchnorm import fold_batchnorms
 from tests.oracles import max_ulp, run_ort
@@ -58,7 +58,7 @@ def normalize(**attributes: object) -> onnx.NodeProto:
 
 
 def folded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
     onnx.checker.check_model(result, full_check=True)
     return result
 

@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from onnxqat.calibrate import placeholder_params
-from onnxqat.insert import insert, strip
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.oracles import run_ort
 
@@ -58,17 +58,17 @@ def parse(body: str, *, result: str = "float[m] y") -> Model:
 def test_the_branch_that_is_taken_replaces_the_if(body: str) -> None:
     model = parse(body)
     model.graph.outputs[0].shape = None
-    before = to_proto(model)
+    before = model.to_proto()
 
     prepared = prepare(model)
 
-    result = to_proto(prepared)
+    result = prepared.to_proto()
     onnx.checker.check_model(result)
     assert "If" not in [node.op_type for node in result.graph.node]
     expected, found = run_ort(before, {"x": X})[0], run_ort(result, {"x": X})[0]
     assert expected.shape == found.shape
     assert np.array_equal(expected, found)
-    assert to_proto(model) == before
+    assert model.to_proto() == before
 
 
 COMPUTED = {
@@ -104,16 +104,16 @@ COMPUTED = {
 def test_other_subgraphs_pass_through_insert_and_strip(body: str, condition: bool) -> None:
     proto = onnx.parser.parse_model(f"{HEADER} g {body}")
     prepared = prepare(from_proto(proto))
-    floats = to_proto(prepared)
+    floats = prepared.to_proto()
     plan = make_plan(prepared.graph, load_rule("onnxruntime-cpu"))
     params = placeholder_params(prepared, plan)
 
-    quantized = insert(prepared, plan, params, state="uncalibrated")
+    quantized = insert_pairs(prepared, plan, params, state="uncalibrated")
 
-    onnx.checker.check_model(to_proto(quantized), full_check=True)
+    onnx.checker.check_model(quantized.to_proto(), full_check=True)
     assert {p.role for p in plan.points} >= {"weight", "activation"}
     feeds = {"x": np.float32([[1, -2, 3, 0.5], [0, 1, 2, 3]]), "t": np.array(condition)}
     expected = run_ort(proto, feeds)[0]
     assert np.array_equal(run_ort(floats, feeds)[0], expected)
-    assert run_ort(to_proto(quantized), feeds)[0].shape == expected.shape
-    assert to_proto(strip(quantized)) == floats
+    assert run_ort(quantized.to_proto(), feeds)[0].shape == expected.shape
+    assert quantized.floats.to_proto() == floats

@@ -12,12 +12,12 @@ from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import ModelError
 from onnxqat.evaluate import evaluate
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16, refuse_other_floats
 from onnxqat.qparams import quantize
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.networks import convnet, samples
 from tests.oracles import max_ulp, run_ort
@@ -71,13 +71,13 @@ def calibrated(prepared: Model, batch: np.ndarray) -> Model:
     plan = make_plan(prepared.graph, load_rule("sophgo-bm1690"))
     params = placeholder_params(prepared, plan)
     name = prepared.graph.inputs[0].name
-    return calibrate(insert(prepared, plan, params, state="uncalibrated"), [{name: batch}])
+    return calibrate(insert_pairs(prepared, plan, params, state="uncalibrated"), [{name: batch}])
 
 
 def test_the_widened_model_computes_what_the_float16_model_does() -> None:
     source = in_halves(convnet())
     prepared = prepare(from_proto(source))
-    widened = to_proto(prepared)
+    widened = prepared.to_proto()
 
     onnx.checker.check_model(widened, full_check=True)
     kinds = {t.data_type for t in widened.graph.initializer}
@@ -94,7 +94,7 @@ def test_float16_comes_back_exactly() -> None:
     source = in_halves(convnet())
     prepared = prepare(from_proto(source))
 
-    narrowed = to_proto(narrow_to_float16(prepared, prepared.metadata[FLOAT16_KEY]))
+    narrowed = narrow_to_float16(prepared, prepared.metadata[FLOAT16_KEY]).to_proto()
 
     x = samples(convnet(), 8).astype(np.float16)
     assert max_ulp(run_ort(narrowed, {"input": x})[0], run_ort(source, {"input": x})[0]) == 0
@@ -109,7 +109,7 @@ def test_a_mixed_model_is_mixed_again() -> None:
     prepared = prepare(from_proto(source))
     x = {"x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)}
 
-    narrowed = to_proto(narrow_to_float16(prepared, prepared.metadata[FLOAT16_KEY]))
+    narrowed = narrow_to_float16(prepared, prepared.metadata[FLOAT16_KEY]).to_proto()
 
     assert [n.op for n in prepared.graph.nodes] == ["Conv", "Softmax", "Mul", "Conv"]
     onnx.checker.check_model(narrowed, full_check=True)
@@ -128,15 +128,15 @@ def test_strip_gives_a_float16_model_with_the_weights_on_the_grid() -> None:
 
     deployed = deployed_model(model, weights="snapped")
 
-    proto = to_proto(deployed)
+    proto = deployed.to_proto()
     onnx.checker.check_model(proto, full_check=True)
     assert not proto.metadata_props
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     assert session.get_inputs()[0].type == session.get_outputs()[0].type == "tensor(float16)"
-    params, tensors = read_params(model), deployed.graph.tensors()
-    again = to_proto(deployed_model(model, weights="tuned"))
+    params, tensors = model.params, deployed.graph.tensors()
+    again = deployed_model(model, weights="tuned").to_proto()
     tuned = {t.name: numpy_helper.to_array(t) for t in again.graph.initializer}
-    for point in plan_of(model).grid_points():
+    for point in model.plan.grid_points():
         if point.role == "weight":
             stored = tensors[point.tensor].values
             assert stored.dtype == tuned[point.tensor].dtype == np.float16
@@ -178,8 +178,8 @@ def test_the_original_is_a_reference_for_what_was_made_of_it():
     floats = prepare(halves)
     x = samples(convnet(), 8)
     found = evaluate(floats, [SimpleNamespace(inputs={"input": x}, labels=None)], against=halves)
-    (original,) = run_ort(to_proto(halves), {"input": x.astype(np.float16)})
-    (widened,) = run_ort(to_proto(floats), {"input": x})
+    (original,) = run_ort(halves.to_proto(), {"input": x.astype(np.float16)})
+    (widened,) = run_ort(floats.to_proto(), {"input": x})
 
     expected = np.abs(widened.astype(np.float64) - original).max()
     ulp = np.spacing(np.abs(widened).max())  # other threads add in another order

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxqat.errors import ModelError
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.prepare import budget, prepare
 from onnxqat.prepare.folding import fold_constants
 from tests.oracles import run_ort
@@ -119,7 +119,7 @@ def node_of(operator: str, arrays: list[np.ndarray], attributes: dict[str, objec
 @pytest.mark.parametrize(("operator", "arrays", "attributes"), FOLDED.values(), ids=FOLDED)
 def test_folded_constants_are_what_onnxruntime_computes(operator, arrays, attributes) -> None:
     model = node_of(operator, arrays, attributes)
-    before = to_proto(model)
+    before = model.to_proto()
 
     assert fold_constants(model.graph) == 1
     for expected, tensor in zip(run_ort(before, {}), model.graph.outputs, strict=True):
@@ -133,7 +133,7 @@ def test_folded_constants_are_what_onnxruntime_computes(operator, arrays, attrib
 def test_float_arithmetic_agrees_on_a_million_values(operator: str) -> None:
     bits = RNG.integers(0, 2**32, (2, 10**6), dtype=np.uint32)
     model = node_of(operator, list(bits.view(np.float32)), {})
-    expected = run_ort(to_proto(model), {})[0]
+    expected = run_ort(model.to_proto(), {})[0]
     fold_constants(model.graph)
 
     found = model.graph.outputs[0].inputs[0].inputs[0].values
@@ -264,11 +264,11 @@ def test_folding_a_shared_initializer_leaves_the_other_reader_alone() -> None:
         "g (float[1,2] x) => (float[1,2] y) <float[2,2] w = {1,2,3,4}> "
         "{ c=Transpose(w) a=MatMul(x, w) y=MatMul(a, c) }"
     )
-    before = to_proto(model)
+    before = model.to_proto()
     x = {"x": np.float32([[3, 5]])}
 
     assert fold_constants(model.graph) == 1
-    assert np.array_equal(run_ort(to_proto(model), x)[0], run_ort(before, x)[0])
+    assert np.array_equal(run_ort(model.to_proto(), x)[0], run_ort(before, x)[0])
 
 
 # shapes
@@ -304,9 +304,9 @@ def test_what_is_known_of_a_shape_is_folded(body: str, shapes: int) -> None:
         "g (float[N,3,H,8] x) => (int64[m] y) <int64[2] i = {1,3}, int64[1] j = {0}, "
         f"int64 k = {{1}}, int64[1] one = {{1}}, int64[1] two = {{2}}> {{ {body} }}"
     )
-    before = to_proto(model)
+    before = model.to_proto()
 
-    after = to_proto(prepare(model))
+    after = prepare(model).to_proto()
 
     assert [node.op_type for node in after.graph.node].count("Shape") == shapes
     feeds = {"x": np.zeros((5, 3, 7, 8), np.float32)}
@@ -319,9 +319,9 @@ def test_a_stale_shape_in_the_file_decides_nothing() -> None:
         "g (float[N,4] x) => (float[M,4] y) <float[1,4] a, int64[2] s> "
         "{ a=Relu(x) s=Shape(a) b=Neg(x) y=Reshape(b, s) }"
     )
-    before = to_proto(model)
+    before = model.to_proto()
 
-    prepared = to_proto(prepare(model))
+    prepared = prepare(model).to_proto()
 
     feeds = {"x": np.ones((3, 4), np.float32)}
     assert np.array_equal(run_ort(prepared, feeds)[0], run_ort(before, feeds)[0])

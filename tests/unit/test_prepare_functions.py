@@ -5,7 +5,7 @@ import onnx
 import pytest
 
 from onnxqat.errors import ModelError
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import prepare
 from tests.oracles import run_ort
 
@@ -49,7 +49,7 @@ def act(x: np.ndarray, slope: float = 0.25) -> np.ndarray:
 def test_functions_are_inlined(body, functions, nodes, expected) -> None:
     proto = model(body, *functions)
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     onnx.checker.check_model(result, full_check=True)
     assert not result.functions
@@ -68,11 +68,11 @@ def test_everything_else_is_kept() -> None:
     proto.graph.node[1].name = proto.graph.node[1].doc_string = "the end"
     proto.functions[0].node[1].metadata_props.add(key="scope", value="layer1")
     model_ = from_proto(proto)
-    before = to_proto(model_).SerializeToString(deterministic=True)
+    before = model_.to_proto().SerializeToString(deterministic=True)
 
-    result = to_proto(prepare(model_))
+    result = prepare(model_).to_proto()
 
-    assert to_proto(model_).SerializeToString(deterministic=True) == before
+    assert model_.to_proto().SerializeToString(deterministic=True) == before
     assert [(p.key, p.value) for p in result.metadata_props] == [("license", "MIT")]
     assert result.doc_string == "a model"
     assert [n.doc_string for n in result.graph.node] == ["", "", "the end"]
@@ -84,7 +84,7 @@ def test_a_function_of_another_opset_is_inlined_where_that_means_the_same() -> N
     proto = model("y = my.act(x)", ACT.replace("17", "13"))
     x = {"x": np.float32([1, -2]), "t": np.array(True)}
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     assert result.opset_import[0].version == 17
     assert np.array_equal(run_ort(result, x)[0], act(x["x"]))

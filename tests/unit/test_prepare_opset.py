@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import conversion, prepare
 from onnxqat.prepare.opset import upgrade_opset
 from tests.oracles import run_ort
@@ -45,7 +45,7 @@ def old_model(version: int, *, mode: str = "nearest") -> onnx.ModelProto:
 def test_old_opsets_become_13_with_the_same_outputs(version, mode):
     source = old_model(version, mode=mode)
     x = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    upgraded = to_proto(prepare(from_proto(source)))
+    upgraded = prepare(from_proto(source)).to_proto()
     onnx.checker.check_model(upgraded, full_check=True)
 
     assert upgraded.opset_import[0].version == 13
@@ -75,7 +75,7 @@ def test_an_upgrade_that_changes_the_outputs_is_refused(monkeypatch):
 def test_a_higher_opset_is_reached_with_the_same_outputs(version):
     source = old_model(version)
     x = np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    upgraded = to_proto(prepare(from_proto(source), opset=21))
+    upgraded = prepare(from_proto(source), opset=21).to_proto()
     onnx.checker.check_model(upgraded, full_check=True)
 
     assert (upgraded.opset_import[0].version, upgraded.ir_version) == (21, 10)
@@ -89,7 +89,7 @@ def test_where_only_types_changed_nothing_but_the_version_does():
     source.graph.initializer.append(numpy_helper.from_array(np.int64([0, -1]), "s"))
     source.graph.node[0].doc_string = "kept"
 
-    upgraded = to_proto(prepare(from_proto(source), opset=19))
+    upgraded = prepare(from_proto(source), opset=19).to_proto()
 
     assert (upgraded.opset_import[0].version, upgraded.ir_version) == (19, 9)
     assert upgraded.graph.node[0].doc_string == "kept"
@@ -132,7 +132,7 @@ def test_integer_inputs_are_tried_with_indices():
     { e = Gather(w, ids) m = Cast<to=1>(mask) u = Unsqueeze<axes=[2]>(m) y = Mul(e, u) }"""
     proto = onnx.parser.parse_model(text)
 
-    upgraded = to_proto(prepare(from_proto(proto)))
+    upgraded = prepare(from_proto(proto)).to_proto()
 
     feeds = {"ids": np.int64([[0, 1, 1]]), "mask": np.array([[True, False, True]])}
     np.testing.assert_array_equal(run_ort(upgraded, feeds)[0], [[[1, 2], [0, 0], [3, 4]]])
@@ -226,7 +226,7 @@ def test_operators_that_changed_compute_what_they_did(
     source = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     expected = run_ort(source, {"x": arrays[0]})
 
-    upgraded = to_proto(upgrade_opset(from_proto(source), target))
+    upgraded = upgrade_opset(from_proto(source), target).to_proto()
 
     assert upgraded.opset_import[0].version == target
     assert set(inner) <= {name for node in upgraded.graph.node for name in node.output}

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare.padding import make_pads_explicit
 from tests.oracles import run_ort
 
@@ -34,7 +34,7 @@ def same_outputs(proto: onnx.ModelProto, size: tuple[int, ...]) -> bool:
     model = from_proto(proto)
     assert make_pads_explicit(model.graph) == 1
     assert make_pads_explicit(model.graph) == 0
-    result = to_proto(model)
+    result = model.to_proto()
     assert {a.name for a in result.graph.node[0].attribute} >= {"pads"}
     assert "auto_pad" not in {a.name for a in result.graph.node[0].attribute}
     x = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.prepare.constants import lift_constants
 from onnxqat.prepare.names import name_nodes
 from onnxqat.prepare.order import sort_nodes
@@ -27,7 +27,7 @@ def ops(model: Model) -> list[str]:
 
 def outputs_equal(before: onnx.ModelProto, model: Model, *shape: int) -> bool:
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    after = to_proto(model)
+    after = model.to_proto()
     onnx.checker.check_model(after, full_check=True)
     pairs = zip(run_ort(before, {"x": x}), run_ort(after, {"x": x}), strict=True)
     return all(np.array_equal(a, b) for a, b in pairs)
@@ -157,7 +157,7 @@ def test_constants_of_subgraphs_and_outputs_stay_nodes() -> None:
 def test_passthroughs(body: str, expected: list[str]) -> None:
     initializers = "<float r = {0.5}, bool f = {0}>"
     model = parse(f"g (float[N,3] x) => (float[N,3] y, float[N,3] z) {initializers} {{ {body} }}")
-    before = to_proto(model)
+    before = model.to_proto()
 
     remove_passthroughs(model.graph)
 
@@ -225,7 +225,7 @@ def test_unused_nodes_go_and_inputs_stay() -> None:
     assert remove_unused(model.graph) == 3
     assert ops(model) == ["Relu", "If"]
     assert [tensor.name for tensor in model.graph.inputs] == ["x", "never", "t"]
-    assert "w" not in {tensor.name for tensor in to_proto(model).graph.initializer}
+    assert "w" not in {tensor.name for tensor in model.to_proto().graph.initializer}
 
 
 # shapes

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import PASSES, prepare
 from tests.oracles import max_ulp, run_ort
 
@@ -66,7 +66,7 @@ def serialized(proto: onnx.ModelProto) -> bytes:
 def test_the_canonical_form() -> None:
     proto = network()
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     onnx.checker.check_model(result, full_check=True)
     assert [(node.op_type, node.output[0]) for node in result.graph.node] == [
@@ -101,21 +101,21 @@ def test_the_input_is_not_changed() -> None:
     )
     source = serialized(proto)
     model = from_proto(proto)
-    before = serialized(to_proto(model))
+    before = serialized(model.to_proto())
 
-    to_proto(prepare(model))
+    prepare(model).to_proto()
 
-    assert serialized(to_proto(model)) == before
+    assert serialized(model.to_proto()) == before
     assert serialized(proto) == source
 
 
 def test_preparing_twice_is_preparing_once() -> None:
     once = prepare(from_proto(network()))
-    written = serialized(to_proto(once))
+    written = serialized(once.to_proto())
 
-    assert serialized(to_proto(prepare(once))) == written
+    assert serialized(prepare(once).to_proto()) == written
     read = from_proto(onnx.load_model_from_string(written))
-    assert serialized(to_proto(prepare(read))) == written
+    assert serialized(prepare(read).to_proto()) == written
     assert [apply(read.copy().graph) for apply in PASSES] == [0] * len(PASSES)
 
 
@@ -128,7 +128,7 @@ def test_what_one_pass_makes_possible_for_an_earlier_one_is_done() -> None:
     ]
     arrays = {"off": np.zeros(1, np.bool_), "axes": np.int64([0])}
 
-    result = to_proto(prepare(from_proto(make(nodes, arrays))))
+    result = prepare(from_proto(make(nodes, arrays))).to_proto()
 
     assert [node.op_type for node in result.graph.node] == ["Relu"]
 
@@ -140,7 +140,7 @@ def test_initializers_are_no_longer_inputs() -> None:
             helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         )
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     assert [value.name for value in result.graph.input] == ["x"]
 
@@ -148,7 +148,7 @@ def test_initializers_are_no_longer_inputs() -> None:
 def test_an_ir_version_that_wants_initializers_among_the_inputs_is_raised() -> None:
     proto = network(ir_version=3)
 
-    assert to_proto(prepare(from_proto(proto))).ir_version == 4
+    assert prepare(from_proto(proto)).to_proto().ir_version == 4
 
 
 def test_metadata_and_documentation_survive() -> None:
@@ -160,7 +160,7 @@ def test_metadata_and_documentation_survive() -> None:
     proto.graph.initializer[0].doc_string = "a weight"
     proto.graph.input[0].doc_string = "an image"
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     assert (result.producer_name, result.doc_string) == ("exporter", "a model")
     theirs = [(p.key, p.value) for p in result.metadata_props if not p.key.startswith("onnxqat.")]
@@ -176,7 +176,7 @@ def test_a_graph_without_nodes_and_one_that_outputs_an_initializer() -> None:
         g (float[2] x) => (float[2] x, float[2] w) <float[2] w = {1, 2}> { }"""
     )
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     x = np.float32([3, 4])
     assert [list(a) for a in run_ort(result, {"x": x})] == [[3, 4], [1, 2]]
@@ -213,12 +213,12 @@ SUBGRAPHS = {
 def test_subgraphs(text: str, condition: bool) -> None:
     proto = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]>' + text)
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     onnx.checker.check_model(result, full_check=True)
     feeds = {"x": np.float32([1, -2]), "t": np.array(condition)}
     assert np.array_equal(run_ort(result, feeds)[0], run_ort(proto, feeds)[0])
-    again = to_proto(prepare(from_proto(result)))
+    again = prepare(from_proto(result)).to_proto()
     assert serialized(again) == serialized(result)
 
 

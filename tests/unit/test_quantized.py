@@ -9,10 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.formats import EXPORTS
-from onnxqat.insert import read_params, strip
-from onnxqat.model import save_model, to_proto
 from onnxqat.plan import QuantPlan
-from onnxqat.quantized import load_model
+from onnxqat.quantized import float_part, load_model
 from tests.networks import attention, convnet, quantized, samples
 from tests.oracles import run_ort
 
@@ -23,7 +21,7 @@ RULES = [("onnxruntime-cpu", ()), ("sophgo-bm1684x", ("weight.bits=4",)), ("qnn-
 def written():
     """Return a Q/DQ file: per-axis weights, a group, a narrow range, a quantized output."""
     _, qdq = quantized(convnet(), "onnxruntime-cpu", ("tensor:^r2$.bits=6",))
-    return to_proto(qdq)
+    return qdq.to_proto()
 
 
 def saved(proto, tmp_path):
@@ -36,8 +34,8 @@ def saved(proto, tmp_path):
 @pytest.mark.parametrize("network", [convnet, attention])
 def test_an_untouched_file_is_written_as_it_was(network, rule, overrides, tmp_path):
     _, qdq = quantized(network(), rule, overrides)
-    save_model(qdq, tmp_path / "a.onnx")
-    save_model(load_model(tmp_path / "a.onnx"), tmp_path / "b.onnx")
+    qdq.save(tmp_path / "a.onnx")
+    load_model(tmp_path / "a.onnx").save(tmp_path / "b.onnx")
 
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
@@ -57,8 +55,8 @@ def test_constant_nodes_are_read_as_initializers(written, tmp_path):
     edited = load_model(saved(as_nodes(written), tmp_path))
     x = {"input": samples(convnet(), 8)}
 
-    for made in (strip, EXPORTS["onnxruntime"], lambda model: model):
-        expected, found = to_proto(made(plain)), to_proto(made(edited))
+    for made in (float_part, EXPORTS["onnxruntime"], lambda model: model):
+        expected, found = made(plain).to_proto(), made(edited).to_proto()
         assert not [n for n in found.graph.node if n.op_type == "Constant"]
         np.testing.assert_array_equal(run_ort(found, x)[0], run_ort(expected, x)[0])
 
@@ -202,10 +200,10 @@ def test_scales_and_weights_are_those_of_the_nodes(written, tmp_path):
     put(proto, "input/zero_point", np.uint8(7))
     put(proto, "w3", np.full((6, 6, 1, 1), 0.25, S))
     model = load_model(saved(proto, tmp_path))
-    params = read_params(model)["input"]
+    params = model.params["input"]
 
     assert (float(params.scale), int(params.zero_point)) == (0.5, 7)
-    assert np.all(strip(model).graph.tensors()["w3"].values == 0.25)
+    assert np.all(model.floats.graph.tensors()["w3"].values == 0.25)
 
 
 def test_a_plan_that_is_not_text_is_refused(written, tmp_path):

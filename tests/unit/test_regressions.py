@@ -8,10 +8,10 @@ import pytest
 from onnx import numpy_helper
 
 from onnxqat.calibrate import placeholder_params
-from onnxqat.insert import insert, strip
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.oracles import run_ort
 
@@ -113,22 +113,22 @@ def network(inputs: str, body: str, weights: dict[str, tuple[int, ...]]) -> onnx
 def test_layers(inputs: str, body: str, weights: dict[str, tuple[int, ...]], points: str) -> None:
     proto = network(inputs, body, weights)
     prepared = prepare(from_proto(proto))
-    floats = to_proto(prepared)
+    floats = prepared.to_proto()
     plan = make_plan(prepared.graph, load_rule("sophgo-bm1690"))
     params = placeholder_params(prepared, plan)
 
-    quantized = insert(prepared, plan, params, state="uncalibrated")
+    quantized = insert_pairs(prepared, plan, params, state="uncalibrated")
 
     onnx.checker.check_model(floats, full_check=True)
-    onnx.checker.check_model(to_proto(quantized), full_check=True)
-    assert to_proto(strip(quantized)) == floats
+    onnx.checker.check_model(quantized.to_proto(), full_check=True)
+    assert quantized.floats.to_proto() == floats
     assert sorted(p.tensor for p in plan.points if p.role == "weight") == sorted(points)
     dims = proto.graph.input[0].type.tensor_type.shape.dim
     sizes = {"N": 2, "H": 9, "W": 7}
     shape = [d.dim_value or sizes[d.dim_param] for d in dims]
     x = {"x": np.random.default_rng(1).integers(-4, 5, shape).astype(np.float32)}
     expected, found = run_ort(proto, x)[0], run_ort(floats, x)[0]
-    assert expected.shape == found.shape == run_ort(to_proto(quantized), x)[0].shape
+    assert expected.shape == found.shape == run_ort(quantized.to_proto(), x)[0].shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
-    again = from_proto(onnx.load_model_from_string(to_proto(quantized).SerializeToString()))
-    assert to_proto(strip(again)) == floats
+    again = from_proto(onnx.load_model_from_string(quantized.to_proto().SerializeToString()))
+    assert again.floats.to_proto() == floats

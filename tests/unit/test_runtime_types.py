@@ -10,10 +10,10 @@ import pytest
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate.run import model_session
-from onnxqat.insert import insert, strip
-from onnxqat.model import Model, from_proto, to_proto
+from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.form import training_form
 from tests import networks
@@ -41,7 +41,7 @@ def fused(network: onnx.ModelProto, path) -> Model:
 def test_every_value_has_the_type_that_the_runtime_computes(name, tmp_path):
     network = getattr(networks, name)()
     model = fused(network, tmp_path / "fused.onnx")
-    proto = to_proto(model)
+    proto = model.to_proto()
     names = [n for node in proto.graph.node for n in node.output if n]
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
@@ -66,7 +66,7 @@ def test_what_is_not_fused_is_quantized_as_before(name, tmp_path):
     alike = {n.outputs[0].name for n in model.graph.nodes if not n.domain}
     expected = {p.tensor for p in whole.points if p.role == "activation"} & alike
     batch = {"input": networks.samples(network, 16)}
-    empty = insert(model, plan, placeholder_params(model, plan), state="uncalibrated")
+    empty = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     quantized = calibrate(empty, [batch])
     outputs = [model_session(m, "qdq").run(None, batch)[0] for m in (model, quantized)]
 
@@ -75,15 +75,15 @@ def test_what_is_not_fused_is_quantized_as_before(name, tmp_path):
         "domain 'com.microsoft' is not ONNX's own"
     }
     assert sqnr_db(*outputs) > 20
-    assert to_proto(strip(quantized)).SerializeToString(deterministic=True) == to_proto(
-        model
-    ).SerializeToString(deterministic=True)
+    assert quantized.floats.to_proto().SerializeToString(
+        deterministic=True
+    ) == model.to_proto().SerializeToString(deterministic=True)
 
 
 def test_fine_tuning_names_the_fused_node(tmp_path):
     model = fused(networks.attention(), tmp_path / "fused.onnx")
     plan = make_plan(model.graph, load_rule("onnxruntime-cpu"))
-    quantized = insert(model, plan, placeholder_params(model, plan), state="calibrated")
+    quantized = insert_pairs(model, plan, placeholder_params(model, plan), state="calibrated")
     with pytest.raises(TrainingError, match=r"FusedMatMul: .* before onnxruntime fused it"):
         training_form(quantized)
 

@@ -7,7 +7,6 @@ import pytest
 
 from onnxqat.errors import TrainingError
 from onnxqat.evaluate import Evaluation
-from onnxqat.insert import read_params, strip
 from onnxqat.outputs import Output, Scores
 from onnxqat.train import Config, finetune
 from onnxqat.train.selection import Selection, score, selection_of
@@ -84,8 +83,8 @@ def test_the_average_is_kept(coarse, data, monkeypatch):
 
     assert result.best_epoch == 1
     assert len(seen) == 17
-    found = {n: t.values for n, t in strip(result.model).graph.tensors().items() if n in average}
-    found |= {f"{n}/scale": p.scale for n, p in read_params(result.model).items()}
+    found = {n: t.values for n, t in result.model.floats.graph.tensors().items() if n in average}
+    found |= {f"{n}/scale": p.scale for n, p in result.model.params.items()}
     for name, expected in average.items():
         np.testing.assert_allclose(found[name], expected, rtol=2e-5, atol=1e-6)
         if expected.size > 100:

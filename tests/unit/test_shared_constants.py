@@ -10,12 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.calibrate import calibrate, placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.formats.onnxruntime_qdq import integer_model
-from onnxqat.insert import insert, plan_of, read_params
-from onnxqat.model import from_proto, load_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import fake_quantize
+from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from tests.oracles import run_ort
 
@@ -94,7 +94,7 @@ def calibrated(model):
     floats = prepare(from_proto(model))
     overrides = [parse_override("op:Gather.quantize=false")] if "lookup" in str(model) else []
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), overrides)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     return calibrate(empty, [feeds(model, s) for s in range(2)]), overrides
 
 
@@ -103,23 +103,23 @@ def test_what_stays_float_reads_what_it_read(reader, tmp_path):
     network_ = network(reader)
     qdq, overrides = calibrated(network_)
     x = feeds(network_, 9)
-    (point,) = (p for p in plan_of(qdq).points if p.role == "weight")
+    (point,) = (p for p in qdq.plan.points if p.role == "weight")
     files = write_deployment(qdq, tmp_path, table="onnxqat").files
     stripped = load_model(files["model"])
-    onnx.checker.check_model(to_proto(stripped), full_check=True)
+    onnx.checker.check_model(stripped.to_proto(), full_check=True)
     floats = prepare(stripped)
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), overrides)
     plan, params = read_table(files["table"], floats, plan, table="onnxqat")
-    again = insert(floats, plan, params, state="calibrated")
-    old, new = run_ort(to_proto(qdq), x), run_ort(to_proto(again), x)
+    again = insert_pairs(floats, plan, params, state="calibrated")
+    old, new = run_ort(qdq.to_proto(), x), run_ort(again.to_proto(), x)
 
     np.testing.assert_array_equal(new[0], old[0])
     np.testing.assert_array_equal(new[1], old[1])
-    np.testing.assert_array_equal(run_ort(to_proto(stripped), x)[1], run_ort(network_, x)[1])
+    np.testing.assert_array_equal(run_ort(stripped.to_proto(), x)[1], run_ort(network_, x)[1])
     if reader != "output":  # an output has the values that its name stood for
-        snapped = to_proto(stripped)
+        snapped = stripped.to_proto()
         (k,) = (numpy_helper.to_array(t) for t in snapped.graph.initializer if t.name == "k")
-        expected = fake_quantize(k, read_params(qdq)[point.parameters], point.spec)
+        expected = fake_quantize(k, qdq.params[point.parameters], point.spec)
         np.testing.assert_array_equal(k, expected)
 
 
@@ -127,13 +127,13 @@ def test_what_stays_float_reads_what_it_read(reader, tmp_path):
 def test_tuned_weights_and_the_given_model_are_left_alone(reader):
     network_ = network(reader)
     qdq, _ = calibrated(network_)
-    before = to_proto(qdq).SerializeToString(deterministic=True)
+    before = qdq.to_proto().SerializeToString(deterministic=True)
     tuned = deployed_model(qdq, weights="tuned")
     deployed_model(qdq, weights="snapped")
     x = feeds(network_, 9)
 
-    assert to_proto(qdq).SerializeToString(deterministic=True) == before
-    np.testing.assert_array_equal(run_ort(to_proto(tuned), x)[1], run_ort(network_, x)[1])
+    assert qdq.to_proto().SerializeToString(deterministic=True) == before
+    np.testing.assert_array_equal(run_ort(tuned.to_proto(), x)[1], run_ort(network_, x)[1])
 
 
 @pytest.mark.parametrize("reader", [r for r in READERS if r != "output"])
@@ -141,7 +141,7 @@ def test_an_export_with_a_float_weight_snaps_it_for_its_consumers_only(reader):
     network_ = network(reader)
     qdq, _ = calibrated(network_)
     x = feeds(network_, 9)
-    exported = run_ort(to_proto(integer_model(qdq, float_weights={"k"})), x)
+    exported = run_ort(integer_model(qdq, float_weights={"k"}).to_proto(), x)
 
-    np.testing.assert_array_equal(exported[0], run_ort(to_proto(qdq), x)[0])
+    np.testing.assert_array_equal(exported[0], run_ort(qdq.to_proto(), x)[0])
     np.testing.assert_array_equal(exported[1], run_ort(network_, x)[1])

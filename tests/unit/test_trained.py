@@ -7,10 +7,10 @@ import onnx
 import pytest
 
 from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.insert import insert
 from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import HardwareRule, OpRule, RuleSpec
 from onnxqat.train.config import Config
 from onnxqat.train.form import training_form
@@ -50,7 +50,7 @@ def quantized() -> Model:
     )  # fmt: skip
     floats = prepare(from_proto(model))
     plan = make_plan(floats.graph, rule)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     x = np.random.default_rng(2).normal(size=(8, 4, 8)).astype(np.float32)
     return calibrate(empty, [{"x": x}])
 

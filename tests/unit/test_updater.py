@@ -9,12 +9,12 @@ import onnx
 import pytest
 
 from onnxqat.calibrate import placeholder_params
-from onnxqat.insert import insert, read_params
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams
+from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.descent import Trained
 
@@ -45,7 +45,7 @@ def network(batch: str = "N", *overrides: str, **weights: np.ndarray) -> Model:
         if point.tensor in RANGES:
             low, high = np.float32(RANGES[point.tensor])
             params[point.parameters] = choose_qparams(low, high, point.spec)
-    return insert(floats, plan, params, state="calibrated")
+    return insert_pairs(floats, plan, params, state="calibrated")
 
 
 def close(trained: Trained, expected: dict[str, np.ndarray]) -> None:
@@ -61,7 +61,7 @@ def test_scales_and_zero_points_move_as_lsq_says(batch):
     quantized range, where it is 255 * dL/dz.
     """
     model = network(batch)
-    params = read_params(model)
+    params = model.params
     settings = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.01, "scale_lr": 0.002}
     trained, rng = Trained(model, method="lsq+", **settings), np.random.default_rng(0)
     expected = {n: v.astype(np.float64) for n, v in trained.start.items()}

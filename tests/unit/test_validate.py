@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
-from onnxqat.model import from_proto, load_model, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import prepare
+from onnxqat.quantized import load_model
 from onnxqat.validate import validate
 from tests.exported import EXPORTED, exported
 from tests.oracles import run_ort
@@ -240,8 +241,8 @@ def test_lengths_below_0_are_unknown() -> None:
     model = from_proto(proto)
 
     assert list(model.graph.inputs[0].shape) == [None, 3, 6, 6]
-    assert not to_proto(prepare(model)).graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    assert run_ort(to_proto(prepare(model)), x)[0].shape == (3, 4, 4, 4)
+    assert not prepare(model).to_proto().graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    assert run_ort(prepare(model).to_proto(), x)[0].shape == (3, 4, 4, 4)
 
 
 def test_an_output_without_a_type_gets_the_one_that_is_inferred() -> None:
@@ -265,7 +266,7 @@ def test_types_that_are_not_computed_with_stay(kind: str) -> None:
     proto.graph.output.append(helper.make_tensor_value_info("z", number, [2]))
     proto.opset_import[0].version, proto.ir_version = 21, 10
 
-    result = to_proto(prepare(from_proto(proto)))
+    result = prepare(from_proto(proto)).to_proto()
 
     stored = {t.name: t for t in result.graph.initializer}["k"]
     assert (stored.data_type, list(stored.dims)) == (number, [2])

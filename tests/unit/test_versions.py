@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxqat.errors import ModelError
-from onnxqat.model import from_proto, to_proto
+from onnxqat.model import from_proto
 from onnxqat.prepare import prepare
 from tests.oracles import run_ort
 
@@ -50,7 +50,7 @@ def network() -> list[onnx.NodeProto]:
 def test_a_newer_opset_is_read_as_21_with_the_same_outputs(opset: int, ir_version: int) -> None:
     proto = newest(network(), opset, ir_version)
 
-    result = to_proto(from_proto(proto))
+    result = from_proto(proto).to_proto()
 
     onnx.checker.check_model(result, full_check=True)
     assert (result.opset_import[0].version, result.ir_version) == (21, 10)
@@ -58,7 +58,7 @@ def test_a_newer_opset_is_read_as_21_with_the_same_outputs(opset: int, ir_versio
     x = {"x": np.random.default_rng(1).integers(-4, 5, (2, 3, 8, 8)).astype(np.float32)}
     expected = ReferenceEvaluator(proto).run(None, x)[0]
     np.testing.assert_allclose(run_ort(result, x)[0], expected, rtol=1e-6)
-    assert to_proto(prepare(from_proto(proto))).opset_import[0].version == 21
+    assert prepare(from_proto(proto)).to_proto().opset_import[0].version == 21
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_functions_and_branches_are_looked_at_too() -> None:
         <domain: "my", opset_import: ["": 24]> act (p) => (q) { q = %s(p) }"""
     x = {"x": np.float32([1, -2]), "t": np.array(True)}
 
-    result = to_proto(from_proto(onnx.parser.parse_model(text % (21, "Exp", "Elu"))))
+    result = from_proto(onnx.parser.parse_model(text % (21, "Exp", "Elu"))).to_proto()
 
     assert result.functions[0].opset_import[0].version == 21
     np.testing.assert_allclose(run_ort(result, x)[0], [1, np.expm1(-2)], rtol=1e-6)

@@ -8,8 +8,6 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxqat.insert import plan_of, read_params, with_params
-from onnxqat.model import to_proto
 from onnxqat.qparams import quantized_range
 from onnxqat.train import Config, TrainingLog, finetune
 from onnxqat.train.watch import clipped_shares, scale_drift
@@ -31,14 +29,14 @@ def model(data):
 def scaled(model, factors):
     """Return the model with its scales times ``factors``, one or one per parameters."""
     params = {}
-    for index, (name, old) in enumerate(read_params(model).items()):
+    for index, (name, old) in enumerate(model.params.items()):
         factor = np.float32(factors if np.isscalar(factors) else factors[index])
         params[name] = replace(old, scale=old.scale * factor)
-    return with_params(model, params, state="finetuned")
+    return model.with_params(params, state="finetuned")
 
 
 def test_drift_is_the_logarithm_of_the_ratio(model):
-    count = len(read_params(model))
+    count = len(model.params)
     factors = [2.0 ** (i - 2) for i in range(count)]
     found = scale_drift(model, scaled(model, factors))
 
@@ -46,13 +44,13 @@ def test_drift_is_the_logarithm_of_the_ratio(model):
 
 
 def test_drift_of_an_axis_is_that_of_the_channel_that_moved_furthest(model):
-    params = read_params(model)
+    params = dict(model.params)
     name = next(n for n, p in params.items() if p.scale.size > 2)
     scale = params[name].scale.copy()
     scale[0] *= 2
     scale[1] /= 8
     params[name] = replace(params[name], scale=scale)
-    found = scale_drift(model, with_params(model, params, state="finetuned"))
+    found = scale_drift(model, model.with_params(params, state="finetuned"))
 
     assert found.pop(name) == pytest.approx(-3)
     assert set(found.values()) == {0.0}
@@ -64,9 +62,9 @@ def test_clipped_shares_are_those_of_the_reference(model, data, factor):
     narrow = scaled(model, factor)
     inputs = next(iter(data.batches(4))).inputs
     found = clipped_shares(narrow, inputs, threads=1)
-    proto, params = to_proto(narrow), read_params(narrow)
+    proto, params = narrow.to_proto(), narrow.params
     nodes = {n.name: n for n in proto.graph.node}
-    points = plan_of(narrow).grid_points()
+    points = narrow.plan.grid_points()
     names = [nodes[f"{p.tensor}/QuantizeLinear"].input[0] for p in points]
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     proto.opset_import[0].version = 21  # the evaluator has no older DequantizeLinear
@@ -112,7 +110,7 @@ def test_a_log_has_a_line_per_interval_and_epoch(model, data, tmp_path):
     assert 0 < steps[-1]["lr"] < steps[0]["lr"] <= 1e-3
     best = epochs[result.best_epoch - 1] if result.best_epoch else {}
     assert best.get("metrics", result.before.metrics)["top1"] == result.after.metrics["top1"]
-    points = plan_of(model).grid_points()
+    points = model.plan.grid_points()
     for line in epochs:
         assert line["scale_drift"].keys() == {p.parameters for p in points}
         assert line["clipped"].keys() == {p.tensor for p in points}
@@ -123,7 +121,7 @@ def test_shares_are_told_where_only_the_input_and_weights_are_quantized():
     _, qdq = quantized(convnet(), "ncnn", ("activation.quantize=false",))
     shares = clipped_shares(qdq, {"input": samples(convnet(), 2)})
 
-    assert shares.keys() == {p.tensor for p in plan_of(qdq).grid_points()}
+    assert shares.keys() == {p.tensor for p in qdq.plan.grid_points()}
 
 
 def test_a_log_goes_on_and_notes_what_happened(model, data, tmp_path):

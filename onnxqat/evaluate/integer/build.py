@@ -34,10 +34,9 @@ from onnxqat.evaluate.integer.steps import (
     Target,
 )
 from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
-from onnxqat.insert import plan_of
-from onnxqat.model import Model
 from onnxqat.nodes import input_role, is_float, keeps_grid
 from onnxqat.operators import OPERATORS, WEIGHTED
+from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import HardwareRule
 
 __all__ = ["build_steps"]
@@ -50,7 +49,7 @@ ELEMENTWISE = ("Add", "Sub", "Mul")
 INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu")
 
 
-def build_steps(model: Model, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
+def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
     """Return the program of a calibrated or fine-tuned Q/DQ model.
 
     Raises
@@ -67,7 +66,7 @@ def build_steps(model: Model, rule: HardwareRule, *, threads: int = 0) -> list[S
     context = make_context(model, rule, arithmetic, threads)
     steps: list[Step] = []
     written = [t.name for t in context.graph.inputs]
-    for group in [None, *find_groups(context, plan_of(model).chains)]:
+    for group in [None, *find_groups(context, model.plan.chains)]:
         if group is not None:
             step, names = _build(context, group)
             steps.append(step)

@@ -13,11 +13,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxqat.evaluate.integer.grid import Grid
-from onnxqat.insert import plan_of, read_params, strip
-from onnxqat.model import Model, to_proto
 from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
+from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import Arithmetic, HardwareRule
 from onnxqat.runtime import open_session
 
@@ -151,10 +150,12 @@ class Context:
         return open_session(model, optimization="none", threads=self.threads)
 
 
-def make_context(model: Model, rule: HardwareRule, arithmetic: Arithmetic, threads: int) -> Context:
+def make_context(
+    model: QuantizedModel, rule: HardwareRule, arithmetic: Arithmetic, threads: int
+) -> Context:
     """Return the lookups for a Q/DQ model."""
-    plan, params, floats = plan_of(model), read_params(model), strip(model)
-    proto = to_proto(floats)
+    plan, params, floats = model.plan, model.params, model.floats
+    proto = floats.to_proto()
     points = plan.grid_points()
     return Context(
         rule=rule,

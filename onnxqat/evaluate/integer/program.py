@@ -14,8 +14,8 @@ from onnxqat.evaluate.integer.build import build_steps
 from onnxqat.evaluate.integer.compare import Counts, PointDifference
 from onnxqat.evaluate.integer.grid import Grid
 from onnxqat.evaluate.integer.steps import ProductStep, Step, Values
-from onnxqat.insert import check_calibrated, plan_of, read_params
-from onnxqat.model import Model, to_proto
+from onnxqat.pairs import integers_name, source_name
+from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import HardwareRule, load_rule
 
 __all__ = ["IntegerProgram"]
@@ -30,7 +30,7 @@ class IntegerProgram:
 
     Parameters
     ----------
-    model : Model
+    model : QuantizedModel
         Calibrated or fine-tuned.
     rule : HardwareRule, optional
         The bundled rule the model was made with, by default.
@@ -43,13 +43,15 @@ class IntegerProgram:
         The model is not calibrated.
     """
 
-    def __init__(self, model: Model, rule: HardwareRule | None = None, *, threads: int = 0) -> None:
-        plan = plan_of(model)
-        check_calibrated(model)
-        params = read_params(model)
+    def __init__(
+        self, model: QuantizedModel, rule: HardwareRule | None = None, *, threads: int = 0
+    ) -> None:
+        plan = model.plan
+        model.check_calibrated()
+        params = model.params
         self.steps = build_steps(model, rule or load_rule(plan.rule), threads=threads)
         self.grids = {p.tensor: Grid(params[p.parameters], p.spec) for p in plan.grid_points()}
-        self.outputs = [t.name for t in model.graph.outputs]
+        self.outputs = [t.name for t in model.floats.graph.outputs]
         self.quantized_outputs = {
             self.outputs[e.index]: p.tensor
             for p in plan.grid_points()
@@ -98,28 +100,22 @@ class IntegerProgram:
 class _Reference:
     """The fake-quantized model, with every tensor that a step reads or writes as an output."""
 
-    def __init__(self, model: Model, threads: int) -> None:
-        nodes = {n.name: n for n in model.graph.nodes}
-        pairs: set[str] = set()
+    def __init__(self, model: QuantizedModel, threads: int) -> None:
+        graph = model.floats.graph
+        tensors, outputs = graph.tensors(), {t.name for t in graph.outputs}
         self.levels: dict[str, str] = {}
-        self.floats = {t.name: t.name for t in model.graph.inputs}
-        for point in plan_of(model).grid_points():
-            names = {
-                f"{point.tensor}/{op}" for op in ("QuantizeLinear", "Clip", "DequantizeLinear")
-            }
-            pairs |= names
-            source = nodes[f"{point.tensor}/QuantizeLinear"].inputs[0]
-            if not isinstance(source, gs.Constant):
-                integers = nodes[f"{point.tensor}/DequantizeLinear"].inputs[0]
-                self.levels[point.tensor] = integers.name
-                self.floats[point.tensor] = source.name
-        known = set(self.floats.values())
-        others = (t.name for n in model.graph.nodes if n.name not in pairs for t in n.outputs)
-        self.floats |= {name: name for name in others if name not in known}
-        inputs = {t.name for t in model.graph.inputs}
+        inputs = {t.name for t in graph.inputs}
+        self.floats = {name: name for name in inputs}
+        for point in model.plan.grid_points():
+            if not isinstance(tensors[point.tensor], gs.Constant):
+                params = model.params[point.parameters]
+                self.levels[point.tensor] = integers_name(point, params)
+                self.floats[point.tensor] = source_name(point, outputs)
+        others = (t.name for node in graph.nodes for t in node.outputs)
+        self.floats |= {name: name for name in others if name not in self.floats}
         read = sorted({*self.levels.values(), *self.floats.values()} - inputs)
         self.reader = TensorReader(
-            to_proto(model), read, optimization="none", threads=threads, name=model.name
+            model.to_proto(), read, optimization="none", threads=threads, name=model.name
         )
 
     def run(self, inputs: Mapping[str, Array]) -> Values:

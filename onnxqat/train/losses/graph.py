@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
-from onnxqat.model import Model, to_proto
+from onnxqat.model import Model
 from onnxqat.prepare import prepare
 from onnxqat.train.form import reaching
 from onnxqat.train.gradients import CustomOp
@@ -85,7 +85,7 @@ def attach(model: onnx.ModelProto, values: Values, loss: Model, prefix: str) -> 
 def _sources(loss: Model, values: Values) -> dict[str, Value]:
     """Return what each input of a loss reads, and give the input its type and shape."""
     sources: dict[str, Value] = {}
-    kinds = {v.name: v.type.tensor_type.elem_type for v in to_proto(loss).graph.input}
+    kinds = {v.name: v.type.tensor_type.elem_type for v in loss.to_proto().graph.input}
     for tensor in loss.graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor not in loss.graph.inputs:
             tensor.shape = None  # is inferred from what the inputs read
@@ -139,7 +139,7 @@ def _match_opset(loss: Model, opset: int) -> None:
     """Let a loss of a higher opset take that of the model, where this changes nothing."""
     changed = None
     if loss.graph.opset > opset:
-        changed = changed_node(to_proto(loss).graph.node, loss.graph.opset, opset)
+        changed = changed_node(loss.to_proto().graph.node, loss.graph.opset, opset)
     if changed is not None:
         raise TrainingError(
             f"{loss.name}: is of opset {loss.graph.opset}, the model of {opset}; the node "

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from onnxqat.data.arrays import Header
 from onnxqat.errors import TrainingError
+from onnxqat.pairs import dequantized_name
 from onnxqat.train.losses.terms import nearest
 
 __all__ = ["LABELS", "TENSOR", "Arrays", "NoArrays", "Value", "Values", "array_of", "teacher_input"]
@@ -111,7 +112,7 @@ class Values:
                 f"Of other tensors: {nearest(TENSOR + name, tensors)}"
             )
         tensor = name.removeprefix(TENSOR)
-        quantized = f"{tensor}/dequantized"
+        quantized = dequantized_name(tensor)
         found = quantized if quantized in self._made else tensor
         if found not in self._made:
             raise TrainingError(
