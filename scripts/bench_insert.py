@@ -101,7 +101,7 @@ def ours(proto: onnx.ModelProto) -> int:
     model = prepare(from_proto(proto))
     plan = make_plan(model.graph, load_rule("onnxruntime-cpu"))
     result = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
-    return len(result.graph.nodes)
+    return len(result.qdq().graph.nodes)
 
 
 def peer(proto: onnx.ModelProto) -> int:

@@ -28,7 +28,7 @@ from onnx.utils import Extractor
 from onnxqat.data import open_data
 from onnxqat.formats import EXPORTS
 from onnxqat.model import Model
-from onnxqat.quantized import load_model
+from onnxqat.quantized import QuantizedModel, load_model
 from onnxqat.runtime import open_session
 from onnxqat.settings import input_specs, stored_settings
 
@@ -97,13 +97,13 @@ def feeds_of(model: Model, source: str) -> Feeds:
         return next(iter(data.batches(len(data)))).inputs
 
 
-def layers_of(model: Model) -> Iterator[tuple[str, str, float]]:
+def layers_of(model: QuantizedModel) -> Iterator[tuple[str, str, float]]:
     """Yield input, output and output scale of the layers between two quantized tensors."""
     plan, params = model.plan, model.params
     points = {p.tensor: p for p in plan.grid_points() if p.role == "activation"}
-    nodes = {n.name: n for n in model.graph.nodes}
+    nodes = {n.name: n for n in model.floats.graph.nodes}
     ends = {chain[0]: chain[-1] for chain in plan.chains}
-    outputs = {t.name for t in model.graph.outputs}
+    outputs = {t.name for t in model.floats.graph.outputs}
     for name, point in points.items():
         for edge in point.consumers:
             if edge.node and nodes[edge.node].op in ("Conv", "Gemm"):

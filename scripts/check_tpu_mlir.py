@@ -109,11 +109,11 @@ def simulated(
 def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
     """Count the integers of the weights, and those that differ."""
     (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
-    params, tensors = model.params, model.graph.tensors()
+    params, tensors = model.params, model.floats.graph.tensors()
     counts = {"weights": 0, "weights_differing": 0, "weights_not_found": 0}
     with np.load(path) as weights:
         theirs = {k: weights[k] for k in weights.files if "_filter_" in k}
-    nodes = {n.name: n.op for n in model.graph.nodes}
+    nodes = {n.name: n.op for n in model.floats.graph.nodes}
     for point in model.plan.grid_points():
         if point.role != "weight" or nodes[point.consumers[0].node] not in (
             "Conv",

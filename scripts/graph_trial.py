@@ -215,7 +215,7 @@ class GraphTrial:
         """
         nodes = self.prepared.graph.nodes
         names = [t.name for n in nodes for t in n.outputs if is_float(t)]
-        known = calibrated.graph.tensors()
+        known = calibrated.floats.graph.tensors()
         there = [f"{n}/dequantized" if f"{n}/dequantized" in known else n for n in names]
         batch = self.evaluation[:1]
         pairs = zip(

@@ -251,7 +251,7 @@ def test_not_finite_gradient_names_its_tensor(coarse, data, monkeypatch, names, 
 
     frozen = tuple(f"tensor:{name}.freeze=true" for name in names)
     result = finetune(coarse, data, config=Config(**FAST | {"epochs": 1}, groups=frozen))
-    values, before = result.model.graph.tensors(), coarse.graph.tensors()
+    values, before = (m.floats.graph.tensors() for m in (result.model, coarse))
     assert all(np.array_equal(values[n].values, before[n].values) for n in names)
     assert all(np.isfinite(values[n].values).all() for n in ("fc2.weight", "conv2.bias"))
 
@@ -290,8 +290,8 @@ def test_accumulated_batches_are_one_larger_batch(coarse, data):
 
 
 def test_a_model_of_fixed_batch_takes_larger_steps(coarse, data):
-    single = coarse.copy()
-    for tensor in (*single.graph.inputs, *single.graph.outputs):
+    single = replace(coarse, floats=coarse.floats.copy())
+    for tensor in (*single.floats.graph.inputs, *single.floats.graph.outputs):
         tensor.shape = [1, *tensor.shape[1:]]
     few = {"epochs": 1, "threads": 1, "optimizer": "sgd", "lr": 1e-4}
     config = Config(**few)  # of one sample, 16 to a step
@@ -303,7 +303,7 @@ def test_a_model_of_fixed_batch_takes_larger_steps(coarse, data):
 
 
 def test_a_batch_size_that_the_model_does_not_take_is_refused(coarse, data):
-    fixed = coarse.copy()
-    fixed.graph.inputs[0].shape = [1, 1, 28, 28]
+    fixed = replace(coarse, floats=coarse.floats.copy())
+    fixed.floats.graph.inputs[0].shape = [1, 1, 28, 28]
     with pytest.raises(DataError, match=r"--batch-size 16: model input 'input' takes batches of 1"):
         finetune(fixed, data, config=Config(**FAST))

@@ -60,7 +60,7 @@ def test_tensorrt_has_int8_weights_float_biases_and_zero_points_of_zero(network)
     assert all(not arrays[n.input[2]].any() for n in linear)
     assert all(arrays[n.input[2]].dtype == np.int8 for n in linear)
     assert len(weights) == len([n for n in linear if n.input[0] in arrays])
-    values = {t.name: t.values for t in qdq.graph.tensors().values() if hasattr(t, "values")}
+    values = {t.name: t.values for t in qdq.floats.graph.tensors().values() if hasattr(t, "values")}
     for point in weights:
         expected = quantize(values[point.tensor], qdq.params[point.parameters], point.spec)
         np.testing.assert_array_equal(arrays[f"{point.tensor}/integers"], expected)

@@ -133,7 +133,7 @@ def test_without_weight_scales_weights_are_by_absmax_and_counted(
 
 def differing(model, deployment, reading, point):
     """Count the integers that absmax / 127 of the written weight changes, in float32."""
-    old = {t.name: t.values for t in model.graph.tensors().values() if hasattr(t, "values")}
+    old = {t.name: t.values for t in model.floats.graph.tensors().values() if hasattr(t, "values")}
     grid = reading.edges[point.consumers[0].node, 1]
     integers = []
     for values, scale in (

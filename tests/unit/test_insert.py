@@ -88,7 +88,7 @@ def test_both_ends_of_a_range_are_those_of_the_spec(bits, narrow):
     floats, plan = planned(onnx.parser.parse_model(text), "onnxruntime-cpu", overrides)
     spec = plan.points[0].spec
     params = dict.fromkeys("xy", choose_qparams(np.float32(-1), np.float32(1), spec))
-    proto = to_proto(insert(floats, plan, params, state="calibrated"))
+    proto = insert_pairs(floats, plan, params, state="calibrated").to_proto()
     x = np.linspace(-2, 2, 9, dtype=np.float32)
     read = next(n for n in proto.graph.node if n.op_type == "LeakyRelu").input[0]
     (found,) = run_ort(onnx.utils.Extractor(proto).extract_model(["x"], [read]), {"x": x})

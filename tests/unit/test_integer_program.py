@@ -208,7 +208,7 @@ def test_an_output_left_float_is_the_dequantized_accumulator():
     for step in program.steps[:-1]:
         result = step.run(values)
         values.levels |= result.levels
-    grid, tensors = program.grids["f1"], qdq.graph.tensors()
+    grid, tensors = program.grids["f1"], qdq.floats.graph.tensors()
     weight = program.grids["w5"].quantize(tensors["w5"].values, "half-even").astype(np.int64)
     scale = np.float64(grid.scale) * program.grids["w5"].scale
     bias = np.floor(np.abs(tensors["b5"].values / scale) + 0.5) * np.sign(tensors["b5"].values)

@@ -50,7 +50,9 @@ def test_integers_are_those_of_the_working_model(rule, overrides):
     onnx.checker.check_model(exported, full_check=True)
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in exported.graph.initializer}
     params, plan = qdq.params, qdq.plan
-    weights = {t.name: t.values for t in qdq.graph.tensors().values() if hasattr(t, "values")}
+    weights = {
+        t.name: t.values for t in qdq.floats.graph.tensors().values() if hasattr(t, "values")
+    }
     for point in (p for p in plan.points if p.role == "weight"):
         expected = quantize(weights[point.tensor], params[point.parameters], point.spec)
 
