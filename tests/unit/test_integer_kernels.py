@@ -240,12 +240,13 @@ def test_leaky_relu_scales_the_negative_side():
 # --- averages -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dilations", [(1, 1), (2, 1)])
-def test_window_sums_are_a_convolution_with_ones(dilations):
+@pytest.mark.parametrize("strides", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("dilations", [(1, 1), (2, 1), (3, 2)])
+def test_window_sums_are_a_convolution_with_ones(dilations, strides):
     x = np.random.default_rng(0).integers(-128, 128, (2, 3, 7, 8)).astype(np.int32)
-    window = Window(kernel=(2, 3), strides=(2, 1), dilations=dilations, pads=(1, 0, 0, 2))
+    window = Window(kernel=(2, 3), strides=strides, dilations=dilations, pads=(1, 0, 0, 2))
     ones = np.zeros((3, 1, 2, 3), int) + 1
-    expected = direct_convolution(x, ones, (2, 1), (1, 0, 0, 2), dilations, 3)
+    expected = direct_convolution(x, ones, strides, (1, 0, 0, 2), dilations, 3)
 
     np.testing.assert_array_equal(window_sums(x, window), expected)
 

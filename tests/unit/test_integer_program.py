@@ -124,6 +124,46 @@ def test_each_node_is_near_fake_quantize(rule, seed):
     assert weighted["r1"] > 0
 
 
+POOL = "AveragePool<kernel_shape = [3, 3], pads = [1, 1, 0, 1]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "body", "shape"),
+    [
+        ("sophgo-bm1684x", "y = ConvTranspose<group = 2>(input, w, b)", (4, 3, 1, 1)),
+        ("onnxruntime-cpu", f"y = {POOL}>(input)", ()),
+        ("onnxruntime-cpu", f"y = {POOL}, count_include_pad = 1>(input)", ()),
+        ("clips", "c = Conv(input, w) d = Clip(c, two, six) y = Clip(d, zero, four)", (6, 4, 1, 1)),
+    ],
+    ids=["groups", "border", "border included", "clips"],
+)
+def test_groups_borders_and_the_narrowest_limits_count(rule, body, shape):
+    """In the integers of the rule as in fake-quantize; ``clips`` runs two Clip with a Conv."""
+    rng = np.random.default_rng(0)
+    network = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 17]> g (float[N,4,5,5] input) => (float[N,p,q,r] y)
+        <float zero = {{0}}, float two = {{2}}, float four = {{4}}, float six = {{6}}>
+        {{ {body} }}"""
+    )
+    sizes = np.reshape([1, 4, 16], (3, 1, 1)) if 3 in shape else 3  # no two scales are alike
+    arrays = {"w": rng.normal(size=shape) * sizes, "b": rng.normal(size=6)} if shape else {}
+    tensors = (onnx.numpy_helper.from_array(v.astype(np.float32), n) for n, v in arrays.items())
+    network.graph.initializer.extend(tensors)
+    loaded = load_rule("onnxruntime-cpu" if rule == "clips" else rule)
+    if rule == "clips":
+        loaded = msgspec.structs.replace(loaded, fuse=(("Conv", "Clip", "Clip"),))
+    floats = prepare(from_proto(network))
+    plan = make_plan(floats.graph, loaded)
+    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    x = samples(network, 32)
+    program = IntegerProgram(calibrate(empty, [{"input": x}], observer="minmax"), loaded, threads=1)
+    program.run(None, {"input": x})
+    (found,) = (p for p in program.points if p.tensor == "y")
+
+    assert found.max_levels <= 1
+    assert found.differing <= 0.02
+
+
 @pytest.mark.parametrize("constant", [100.0, -100.0, [3.0, -90.0], 0.25])
 @pytest.mark.parametrize(
     "body", ["y = Sub(k, c)", "y = Sub(c, k)", "d = Sub(k, c) y = Relu(d)", "y = Add(k, c)"]
