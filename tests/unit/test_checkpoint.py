@@ -53,21 +53,26 @@ def stopped(model, data, path, count, config, **options):
         )
 
 
-# Asked after each batch of the first evaluation (2, and 1 full one for the loss), after each of 11
-# steps, and each batch later.
-@pytest.mark.parametrize("count", [4, 10, 15, 17, 18])
-@pytest.mark.parametrize(
-    "settings",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {},
         {"optimizer": "sgd", "lr": 1e-4},
         {"method": "ste", "augment": ("crop", "flip"), "seed": 5},
         {"ema": 0.8, "accumulate": 2, "groups": ("weight.freeze_from=7",), "augment": ("crop",)},
     ],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(models, data, tmp_path, settings, count):
-    config = Config(**(FAST | settings))
-    whole = finetune(models[2], data, config=config)
+def uninterrupted(request, models, data):
+    """Settings, and what a run with them gives that nobody stops."""
+    config = Config(**(FAST | request.param))
+    return config, finetune(models[2], data, config=config)
+
+
+# Asked after each batch of the first evaluation (2, and 1 full one for the loss), after each of 11
+# steps, and each batch later.
+@pytest.mark.parametrize("count", [4, 10, 15, 17, 18])
+def test_a_stopped_run_goes_on_bit_for_bit(models, data, tmp_path, uninterrupted, count):
+    config, whole = uninterrupted
     stopped(models[2], data, tmp_path / "c", count, config)
     resumed = finetune(
         models[2], data, config=config, checkpoints=Checkpoints(tmp_path / "c", resume=True)

@@ -287,16 +287,21 @@ def test_quantization_cannot_wait_for_ever(model, data):
         finetune(model, data, config=Config(**FAST, quant_delay=24))
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.fixture(scope="module", params=[
     {"method": "moving-average", "averaging_constant": 0.2},
     {"method": "lsq+", "ema": 0.8},
     {"method": "dsq", "quant_delay": 9},
     {"method": "moving-average", "quant_delay": 9, "accumulate": 2},
 ], ids=["moving-average", "lsq+", "dsq", "delayed"])  # fmt: skip
+def uninterrupted(request, model, data):
+    """Settings, and what a run with them gives that nobody stops."""
+    config = Config(**FAST, **request.param, select="loss")
+    return config, finetune(model, data, config=config)
+
+
 @pytest.mark.parametrize("count", [10, 12, 15])
-def test_a_resumed_run_gives_the_same_bytes(model, data, tmp_path, settings, count):
-    config = Config(**FAST, **settings, select="loss")
-    whole = finetune(model, data, config=config)
+def test_a_resumed_run_gives_the_same_bytes(model, data, tmp_path, uninterrupted, count):
+    config, whole = uninterrupted
     asked = iter(range(1, 1000))
     with pytest.raises(StoppedError):
         finetune(model, data, config=config, checkpoints=Checkpoints(tmp_path / "c"),
