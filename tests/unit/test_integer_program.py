@@ -154,7 +154,7 @@ def test_groups_borders_and_the_narrowest_limits_count(rule, body, shape):
         loaded = msgspec.structs.replace(loaded, fuse=(("Conv", "Clip", "Clip"),))
     floats = prepare(from_proto(network))
     plan = make_plan(floats.graph, loaded)
-    empty = insert(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     x = samples(network, 32)
     program = IntegerProgram(calibrate(empty, [{"input": x}], observer="minmax"), loaded, threads=1)
     program.run(None, {"input": x})
