@@ -11,12 +11,17 @@ import pytest
 from onnxqat.calibrate import placeholder_params
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
+from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
 from onnxqat.qparams import choose_qparams
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
+from onnxqat.train.engine import Flat
+from onnxqat.train.form import training_form
+from onnxqat.train.ranges import Ranges
 from tests.descent import Trained
+from tests.networks import joined_to_a_constant, planned
 
 # Elements that share one scale: of a channel, or of one sample. The Concat, what it reads, and the
 # MaxPool and Flatten behind it share one, for 3 * 16, 16, 4 * 16, 16 and 16 elements.
@@ -152,3 +157,20 @@ def test_a_power_of_two_is_the_one_nearest_to_a_scale_that_moves():
 
         for name in scales:
             assert trained.values.views[name] == trained.start[name] * 0.5**halvings
+
+
+def test_a_moving_range_covers_the_constant_that_shares_it():
+    """With an averaging constant of 1 the range is that of the last batch, and of the constant."""
+    floats, plan = planned(joined_to_a_constant(), "sophgo-bm1684x")
+    model = insert_pairs(floats, plan, placeholder_params(floats, plan), state="calibrated")
+    form = training_form(model, method="moving-average")
+    values = Flat(form.parameters)
+    ranges = Ranges(form, values, model, constant=1.0)
+    (group,) = (p.group for p in plan.points if p.tensor == "k1")
+    largest = float(np.abs(values.views["k1"]).max())
+    for seen, expected in (((0.0, 0.5), largest), ((-2 * largest, 1.0), 2 * largest)):
+        ranges.begin()
+        ranges.see({group: seen})
+        ranges.step(Workers(), lambda _: False)
+
+        assert values.views[f"{group}/scale"] == np.float32(expected) / np.float32(127)
