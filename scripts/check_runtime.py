@@ -28,7 +28,7 @@ from onnx.utils import Extractor
 from onnxqat.data import open_data
 from onnxqat.formats import EXPORTS
 from onnxqat.model import Model
-from onnxqat.quantized import QuantizedModel, load_model
+from onnxqat.quantized import AnyModel, QuantizedModel, load_model
 from onnxqat.runtime import open_session
 from onnxqat.settings import input_specs, stored_settings
 
@@ -83,7 +83,7 @@ def load(path):
 FLOAT_LAYER = r"(Conv|Gemm|MatMul|Convolution (?![iu]8).*|FullyConnected (?![iu]8).*)"
 
 
-def feeds_of(model: Model, source: str) -> Feeds:
+def feeds_of(model: AnyModel, source: str) -> Feeds:
     """Return all samples of DATA as one batch."""
     settings = stored_settings(model)
     data = open_data(

@@ -96,7 +96,7 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     rest = prepared.rest
     refuse_sparse(prepared.graph, model.name)
     names = widen_float16(prepared.graph, model.name)
-    seen = statistics_of(prepared)
+    seen = statistics_of(prepared, in_place=True)
     try:
         _settle(prepared.graph, model.name)
     except ModelError as error:

@@ -100,17 +100,22 @@ def note_statistics(model: Model, found: Statistics | None) -> None:
         model.metadata[KEY] = msgspec.json.encode(found, order="deterministic").decode()
 
 
-def statistics_of(model: Model) -> Statistics | None:
+def statistics_of(model: Model, *, in_place: bool = False) -> Statistics | None:
     """Return what is known: of the file a model was made from, or by its own graph.
 
     What is stored and cannot be read counts as not known: it is advice.
+
+    Parameters
+    ----------
+    in_place : bool
+        Whether the nodes of the model itself may be sorted and its constants lifted.
     """
     if KEY in model.metadata:
         try:
             return msgspec.json.decode(model.metadata[KEY], type=Statistics)
         except msgspec.MsgspecError:
             return None
-    graph = model.copy().graph
+    graph = (model if in_place else model.copy()).graph
     sort_nodes(graph)
     lift_constants(graph)
     return find_statistics(graph)
