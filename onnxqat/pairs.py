@@ -35,6 +35,7 @@ __all__ = [
     "integers_name",
     "node_name",
     "node_names",
+    "parameters_of",
     "params_of_pairs",
     "remove_pairs",
     "scale_name",
@@ -98,6 +99,11 @@ def scale_name(parameters: str) -> str:
 def zero_point_name(parameters: str) -> str:
     """Return the name of the zero point of a set of parameters."""
     return f"{parameters}/zero_point"
+
+
+def parameters_of(name: str) -> str:
+    """Return the set of parameters that a scale or a zero point of this name belongs to."""
+    return name.removesuffix("/scale").removesuffix("/zero_point")
 
 
 def check_points(graph: gs.Graph, plan: QuantPlan, params: Mapping[str, QuantParams]) -> None:

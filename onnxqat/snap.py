@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import constant
+from onnxqat.pairs import float_name
 from onnxqat.plan import Edge, QuantPoint
 from onnxqat.prepare.editing import tensor_names, unique_name
 from onnxqat.qparams import QuantParams, fake_quantize
@@ -38,7 +39,7 @@ def snap_weights(graph: gs.Graph, weights: Iterable[tuple[QuantPoint, QuantParam
             for index, tensor in enumerate(node.inputs):
                 quantized = id(node) in here and Edge(node.name, index) in consumers
                 if tensor is weight and not quantized:
-                    name = f"{point.tensor}/float"
+                    name = float_name(point.tensor)
                     own = own or constant(unique_name(name, taken), np.array(weight.values))
                     node.inputs[index] = own
         snapped = fake_quantize(weight.values, params, point.spec)

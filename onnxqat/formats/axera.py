@@ -22,6 +22,7 @@ from onnxqat.errors import FormatError
 from onnxqat.formats.format import Calibrated, Format, Found, Table, Written
 from onnxqat.formats.json_table import write_json
 from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.pairs import float_name
 from onnxqat.plan import QuantPlan, QuantPoint
 
 __all__ = ["AXERA"]
@@ -76,7 +77,7 @@ def _config(source: Calibrated) -> dict[str, Any]:
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     found, pairs = Found(table.name, graph), _pairs(table)
     for point in plan.grid_points():
-        names = (point.tensor, f"{point.tensor}/float", f"{point.tensor}/integers")
+        names = (point.tensor, float_name(point.tensor), f"{point.tensor}/integers")
         name = next((n for n in names if n in pairs), None)
         if name is not None:
             _put(found, point, *pairs.pop(name))

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import onnx
 
+from onnxqat.pairs import parameters_of
 from onnxqat.qparams import FloatArray
 
 __all__ = ["GUARD_STEPS", "LossHistory", "explain_gradients", "explain_loss", "not_finite"]
@@ -84,7 +85,7 @@ def explain_gradients(graph: onnx.GraphProto, names: Iterable[str], *, moved: bo
     wrong = set(names)
     # backwards from the loss the first one is where the numbers left the finite ones
     name = next(n for node in reversed(graph.node) for n in node.input if n in wrong)
-    alone = {n.removesuffix("/scale").removesuffix("/zero_point") for n in wrong} == {name}
+    alone = {parameters_of(n) for n in wrong} == {name}
     if alone or len(wrong) == 1:
         return (
             f"the gradient of '{name}' is not finite, all others are. "

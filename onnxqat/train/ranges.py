@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxqat.calibrate import weight_range
 from onnxqat.errors import TrainingError
+from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, quantized_range
@@ -93,7 +94,7 @@ class Ranges:
         for row, seen, (name, points) in zip(
             self.averages, self.seen, self.points.items(), strict=True
         ):
-            if frozen(f"{name}/scale"):
+            if frozen(scale_name(name)):
                 continue
             if not _activations(points):
                 weight = self.values.views[points[0].tensor]
@@ -117,9 +118,9 @@ class Ranges:
             )
         params = choose_qparams(np.asarray(low), np.asarray(high), point.spec)
         views = self.values.views
-        views[f"{name}/scale"][...] = params.scale
-        if f"{name}/zero_point" in views:
-            views[f"{name}/zero_point"][...] = params.zero_point
+        views[scale_name(name)][...] = params.scale
+        if zero_point_name(name) in views:
+            views[zero_point_name(name)][...] = params.zero_point
 
 
 def _activations(points: list[QuantPoint]) -> bool:

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnxqat.nodes import channel_axis
+from onnxqat.pairs import parameters_of, scale_name, zero_point_name
 from onnxqat.plan import QuantPlan
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
 from onnxqat.quantized import QuantizedModel
@@ -69,8 +70,8 @@ class Updater:
     ) -> None:
         self.values, self.gradients, self.config = values, gradients, config
         plan, params = model.plan, model.params
-        self.roles = {f"{name}/scale": "scale" for name in form.scales}
-        self.roles |= {f"{name}/zero_point": "zero_point" for name in form.zero_points}
+        self.roles = {scale_name(name): "scale" for name in form.scales}
+        self.roles |= {zero_point_name(name): "zero_point" for name in form.zero_points}
         self.weights = [n for n in gradients.views if n not in self.roles]
         self.scales = self._named("scale")
         self.zero_points = self._named("zero_point")
@@ -79,7 +80,7 @@ class Updater:
         self.limits = _limits(plan, params)
         self.factors = _scale_gradient_factors(plan, params, self.limits, model)
         self.units = self._units(plan, model)
-        powers = {f"{p.parameters}/scale" for p in plan.grid_points() if p.spec.power_of_two}
+        powers = {scale_name(p.parameters) for p in plan.grid_points() if p.spec.power_of_two}
         self.floors = _floors(plan, self.limits)
         self.latents = {n: values.views[n].copy() for n in self.scales if n in powers}
         self.optimizer = self._optimizer(gradients.buffer.size)
@@ -90,7 +91,7 @@ class Updater:
     def _rates(self, form: TrainingForm, model: QuantizedModel) -> dict[str, Rates]:
         """Return the rates of what learns; and of scales that follow, which have none to learn."""
         moved = dict(self.gradients.views)
-        moved |= {n: self.values.views[n] for n in (f"{name}/scale" for name in form.observed)}
+        moved |= {n: self.values.views[n] for n in (scale_name(name) for name in form.observed)}
         roles = {n: role for n, role in self.roles.items() if n in moved}
         return parameter_rates(moved, roles, model, self.config)
 
@@ -127,7 +128,7 @@ class Updater:
                 value *= np.float32(1 - rate * decay)
             value -= np.asarray(rate * self.units[name], np.float32) * direction
         elif name in self.zero_points:
-            low, high = self.limits[name.removesuffix("/zero_point")]
+            low, high = self.limits[parameters_of(name)]
             value -= np.float32(rate * (high - low)) * direction
             np.clip(value, low, high, out=value)
         else:
@@ -145,10 +146,10 @@ class Updater:
         """Turn the gradients into those that the optimizer sees."""
         gradients = self.gradients.views
         for name in self.scales:  # into the log domain, with the LSQ factor
-            factor = self.factors[name.removesuffix("/scale")]
+            factor = self.factors[parameters_of(name)]
             gradients[name] *= self.values.views[name] * factor
         for name in self.zero_points:  # into units of the quantized range
-            parameters = name.removesuffix("/zero_point")
+            parameters = parameters_of(name)
             low, high = self.limits[parameters]
             gradients[name] *= np.float32(high - low) * self.factors[parameters]
         for name, gradient in gradients.items():
@@ -189,7 +190,7 @@ def _floors(plan: QuantPlan, limits: dict[str, tuple[int, int]]) -> dict[str, np
         low, high = limits[point.parameters]
         levels = high if point.spec.symmetric else high - low
         smallest = max(point.spec.min_range / levels, point.spec.min_scale)
-        floors[f"{point.parameters}/scale"] = np.float32(smallest)
+        floors[scale_name(point.parameters)] = np.float32(smallest)
     return floors
 
 

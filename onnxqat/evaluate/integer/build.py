@@ -36,6 +36,7 @@ from onnxqat.evaluate.integer.steps import (
 from onnxqat.evaluate.integer.tails import has_tail_only_of_limits, make_target
 from onnxqat.nodes import input_role, is_float, keeps_grid
 from onnxqat.operators import OPERATORS, WEIGHTED
+from onnxqat.pairs import dequantized_name
 from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import HardwareRule
 
@@ -155,7 +156,7 @@ def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[s
             continue
         levels = o.grid.quantize(o.values, "half-even")
         values = o.grid.centered(levels) if centered else o.grid.dequantize(levels)
-        found[f"{o.tensor}/dequantized"] = np.asarray(values, np.float32)
+        found[dequantized_name(o.tensor)] = np.asarray(values, np.float32)
     return found
 
 
@@ -190,7 +191,7 @@ def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
     grid = context.grids[source.tensor]
     low, high = grid.limits
     levels = np.arange(low, high + 1).astype(grid.params.zero_point.dtype)
-    feeds = {f"{source.tensor}/dequantized": grid.dequantize(levels)}
+    feeds = {dequantized_name(source.tensor): grid.dequantize(levels)}
     (values,) = step.session.run([target], feeds)
     if values.shape != levels.shape:
         _refuse(context, group, "it is not a function of one value, and has no table")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnxqat.evaluate.integer.grid import Grid
 from onnxqat.operators import ONNX_DOMAINS
+from onnxqat.pairs import dequantized_name
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.quantized import QuantizedModel
@@ -132,7 +133,7 @@ class Context:
         dtypes = {t.name: t.dtype for n in group.nodes for t in n.inputs}
         fed: dict[str, onnx.ValueInfoProto] = {}
         for operand in operands:
-            name = operand.tensor if operand.grid is None else f"{operand.tensor}/dequantized"
+            name = operand.tensor if operand.grid is None else dequantized_name(operand.tensor)
             protos[operand.node].input[operand.index] = name
             if name not in constants:
                 kind = onnx.helper.np_dtype_to_tensor_dtype(

@@ -18,6 +18,7 @@ from onnxqat.evaluate.integer.grid import Grid
 from onnxqat.evaluate.integer.kernels import Kernel
 from onnxqat.evaluate.integer.requantize import Requantizer
 from onnxqat.evaluate.integer.rounding import Int64Array
+from onnxqat.pairs import dequantized_name
 from onnxqat.qparams import Rounding
 
 __all__ = [
@@ -91,7 +92,7 @@ class FloatStep:
         """Run the nodes in float."""
         feeds = {name: values.floats[name] for name in self.floats}
         feeds |= {
-            f"{name}/dequantized": grid.dequantize(values.levels[name])
+            dequantized_name(name): grid.dequantize(values.levels[name])
             for name, grid in self.grids.items()
         }
         found = self.session.run(list(self.outputs), feeds)
@@ -130,7 +131,7 @@ class MoveStep:
         feeds: dict[str, Array] = {name: values.floats[name] for name in self.others}
         for name, grid in self.grids.items():
             centered = grid.centered(values.levels[name])
-            feeds[f"{name}/dequantized"] = centered.astype(np.float32)
+            feeds[dequantized_name(name)] = centered.astype(np.float32)
         found = self.session.run(list(self.outputs), feeds)
         return Values(
             levels={
