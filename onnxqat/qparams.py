@@ -114,6 +114,11 @@ class QuantParams:
     scale: FloatArray
     zero_point: NDArray[Any]
 
+    def __post_init__(self) -> None:
+        # arithmetic on arrays of shape () makes numpy scalars, which onnxruntime does not take
+        object.__setattr__(self, "scale", np.asarray(self.scale))
+        object.__setattr__(self, "zero_point", np.asarray(self.zero_point))
+
     @property
     def signed(self) -> bool:
         """Whether the integers are signed."""
