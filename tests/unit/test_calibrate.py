@@ -233,3 +233,19 @@ def test_placeholders_are_valid_and_weights_are_real():
 
     assert params["w1"].same_as(expected)
     assert params["r1"].scale > 0
+
+
+def test_a_dead_channel_is_raised_for_the_biases_of_every_group():
+    """Of a ConvTranspose, whose groups share their scales: that of channel 0 is for 0 and 3."""
+    network = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> g (float[N,4,5,5] input) => (float[N,6,5,5] y)
+        <float[6] b = {0, 0, 0, 5, 0, 0}> { y = ConvTranspose<group = 2>(input, w, b) }"""
+    )
+    weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)
+    weight[:, 0] = 0
+    network.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    _, model = quantized(network)
+    scales = model.params["w"].scale * model.params["input"].scale
+
+    assert 5 / scales[0] < 2**31
+    assert [p.tensor for p in model.plan.points if p.role == "bias"] == ["b"]

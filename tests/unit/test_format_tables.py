@@ -202,6 +202,26 @@ def test_sophgo_lists_one_scale_for_each_channel_of_every_group():
     assert found.complete()["w"].same_as(scales["w"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [((), "QAT_all_int8"), (("name:n_c2.bits=4",), "int4_and_int8_mix")],
+)
+def test_sophgo_says_whether_there_are_4_bits(overrides, mode):
+    made, _ = written("sophgo", "sophgo-bm1684x", overrides)
+
+    assert sophgo.read(made.files["table"], "t").work_mode == mode
+
+
+@pytest.mark.parametrize(("overrides", "axis"), [((), 0), (("weight.axis=none",), None)])
+def test_a_bias_has_an_axis_where_its_weight_has_one(overrides, axis):
+    made, params = written("onnxqat", "onnxruntime-cpu", overrides)
+    biases = {b["tensor"]: b for b in json.loads(made.files["table"])["biases"]}
+    scale = np.atleast_1d(params["input"].scale * params["w1"].scale)
+
+    assert biases["b1"]["axis"] == axis
+    np.testing.assert_array_equal(np.atleast_1d(biases["b1"]["scale"]), scale)
+
+
 def test_modules_of_catch_go_by_their_weight():
     proto = convnet()
     for node in proto.graph.node:
