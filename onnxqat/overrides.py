@@ -28,7 +28,6 @@ A TOML file says the same, one table per selector, in order::
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +38,12 @@ from onnxqat.errors import RuleError
 from onnxqat.files import check_readable
 from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
+from onnxqat.selectors import matches, parse_assignment
 
 __all__ = ["Override", "parse_override", "read_overrides"]
 
 ROLES = ("weight", "activation", "bias")
-SELECTORS = (*ROLES, "first", "last", "op:", "name:", "between:", "tensor:")
+SELECTORS = (*ROLES, "first", "last", "op:TYPE", "name:REGEX", "between:A->B", "tensor:REGEX")
 NOT_BY_HAND = ("fixed_range", "rounding", "min_scale")
 SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in NOT_BY_HAND)
 KEYS = (*SPEC_KEYS, "spec", "quantize")
@@ -85,7 +85,7 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether the pattern covers the whole of ``text``."""
         if self.kind == "op":
             return text == self.pattern
-        return re.fullmatch(self.pattern, text) is not None
+        return matches(self.pattern, text)
 
 
 def parse_override(text: str) -> Override:
@@ -101,18 +101,11 @@ def parse_override(text: str) -> Override:
     >>> parse_override("weight.bits=4")
     Override(kind='weight', pattern='', key='bits', value=4)
     """
-    left, equals, raw = text.rpartition("=")
-    selector, dot, key = left.rpartition(".")
-    if not (equals and dot and selector):
-        raise RuleError(f"'{text}': not of the form SELECTOR.KEY=VALUE, as in weight.bits=4.")
-    kind, _, pattern = selector.partition(":")
-    if kind not in {s.rstrip(":") for s in SELECTORS} or (f"{kind}:" in SELECTORS) != bool(pattern):
-        raise RuleError(f"'{text}': unknown selector '{selector}'. One of {', '.join(SELECTORS)}.")
-    if kind == "between":
-        if not all(pattern.partition("->")):
-            raise RuleError(f"'{text}': not of the form between:TENSOR->TENSOR.KEY=VALUE.")
-    else:
-        _check_regex(text, pattern)
+    kind, pattern, key, raw = parse_assignment(
+        text, SELECTORS, example="weight.bits=4", error=RuleError
+    )
+    if kind == "between" and not all(pattern.partition("->")):
+        raise RuleError(f"'{text}': not of the form between:TENSOR->TENSOR.KEY=VALUE.")
     override = Override(kind=kind, pattern=pattern, key=key, value=_value(text, key, raw))  # type: ignore[arg-type]
     _check_fit(text, override)
     return override
@@ -148,13 +141,6 @@ def read_overrides(path: str | Path) -> list[Override]:
             except RuleError as error:
                 raise RuleError(f"{path}: {error}") from error
     return overrides
-
-
-def _check_regex(text: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise RuleError(f"'{text}': '{pattern}' is not a regular expression ({error}).") from error
 
 
 def _check_fit(text: str, override: Override) -> None:

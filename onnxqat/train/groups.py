@@ -22,9 +22,8 @@ freeze            ``true`` or ``false``: whether it stays as it is
 freeze_from       the step, counted from 0, from which on it stays as it is
 ================  ===============================================================================
 
-The grammar is that of `onnxqat.overrides`. Later groups win. A constant that is not trained by
-itself (see `onnxqat.train.trained`) is where ``tensor:`` gives its whole name: by a rate, or by
-``freeze=false``.
+Later groups win. A constant that is not trained by itself (see `onnxqat.train.trained`) is where
+``tensor:`` gives its whole name: by a rate, or by ``freeze=false``.
 """
 
 from __future__ import annotations
@@ -38,11 +37,12 @@ from typing import Any
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import FloatArray
 from onnxqat.quantized import QuantizedModel
+from onnxqat.selectors import matches, parse_assignment
 from onnxqat.train.config import Config
 
 __all__ = ["Group", "Rates", "asked_for", "base_rate", "parameter_rates", "parse_group"]
 
-ROLES, PATTERNS = ("weight", "bias", "scale", "zero_point"), ("name", "tensor")
+SELECTORS = ("weight", "bias", "scale", "zero_point", "name:REGEX", "tensor:REGEX")
 GRID = ("scale", "zero_point")  # of what is no weight
 RATE, FINE_RATE = 2e-3, 5e-4  # of weights, the second where everything has 8 bits or more
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
@@ -93,20 +93,9 @@ def parse_group(text: str) -> Group:
     >>> parse_group("name:conv.*.freeze=true")
     Group(text='name:conv.*.freeze=true', kind='name', pattern='conv.*', key='freeze_from', value=0)
     """
-    left, equals, raw = text.rpartition("=")
-    selector, dot, key = left.rpartition(".")
-    if not (equals and dot and selector):
-        raise TrainingError(f"'{text}': not of the form SELECTOR.KEY=VALUE, as in bias.lr=0.001.")
-    kind, _, pattern = selector.partition(":")
-    if not (kind in PATTERNS and pattern) and selector not in ROLES:
-        known = ", ".join((*ROLES, *(f"{name}:REGEX" for name in PATTERNS)))
-        raise TrainingError(f"'{text}': unknown selector '{selector}'. One of {known}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise TrainingError(
-            f"'{text}': '{pattern}' is not a regular expression ({error})."
-        ) from error
+    kind, pattern, key, raw = parse_assignment(
+        text, SELECTORS, example="bias.lr=0.001", error=TrainingError
+    )
     key, value = _field(text, key, raw)
     return Group(text=text, kind=kind, pattern=pattern, key=key, value=value)
 
@@ -195,13 +184,13 @@ def _covered(group: Group, roles: Mapping[str, str], model: QuantizedModel) -> I
     if group.kind == "name":
         return _read_by(group.pattern, model)
     if group.kind == "tensor":
-        return [n for n in roles if re.fullmatch(group.pattern, n)]
+        return [n for n in roles if matches(group.pattern, n)]
     return [n for n, role in roles.items() if role == group.kind]
 
 
 def _read_by(pattern: str, model: QuantizedModel) -> set[str]:
     """Return the tensors that matching nodes read, and the scales and zero_points of these."""
-    nodes = {n.name: n for n in model.floats.graph.nodes if re.fullmatch(pattern, n.name)}
+    nodes = {n.name: n for n in model.floats.graph.nodes if matches(pattern, n.name)}
     names: set[Any] = {tensor.name for node in nodes.values() for tensor in node.inputs}
     for point in model.plan.grid_points():
         if any(edge.node in nodes for edge in point.consumers):

@@ -29,6 +29,7 @@ ORDER = [
     "gradients",
     "rules",
     "prepare",
+    "selectors",
     "overrides",
     "plan",
     "pairs",

@@ -1,0 +1,67 @@
+"""The text form ``SELECTOR.KEY=VALUE``, in which `--set` and `--group` take what the user says.
+
+A selector is a word, as ``weight``, or a word and a pattern, as ``name:/head/.*``. Which ones there
+are, and what they cover, is for those who read them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from onnxqat.errors import OnnxQatError
+
+__all__ = ["Assignment", "matches", "parse_assignment"]
+
+REGEX = ":REGEX"
+
+
+class Assignment(NamedTuple):
+    """What ``SELECTOR.KEY=VALUE`` says; ``pattern`` is what stands behind the selector's colon."""
+
+    kind: str
+    pattern: str
+    key: str
+    value: str
+
+
+def parse_assignment(
+    text: str, selectors: Sequence[str], *, example: str, error: type[OnnxQatError]
+) -> Assignment:
+    """Read ``SELECTOR.KEY=VALUE``.
+
+    Parameters
+    ----------
+    selectors : sequence of str
+        Those that there are, as a message lists them: ``weight``, ``op:TYPE``, ``name:REGEX``.
+    example : str
+        For messages.
+    error : type
+        What is raised.
+
+    Raises
+    ------
+    OnnxQatError
+        Of the type ``error``: another form, an unknown selector, an invalid regular expression.
+    """
+    left, equals, value = text.rpartition("=")
+    selector, dot, key = left.rpartition(".")
+    if not (equals and dot and selector):
+        raise error(f"'{text}': not of the form SELECTOR.KEY=VALUE, as in {example}.")
+    kind, _, pattern = selector.partition(":")
+    found = next((s for s in selectors if s.partition(":")[0] == kind), None)
+    if found is None or (":" in found) != bool(pattern):
+        known = ", ".join(selectors)
+        raise error(f"'{text}': unknown selector '{selector}'. One of {known}.")
+    if found.endswith(REGEX):
+        try:
+            re.compile(pattern)
+        except re.error as cause:
+            raise error(f"'{text}': '{pattern}' is not a regular expression ({cause}).") from cause
+    return Assignment(kind, pattern, key, value)
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Return whether a regular expression covers the whole of ``text``."""
+    return re.fullmatch(pattern, text) is not None
