@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from onnxqat.errors import TrainingError
 from onnxqat.gradients.backward import CONTRIB, Array, Backward, Scope, Shape
@@ -24,6 +24,7 @@ from onnxqat.gradients.movement import MOVEMENT
 from onnxqat.gradients.normalization import NORMALIZATIONS
 from onnxqat.gradients.pooling import POOLING
 from onnxqat.gradients.products import PRODUCTS
+from onnxqat.gradients.reaching import leading_to, links, other_types
 from onnxqat.gradients.reductions import REDUCTIONS
 from onnxqat.gradients.selection import SELECTION
 from onnxqat.versions import changed_node, default_opset
@@ -161,20 +162,12 @@ def _constants(graph: onnx.GraphProto) -> Iterator[tuple[str, Array]]:
 
 def _active(graph: onnx.GraphProto, learned: Collection[str]) -> set[str]:
     """Return the float32 values on a way from a learned input to the loss."""
-    others = {
-        value.name
-        for value in (*graph.value_info, *graph.input)
-        if value.type.tensor_type.elem_type not in (TensorProto.UNDEFINED, TensorProto.FLOAT)
-    }
+    others = other_types(graph) | {""}
     moving = set(learned)
     for node in graph.node:
         if moving.intersection(node.input):
             moving.update(name for name in node.output if name not in others)
-    reaching = {LOSS}
-    for node in reversed(graph.node):
-        if reaching.intersection(node.output):
-            reaching.update(name for name in node.input if name in moving)
-    return (reaching & moving) - {""}
+    return leading_to({LOSS}, links(graph), moving.__contains__) & moving
 
 
 def _total(scope: Scope, gradients: list[str], name: str) -> str:

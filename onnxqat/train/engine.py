@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from onnxqat import native
 from onnxqat.errors import TrainingError
 from onnxqat.gradients import add_gradients, drop_unread, installed_kernels
+from onnxqat.gradients.reaching import leading_to, links, other_types
 from onnxqat.qparams import FloatArray
-from onnxqat.runtime import open_session
+from onnxqat.runtime import LOG_FATAL_ONLY, open_session
 from onnxqat.train.convolutions import batch_convolutions
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.gradients import ort_internals, register_relu_gradient
@@ -27,7 +28,6 @@ from onnxqat.train.losses import Arrays, Loss, add_loss
 
 __all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
 
-FATAL = 4
 LOWEST, HIGHEST = "/lowest", "/highest"
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -202,16 +202,8 @@ def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:
 
 def _reaching(model: onnx.ModelProto) -> set[str]:
     """Return the values from which floats lead to the loss; the builder refuses others."""
-    others = {
-        value.name
-        for value in (*model.graph.value_info, *model.graph.input)
-        if value.type.tensor_type.elem_type not in (onnx.TensorProto.UNDEFINED, FLOAT)
-    }
-    names = {"loss"}
-    for node in reversed(model.graph.node):
-        if names.intersection(node.output):
-            names.update(name for name in node.input if name not in others)
-    return names
+    others = other_types(model.graph)
+    return leading_to({"loss"}, links(model.graph), lambda name: name not in others)
 
 
 def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
@@ -233,7 +225,7 @@ def _differentiated(model: onnx.ModelProto, learned: frozenset[str]) -> onnx.Mod
 
 def _gradient_graph(model: bytes, learned: set[str]) -> onnx.ModelProto:
     quiet = ort.SessionOptions()
-    quiet.log_severity_level = FATAL  # the builder reports on every pass it tries
+    quiet.log_severity_level = LOG_FATAL_ONLY  # the builder reports on every pass it tries
     try:
         builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss", quiet)
         builder.build()

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from onnxqat.calibrate import placeholder_params
 from onnxqat.computable import computable
 from onnxqat.errors import ModelError, TrainingError
+from onnxqat.gradients.reaching import Links, leading_to
 from onnxqat.model import Model
 from onnxqat.nodes import data_inputs, keeps_grid
 from onnxqat.pairs import dequantized_name, float_name, node_name, scale_name, zero_point_name
@@ -197,11 +198,9 @@ def _build(
 
 def _before(graph: gs.Graph, refused: list[Untrainable]) -> set[str]:
     """Return the tensors that the refused nodes depend on."""
-    stops, names = {node.node for node in refused}, set[str]()
-    for node in reversed(graph.nodes):
-        if node.name in stops or any(t.name in names for t in node.outputs):
-            names.update(t.name for t in node.inputs)
-    return names
+    stops = {node.node for node in refused}
+    ends = (t.name for node in graph.nodes if node.name in stops for t in node.inputs)
+    return leading_to(ends, _links(graph), lambda _: True)
 
 
 def _make_inputs(graph: gs.Graph, names: list[str]) -> dict[str, FloatArray]:
@@ -392,8 +391,11 @@ def _chain(node: gs.Node) -> list[gs.Node]:
 
 def reaching(graph: gs.Graph, read: str | None = None) -> set[str]:
     """Return the tensors from which floats lead to ``read``, the first output by default."""
-    names = {graph.outputs[0].name if read is None else read}
-    for node in reversed(graph.nodes):
-        if any(t.name in names for t in node.outputs):
-            names.update(t.name for t in node.inputs if t.dtype in (None, np.float32))
-    return names
+    end = graph.outputs[0].name if read is None else read
+    read_by_nodes = (t for node in graph.nodes for t in node.inputs)
+    floats = {t.name for t in read_by_nodes if t.dtype in (None, np.float32)}
+    return leading_to({end}, _links(graph), floats.__contains__)
+
+
+def _links(graph: gs.Graph) -> Links:
+    return (([t.name for t in n.inputs], [t.name for t in n.outputs]) for n in graph.nodes)
