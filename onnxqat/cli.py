@@ -28,6 +28,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # A graph is hundreds of thousands of objects that all live on: looking through them for garbage
 # after every 700 new ones took a third of `insert` on 5,000 nodes.
 GARBAGE_THRESHOLD = 200_000
+# Loggers of what is no detail, and said without -v: how right the float model is on the labels.
+ALWAYS_SAID = ("onnxqat.train.validation",)
 
 
 class _UsageLineError(click.ClickException):
@@ -100,6 +102,8 @@ def main(verbose: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    for name in ALWAYS_SAID:
+        logging.getLogger(name).setLevel(min(level, logging.INFO))
 
 
 def _in_order(command: click.Command, check: Callable[[], None]) -> click.Command:

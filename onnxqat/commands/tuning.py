@@ -6,7 +6,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from logging import INFO, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +72,6 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
     from onnxqat.files import check_writable
 
-    # how right the float model is on the labels is no detail
-    getLogger("onnxqat.train.validation").setLevel(INFO)
     target = output or renamed(model, "qat")
     workers = join()
     kept = f"{target}.checkpoint"

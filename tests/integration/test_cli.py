@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from onnxqat.cli import main
 from onnxqat.quantized import load_model
+from onnxqat.train import validation
 from tests.networks import attention
 from tests.oracles import run_ort
 
@@ -527,3 +529,12 @@ def test_twice_verbose_shows_the_traceback(tmp_path):
 
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_how_right_the_float_model_is_on_the_labels_is_said_without_v():
+    run("-vv", "rules", "list")
+    assert validation.logger.isEnabledFor(logging.DEBUG)
+
+    run("rules", "list")
+    assert validation.logger.isEnabledFor(logging.INFO)
+    assert not validation.logger.isEnabledFor(logging.DEBUG)
