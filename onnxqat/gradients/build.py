@@ -27,6 +27,7 @@ from onnxqat.gradients.products import PRODUCTS
 from onnxqat.gradients.reaching import leading_to, links, other_types
 from onnxqat.gradients.reductions import REDUCTIONS
 from onnxqat.gradients.selection import SELECTION
+from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.versions import changed_node, default_opset
 
 __all__ = ["DEFINITIONS", "LOSS", "add_gradients", "drop_unread"]
@@ -126,7 +127,7 @@ def _raise_opset(model: onnx.ModelProto) -> None:
         )
     for holder in (model, *model.functions):
         for imported in holder.opset_import:
-            if imported.domain in ("", "ai.onnx"):
+            if imported.domain in ONNX_DOMAINS:
                 imported.version = MIN_OPSET
 
 
@@ -187,7 +188,7 @@ def _shaped(scope: Scope, gradient: str, name: str) -> str:
 
 
 def _definition(b: Backward) -> Callable[[Backward], dict[int, str]]:
-    found = DEFINITIONS.get(b.node.op_type) if b.node.domain in ("", "ai.onnx") else None
+    found = DEFINITIONS.get(b.node.op_type) if b.node.domain in ONNX_DOMAINS else None
     if found is None:
         domain = f" of the domain '{b.node.domain}'" if b.node.domain else ""
         raise TrainingError(
