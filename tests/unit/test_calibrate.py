@@ -249,3 +249,15 @@ def test_a_dead_channel_is_raised_for_the_biases_of_every_group():
 
     assert 5 / scales[0] < 2**31
     assert [p.tensor for p in model.plan.points if p.role == "bias"] == ["b"]
+
+
+def test_a_small_channel_that_counts_keeps_its_scale():
+    """Its bias does not fit, and stays float: a coarser grid would round its weights away."""
+    small = np.array([1, 1, 2**-10, 1, 1, 1]).reshape(-1, 1, 1, 1)
+    network = with_weight(convnet(), "w1", lambda w: (w * small).astype(np.float32))
+    network = with_weight(network, "b1", lambda b: b * np.float32(1e7))
+    _, plain = quantized(with_weight(convnet(), "w1", lambda w: (w * small).astype(np.float32)))
+    _, model = quantized(network)
+
+    np.testing.assert_array_equal(model.params["w1"].scale, plain.params["w1"].scale)
+    assert "b1" not in {p.tensor for p in model.plan.points if p.role == "bias"}

@@ -11,7 +11,7 @@ from onnxqat.calibrate import placeholder_params
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
 from onnxqat.prepare import prepare
-from onnxqat.quantized import insert_pairs
+from onnxqat.quantized import insert_pairs, read_pairs
 from onnxqat.rules import load_rule
 from tests.oracles import run_ort
 
@@ -130,5 +130,5 @@ def test_layers(inputs: str, body: str, weights: dict[str, tuple[int, ...]], poi
     expected, found = run_ort(proto, x)[0], run_ort(floats, x)[0]
     assert expected.shape == found.shape == run_ort(quantized.to_proto(), x)[0].shape
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
-    again = from_proto(onnx.load_model_from_string(quantized.to_proto().SerializeToString()))
+    again = read_pairs(from_proto(quantized.to_proto()))
     assert again.floats.to_proto() == floats
