@@ -255,7 +255,7 @@ def test_a_small_channel_that_counts_keeps_its_scale():
     """Its bias does not fit, and stays float: a coarser grid would round its weights away."""
     small = np.array([1, 1, 2**-10, 1, 1, 1]).reshape(-1, 1, 1, 1)
     network = with_weight(convnet(), "w1", lambda w: (w * small).astype(np.float32))
-    network = with_weight(network, "b1", lambda b: b * np.float32(1e7))
+    network = with_weight(network, "b1", lambda b: b * np.float32(1e4))
     _, plain = quantized(with_weight(convnet(), "w1", lambda w: (w * small).astype(np.float32)))
     _, model = quantized(network)
 
