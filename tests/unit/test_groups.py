@@ -16,7 +16,6 @@ from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.groups import parse_group
 from tests.descent import Trained
-from tests.networks import attention
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -223,19 +222,3 @@ def test_wrong_groups_are_named(text, message):
 def test_a_group_that_covers_nothing_is_an_error(model, text, method):
     with pytest.raises(TrainingError, match="covers nothing that is trained"):
         Trained(model, groups=(text,), method=method)
-
-
-def test_weights_move_where_a_file_lacks_the_shape_of_their_rounded_values():
-    """As in a file from which another tool dropped the types of inner values."""
-    floats = prepare(from_proto(attention()))
-    plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"))
-    model = insert_pairs(floats, plan, placeholder_params(floats, plan), state="calibrated")
-    expected = Trained(model).steps(1)
-    tensors = model.graph.tensors()
-    for point in plan.points:
-        if point.role == "weight":
-            tensors[f"{point.tensor}/dequantized"].shape = None
-    found = Trained(model).steps(1)
-
-    assert "wq" in found.moved
-    np.testing.assert_array_equal(found.values.buffer, expected.values.buffer)
