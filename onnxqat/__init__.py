@@ -7,8 +7,6 @@ The verbs of the command line, as functions. Names are imported when they are fi
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 _HOMES = {
@@ -23,9 +21,9 @@ _HOMES = {
     "QuantSpec": "onnxqat.qparams",
     "QuantizedModel": "onnxqat.quantized",
     "bundled_rules": "onnxqat.rules",
-    "calibrate": "onnxqat.calibrate",
+    "calibrate": "onnxqat.calibration",
     "deployed_model": "onnxqat.deploy",
-    "evaluate": "onnxqat.evaluate",
+    "evaluate": "onnxqat.evaluation",
     "finetune": "onnxqat.train",
     "insert_pairs": "onnxqat.quantized",
     "load_model": "onnxqat.quantized",
@@ -33,25 +31,13 @@ _HOMES = {
     "make_plan": "onnxqat.plan",
     "open_data": "onnxqat.data",
     "parse_override": "onnxqat.overrides",
-    "placeholder_params": "onnxqat.calibrate",
-    "prepare": "onnxqat.prepare",
-    "unlike_training": "onnxqat.calibrate",
+    "placeholder_params": "onnxqat.calibration",
+    "prepare": "onnxqat.preparation",
+    "unlike_training": "onnxqat.calibration",
     "write_deployment": "onnxqat.deploy",
 }
 
 __all__ = list(_HOMES)
-
-
-class _Package(ModuleType):
-    """Keeps the verbs ``insert``, ``calibrate`` and ``evaluate`` apart from their modules."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # importing onnxqat.insert would bind the module under the function's name
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from onnxqat.model import Model
 from onnxqat.nodes import biased_node, is_op
 from onnxqat.pairs import PAIR_OPS, float_name, node_name
 from onnxqat.plan import Edge, QuantPlan, QuantPoint
-from onnxqat.prepare.editing import constant_values, names_in_subgraphs
+from onnxqat.preparation.editing import constant_values, names_in_subgraphs
 from onnxqat.qparams import WIDTHS, QuantParams, quantized_range, storage_dtype
 
 __all__ = ["check_pairs"]

@@ -15,9 +15,9 @@ from onnxqat.ends import open_ends
 from onnxqat.errors import ModelError
 from onnxqat.model import Model
 from onnxqat.plan import Edge, QuantPoint
-from onnxqat.prepare.order import sort_nodes
-from onnxqat.prepare.shapes import infer_shapes
-from onnxqat.prepare.unused import remove_unused
+from onnxqat.preparation.order import sort_nodes
+from onnxqat.preparation.shapes import infer_shapes
+from onnxqat.preparation.unused import remove_unused
 from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 
 __all__ = ["Computable", "computable"]

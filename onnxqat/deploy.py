@@ -11,14 +11,14 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from onnxqat.calibrate import without_large_biases
+from onnxqat.calibration import without_large_biases
 from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint, Skip
-from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16
+from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
 from onnxqat.quantized import QuantizedModel, require_quantized, without_notes
 from onnxqat.rules import load_rule

@@ -28,11 +28,11 @@ from onnxqat.model import Model
 from onnxqat.nodes import is_op
 from onnxqat.operators import ONNX_DOMAINS, WEIGHTED
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.editing import constant_values, remove_nodes, scalar
-from onnxqat.prepare.folding import evaluate
-from onnxqat.prepare.order import sort_nodes
-from onnxqat.prepare.passthrough import remove_passthroughs
+from onnxqat.preparation.constants import lift_constants
+from onnxqat.preparation.editing import constant_values, remove_nodes, scalar
+from onnxqat.preparation.folding import evaluate
+from onnxqat.preparation.order import sort_nodes
+from onnxqat.preparation.passthrough import remove_passthroughs
 from onnxqat.qparams import (
     QuantParams,
     QuantSpec,

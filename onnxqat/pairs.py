@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import constant
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.prepare.editing import remove_nodes
+from onnxqat.preparation.editing import remove_nodes
 from onnxqat.qparams import QuantParams, quantized_range
 
 __all__ = [

@@ -25,7 +25,7 @@ from onnxqat.model import Model
 from onnxqat.model import load_model as load_file
 from onnxqat.pairs import add_pairs, check_points, params_of_pairs, remove_pairs
 from onnxqat.plan import QuantPlan
-from onnxqat.prepare.constants import lift_constants
+from onnxqat.preparation.constants import lift_constants
 from onnxqat.qparams import QuantParams
 
 __all__ = [

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import constant
 from onnxqat.pairs import float_name
 from onnxqat.plan import Edge, QuantPoint
-from onnxqat.prepare.editing import tensor_names, unique_name
+from onnxqat.preparation.editing import tensor_names, unique_name
 from onnxqat.qparams import QuantParams, fake_quantize
 
 __all__ = ["snap_weights"]

@@ -23,11 +23,11 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.cli import GARBAGE_THRESHOLD
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 

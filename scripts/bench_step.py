@@ -30,11 +30,11 @@ import numpy as np
 import onnxruntime as ort
 from step_server import serve
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import QuantPlan, make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.train import Config

@@ -21,7 +21,7 @@ from onnxqat.errors import FormatError
 from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session

@@ -26,12 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import OnnxQatError
 from onnxqat.model import constant
 from onnxqat.plan import QuantPlan, make_plan
-from onnxqat.prepare import prepare
-from onnxqat.prepare.editing import constant_values, remove_nodes, replace_input
+from onnxqat.preparation import prepare
+from onnxqat.preparation.editing import constant_values, remove_nodes, replace_input
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.train.engine import StepSession, forward_session

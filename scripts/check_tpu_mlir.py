@@ -27,8 +27,8 @@ import numpy as np
 
 from onnxqat.data import open_data
 from onnxqat.deploy import write_deployment
-from onnxqat.evaluate.integer import IntegerProgram
-from onnxqat.evaluate.integer.steps import Values
+from onnxqat.evaluation.integer import IntegerProgram
+from onnxqat.evaluation.integer.steps import Values
 from onnxqat.model import Model
 from onnxqat.qparams import quantize
 from onnxqat.quantized import load_model

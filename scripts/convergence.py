@@ -37,7 +37,7 @@ from accuracy import MODELS, PER_TENSOR, W4A4, onnxqat
 from PIL import Image
 
 from onnxqat.data import DataSet, open_data
-from onnxqat.evaluate import evaluate
+from onnxqat.evaluation import evaluate
 from onnxqat.model import Model
 from onnxqat.quantized import load_model
 from onnxqat.settings import input_specs, stored_settings

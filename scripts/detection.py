@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from onnxqat.data import open_data
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation.run import model_session
 from onnxqat.quantized import load_model
 from onnxqat.settings import Settings, input_specs, settle
 

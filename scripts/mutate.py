@@ -335,14 +335,14 @@ def _verdict(code: int, peak: int, stderr: str) -> str:
 
 def warm() -> None:
     """Import what the commands import, so that a child need not."""
-    import onnxqat.calibrate
+    import onnxqat.calibration
     import onnxqat.cli
     import onnxqat.data
     import onnxqat.deploy
-    import onnxqat.evaluate
+    import onnxqat.evaluation
     import onnxqat.foreign
     import onnxqat.overrides
-    import onnxqat.prepare
+    import onnxqat.preparation
     import onnxqat.progress
     import onnxqat.rules
     import onnxqat.train  # noqa: F401

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.gradients import add_gradients, installed_kernels
 from onnxqat.model import from_proto
-from onnxqat.prepare.shapes import infer_shapes
+from onnxqat.preparation.shapes import infer_shapes
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import _gradient_graph
 from onnxqat.train.gradients import LOWERED_DOMAIN

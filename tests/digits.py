@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import DataSet, InputSpec, Preprocessing, open_data
 from onnxqat.model import Model
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import QuantPlan, make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import OPSET_OF_16_BITS, insert_pairs, needs_16_bits
 from onnxqat.rules import bundled_rules, load_rule
 

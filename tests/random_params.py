@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnxqat.calibrate import placeholder_params, resolved_plan
+from onnxqat.calibration import placeholder_params, resolved_plan
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
 from onnxqat.qparams import QuantParams, QuantSpec, quantized_range, storage_dtype

@@ -14,7 +14,7 @@ from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
     from onnxqat.data import DataSet
-    from onnxqat.evaluate import Evaluation
+    from onnxqat.evaluation import Evaluation
     from onnxqat.model import Model
     from onnxqat.parallel import Workers
     from onnxqat.plan import QuantPlan
@@ -125,7 +125,7 @@ def warn_if_unlike_training(
     model: AnyModel, data: DataSet, source: str, *, batch_size: int | None, threads: int
 ) -> None:
     """Say if the data reach the network in another range than those it was trained with."""
-    from onnxqat.calibrate import unlike_training
+    from onnxqat.calibration import unlike_training
 
     found = unlike_training(model, data, batch_size=batch_size, threads=threads)
     if found is not None:
@@ -156,8 +156,8 @@ def planned(
     """Prepare a float model and plan for it; ``--set`` lies over the overrides file."""
     from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
-    from onnxqat.prepare import prepare
-    from onnxqat.prepare.float16 import refuse_other_floats
+    from onnxqat.preparation import prepare
+    from onnxqat.preparation.float16 import refuse_other_floats
     from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
     from onnxqat.rules import load_rule
 
@@ -221,7 +221,7 @@ def calibrated(
     """
     import numpy as np
 
-    from onnxqat.calibrate import calibrate
+    from onnxqat.calibration import calibrate
     from onnxqat.progress import progress_bar
 
     with open_for(

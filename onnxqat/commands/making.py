@@ -113,7 +113,7 @@ def _inserted(
     prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams]
 ) -> QuantizedModel:
     """Insert the pairs, with the parameters of another tool where the model had some."""
-    from onnxqat.calibrate import placeholder_params, resolved_plan, without_large_biases
+    from onnxqat.calibration import placeholder_params, resolved_plan, without_large_biases
     from onnxqat.foreign import take_over
     from onnxqat.quantized import insert_pairs
 

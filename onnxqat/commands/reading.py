@@ -26,7 +26,7 @@ from onnxqat.options import data_options, force_option, json_option, run_options
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
-    from onnxqat.evaluate import Evaluation, PointDifference
+    from onnxqat.evaluation import Evaluation, PointDifference
     from onnxqat.quantized import AnyModel
 
 __all__ = ["evaluate", "strip"]
@@ -58,7 +58,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
              max_drop: float | None, as_json: bool, batch_size: int | None, threads: int,
              layout: Any, skip_broken: bool, **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
-    from onnxqat.evaluate import evaluate as run
+    from onnxqat.evaluation import evaluate as run
     from onnxqat.progress import progress_bar
     from onnxqat.quantized import load_model
     from onnxqat.rules import load_rule
@@ -95,7 +95,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
 
 def _warn_of_labels(model: AnyModel, result: Evaluation, mode: str) -> None:
     """Say that the labels can hardly be the model's own."""
-    from onnxqat.evaluate.labels import CAUSES
+    from onnxqat.evaluation.labels import CAUSES
     from onnxqat.quantized import QuantizedModel
 
     judged = "the reference" if result.reference else model.name

@@ -192,8 +192,8 @@ def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -
 def _teacher(path: str, student: QuantizedModel) -> Model:
     """Load and prepare the float model that teaches."""
     from onnxqat.errors import ModelError
-    from onnxqat.evaluate import check_interface
-    from onnxqat.prepare import prepare
+    from onnxqat.evaluation import check_interface
+    from onnxqat.preparation import prepare
     from onnxqat.quantized import QuantizedModel, load_model
 
     teacher = load_model(path)

@@ -15,7 +15,7 @@ from onnxqat.errors import FormatError
 from onnxqat.model import Model
 from onnxqat.pairs import node_name
 from onnxqat.plan import QuantPlan
-from onnxqat.prepare.opset import upgrade_opset
+from onnxqat.preparation.opset import upgrade_opset
 
 __all__ = ["with_int4_weights"]
 

@@ -20,7 +20,7 @@ from onnxqat.model import Model, constant
 from onnxqat.nodes import along_channels, bias_channels, biased_node, runs_along
 from onnxqat.pairs import dequantized_name, node_name, node_names, scale_name, zero_point_name
 from onnxqat.plan import QuantPoint
-from onnxqat.prepare.editing import remove_nodes
+from onnxqat.preparation.editing import remove_nodes
 from onnxqat.qparams import FloatArray, QuantParams, quantize
 from onnxqat.quantized import QuantizedModel, without_notes
 from onnxqat.snap import snap_weights

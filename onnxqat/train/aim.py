@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxqat.data import Batch, DataSet
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
 from onnxqat.outputs import Output, Scores, outputs_of
 from onnxqat.train.config import Config

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from onnxqat.computable import computable
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan

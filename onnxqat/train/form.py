@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.computable import computable
 from onnxqat.errors import ModelError, TrainingError
 from onnxqat.gradients.reaching import Links, leading_to

@@ -13,9 +13,9 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
-from onnxqat.calibrate import fit_bias_range
+from onnxqat.calibration import fit_bias_range
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation
+from onnxqat.evaluation import Evaluation
 from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from onnxqat.calibrate import weight_range
+from onnxqat.calibration import weight_range
 from onnxqat.errors import TrainingError
 from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation
+from onnxqat.evaluation import Evaluation
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.guard import LossHistory
 from onnxqat.train.losses import Part

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation
+from onnxqat.evaluation import Evaluation
 from onnxqat.outputs import Output
 
 __all__ = ["LOSS", "Selection", "figures_of", "score", "selection_of"]

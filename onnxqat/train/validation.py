@@ -12,8 +12,8 @@ import onnxruntime as ort
 from onnxqat.computable import computable
 from onnxqat.data import DataSet
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation, evaluate
-from onnxqat.evaluate.labels import CAUSES
+from onnxqat.evaluation import Evaluation, evaluate
+from onnxqat.evaluation.labels import CAUSES
 from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
 from onnxqat.runtime import open_session

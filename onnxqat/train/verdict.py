@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxqat.evaluate import Evaluation
+from onnxqat.evaluation import Evaluation
 from onnxqat.train.selection import LOSS, Selection, figures_of, score
 
 __all__ = ["verdict"]

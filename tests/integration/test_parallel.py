@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from onnxqat.cli import main
 from onnxqat.commands.common import open_for
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation.run import model_session
 from onnxqat.parallel import Workers, join_workers
 from onnxqat.quantized import load_model
 from onnxqat.settings import Settings

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from onnxqat.calibrate import calibrate, placeholder_params, unlike_training
+from onnxqat.calibration import calibrate, placeholder_params, unlike_training
 from onnxqat.data import DataSet, Preprocessing, open_data
 from onnxqat.model import Model
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
-from onnxqat.prepare.statistics import KEY, statistics_of
+from onnxqat.preparation import prepare
+from onnxqat.preparation.statistics import KEY, statistics_of
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs

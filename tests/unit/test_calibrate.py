@@ -5,13 +5,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxqat.calibrate import OBSERVERS, calibrate, placeholder_params
+from onnxqat.calibration import OBSERVERS, calibrate, placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import DataError, ModelError
 from onnxqat.model import from_proto
 from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import choose_qparams
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule

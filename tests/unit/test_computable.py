@@ -7,15 +7,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.computable import computable
 from onnxqat.data import open_data
 from onnxqat.ends import TensorReader, prune
 from onnxqat.errors import ModelError
-from onnxqat.evaluate import evaluate
+from onnxqat.evaluation import evaluate
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import InputSpec, open_data
 from onnxqat.errors import DataError
-from onnxqat.evaluate import evaluate
+from onnxqat.evaluation import evaluate
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs

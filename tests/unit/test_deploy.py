@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, ModelError, PlanError
 from onnxqat.formats import sophgo
@@ -16,7 +16,7 @@ from onnxqat.formats.sophgo_names import float_ops, found_in, table_of
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize, quantize
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
@@ -145,7 +145,7 @@ def test_a_constant_in_an_unsigned_group_comes_back_unsigned(tmp_path):
 
 
 def calibrated_on_one(floats, plan):
-    from onnxqat.calibrate import calibrate
+    from onnxqat.calibration import calibrate
 
     empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     x = np.random.default_rng(1).normal(size=(1, 3, 4, 4)).astype(np.float32)

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import DataError, ModelError, PlanError
-from onnxqat.evaluate import check_interface, evaluate
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation import check_interface, evaluate
+from onnxqat.evaluation.run import model_session
 from onnxqat.formats import EXPORTS
 from onnxqat.model import from_proto
 from onnxqat.quantized import insert_pairs

@@ -7,8 +7,8 @@ import pytest
 
 from onnxqat.data import open_data
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import evaluate
-from onnxqat.evaluate.labels import Hits, doubt
+from onnxqat.evaluation import evaluate
+from onnxqat.evaluation.labels import Hits, doubt
 from onnxqat.quantized import load_model
 from onnxqat.train import Config, finetune
 from tests.digits import INPUT, MODELS, PIXELS, calibrated_lenet, training_digits

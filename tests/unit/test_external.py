@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxqat import external, model
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.errors import ModelError
 from onnxqat.model import load_model
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from tests.networks import convnet

@@ -7,14 +7,14 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.errors import DataError, TrainingError
-from onnxqat.evaluate import evaluate
+from onnxqat.evaluation import evaluate
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule

@@ -16,14 +16,14 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from onnxqat.calibrate import calibrate
+from onnxqat.calibration import calibrate
 from onnxqat.cli import main
 from onnxqat.errors import ModelError
 from onnxqat.foreign import read_foreign_qdq, take_over
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from tests.networks import attention, convnet, samples

@@ -11,7 +11,7 @@ import pytest
 from onnxqat.deploy import read_table, write_deployment
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import bundled_rules, load_rule
 from tests import meanings

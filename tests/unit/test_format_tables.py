@@ -20,7 +20,7 @@ from onnxqat.formats import FORMATS, Calibrated, Found, Table, sophgo
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import quantize
 from onnxqat.quantized import load_model
 from onnxqat.rules import bundled_rules, load_rule

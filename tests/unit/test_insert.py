@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import from_proto
 from onnxqat.pairs import remove_pairs
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import choose_qparams, fake_quantize
 from onnxqat.quantized import insert_pairs, load_model, require_quantized
 from onnxqat.rules import load_rule

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from onnxqat.errors import RuleError
-from onnxqat.evaluate.integer.requantize import (
+from onnxqat.evaluation.integer.requantize import (
     fixed_point,
     nearest_multiplier,
     ratio,
     requantizer,
 )
-from onnxqat.evaluate.integer.rounding import divide, round_levels, shift_right
+from onnxqat.evaluation.integer.rounding import divide, round_levels, shift_right
 from onnxqat.rules import Arithmetic
 
 ROUNDINGS = ("half-even", "half-away", "half-up")

@@ -10,8 +10,8 @@ import pytest
 from onnx import helper
 
 from onnxqat.errors import ModelError, RuleError
-from onnxqat.evaluate.integer.grid import Grid
-from onnxqat.evaluate.integer.kernels import (
+from onnxqat.evaluation.integer.grid import Grid
+from onnxqat.evaluation.integer.kernels import (
     Window,
     add,
     add_constant,
@@ -21,8 +21,8 @@ from onnxqat.evaluate.integer.kernels import (
     multiply_constant,
     window_sums,
 )
-from onnxqat.evaluate.integer.products import ExactConvolution, exact_matmul
-from onnxqat.evaluate.integer.requantize import fixed_point, nearest_multiplier
+from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
+from onnxqat.evaluation.integer.requantize import fixed_point, nearest_multiplier
 from onnxqat.qparams import QuantParams, QuantSpec
 from onnxqat.rules import Arithmetic
 from tests.unit.test_integer_arithmetic import divide_by_power, high_mul, rounded

@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.cli import main
 from onnxqat.errors import ModelError, PlanError, RuleError
-from onnxqat.evaluate import IntegerProgram, evaluate
-from onnxqat.evaluate.integer.steps import (
+from onnxqat.evaluation import IntegerProgram, evaluate
+from onnxqat.evaluation.integer.steps import (
     ElementwiseStep,
     FloatStep,
     MeanStep,
@@ -27,7 +27,7 @@ from onnxqat.evaluate.integer.steps import (
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import describe_rule, load_rule
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples

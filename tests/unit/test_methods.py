@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxqat.calibrate import weight_range
+from onnxqat.calibration import weight_range
 from onnxqat.errors import TrainingError
 from onnxqat.parallel import Workers
 from onnxqat.qparams import choose_qparams, quantize, quantized_range

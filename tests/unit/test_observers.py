@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxqat.calibrate.histogram import Histogram
-from onnxqat.calibrate.observers import (
+from onnxqat.calibration.histogram import Histogram
+from onnxqat.calibration.observers import (
     OBSERVERS,
     MinMaxObserver,
     MovingAverageObserver,

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import FormatError
 from onnxqat.formats.onnxruntime_qdq import integer_model, quantize_bias
 from onnxqat.qparams import quantize

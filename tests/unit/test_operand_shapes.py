@@ -12,13 +12,13 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.evaluate.integer import IntegerProgram
+from onnxqat.calibration import calibrate, placeholder_params
+from onnxqat.evaluation.integer import IntegerProgram
 from onnxqat.formats import EXPORTS
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 

@@ -14,16 +14,16 @@ ONNX = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""}
 
 # Modules that list operators for what they do with them themselves, and what that is.
 OWN_LISTS = {
-    "evaluate/integer/build.py": "kernels of the integer evaluation",
+    "evaluation/integer/build.py": "kernels of the integer evaluation",
     "foreign.py": "what other tools write around their pairs",
     "formats/mnn.py": "what MNN's converter fuses",
     "formats/ncnn.py": "names of ncnn's layers",
     "gradients/": "a gradient for each operator",
     "outputs.py": "what class scores end in",
     "plan/masks.py": "what masks are made of",
-    "prepare/arithmetic.py": "an evaluator for each operator",
-    "prepare/conversion.py": "operators that onnx's version converter has wrong",
-    "prepare/movement.py": "an evaluator for each operator",
+    "preparation/arithmetic.py": "an evaluator for each operator",
+    "preparation/conversion.py": "operators that onnx's version converter has wrong",
+    "preparation/movement.py": "an evaluator for each operator",
     "runtime.py": "advice for failures of onnxruntime",
     "train/lowering/": "which gradients there are",
     "validate/": "what onnxruntime dies of, and shapes",
@@ -36,9 +36,9 @@ PLAIN = {
 }
 # Modules that build graphs, or pass over single operators.
 BUILDERS = {
-    "evaluate/integer/averages.py": "the average over all positions",
+    "evaluation/integer/averages.py": "the average over all positions",
     "plan/patterns.py": "the formulas of patterns",
-    "prepare/passthrough.py": "Dropout, which does nothing in inference",
+    "preparation/passthrough.py": "Dropout, which does nothing in inference",
     "rules/schema.py": "the names of patterns",
     "train/convolutions.py": "gradients of convolutions",
     "train/engine.py": "the loss that the runtime has",

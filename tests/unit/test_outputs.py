@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from onnxqat.model import from_proto
 from onnxqat.outputs import Joined, Output, Scores, outputs_of
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]> '
 W = "<float[4, 5] w, float[5] b> "

@@ -12,7 +12,7 @@ from onnxqat.errors import PlanError, RuleError
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import Edge, QuantPlan, make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.rules import load_rule
 from tests.networks import RULES, W4A4, attention, convnet
 

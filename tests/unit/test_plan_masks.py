@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
-from onnxqat.evaluate.run import model_session
+from onnxqat.calibration import calibrate, placeholder_params
+from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import HardwareRule, OpRule, RuleSpec
 from onnxqat.train.form import training_form

@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import RuleError
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override, read_overrides
 from onnxqat.plan import make_plan
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import PATTERN_NAMES, HardwareRule, OpRule, RuleException, RuleSpec, load_rule
 from onnxqat.rules.schema import Changes

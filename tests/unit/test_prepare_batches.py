@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 from onnxqat.model import from_proto
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 
 
 @pytest.mark.parametrize(

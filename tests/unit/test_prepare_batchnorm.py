@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.model import from_proto
-from onnxqat.prepare import prepare
-from onnxqat.prepare.batchnorm import fold_batchnorms
+from onnxqat.preparation import prepare
+from onnxqat.preparation.batchnorm import fold_batchnorms
 from tests.oracles import max_ulp, run_ort
 
 Array = NDArray[Any]

@@ -8,14 +8,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.deploy import deployed_model
 from onnxqat.errors import ModelError
-from onnxqat.evaluate import evaluate
+from onnxqat.evaluation import evaluate
 from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
-from onnxqat.prepare.float16 import FLOAT16_KEY, narrow_to_float16, refuse_other_floats
+from onnxqat.preparation import prepare
+from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16, refuse_other_floats
 from onnxqat.qparams import quantize
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule

@@ -9,8 +9,8 @@ from onnx import helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto
-from onnxqat.prepare import budget, prepare
-from onnxqat.prepare.folding import fold_constants
+from onnxqat.preparation import budget, prepare
+from onnxqat.preparation.folding import fold_constants
 from tests.oracles import run_ort
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from tests.oracles import run_ort
 
 ACT = """<domain: "my", opset_import: ["": 17, "my": 1]>

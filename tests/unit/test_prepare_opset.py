@@ -7,8 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
-from onnxqat.prepare import conversion, prepare
-from onnxqat.prepare.opset import upgrade_opset
+from onnxqat.preparation import conversion, prepare
+from onnxqat.preparation.opset import upgrade_opset
 from tests.oracles import run_ort
 
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.model import from_proto
-from onnxqat.prepare.padding import make_pads_explicit
+from onnxqat.preparation.padding import make_pads_explicit
 from tests.oracles import run_ort
 
 MODES = ["SAME_UPPER", "SAME_LOWER", "VALID"]

@@ -8,12 +8,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto
-from onnxqat.prepare.constants import lift_constants
-from onnxqat.prepare.names import name_nodes
-from onnxqat.prepare.order import sort_nodes
-from onnxqat.prepare.passthrough import remove_passthroughs
-from onnxqat.prepare.shapes import infer_shapes
-from onnxqat.prepare.unused import remove_unused
+from onnxqat.preparation.constants import lift_constants
+from onnxqat.preparation.names import name_nodes
+from onnxqat.preparation.order import sort_nodes
+from onnxqat.preparation.passthrough import remove_passthroughs
+from onnxqat.preparation.shapes import infer_shapes
+from onnxqat.preparation.unused import remove_unused
 from tests.oracles import run_ort
 
 

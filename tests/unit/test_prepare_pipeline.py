@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
-from onnxqat.prepare import PASSES, prepare
+from onnxqat.preparation import PASSES, prepare
 from tests.oracles import max_ulp, run_ort
 
 

@@ -49,7 +49,7 @@ def test_names_are_sorted_and_documented():
 @pytest.mark.parametrize("name", VERBS)
 def test_importing_a_module_does_not_hide_the_verb(name):
     code = (
-        f"import onnxqat.calibrate, onnxqat.evaluate, onnxqat.prepare\n"
+        f"import onnxqat.calibration, onnxqat.evaluation, onnxqat.preparation\n"
         f"import onnxqat.train.finetune, onnxqat.cli\n"
         f"assert callable(onnxqat.{name}), onnxqat.{name}\n"
         f"from onnxqat import {name}\n"

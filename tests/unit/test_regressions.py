@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.model import from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, read_pairs
 from onnxqat.rules import load_rule
 from tests.oracles import run_ort

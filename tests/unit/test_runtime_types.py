@@ -7,12 +7,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate.run import model_session
+from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model, from_proto
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.form import training_form

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxqat.errors import TrainingError
-from onnxqat.evaluate import Evaluation
+from onnxqat.evaluation import Evaluation
 from onnxqat.outputs import Output, Scores
 from onnxqat.train import Config, finetune
 from onnxqat.train.selection import Selection, score, selection_of

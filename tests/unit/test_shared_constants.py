@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.calibrate import calibrate, placeholder_params
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibrate import placeholder_params
+from onnxqat.calibration import placeholder_params
 from onnxqat.model import Model, from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.parallel import Workers
 from onnxqat.plan import make_plan
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.qparams import choose_qparams
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule

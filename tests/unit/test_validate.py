@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.quantized import load_model
 from onnxqat.validate import validate
 from tests.exported import EXPORTED, exported

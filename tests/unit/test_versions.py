@@ -8,7 +8,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from tests.oracles import run_ort
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model
-from onnxqat.prepare import prepare
+from onnxqat.preparation import prepare
 from onnxqat.train.form import reaching
 from onnxqat.train.gradients import CustomOp
 from onnxqat.train.losses.terms import Loss, nearest

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import constant
-from onnxqat.prepare.editing import constant_values
+from onnxqat.preparation.editing import constant_values
 from onnxqat.train.lowering.gradient import Refusal, rank_of, static_shape
 
 __all__ = ["chain", "mean", "slices"]

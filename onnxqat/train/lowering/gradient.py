@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from onnxqat.prepare.editing import constant_values
+from onnxqat.preparation.editing import constant_values
 from onnxqat.train.gradients import LOWERED_DOMAIN, CustomOp
 
 __all__ = [

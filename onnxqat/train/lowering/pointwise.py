@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import constant
-from onnxqat.prepare.editing import scalar
+from onnxqat.preparation.editing import scalar
 from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_shape, summed_to
 
 __all__ = ["SLOPES", "clip", "dropout", "leaky_relu", "mod", "prelu", "slope_gradient", "where"]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.prepare.editing import constant_values
+from onnxqat.preparation.editing import constant_values
 from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_shape
 
 __all__ = ["REDUCTIONS", "global_pool", "lp_pool", "reduction"]

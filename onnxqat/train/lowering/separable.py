@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.prepare.editing import constant_values
+from onnxqat.preparation.editing import constant_values
 from onnxqat.runtime import open_session
 from onnxqat.train.lowering.gradient import Gradient, Refusal, static_shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
-from onnxqat.prepare.shapes import infer_shapes
+from onnxqat.preparation.shapes import infer_shapes
 
 __all__ = ["fixed_shapes"]
 

@@ -1,0 +1,22 @@
+"""Calibration: observers of clipping ranges, and the streaming run that feeds them."""
+
+from onnxqat.calibration.arriving import unlike_training
+from onnxqat.calibration.biases import fit_bias_range, without_large_biases
+from onnxqat.calibration.observers import OBSERVERS, Observer, weight_range
+from onnxqat.calibration.run import (
+    calibrate,
+    placeholder_params,
+    resolved_plan,
+)
+
+__all__ = [
+    "OBSERVERS",
+    "Observer",
+    "calibrate",
+    "fit_bias_range",
+    "placeholder_params",
+    "resolved_plan",
+    "unlike_training",
+    "weight_range",
+    "without_large_biases",
+]

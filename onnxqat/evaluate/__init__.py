@@ -1,6 +1,0 @@
-"""Evaluation: a model over data, and the figures that come of it."""
-
-from onnxqat.evaluate.integer import IntegerProgram, PointDifference
-from onnxqat.evaluate.run import Evaluation, check_interface, evaluate
-
-__all__ = ["Evaluation", "IntegerProgram", "PointDifference", "check_interface", "evaluate"]

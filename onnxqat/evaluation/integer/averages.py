@@ -1,0 +1,112 @@
+"""Steps for averages: AveragePool, GlobalAveragePool, ReduceMean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import RuleError
+from onnxqat.evaluation.integer.context import Context, Group, Operand
+from onnxqat.evaluation.integer.kernels import Window, mean, window_sums
+from onnxqat.evaluation.integer.rounding import Int64Array
+from onnxqat.evaluation.integer.steps import Array, MeanStep
+from onnxqat.evaluation.integer.tails import make_target
+
+__all__ = ["build_mean", "is_spatial"]
+
+
+def build_mean(context: Context, group: Group, operands: Sequence[Operand]) -> MeanStep:
+    """Return the step of an average.
+
+    Raises
+    ------
+    RuleError
+        It counts its padding in a way, or runs over axes, that no source documents.
+    """
+    node = group.nodes[0]
+    source = operands[0]
+    grid, target = context.grids[source.tensor], make_target(context, group)
+    if target is None:
+        raise RuleError(f"Node '{node.name}': an average that leaves as floats is not documented.")
+    window = _window(node) if node.op == "AveragePool" else None
+    if context.arithmetic.requantize == "multiplier" and _counts_differ(node, window):
+        raise RuleError(
+            f"Node '{node.name}': the arithmetic of an AveragePool that leaves its padding out of "
+            "the count is unknown. Evaluate with --mode qdq."
+        )
+    sums = _sums(node, window)
+    output, arithmetic = target.grid, context.arithmetic
+    return MeanStep(
+        source=source.tensor,
+        grid=grid,
+        sums=sums,
+        kernel_for=lambda centered: mean(grid, output, arithmetic, _counts(node, window, centered)),
+        target=target,
+    )
+
+
+def is_spatial(node: gs.Node) -> bool:
+    """Whether an average runs over the axes from 2 on: as a pool does."""
+    if node.op != "ReduceMean":
+        return True
+    shape = node.inputs[0].shape
+    rank = len(shape) if shape is not None else 0
+    axes = _given_axes(node)
+    return axes is not None and {a % max(rank, 1) for a in axes} == set(range(2, rank))
+
+
+def _given_axes(node: gs.Node) -> list[int] | None:
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+        axes = node.inputs[1].values.tolist()
+    return None if axes is None else [int(axis) for axis in axes]
+
+
+def _window(node: gs.Node) -> Window:
+    kernel = tuple(node.attrs["kernel_shape"])
+    rank = len(kernel)
+    if node.attrs.get("ceil_mode", 0) or node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+        raise RuleError(
+            f"Node '{node.name}': integer evaluation covers neither ceil_mode nor auto_pad of an "
+            "AveragePool. Evaluate with --mode qdq."
+        )
+    return Window(
+        kernel=kernel,
+        strides=tuple(node.attrs.get("strides", (1,) * rank)),
+        dilations=tuple(node.attrs.get("dilations", (1,) * rank)),
+        pads=tuple(node.attrs.get("pads", (0,) * (2 * rank))),
+    )
+
+
+def _sums(node: gs.Node, window: Window | None) -> Callable[[Array], Int64Array]:
+    if window is not None:
+        return lambda centered: window_sums(centered, window)
+    keep = bool(node.attrs.get("keepdims", 1))
+    return lambda centered: np.asarray(
+        centered.sum(axis=_axes(node, centered), dtype=np.int64, keepdims=keep)
+    )
+
+
+def _axes(node: gs.Node, centered: Array) -> tuple[int, ...]:
+    """Return the axes that a GlobalAveragePool or a ReduceMean runs over."""
+    if node.op == "GlobalAveragePool":
+        return tuple(range(2, centered.ndim))
+    axes = _given_axes(node)
+    return tuple(axes) if axes is not None else tuple(range(centered.ndim))
+
+
+def _counts_differ(node: gs.Node, window: Window | None) -> bool:
+    """Whether windows at the border average fewer values than others."""
+    return bool(window and any(window.pads) and not node.attrs.get("count_include_pad", 0))
+
+
+def _counts(node: gs.Node, window: Window | None, centered: Array) -> Int64Array | int:
+    """Return how many values each average is made of."""
+    if window is None:
+        return int(np.prod([centered.shape[axis] for axis in _axes(node, centered)]))
+    if not _counts_differ(node, window):
+        return int(np.prod(window.kernel))
+    ones = np.ones((1, 1, *centered.shape[2:]), np.int32)
+    return window_sums(ones, window)

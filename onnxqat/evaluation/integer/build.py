@@ -1,0 +1,251 @@
+"""Choose a step for everything that a chip runs as one.
+
+Nodes that the plan keeps in float, and nodes with an operand left float, run in float between
+DequantizeLinear and QuantizeLinear. The others run as the rule's ``[arithmetic]`` lists them; what
+it does not list is unknown, and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.errors import RuleError
+from onnxqat.evaluation.integer.averages import build_mean, is_spatial
+from onnxqat.evaluation.integer.context import Context, Group, Operand, find_groups, make_context
+from onnxqat.evaluation.integer.kernels import (
+    add,
+    add_constant,
+    leaky_relu,
+    multiply,
+    multiply_constant,
+)
+from onnxqat.evaluation.integer.matrix import build_product
+from onnxqat.evaluation.integer.steps import (
+    ElementwiseStep,
+    FloatStep,
+    MoveStep,
+    QuantizeStep,
+    Step,
+    TableStep,
+    Target,
+)
+from onnxqat.evaluation.integer.tails import has_tail_only_of_limits, make_target
+from onnxqat.nodes import input_role, is_float, keeps_grid
+from onnxqat.operators import OPERATORS, WEIGHTED
+from onnxqat.pairs import dequantized_name
+from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import HardwareRule
+
+__all__ = ["build_steps"]
+
+KEEPS_SIZE = "Abs"  # |lowest integer| may lie one level above the range: the step cuts it
+# Ops that choose or move values.
+MOVES = (*(op for op, facts in OPERATORS.items() if facts.movement), KEEPS_SIZE)
+MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+ELEMENTWISE = ("Add", "Sub", "Mul")
+INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu")
+
+
+def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
+    """Return the program of a calibrated or fine-tuned Q/DQ model.
+
+    Raises
+    ------
+    RuleError
+        The arithmetic of the rule, or of an op in the model, is not documented.
+    """
+    arithmetic = rule.arithmetic
+    if arithmetic is None or arithmetic.requantize == "unknown":
+        raise RuleError(
+            f"Rule {rule.name}: its integer arithmetic is unknown. Evaluate with --mode qdq, or "
+            "write a rule that extends it with an [arithmetic] table."
+        )
+    context = make_context(model, rule, arithmetic, threads)
+    steps: list[Step] = []
+    written = [t.name for t in context.graph.inputs]
+    for group in [None, *find_groups(context, model.plan.chains)]:
+        if group is not None:
+            step, names = _build(context, group)
+            steps.append(step)
+            written = [] if not isinstance(step, FloatStep) else names
+        steps += (
+            QuantizeStep(tensor=name, grid=context.grids[name], rounding=arithmetic.float_rounding)
+            for name in written
+            if name in context.grids
+        )
+    return steps
+
+
+def _build(context: Context, group: Group) -> tuple[Step, list[str]]:
+    operands = context.operands(group)
+    make = _choose(context, group, operands)
+    return make(context, group, operands), group.outputs
+
+
+Maker = Callable[[Context, Group, Sequence[Operand]], Step]
+
+
+def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Maker:
+    """Return the function that makes the step of a group."""
+    arithmetic = context.arithmetic
+    quantized = [o for o in operands if o.grid is not None]
+    if all(n.name in context.float_nodes for n in group.nodes) or not quantized:
+        return _float
+    if any(_is_left_float(context, group, operand) for operand in operands):
+        return _float
+    if _is_move(context, group, quantized):
+        return _move
+    if group.kind in arithmetic.kept_float:
+        return _float
+    if group.kind in arithmetic.table and len({o.tensor for o in quantized}) == 1:
+        return _table
+    if group.kind not in arithmetic.integer or group.kind not in INTEGER:
+        _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
+    if not has_tail_only_of_limits(group):
+        _refuse(context, group, "what follows it in one kernel is not documented")
+    if group.kind in WEIGHTED:
+        return build_product
+    if group.kind in MEANS:
+        return build_mean if is_spatial(group.nodes[0]) else _float
+    return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
+
+
+def _is_left_float(context: Context, group: Group, operand: Operand) -> bool:
+    """Whether an operand is data that the plan left in float: no parameter, no int32 bias."""
+    node = next(n for n in group.nodes if n.name == operand.node)
+    if operand.grid is not None or not is_float(node.inputs[operand.index]):
+        return False
+    if (operand.node, operand.index) in context.biases:
+        return False
+    if input_role(node, operand.index) in ("setting", "slope"):
+        return False
+    # the constants of a pattern belong to its function
+    return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
+
+
+def _refuse(context: Context, group: Group, what: str) -> NoReturn:
+    raise RuleError(
+        f"Rule {context.rule.name}: node '{group.nodes[0].name}' ({group.kind}): {what}. List it "
+        "in a rule that extends this one, under [arithmetic], or keep the node float."
+    )
+
+
+def _is_move(context: Context, group: Group, quantized: Sequence[Operand]) -> bool:
+    """Whether a group only moves integers of one grid: that is exact."""
+    node = group.nodes[0]
+    outputs = group.outputs
+    if len(group.nodes) > 1 or not (keeps_grid(node) or node.op == KEEPS_SIZE):
+        return False
+    if not all(name in context.grids for name in outputs):
+        return False
+    return len({context.groups[n] for n in (*outputs, *(o.tensor for o in quantized))}) == 1
+
+
+def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[str, NDArray[Any]]:
+    """Return the constants of a group by the name of the input, quantized ones on their grid."""
+    found: dict[str, NDArray[Any]] = {}
+    for o in operands:
+        if o.values is None:
+            continue
+        if o.grid is None:
+            found[o.tensor] = o.values
+            continue
+        levels = o.grid.quantize(o.values, "half-even")
+        values = o.grid.centered(levels) if centered else o.grid.dequantize(levels)
+        found[dequantized_name(o.tensor)] = np.asarray(values, np.float32)
+    return found
+
+
+def _float(context: Context, group: Group, operands: Sequence[Operand]) -> FloatStep:
+    constants = _constants(operands)
+    fed = [o for o in operands if o.values is None]
+    return FloatStep(
+        session=context.session(group, operands, constants),
+        grids={o.tensor: o.grid for o in fed if o.grid is not None},
+        floats=tuple(dict.fromkeys(o.tensor for o in fed if o.grid is None)),
+        outputs=tuple(group.outputs),
+    )
+
+
+def _move(context: Context, group: Group, operands: Sequence[Operand]) -> MoveStep:
+    constants = _constants(operands, centered=True)
+    fed = [o for o in operands if o.values is None]
+    return MoveStep(
+        session=context.session(group, operands, constants),
+        grids={o.tensor: o.grid for o in fed if o.grid is not None},
+        outputs={name: context.grids[name] for name in group.outputs},
+        others=tuple(dict.fromkeys(o.tensor for o in fed if o.grid is None)),
+    )
+
+
+def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    source = next(o for o in operands if o.grid is not None)
+    (target,) = group.outputs
+    if target not in context.grids:
+        return _float(context, group, operands)
+    step = _float(context, group, operands)
+    grid = context.grids[source.tensor]
+    low, high = grid.limits
+    levels = np.arange(low, high + 1).astype(grid.params.zero_point.dtype)
+    feeds = {dequantized_name(source.tensor): grid.dequantize(levels)}
+    (values,) = step.session.run([target], feeds)
+    if values.shape != levels.shape:
+        _refuse(context, group, "it is not a function of one value, and has no table")
+    table = context.grids[target].quantize(values, context.arithmetic.float_rounding)
+    return TableStep(source=source.tensor, target=target, lowest=low, table=table)
+
+
+def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    node, arithmetic = group.nodes[0], context.arithmetic
+    pair = [o for o in operands if o.node == node.name]
+    target = make_target(context, group)
+    if target is None:
+        return _float(context, group, operands)
+    if arithmetic.rescaled_operands and any(o.values is not None for o in pair):
+        return _with_constant(context, pair, target, node.op)
+    grids = [context.grids[o.tensor] for o in pair]
+    constants = {
+        o.tensor: grid.quantize(o.values, "half-even")
+        for o, grid in zip(pair, grids, strict=True)
+        if o.values is not None
+    }
+    if node.op == "Mul":
+        kernel = multiply(grids, target.grid, arithmetic)
+    else:
+        kernel = add(grids, target.grid, arithmetic, subtract=node.op == "Sub")
+    sources = tuple(o.tensor for o in pair)
+    return ElementwiseStep(sources=sources, constants=constants, kernel=kernel, target=target)
+
+
+def _with_constant(
+    context: Context, pair: Sequence[Operand], target: Target, op: str
+) -> ElementwiseStep:
+    """Return an Add, Sub or Mul whose constant was compiled into the scales."""
+    fixed = 0 if pair[0].values is not None else 1
+    source, constant, values = pair[1 - fixed].tensor, pair[fixed].tensor, pair[fixed].values
+    assert values is not None
+    own = context.grids[constant]  # strip leaves constants on their grid
+    values = np.asarray(own.dequantize(own.quantize(values, "half-even")))
+    grid, arithmetic = context.grids[source], context.arithmetic
+    if op == "Mul":
+        kernel = multiply_constant(grid, target.grid, arithmetic, values)
+    else:
+        signs = (1, -1 if op == "Sub" else 1)
+        ordered = signs if fixed == 1 else signs[::-1]
+        kernel = add_constant(grid, target.grid, arithmetic, values, signs=ordered)
+    return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
+
+
+def _leaky_relu(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+    (source,) = operands
+    target = make_target(context, group)
+    shared = target and context.groups[target.tensor] == context.groups[source.tensor]
+    if target is None or not shared:
+        _refuse(context, group, "its arithmetic from one grid to another is unknown")
+    alpha = float(group.nodes[0].attrs.get("alpha", 0.01))
+    kernel = leaky_relu(target.grid, context.arithmetic, alpha)
+    return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)

@@ -1,0 +1,196 @@
+"""What building a program looks up: grids, edges, constants, and parts of the model as sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxqat.evaluation.integer.grid import Grid
+from onnxqat.operators import ONNX_DOMAINS
+from onnxqat.pairs import dequantized_name
+from onnxqat.plan.graph import GraphIndex
+from onnxqat.plan.patterns import PATTERNS
+from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import Arithmetic, HardwareRule
+from onnxqat.runtime import open_session
+
+__all__ = ["Context", "Group", "Operand", "find_groups", "make_context"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What one input of a node reads.
+
+    Attributes
+    ----------
+    node : str
+    index : int
+    tensor : str
+    grid : Grid or None
+        Of its integers; None where it is read as it is.
+    values : array or None
+        Of a constant, in float.
+    """
+
+    node: str
+    index: int
+    tensor: str
+    grid: Grid | None
+    values: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes that the chip runs as one.
+
+    Attributes
+    ----------
+    kind : str
+        Op type or pattern that comes first.
+    nodes : tuple of Node
+    tail : tuple of Node
+        The nodes behind the first op or pattern.
+    """
+
+    kind: str
+    nodes: tuple[gs.Node, ...]
+    tail: tuple[gs.Node, ...]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what leaves the group."""
+        return [t.name for t in self.nodes[-1].outputs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A model, its plan and its rule, looked up by name.
+
+    Attributes
+    ----------
+    grids : dict of str to Grid
+        Of each quantized tensor.
+    groups : dict of str to str
+        The name under which the parameters of a tensor go.
+    edges : frozenset of (str, int)
+        Inputs of nodes that read integers.
+    biases : frozenset of (str, int)
+        Inputs of nodes that read an int32 bias.
+    float_nodes : frozenset of str
+        What the plan keeps in float.
+    """
+
+    rule: HardwareRule
+    arithmetic: Arithmetic
+    graph: gs.Graph
+    protos: Mapping[str, onnx.NodeProto]
+    opsets: Sequence[onnx.OperatorSetIdProto]
+    opset: int
+    threads: int
+    grids: Mapping[str, Grid]
+    groups: Mapping[str, str]
+    edges: frozenset[tuple[str, int]]
+    biases: frozenset[tuple[str, int]]
+    float_nodes: frozenset[str]
+
+    def operands(self, group: Group) -> list[Operand]:
+        """Return everything a group reads from outside."""
+        inner = {t.name for node in group.nodes for t in node.outputs}
+        return [
+            Operand(
+                node.name,
+                index,
+                tensor.name,
+                self.grids[tensor.name] if (node.name, index) in self.edges else None,
+                tensor.values if isinstance(tensor, gs.Constant) else None,
+            )
+            for node in group.nodes
+            for index, tensor in enumerate(node.inputs)
+            if tensor.name and tensor.name not in inner
+        ]
+
+    def session(
+        self, group: Group, operands: Iterable[Operand], constants: Mapping[str, NDArray[Any]]
+    ) -> ort.InferenceSession:
+        """Return a group as a session of its own, run node by node.
+
+        Parameters
+        ----------
+        constants : mapping of str to array
+            What the model has as constants, by name of the input; the others are fed. Operands
+            that are read as integers are named ``t/dequantized``.
+        """
+        protos = {n.name: onnx.NodeProto() for n in group.nodes}
+        for name, proto in protos.items():
+            proto.CopyFrom(self.protos[name])
+        dtypes = {t.name: t.dtype for n in group.nodes for t in n.inputs}
+        fed: dict[str, onnx.ValueInfoProto] = {}
+        for operand in operands:
+            name = operand.tensor if operand.grid is None else dequantized_name(operand.tensor)
+            protos[operand.node].input[operand.index] = name
+            if name not in constants:
+                kind = onnx.helper.np_dtype_to_tensor_dtype(
+                    np.dtype(np.float32 if operand.grid else dtypes[operand.tensor] or np.float32)
+                )
+                fed[name] = onnx.helper.make_tensor_value_info(name, kind, None)
+        graph = onnx.helper.make_graph(
+            list(protos.values()),
+            "part",
+            list(fed.values()),
+            [onnx.ValueInfoProto(name=name) for name in group.outputs],
+            [onnx.numpy_helper.from_array(v, name) for name, v in constants.items()],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=self.opsets, ir_version=8)
+        return open_session(model, optimization="none", threads=self.threads)
+
+
+def make_context(
+    model: QuantizedModel, rule: HardwareRule, arithmetic: Arithmetic, threads: int
+) -> Context:
+    """Return the lookups for a Q/DQ model."""
+    plan, params, floats = model.plan, model.params, model.floats
+    proto = floats.to_proto()
+    points = plan.grid_points()
+    return Context(
+        rule=rule,
+        arithmetic=arithmetic,
+        graph=floats.graph,
+        protos={n.name: n for n in proto.graph.node},
+        opsets=list(proto.opset_import),
+        opset=next(o.version for o in proto.opset_import if o.domain in ONNX_DOMAINS),
+        threads=threads,
+        grids={p.tensor: Grid(params[p.parameters], p.spec) for p in points},
+        groups={p.tensor: p.parameters for p in points},
+        edges=frozenset((e.node, e.index) for p in points for e in p.consumers if e.node),
+        biases=frozenset(
+            (e.node, e.index) for p in plan.points if p.role == "bias" for e in p.consumers
+        ),
+        float_nodes=frozenset(skip.node for skip in plan.skips),
+    )
+
+
+def find_groups(context: Context, chains: Sequence[Sequence[str]]) -> list[Group]:
+    """Return all nodes in an order in which they can run, chains together."""
+    kinds = [kind for kind in PATTERNS if kind not in context.rule.split]
+    index = GraphIndex(context.graph, kinds)
+    heads = {chain[-1]: chain for chain in chains}
+    chained = {name for chain in chains for name in chain}
+    groups = []
+    for node in context.graph.nodes:
+        chain = heads.get(node.name)
+        if chain is None and node.name in chained:
+            continue
+        names = chain or (node.name,)
+        nodes = tuple(index.nodes[name] for name in names)
+        unit = index.unit_of[names[0]]
+        whole = chain is not None and {n.name for n in unit.nodes} <= set(names)
+        first = unit.nodes if whole else nodes[:1]
+        groups.append(Group(unit.kind if whole else nodes[0].op, nodes, nodes[len(first) :]))
+    return groups

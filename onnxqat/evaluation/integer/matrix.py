@@ -1,0 +1,151 @@
+"""Steps for convolutions and matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.errors import PlanError, RuleError
+from onnxqat.evaluation.integer.context import Context, Group, Operand
+from onnxqat.evaluation.integer.grid import Grid
+from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
+from onnxqat.evaluation.integer.requantize import ratio, requantizer
+from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
+from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Target
+from onnxqat.evaluation.integer.tails import float_limits, make_target
+from onnxqat.nodes import is_convolution, is_plain_product
+
+__all__ = ["build_product"]
+
+MAX_BITS = 8  # a sum of products of wider integers need not fit into int32
+
+
+def build_product(context: Context, group: Group, operands: Sequence[Operand]) -> ProductStep:
+    """Return the step of a Conv, ConvTranspose, Gemm or MatMul with what is fused to it."""
+    node, arithmetic = group.nodes[0], context.arithmetic
+    pair = [o for o in operands if o.node == node.name and o.index < 2]
+    grids = [context.grids[o.tensor] for o in pair]
+    _check(node, grids)
+    activations = [i for i, o in enumerate(pair) if o.values is None]
+    target = make_target(context, group) or FloatTarget(
+        tensor=group.outputs[0], limits=float_limits(group)
+    )
+    spread = _spreader(node, pair)
+    scales = [spread(g.scale, g is grids[1]) for g in grids]
+    bias, error = _bias(context, group, scales, spread)
+    requantize = None
+    if isinstance(target, Target):
+        scale = ratio(arithmetic, *scales, divisor=target.grid.scale)
+        requantize = requantizer(arithmetic, scale, arithmetic.multiplier_bits)
+    return ProductStep(
+        sources=tuple(pair[i].tensor for i in activations),
+        grids=tuple(grids[i] for i in activations),
+        sums=_sums(context, node, pair, grids),
+        bias=bias,
+        bias_error=error,
+        scale=np.asarray(scales[0], np.float64) * np.asarray(scales[1], np.float64),
+        requantize=requantize,
+        target=target,
+    )
+
+
+def _check(node: gs.Node, grids: Sequence[Grid]) -> None:
+    if any(g.spec.bits > MAX_BITS for g in grids):
+        raise RuleError(
+            f"Node '{node.name}': integer evaluation covers widths up to {MAX_BITS} bits. "
+            "Evaluate with --mode qdq."
+        )
+    if not is_plain_product(node):
+        raise RuleError(
+            f"Node '{node.name}': a Gemm with alpha or beta has no documented integer arithmetic."
+        )
+
+
+def _spreader(
+    node: gs.Node, pair: Sequence[Operand]
+) -> Callable[[NDArray[Any], bool], NDArray[Any]]:
+    """Return the function that lays values per output channel along the channels of the sums."""
+    group = int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else 1
+    rank = len(pair[1].values.shape) if pair[1].values is not None else 0
+    by_vector = node.inputs[1].shape is not None and len(node.inputs[1].shape) == 1
+
+    def spread(values: NDArray[Any], of_weight: bool) -> NDArray[Any]:
+        if values.ndim == 0:
+            return values
+        if is_convolution(node):
+            repeated = np.tile(values, group) if of_weight else values
+            return repeated.reshape(-1, *[1] * (rank - 2))
+        # a constant on the left: its rows, which are the last axis before a vector
+        return values if of_weight or by_vector else values.reshape(-1, 1)
+
+    return spread
+
+
+def _bias(
+    context: Context,
+    group: Group,
+    scales: Sequence[NDArray[Any]],
+    spread: Callable[[NDArray[Any], bool], NDArray[Any]],
+) -> tuple[Int64Array | None, NDArray[np.float64] | None]:
+    """Return the int32 bias, laid along the channels, and what rounding added to it."""
+    found = [
+        (node, tensor)
+        for node in group.nodes
+        for index, tensor in enumerate(node.inputs)
+        if (node.name, index) in context.biases
+    ]
+    if not found:
+        return None, None
+    ((node, tensor),) = found
+    values = np.asarray(tensor.values, np.float64)
+    if is_convolution(node):
+        values = spread(values, False)
+    dtype = np.float32 if context.arithmetic.requantize == "float" else np.float64
+    scale = np.asarray(scales[0], dtype) * np.asarray(scales[1], dtype)
+    exact = values / scale
+    limit = 2 ** (context.rule.bias_bits - 1)
+    if np.abs(exact).max(initial=0) >= limit:
+        raise PlanError(
+            f"Bias '{tensor.name}': bias / (s_x * s_w) reaches {np.abs(exact).max():.3g}, beyond "
+            f"{context.rule.bias_bits} bits. Its weights are almost zero; calibrate again."
+        )
+    integers = round_levels(exact, context.arithmetic.bias_rounding)
+    return integers, integers - exact
+
+
+def _sums(
+    context: Context, node: gs.Node, pair: Sequence[Operand], grids: Sequence[Grid]
+) -> Callable[..., Int64Array]:
+    constants = [
+        None if o.values is None else g.centered(g.quantize(o.values, "half-even"))
+        for o, g in zip(pair, grids, strict=True)
+    ]
+    if is_convolution(node):
+        weight = constants[1]
+        if weight is None:
+            raise RuleError(f"Node '{node.name}': its kernel is no constant.")
+        low, high = grids[0].limits
+        zero_point = int(grids[0].params.zero_point)
+        largest = max(zero_point - low, high - zero_point)
+        return ExactConvolution(
+            context.protos[node.name], weight, largest, context.opset, context.threads
+        )
+    return _matmul(node, constants)
+
+
+def _matmul(
+    node: gs.Node, constants: Sequence[NDArray[np.int32] | None]
+) -> Callable[..., Int64Array]:
+    flips = [bool(node.attrs.get(key, 0)) and node.op == "Gemm" for key in ("transA", "transB")]
+
+    def sums(*activations: NDArray[np.int32]) -> Int64Array:
+        fed = iter(activations)
+        both = [next(fed) if c is None else c for c in constants]
+        a, b = (v.T if flip else v for v, flip in zip(both, flips, strict=True))
+        return exact_matmul(a, b)
+
+    return sums

@@ -1,0 +1,52 @@
+"""What follows a kernel within one op of the chip: a bias, a Relu, a Clip."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.evaluation.integer.context import Context, Group
+from onnxqat.evaluation.integer.steps import Target, limits_of
+from onnxqat.nodes import is_bias_add
+
+__all__ = ["float_limits", "has_tail_only_of_limits", "make_target"]
+
+
+def has_tail_only_of_limits(group: Group) -> bool:
+    """Whether only a bias, Relu and Clip with constant limits follow the first op."""
+    return all(
+        node.op == "Relu" or is_bias_add(node) or (node.op == "Clip" and _has_constant_limits(node))
+        for node in group.tail
+    )
+
+
+def _has_constant_limits(node: gs.Node) -> bool:
+    return all(not t.name or isinstance(t, gs.Constant) for t in node.inputs[1:])
+
+
+def float_limits(group: Group) -> tuple[float, float]:
+    """Return between which floats the tail of a group lets values through."""
+    low, high = -math.inf, math.inf
+    for node in group.tail:
+        if node.op == "Relu":
+            low = max(low, 0.0)
+        elif node.op == "Clip":
+            ends = [t.values.item() if t.name else None for t in node.inputs[1:]]
+            ends += [None] * (2 - len(ends))
+            low = low if ends[0] is None else max(low, ends[0])
+            high = high if ends[1] is None else min(high, ends[1])
+    return low, high
+
+
+def make_target(context: Context, group: Group) -> Target | None:
+    """Return where the integers of a group go; None where its output is not quantized."""
+    (tensor,) = group.outputs
+    if tensor not in context.grids:
+        return None
+    grid = context.grids[tensor]
+    ends = np.finfo(np.float32)
+    low, high = float_limits(group)
+    limits = limits_of(grid, [(max(low, float(ends.min)), min(high, float(ends.max)))])
+    return Target(tensor=tensor, grid=grid, limits=limits)

@@ -1,0 +1,292 @@
+"""Run a model over data, batch by batch, and count.
+
+``float`` strips Q/DQ first; ``qdq`` runs the file node by node, as the rule describes it,
+without any fusion; ``integer`` runs it in the integers of the rule's chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxqat.computable import computable
+from onnxqat.data import Batch
+from onnxqat.errors import DataError, ModelError
+from onnxqat.evaluation.integer import IntegerProgram, PointDifference
+from onnxqat.evaluation.labels import Hits, doubt
+from onnxqat.evaluation.likeness import Likeness, OutputFigures
+from onnxqat.outputs import outputs_of
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quantized
+from onnxqat.rules import HardwareRule
+from onnxqat.runtime import Optimization, UnknownOpError, open_session
+
+__all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
+
+Mode = Literal["float", "qdq", "integer"]
+
+
+class Samples(Protocol):
+    """What evaluation reads of a batch."""
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """Model inputs by name."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class indices of shape (N,), if there are any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures over a data set.
+
+    Attributes
+    ----------
+    samples : int
+        How many samples were run.
+    metrics : dict of str to float
+        ``top1`` and, from ten classes on, ``top5``: fractions. Empty without labels.
+    reference : dict of str to float
+        The same figures of the reference model.
+    agreement : float or None
+        That of the first output that has one, see `OutputFigures`. None without a reference, or
+        where no output holds classes.
+    max_abs_diff : float or None
+        Largest difference of any output value from the reference model's, in its units; NaN if
+        any is NaN.
+    outputs : tuple of OutputFigures
+        Each output against the reference model's.
+    points : tuple of PointDifference
+        Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
+    loss : float or None
+        What training lowers, where a state is chosen by it.
+    classes : int or None
+        How many the model tells apart; None without labels.
+    confidence, reference_confidence : float or None
+        Mean of the largest probability, of the model and the reference; None without labels.
+    note : str
+        What stands for outputs that onnxruntime cannot compute; empty where it computes all.
+    """
+
+    samples: int
+    metrics: dict[str, float]
+    reference: dict[str, float]
+    agreement: float | None = None
+    max_abs_diff: float | None = None
+    points: tuple[PointDifference, ...] = ()
+    loss: float | None = None
+    outputs: tuple[OutputFigures, ...] = ()
+    classes: int | None = None
+    confidence: float | None = None
+    reference_confidence: float | None = None
+    note: str = ""
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the labels cannot be the model's own, see `onnxqat.evaluation.labels`.
+
+        It is the reference that is judged, if there is one: it may be float.
+        """
+        figures, confidence = self.metrics, self.confidence
+        if self.reference:
+            figures, confidence = self.reference, self.reference_confidence
+        if "top1" not in figures:
+            return None
+        return doubt(figures["top1"], self.samples, self.classes or 0, confidence)
+
+
+class _Runner(Protocol):
+    """What runs a model: a session, or a program."""
+
+    def run(self, names: None, inputs: dict[str, NDArray[Any]]) -> Any:
+        """Return the model's outputs."""
+
+
+def model_session(
+    model: AnyModel, mode: Literal["float", "qdq"], *, threads: int = 0
+) -> ort.InferenceSession:
+    """Return a session of ``model`` in a mode; a float model is itself in both."""
+    if mode == "float":
+        model = float_part(model)
+    optimization: Optimization = "all"
+    if isinstance(model, QuantizedModel):
+        model.check_calibrated()
+        optimization = "none"
+    return open_session(
+        model.to_proto(), optimization=optimization, threads=threads, name=model.name
+    )
+
+
+def evaluate(
+    model: AnyModel,
+    batches: Iterable[Samples],
+    *,
+    mode: Mode = "qdq",
+    against: AnyModel | None = None,
+    rule: HardwareRule | None = None,
+    threads: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Count how often a model is right, and how often it agrees with another.
+
+    Parameters
+    ----------
+    model : Model
+        Float or Q/DQ.
+    batches : iterable of batches
+        With labels for ``metrics``.
+    mode : {"float", "qdq", "integer"}
+        How to run ``model``.
+    against : Model, optional
+        Reference; a Q/DQ reference runs in its own arithmetic. With ``integer`` the model itself,
+        fake-quantized, by default.
+    rule : HardwareRule, optional
+        Whose arithmetic ``integer`` follows; the bundled rule the model was made with by default.
+    progress : callable
+        Called after each batch.
+
+    Raises
+    ------
+    DataError
+        There are no samples, or a label is outside of the model's classes.
+    ModelError
+        The reference has other inputs or outputs, or a model cannot run on the data.
+    PlanError
+        A model whose Q/DQ pairs count is not calibrated.
+    RuleError
+        ``integer``: the arithmetic of the rule, or of an op, is not documented.
+    """
+    if against is not None:
+        check_interface(model, against)
+    try:
+        program, runs = _runs(model, mode, against, rule, threads)
+        lost = None
+    except UnknownOpError:
+        lost = computable(model)
+        model, against = lost.model, against and computable(against).model
+        if against is not None:
+            check_interface(model, against)
+        program, runs = _runs(model, mode, against, rule, threads)
+    counts = _Counts(model, labelled=lost is None or not lost.first_lost)
+    for batch in batches:
+        counts.add(batch, *(_run(session, batch, run) for session, run in runs))
+        progress()
+    result = counts.result()
+    result = replace(result, note=lost.note if lost else "")
+    return replace(result, points=program.points) if program else result
+
+
+def _runs(
+    model: AnyModel, mode: Mode, against: AnyModel | None, rule: HardwareRule | None, threads: int
+) -> tuple[IntegerProgram | None, list[tuple[_Runner, AnyModel]]]:
+    """Return the integer program, if it is one, and what runs the model and its reference."""
+    integer = mode == "integer"
+    program = IntegerProgram(require_quantized(model), rule, threads=threads) if integer else None
+    against = model if program and against is None else against
+    ours: _Runner = program or model_session(
+        model, "float" if mode == "float" else "qdq", threads=threads
+    )
+    runs = [(ours, model)]
+    if against is not None:
+        runs.append((model_session(against, "qdq", threads=threads), against))
+    return program, runs
+
+
+def check_interface(model: AnyModel, other: AnyModel, *, output_names: bool = False) -> None:
+    """Refuse two models that cannot be compared.
+
+    Parameters
+    ----------
+    output_names : bool
+        Whether the names of the outputs must agree too, not their number alone.
+
+    Raises
+    ------
+    ModelError
+        They differ in the names of their inputs, or in their outputs.
+    """
+    inputs, others = ({t.name for t in float_part(m).graph.inputs} for m in (model, other))
+    if inputs != others:
+        raise ModelError(
+            f"{other.name}: has the inputs {_listed(others)}, {model.name} has {_listed(inputs)}. "
+            "Give models with the same inputs."
+        )
+    ours, theirs = ([t.name for t in float_part(m).graph.outputs] for m in (model, other))
+    if len(ours) != len(theirs) or (output_names and ours != theirs):
+        raise ModelError(
+            f"{other.name}: has the outputs {_listed(theirs)}, {model.name} has {_listed(ours)}. "
+            "Give models with the same outputs."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _halved(inputs: dict[str, NDArray[Any]], model: AnyModel) -> dict[str, NDArray[Any]]:
+    """Return float32 inputs as float16 where the model, as a reference, takes float16."""
+    halves = {t.name for t in float_part(model).graph.inputs if t.dtype == np.float16}
+    return {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items()}
+
+
+def _run(session: _Runner, batch: Samples, model: AnyModel) -> list[NDArray[Any]]:
+    outputs: list[NDArray[Any]] = session.run(None, _halved(batch.inputs, model))
+    if not isinstance(batch, Batch):
+        return outputs
+    count, size = len(batch.indices), batch.size
+    first = [output.ndim > 0 and len(output) == size for output in outputs]
+    return [o[:count] if f else batch.counting(o) for o, f in zip(outputs, first, strict=True)]
+
+
+class _Counts:
+    """Running sums of an evaluation."""
+
+    def __init__(self, model: AnyModel, *, labelled: bool) -> None:
+        self.samples, self.labelled = 0, labelled
+        self.hits, self.reference = Hits(), Hits()
+        self.likeness = [Likeness(output) for output in outputs_of(float_part(model).graph)]
+        self.compared = False
+
+    def add(
+        self,
+        batch: Samples,
+        outputs: list[NDArray[Any]],
+        expected: list[NDArray[Any]] | None = None,
+    ) -> None:
+        rows = batch.indices if isinstance(batch, Batch) else next(iter(batch.inputs.values()))
+        self.samples += len(rows)
+        labels = batch.labels if self.labelled else None
+        if labels is not None:
+            self.hits.add(outputs[0], labels)
+        if expected is None:
+            return
+        self.compared = True
+        if labels is not None:
+            self.reference.add(expected[0], labels)
+        for likeness, ours, theirs in zip(self.likeness, outputs, expected, strict=True):
+            likeness.add(ours, theirs)
+
+    def result(self) -> Evaluation:
+        if not self.samples:
+            raise DataError("There are no samples to evaluate.")
+        outputs = tuple(one.result() for one in self.likeness) if self.compared else ()
+        agreements = [o.agreement for o in outputs if o.agreement is not None]
+        differences = [o.max_abs_diff for o in outputs if o.max_abs_diff is not None]
+        return Evaluation(
+            samples=self.samples,
+            metrics=self.hits.fractions,
+            reference=self.reference.fractions,
+            agreement=agreements[0] if agreements else None,
+            # Python's own max can lose a NaN
+            max_abs_diff=float(np.max(differences)) if differences else None,
+            outputs=outputs,
+            classes=self.hits.classes or None,
+            confidence=self.hits.confidence,
+            reference_confidence=self.reference.confidence,
+        )

@@ -1,0 +1,152 @@
+"""Float graph -> canonical float graph, with the same outputs; it never quantizes.
+
+Each pass changes the graph it is given and returns the number of its changes. They run in the
+order of `PASSES`, again and again until none finds anything to do, so that preparing twice is
+preparing once. What a subgraph (an If or Loop body) reads from the graph around it stays as it
+is, and so does the subgraph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import ModelError
+from onnxqat.model import Model
+from onnxqat.preparation.batches import warn_of_fixed_batches
+from onnxqat.preparation.batchnorm import fold_batchnorms
+from onnxqat.preparation.branches import inline_branches
+from onnxqat.preparation.budget import Budget
+from onnxqat.preparation.constants import lift_constants, read_typed_weights, refuse_sparse
+from onnxqat.preparation.float16 import note_float16, widen_float16
+from onnxqat.preparation.folding import fold_constants, fold_shapes
+from onnxqat.preparation.functions import inline_functions
+from onnxqat.preparation.names import name_nodes
+from onnxqat.preparation.opset import MIN_TARGET, upgrade_opset
+from onnxqat.preparation.order import sort_nodes
+from onnxqat.preparation.padding import make_pads_explicit
+from onnxqat.preparation.passthrough import remove_passthroughs
+from onnxqat.preparation.runtime_types import read_runtime_types
+from onnxqat.preparation.shapes import infer_shapes
+from onnxqat.preparation.statistics import note_statistics, statistics_of
+from onnxqat.preparation.unused import remove_unused
+
+__all__ = ["PASSES", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+# Initializers may be absent from the graph's inputs since this IR version.
+MIN_IR_VERSION = 4
+
+_QUICK: tuple[Callable[[gs.Graph], int], ...] = (
+    name_nodes,  # first, so that what later passes name after a node is unique
+    sort_nodes,  # later passes see a producer before its consumers
+    remove_unused,  # a consumer without effect does not keep anything from being folded
+    lift_constants,
+    remove_passthroughs,
+    fold_constants,
+    inline_branches,
+    fold_batchnorms,
+)
+# These export the graph; they run when the others have nothing left to do.
+_COSTLY: tuple[Callable[[gs.Graph], int], ...] = (
+    fold_shapes,
+    infer_shapes,
+    read_runtime_types,
+    make_pads_explicit,
+)
+PASSES = (*_QUICK, *_COSTLY)
+
+
+def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
+    """Return the canonical form of a float model.
+
+    Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
+    no function, no Identity or inactive Dropout, nothing computed of constants and known shapes
+    alone, no If whose condition is constant, no ``auto_pad`` where the shapes are known, and no
+    BatchNormalization behind a layer that can absorb it; values have a type and a
+    shape where these can be inferred. Names of inputs, outputs and of values that are still
+    there are unchanged; dynamic dimensions stay dynamic. A float16 model becomes float32, inputs
+    and outputs included.
+
+    Parameters
+    ----------
+    model : Model
+        A float model; not changed.
+    opset : int
+        The lowest opset of the result, 13 to 21: int16 QuantizeLinear needs 21.
+
+    Returns
+    -------
+    Model
+        Computes what ``model`` does, up to the rounding of folded BatchNormalizations and the
+        order in which a runtime adds once it knows that a weight is constant.
+
+    Raises
+    ------
+    ModelError
+        The graph has a cycle, its types contradict each other, its weights are sparse, a function
+        cannot be inlined, or the opset cannot be upgraded without changing the outputs.
+    """
+    prepared = upgrade_opset(inline_functions(model), opset).copy()
+    rest = prepared.rest
+    refuse_sparse(prepared.graph, model.name)
+    names = widen_float16(prepared.graph, model.name)
+    seen = statistics_of(prepared, in_place=True)
+    try:
+        _settle(prepared.graph, model.name)
+    except ModelError as error:
+        if str(error).startswith(f"{model.name}:"):
+            raise
+        raise ModelError(f"{model.name}: {error}") from error  # a pass does not know the file
+    warn_of_fixed_batches(prepared.graph, model.name)
+    note_float16(prepared, names)
+    note_statistics(prepared, seen)
+    read_typed_weights(prepared.graph)
+    prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
+    prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})
+    return prepared
+
+
+def _settle(graph: gs.Graph, where: str) -> None:
+    """Run the passes until none finds anything to do.
+
+    A costly one runs again only if another one changed something since.
+    """
+    budget = Budget(graph, where)  # of all rounds together
+    quick = [partial(fold_constants, budget=budget) if p is fold_constants else p for p in _QUICK]
+    changes = 0  # of all passes so far
+    seen: dict[str, int] = {}  # what it was when a costly pass had run
+    while True:
+        found = sum(apply(graph) for apply in quick)
+        changes += found
+        for apply in _COSTLY:
+            if not found and seen.get(apply.__name__) != changes:
+                found = apply(graph)
+                changes += found
+                seen[apply.__name__] = changes
+        logger.debug("changes: %d", changes)
+        if not found:
+            return
+
+
+def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:
+    """Return ``rest`` without initializers that nothing reads and without those among inputs."""
+    kept = onnx.ModelProto()
+    kept.CopyFrom(rest)
+    del kept.graph.input[:]
+    kept.graph.input.extend(v for v in rest.graph.input if v.name in inputs)
+    annotated = {
+        entry.value
+        for annotation in rest.graph.quantization_annotation
+        for entry in annotation.quant_parameter_tensor_names
+    }
+    del kept.graph.initializer[:], kept.graph.sparse_initializer[:]
+    kept.graph.initializer.extend(
+        t for t in rest.graph.initializer if not t.data_type or t.name in annotated
+    )
+    return kept

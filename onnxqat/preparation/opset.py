@@ -1,0 +1,152 @@
+"""Upgrade a model to the opset that is wanted: 13, where per-axis QuantizeLinear begins, or above.
+
+Where every node means the same in both opsets, only the version changes. Otherwise onnx's own
+version converter does the work, with what `onnxqat.preparation.conversion` does about its mistakes.
+Neither is trusted: both models run on the same random input, and an upgrade that changes an output
+by more than float32 rounding is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxqat import native
+from onnxqat.ends import open_ends, prune
+from onnxqat.errors import ModelError
+from onnxqat.model import Model, from_proto
+from onnxqat.operators import ONNX_DOMAINS
+from onnxqat.preparation.conversion import convert
+from onnxqat.runtime import Session, open_session
+from onnxqat.versions import MAX_OPSET, changed_node
+
+__all__ = ["upgrade_opset"]
+
+MIN_TARGET = 13
+# Of the largest output: some tens of float32 roundings, as other kernels sum in another order.
+TOLERANCE = 1e-5
+LENGTHS = (1, 8, 64, 256)  # what dimensions without a length are tried with
+
+MAX_ELEMENTS = 2**27  # of an input that the models are compared on
+
+Feeds = dict[str, NDArray[np.generic]]
+
+
+def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
+    """Return the model at opset ``minimum`` or above; the same object if it is there already.
+
+    Raises
+    ------
+    ModelError
+        The opset is not one that onnxruntime-training reads, the converter fails, or the converted
+        model computes something else.
+    """
+    target = max(minimum, MIN_TARGET)
+    if target > MAX_OPSET:
+        raise ModelError(f"{model.name}: opset {target} is wanted; at most {MAX_OPSET} is read.")
+    if model.graph.opset >= target:
+        return model
+    source = model.to_proto()
+    where = f"{model.name}: opset {model.graph.opset}"
+    changed = changed_node(source.graph.node, model.graph.opset, target)
+    if changed is None:
+        converted = onnx.ModelProto()
+        converted.CopyFrom(source)
+        for entry in converted.opset_import:
+            if entry.domain in ONNX_DOMAINS:
+                entry.version = target
+    else:
+        try:
+            converted = convert(source, model.graph.opset, target)
+        except native.NativeError as error:
+            name = changed.name or changed.output[0]
+            raise ModelError(
+                f"{where} cannot be upgraded to {target} ({error}); the first node that has to "
+                f"change is '{name}' ({changed.op_type}). Export again with opset {target}."
+            ) from error
+    # IR versions that know these opsets: https://onnx.ai/onnx/repo-docs/Versioning.html
+    converted.ir_version = max(source.ir_version, 7 if target < 19 else 9 if target < 21 else 10)
+    _compare(source, converted, where, target)
+    upgraded = from_proto(converted, name=model.name)
+    upgraded.metadata |= model.metadata
+    return upgraded
+
+
+def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, target: int) -> None:
+    ends = open_ends(lambda: source, optimization="none", threads=0, name=where)
+    feeds, expected = _example(ends.session, source.graph, where)
+    if ends.lost:  # both are run as far as onnxruntime can
+        whole, converted = converted, onnx.ModelProto()
+        converted.CopyFrom(whole)
+        prune(converted, ends.names)
+    try:
+        actual = open_session(converted, optimization="none", name=where).run(None, feeds)
+    except ModelError as error:
+        raise ModelError(
+            f"{where} cannot be upgraded to {target}: what comes out does not run ({error}). "
+            f"Export again with opset {target}."
+        ) from error
+    for output, old, new in zip(ends.names, expected, actual, strict=True):
+        size, difference = _distance(old, new)
+        if not difference <= TOLERANCE * size:
+            raise ModelError(
+                f"{where}: upgrading to {target} changes output '{output}' by {difference:.3g} "
+                f"(its values reach {size:.3g}). Export again with opset {target} or above."
+            )
+
+
+def _distance(old: Any, new: Any) -> tuple[float, float]:
+    """Return the largest value and the largest difference; infinite where they cannot differ."""
+    if isinstance(old, list):  # of a sequence
+        pairs = list(zip(old, new, strict=False)) if len(old) == len(new) else [(0, None)]
+        found = [_distance(*pair) for pair in pairs]
+        return max((s for s, _ in found), default=1.0), max((d for _, d in found), default=0.0)
+    old, new = np.asarray(old), np.asarray(new)
+    if np.array_equal(old, new, equal_nan=old.dtype.kind == "f"):
+        return 1.0, 0.0
+    if old.shape != new.shape or old.dtype != new.dtype or old.dtype.kind not in "fiub":
+        return 1.0, np.inf
+    size = float(np.max(np.abs(old.astype(np.float64)), initial=0)) or 1.0
+    return size, float(np.max(np.abs(old.astype(np.float64) - new.astype(np.float64)), initial=0))
+
+
+def _example(
+    session: Session, graph: onnx.GraphProto, where: str
+) -> tuple[Feeds, list[NDArray[np.generic]]]:
+    """Return random inputs that the model accepts, and its outputs."""
+    reason = ""
+    for length in LENGTHS:
+        feeds = _random_inputs(graph, length, where)
+        try:
+            return feeds, session.run(None, feeds)
+        except Exception as error:  # the bindings raise a class per status code
+            reason = str(error).splitlines()[0]
+    raise ModelError(
+        f"{where}: has to be upgraded, and does not run on random inputs to compare ({reason}). "
+        f"Export again with opset {MIN_TARGET} or above."
+    )
+
+
+def _random_inputs(graph: onnx.GraphProto, length: int, where: str) -> Feeds:
+    """Return seeded values for every input that is not an initializer; integers are 0 or 1."""
+    rng = np.random.default_rng(0)
+    initializers = {t.name for t in graph.initializer}
+    feeds: Feeds = {}
+    for value in graph.input:
+        if value.name in initializers:
+            continue
+        kind = value.type.tensor_type
+        shape = [d.dim_value if d.HasField("dim_value") else length for d in kind.shape.dim]
+        if not kind.elem_type or math.prod(shape) > MAX_ELEMENTS:
+            raise ModelError(
+                f"{where}: has to be upgraded, which is tried on random inputs; none is made for "
+                f"'{value.name}' of shape {shape}. Export again with opset {MIN_TARGET} or above."
+            )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        drawn = rng.normal(size=shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
+        feeds[value.name] = drawn.astype(dtype)
+    return feeds

@@ -1,0 +1,121 @@
+"""What a network saw in training, as far as its first BatchNormalization remembers.
+
+::
+
+    y = scale * (x - mean) / sqrt(var + epsilon) + B
+
+Over the data that it was trained with, y has the mean B and the standard deviation
+``|scale| * sqrt(var / (var + epsilon))`` in each channel. So it does behind the layer that the
+BatchNormalization is folded into, which takes over the name of y.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.model import Model
+from onnxqat.nodes import is_op
+from onnxqat.preparation.batchnorm import read_statistics
+from onnxqat.preparation.constants import lift_constants
+from onnxqat.preparation.order import sort_nodes
+
+__all__ = ["Statistics", "find_statistics", "note_statistics", "statistics_of"]
+
+KEY = "onnxqat.statistics"
+MAX_CHANNELS = 256
+# A channel whose variance is smaller than this part of the others' carries nothing.
+DEAD = 1e-4
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Mean and standard deviation of channels of a tensor, whose axis 1 they are.
+
+    Attributes
+    ----------
+    tensor : str
+        Its name.
+    channels : tuple of int
+        Those that are described; a channel that was constant is not.
+    mean, deviation : tuple of float
+        One for each of them.
+    """
+
+    version: Literal[1] = 1
+    tensor: str
+    channels: tuple[int, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.channels), len(self.mean), len(self.deviation)}
+        if len(sizes) != 1 or 0 in sizes or min(self.channels) < 0 or min(self.deviation) <= 0:
+            raise ValueError("it does not describe channels")
+
+
+def find_statistics(graph: gs.Graph) -> Statistics | None:
+    """Return what the first BatchNormalization behind an input remembers, if there is one.
+
+    None also where it remembers nothing: mean 0 and variance 1 are what training starts from.
+    """
+    reached = {tensor.name for tensor in graph.inputs}
+    for node in graph.nodes:
+        if not any(tensor.name in reached for tensor in node.inputs):
+            continue
+        reached.update(tensor.name for tensor in node.outputs)
+        if is_op(node, "BatchNormalization"):
+            return _remembered(node)
+    return None
+
+
+def _remembered(node: gs.Node) -> Statistics | None:
+    read = read_statistics(node)
+    if read is None or node.inputs[0].name == "":
+        return None
+    scale, bias, mean, variance, epsilon = read
+    if not np.any(mean) and np.all(variance == 1):
+        return None
+    deviation = np.abs(scale) * np.sqrt(variance / (variance + epsilon))
+    alive = (variance > DEAD * np.median(variance)) & (deviation > 0)
+    channels = np.flatnonzero(alive)
+    channels = channels[:: -(-channels.size // MAX_CHANNELS) or 1]
+    values = (np.asarray(a[channels], np.float32).tolist() for a in (bias, deviation))
+    found_mean, found_deviation = values
+    if not channels.size or not np.isfinite([*found_mean, *found_deviation]).all():
+        return None
+    return Statistics(
+        tensor=node.outputs[0].name,
+        channels=tuple(channels.tolist()),
+        mean=tuple(found_mean),
+        deviation=tuple(found_deviation),
+    )
+
+
+def note_statistics(model: Model, found: Statistics | None) -> None:
+    """Store in the metadata what was found, if the tensor is still there."""
+    if found is not None and found.tensor in model.graph.tensors():
+        model.metadata[KEY] = msgspec.json.encode(found, order="deterministic").decode()
+
+
+def statistics_of(model: Model, *, in_place: bool = False) -> Statistics | None:
+    """Return what is known: of the file a model was made from, or by its own graph.
+
+    What is stored and cannot be read counts as not known: it is advice.
+
+    Parameters
+    ----------
+    in_place : bool
+        Whether the nodes of the model itself may be sorted and its constants lifted.
+    """
+    if KEY in model.metadata:
+        try:
+            return msgspec.json.decode(model.metadata[KEY], type=Statistics)
+        except msgspec.MsgspecError:
+            return None
+    graph = (model if in_place else model.copy()).graph
+    sort_nodes(graph)
+    lift_constants(graph)
+    return find_statistics(graph)
