@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 
 from onnxqat.calibration import without_large_biases
+from onnxqat.choices import check_choice
 from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
@@ -27,6 +28,7 @@ from onnxqat.snap import snap_weights
 __all__ = [
     "MODEL_NAME",
     "Deployment",
+    "Weights",
     "deployed_model",
     "name_problems",
     "read_table",
@@ -37,6 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "model.onnx"
+Weights: TypeAlias = Literal["snapped", "tuned"]
 MAX_BYTES = 256 * 2**20  # the scales of a billion-parameter network take a tenth
 
 
@@ -60,7 +63,7 @@ class Deployment:
     regridded: Mapping[str, int]
 
 
-def deployed_model(model: QuantizedModel, *, weights: Literal["snapped", "tuned"]) -> Model:
+def deployed_model(model: QuantizedModel, *, weights: Weights) -> Model:
     """Return the float model of a Q/DQ model; float16 where the model it was made from was.
 
     Parameters
@@ -72,6 +75,7 @@ def deployed_model(model: QuantizedModel, *, weights: Literal["snapped", "tuned"
         compiler that rounds it to this grid again gets the integers that training used; other
         readers of the same constant keep its values. ``tuned`` keeps the weights as trained.
     """
+    check_choice("weights", weights, get_args(Weights))
     if weights == "snapped":
         model.check_calibrated()
     floats = model.floats.copy()
@@ -88,7 +92,7 @@ def write_deployment(
     folder: str | Path,
     *,
     table: str | None = None,
-    weights: Literal["snapped", "tuned"] = "snapped",
+    weights: Weights = "snapped",
     force: bool = False,
 ) -> Deployment:
     """Write ``model.onnx`` and the calibration table into ``folder``.
@@ -106,6 +110,7 @@ def write_deployment(
         The table cannot say what the plan says.
     """
     require_quantized(model).check_calibrated()
+    check_choice("weights", weights, get_args(Weights))
     chosen = _format(table or _table_of_rule(model.plan.rule))
     floats = deployed_model(model, weights=weights)
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})
@@ -149,8 +154,7 @@ def name_problems(model: Model, plan: QuantPlan, table: str | None) -> list[str]
 
 
 def _format(name: str) -> Format | None:
-    if name != "none" and name not in FORMATS:
-        raise FormatError(f"Table '{name}' is unknown. Choose one of {', '.join(FORMATS)}, none.")
+    check_choice("Table", name, (*FORMATS, "none"), FormatError)
     return FORMATS.get(name)
 
 

@@ -8,6 +8,7 @@
     ├── PlanError       a plan and the model or the parameters disagree
     ├── DataError       the data directory, file, array or label is wrong
     ├── FormatError     a calibration table is wrong
+    ├── OptionError     an argument is none of the values there are
     └── TrainingError   training diverged, or cannot be continued
 
 Message = ``where: what is wrong, values quoted. The next step.`` Anything else that
@@ -21,6 +22,7 @@ __all__ = [
     "FormatError",
     "ModelError",
     "OnnxQatError",
+    "OptionError",
     "PlanError",
     "RuleError",
     "TrainingError",
@@ -49,6 +51,10 @@ class DataError(OnnxQatError):
 
 class FormatError(OnnxQatError):
     """A calibration table is wrong."""
+
+
+class OptionError(OnnxQatError):
+    """An argument is none of the values there are."""
 
 
 class TrainingError(OnnxQatError):

@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxqat.check_pairs import check_pairs
+from onnxqat.choices import check_choice
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import Model
 from onnxqat.model import load_model as load_file
@@ -267,8 +268,7 @@ def insert_pairs(
     PlanError
         Plan, parameters and model disagree.
     """
-    if state not in get_args(State):
-        raise PlanError(f"State '{state}' is unknown. Give one of {', '.join(get_args(State))}.")
+    check_choice("State", state, get_args(State), PlanError)
     if isinstance(floats, QuantizedModel) or PLAN_KEY in floats.metadata:
         raise ModelError(f"{floats.name}: already holds a quantization plan. Strip it first.")
     if needs_16_bits(plan) and floats.graph.opset < OPSET_OF_16_BITS:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onnxqat.calibration.biases import fit_bias_range
 from onnxqat.calibration.observers import OBSERVERS, Observer, Range, weight_range
+from onnxqat.choices import check_choice
 from onnxqat.data import Batch
 from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
@@ -63,6 +64,7 @@ def calibrate(
     DataError
         A tensor holds NaN or infinity, or there is no data.
     """
+    check_choice("observer", observer, OBSERVERS)
     if model.state == "finetuned":
         raise ModelError(
             f"{model.name}: is fine-tuned; calibrating would replace its trained scales. "

@@ -10,18 +10,20 @@ same batches whichever way it is stored::
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from onnxqat.choices import check_choice
 from onnxqat.errors import DataError
 
 __all__ = ["Layout", "Preprocessing", "normalize", "output_size", "resize_and_crop"]
 
 Layout: TypeAlias = Literal["nchw", "nhwc"]
+PixelFormat: TypeAlias = Literal["rgb", "bgr", "gray"]
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,10 +62,12 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     crop: tuple[int, int] | None = None
     keep_aspect_ratio: bool = False
     pad_value: float = 0.0
-    pixel_format: Literal["rgb", "bgr", "gray"] = "rgb"
+    pixel_format: PixelFormat = "rgb"
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
+        check_choice("pixel_format", self.pixel_format, get_args(PixelFormat), DataError)
+        check_choice("layout", self.layout or "nchw", get_args(Layout), DataError)
         for name, values in (("mean", self.mean), ("scale", self.scale)):
             _check_channels(name, values, gray=self.pixel_format == "gray")
         if 0 in self.scale:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnxqat.choices import check_choice
 from onnxqat.computable import computable
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
@@ -162,6 +163,7 @@ def evaluate(
     RuleError
         ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """
+    check_choice("mode", mode, get_args(Mode))
     if against is not None:
         check_interface(model, against)
     try:

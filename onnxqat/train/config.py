@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Literal, TypeAlias, TypedDict, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from onnxqat.choices import check_choice
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import Method
 
@@ -17,11 +19,14 @@ Rate = Annotated[float, Meta(ge=0)]
 Limit = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
+Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
+Schedule: TypeAlias = Literal["cosine", "constant", "step", "one-cycle"]
+
 STEP = 16  # samples, where nothing else is said
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """Hyper-parameters.
+    """Hyper-parameters; one outside of its type or range is a TrainingError.
 
     Attributes
     ----------
@@ -97,7 +102,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     method: Method = "lsq"
     averaging_constant: Fraction = 0.01
     quant_delay: Annotated[int, Meta(ge=0)] = 0
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     lr: Rate | None = None
     scale_lr: Rate = 1e-3
     momentum: Fraction = 0.9
@@ -106,7 +111,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[str, ...] = ()
     clip_norm: Limit | None = None
     clip_value: Limit | None = None
-    schedule: Literal["cosine", "constant", "step", "one-cycle"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: Fraction | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] | None = None
     select: str | None = None
@@ -127,15 +132,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Batches per step where nothing else is said."""
         return self.accumulate or 1
 
-    def check(self) -> None:
-        """Refuse a value outside of its type or range, which making a struct does not.
-
-        Raises
-        ------
-        TrainingError
-            It is named.
-        """
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            check_choice(f"Config: {name}", getattr(self, name), known, TrainingError)
         try:
-            msgspec.convert(msgspec.to_builtins(self), Config)
+            msgspec.convert(msgspec.to_builtins(msgspec.structs.asdict(self)), _fields())
         except (msgspec.ValidationError, TypeError) as error:
             raise TrainingError(f"Config: {error}.") from error
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
+    "optimizer": get_args(Optimizer),
+    "schedule": get_args(Schedule),
+}
+
+
+@cache
+def _fields() -> type:
+    """Return a type of the same fields, for a check that makes no `Config`."""
+    return TypedDict("Config", get_type_hints(Config, include_extras=True))  # type: ignore[operator,no-any-return]

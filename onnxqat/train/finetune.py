@@ -10,6 +10,7 @@ from functools import cache, partial
 import msgspec
 import onnxruntime as ort
 
+from onnxqat.choices import nearest
 from onnxqat.computable import computable
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
@@ -41,7 +42,6 @@ from onnxqat.train.losses import (
     TENSOR,
     Loss,
     array_of,
-    nearest,
     teacher_input,
     tensor_read,
 )
@@ -110,7 +110,6 @@ def finetune(
     StoppedError
         ``stop`` said so.
     """
-    config.check()
     model.check_calibrated()
     data = _in_batches_of(model, data)
     if validation is not None:

@@ -10,6 +10,7 @@ from onnxqat.formats import EXPORTS, FORMATS
 
 ORDER = [
     "errors",
+    "choices",
     "environment",
     "locks",
     "files",

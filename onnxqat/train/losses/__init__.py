@@ -7,7 +7,7 @@ model, or a file of recorded outputs, can teach.
 from onnxqat.train.losses.add import add_loss
 from onnxqat.train.losses.default import Key, Part, default_loss, pieces, variances
 from onnxqat.train.losses.graph import tensor_read
-from onnxqat.train.losses.terms import KINDS, Loss, Term, nearest, parse_loss, read_loss
+from onnxqat.train.losses.terms import KINDS, Loss, Term, parse_loss, read_loss
 from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_of, teacher_input
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "add_loss",
     "array_of",
     "default_loss",
-    "nearest",
     "parse_loss",
     "pieces",
     "read_loss",

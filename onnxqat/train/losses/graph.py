@@ -13,12 +13,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
+from onnxqat.choices import nearest
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model
 from onnxqat.preparation import prepare
 from onnxqat.train.form import reaching
 from onnxqat.train.gradients import CustomOp
-from onnxqat.train.losses.terms import Loss, nearest
+from onnxqat.train.losses.terms import Loss
 from onnxqat.train.losses.values import TENSOR, Value, Values, fits
 from onnxqat.train.lowering import Refusal, lower
 from onnxqat.versions import changed_node, default_opset

@@ -14,13 +14,13 @@ file with ``:`` or ``*``, stands between double quotes.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from onnxqat.choices import nearest
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model, load_model
 
@@ -30,7 +30,6 @@ __all__ = [
     "Loss",
     "Term",
     "check_options",
-    "nearest",
     "parse_loss",
     "read_loss",
 ]
@@ -45,7 +44,6 @@ KINDS: dict[str, Literal["labels", "teacher", "array"]] = {
     "bce": "array",
 }
 MAX_LENGTH = 4096  # characters
-MAX_SHOWN = 8  # names in a message
 NAME = r'"[^"]+"|[^+="\s]+(?:\s+[^+="\s]+)*'
 PART = re.compile(
     r"\s*(?:(?P<weight>\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)\s*\*\s*)?"
@@ -231,14 +229,3 @@ def _term(match: re.Match[str], where: str) -> Term:
             f"{kind}:OUTPUT=ARRAY."
         )
     return Term(kind=kind, weight=weight, output=output, array=array)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the known names that are most like ``name``, or else with some."""
-    names = list(known)
-    if not names:
-        return "There are none."
-    found = difflib.get_close_matches(name, names, n=3)
-    more = ", ..." if not found and len(names) > MAX_SHOWN else ""
-    listed = ", ".join(f"'{n}'" for n in found or names[:MAX_SHOWN])
-    return f"{'The nearest: ' if found else 'There are: '}{listed}{more}."

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from onnxqat.choices import nearest
 from onnxqat.data.arrays import Header
 from onnxqat.errors import TrainingError
 from onnxqat.pairs import dequantized_name
-from onnxqat.train.losses.terms import nearest
 
 __all__ = ["LABELS", "TENSOR", "Arrays", "NoArrays", "Value", "Values", "array_of", "teacher_input"]
 
