@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from onnxqat.data.arrays import BrokenError, Header, Source, names
 from onnxqat.data.batching import Batching, Value
 from onnxqat.data.feeds import Feed, InputSpec
-from onnxqat.data.preprocess import Preprocessing
+from onnxqat.data.preprocess import Preprocessing, Said
 from onnxqat.errors import DataError
 
 __all__ = ["Batch", "DataSet", "Intake", "split"]
@@ -120,6 +120,8 @@ class DataSet:
         Whether closing the set closes the source; a subset does not.
     arrays : sequence of Feed
         Other arrays, see `with_arrays`.
+    said : Said
+        How it was opened.
     """
 
     def __init__(
@@ -131,12 +133,24 @@ class DataSet:
         *,
         owner: bool,
         arrays: Sequence[Feed] = (),
+        said: Said = Said(),  # noqa: B008 (frozen)
     ) -> None:
         self._source, self._intake, self._label_key = source, intake, label_key
         self._indices, self._owner, self._arrays = indices, owner, arrays
+        self.said = said
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"'{feed.spec.name}'" for feed in self._intake.feeds)
+        labels = "with labels" if self.has_labels else "without labels"
+        return f"DataSet('{self.name}', {len(self)} samples {labels}, for {inputs})"
+
+    @property
+    def name(self) -> str:
+        """What the user called the data, for messages."""
+        return self._source.name
 
     @property
     def has_labels(self) -> bool:
@@ -228,7 +242,15 @@ class DataSet:
         self, indices: NDArray[np.int64], arrays: Sequence[Feed], intake: Intake | None = None
     ) -> DataSet:
         intake, label_key = intake or self._intake, self._label_key
-        return DataSet(self._source, intake, label_key, indices, owner=False, arrays=arrays)
+        return DataSet(
+            self._source,
+            intake,
+            label_key,
+            indices,
+            owner=False,
+            arrays=arrays,
+            said=self.said,
+        )
 
     @property
     def fixed_batch(self) -> int | None:

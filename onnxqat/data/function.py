@@ -1,8 +1,8 @@
-"""Data from a Python function that the user names as ``module:function``.
+"""Data from a Python function that the user names as ``module:function``, or from Python itself.
 
-The function takes no arguments. It returns a mapping of arrays, first axis = samples, which
-are used as they are; or a finite iterable of such mappings (batches), which is written to
-temporary files once, so that memory holds one batch at a time.
+The function takes no arguments. It returns, as a caller in Python gives, a mapping of arrays, first
+axis = samples, which are used as they are; or a finite iterable of such mappings (batches), which
+is written to temporary files once, so that memory holds one batch at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxqat.data.arrays import ArraySource, Header, MemoryPart, names, reason
 from onnxqat.errors import DataError
 from onnxqat.locks import Scratch
 
-__all__ = ["open_function"]
+__all__ = ["open_arrays", "open_function"]
 
 
 def open_function(name: str) -> ArraySource:
@@ -33,19 +33,29 @@ def open_function(name: str) -> ArraySource:
     DataError
         There is no such function, it raised, or returned anything but arrays of numbers.
     """
+    with _current_directory_importable():
+        return open_arrays(_call(name), name)
+
+
+def open_arrays(given: object, name: str) -> ArraySource:
+    """Keep the arrays of a mapping, or of an iterable of such mappings.
+
+    Raises
+    ------
+    DataError
+        It is neither, or holds anything but arrays of numbers.
+    """
     scratch = Scratch()
     try:
-        with _current_directory_importable():
-            result = _call(name)
-            if isinstance(result, Mapping):
-                arrays = _arrays(name, result)
-            elif isinstance(result, Iterable) and not isinstance(result, np.ndarray | str):
-                arrays = _spool(name, result, scratch)
-            else:
-                raise DataError(
-                    f"{name}: returned a value of type '{type(result).__name__}'. "
-                    "Return a mapping of arrays, or an iterable of them."
-                )
+        if isinstance(given, Mapping):
+            arrays = _arrays(name, given)
+        elif isinstance(given, Iterable) and not isinstance(given, np.ndarray | str):
+            arrays = _spool(name, given, scratch)
+        else:
+            raise DataError(
+                f"{name}: is of type '{type(given).__name__}'. "
+                "Give a mapping of arrays, or an iterable of them."
+            )
         return ArraySource(name, [MemoryPart(name, arrays)], scratch)
     except OSError as error:
         scratch.close()

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from onnxqat.data.arrays import Source, names
 from onnxqat.data.batching import batching, make_value
 from onnxqat.data.classes import Classes, check_count, read_classes
 from onnxqat.data.dataset import DataSet, Intake
 from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
-from onnxqat.data.function import open_function
+from onnxqat.data.function import open_arrays, open_function
 from onnxqat.data.images import ImageFolder, is_image
 from onnxqat.data.npz import open_npz
-from onnxqat.data.preprocess import Preprocessing
+from onnxqat.data.preprocess import Preprocessing, Said
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 
 __all__ = ["open_data"]
 
+Arrays: TypeAlias = Mapping[str, ArrayLike]
+
+IN_PYTHON = "the data"  # what messages call data that have no name
 LABEL_NAMES = ("label", "labels", "y")
 NO_LABELS = "none"  # as a label's name, unless an array is called so
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def open_data(
-    source: str | Path,
+    source: str | Path | Arrays | Iterable[Arrays],
     inputs: Sequence[InputSpec],
     *,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
@@ -43,9 +48,10 @@ def open_data(
 
     Parameters
     ----------
-    source : str or Path
+    source : str, Path, mapping of str to array, or iterable of such mappings
         An ``.npz`` file, a directory of them (joined in sorted order), a folder of images, or
-        ``module:function`` (which is imported and called).
+        ``module:function`` (which is imported and called). Or arrays by name as such a file has
+        them, whole or batch by batch: the latter are written to temporary files once.
     inputs : sequence of InputSpec
         The model's inputs. Each takes the array of its name; a single input also takes the
         only array that is not the labels. An image folder has the arrays ``image`` and
@@ -72,10 +78,17 @@ def open_data(
         There is no such data, it is empty, or does not fit the model.
     """
     known = read_classes(classes) if isinstance(classes, str | Path) else classes
+    where = str(source) if isinstance(source, str | Path) else IN_PYTHON
     if known is not None:
-        check_count(known, class_count, str(source))
+        check_count(known, class_count, where)
+    if not inputs:
+        raise DataError(f"{where}: the model has no inputs to feed. Choose another model.")
     folders = Classes(known, class_count, labels) if label != NO_LABELS else None
-    opened = _open_source(str(source), inputs, preprocessing, folders, skip_broken=skip_broken)
+    opened = (
+        _open_source(where, inputs, preprocessing, folders, skip_broken=skip_broken)
+        if isinstance(source, str | Path)
+        else open_arrays(source, where)
+    )
     try:
         keys, label_key = _match_arrays(opened, inputs, label, input_map or {}, labels=labels)
         intake, count = _intake(opened, inputs, keys, label_key, preprocessing)
@@ -85,7 +98,8 @@ def open_data(
     except BaseException:
         opened.close()
         raise
-    return DataSet(opened, intake, label_key, np.arange(count), owner=True)
+    said = Said(preprocessing=preprocessing, label=label, input_map=input_map)
+    return DataSet(opened, intake, label_key, np.arange(count), owner=True, said=said)
 
 
 def _intake(
@@ -133,8 +147,6 @@ def _open_source(
     skip_broken: bool,
 ) -> Source:
     path = Path(name)
-    if not inputs:
-        raise DataError(f"{name}: the model has no inputs to feed. Choose another model.")
     if path.is_dir():
         return _open_directory(path, inputs, preprocessing, classes, skip_broken=skip_broken)
     if path.exists():

@@ -10,6 +10,8 @@ same batches whichever way it is stored::
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
@@ -20,7 +22,7 @@ from PIL import Image
 from onnxqat.choices import check_choice
 from onnxqat.errors import DataError
 
-__all__ = ["Layout", "Preprocessing", "normalize", "output_size", "resize_and_crop"]
+__all__ = ["Layout", "Preprocessing", "Said", "normalize", "output_size", "resize_and_crop"]
 
 Layout: TypeAlias = Literal["nchw", "nhwc"]
 PixelFormat: TypeAlias = Literal["rgb", "bgr", "gray"]
@@ -98,6 +100,21 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def changes_size(self) -> bool:
         """Whether images are resized or cropped."""
         return self.resize_dims is not None or self.crop is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the user said about the data, so that a model can remember it.
+
+    Attributes
+    ----------
+    preprocessing, label, input_map
+        See `onnxqat.data.open_data`.
+    """
+
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    label: str | None = None
+    input_map: Mapping[str, str] | None = None
 
 
 def _check_channels(name: str, values: tuple[float, ...], *, gray: bool) -> None:

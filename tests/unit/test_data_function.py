@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxqat.data import InputSpec, open_data
+from onnxqat.data import Batch, InputSpec, Preprocessing, open_data
 from onnxqat.errors import DataError
 
 SPEC = InputSpec(name="x", shape=("n", 3), dtype="float32")
@@ -101,7 +101,7 @@ def test_lists_are_arrays_of_float64() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user_loader:nothing", r"returned a value of type 'NoneType'"),
+        ("user_loader:nothing", r"is of type 'NoneType'"),
         ("user_loader:no_arrays", r"returned no arrays"),
         ("user_loader:no_batches", r"gave no batches"),
         ("user_loader:bare", r"batch 0 is of type 'ndarray'\. Yield mappings"),
@@ -148,3 +148,43 @@ def test_a_full_disk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxqat.data.arrays.Scratch.new_file", refuse)
     with pytest.raises(DataError, match=r"\(No space left on device\)\. Set TMPDIR"):
         open_data("user_loader:batches", [SPEC])
+
+
+def test_arrays_from_python_are_data_like_those_of_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    label = rng.integers(0, 10, 10)
+    np.savez(tmp_path / "d.npz", images=images, label=label)
+    spec = [InputSpec(name="x", shape=(None, 3, 8, 8), dtype="float32")]
+    mean = Preprocessing(mean=(3.0,), scale=(0.5,))
+
+    def batches():
+        for part in np.split(np.arange(10), [3, 7]):
+            yield {"images": images[part], "label": label[part]}
+
+    sources = (tmp_path / "d.npz", {"images": images, "label": label}, batches())
+    opened = [open_data(source, spec, preprocessing=mean) for source in sources]
+    of_file, *others = (list(data.batches(4)) for data in opened)
+
+    assert [repr(data) for data in opened[1:]] == [
+        "DataSet('the data', 10 samples with labels, for 'x')"
+    ] * 2
+    assert opened[1].subset([0]).said == opened[0].said
+    for found in others:
+        for one, other in zip(found, of_file, strict=True):
+            np.testing.assert_array_equal(one.inputs["x"], other.inputs["x"])
+            np.testing.assert_array_equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([Batch(inputs={}, labels=None, indices=np.arange(1), size=1)], "0 is of type 'Batch'"),
+        (np.zeros((2, 3)), "is of type 'ndarray'"),
+        ([], "gave no batches"),
+    ],
+)
+def test_what_is_no_data_is_refused(given, message):
+    spec = [InputSpec(name="x", shape=(None, 3), dtype="float32")]
+    with pytest.raises(DataError, match=message):
+        open_data(given, spec)
