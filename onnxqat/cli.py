@@ -38,7 +38,7 @@ class _UsageLineError(click.ClickException):
     exit_code = 2
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A group whose commands turn our errors into one line on stderr and an exit code."""
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -92,7 +92,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="onnxqat")
 @click.option("-v", "--verbose", count=True, help="Say more; twice shows tracebacks.")
 def main(verbose: int) -> None:

@@ -25,9 +25,9 @@ from onnxqat.plan.chains import find_chains
 from onnxqat.plan.choose import Choice, choose_ops
 from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.plan.groups import Quantized, find_groups, merged_spec, unobserved_tensors
-from onnxqat.plan.mark import Draft, Marker
 from onnxqat.plan.masks import find_masks
 from onnxqat.plan.patterns import PATTERNS
+from onnxqat.plan.points import Draft, PointDrafter
 from onnxqat.plan.types import QuantPlan, QuantPoint
 from onnxqat.rules import HardwareRule, wrong_spec
 
@@ -58,7 +58,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     choice = choose_ops(index, rule, overrides, masks)
     chains = find_chains(index, rule.fuse, choice.ops)
     _skip_loose_followers(index, rule, choice, chains)
-    marker = Marker(index, rule, choice, chains, masks.drowned)
+    marker = PointDrafter(index, rule, choice, chains, masks.drowned)
     marker.mark()
     _apply_overrides(index, rule, marker.drafts, overrides)
     if not marker.drafts:

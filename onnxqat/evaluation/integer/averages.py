@@ -8,16 +8,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxqat.errors import RuleError
-from onnxqat.evaluation.integer.context import Context, Group, Operand
+from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
+from onnxqat.evaluation.integer.epilogue import make_target
 from onnxqat.evaluation.integer.kernels import Window, mean, window_sums
 from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.evaluation.integer.steps import Array, MeanStep
-from onnxqat.evaluation.integer.tails import make_target
 
 __all__ = ["build_mean", "is_spatial"]
 
 
-def build_mean(context: Context, group: Group, operands: Sequence[Operand]) -> MeanStep:
+def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) -> MeanStep:
     """Return the step of an average.
 
     Raises

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.averages import build_mean, is_spatial
-from onnxqat.evaluation.integer.context import Context, Group, Operand, find_groups, make_context
+from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, fused_ops, make_context
+from onnxqat.evaluation.integer.epilogue import has_only_limits, make_target
 from onnxqat.evaluation.integer.kernels import (
     add,
     add_constant,
@@ -33,7 +34,6 @@ from onnxqat.evaluation.integer.steps import (
     TableStep,
     Target,
 )
-from onnxqat.evaluation.integer.tails import has_tail_only_of_limits, make_target
 from onnxqat.nodes import input_role, is_float, keeps_grid
 from onnxqat.operators import OPERATORS, WEIGHTED
 from onnxqat.pairs import dequantized_name
@@ -67,7 +67,7 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
     context = make_context(model, rule, arithmetic, threads)
     steps: list[Step] = []
     written = [t.name for t in context.graph.inputs]
-    for group in [None, *find_groups(context, model.plan.chains)]:
+    for group in [None, *fused_ops(context, model.plan.chains)]:
         if group is not None:
             step, names = _build(context, group)
             steps.append(step)
@@ -80,16 +80,16 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
     return steps
 
 
-def _build(context: Context, group: Group) -> tuple[Step, list[str]]:
+def _build(context: Context, group: FusedOp) -> tuple[Step, list[str]]:
     operands = context.operands(group)
     make = _choose(context, group, operands)
     return make(context, group, operands), group.outputs
 
 
-Maker = Callable[[Context, Group, Sequence[Operand]], Step]
+Maker = Callable[[Context, FusedOp, Sequence[Operand]], Step]
 
 
-def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Maker:
+def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Maker:
     """Return the function that makes the step of a group."""
     arithmetic = context.arithmetic
     quantized = [o for o in operands if o.grid is not None]
@@ -105,7 +105,7 @@ def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Make
         return _table
     if group.kind not in arithmetic.integer or group.kind not in INTEGER:
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
-    if not has_tail_only_of_limits(group):
+    if not has_only_limits(group):
         _refuse(context, group, "what follows it in one kernel is not documented")
     if group.kind in WEIGHTED:
         return build_product
@@ -114,7 +114,7 @@ def _choose(context: Context, group: Group, operands: Sequence[Operand]) -> Make
     return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
 
 
-def _is_left_float(context: Context, group: Group, operand: Operand) -> bool:
+def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
     """Whether an operand is data that the plan left in float: no parameter, no int32 bias."""
     node = next(n for n in group.nodes if n.name == operand.node)
     if operand.grid is not None or not is_float(node.inputs[operand.index]):
@@ -127,14 +127,14 @@ def _is_left_float(context: Context, group: Group, operand: Operand) -> bool:
     return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
 
 
-def _refuse(context: Context, group: Group, what: str) -> NoReturn:
+def _refuse(context: Context, group: FusedOp, what: str) -> NoReturn:
     raise RuleError(
         f"Rule {context.rule.name}: node '{group.nodes[0].name}' ({group.kind}): {what}. List it "
         "in a rule that extends this one, under [arithmetic], or keep the node float."
     )
 
 
-def _is_move(context: Context, group: Group, quantized: Sequence[Operand]) -> bool:
+def _is_move(context: Context, group: FusedOp, quantized: Sequence[Operand]) -> bool:
     """Whether a group only moves integers of one grid: that is exact."""
     node = group.nodes[0]
     outputs = group.outputs
@@ -160,7 +160,7 @@ def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[s
     return found
 
 
-def _float(context: Context, group: Group, operands: Sequence[Operand]) -> FloatStep:
+def _float(context: Context, group: FusedOp, operands: Sequence[Operand]) -> FloatStep:
     constants = _constants(operands)
     fed = [o for o in operands if o.values is None]
     return FloatStep(
@@ -171,7 +171,7 @@ def _float(context: Context, group: Group, operands: Sequence[Operand]) -> Float
     )
 
 
-def _move(context: Context, group: Group, operands: Sequence[Operand]) -> MoveStep:
+def _move(context: Context, group: FusedOp, operands: Sequence[Operand]) -> MoveStep:
     constants = _constants(operands, centered=True)
     fed = [o for o in operands if o.values is None]
     return MoveStep(
@@ -182,7 +182,7 @@ def _move(context: Context, group: Group, operands: Sequence[Operand]) -> MoveSt
     )
 
 
-def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+def _table(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
     source = next(o for o in operands if o.grid is not None)
     (target,) = group.outputs
     if target not in context.grids:
@@ -199,7 +199,7 @@ def _table(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
     return TableStep(source=source.tensor, target=target, lowest=low, table=table)
 
 
-def _elementwise(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+def _elementwise(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name]
     target = make_target(context, group)
@@ -240,7 +240,7 @@ def _with_constant(
     return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
 
 
-def _leaky_relu(context: Context, group: Group, operands: Sequence[Operand]) -> Step:
+def _leaky_relu(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
     (source,) = operands
     target = make_target(context, group)
     shared = target and context.groups[target.tensor] == context.groups[source.tensor]

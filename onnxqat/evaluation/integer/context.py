@@ -21,7 +21,7 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import Arithmetic, HardwareRule
 from onnxqat.runtime import open_session
 
-__all__ = ["Context", "Group", "Operand", "find_groups", "make_context"]
+__all__ = ["Context", "FusedOp", "Operand", "fused_ops", "make_context"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Group:
+class FusedOp:
     """Nodes that the chip runs as one.
 
     Attributes
@@ -55,13 +55,13 @@ class Group:
     kind : str
         Op type or pattern that comes first.
     nodes : tuple of Node
-    tail : tuple of Node
+    epilogue : tuple of Node
         The nodes behind the first op or pattern.
     """
 
     kind: str
     nodes: tuple[gs.Node, ...]
-    tail: tuple[gs.Node, ...]
+    epilogue: tuple[gs.Node, ...]
 
     @property
     def outputs(self) -> list[str]:
@@ -100,7 +100,7 @@ class Context:
     biases: frozenset[tuple[str, int]]
     float_nodes: frozenset[str]
 
-    def operands(self, group: Group) -> list[Operand]:
+    def operands(self, group: FusedOp) -> list[Operand]:
         """Return everything a group reads from outside."""
         inner = {t.name for node in group.nodes for t in node.outputs}
         return [
@@ -117,7 +117,7 @@ class Context:
         ]
 
     def session(
-        self, group: Group, operands: Iterable[Operand], constants: Mapping[str, NDArray[Any]]
+        self, group: FusedOp, operands: Iterable[Operand], constants: Mapping[str, NDArray[Any]]
     ) -> ort.InferenceSession:
         """Return a group as a session of its own, run node by node.
 
@@ -176,7 +176,7 @@ def make_context(
     )
 
 
-def find_groups(context: Context, chains: Sequence[Sequence[str]]) -> list[Group]:
+def fused_ops(context: Context, chains: Sequence[Sequence[str]]) -> list[FusedOp]:
     """Return all nodes in an order in which they can run, chains together."""
     kinds = [kind for kind in PATTERNS if kind not in context.rule.split]
     index = GraphIndex(context.graph, kinds)
@@ -192,5 +192,5 @@ def find_groups(context: Context, chains: Sequence[Sequence[str]]) -> list[Group
         unit = index.unit_of[names[0]]
         whole = chain is not None and {n.name for n in unit.nodes} <= set(names)
         first = unit.nodes if whole else nodes[:1]
-        groups.append(Group(unit.kind if whole else nodes[0].op, nodes, nodes[len(first) :]))
+        groups.append(FusedOp(unit.kind if whole else nodes[0].op, nodes, nodes[len(first) :]))
     return groups

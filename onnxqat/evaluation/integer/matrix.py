@@ -10,13 +10,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import PlanError, RuleError
-from onnxqat.evaluation.integer.context import Context, Group, Operand
+from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
+from onnxqat.evaluation.integer.epilogue import float_limits, make_target
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
 from onnxqat.evaluation.integer.requantize import ratio, requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
 from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Target
-from onnxqat.evaluation.integer.tails import float_limits, make_target
 from onnxqat.nodes import is_convolution, is_plain_product
 
 __all__ = ["build_product"]
@@ -24,7 +24,7 @@ __all__ = ["build_product"]
 MAX_BITS = 8  # a sum of products of wider integers need not fit into int32
 
 
-def build_product(context: Context, group: Group, operands: Sequence[Operand]) -> ProductStep:
+def build_product(context: Context, group: FusedOp, operands: Sequence[Operand]) -> ProductStep:
     """Return the step of a Conv, ConvTranspose, Gemm or MatMul with what is fused to it."""
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name and o.index < 2]
@@ -87,7 +87,7 @@ def _spreader(
 
 def _bias(
     context: Context,
-    group: Group,
+    group: FusedOp,
     scales: Sequence[NDArray[Any]],
     spread: Callable[[NDArray[Any], bool], NDArray[Any]],
 ) -> tuple[Int64Array | None, NDArray[np.float64] | None]:

@@ -7,18 +7,18 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxqat.evaluation.integer.context import Context, Group
+from onnxqat.evaluation.integer.context import Context, FusedOp
 from onnxqat.evaluation.integer.steps import Target, limits_of
 from onnxqat.nodes import is_bias_add
 
-__all__ = ["float_limits", "has_tail_only_of_limits", "make_target"]
+__all__ = ["float_limits", "has_only_limits", "make_target"]
 
 
-def has_tail_only_of_limits(group: Group) -> bool:
+def has_only_limits(group: FusedOp) -> bool:
     """Whether only a bias, Relu and Clip with constant limits follow the first op."""
     return all(
         node.op == "Relu" or is_bias_add(node) or (node.op == "Clip" and _has_constant_limits(node))
-        for node in group.tail
+        for node in group.epilogue
     )
 
 
@@ -26,10 +26,10 @@ def _has_constant_limits(node: gs.Node) -> bool:
     return all(not t.name or isinstance(t, gs.Constant) for t in node.inputs[1:])
 
 
-def float_limits(group: Group) -> tuple[float, float]:
-    """Return between which floats the tail of a group lets values through."""
+def float_limits(group: FusedOp) -> tuple[float, float]:
+    """Return between which floats the epilogue of an op lets values through."""
     low, high = -math.inf, math.inf
-    for node in group.tail:
+    for node in group.epilogue:
         if node.op == "Relu":
             low = max(low, 0.0)
         elif node.op == "Clip":
@@ -40,7 +40,7 @@ def float_limits(group: Group) -> tuple[float, float]:
     return low, high
 
 
-def make_target(context: Context, group: Group) -> Target | None:
+def make_target(context: Context, group: FusedOp) -> Target | None:
     """Return where the integers of a group go; None where its output is not quantized."""
     (tensor,) = group.outputs
     if tensor not in context.grids:

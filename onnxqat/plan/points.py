@@ -28,7 +28,7 @@ from onnxqat.plan.types import Edge, QuantPoint
 from onnxqat.qparams import FloatArray, QuantSpec
 from onnxqat.rules import HardwareRule, OpRule
 
-__all__ = ["Draft", "Marker"]
+__all__ = ["Draft", "PointDrafter"]
 
 Role = Literal["weight", "activation"]
 
@@ -49,7 +49,7 @@ def _scale_of_constant(values: FloatArray) -> float:
     return max(-low / 128, high / 127) if low < 0 else high / 255
 
 
-class Marker:
+class PointDrafter:
     """Makes the drafts, and the derived points of biases.
 
     Parameters
