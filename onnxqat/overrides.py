@@ -28,7 +28,9 @@ A TOML file says the same, one table per selector, in order::
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
 from onnxqat.selectors import matches, parse_assignment
 
-__all__ = ["Override", "parse_override", "read_overrides"]
+__all__ = ["Override", "overrides_text", "parse_override", "read_overrides"]
 
 ROLES = ("weight", "activation", "bias")
 SELECTORS = (*ROLES, "first", "last", "op:TYPE", "name:REGEX", "between:A->B", "tensor:REGEX")
@@ -141,6 +143,42 @@ def read_overrides(path: str | Path) -> list[Override]:
             except RuleError as error:
                 raise RuleError(f"{path}: {error}") from error
     return overrides
+
+
+def overrides_text(overrides: Sequence[Override]) -> str:
+    """Return the text of an overrides file, which `read_overrides` reads as the same list.
+
+    Raises
+    ------
+    RuleError
+        A file has one table per selector, which cannot say these in their order.
+
+    Examples
+    --------
+    >>> overrides_text([parse_override("weight.bits=4")]).splitlines()
+    ['["weight"]', 'bits = 4']
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        pattern = f":{override.pattern}" if override.pattern else ""
+        selector = f"{override.kind}{pattern}"
+        earlier = tables.get(selector, {})
+        last = next(reversed(tables), None)
+        if (selector in tables and selector != last) or override.key in earlier:
+            raise RuleError(
+                f"Override '{override}': an overrides file cannot have '{selector}' twice. Give "
+                "one of them with --set."
+            )
+        tables.setdefault(selector, {})[override.key] = override.value
+    return "\n".join(
+        "".join((f"[{_quoted(selector)}]\n", *(f"{k} = {_quoted(v)}\n" for k, v in table.items())))
+        for selector, table in tables.items()
+    )
+
+
+def _quoted(value: Any) -> str:
+    """Return a value as TOML has it; its strings are those of JSON, but for the character DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_fit(text: str, override: Override) -> None:

@@ -31,7 +31,11 @@ from onnxqat.plan.points import Draft, PointDrafter
 from onnxqat.plan.types import QuantPlan, QuantPoint
 from onnxqat.rules import HardwareRule, wrong_spec
 
-__all__ = ["make_plan"]
+__all__ = ["EmptyPlanError", "make_plan"]
+
+
+class EmptyPlanError(PlanError):
+    """Nothing would be quantized."""
 
 
 def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override] = ()) -> QuantPlan:
@@ -49,7 +53,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     Raises
     ------
     PlanError
-        Node names are not unique, or the rule quantizes nothing here.
+        Node names are not unique; `EmptyPlanError` where the rule quantizes nothing here.
     RuleError
         An override covers nothing, or names a spec that the rule does not have.
     """
@@ -62,7 +66,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     marker.mark()
     _apply_overrides(index, rule, marker.drafts, overrides)
     if not marker.drafts:
-        raise PlanError(f"Rule {rule.name} quantizes nothing in this graph.")
+        raise EmptyPlanError(f"Rule {rule.name} quantizes nothing in this graph.")
     patterns = [(u,) for u in index.units if len(u.nodes) > 1 and u.name in choice.ops]
     chained = {unit.name for chain in chains for unit in chain}
     chains += [single for single in patterns if single[0].name not in chained]

@@ -44,6 +44,7 @@ ORDER = [
     "settings",
     "calibration",
     "evaluation",
+    "analysis",
     "train",
     "formats",
     "deploy",

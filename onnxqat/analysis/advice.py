@@ -1,0 +1,91 @@
+"""What to do about the layers that cost most, as overrides of the rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxqat.analysis.points import PointFigures
+from onnxqat.analysis.sensitivity import LayerFigures, Probe
+from onnxqat.analysis.variants import Layer, Variants
+from onnxqat.overrides import Override
+
+__all__ = ["MOST", "Advice", "advise"]
+
+MOST = 5  # layers; where more are bad, leaving some float is not the remedy
+ENOUGH = 0.5  # share of the cost that may be left
+WIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What to change.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+        The fewest of the worst that leave less than half of the cost when they stay float, at most
+        `MOST`; none where quantization costs nothing.
+    cost : float
+        Of the model with these layers float.
+    overrides : tuple of Override
+        For ``insert``: they get 16 bits where the rule has these, and stay float elsewhere.
+    """
+
+    layers: tuple[Layer, ...]
+    cost: float
+    overrides: tuple[Override, ...]
+
+
+def advise(
+    variants: Variants,
+    layers: Sequence[LayerFigures],
+    points: Sequence[PointFigures],
+    probe: Probe,
+    *,
+    cost: float,
+) -> Advice:
+    """Return what to change.
+
+    Parameters
+    ----------
+    layers : sequence of LayerFigures
+        The worst first.
+    cost : float
+        Of the whole model.
+    """
+    chosen: list[Layer] = []
+    left = cost
+    for one in layers[:MOST]:
+        if not left > ENOUGH * cost:
+            break
+        chosen.append(one.layer)
+        left = one.left_float if len(chosen) == 1 else probe(variants.left_float(chosen))
+    figures = {point.tensor: point for point in points}
+    overrides = [o for layer in chosen for o in _overrides(variants, layer, figures)]
+    return Advice(layers=tuple(chosen), cost=left, overrides=tuple(dict.fromkeys(overrides)))
+
+
+def _overrides(
+    variants: Variants,
+    layer: Layer,
+    figures: Mapping[str, PointFigures],
+) -> list[Override]:
+    rule = variants.rule
+    if WIDE in rule.activation_bits:
+        if WIDE in rule.weight_bits:
+            return [Override(kind="name", pattern=re.escape(layer.node), key="bits", value=WIDE)]
+        inputs = [
+            point.tensor
+            for point in variants.model.plan.grid_points()
+            if point.role == "activation" and point.spec.bits < WIDE
+            and any(edge.node == layer.node for edge in point.consumers)
+        ]  # fmt: skip
+        weight = min(figures[name].alone_sqnr for name in layer.weights)
+        if inputs and min(figures[name].alone_sqnr for name in inputs) < weight:
+            return [
+                Override(kind="tensor", pattern=re.escape(name), key="bits", value=WIDE)
+                for name in inputs
+            ]
+    return [Override(kind="name", pattern=layer.pattern, key="quantize", value=False)]

@@ -1,0 +1,89 @@
+"""The channels of a tensor, and which of them hold one value only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.nodes import channel_axis, data_inputs, is_constant, is_convolution
+from onnxqat.plan import QuantPoint
+
+__all__ = ["ChannelRanges", "channels_of"]
+
+
+def channels_of(graph: gs.Graph, point: QuantPoint) -> int | None:
+    """Return the axis of the channels of a point's tensor, None where it has none.
+
+    Of a weight it is that of the output channels. An activation has them along axis 1, but for one
+    of rank 3 that no convolution wrote: there the last axis, as transformers have it.
+    """
+    tensor = graph.tensors()[point.tensor]
+    rank = None if tensor.shape is None else len(tensor.shape)
+    if rank is None or rank < 2:
+        return None
+    if is_constant(tensor):
+        edge = point.consumers[0]
+        reader = next((node for node in tensor.outputs if node.name == edge.node), None)
+        return None if reader is None else channel_axis(reader, edge.index, rank)
+    return 1 if rank != 3 or _behind_convolution(tensor) else 2
+
+
+def _behind_convolution(tensor: gs.Tensor) -> bool:
+    """Whether a convolution wrote a tensor, with nothing behind it but ops of one input."""
+    while len(tensor.inputs) == 1:
+        node = tensor.inputs[0]
+        if is_convolution(node):
+            return True
+        before = [t for t in data_inputs(node) if not is_constant(t)]
+        if len(before) != 1 or len(before[0].shape or ()) != 3:
+            return False
+        tensor = before[0]
+    return False
+
+
+class ChannelRanges:
+    """The smallest and the largest value of each channel.
+
+    Parameters
+    ----------
+    axis : int or None
+        Of the channels; None where there are none.
+    """
+
+    def __init__(self, axis: int | None) -> None:
+        self._axis = axis
+        self._low: NDArray[Any] | None = None
+        self._high: NDArray[Any] | None = None
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take a part of the tensor; where it has other channels than before, there are none."""
+        if self._axis is None or not values.size:
+            return
+        others = tuple(i for i in range(values.ndim) if i != self._axis)
+        low, high = values.min(axis=others), values.max(axis=others)
+        if self._low is None or self._high is None:
+            self._low, self._high = low, high
+        elif low.shape != self._low.shape:
+            self._axis = self._low = self._high = None
+        else:
+            self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
+
+    @property
+    def count(self) -> int | None:
+        """How many channels there are."""
+        return None if self._low is None else len(self._low)
+
+    @property
+    def constant(self) -> int | None:
+        """How many channels hold one value only."""
+        return None if self._low is None else int(np.count_nonzero(self._low == self._high))
+
+    @property
+    def zeros(self) -> int | None:
+        """How many channels hold zeros only."""
+        if self._low is None or self._high is None:
+            return None
+        return int(np.count_nonzero((self._low == 0) & (self._high == 0)))

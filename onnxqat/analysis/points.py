@@ -1,0 +1,212 @@
+"""Each tensor of a plan against the float model's, and what its values are like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.analysis.channels import ChannelRanges, channels_of
+from onnxqat.analysis.similarity import Similarity
+from onnxqat.data import Batch
+from onnxqat.ends import TensorReader
+from onnxqat.errors import DataError, ModelError
+from onnxqat.model import Model
+from onnxqat.nodes import is_constant
+from onnxqat.pairs import dequantized_name, source_name
+from onnxqat.plan import QuantPoint
+from onnxqat.qparams import (
+    FloatArray,
+    QuantParams,
+    dequantize,
+    fake_quantize,
+    quantized_range,
+    rounded_levels,
+)
+from onnxqat.quantized import QuantizedModel
+
+__all__ = ["PointFigures", "compare_points"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointFigures:
+    """One quantized tensor against the same tensor of the float model.
+
+    Attributes
+    ----------
+    tensor, role, bits : str, {"weight", "activation"}, int
+        Which one it is.
+    sqnr, cosine : float
+        Of the fake-quantized model's tensor, in which the errors of all layers before it add up.
+        SQNR in dB, infinite where both are equal.
+    alone_sqnr, alone_cosine : float
+        Of the float model's tensor, rounded by the parameters of this point alone.
+    clipped : float
+        Share of the float model's values whose integers lie outside of the range.
+    outlier : float
+        Largest magnitude of the float model's values, divided by their root mean square.
+    channels, dead_channels : int or None
+        How many there are, and how many hold one value in all samples; of a weight, only zeros.
+        None where the tensor has no known channels.
+    """
+
+    tensor: str
+    role: Literal["weight", "activation"]
+    bits: int
+    sqnr: float
+    cosine: float
+    alone_sqnr: float
+    alone_cosine: float
+    clipped: float
+    outlier: float
+    channels: int | None
+    dead_channels: int | None
+
+
+class _Counts:
+    """Running sums of one point."""
+
+    def __init__(self, point: QuantPoint, params: QuantParams, axis: int | None) -> None:
+        self.point, self.params = point, params
+        self.together, self.alone = Similarity(), Similarity()
+        self.count = self.clipped = 0
+        self.largest = 0.0
+        self.ranges = ChannelRanges(axis)
+
+    def add(self, x: FloatArray, y: FloatArray) -> None:
+        """Count values of the float model's tensor, and of the fake-quantized model's."""
+        if x.shape != y.shape:
+            raise ModelError(
+                f"'{self.point.tensor}' has the shape {x.shape} in the float model and {y.shape} "
+                "in the quantized one. Give the float model that it was made from."
+            )
+        spec = self.point.spec
+        levels = rounded_levels(x, self.params, spec)
+        low, high = quantized_range(spec, signed=self.params.signed)
+        rounded = np.clip(levels, low, high).astype(self.params.zero_point.dtype)
+        self.together.add(x, y)
+        self.alone.add(x, dequantize(rounded, self.params, spec))
+        self.clipped += int(np.count_nonzero((levels < low) | (levels > high)))
+        self.count += x.size
+        self.largest = float(np.max([self.largest, np.abs(x).max(initial=0.0)]))
+        self.ranges.add(x)
+
+    def result(self) -> PointFigures:
+        rms = math.sqrt(self.together.signal / self.count) if self.count else 0.0
+        weight = self.point.role == "weight"
+        return PointFigures(
+            tensor=self.point.tensor,
+            role="weight" if weight else "activation",
+            bits=self.point.spec.bits,
+            sqnr=self.together.sqnr,
+            cosine=self.together.cosine,
+            alone_sqnr=self.alone.sqnr,
+            alone_cosine=self.alone.cosine,
+            clipped=self.clipped / max(self.count, 1),
+            outlier=self.largest / rms if rms else math.nan,
+            channels=self.ranges.count,
+            dead_channels=self.ranges.zeros if weight else self.ranges.constant,
+        )
+
+
+def compare_points(
+    model: QuantizedModel,
+    batches: Iterable[Batch],
+    *,
+    floats: Model,
+    threads: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[PointFigures, ...]:
+    """Return the figures of each weight and activation of the plan, in its order.
+
+    Memory holds both models' tensors of one batch; what is kept between batches is a few numbers
+    of each tensor and two of each channel.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        Calibrated or fine-tuned.
+    floats : Model
+        The prepared float model that it is compared with, often ``model.floats``.
+
+    Raises
+    ------
+    DataError
+        There are no samples.
+    ModelError
+        The float model lacks a tensor of the plan, or onnxruntime cannot run one of the models.
+    """
+    model.check_calibrated()
+    tensors, ours = floats.graph.tensors(), model.floats.graph.tensors()
+    points = model.plan.grid_points()
+    _check_tensors(floats, points, ours)
+    counts = {
+        point.tensor: _Counts(
+            point, model.params[point.parameters], channels_of(model.floats.graph, point)
+        )
+        for point in points
+    }
+    for point in points:
+        if is_constant(ours[point.tensor]):
+            values, params = ours[point.tensor].values, model.params[point.parameters]
+            rounded = fake_quantize(values, params, point.spec)
+            counts[point.tensor].add(tensors[point.tensor].values, rounded)
+    computed = [point for point in points if not is_constant(ours[point.tensor])]
+    _compare_computed(model, floats, computed, counts, batches, threads, progress)
+    return tuple(counts[point.tensor].result() for point in points)
+
+
+def _check_tensors(
+    floats: Model, points: Iterable[QuantPoint], ours: Mapping[str, gs.Tensor]
+) -> None:
+    tensors = floats.graph.tensors()
+    for point in points:
+        found = tensors.get(point.tensor)
+        if found is None or is_constant(found) != is_constant(ours[point.tensor]):
+            raise ModelError(
+                f"{floats.name}: has no such tensor as '{point.tensor}', which is quantized. Give "
+                "the float model that the quantized one was made from."
+            )
+
+
+def _compare_computed(
+    model: QuantizedModel,
+    floats: Model,
+    points: list[QuantPoint],
+    counts: Mapping[str, _Counts],
+    batches: Iterable[Batch],
+    threads: int,
+    progress: Callable[[], None],
+) -> None:
+    outputs = {tensor.name for tensor in model.floats.graph.outputs}
+    names = {}
+    for point in points:
+        renamed = source_name(point, outputs) != point.tensor
+        names[point.tensor] = point.tensor if renamed else dequantized_name(point.tensor)
+    fed = {tensor.name for tensor in floats.graph.inputs}
+    theirs = TensorReader(
+        floats.to_proto(),
+        [point.tensor for point in points if point.tensor not in fed],
+        optimization="basic",
+        threads=threads,
+        name=floats.name,
+    )
+    ours = TensorReader(
+        model.to_proto(), names.values(), optimization="none", threads=threads, name=model.name
+    )
+    seen = False
+    for batch in batches:
+        seen = True
+        expected: Mapping[str, NDArray[Any]] = {**batch.inputs, **theirs.run(batch.inputs)}
+        found = ours.run(batch.inputs)
+        for point in points:
+            values = (expected[point.tensor], found[names[point.tensor]])
+            counts[point.tensor].add(*map(batch.counting, values))
+        progress()
+    if not seen:
+        raise DataError("There are no samples to analyze.")

@@ -1,0 +1,134 @@
+"""The layers of a quantized model, and the model with only some of them quantized.
+
+A layer is a node with a quantized weight, and what the chip runs as one with it. A variant has the
+pairs that ``insert`` makes with overrides which leave nodes float, so that what is measured of it
+is what such an override gives; its parameters are those of the whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from onnxqat.errors import ModelError
+from onnxqat.nodes import is_op
+from onnxqat.operators import WEIGHTED
+from onnxqat.overrides import Override, parse_override
+from onnxqat.plan import EmptyPlanError, QuantPlan, QuantPoint, make_plan
+from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import HardwareRule
+
+__all__ = ["Layer", "Variants", "layers_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A node with a quantized weight.
+
+    Attributes
+    ----------
+    node, op_type : str
+        Which it is.
+    weights : tuple of str
+        Its quantized weights.
+    nodes : tuple of str
+        It, and the nodes that the chip runs as one with it.
+    """
+
+    node: str
+    op_type: str
+    weights: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression of the names of its nodes."""
+        return "|".join(map(re.escape, self.nodes))
+
+
+class Variants:
+    """Makes a model with only some of its layers quantized.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        The whole one.
+    rule : HardwareRule
+        The one that it was made with.
+
+    Raises
+    ------
+    ModelError
+        The model has other pairs than the rule makes.
+    """
+
+    def __init__(self, model: QuantizedModel, rule: HardwareRule) -> None:
+        self.model, self.rule = model, rule
+        # others say how a tensor is quantized, or which one is not: that the points say themselves
+        given = map(parse_override, model.plan.overrides)
+        self._overrides = [o for o in given if o.key == "quantize" and o.selects_nodes]
+        self.layers = layers_of(model)
+        planned = {p.tensor: set(p.consumers) for p in self._planned(()).points}
+        for point in model.plan.points:
+            if not set(point.consumers) <= planned.get(point.tensor, set()):
+                raise ModelError(
+                    f"{model.name}: '{point.tensor}' is quantized where rule '{rule.name}' leaves "
+                    "it float. Give the model's own rule by --rules, or insert again."
+                )
+
+    def left_float(self, layers: Iterable[Layer]) -> QuantizedModel:
+        """Return the model with all but these layers quantized."""
+        return self._variant("|".join(layer.pattern for layer in layers))
+
+    def only(self, layers: Iterable[Layer]) -> QuantizedModel:
+        """Return the model with these layers quantized, and nothing else."""
+        layers = tuple(layers)
+        names = "|".join(layer.pattern for layer in layers)
+        if not {n.name for n in self.model.floats.graph.nodes} - {
+            n for x in layers for n in x.nodes
+        }:
+            return self.model
+        return self._variant(rf"(?!(?:{names})\Z)[\s\S]*")
+
+    def _planned(self, more: Iterable[Override]) -> QuantPlan:
+        return make_plan(self.model.floats.graph, self.rule, [*self._overrides, *more])
+
+    def _variant(self, pattern: str) -> QuantizedModel:
+        model = self.model
+        override = Override(kind="name", pattern=pattern, key="quantize", value=False)
+        try:
+            planned = {p.tensor: p for p in self._planned([override]).points}
+        except EmptyPlanError:  # nothing is left
+            planned = {}
+
+        def kept(point: QuantPoint) -> QuantPoint:
+            readers = planned[point.tensor].consumers if point.tensor in planned else ()
+            edges = tuple(edge for edge in point.consumers if edge in readers)
+            return msgspec.structs.replace(point, consumers=edges)
+
+        points = tuple(point for point in map(kept, model.plan.points) if point.consumers)
+        plan: QuantPlan = msgspec.structs.replace(model.plan, points=points)
+        params = {p.parameters: model.params[p.parameters] for p in plan.grid_points()}
+        return model.with_params(params, state=model.state, plan=plan)
+
+
+def layers_of(model: QuantizedModel) -> tuple[Layer, ...]:
+    """Return the layers of a quantized model, in the order of its graph."""
+    weights: dict[str, list[str]] = {}
+    for point in model.plan.grid_points():
+        for edge in point.consumers if point.role == "weight" else ():
+            weights.setdefault(edge.node, []).append(point.tensor)
+    chains = {name: chain for chain in model.plan.chains for name in chain}
+    return tuple(
+        Layer(
+            node=node.name,
+            op_type=node.op,
+            weights=tuple(weights[node.name]),
+            nodes=chains.get(node.name, (node.name,)),
+        )
+        for node in model.floats.graph.nodes
+        if is_op(node, *WEIGHTED) and node.name in weights
+    )
