@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from onnxqat.analysis.points import PointFigures
 from onnxqat.analysis.sensitivity import LayerFigures, Probe
 from onnxqat.analysis.variants import Layer, Variants
-from onnxqat.overrides import Override
+from onnxqat.overrides import Override, overrides_text, parse_override
+from onnxqat.quantized import QuantizedModel
 
-__all__ = ["MOST", "Advice", "advise"]
+__all__ = ["MOST", "Advice", "advise", "overrides_file"]
 
 MOST = 5  # layers; where more are bad, leaving some float is not the remedy
 ENOUGH = 0.5  # share of the cost that may be left
@@ -63,8 +66,30 @@ def advise(
         chosen.append(one.layer)
         left = one.left_float if len(chosen) == 1 else probe(variants.left_float(chosen))
     figures = {point.tensor: point for point in points}
+    given = [parse_override(text) for text in variants.model.plan.overrides]
     overrides = [o for layer in chosen for o in _overrides(variants, layer, figures)]
+    overrides = [_apart(o, given) for o in overrides]
     return Advice(layers=tuple(chosen), cost=left, overrides=tuple(dict.fromkeys(overrides)))
+
+
+def _apart(override: Override, given: Sequence[Override]) -> Override:
+    """Return an override with a selector that none of those has, for a file of them all."""
+    pattern, known = override.pattern, {(o.kind, o.pattern) for o in given}
+    while (override.kind, pattern) in known:
+        pattern = f"(?:{pattern})"
+    return msgspec.structs.replace(override, pattern=pattern)
+
+
+def overrides_file(model: QuantizedModel, advice: Advice) -> str:
+    """Return the text of an overrides file: those the model was made with, then the advice.
+
+    Raises
+    ------
+    RuleError
+        No file can say them in their order.
+    """
+    given = [parse_override(text) for text in model.plan.overrides]
+    return overrides_text([*given, *advice.overrides])
 
 
 def _overrides(
@@ -76,12 +101,8 @@ def _overrides(
     if WIDE in rule.activation_bits:
         if WIDE in rule.weight_bits:
             return [Override(kind="name", pattern=re.escape(layer.node), key="bits", value=WIDE)]
-        inputs = [
-            point.tensor
-            for point in variants.model.plan.grid_points()
-            if point.role == "activation" and point.spec.bits < WIDE
-            and any(edge.node == layer.node for edge in point.consumers)
-        ]  # fmt: skip
+        bits = {point.tensor: point.spec.bits for point in variants.model.plan.grid_points()}
+        inputs = [name for name in layer.inputs if bits[name] < WIDE]
         weight = min(figures[name].alone_sqnr for name in layer.weights)
         if inputs and min(figures[name].alone_sqnr for name in inputs) < weight:
             return [

@@ -32,8 +32,8 @@ class Layer:
     ----------
     node, op_type : str
         Which it is.
-    weights : tuple of str
-        Its quantized weights.
+    weights, inputs : tuple of str
+        Its quantized weights, and the quantized activations that it reads.
     nodes : tuple of str
         It, and the nodes that the chip runs as one with it.
     """
@@ -41,6 +41,7 @@ class Layer:
     node: str
     op_type: str
     weights: tuple[str, ...]
+    inputs: tuple[str, ...]
     nodes: tuple[str, ...]
 
     @property
@@ -117,18 +118,19 @@ class Variants:
 
 def layers_of(model: QuantizedModel) -> tuple[Layer, ...]:
     """Return the layers of a quantized model, in the order of its graph."""
-    weights: dict[str, list[str]] = {}
+    read: dict[tuple[str, str], list[str]] = {}
     for point in model.plan.grid_points():
-        for edge in point.consumers if point.role == "weight" else ():
-            weights.setdefault(edge.node, []).append(point.tensor)
+        for edge in point.consumers:
+            read.setdefault((edge.node, point.role), []).append(point.tensor)
     chains = {name: chain for chain in model.plan.chains for name in chain}
     return tuple(
         Layer(
             node=node.name,
             op_type=node.op,
-            weights=tuple(weights[node.name]),
+            weights=tuple(read[node.name, "weight"]),
+            inputs=tuple(dict.fromkeys(read.get((node.name, "activation"), ()))),
             nodes=chains.get(node.name, (node.name,)),
         )
         for node in model.floats.graph.nodes
-        if is_op(node, *WEIGHTED) and node.name in weights
+        if is_op(node, *WEIGHTED) and (node.name, "weight") in read
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxqat.analysis import LayerFigures, PointFigures, Variants, analyze
+from onnxqat.analysis import LayerFigures, PointFigures, Variants, analyze, overrides_file
 from onnxqat.analysis.advice import advise
 from onnxqat.analysis.sensitivity import ranked
 from onnxqat.calibration import placeholder_params
@@ -188,13 +189,14 @@ def test_the_file_that_is_advised_does_what_it_says(bad, tmp_path):
     x = samples(detector(), 16)
     found = analyze(model, batches(x), threads=1)
     path = tmp_path / "overrides.toml"
-    path.write_text(overrides_text(found.advice.overrides), encoding="utf-8")
+    path.write_text(overrides_file(model, found.advice), encoding="utf-8")
     read = read_overrides(path)
-    advised = insert_pairs(model.floats, plan_of(model, read), model.params, state="calibrated")
+    plan = make_plan(model.floats.graph, load_rule("onnxruntime-cpu"), read)
+    advised = insert_pairs(model.floats, plan, model.params, state="calibrated")
     result = evaluate(advised, batches(x)(), against=model.floats, threads=1)
 
     assert [layer.weights for layer in found.advice.layers] == [(bad,)]
-    assert read == list(found.advice.overrides)
+    assert read == [parse_override("weight.axis=none"), *found.advice.overrides]
     assert found.advice.cost == result.outputs[0].relative_error ** 2
     assert found.advice.cost < found.cost / 2
 
@@ -232,6 +234,20 @@ def test_16_bits_are_advised_where_the_chip_has_them(rule, weight, expected, aft
     assert [str(o) for o in found.overrides] == expected
     bits = {p.tensor: p.spec.bits for p in plan_of(model, found.overrides).points}
     assert (bits["r1"], bits.get("w2")) == after
+
+
+def test_an_advised_override_can_lie_in_a_file_with_one_of_its_name():
+    given = ("name:n_c2.bits=8", "first.bits=16")
+    model = planted(detector(), rule="cambricon-mlu-int16", overrides=given[:1])
+    model = replace(model, plan=msgspec.structs.replace(model.plan, overrides=given))
+    variants = Variants(model, load_rule("cambricon-mlu-int16"))
+    figures = [LayerFigures(layer=variants.layers[1], alone=1.0, left_float=0.1)]
+    advice = advise(variants, figures, (), None, cost=1.0)
+
+    assert [str(o) for o in advice.overrides] == ["name:(?:n_c2).bits=16"]
+    assert overrides_file(model, advice) == (
+        '["name:n_c2"]\nbits = 8\n\n["first"]\nbits = 16\n\n["name:(?:n_c2)"]\nbits = 16\n'
+    )
 
 
 def test_layers_without_a_number_come_first():
