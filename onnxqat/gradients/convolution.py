@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxqat.gradients.backward import CONTRIB, Backward
+from onnxqat.gradients.backward import CONTRIB, Array, Backward
 from onnxqat.gradients.small_maps import Geometry, gains, products
 
 __all__ = ["CONVOLUTIONS", "convolution"]
 
 Found = dict[int, str]
+FEW_POSITIONS = 196  # below which products of depthwise rows are slower than values
 MOST_COLUMNS = 1 << 26  # elements of the matrix of im2col, 256 MB
 
 
@@ -200,10 +201,18 @@ def _of_weight(conv: _Conv) -> str:
 
 
 def _depthwise(conv: _Conv) -> str:
-    b, read = conv.b, _reader(conv, conv.x)
-    columns = []
+    """Return dw of a convolution of each channel by itself, from products of rows or of values."""
+    b, read, dy = conv.b, _reader(conv, conv.x), conv.b.fixed(conv.dy)
+    samples = 0 if dy is None else dy[0]
+    by_row = dy is None or math.prod(dy[2:]) >= FEW_POSITIONS
+    shape = [samples, conv.group, 1, -1] if by_row else [samples, conv.group, -1]
+    upstream, columns = b.reshape(conv.dy, shape), []
     for tap in conv.taps:
-        total = b.reduce("ReduceSum", b.op("Mul", read(tap), conv.dy), [0, *conv.space])
+        values = b.reshape(read(tap), shape)
+        if by_row:
+            total = b.reduce("ReduceSum", b.product(upstream, values, trans_b=True), [0])
+        else:
+            total = b.reduce("ReduceSum", b.op("Mul", values, upstream), [0, 2])
         columns.append(b.reshape(total, [conv.group, 1, 1]))
     return b.shaped_like(_joined(conv, columns, axis=2), conv.w)
 
@@ -221,12 +230,13 @@ def _im2col(conv: _Conv) -> str:
 
 
 def _by_tap(conv: _Conv) -> str:
-    b, read = conv.b, _reader(conv, conv.x)
+    b, read, dy = conv.b, _reader(conv, conv.x), conv.b.fixed(conv.dy)
     filters, channels = conv.filters()
-    rows = b.reshape(conv.dy, [0, conv.group, filters, -1])
+    samples = 0 if dy is None else dy[0]
+    rows = b.reshape(conv.dy, [samples, conv.group, filters, -1])
     columns = []
     for tap in conv.taps:
-        values = b.reshape(read(tap), [0, conv.group, channels, -1])
+        values = b.reshape(read(tap), [samples, conv.group, channels, -1])
         each = b.product(rows, values, trans_b=True)
         total = b.reduce("ReduceSum", each, [0], keepdims=False)
         columns.append(b.reshape(total, [conv.group * filters, channels, 1]))
@@ -239,24 +249,47 @@ def _joined(conv: _Conv, parts: list[str], axis: int) -> str:
 
 def _reader(conv: _Conv, x: str) -> Callable[[tuple[int, ...]], str]:
     """Return what adds the values that a tap reads at each output position."""
-    b, axes = conv.b, np.array(conv.space, np.int64)
-    strides = np.array(conv.strides, np.int64)
+    if conv.is_plain:
+        return lambda _: x
+    b, dy = conv.b, conv.b.fixed(conv.dy)
+    axes, strides = np.array(conv.space, np.int64), np.array(conv.strides, np.int64)
+    dilations = np.array(conv.dilations, np.int64)
     if any(conv.pads):
         sizes = [0, 0, *conv.pads[: conv.rank], 0, 0, *conv.pads[conv.rank :]]
         x = b.op("Pad", x, np.array(sizes, np.int64))
-    dy = b.fixed(conv.dy)
-    lengths = None if dy is None else np.array(dy[2:], np.int64)
-    if lengths is None:
+    if dy is not None and max(conv.strides) > 1 and len(conv.taps) > 1:
+        return _by_phase(conv, x, dy[2:])
+    if dy is None:
         last = b.op("Sub", b.op("Gather", b.op("Shape", conv.dy), axes), np.array(1, np.int64))
-        reach = b.op("Add", b.op("Mul", last, strides), np.array(1, np.int64))
+        reach: str | Array = b.op("Add", b.op("Mul", last, strides), np.array(1, np.int64))
+    else:
+        reach = (np.array(dy[2:], np.int64) - 1) * strides + 1
 
     def read(tap: tuple[int, ...]) -> str:
-        if conv.is_plain:
-            return x
-        start = np.array(tap, np.int64) * np.array(conv.dilations, np.int64)
-        if lengths is None:
-            return b.op("Slice", x, start, b.op("Add", reach, start), axes, strides)
-        return b.op("Slice", x, start, start + (lengths - 1) * strides + 1, axes, strides)
+        start = np.array(tap, np.int64) * dilations
+        end = b.op("Add", reach, start) if isinstance(reach, str) else reach + start
+        return b.op("Slice", x, start, end, axes, strides)
+
+    return read
+
+
+def _by_phase(conv: _Conv, x: str, out: list[int]) -> Callable[[tuple[int, ...]], str]:
+    """Return the reader of a convolution with strides.
+
+    A slice with steps is copied value by value. So one is taken for each remainder by the strides,
+    and what a tap reads is a slice of it without steps, in whole rows.
+    """
+    b, axes = conv.b, np.array(conv.space, np.int64)
+    strides = np.array(conv.strides, np.int64)
+    far = np.full(conv.rank, np.iinfo(np.int32).max, np.int64)
+    phases: dict[tuple[int, ...], str] = {}
+
+    def read(tap: tuple[int, ...]) -> str:
+        at = np.array(tap, np.int64) * np.array(conv.dilations, np.int64)
+        first, phase = at // strides, tuple((at % strides).tolist())
+        if phase not in phases:
+            phases[phase] = b.op("Slice", x, np.array(phase, np.int64), far, axes, strides)
+        return b.op("Slice", phases[phase], first, first + np.array(out, np.int64), axes)
 
     return read
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
-from onnxqat.gradients.backward import CONTRIB, Backward
+from onnxqat.gradients.backward import Backward
 
 __all__ = ["LOSSES"]
 
@@ -25,13 +25,6 @@ TINY = 1e-30  # where no label counts
 
 def _cross_entropy(b: Backward) -> Found:
     log_p, labels = b.output(1), b.input(1)
-    if b.has("SoftmaxCrossEntropyLossGrad"):
-        attributes = {"reduction": b.attribute("reduction", "mean")}
-        if (ignored := b.attribute("ignore_index")) is not None:
-            attributes["ignore_index"] = ignored
-        inputs = [b.dy, log_p, labels, *([b.input(2)] if b.input(2) else [])]
-        kernel = f"{CONTRIB}.SoftmaxCrossEntropyLossGrad"
-        return {0: b.op(kernel, *inputs, like=b.x, **attributes)}
     integers = b.op("Cast", labels, to=TensorProto.INT64, like=labels)
     counted = None
     if (ignored := b.attribute("ignore_index")) is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onnxqat.gradients.backward import CONTRIB, Backward
+from onnxqat.gradients.backward import Backward
 
 __all__ = ["NORMALIZATIONS"]
 
@@ -23,8 +23,6 @@ Found = dict[int, str]
 
 def _softmax(b: Backward) -> Found:
     axis = b.attribute("axis", -1)
-    if b.has("SoftmaxGrad_13"):
-        return {0: b.op(f"{CONTRIB}.SoftmaxGrad_13", b.dy, b.y, axis=axis)}
     terms = b.op("Mul", b.dy, b.y)
     total = b.reduce("ReduceSum", terms, [axis])
     return {0: b.op("Sub", terms, b.op("Mul", b.y, total))}
@@ -32,8 +30,6 @@ def _softmax(b: Backward) -> Found:
 
 def _log_softmax(b: Backward) -> Found:
     axis = b.attribute("axis", -1)
-    if b.has("LogSoftmaxGrad_13"):
-        return {0: b.op(f"{CONTRIB}.LogSoftmaxGrad_13", b.dy, b.y, axis=axis)}
     total = b.reduce("ReduceSum", b.dy, [axis])
     return {0: b.op("Sub", b.dy, b.op("Mul", b.op("Exp", b.y), total))}
 
@@ -42,11 +38,6 @@ def _layer_normalization(b: Backward) -> Found:
     scale, mean, inverse = b.input(1), b.output(1), b.output(2)
     rank = b.rank(b.x)
     first = b.attribute("axis", -1) % rank
-    if b.has("LayerNormalizationGrad"):
-        inputs = (b.dy, b.x, scale, mean, inverse)
-        likes = [b.x, scale, scale]
-        made = b.ops(f"{CONTRIB}.LayerNormalizationGrad", *inputs, likes=likes, axis=first)
-        return {i: made[i] for i in b.wanted}
     found, axes = {}, list(range(first, rank))
     normal = b.op("Mul", b.op("Sub", b.x, mean), inverse)
     if 0 in b.wanted:
