@@ -14,9 +14,9 @@ from onnxqat.gradients import add_gradients, installed_kernels
 from onnxqat.model import from_proto
 from onnxqat.preparation.shapes import infer_shapes
 from onnxqat.runtime import open_session
-from onnxqat.train.engine import _gradient_graph
-from onnxqat.train.gradients import LOWERED_DOMAIN
 from onnxqat.train.lowering import lower
+from onnxqat.train.lowering.gradient import LOWERED_DOMAIN
+from tests.builder import HAS_BUILDER, built
 from tests.oracles import run_ort
 
 Array = NDArray[Any]
@@ -58,7 +58,6 @@ def lowered(model, learned, *, all_reach_loss=True):
     proto.opset_import.append(helper.make_opsetid(LOWERED_DOMAIN, 1))
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     for op in ops:
-        op.register()
         proto.functions.extend([op.forward, op.gradient])
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
@@ -89,7 +88,7 @@ def gradients(model, inputs, learned, upstream, **options):
         session = open_session(build(proto, set(learned)), optimization="basic", threads=1)
         outputs = (o.name for o in session.get_outputs())
         results[title] = dict(zip(outputs, session.run(None, feeds), strict=True))
-    # onnxruntime's gradient of a scalar may come as (1,), which the engine knows
+    # onnxruntime's gradient of a scalar may come as (1,),
     found = {n: results["standard"][f"{n}_grad"].reshape(inputs[n].shape) for n in learned}
     for title, others in results.items():
         for name, gradient in found.items():
@@ -103,8 +102,9 @@ FORMS = 1e-4  # relative; how far the forms of a definition may lie apart
 BUILDERS = {
     "standard": lambda model, learned: add_gradients(model, learned, kernels=frozenset()),
     "kernels": lambda model, learned: add_gradients(model, learned, kernels=installed_kernels()),
-    "onnxruntime": lambda model, learned: _gradient_graph(model.SerializeToString(), learned),
 }
+if HAS_BUILDER:
+    BUILDERS["onnxruntime"] = built
 CHECKS = ("tolerance", "step", "oracle", "all_reach_loss")
 
 

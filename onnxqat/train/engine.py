@@ -1,8 +1,8 @@
 """A training form with a loss as a session that also computes the gradients.
 
-The graph of the gradients is that of onnxruntime's own builder where a training build is
-installed, and of `onnxqat.gradients` elsewhere. Parameters and gradients live in flat numpy
-buffers that the session reads and writes in place, so that a step copies nothing.
+The graph is that of `onnxqat.gradients`, so that any onnxruntime runs it; where a training build
+is installed, some of its kernels are used. Parameters and gradients live in flat numpy buffers
+that the session reads and writes in place, so that a step copies nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from numpy.typing import NDArray
 from onnxqat import native
 from onnxqat.errors import TrainingError
 from onnxqat.gradients import add_gradients, drop_unread, installed_kernels
-from onnxqat.gradients.reaching import leading_to, links, other_types
 from onnxqat.qparams import FloatArray
-from onnxqat.runtime import LOG_FATAL_ONLY, open_session
-from onnxqat.train.convolutions import batch_convolutions
+from onnxqat.runtime import open_session
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.gradients import ort_internals, register_relu_gradient
 from onnxqat.train.losses import Arrays, Loss, add_loss
 
 __all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
@@ -89,7 +86,7 @@ class StepSession:
     Raises
     ------
     TrainingError
-        onnxruntime cannot build a gradient.
+        A node on the way to the loss has no gradient.
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class StepSession:
         fixed = fix_batch(form.proto, parameters, batch_size)
         model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
         self.classes = _classes(model)
-        graph = _differentiated(model, form.learned)
+        graph = add_gradients(model, form.learned, kernels=installed_kernels())
         self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
         tensors = sorted({t for tensors in self._observed.values() for t in tensors})
         _add_extremes(graph, tensors)
@@ -115,7 +112,7 @@ class StepSession:
         self._session = open_session(
             graph, optimization="basic", threads=threads, name="the training graph"
         )
-        outputs = {o.name: o.shape for o in self._session.get_outputs()}
+        outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = {i.name for i in self._session.get_inputs()}
         reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
         self.gradients: Flat = Flat(reached) if other is None else other.gradients
@@ -129,11 +126,8 @@ class StepSession:
         targets |= {f"{n}_grad": v for n, v in self.gradients.views.items()}
         for name, (low, high) in self._extremes.items():
             targets |= {f"{name}{LOWEST}": low.reshape(()), f"{name}{HIGHEST}": high.reshape(())}
-        for name, shape in outputs.items():
-            array = targets[name]
-            # the gradient of a scalar weight comes as (1,)
-            array = array.reshape(1) if array.ndim == 0 and shape == [1] else array
-            self._bind(self._binding.bind_output, name, array)
+        for name in outputs:
+            self._bind(self._binding.bind_output, name, targets[name])
 
     @staticmethod
     def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
@@ -200,12 +194,6 @@ def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:
     return found
 
 
-def _reaching(model: onnx.ModelProto) -> set[str]:
-    """Return the values from which floats lead to the loss; the builder refuses others."""
-    others = other_types(model.graph)
-    return leading_to({"loss"}, links(model.graph), lambda name: name not in others)
-
-
 def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
     """Make the smallest and the largest value of some tensors outputs."""
     for name in tensors:
@@ -213,25 +201,3 @@ def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
             output = f"{name}{suffix}"
             model.graph.node.append(onnx.helper.make_node(op, [name], [output], keepdims=0))
             model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, []))
-
-
-def _differentiated(model: onnx.ModelProto, learned: frozenset[str]) -> onnx.ModelProto:
-    """Return the graph of loss and gradients, by onnxruntime's builder where it has one."""
-    if ort_internals is None:
-        return add_gradients(model, learned, kernels=installed_kernels())
-    register_relu_gradient()
-    return _gradient_graph(model.SerializeToString(), _reaching(model) & learned)
-
-
-def _gradient_graph(model: bytes, learned: set[str]) -> onnx.ModelProto:
-    quiet = ort.SessionOptions()
-    quiet.log_severity_level = LOG_FATAL_ONLY  # the builder reports on every pass it tries
-    try:
-        builder = ort_internals.GradientGraphBuilder(model, {"loss"}, learned, "loss", quiet)
-        builder.build()
-        graph: onnx.ModelProto = onnx.load_model_from_string(builder.get_model())
-    except Exception as error:  # the bindings raise bare RuntimeErrors
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"onnxruntime cannot build the gradient: {message}") from error
-    batch_convolutions(graph)
-    return graph

@@ -40,20 +40,20 @@ Inside the range ``dy - passed`` is zero, so that no large sums cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from onnxqat.qparams import Method
-from onnxqat.train.gradients import Node, constant, register_gradient, step
 
 __all__ = ["DOMAIN", "FakeQuantize"]
 
 DOMAIN = "onnxqat"
+
+Nodes = list[onnx.NodeProto]
 
 # |y - x| exceeds s / 2 by float32 rounding of x / s and of q * s: each below 2^-16 * s for the
 # 256 levels of 8 bits. A value is misjudged as inside only within this slack of the range's end.
@@ -61,8 +61,6 @@ HALF_LEVEL = 0.5 + 2**-14
 
 LEARNING = ("lsq", "lsq+", "pact", "dsq")  # methods that learn the scale
 DSQ_ALPHA = 0.4  # how much of a step's height the soft staircase lacks; as MQBench fixes it
-
-KEEP_NO_AXES = ("keepdims", 0, "int", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +117,8 @@ class FakeQuantize:
 
     @property
     def inputs(self) -> tuple[str, str, str]:
-        """The formal inputs: onnxruntime needs the first to be one with a gradient."""
-        return ("x", "s", "z") if self.learns_x or not self.learns_scale else ("s", "x", "z")
+        """The formal inputs."""
+        return ("x", "s", "z")
 
     def function(self, opset: int) -> onnx.FunctionProto:
         """Return the forward pass as a model-local function."""
@@ -157,11 +155,6 @@ class FakeQuantize:
             helper.make_node("Cast", ["inner_z"], ["integer_z"], to=kind),
         ]
 
-    def register(self) -> None:
-        """Tell onnxruntime the gradient; its first registration holds for the process."""
-        if self.learns_x or self.learns_scale:
-            register_gradient(f"{DOMAIN}::{self.op_type}", self._gradient())
-
     def gradient_function(self, opset: int) -> onnx.FunctionProto | None:
         """Return the gradient as a model-local function, None where nothing has one.
 
@@ -170,10 +163,7 @@ class FakeQuantize:
         """
         if not (self.learns_x or self.learns_scale):
             return None
-        roles = {f"I({i})": name for i, name in enumerate(self.inputs)}
-        roles |= {f"GI({i})": f"d{name}" for i, name in enumerate(self.inputs)}
-        roles |= {"O(0)": "y", "GO(0)": "dy"}
-        nodes = [_node(roles, *given) for given in self._gradient()]
+        nodes = self._gradient()
         made = {name for node in nodes for name in node.output}
         read = {name for node in nodes for name in node.input} - made
         outputs = [f"d{name}" for name in self.inputs if f"d{name}" in made]
@@ -182,92 +172,91 @@ class FakeQuantize:
         opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_function(DOMAIN, name, passed, outputs, nodes, opsets)
 
-    def _gradient(self) -> list[Node]:
-        x, s, z = (f"I({self.inputs.index(name)})" for name in "xsz")
-        nodes: list[Node] = [
-            *self._shaped({"x": x, "y": "O(0)", "dy": "GO(0)"}),
-            *self._broadcast(s, "scale"),
-            ("Sub", ["y", "x"], ["error"], []),
-            *(self._inside() if self._has_few_levels else self._inside_by_level(z)),
-            ("Mul", ["dy", "inside"], ["passed"], []),
-            ("Sub", ["dy", "passed"], ["stopped"], []),
+    def _gradient(self) -> Nodes:
+        nodes = [
+            *self._shaped("x", "y", "dy"),
+            *self._broadcast("s", "scale"),
+            _node("Sub", ["y_rows", "x_rows"], "error"),
+            *(self._inside() if self._has_few_levels else self._inside_by_level()),
+            _node("Mul", ["dy_rows", "inside"], "passed"),
+            _node("Sub", ["dy_rows", "passed"], "stopped"),
         ]
         if self.learns_x:
             nodes += self._slope() if self.method == "dsq" else []
             passed = "soft" if self.method == "dsq" else "passed"
-            nodes.append(("Shape", [x], ["shape"], []))
-            nodes.append(("Reshape", [passed, "shape"], ["GI(0)"], []))
+            nodes.append(_node("Shape", ["x"], "shape"))
+            nodes.append(_node("Reshape", [passed, "shape"], "dx"))
         if self.learns_scale:
             nodes += self._scale_gradient()
-            nodes.append(("Div", ["total", s], [f"GI({self.inputs.index('s')})"], []))
+            nodes.append(_node("Div", ["total", "s"], "ds"))
         if self.learns_zero_point:
-            nodes += [*self._sum("stopped", "shift"), ("Mul", ["shift", s], ["pull"], [])]
-            nodes.append(("Neg", ["pull"], ["GI(2)"], []))
+            nodes += [*self._sum("stopped", "shift"), _node("Mul", ["shift", "s"], "pull")]
+            nodes.append(_node("Neg", ["pull"], "dz"))
         return nodes
 
-    def _shaped(self, tensors: dict[str, str]) -> list[Node]:
+    def _shaped(self, *tensors: str) -> Nodes:
         """Return nodes that make rows of tensors where the elements of a scale are rows.
 
         The products want them. And a kernel that broadcasts a scale is slow where the last axis has
         length 1, as in the weight of a 1x1 convolution.
         """
         if self.axis:
-            return [("Identity", [tensor], [name], []) for name, tensor in tensors.items()]
+            return [_node("Identity", [tensor], f"{tensor}_rows") for tensor in tensors]
         by_row = self.axis == 0 or (self.rank or 0) > 1
         rows = [0, 1, -1] if by_row else [1, 1, -1]
         return [
-            ("Constant", [], ["rows"], [("value", rows, "int", True)]),
-            *[("Reshape", [tensor, "rows"], [name], []) for name, tensor in tensors.items()],
+            _integers("rows", rows),
+            *[_node("Reshape", [tensor, "rows"], f"{tensor}_rows") for tensor in tensors],
         ]
 
     @property
     def _has_few_levels(self) -> bool:
         return self.qmax - self.qmin < 2**8
 
-    def _inside(self) -> list[Node]:
+    def _inside(self) -> Nodes:
         """Return the mask from |y - x| <= s / 2."""
         return [
-            ("Abs", ["error"], ["distance"], []),
-            constant("half", HALF_LEVEL),
-            ("Mul", ["scale", "half"], ["limit"], []),
-            ("Sub", ["limit", "distance"], ["room"], []),
-            step("room", "inside"),
+            _node("Abs", ["error"], "distance"),
+            _number("half", HALF_LEVEL),
+            _node("Mul", ["scale", "half"], "limit"),
+            _node("Sub", ["limit", "distance"], "room"),
+            _node("HardSigmoid", ["room"], "inside", alpha=1e30, beta=0.0),
         ]
 
-    def _inside_by_level(self, z: str) -> list[Node]:
+    def _inside_by_level(self) -> Nodes:
         """Return the mask from the level that x rounds to, exact for any number of levels.
 
         The level is an integer, so that the distance to the first one outside is 1 or more
         inside, 0 or less outside.
         """
         return [
-            *self._whole_zero_point(z),
+            *self._whole_zero_point(),
             *self._broadcast("whole_z", "offset"),
-            ("Div", ["x", "scale"], ["position"], []),
-            ("Round", ["position"], ["rounded"], []),
-            ("Add", ["rounded", "offset"], ["level"], []),
-            constant("below", self.qmin - 1.0),
-            constant("above", self.qmax + 1.0),
-            ("Sub", ["level", "below"], ["from_below"], []),
-            ("Sub", ["above", "level"], ["from_above"], []),
-            ("Min", ["from_below", "from_above"], ["nearest"], []),
-            constant("zero", 0.0),
-            constant("one", 1.0),
-            ("Clip", ["nearest", "zero", "one"], ["inside"], []),
+            _node("Div", ["x_rows", "scale"], "position"),
+            _node("Round", ["position"], "rounded"),
+            _node("Add", ["rounded", "offset"], "level"),
+            _number("below", self.qmin - 1.0),
+            _number("above", self.qmax + 1.0),
+            _node("Sub", ["level", "below"], "from_below"),
+            _node("Sub", ["above", "level"], "from_above"),
+            _node("Min", ["from_below", "from_above"], "nearest"),
+            _number("zero", 0.0),
+            _number("one", 1.0),
+            _node("Clip", ["nearest", "zero", "one"], "inside"),
         ]
 
-    def _whole_zero_point(self, z: str) -> list[Node]:
+    def _whole_zero_point(self) -> Nodes:
         """Return nodes that make a float32 of whole number of the zero_point."""
         if not self.moves_zero_point:
-            return [("Cast", [z], ["whole_z"], [("to", TensorProto.FLOAT, "int", False)])]
+            return [_node("Cast", ["z"], "whole_z", to=TensorProto.FLOAT)]
         return [
-            ("Round", [z], ["rounded_z"], []),
-            constant("least_z", float(self.qmin)),
-            constant("greatest_z", float(self.qmax)),
-            ("Clip", ["rounded_z", "least_z", "greatest_z"], ["whole_z"], []),
+            _node("Round", ["z"], "rounded_z"),
+            _number("least_z", float(self.qmin)),
+            _number("greatest_z", float(self.qmax)),
+            _node("Clip", ["rounded_z", "least_z", "greatest_z"], "whole_z"),
         ]
 
-    def _slope(self) -> list[Node]:
+    def _slope(self) -> Nodes:
         """Return the gradient through the soft staircase.
 
         With k = log(2 / alpha - 1), which makes its steps 1 - alpha high, and d = |x - y| / s the
@@ -277,77 +266,72 @@ class FakeQuantize:
         """
         k = math.log(2 / DSQ_ALPHA - 1)
         return [
-            ("Abs", ["error"], ["off_level"], []),
-            ("Div", ["off_level", "scale"], ["d"], []),
-            constant("middle", 0.5),
-            ("Sub", ["middle", "d"], ["to_middle"], []),
-            constant("k", k),
-            ("Mul", ["to_middle", "k"], ["argument"], []),
-            ("Tanh", ["argument"], ["tanh"], []),
-            ("Mul", ["tanh", "tanh"], ["flat"], []),
-            constant("unit", 1.0),
-            ("Sub", ["unit", "flat"], ["steepness"], []),
-            constant("height", k / (2 * (1 - DSQ_ALPHA))),
-            ("Mul", ["steepness", "height"], ["slope"], []),
-            ("Mul", ["passed", "slope"], ["soft"], []),
+            _node("Abs", ["error"], "off_level"),
+            _node("Div", ["off_level", "scale"], "d"),
+            _number("middle", 0.5),
+            _node("Sub", ["middle", "d"], "to_middle"),
+            _number("k", k),
+            _node("Mul", ["to_middle", "k"], "argument"),
+            _node("Tanh", ["argument"], "tanh"),
+            _node("Mul", ["tanh", "tanh"], "flat"),
+            _number("unit", 1.0),
+            _node("Sub", ["unit", "flat"], "steepness"),
+            _number("height", k / (2 * (1 - DSQ_ALPHA))),
+            _node("Mul", ["steepness", "height"], "slope"),
+            _node("Mul", ["passed", "slope"], "soft"),
         ]
 
-    def _broadcast(self, values: str, name: str) -> list[Node]:
+    def _broadcast(self, values: str, name: str) -> Nodes:
         """Return nodes that align scale or zero_point with x as it is shaped."""
         if self.axis is None or self.rank is None:
-            return [("Identity", [values], [name], [])]
+            return [_node("Identity", [values], name)]
         shape = [1] * (self.rank if self.axis else 3)
         shape[self.axis] = -1
         return [
-            ("Constant", [], [f"{name}_shape"], [("value", shape, "int", True)]),
-            ("Reshape", [values, f"{name}_shape"], [name], []),
+            _integers(f"{name}_shape", shape),
+            _node("Reshape", [values, f"{name}_shape"], name),
         ]
 
-    def _scale_gradient(self) -> list[Node]:
+    def _scale_gradient(self) -> Nodes:
         """Return nodes that compute the ``total`` of each element of the scale, before / s."""
         if self.method not in ("lsq", "lsq+"):
-            return self._product("stopped", "y", "total")
+            return self._product("stopped", "y_rows", "total")
         return [
-            *self._product("dy", "error", "of_error"),
-            *self._product("stopped", "x", "of_x"),
-            ("Add", ["of_error", "of_x"], ["total"], []),
+            *self._product("dy_rows", "error", "of_error"),
+            *self._product("stopped", "x_rows", "of_x"),
+            _node("Add", ["of_error", "of_x"], "total"),
         ]
 
-    def _product(self, left: str, right: str, name: str) -> list[Node]:
+    def _product(self, left: str, right: str, name: str) -> Nodes:
         """Return nodes that sum products over all elements that share a scale."""
         if self.axis:
             return [
-                ("Mul", [left, right], [f"{name}_terms"], []),
+                _node("Mul", [left, right], f"{name}_terms"),
                 *self._sum(f"{name}_terms", name),
             ]
-        across = ("transB", 1, "int", False)
-        row = ("com.microsoft.FusedMatMul", [left, right], [f"{name}_rows"], [across])
+        row = _node("com.microsoft.FusedMatMul", [left, right], f"{name}_rows", transB=1)
         return [row, *self._sum(f"{name}_rows", name)]
 
-    def _sum(self, terms: str, name: str) -> list[Node]:
+    def _sum(self, terms: str, name: str) -> Nodes:
         """Return nodes that sum over all elements that share a scale."""
         if self.axis is None:
-            return [("ReduceSum", [terms], [name], [KEEP_NO_AXES])]
+            return [_node("ReduceSum", [terms], name, keepdims=0)]
         axes = [i for i in range((self.rank or 0) if self.axis else 3) if i != self.axis]
         return [
-            ("Constant", [], [f"{name}_axes"], [("value", axes, "int", True)]),
-            ("ReduceSum", [terms, f"{name}_axes"], [name], [KEEP_NO_AXES]),
+            _integers(f"{name}_axes", axes),
+            _node("ReduceSum", [terms, f"{name}_axes"], name, keepdims=0),
         ]
 
 
-def _node(
-    roles: Mapping[str, str],
-    op_type: str,
-    inputs: list[str],
-    outputs: list[str],
-    attributes: list[tuple[str, Any, str, bool]],
-) -> onnx.NodeProto:
-    """Return a node of a gradient definition; names that are no roles are its own."""
-    read, made = ([roles.get(n, f"inner_{n}") for n in names] for names in (inputs, outputs))
-    given: dict[str, Any] = {name: value for name, value, _, _ in attributes}
-    for name, value, dtype, is_tensor in attributes:
-        if is_tensor:
-            array = np.array(value, np.float32 if dtype == "float" else np.int64)
-            given[name] = numpy_helper.from_array(array)
+def _node(op_type: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
     domain, _, op_type = op_type.rpartition(".")
-    return helper.make_node(op_type, read, made, None, None, domain, None, **given)
+    return helper.make_node(op_type, inputs, [output], domain=domain, **attributes)
+
+
+def _number(name: str, value: float) -> onnx.NodeProto:
+    """Return a float32 of shape ()."""
+    return _node("Constant", [], name, value_float=value)
+
+
+def _integers(name: str, values: list[int]) -> onnx.NodeProto:
+    return _node("Constant", [], name, value_ints=values)

@@ -28,8 +28,7 @@ from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, quantized_range
 from onnxqat.quantized import QuantizedModel, insert_pairs
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
-from onnxqat.train.gradients import CustomOp
-from onnxqat.train.lowering import Refusal, ShapeUnknown, fixed_shapes, lower
+from onnxqat.train.lowering import CustomOp, Refusal, ShapeUnknown, fixed_shapes, lower
 from onnxqat.train.trained import trained_initializers
 
 __all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untrainable_nodes"]
@@ -109,8 +108,6 @@ def training_form(
     needed |= {opset.domain for f in builder.functions for opset in f.opset_import}
     for domain in sorted(needed - {"", *(o.domain for o in proto.opset_import)}):
         proto.opset_import.append(helper.make_opsetid(domain, 1))
-    for variant in builder.variants.values():
-        variant.register()
     made = TrainingForm(
         proto=proto,
         weights=weights,

@@ -2,8 +2,8 @@
 
 Its inputs are named like what they read, see `Values.find`; its only output is one float32 number.
 It is prepared like a model, at the opset of the training form; then its nodes go behind those of
-the form, with a prefix before their names. A node without a right gradient of onnxruntime's becomes
-an op of ours, as in the model, or is refused by name.
+the form, with a prefix before their names. A node is lowered
+as in the model, or is refused by name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from onnxqat.errors import TrainingError
 from onnxqat.model import Model
 from onnxqat.preparation import prepare
 from onnxqat.train.form import reaching
-from onnxqat.train.gradients import CustomOp
 from onnxqat.train.losses.terms import Loss
 from onnxqat.train.losses.values import TENSOR, Value, Values, fits
-from onnxqat.train.lowering import Refusal, lower
+from onnxqat.train.lowering import CustomOp, Refusal, lower
 from onnxqat.versions import changed_node, default_opset
 
 __all__ = ["attach", "tensor_read"]
 
-# Has no place in a model, so that lowering does not know it: onnxruntime's gradient of the first
-# input is right, and reads the second output.
+# Has no place in a model, so that lowering does not know it: the gradient of the first
+# input reads the second output.
 WITH_LOG_PROB = "SoftmaxCrossEntropyLoss"
 READABLE = {
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8),
@@ -173,7 +172,7 @@ def _check_result(graph: gs.Graph, name: str) -> None:
 
 
 def _lower(graph: gs.Graph, learned: set[str], name: str) -> list[CustomOp]:
-    """Replace the nodes whose gradient onnxruntime lacks; return the ops of ours among them."""
+    """Replace the nodes that need it for their gradient; return the ops of ours among them."""
     trained, before = set(learned), reaching(graph)
     nodes: list[gs.Node] = []
     used: list[CustomOp] = []
@@ -225,7 +224,6 @@ def _merge(model: onnx.ModelProto, loss: onnx.ModelProto, ops: list[CustomOp]) -
     known = {function.name for function in model.functions}
     for op in ops:
         if op.op_type not in known:
-            op.register()
             model.functions.extend([op.forward, op.gradient])
             known.add(op.op_type)
     domains = {node.domain for node in loss.graph.node}

@@ -1,13 +1,13 @@
-"""Training-only stand-ins for ops whose gradient onnxruntime 1.19.2 lacks or has wrong.
+"""What stands for a node while training, so that it has a gradient.
 
 The saved model keeps the original ops. In the training form a node is, in this order:
 
 1. refused, with the reason (`REFUSED`, or what a gradient cannot cover);
-2. left as it is, where onnxruntime's gradient equals finite differences (`NATIVE`);
+2. left as it is, where `onnxqat.gradients` defines its gradient (`NATIVE`);
 3. rewritten into such nodes (`onnxqat.train.lowering.chains`);
 4. an op of ours: the original as its forward pass, and a gradient in ONNX text.
 
-Every one of them computes the same values as the original node, bit for bit.
+Each computes the same values as the original node, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import constant
 from onnxqat.nodes import is_op
 from onnxqat.operators import RECURRENT, SUBGRAPHS
-from onnxqat.train.gradients import CustomOp
 from onnxqat.train.lowering import chains, pointwise, reductions, separable
 from onnxqat.train.lowering.convolution import conv_transpose
 from onnxqat.train.lowering.gradient import (
+    CustomOp,
     Gradient,
     Refusal,
     ShapeUnknown,
@@ -39,7 +39,14 @@ from onnxqat.train.lowering.rearranging import (
 )
 from onnxqat.train.lowering.shapes import fixed_shapes
 
-__all__ = ["FIRST_INPUT_ONLY", "Refusal", "ShapeUnknown", "fixed_shapes", "lower"]
+__all__ = [
+    "FIRST_INPUT_ONLY",
+    "CustomOp",
+    "Refusal",
+    "ShapeUnknown",
+    "fixed_shapes",
+    "lower",
+]
 
 NATIVE = frozenset(
     (
@@ -96,7 +103,7 @@ def lower(
     Raises
     ------
     Refusal
-        Neither onnxruntime nor this package has a right gradient.
+        There is no right gradient.
     """
     if not is_op(node, node.op):
         fused = "; give the model as it was before onnxruntime fused it"
@@ -132,14 +139,13 @@ def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:
 
 
 def _gradient(node: gs.Node, opset: int) -> Gradient | None:
-    """Return the gradient of ours, None where there is none."""
+    """Return the gradient in ONNX text, None where there is none."""
     if node.op == "Resize":
         return separable.resize(node, opset)
-    # onnxruntime's gradient is that of constant mode without the axes input
     if node.op == "Pad" and (node.attrs.get("mode", "constant") != "constant" or node.inputs[3:]):
         return separable.pad(node, opset)
     if node.op == "Gelu" and node.attrs.get("approximate", "none") == "none":
-        return None  # onnxruntime's gradient is that of this form, whatever the attribute
+        return None
     if node.op == "Slice" and separable.goes_backwards(node):
         return separable.backward_slice(node, opset)
     if node.op == "Clip":
@@ -151,14 +157,12 @@ def _gradient(node: gs.Node, opset: int) -> Gradient | None:
 
 
 def _check_native(node: gs.Node, learned: Sequence[int]) -> None:
-    """Refuse a node whose gradient onnxruntime lacks or has wrong."""
+    """Refuse a node that has no gradient, or none for what is learned."""
     if node.op not in NATIVE:
         raise Refusal("it has no gradient here")
     mode = node.attrs.get("auto_pad", "NOTSET")
     if mode.startswith("SAME"):
-        raise Refusal(f"onnxruntime's gradient is wrong with auto_pad {mode}; export fixed sizes")
-    if node.op == "AveragePool" and set(node.attrs.get("dilations", [1])) != {1}:
-        raise Refusal("onnxruntime's gradient is wrong with dilations")
+        raise Refusal(f"its pads are not fixed (auto_pad {mode}); export fixed sizes")
     ranks = [len(tensor.shape or ()) for tensor in node.inputs[:2]]
     if node.op == "MatMul" and ranks[0] == 1 and ranks[1] > 2:
         raise Refusal("a vector times a batch of matrices has no gradient here")

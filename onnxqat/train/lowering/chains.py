@@ -3,9 +3,9 @@
 ========  ====================================  =============================================
 Sum       chain of Add                          in the order in which onnxruntime adds
 Mean      chain of Add, Mul by 1 / count
-Max, Min  chain of two-operand Max, Min         onnxruntime's gradient takes two
+Max, Min  chain of two-operand Max, Min         their gradient takes two
 Split     one Slice per output                  where not every output needs a gradient:
-                                                onnxruntime joins those there are
+                                                a zero for each part is joined
 ========  ====================================  =============================================
 
 The values are the same bit for bit.

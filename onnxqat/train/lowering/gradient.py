@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxqat.preparation.editing import constant_values
-from onnxqat.train.gradients import LOWERED_DOMAIN, CustomOp
 
 __all__ = [
+    "LOWERED_DOMAIN",
+    "CustomOp",
     "Gradient",
     "Refusal",
     "ShapeUnknown",
@@ -37,6 +38,7 @@ __all__ = [
     "summed_to",
 ]
 
+LOWERED_DOMAIN = "onnxqat.lowered"  # of what stands for an op of the model
 # Constants that every text may read. A mask is Clip(big * something, zero, one): a comparison
 # and a cast from bool are 20 times slower on a CPU.
 NUMBERS = {"zero": 0.0, "half": 0.5, "one": 1.0, "two": 2.0, "big": 1e30}
@@ -56,6 +58,28 @@ class Refusal(Exception):  # noqa: N818 - an answer, not a failure; it never lea
 
 class ShapeUnknown(Refusal):
     """A length is not known; inference with a fixed batch may find it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomOp:
+    """An op whose forward pass and gradient are two model-local functions.
+
+    Attributes
+    ----------
+    forward : onnx.FunctionProto
+        Its inputs that have gradients come first; its only output is ``y``.
+    gradient : onnx.FunctionProto
+        Reads any of the forward's inputs, ``y`` and the upstream gradient ``dy``; see
+        `onnxqat.gradients`.
+    """
+
+    forward: onnx.FunctionProto
+    gradient: onnx.FunctionProto
+
+    @property
+    def op_type(self) -> str:
+        """The op type."""
+        return self.forward.name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ quantized tensor the common case. Axes must be constant.
 ReduceMax, ReduceMin  dy * mask / sum(mask), mask = (x == y)
 ReduceL1, ReduceL2    dy * sign(x), dy * x / y (0 where y is 0)
 ReduceSumSquare       2 * dy * x
-ReduceSum, ReduceMean dy, dy / count (onnxruntime's fail where no axes are given)
+ReduceSum, ReduceMean dy, dy / count
 ReduceProd            dy * product of the others, also where one is zero
 ReduceLogSum          dy / sum(x) = dy * exp(-y)
 ReduceLogSumExp       dy * exp(x - y)

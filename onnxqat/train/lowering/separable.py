@@ -95,7 +95,7 @@ def pad(node: gs.Node, opset: int) -> Gradient:
 
 
 def goes_backwards(node: gs.Node) -> bool:
-    """Return whether a Slice may have a negative step, where onnxruntime's gradient fails."""
+    """Return whether a Slice may have a negative step."""
     if len(node.inputs) < 5 or not node.inputs[4].name:
         return False
     steps = constant_values(node.inputs[4])
