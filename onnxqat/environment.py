@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import platform
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,7 +18,11 @@ from onnxqat.errors import OnnxQatError
 
 __all__ = ["check_environment", "check_packages", "mending"]
 
-ENGINE = "onnxruntime-training-cpu"
+# As in pyproject.toml: the training build, where it has wheels.
+HAS_TRAINING_BUILD = sys.version_info < (3, 13) and (
+    sys.platform == "darwin" or platform.machine() in ("x86_64", "AMD64")
+)
+ENGINE = "onnxruntime-training-cpu" if HAS_TRAINING_BUILD else "onnxruntime"
 IMPORTED = ("numpy", "google.protobuf", "onnx", "onnx_graphsurgeon", "onnxruntime")
 LIBRARIES = {"google.protobuf": ("protobuf", "onnx"), "onnx": ("onnx", "protobuf")}
 USED = ("InferenceSession", "SessionOptions", "GraphOptimizationLevel")
@@ -66,7 +71,7 @@ def check_environment() -> None:
 
 
 def mending() -> str:
-    """Return the commands that leave one distribution of onnxruntime, which can train."""
+    """Return the commands that leave one distribution of onnxruntime, the one to be used here."""
     installed = [entry.partition(" ")[0] for entry in _distributions()]
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
     return f"Run: {remove}pip install {_requirement(ENGINE)}"
@@ -86,6 +91,7 @@ def _requirement(name: str) -> str:
 
     try:
         wanted = [r for r in metadata.requires("onnxqat") or () if r.startswith(name)]
+        wanted = [r.partition(";")[0].strip() for r in wanted]
     except metadata.PackageNotFoundError:
         wanted = []
     exact = [r for r in wanted if not r[len(name)].isalnum() and r[len(name)] != "-"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from onnxqat import __main__, environment
 from onnxqat.cli import main
@@ -18,6 +21,9 @@ from onnxqat.environment import check_packages
 from onnxqat.errors import OnnxQatError
 
 TRAINING = "pip install onnxruntime-training-cpu==1.19.2"
+if not environment.HAS_TRAINING_BUILD:
+    TRAINING = "pip install 'onnxruntime>=1.23'"
+ROOT = Path(__file__).parents[2]
 PAGE = "import sys; sys.stderr.write('a page\\nof text\\n'); "
 
 
@@ -128,6 +134,37 @@ def test_a_module_that_lost_its_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(OnnxQatError, match=f"onnxruntime is not installed. Run: {TRAINING}"):
         check_packages()
+
+
+MACHINES = {
+    ("3.11", "linux", "x86_64"): "onnxruntime-training-cpu",
+    ("3.12", "linux", "x86_64"): "onnxruntime-training-cpu",
+    ("3.13", "linux", "x86_64"): "onnxruntime",
+    ("3.14", "linux", "x86_64"): "onnxruntime",
+    ("3.11", "linux", "aarch64"): "onnxruntime",
+    ("3.12", "darwin", "arm64"): "onnxruntime-training-cpu",
+    ("3.13", "darwin", "arm64"): "onnxruntime",
+    ("3.12", "win32", "AMD64"): "onnxruntime-training-cpu",
+    ("3.12", "win32", "ARM64"): "onnxruntime",
+}
+
+
+@pytest.mark.parametrize(("machine", "expected"), MACHINES.items(), ids=str)
+def test_each_machine_gets_the_one_distribution_that_has_wheels_for_it(machine, expected):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    facts = dict(zip(("python_version", "sys_platform", "platform_machine"), machine, strict=True))
+    wanted = [Requirement(r) for r in project["dependencies"] if r.startswith("onnxruntime")]
+    installed = [r.name for r in wanted if r.marker is None or r.marker.evaluate(facts)]
+
+    assert installed == [expected]
+    assert machine[0] in SpecifierSet(project["requires-python"])
+
+
+def test_the_commands_that_mend_name_the_distribution_of_this_machine():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(r) for r in project["dependencies"] if r.startswith("onnxruntime")]
+
+    assert [r.name for r in wanted if r.marker.evaluate()] == [environment.ENGINE]
 
 
 def test_help_is_given_in_a_broken_environment(tmp_path):
