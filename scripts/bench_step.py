@@ -1,8 +1,9 @@
 """Time one training step next to PyTorch's, float and quantized, in turn, on two threads.
 
-    python scripts/bench_step.py --python TORCH_PYTHON [--repeat 15]
+    python scripts/bench_step.py --python TORCH_PYTHON [--plain PYTHON] [--repeat 15]
 
-TORCH_PYTHON has torch, torchvision and onnx. Ours: the step of `finetune` under the rule
+TORCH_PYTHON has torch, torchvision and onnx; PYTHON has this package with another onnxruntime, so
+that a training build and a plain one are timed in turn. Ours: the step of `finetune` under the rule
 onnxruntime-cpu with per-tensor weights, cross-entropy, sgd; LSQ learns weights and scales. The
 peer: `bench_step_peer.py`. BatchNormalization is folded in ours, as in every fine-tuning of an
 exported model; PyTorch trains it.
@@ -49,7 +50,6 @@ CASES = (
     ("resnet18", 32, 32),
     ("mobilenet_v2", 32, 32),
 )
-KINDS = ("float", "qat", "peer float", "peer qat")
 THREADS, WARM_UP, PROFILED = 2, 2, 5
 PRODUCTS = {"Conv", "ConvGrad", "FusedMatMul", "Gemm", "MatMul"}
 SUMS = "FakeQuantize"  # in the names of the products that sum the gradient of a scale
@@ -148,27 +148,33 @@ def measured(commands: dict[str, list[str]], repeat: int) -> dict[str, list[floa
     return found
 
 
-def compare(case: int, python: str, repeat: int) -> None:
+def compare(case: int, python: str, plain: str | None, repeat: int) -> None:
     """Print the lines of one network."""
     name, size, batch = CASES[case]
     peer = [python, str(Path(__file__).with_name("bench_step_peer.py")), name, str(size)]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         subprocess.run([*peer, str(batch), "export", path], check=True)
-        mine = [sys.executable, __file__, "--case", str(case), "--model", path, "--work"]
-        commands = {kind: [*mine, kind] for kind in KINDS[:2]}
-        commands |= {kind: [*peer, str(batch), kind.removeprefix("peer ")] for kind in KINDS[2:]}
+        mine = [__file__, "--case", str(case), "--model", path, "--work"]
+        commands = {"float": [sys.executable, *mine, "float"]}
+        commands["LSQ"] = [sys.executable, *mine, "qat"]
+        if plain is not None:
+            commands |= {"plain float": [plain, *mine, "float"], "plain LSQ": [plain, *mine, "qat"]}
+        commands["peer float"] = [*peer, str(batch), "float"]
+        commands["peer QAT"] = [*peer, str(batch), "qat"]
         found = measured(commands, repeat)
-        share = subprocess.run([*mine, "share"], check=True, capture_output=True, text=True).stdout
-    print(f"{name} {size}x{size}, batch {batch}")
+        command = [sys.executable, *mine, "share"]
+        share = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(f"{name} {size}x{size}, batch {batch}".ljust(34) + "".join(f"{k:>12}" for k in found))
     for row, what in enumerate(("seconds", "CPU seconds", "peak GB")):
-        print(f"  {what:<22}" + "".join(f"{found[kind][row]:>12.3f}" for kind in KINDS))
-    print(f"  {'outside of products':<34}{float(share):>12.0%}", flush=True)
+        print(f"  {what:<32}" + "".join(f"{figures[row]:>12.3f}" for figures in found.values()))
+    print(f"  {'outside of products':<32}{'':>12}{float(share):>12.0%}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="of an environment with torch")
+    parser.add_argument("--plain", help="of an environment with another onnxruntime")
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one network alone")
     for hidden in ("--model", "--work"):  # what a process of one model is told
@@ -183,10 +189,8 @@ def main() -> None:
         return
     if arguments.python is None:
         parser.error("--python is required")
-    heads = ("float", "LSQ", "peer float", "peer QAT")
-    print(" " * 24 + "".join(f"{head:>12}" for head in heads), flush=True)
     for case in range(len(CASES)) if arguments.case is None else [arguments.case]:
-        compare(case, arguments.python, arguments.repeat)
+        compare(case, arguments.python, arguments.plain, arguments.repeat)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +175,12 @@ def table(rows):
     return "\n".join(lines)
 
 
+def distribution():
+    """Return the distribution of onnxruntime, and its version."""
+    name = metadata.packages_distributions()["onnxruntime"][0]
+    return f"{name} {metadata.version(name)}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", type=Path)
@@ -191,7 +198,8 @@ def main():
         rows.append(row)
         print(*table([row]).splitlines()[2:], flush=True)
     if arguments.markdown:
-        arguments.markdown.write_text(table(rows) + "\n", encoding="utf-8")
+        text = f"{distribution()}:\n\n{table(rows)}\n"
+        arguments.markdown.write_text(text, encoding="utf-8")
     sys.exit(any(row.result != "ok" for row in rows))
 
 
