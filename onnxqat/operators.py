@@ -27,6 +27,15 @@ movement       what is in an output
 ``extremes``   values of the data, or zero, chosen by their size
 ``fills``      values of the first input, and by its attributes others around or between them
 =============  ====================================================================================
+
+=============  ====================================================================================
+homogeneous    where f(s * x) = s * f(x) for every number s > 0
+=============  ====================================================================================
+``values``     each value of the first input on its own
+``windows``    over the spatial axes of the first input, each channel on its own
+``axes``       over some axes of the first input
+``operands``   over all inputs, broadcast to one shape
+=============  ====================================================================================
 """
 
 from __future__ import annotations
@@ -46,15 +55,18 @@ __all__ = [
     "SUBGRAPHS",
     "WEIGHTED",
     "WINDOWED",
+    "Homogeneity",
     "Movement",
     "Operator",
     "Role",
     "convolution_channels",
+    "homogeneous",
     "moving",
     "role_of",
 ]
 
 Role = Literal["data", "factor", "weight", "bias", "scale", "statistic", "slope", "setting"]
+Homogeneity = Literal["values", "windows", "axes", "operands"]
 Movement = Literal["axes", "blocks", "repeats", "picks", "joins", "extremes", "fills"]
 
 ONNX_DOMAINS = (None, "", "ai.onnx")  # onnxruntime has a Conv and a Gelu of its own
@@ -72,6 +84,8 @@ class Operator:
         By index; the last one stands for all inputs behind it.
     movement : Movement or None
         None: it computes what it writes.
+    homogeneous : Homogeneity or None
+        None: not of every use of it; of what only moves values, ``movement`` says more.
     channel_axis : int or None
         Of a ``weight``: the axis of the output channels; with groups, of those of one group.
     window : bool
@@ -87,6 +101,7 @@ class Operator:
 
     inputs: tuple[Role, ...] = ("data",)
     movement: Movement | None = None
+    homogeneous: Homogeneity | None = None
     channel_axis: int | None = None
     window: bool = False
     nonnegative: bool = False
@@ -116,15 +131,15 @@ OPERATORS: dict[str, Operator] = {
     "Gather": Operator(inputs=_SETTINGS, movement="picks"),
     "GatherElements": Operator(inputs=_SETTINGS, movement="picks"),
     "GatherND": Operator(inputs=_SETTINGS, movement="picks"),
-    "GlobalMaxPool": Operator(movement="extremes"),
+    "GlobalMaxPool": Operator(movement="extremes", homogeneous="windows"),
     "Identity": Operator(movement="axes"),
-    "Max": Operator(movement="extremes"),
-    "MaxPool": Operator(movement="extremes", window=True),
-    "Min": Operator(movement="extremes"),
+    "Max": Operator(movement="extremes", homogeneous="operands"),
+    "MaxPool": Operator(movement="extremes", window=True, homogeneous="windows"),
+    "Min": Operator(movement="extremes", homogeneous="operands"),
     "Pad": Operator(inputs=_SETTINGS, movement="fills"),
-    "ReduceMax": Operator(inputs=_SETTINGS, movement="extremes"),
-    "ReduceMin": Operator(inputs=_SETTINGS, movement="extremes"),
-    "Relu": Operator(movement="extremes", nonnegative=True),
+    "ReduceMax": Operator(inputs=_SETTINGS, movement="extremes", homogeneous="axes"),
+    "ReduceMin": Operator(inputs=_SETTINGS, movement="extremes", homogeneous="axes"),
+    "Relu": Operator(movement="extremes", nonnegative=True, homogeneous="values"),
     "Reshape": Operator(inputs=_SETTINGS, movement="axes"),
     "Resize": Operator(inputs=_SETTINGS, movement="fills"),
     "Slice": Operator(inputs=_SETTINGS, movement="picks"),
@@ -135,22 +150,29 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": Operator(movement="axes"),
     "Unsqueeze": Operator(inputs=_SETTINGS, movement="axes"),
     # of the others, those of which something is asked
-    "Abs": Operator(nonnegative=True),
-    "AveragePool": Operator(window=True),
+    "Abs": Operator(nonnegative=True, homogeneous="values"),
+    "Add": Operator(homogeneous="operands"),
+    "AveragePool": Operator(window=True, homogeneous="windows"),
     "Clip": Operator(inputs=_SETTINGS),
     "GRU": Operator(gates=3),
+    "GlobalAveragePool": Operator(homogeneous="windows"),
     "HardSigmoid": Operator(nonnegative=True),
     "If": Operator(subgraphs=True),
     "LSTM": Operator(gates=4),
+    "LeakyRelu": Operator(homogeneous="values"),
     "Loop": Operator(subgraphs=True),
     "LpPool": Operator(window=True),
-    "PRelu": Operator(inputs=("data", "slope")),
+    "Neg": Operator(homogeneous="values"),
+    "PRelu": Operator(inputs=("data", "slope"), homogeneous="values"),
     "RNN": Operator(gates=1),
-    "ReduceMean": Operator(inputs=_SETTINGS),
+    "ReduceMean": Operator(inputs=_SETTINGS, homogeneous="axes"),
+    "ReduceSum": Operator(inputs=_SETTINGS, homogeneous="axes"),
     "Scan": Operator(subgraphs=True),
     "SequenceMap": Operator(subgraphs=True),
     "Sigmoid": Operator(nonnegative=True),
     "Softmax": Operator(nonnegative=True),
+    "Sub": Operator(homogeneous="operands"),
+    "Sum": Operator(homogeneous="operands"),
 }
 _COMPUTED = Operator()
 
@@ -175,6 +197,11 @@ def role_of(op_type: str, index: int) -> Role:
     """Return what input ``index`` of an operator is."""
     roles = OPERATORS.get(op_type, _COMPUTED).inputs
     return roles[min(index, len(roles) - 1)]
+
+
+def homogeneous(kind: Homogeneity) -> tuple[str, ...]:
+    """Return the operators that are homogeneous in this way."""
+    return tuple(op for op, facts in OPERATORS.items() if facts.homogeneous == kind)
 
 
 def moving(*movements: Movement) -> tuple[str, ...]:

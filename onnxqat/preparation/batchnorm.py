@@ -41,6 +41,7 @@ from onnxqat.nodes import bias_index, channel_axis, is_op
 from onnxqat.operators import WEIGHTED
 from onnxqat.preparation.editing import (
     constant_values,
+    own_name,
     pinned_names,
     remove_nodes,
     tensor_names,
@@ -177,18 +178,12 @@ def _set_parameters(
     if old_weight.name.endswith(".weight"):
         new_bias_name = old_weight.name.removesuffix(".weight") + ".bias"
     if _has_bias(layer):
-        name = _own_name(layer.inputs[2], f"{layer.name}.bias", pinned, taken)
+        name = own_name(layer.inputs[2], f"{layer.name}.bias", pinned, taken)
         layer.inputs[2] = constant(name, bias)
     else:
         made = constant(unique_name(new_bias_name, taken), bias)
         layer.inputs = [*layer.inputs[:2], made]
-    name = _own_name(old_weight, f"{layer.name}.weight", pinned, taken)
+    name = own_name(old_weight, f"{layer.name}.weight", pinned, taken)
     layer.inputs[1] = constant(name, weight)
     if layer.op == "Gemm":
         layer.attrs.pop("beta", None)
-
-
-def _own_name(tensor: gs.Tensor, wanted: str, pinned: set[str], taken: set[str]) -> str:
-    """Return the tensor's name if this is its only use, else a new one."""
-    shared = len(tensor.outputs) > 1 or tensor.name in pinned
-    return unique_name(wanted, taken) if shared else str(tensor.name)

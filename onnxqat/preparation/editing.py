@@ -19,6 +19,7 @@ __all__ = [
     "constant_values",
     "dtype_of",
     "names_in_subgraphs",
+    "own_name",
     "pinned_names",
     "remove_nodes",
     "replace_input",
@@ -107,3 +108,12 @@ def scalar(tensor: gs.Tensor) -> Any:
     """Return the single value of a constant, None where it is not one."""
     values = constant_values(tensor)
     return None if values is None or np.size(values) != 1 else values.reshape(())[()]
+
+
+def own_name(tensor: gs.Tensor, wanted: str, pinned: set[str], taken: set[str]) -> str:
+    """Return the name of what takes the place of a constant for one of its readers.
+
+    It is the constant's own where nothing else needs that, else a new one.
+    """
+    shared = len(tensor.outputs) > 1 or tensor.name in pinned
+    return unique_name(wanted, taken) if shared else str(tensor.name)

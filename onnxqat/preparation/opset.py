@@ -8,12 +8,10 @@ by more than float32 rounding is refused.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from onnxqat import native
 from onnxqat.ends import open_ends, prune
@@ -21,7 +19,8 @@ from onnxqat.errors import ModelError
 from onnxqat.model import Model, from_proto
 from onnxqat.operators import ONNX_DOMAINS
 from onnxqat.preparation.conversion import convert
-from onnxqat.runtime import Session, open_session
+from onnxqat.preparation.examples import run_example
+from onnxqat.runtime import open_session
 from onnxqat.versions import MAX_OPSET, changed_node
 
 __all__ = ["upgrade_opset"]
@@ -29,11 +28,6 @@ __all__ = ["upgrade_opset"]
 MIN_TARGET = 13
 # Of the largest output: some tens of float32 roundings, as other kernels sum in another order.
 TOLERANCE = 1e-5
-LENGTHS = (1, 8, 64, 256)  # what dimensions without a length are tried with
-
-MAX_ELEMENTS = 2**27  # of an input that the models are compared on
-
-Feeds = dict[str, NDArray[np.generic]]
 
 
 def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
@@ -78,7 +72,12 @@ def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
 
 def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, target: int) -> None:
     ends = open_ends(lambda: source, optimization="none", threads=0, name=where)
-    feeds, expected = _example(ends.session, source.graph, where)
+    feeds, expected = run_example(
+        ends.session,
+        source.graph,
+        f"{where}: has to be upgraded, and",
+        f"Export again with opset {MIN_TARGET} or above.",
+    )
     if ends.lost:  # both are run as far as onnxruntime can
         whole, converted = converted, onnx.ModelProto()
         converted.CopyFrom(whole)
@@ -112,41 +111,3 @@ def _distance(old: Any, new: Any) -> tuple[float, float]:
         return 1.0, np.inf
     size = float(np.max(np.abs(old.astype(np.float64)), initial=0)) or 1.0
     return size, float(np.max(np.abs(old.astype(np.float64) - new.astype(np.float64)), initial=0))
-
-
-def _example(
-    session: Session, graph: onnx.GraphProto, where: str
-) -> tuple[Feeds, list[NDArray[np.generic]]]:
-    """Return random inputs that the model accepts, and its outputs."""
-    reason = ""
-    for length in LENGTHS:
-        feeds = _random_inputs(graph, length, where)
-        try:
-            return feeds, session.run(None, feeds)
-        except Exception as error:  # the bindings raise a class per status code
-            reason = str(error).splitlines()[0]
-    raise ModelError(
-        f"{where}: has to be upgraded, and does not run on random inputs to compare ({reason}). "
-        f"Export again with opset {MIN_TARGET} or above."
-    )
-
-
-def _random_inputs(graph: onnx.GraphProto, length: int, where: str) -> Feeds:
-    """Return seeded values for every input that is not an initializer; integers are 0 or 1."""
-    rng = np.random.default_rng(0)
-    initializers = {t.name for t in graph.initializer}
-    feeds: Feeds = {}
-    for value in graph.input:
-        if value.name in initializers:
-            continue
-        kind = value.type.tensor_type
-        shape = [d.dim_value if d.HasField("dim_value") else length for d in kind.shape.dim]
-        if not kind.elem_type or math.prod(shape) > MAX_ELEMENTS:
-            raise ModelError(
-                f"{where}: has to be upgraded, which is tried on random inputs; none is made for "
-                f"'{value.name}' of shape {shape}. Export again with opset {MIN_TARGET} or above."
-            )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        drawn = rng.normal(size=shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
-        feeds[value.name] = drawn.astype(dtype)
-    return feeds

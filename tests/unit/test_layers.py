@@ -43,6 +43,7 @@ ORDER = [
     "data",
     "settings",
     "calibration",
+    "repair",
     "evaluation",
     "analysis",
     "train",

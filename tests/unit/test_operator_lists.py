@@ -36,7 +36,6 @@ PLAIN = {
 }
 # Modules that build graphs, or pass over single operators.
 BUILDERS = {
-    "evaluation/integer/averages.py": "the average over all positions",
     "plan/patterns.py": "the formulas of patterns",
     "preparation/passthrough.py": "Dropout, which does nothing in inference",
     "rules/schema.py": "the names of patterns",

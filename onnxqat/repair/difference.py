@@ -1,0 +1,113 @@
+"""How far two models with the same inputs and outputs are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.ends import open_ends
+from onnxqat.model import Model
+from onnxqat.preparation.examples import run_example
+
+__all__ = ["Difference", "differences"]
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One output of a changed model against that of the model it was made from.
+
+    Attributes
+    ----------
+    output : str
+        Its name.
+    largest : float
+        Largest magnitude of the first model's values, in the output's units.
+    max_abs_diff : float
+        Largest difference, in the same units; NaN where only one of the two is a number.
+    sqnr_db : float
+        ``10 log10(sum(a^2) / sum((a - b)^2))`` in decibels; infinite where nothing differs.
+    """
+
+    output: str
+    largest: float
+    max_abs_diff: float
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        ratio = "equal" if math.isinf(self.sqnr_db) else f"SQNR {self.sqnr_db:.1f} dB"
+        return (
+            f"'{self.output}': largest difference {self.max_abs_diff:.3g} of values up to "
+            f"{self.largest:.3g}, {ratio}"
+        )
+
+
+class _Sums:
+    """Running sums of one output over batches."""
+
+    def __init__(self) -> None:
+        self.largest = self.max_abs_diff = self.signal = self.noise = 0.0
+
+    def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
+        old, new = before.astype(np.float64), after.astype(np.float64)
+        same = (old == new) | (np.isnan(old) & np.isnan(new))
+        finite = np.isfinite(old)
+        apart = np.where(same, 0.0, np.abs(np.where(same, 0, new) - np.where(same, 0, old)))
+        self.largest = max(self.largest, float(np.abs(old[finite]).max(initial=0.0)))
+        self.max_abs_diff = float(np.max([self.max_abs_diff, apart.max(initial=0.0)]))
+        self.signal += float(np.square(old[finite]).sum())
+        self.noise += float(np.square(apart).sum())
+
+    def result(self, output: str) -> Difference:
+        ratio = math.inf if self.noise == 0 else -math.inf
+        if self.noise > 0 and self.signal > 0:
+            ratio = 10 * math.log10(self.signal / self.noise)
+        return Difference(
+            output=output,
+            largest=self.largest,
+            max_abs_diff=self.max_abs_diff,
+            sqnr_db=math.nan if math.isnan(self.noise) else ratio,
+        )
+
+
+def differences(
+    before: Model, after: Model, batches: Iterable[Feeds] | None = None, *, threads: int = 0
+) -> tuple[Difference, ...]:
+    """Return how far the floating-point outputs of two models are apart.
+
+    Parameters
+    ----------
+    before, after : Model
+        With the same inputs and outputs.
+    batches : iterable of mapping of str to array, optional
+        Model inputs by name; one batch of seeded random values by default.
+
+    Raises
+    ------
+    ModelError
+        A model does not run on the batches, or on random values.
+    """
+    sessions = [
+        open_ends(model.to_proto, optimization="basic", threads=threads, name=model.name)
+        for model in (before, after)
+    ]
+    names = sessions[0].names
+    if batches is None:
+        why = f"{before.name}: what it computes is compared before and after, and it"
+        advice = "Give data to compare it on."
+        proto = before.to_proto()
+        batches = [run_example(sessions[0].session, proto.graph, why, advice)[0]]
+    sums = {name: _Sums() for name in names}
+    for feeds in batches:
+        old, new = (ends.session.run(list(names), feeds) for ends in sessions)
+        for name, a, b in zip(names, old, new, strict=True):
+            if isinstance(a, np.ndarray) and a.dtype.kind == "f" and a.shape == b.shape:
+                sums[name].add(a, b)
+    return tuple(one.result(name) for name, one in sums.items())

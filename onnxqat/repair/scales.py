@@ -1,0 +1,186 @@
+"""The scales of cross-layer equalization.
+
+Nagel et al. 2019 (arXiv:1906.04721), section 4.1: of two layers with the channel ranges r1 and r2,
+those of output channel i of the first weight and of input channel i of the second, the scale
+
+::
+
+    s_i = sqrt(r1_i * r2_i) / r2_i                                      (equation 11)
+    W1 -> W1 / s,  b1 -> b1 / s,  W2 -> W2 * s                          (equations 7 and 8)
+
+makes both ranges equal to sqrt(r1_i * r2_i). Pairs are done in order, again and again, until no
+scale changes. A range is here the largest magnitude; weights are quantized symmetrically.
+
+Where several layers write channels of one scale (the branches of an Add), r1_i is the largest of
+their ranges, each taken in proportion to the largest range of its layer, so that a layer of small
+weights counts as much as one of large weights; likewise r2_i where several layers read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.repair.channels import Network
+from onnxqat.repair.layers import Layer
+from onnxqat.repair.sets import ChannelSets, Ids
+
+__all__ = ["Spread", "find_scales", "spreads"]
+
+Floats = NDArray[np.float64]
+
+MAX_SWEEPS = 200
+CONVERGED = 1e-3  # in octaves: scales change by less than 0.07 %
+# A channel whose weights are below this part of the largest carries nothing: it has no range.
+DEAD = 2.0**-16
+
+
+class Spread(NamedTuple):
+    """How far the channels of a weight lie below its largest one, on average, in octaves.
+
+    Of the channels that equalization scales, on both sides; ``after`` as it scales them.
+    """
+
+    node: str
+    before: float
+    after: float
+
+
+class _Port(NamedTuple):
+    """One side of a layer, by the layer's number."""
+
+    layer: int
+    ids: Ids  # of shape (groups, channels of a group)
+    axis: int  # of the layer's matrix, over which the maximum is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Channels that some layers share: who writes them, and who reads them."""
+
+    writers: tuple[_Port, ...]
+    readers: tuple[_Port, ...]
+
+
+def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
+    """Return a scale for each channel number: what the channel is divided by.
+
+    Parameters
+    ----------
+    sweeps : int
+        How often each pair is done at most.
+
+    Returns
+    -------
+    array of shape (channel numbers,), float64
+        1 for what stays as it is.
+    """
+    roots = network.sets.roots(np.arange(network.sets.count))
+    magnitudes = [_magnitudes(layer) for layer in network.layers]
+    free = _free(network, roots)
+    scales = np.ones(roots.size + 1)  # the last one is that of all that is fixed
+    numbers = np.where(free[roots], roots, roots.size)
+    ports = [(numbers[layer.inputs], numbers[layer.outputs]) for layer in network.layers]
+    groups = list(_groups(ports, roots.size))
+    for _ in range(sweeps):
+        changes = [_equalize(group, magnitudes, ports, scales) for group in groups]
+        if max(changes, default=0.0) < CONVERGED:
+            break
+    return np.asarray(scales[numbers])
+
+
+def spreads(network: Network, scales: Floats) -> tuple[Spread, ...]:
+    """Return the spread of each weight with channels that are scaled, in order."""
+    found = []
+    for layer in network.layers:
+        inputs, outputs = scales[layer.inputs], scales[layer.outputs]
+        before = _magnitudes(layer)
+        after = before * inputs[:, None, :] / outputs[:, :, None]
+        moving = (outputs != 1, inputs != 1)
+        if any(side.any() for side in moving):
+            name = str(layer.node.name)
+            found.append(Spread(name, _octaves(before, moving), _octaves(after, moving)))
+    return tuple(found)
+
+
+def _octaves(magnitudes: NDArray[Any], moving: Sequence[NDArray[np.bool_]]) -> float:
+    top = magnitudes.max()
+    ranges = [magnitudes.max(axis=axis)[side] for axis, side in zip((2, 1), moving, strict=True)]
+    alive = np.concatenate(ranges)
+    alive = alive[alive > DEAD * top]
+    return float(np.log2(top / alive).mean()) if alive.size else 0.0
+
+
+def _magnitudes(layer: Layer) -> NDArray[np.float32]:
+    """Return the largest magnitude of the taps, as (groups, outputs, inputs)."""
+    weight = layer.node.inputs[1].values
+    return np.asarray(np.abs(layer.matrix(weight)).max(axis=-1), np.float32)
+
+
+def _free(network: Network, roots: Ids) -> NDArray[np.bool_]:
+    """Return for each channel number whether it stands for a set that may be scaled."""
+    free = np.zeros(roots.size, bool)
+    for channel in np.unique(roots).tolist():
+        free[channel] = network.sets.fixed_because(channel) is None
+    for side in ("inputs", "outputs"):
+        seen = np.zeros(roots.size, bool)
+        for layer in network.layers:
+            seen[roots[getattr(layer, side)]] = True
+        free &= seen
+    return free
+
+
+def _groups(ports: Sequence[tuple[Ids, Ids]], fixed: int) -> Iterator[_Group]:
+    """Yield the channels that are equalized together, in the order of the layers."""
+    together = ChannelSets()
+    together.new(fixed + 1)
+    for sides in ports:
+        for ids in sides:
+            moving = ids[ids != fixed]
+            together.join(np.broadcast_to(moving[:1], moving.shape), moving)
+    writers: dict[int, list[_Port]] = {}
+    readers: dict[int, list[_Port]] = {}
+    for number, (inputs, outputs) in enumerate(ports):
+        for ids, axis, found in ((outputs, 2, writers), (inputs, 1, readers)):
+            moving = ids[ids != fixed]
+            if moving.size:
+                key = int(together.roots(moving[:1])[0])
+                found.setdefault(key, []).append(_Port(number, ids, axis))
+    for key, ones in writers.items():
+        yield _Group(writers=tuple(ones), readers=tuple(readers[key]))
+
+
+def _equalize(
+    group: _Group,
+    magnitudes: Sequence[NDArray[np.float32]],
+    ports: Sequence[tuple[Ids, Ids]],
+    scales: Floats,
+) -> float:
+    """Multiply the scales of a group; return the largest change, in octaves."""
+
+    def ranges(port: _Port) -> NDArray[np.float32]:
+        inputs, outputs = (scales[ids].astype(np.float32) for ids in ports[port.layer])
+        scaled = magnitudes[port.layer] * inputs[:, None, :] / outputs[:, :, None]
+        return np.asarray(scaled.max(axis=port.axis))
+
+    first = _combined([(p.ids, ranges(p)) for p in group.writers], scales.size)
+    second = _combined([(p.ids, ranges(p)) for p in group.readers], scales.size)
+    alive = (first > DEAD * first.max()) & (second > DEAD * second.max())
+    alive[-1] = False
+    factors = np.sqrt(first[alive] / second[alive])
+    scales[alive] *= factors
+    return float(np.abs(np.log2(factors)).max(initial=0.0))
+
+
+def _combined(sides: Sequence[tuple[Ids, NDArray[np.float32]]], count: int) -> Floats:
+    """Return the range of each channel, of the layers that write (or read) it together."""
+    largest = np.array([max(float(ranges.max()), np.finfo(np.float32).tiny) for _, ranges in sides])
+    size = float(np.exp(np.log(largest).mean()))
+    combined = np.zeros(count)
+    for (ids, ranges), top in zip(sides, largest, strict=True):
+        np.maximum.at(combined, ids.reshape(-1), ranges.reshape(-1).astype(np.float64) / top * size)
+    return combined
