@@ -209,7 +209,7 @@ def test_a_loss_file_trains_a_detector_from_the_float_model_on(tmp_path):
     assert with_labels.exit_code == 1
     assert "or name other labels with --label, or none." in with_labels.output
     assert result.exit_code == 0, result.output
-    assert load_model(tuned).metadata["onnxqat.state"] == "finetuned"
+    assert load_model(tuned).state == "finetuned"
 
 
 def test_errors_of_a_loss_name_what_is_wrong(work, tmp_path):
