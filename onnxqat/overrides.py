@@ -146,12 +146,12 @@ def read_overrides(path: str | Path) -> list[Override]:
 
 
 def overrides_text(overrides: Sequence[Override]) -> str:
-    """Return the text of an overrides file, which `read_overrides` reads as the same list.
+    """Return the text of an overrides file, which `read_overrides` reads to the same effect.
 
     Raises
     ------
     RuleError
-        A file has one table per selector, which cannot say these in their order.
+        A file has one table per selector, and here the order of two of one selector matters.
 
     Examples
     --------
@@ -162,9 +162,9 @@ def overrides_text(overrides: Sequence[Override]) -> str:
     for override in overrides:
         pattern = f":{override.pattern}" if override.pattern else ""
         selector = f"{override.kind}{pattern}"
-        earlier = tables.get(selector, {})
-        last = next(reversed(tables), None)
-        if (selector in tables and selector != last) or override.key in earlier:
+        names = list(tables)
+        later = names[names.index(selector) + 1 :] if selector in tables else []
+        if any(_overrules(key, override.key) for name in later for key in tables[name]):
             raise RuleError(
                 f"Override '{override}': an overrides file cannot have '{selector}' twice. Give "
                 "one of them with --set."
@@ -174,6 +174,11 @@ def overrides_text(overrides: Sequence[Override]) -> str:
         "".join((f"[{_quoted(selector)}]\n", *(f"{k} = {_quoted(v)}\n" for k, v in table.items())))
         for selector, table in tables.items()
     )
+
+
+def _overrules(key: str, other: str) -> bool:
+    """Return whether it matters which of two overrides comes first."""
+    return key == other or "spec" in (key, other)
 
 
 def _quoted(value: Any) -> str:
