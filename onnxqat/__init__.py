@@ -23,6 +23,7 @@ _HOMES = {
     "bundled_rules": "onnxqat.rules",
     "calibrate": "onnxqat.calibration",
     "deployed_model": "onnxqat.deploy",
+    "equalize": "onnxqat.repair",
     "evaluate": "onnxqat.evaluation",
     "finetune": "onnxqat.train",
     "insert_pairs": "onnxqat.quantized",

@@ -19,6 +19,7 @@ __all__ = [
     "json_option",
     "log_options",
     "output_option",
+    "relu6_option",
     "rule_options",
     "run_options",
     "seed_option",
@@ -137,6 +138,15 @@ def run_options(batch_size: int) -> Callable[[Command], Command]:
         click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
     )
 
+
+relu6_option = click.option(
+    "--relu6",
+    type=click.Choice(["keep", "replace"]),
+    default="keep",
+    show_default=True,
+    help="What equalization does where a Clip from 0 stands between two layers: leave both alone, "
+    "or put a Relu in its place, and say what that changes.",
+)
 
 calibration_options = _options(
     click.option(

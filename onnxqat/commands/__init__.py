@@ -6,6 +6,7 @@ Heavy modules are imported inside of the commands, so that ``--help`` answers at
 from onnxqat.commands.making import calibrate, export, import_table, insert
 from onnxqat.commands.planning import check, rules
 from onnxqat.commands.reading import evaluate, strip
+from onnxqat.commands.repairing import equalize
 from onnxqat.commands.tuning import finetune
 from onnxqat.commands.watching import report
 
@@ -13,5 +14,5 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     *(check, insert, calibrate, finetune, report, evaluate, strip),
-    *(export, import_table, rules),
+    *(equalize, export, import_table, rules),
 )

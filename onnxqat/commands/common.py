@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,9 +151,17 @@ def load_quantized(path: str) -> QuantizedModel:
 
 
 def planned(
-    model: Model, rules: str, overrides: tuple[str, ...], overrides_file: str | None
+    model: Model,
+    rules: str,
+    overrides: tuple[str, ...],
+    overrides_file: str | None,
+    *,
+    repair: Callable[[Model], Model] = lambda prepared: prepared,
 ) -> tuple[Model, QuantPlan]:
-    """Prepare a float model and plan for it; ``--set`` lies over the overrides file."""
+    """Prepare a float model and plan for it; ``--set`` lies over the overrides file.
+
+    ``repair`` changes the prepared model before it is planned for.
+    """
     from onnxqat.overrides import parse_override, read_overrides
     from onnxqat.plan import make_plan
     from onnxqat.preparation import prepare
@@ -166,9 +174,10 @@ def planned(
     parsed += [parse_override(text) for text in overrides]
     prepared = prepare(model)
     refuse_other_floats(prepared.graph, model.name)
+    prepared = repair(prepared)
     plan = make_plan(prepared.graph, rule, parsed)
     if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(plan):
-        prepared = prepare(model, opset=OPSET_OF_16_BITS)
+        prepared = repair(prepare(model, opset=OPSET_OF_16_BITS))
         plan = make_plan(prepared.graph, rule, parsed)
     _warn_of_widths(plan, rule)
     return prepared, plan

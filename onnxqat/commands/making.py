@@ -21,12 +21,14 @@ from onnxqat.commands.common import (
     take_settings,
 )
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.commands.repairing import Equalization, repairs
 from onnxqat.options import (
     calibration_options,
     data_options,
     force_option,
     json_option,
     output_option,
+    relu6_option,
     rule_options,
     run_options,
     seed_option,
@@ -50,6 +52,8 @@ __all__ = ["calibrate", "export", "import_table", "insert"]
 @rule_options
 @click.option("--data", help="Calibrate on this too; the scales are placeholders without.")
 @click.option("--plan-only", is_flag=True, help="Print what would be quantized, and why.")
+@click.option("--equalize", is_flag=True, help="First let channels have ranges alike.")
+@relu6_option
 @table_option
 @calibration_options
 @data_options
@@ -59,7 +63,8 @@ __all__ = ["calibrate", "export", "import_table", "insert"]
 @force_option
 @json_option
 def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: str | None,
-           data: str | None, plan_only: bool, format_name: str | None, output: str | None,
+           data: str | None, plan_only: bool, equalize: bool, relu6: str,
+           format_name: str | None, output: str | None,
            force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Insert Q/DQ pairs into MODEL as the rule says."""
     from onnxqat.files import check_writable
@@ -68,8 +73,8 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.rules import load_rule
     from onnxqat.settings import settle
 
-    if data is None:
-        _refuse_given("observer", "samples", "layout", "skip_broken")
+    _refuse_given("data", data, "observer", "samples", "layout", "skip_broken")
+    _refuse_given("equalize", equalize, "relu6")
     target = output or renamed(model, "qdq")
     workers = join() if data and not plan_only else Workers()
     if not plan_only:
@@ -80,7 +85,8 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     floats, foreign = read_foreign_qdq(load_float(model))
     given = take_settings(options)
     settle(floats, given)  # now, before any work is done for settings that are wrong
-    prepared, plan = planned(floats, rules, overrides, overrides_file)
+    equalization = Equalization(relu6) if equalize else None
+    prepared, plan = _repaired(floats, equalization, foreign, rules, overrides, overrides_file)
     if plan_only:
         if as_json:
             say_document(plan_document(plan))
@@ -89,12 +95,46 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
         return
     _refuse_names(prepared, plan, format_name or load_rule(rules).table)
     result = _inserted(prepared, plan, foreign)
+    if equalization is not None:
+        result = replace(result, source=equalization.source)
+    if workers.rank == 0:
+        _tell_of_repairs(equalization, prepared, plan, model)
     if data is not None:
         result, _ = calibrated(result, data, given, workers=workers, **options)
     if workers.rank == 0:
         result.save(target, force=force)
         _print_inserted(result.plan, result.state, target, as_json)
     workers.leave()
+
+
+def _repaired(
+    floats: Model,
+    equalization: Equalization | None,
+    foreign: Mapping[str, ForeignParams],
+    *planning: Any,
+) -> tuple[Model, QuantPlan]:
+    """Prepare, equalize where it is asked for, and plan."""
+    from onnxqat.errors import ModelError
+
+    if equalization is None:
+        return planned(floats, *planning)
+    if foreign:
+        raise ModelError(
+            f"{floats.name}: holds Q/DQ pairs of another tool, whose scales would not fit the "
+            "equalized weights. Leave --equalize out, or give the float model."
+        )
+    return planned(floats, *planning, repair=equalization)
+
+
+def _tell_of_repairs(
+    equalization: Equalization | None, prepared: Model, plan: QuantPlan, path: str
+) -> None:
+    """Say what equalization did, or that it is called for."""
+    if equalization is not None:
+        equalization.tell()
+        return
+    for line in repairs(prepared, plan, path):
+        note(line)
 
 
 def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
@@ -134,12 +174,12 @@ def _inserted(
     return insert_pairs(prepared, plan, taken, state="calibrated")
 
 
-def _refuse_given(*names: str) -> None:
-    """Refuse options that do nothing without data."""
+def _refuse_given(needed: str, given: Any, *names: str) -> None:
+    """Refuse options that do nothing without another one."""
     ctx = click.get_current_context()
-    for name in names:
+    for name in () if given else names:
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} needs --data.", ctx)
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --{needed}.", ctx)
 
 
 def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> None:

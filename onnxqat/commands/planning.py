@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxqat.commands.common import plan_document, planned, print_result
+from onnxqat.commands.repairing import repairs
 from onnxqat.options import json_option, rule_options
 from onnxqat.terminal import say, say_document
 
@@ -35,7 +36,9 @@ def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: st
     unsupported = sum(skip.unsupported for skip in plan.skips)
     table = load_rule(rules).table
     names = name_problems(prepared, plan, table)
+    advice = repairs(prepared, plan, model)
     document = {**plan_document(plan), "schema": "onnxqat.check/1", "names": names}
+    document["advice"] = advice
     untrainable: list[dict[str, str]] = []
     if train:
         from onnxqat.train import untrainable_nodes
@@ -55,6 +58,8 @@ def check(model: str, rules: str, overrides: tuple[str, ...], overrides_file: st
             f"in float, {unsupported} unsupported"
             + (f", {len(untrainable)} without gradient" if train else "")
         )
+        for line in advice:
+            say(f"advice  {line}")
     if unsupported:
         raise click.ClickException(f"{unsupported} nodes cannot run on {plan.rule}.")
     if names:

@@ -11,11 +11,13 @@ BatchNormalization is folded into, which takes over the name of y.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxqat.model import Model
 from onnxqat.nodes import is_op
@@ -23,7 +25,13 @@ from onnxqat.preparation.batchnorm import read_statistics
 from onnxqat.preparation.constants import lift_constants
 from onnxqat.preparation.order import sort_nodes
 
-__all__ = ["Statistics", "find_statistics", "note_statistics", "statistics_of"]
+__all__ = [
+    "Statistics",
+    "divide_statistics",
+    "find_statistics",
+    "note_statistics",
+    "statistics_of",
+]
 
 KEY = "onnxqat.statistics"
 MAX_CHANNELS = 256
@@ -98,6 +106,26 @@ def note_statistics(model: Model, found: Statistics | None) -> None:
     """Store in the metadata what was found, if the tensor is still there."""
     if found is not None and found.tensor in model.graph.tensors():
         model.metadata[KEY] = msgspec.json.encode(found, order="deterministic").decode()
+
+
+def divide_statistics(model: Model, scales: Mapping[str, NDArray[np.float64]]) -> None:
+    """Change what is stored for channels that were divided by numbers.
+
+    Parameters
+    ----------
+    scales : mapping of str to array of shape (channels,)
+        By tensor.
+    """
+    found = statistics_of(model) if KEY in model.metadata else None
+    if found is None or found.tensor not in scales:
+        return
+    divisors = scales[found.tensor][list(found.channels)]
+    divided = msgspec.structs.replace(
+        found,
+        mean=tuple((np.array(found.mean) / divisors).tolist()),
+        deviation=tuple((np.array(found.deviation) / divisors).tolist()),
+    )
+    note_statistics(model, divided)
 
 
 def statistics_of(model: Model, *, in_place: bool = False) -> Statistics | None:

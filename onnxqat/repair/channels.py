@@ -51,11 +51,25 @@ class Shift(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Network:
-    """What `find_channels` found: layers in order, constants that are added, sets of channels."""
+    """What `find_channels` found.
+
+    Attributes
+    ----------
+    sets : ChannelSets
+        Which channels share a scale.
+    layers : list of Layer
+        In order.
+    shifts : list of Shift
+        Constants that are added.
+    tensors : dict of str to array
+        The channel numbers of each tensor that may have scales: an array of the tensor's rank,
+        whose length is 1 along each axis on which they do not depend: (1, C, 1, 1) behind a Conv.
+    """
 
     sets: ChannelSets = field(default_factory=ChannelSets)
     layers: list[Layer] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
+    tensors: dict[str, Ids] = field(default_factory=dict)
 
 
 def find_channels(graph: gs.Graph) -> Network:
@@ -68,15 +82,10 @@ def find_channels(graph: gs.Graph) -> Network:
 
 
 class _Walk:
-    """Follows the channels through the nodes in order.
-
-    The channels of a tensor are numbers in an array of its rank, whose length is 1 along each axis
-    on which they do not depend: (1, C, 1, 1) behind a Conv.
-    """
+    """Follows the channels through the nodes in order."""
 
     def __init__(self, graph: gs.Graph) -> None:
-        self.graph, self.found = graph, Network()
-        self.channels: dict[str, Ids] = {}  # of the tensors that may have scales
+        self.found = Network()
         self._pinned = pinned_names(graph)
 
     @property
@@ -94,13 +103,13 @@ class _Walk:
             return
         for tensor, ids in zip(node.outputs, results, strict=False):
             if ids is not None and _fits(tensor, ids):
-                self.channels[tensor.name] = ids
+                self.found.tensors[tensor.name] = ids
             elif ids is not None:
                 self.sets.fix(ids, f"the channels of '{tensor.name}' are not known")
 
     def finish(self) -> None:
         """Keep what leaves the graph, or is read where it is not followed."""
-        for name, ids in self.channels.items():
+        for name, ids in self.found.tensors.items():
             if name in self._pinned:
                 self.sets.fix(ids, f"'{name}' leaves the model, or a subgraph reads it")
 
@@ -119,11 +128,11 @@ class _Walk:
 
     def _keep_inputs(self, node: gs.Node, reason: str) -> None:
         for tensor in node.inputs:
-            if tensor.name in self.channels:
-                self.sets.fix(self.channels[tensor.name], reason)
+            if tensor.name in self.found.tensors:
+                self.sets.fix(self.found.tensors[tensor.name], reason)
 
     def _of(self, tensor: gs.Tensor) -> Ids | None:
-        return self.channels.get(tensor.name)
+        return self.found.tensors.get(tensor.name)
 
     def _layer(self, node: gs.Node) -> list[Ids | None]:
         sizes = layer_sizes(node)

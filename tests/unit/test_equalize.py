@@ -11,9 +11,10 @@ from onnx import helper, numpy_helper
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
 from onnxqat.preparation import prepare
+from onnxqat.preparation.statistics import statistics_of
 from onnxqat.repair import equalize, unevenness
 from onnxqat.repair.difference import Difference
-from onnxqat.repair.equalize import _refuse_changes
+from onnxqat.repair.equalization import _refuse_changes
 from tests.networks import _Graph, convnet, samples
 
 PADS = {"pads": [1, 1, 1, 1]}
@@ -298,6 +299,29 @@ def test_relu6_is_replaced_on_request_and_its_cost_is_told():
     assert cost.max_abs_diff == pytest.approx(error, rel=1e-3)
     assert cost.max_abs_diff > 1e-3 * np.abs(expected).max()
     assert len(replaced.skips) < len(kept.skips)
+
+
+def test_what_is_remembered_of_the_first_normalization_is_scaled_with_its_channels():
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w1", 6, 3, 1, 1)], "c1")
+    statistics = {
+        "scale": np.linspace(1, 2, 6),
+        "shift": np.linspace(-1, 1, 6),
+        "mean": np.linspace(0, 1, 6),
+        "variance": np.linspace(1, 3, 6),
+    }
+    names = [g.constant(name, v.astype(np.float32)) for name, v in statistics.items()]
+    g.node("BatchNormalization", ["c1", *names], "n1")
+    g.node("Relu", ["n1"], "r1")
+    g.node("Conv", ["r1", g.weight("w2", 4, 6, 1, 1)], "output")
+    prepared = prepare(from_proto(uneven(g.model(["N", 3, 8, 8], ["N", 4, 8, 8]))))
+
+    result = equalize(prepared).model
+
+    before, after = statistics_of(prepared), statistics_of(result)
+    scale = (weights(result)["w2"] / weights(prepared)["w2"])[0, :, 0, 0]
+    np.testing.assert_allclose(before.mean / scale, after.mean, rtol=1e-5)
+    np.testing.assert_allclose(before.deviation / scale, after.deviation, rtol=1e-5)
 
 
 def test_a_change_beyond_rounding_is_refused():

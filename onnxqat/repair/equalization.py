@@ -21,6 +21,7 @@ from onnxqat.model import Model, constant
 from onnxqat.nodes import bias_index
 from onnxqat.plan import Skip
 from onnxqat.preparation.editing import own_name, pinned_names, tensor_names
+from onnxqat.preparation.statistics import divide_statistics
 from onnxqat.repair.channels import Network, find_channels
 from onnxqat.repair.difference import Difference, differences
 from onnxqat.repair.layers import Layer
@@ -104,6 +105,7 @@ def equalize(
     scales = find_scales(network)
     measured = spreads(network, scales)
     changed = _apply(result.graph, network, scales)
+    divide_statistics(result, _along_axis_1(network, scales))
     found = differences(start, result, batches, threads=threads) if changed else ()
     _refuse_changes(found, model.name)
     cost = differences(model, start, batches, threads=threads) if replaced else ()
@@ -136,6 +138,15 @@ def unevenness(graph: gs.Graph) -> list[Spread]:
     found = spreads(network, find_scales(network, sweeps=ESTIMATE))
     uneven = [one for one in found if one.before - one.after >= UNEVEN]
     return sorted(uneven, key=lambda one: one.after - one.before)
+
+
+def _along_axis_1(network: Network, scales: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Return the scales of the tensors whose channels are along axis 1."""
+    return {
+        name: scales[ids.reshape(-1)]
+        for name, ids in network.tensors.items()
+        if ids.ndim > 1 and ids.size == ids.shape[1]
+    }
 
 
 def _refuse_changes(found: Iterable[Difference], name: str) -> None:

@@ -1,0 +1,117 @@
+"""Equalization by the command line, on the bundled MobileNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+
+from onnxqat.cli import main
+from onnxqat.quantized import load_model, weights_hash
+
+MODELS = Path(__file__).parents[2] / "models"
+LENET, MOBILENET = MODELS / "lenet5.onnx", MODELS / "mobilenet-digits.onnx"
+NORM = ("--mean", 128, "--scale", 0.0078125)
+
+
+def invoke(*words: Any) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def document(*words: Any) -> dict[str, Any]:
+    result = invoke(*words, "--json")
+
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    with np.load(MODELS / "digits-train.npz") as arrays:
+        np.savez(path, images=arrays["images"][:48], label=arrays["label"][:48])
+    return path
+
+
+def test_an_equalized_model_has_the_names_and_outputs_of_the_users(tmp_path):
+    target = tmp_path / "equalized.onnx"
+
+    found = document("equalize", MOBILENET, "-o", target)
+
+    before, after = onnx.load(MOBILENET), onnx.load(target)
+    for field in ("input", "output"):
+        assert list(getattr(before.graph, field)) == list(getattr(after.graph, field))
+    assert not after.metadata_props or all(
+        not entry.key.startswith("onnxqat.") for entry in after.metadata_props
+    )
+    values = np.random.default_rng(3).normal(size=(4, 1, 28, 28)).astype(np.float32)
+    outputs = [
+        ort.InferenceSession(str(path)).run(None, {before.graph.input[0].name: values})[0]
+        for path in (MOBILENET, target)
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() <= 2e-5 * np.abs(outputs[0]).max()
+    assert len(found["layers"]) == 16
+    assert found["relu6"] == []
+    assert {skip["node"] for skip in found["skips"]} > {"/stem/conv/Conv", "/classifier/Gemm"}
+
+
+def test_outputs_are_compared_on_the_data_that_is_given(digits, tmp_path):
+    on_data = document("equalize", MOBILENET, "--data", digits, *NORM, "-o", tmp_path / "a.onnx")
+    on_noise = document("equalize", MOBILENET, "-o", tmp_path / "b.onnx")
+
+    assert on_data["differences"] != on_noise["differences"]
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_insert_tells_what_equalization_did_and_the_result_teaches_itself(tmp_path):
+    result = invoke("insert", MOBILENET, "--equalize", "-o", tmp_path / "m.qdq.onnx")
+
+    assert result.exit_code == 0, result.output
+    assert "Equalized 16 layers." in result.stderr
+    assert "on random values" in result.stderr
+    model = load_model(tmp_path / "m.qdq.onnx")
+    assert model.source == weights_hash(model.floats.graph)
+
+
+def test_a_replaced_relu6_needs_the_users_model_as_teacher(digits, tmp_path):
+    inserted, tuned = tmp_path / "m.qdq.onnx", tmp_path / "m.qat.onnx"
+    result = invoke("insert", MOBILENET, "--equalize", "--relu6", "replace", "-o", inserted)
+    tune = ("finetune", inserted, digits, *NORM, "--epochs", 1, "-o", tuned)
+
+    alone, taught = invoke(*tune), invoke(*tune, "--teacher", MOBILENET)
+
+    assert "2 ReLU6 became Relu; fine-tuning needs --teacher." in result.stderr
+    assert alone.exit_code == 1
+    assert "Pass the float model with --teacher" in alone.stderr
+    assert taught.exit_code == 0, taught.output
+
+
+def test_relu6_does_nothing_without_equalization(tmp_path):
+    result = invoke("insert", LENET, "--relu6", "replace", "-o", tmp_path / "m.onnx")
+
+    assert result.exit_code == 2
+    assert "--relu6 needs --equalize" in result.stderr
+
+
+def test_insert_and_check_advise_it_where_channels_are_uneven_only(tmp_path):
+    even = invoke("insert", LENET, "-o", tmp_path / "a.onnx")
+    uneven = invoke("insert", MOBILENET, "-o", tmp_path / "b.onnx")
+
+    assert "qualize" not in even.stderr
+    assert f"onnxqat insert {MOBILENET} --equalize" in uneven.stderr
+    assert "'/blocks/blocks.4/depthwise/conv/Conv'" in uneven.stderr
+    assert document("check", LENET)["advice"] == []
+    assert len(document("check", MOBILENET)["advice"]) == 1
+
+
+def test_an_equalized_model_needs_no_advice(tmp_path):
+    invoke("equalize", MOBILENET, "-o", tmp_path / "m.onnx")
+
+    assert document("check", tmp_path / "m.onnx")["advice"] == []
