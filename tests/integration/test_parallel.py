@@ -102,7 +102,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     with open_for(model, str(work / "one.npz"), Settings(), layout=None, skip_broken=False) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
         teacher = model_session(model.floats, "float")
-        (step,) = Supply(model, data, teacher, config, Workers()).epoch(1)
+        (step,) = Supply(model.floats, data, teacher, config, Workers()).epoch(1)
         total = dict.fromkeys(session.gradients.views, 0.0)
         for feeds in step:
             session.run(feeds)
