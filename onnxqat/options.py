@@ -12,6 +12,7 @@ import click
 
 __all__ = [
     "Command",
+    "bias_correction_option",
     "calibration_options",
     "checkpoint_options",
     "data_options",
@@ -139,6 +140,11 @@ def run_options(batch_size: int) -> Callable[[Command], Command]:
     )
 
 
+bias_correction_option = click.option(
+    "--bias-correction",
+    is_flag=True,
+    help="Then take off each bias what quantization adds to the mean of its layer.",
+)
 relu6_option = click.option(
     "--relu6",
     type=click.Choice(["keep", "replace"]),

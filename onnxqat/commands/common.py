@@ -222,6 +222,7 @@ def calibrated(
     threads: int,
     workers: Workers,
     default_size: int = 32,
+    bias_correction: bool = False,
 ) -> tuple[QuantizedModel, int]:
     """Calibrate on a seeded choice of samples; return the model, and how many samples it saw.
 
@@ -248,8 +249,29 @@ def calibrated(
                 model, batches, observer=observer, threads=threads, progress=advance,
                 workers=workers,
             )  # fmt: skip
+        if bias_correction:
+            result = _with_corrected_biases(
+                result, lambda: data.batches(size, indices=mine), workers=workers, threads=threads
+            )
         seen = len(chosen) - data.broken(chosen)
     return result, seen
+
+
+def _with_corrected_biases(
+    model: QuantizedModel, batches: Callable[[], Any], *, workers: Workers, threads: int
+) -> QuantizedModel:
+    """Correct biases on the calibration data, and say how many."""
+    from onnxqat.errors import DataError
+    from onnxqat.repair import correct_biases
+
+    if workers.size > 1:
+        raise DataError("--bias-correction runs in one process. Start it without mpirun.")
+    result = correct_biases(model, batches, threads=threads)
+    note(
+        f"Corrected the biases of {len(result.layers)} layers; {len(result.skips)} have none. "
+        "Fine-tuning needs --teacher now."
+    )
+    return result.model
 
 
 def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from onnxqat.commands.common import (
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.commands.repairing import Equalization, repairs
 from onnxqat.options import (
+    bias_correction_option,
     calibration_options,
     data_options,
     force_option,
@@ -56,6 +57,7 @@ __all__ = ["calibrate", "export", "import_table", "insert"]
 @relu6_option
 @table_option
 @calibration_options
+@bias_correction_option
 @data_options
 @run_options(32)
 @seed_option
@@ -73,7 +75,7 @@ def insert(model: str, rules: str, overrides: tuple[str, ...], overrides_file: s
     from onnxqat.rules import load_rule
     from onnxqat.settings import settle
 
-    _refuse_given("data", data, "observer", "samples", "layout", "skip_broken")
+    _refuse_given("data", data, "observer", "samples", "layout", "skip_broken", "bias_correction")
     _refuse_given("equalize", equalize, "relu6")
     target = output or renamed(model, "qdq")
     workers = join() if data and not plan_only else Workers()
@@ -199,6 +201,7 @@ def _print_inserted(plan: QuantPlan, state: str, target: str, as_json: bool) -> 
 @click.argument("model")
 @click.argument("data")
 @calibration_options
+@bias_correction_option
 @data_options
 @run_options(32)
 @seed_option

@@ -115,3 +115,25 @@ def test_an_equalized_model_needs_no_advice(tmp_path):
     invoke("equalize", MOBILENET, "-o", tmp_path / "m.onnx")
 
     assert document("check", tmp_path / "m.onnx")["advice"] == []
+
+
+def test_biases_are_corrected_on_the_calibration_data(digits, tmp_path):
+    plain, corrected = tmp_path / "plain.onnx", tmp_path / "corrected.onnx"
+    words = ("insert", LENET, "--data", digits, *NORM, "--set", "weight.bits=4")
+
+    invoke(*words, "-o", plain)
+    result = invoke(*words, "--bias-correction", "-o", corrected)
+
+    assert "Corrected the biases of 5 layers; 0 have none." in result.stderr
+    before, after = load_model(plain), load_model(corrected)
+    assert all(params.same_as(after.params[name]) for name, params in before.params.items())
+    assert before.source == after.source != weights_hash(after.floats.graph)
+    tune = invoke("finetune", corrected, digits, "--epochs", 1, "-o", tmp_path / "tuned.onnx")
+    assert "Pass the float model with --teacher" in tune.stderr
+
+
+def test_biases_are_corrected_on_data_only(tmp_path):
+    result = invoke("insert", LENET, "--bias-correction", "-o", tmp_path / "m.onnx")
+
+    assert result.exit_code == 2
+    assert "--bias-correction needs --data" in result.stderr

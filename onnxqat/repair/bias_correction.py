@@ -1,0 +1,208 @@
+"""Empirical bias correction: what quantization adds to the mean of a layer, taken off its bias.
+
+Nagel et al. 2019 (arXiv:1906.04721), section 4.2: rounding weights and activations shifts the mean
+of each output channel by
+
+::
+
+    E[epsilon] = E[y_q] - E[y],    b -> b - E[epsilon]                  (equation 16)
+
+over the data (appendix D, "empirical"). Layers are done in the order of the network, each behind
+corrected ones; those on parallel paths together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxqat.calibration import without_large_biases
+from onnxqat.data import Batch
+from onnxqat.ends import TensorReader
+from onnxqat.errors import DataError
+from onnxqat.model import constant
+from onnxqat.nodes import (
+    bias_index,
+    biased_node,
+    is_convolution,
+    is_op,
+    is_plain_product,
+    weight_index,
+)
+from onnxqat.operators import WEIGHTED
+from onnxqat.pairs import float_name
+from onnxqat.plan import Skip
+from onnxqat.preparation.editing import constant_values, pinned_names
+from onnxqat.quantized import QuantizedModel
+
+__all__ = ["Corrected", "correct_biases"]
+
+Batches = Iterable[Batch | Mapping[str, NDArray[Any]]]
+Means = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """A quantized model with corrected biases.
+
+    Attributes
+    ----------
+    model : QuantizedModel
+        Its biases are not those of the float model that it was made from: it cannot teach itself.
+    layers : tuple of str
+        Names of the nodes whose bias changed.
+    skips : tuple of Skip
+        The quantized layers that have none to change, and why.
+    """
+
+    model: QuantizedModel
+    layers: tuple[str, ...]
+    skips: tuple[Skip, ...]
+
+
+class _Bias(NamedTuple):
+    """A bias, input ``position`` of ``node``, and the axis of channels in what the node writes."""
+
+    node: str
+    position: int
+    tensor: str
+    axis: int
+
+
+def correct_biases(
+    model: QuantizedModel,
+    batches: Callable[[], Batches],
+    *,
+    threads: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> Corrected:
+    """Return a calibrated model whose layers have the means of the float model.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        Calibrated; not changed.
+    batches : callable
+        Returns the data from the start: they are read once, and once more for each depth at which
+        there are layers. One batch is held at a time.
+    progress : callable
+        Called after each batch.
+
+    Raises
+    ------
+    PlanError
+        The model is not calibrated.
+    DataError
+        There is no data, or means are not finite.
+    """
+    model.check_calibrated()
+    depths, skips = _find_biases(model)
+    found = [bias for biases in depths for bias in biases]
+    wanted = {bias.tensor: bias for bias in found}
+    corrected = replace(model, floats=model.floats.copy())
+    expected = _means(model.floats.to_proto(), wanted, batches(), threads, progress)
+    nodes = {node.name: node for node in corrected.floats.graph.nodes}
+    for biases in depths:
+        proto = corrected.to_proto()
+        there = {name for node in proto.graph.node for name in node.output}
+        ours = {
+            float_name(b.tensor) if float_name(b.tensor) in there else b.tensor: b for b in biases
+        }
+        means = _means(proto, ours, batches(), threads, progress)
+        for name, bias in ours.items():
+            _shift(nodes[bias.node], bias.position, expected[bias.tensor] - means[name])
+    tensors = corrected.floats.graph.tensors()
+    plan = without_large_biases(corrected.plan, corrected.params, tensors)
+    return Corrected(
+        model=replace(corrected, plan=plan),
+        layers=tuple(bias.node for bias in found),
+        skips=tuple(skips),
+    )
+
+
+def _find_biases(model: QuantizedModel) -> tuple[list[list[_Bias]], list[Skip]]:
+    """Return the biases of quantized layers, by how many such layers lie before each."""
+    graph = model.floats.graph
+    weights = {point.tensor for point in model.plan.points if point.role == "weight"}
+    gridded = {point.tensor for point in model.plan.grid_points()}
+    kept = pinned_names(graph)
+    depth: dict[str, int] = {}  # of tensors
+    depths: dict[int, list[_Bias]] = {}
+    skips = []
+    for node in graph.nodes:
+        before = max((depth.get(tensor.name, 0) for tensor in node.inputs), default=0)
+        index = weight_index(node) if is_op(node, *WEIGHTED) else None
+        if index is not None and node.inputs[index].name in weights:
+            found = _bias_of(node, kept, gridded)
+            if isinstance(found, str):
+                skips.append(Skip(node.name, node.op, found))
+            else:
+                depths.setdefault(before, []).append(found)
+                before += 1
+        depth.update((tensor.name, before) for tensor in node.outputs)
+    return [depths[key] for key in sorted(depths)], skips
+
+
+def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> _Bias | str:
+    """Return the bias of a layer, or why there is none to change."""
+    node, index = layer, bias_index(layer)
+    if index is None:  # of a MatMul, what the Add behind it adds
+        node = layer.outputs[0].outputs[0] if len(layer.outputs[0].outputs) == 1 else layer
+        sides = [i for i in range(len(node.inputs)) if biased_node(node, i) is layer]
+        index = sides[0] if node is not layer and sides else None
+    if index is None or len(node.inputs) <= index or not node.inputs[index].name:
+        return "it has no bias"
+    if not is_plain_product(layer):
+        return "it multiplies its product or its bias"
+    bias, output = node.inputs[index], node.outputs[0]
+    values, rank = constant_values(bias), len(output.shape or ())
+    axis = 1 if is_convolution(node) else rank - 1
+    if values is None or len(bias.outputs) > 1 or bias.name in kept:
+        return "its bias is computed, or other nodes read it too"
+    if bias.name in gridded:
+        return "its bias is on a grid of its own"
+    if axis < 1 or values.size != output.shape[axis] or values.shape[-1:] != (values.size,):
+        return "its bias does not run along the channels"
+    return _Bias(str(node.name), index, str(output.name), axis)
+
+
+def _shift(node: gs.Node, index: int, change: NDArray[np.float64]) -> None:
+    old = node.inputs[index]
+    values = (old.values.astype(np.float64) + change).astype(np.float32)
+    node.inputs[index] = constant(old.name, values)
+
+
+def _means(
+    proto: onnx.ModelProto,
+    wanted: Mapping[str, _Bias],
+    batches: Batches,
+    threads: int,
+    progress: Callable[[], None],
+) -> Means:
+    """Return the mean of each channel of some tensors over the data."""
+    reader = TensorReader(proto, wanted, optimization="basic", threads=threads)
+    sums: Means = {}
+    counts = dict.fromkeys(wanted, 0)
+    for batch in batches:
+        inputs = batch.inputs if isinstance(batch, Batch) else batch
+        for name, values in reader.run(inputs).items():
+            counted = batch.counting(values) if isinstance(batch, Batch) else values
+            channels = np.moveaxis(counted, wanted[name].axis, 0).reshape(
+                counted.shape[wanted[name].axis], -1
+            )
+            sums[name] = sums.get(name, 0.0) + channels.sum(axis=1, dtype=np.float64)
+            counts[name] += channels.shape[1]
+        progress()
+    if wanted and not all(counts.values()):
+        raise DataError("There is no data to correct biases on. Give at least one sample.")
+    means = {name: total / counts[name] for name, total in sums.items()}
+    for name, mean in means.items():
+        if not np.isfinite(mean).all():
+            raise DataError(f"'{name}' is not finite on the data. Check --mean and --scale.")
+    return means
