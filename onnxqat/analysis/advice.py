@@ -28,16 +28,19 @@ class Advice:
     Attributes
     ----------
     layers : tuple of Layer
-        The fewest of the worst that leave less than half of the cost when they stay float, at most
-        `MOST`; none where quantization costs nothing.
+        The fewest of the worst that leave less than half of the cost when they stay float; where
+        `MOST` do not, as many as leave the least. None where none helps.
     cost : float
         Of the model with these layers float.
+    tried : int
+        How many were left float together at most.
     overrides : tuple of Override
         For ``insert``: they get 16 bits where the rule has these, and stay float elsewhere.
     """
 
     layers: tuple[Layer, ...]
     cost: float
+    tried: int
     overrides: tuple[Override, ...]
 
 
@@ -58,18 +61,25 @@ def advise(
     cost : float
         Of the whole model.
     """
-    chosen: list[Layer] = []
-    left = cost
+    tried: list[Layer] = []
+    chosen, left = 0, cost
     for one in layers[:MOST]:
         if not left > ENOUGH * cost:
             break
-        chosen.append(one.layer)
-        left = one.left_float if len(chosen) == 1 else probe(variants.left_float(chosen))
+        tried.append(one.layer)
+        found = one.left_float if len(tried) == 1 else probe(variants.left_float(tried))
+        if found < left:
+            chosen, left = len(tried), found
     figures = {point.tensor: point for point in points}
     given = [parse_override(text) for text in variants.model.plan.overrides]
-    overrides = [o for layer in chosen for o in _overrides(variants, layer, figures)]
+    overrides = [o for layer in tried[:chosen] for o in _overrides(variants, layer, figures)]
     overrides = [_apart(o, given) for o in overrides]
-    return Advice(layers=tuple(chosen), cost=left, overrides=tuple(dict.fromkeys(overrides)))
+    return Advice(
+        layers=tuple(tried[:chosen]),
+        cost=left,
+        tried=len(tried),
+        overrides=tuple(dict.fromkeys(overrides)),
+    )
 
 
 def _apart(override: Override, given: Sequence[Override]) -> Override:

@@ -117,5 +117,5 @@ def analyze(
         biases=look_at_biases(model),
         layers=layers,
         advice=advice,
-        sessions=1 + 2 * len(layers) + max(len(advice.layers) - 1, 0),
+        sessions=1 + 2 * len(layers) + max(advice.tried - 1, 0),
     )

@@ -210,6 +210,25 @@ def test_nothing_is_advised_where_nothing_is_lost():
 
 
 @pytest.mark.parametrize(
+    ("alone_float", "others", "count", "left"),
+    [
+        (1.2, (1.1, 1.3), 0, 1.0),  # none helps
+        (0.9, (0.7, 0.8), 2, 0.7),  # the best of those that do not suffice
+        (0.9, (0.4, 0.1), 2, 0.4),  # enough
+    ],
+)
+def test_as_many_layers_as_help_are_advised(alone_float, others, count, left):
+    variants = Variants(planted(detector()), load_rule("onnxruntime-cpu"))
+    layers = [LayerFigures(layer=x, alone=1.0, left_float=alone_float) for x in variants.layers]
+    costs = iter(others)
+    found = advise(variants, layers, (), lambda _: next(costs), cost=1.0)
+
+    assert found.layers == variants.layers[:count]
+    assert (found.cost, len(found.overrides)) == (left, count)
+    assert found.tried == (2 if left == 0.4 else 3)
+
+
+@pytest.mark.parametrize(
     ("rule", "weight", "expected", "after"),
     [
         ("cambricon-mlu-int16", 10, ["name:n_c2.bits=16"], (16, 16)),

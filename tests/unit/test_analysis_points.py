@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from onnxqat.analysis import compare_points
 from onnxqat.analysis.biases import look_at_biases
-from onnxqat.analysis.channels import channels_of
+from onnxqat.analysis.channels import ChannelRanges, channels_of
 from onnxqat.analysis.similarity import Similarity, decibels
 from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import Batch
@@ -159,6 +159,28 @@ def test_dead_channels_are_counted():
     assert found["w3"].dead_channels == 1
     assert (found["r1"].channels, found["r1"].dead_channels) == (6, 1)
     assert (found["input"].channels, found["input"].dead_channels) == (3, 0)
+
+
+def test_channels_are_followed_over_all_parts():
+    """Of values 0 and 2, 1 and 1, 0 and 0, -1 and 0: two hold one value, one only zeros."""
+    ranges = ChannelRanges(1)
+    for part in ([[0, 1, 0, -1]], [[2, 1, 0, 0]]):
+        ranges.add(np.float32(part))
+
+    assert (ranges.count, ranges.constant, ranges.zeros) == (4, 2, 1)
+    ranges.add(np.zeros((1, 3), np.float32))
+    assert (ranges.count, ranges.constant, ranges.zeros) == (None, None, None)
+
+
+def test_a_weight_channel_of_one_value_is_not_dead():
+    def change(values):
+        return np.where(np.arange(6).reshape(6, 1, 1, 1) == 2, np.float32(0.5), values)
+
+    _, model = quantized(with_weights(convnet(), {"w1": change}), "sophgo-bm1684x")
+    x = samples(convnet(), 5)
+    found = {p.tensor: p for p in compare_points(model, batches(x), floats=model.floats, threads=1)}
+
+    assert found["w1"].dead_channels == 0
 
 
 def test_channels_of_transformers_are_the_last_axis():
