@@ -122,10 +122,16 @@ SMOOTHING: Nodes = [
     ("Mul", ["nll", "kept"], "sharp", {}),
     ("Add", ["sharp", "smooth"], "loss", {}),
 ]
-SMOOTHING_WITHOUT_IGNORED: Nodes = [
+# the sum over the positions that count, divided here: where none does, runtimes differ in the mean
+COUNTED: Nodes = [
     ("Equal", ["labels", "ignored"], "is_ignored", {}),
     ("Not", ["is_ignored"], "counts", {}),
     ("Cast", ["counts"], "mask", {"to": TensorProto.FLOAT}),
+    ("ReduceSum", ["mask"], "count", {"keepdims": 0}),
+    ("Max", ["count", "one"], "at_least_one", {}),
+    ("Div", ["total", "at_least_one"], "nll", {}),
+]
+SMOOTHING_WITHOUT_IGNORED: Nodes = [
     ("ReduceMean", ["mask"], "fraction", MEAN),
     ("Max", ["fraction", "tiny"], "divisor", {}),  # where no position counts
     ("Unsqueeze", ["mask", "class_axis"], "masks", {}),
@@ -234,33 +240,30 @@ def cross_entropy(
     """Add the nodes of cross-entropy and return the result."""
     logits, share = _logits(graph, output.name, output.name), loss.label_smoothing
     nll = f"{name}/nll" if share else name
-    ignored: dict[str, Any] = (
-        {} if loss.ignore_index is None else {"ignore_index": loss.ignore_index}
-    )
+    ignored = loss.ignore_index
+    given: dict[str, Any] = {"reduction": "mean"}
+    if ignored is not None:
+        given = {"reduction": "sum", "ignore_index": ignored}
+    total = nll if ignored is None else f"{name}/total"
+    inputs, outputs = [logits, labels.name], [total, f"{name}/log_prob"]  # which the gradient reads
     graph.node.append(
-        helper.make_node(
-            "SoftmaxCrossEntropyLoss",
-            [logits, labels.name],
-            [nll, f"{name}/log_prob"],  # its gradient reads the second output
-            name=name,
-            reduction="mean",
-            **ignored,
-        )
+        helper.make_node("SoftmaxCrossEntropyLoss", inputs, outputs, name=name, **given)
     )
+    symbols = {"logits": logits, "labels": labels.name, "nll": nll}
+    if ignored is not None:
+        integer = helper.make_tensor(f"{name}/ignored", TensorProto.INT64, [], [ignored])
+        graph.initializer.append(integer)
+        _number(graph, f"{name}/one", 1.0)
+        _emit(graph, name, COUNTED, symbols)
     if not share:
         return name
-    symbols = {
-        "logits": logits,
-        "labels": labels.name,
-        "minus_share": _number(graph, f"{name}/minus_share", -share),
-        "kept": _number(graph, f"{name}/kept", 1.0 - share),
-    }
-    if loss.ignore_index is None:
+    symbols["minus_share"] = _number(graph, f"{name}/minus_share", -share)
+    symbols["kept"] = _number(graph, f"{name}/kept", 1.0 - share)
+    if ignored is None:
         return _emit(graph, name, SMOOTHING, symbols)
     _number(graph, f"{name}/tiny", 1e-30)
-    for suffix, shape, value in (("ignored", [], loss.ignore_index), ("class_axis", [1], 1)):
-        integer = helper.make_tensor(f"{name}/{suffix}", TensorProto.INT64, shape, [value])
-        graph.initializer.append(integer)
+    axis = helper.make_tensor(f"{name}/class_axis", TensorProto.INT64, [1], [1])
+    graph.initializer.append(axis)
     return _emit(graph, name, SMOOTHING_WITHOUT_IGNORED, symbols)
 
 
