@@ -7,42 +7,155 @@ The verbs of the command line, as functions. Names are imported when they are fi
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from onnxqat.calibration import Calibration, placeholder_params, unlike_training
+    from onnxqat.data import Batch, DataSet, InputSpec, Preprocessing, open_data
+    from onnxqat.deploy import Deployment, deployed_model, write_deployment
+    from onnxqat.errors import OnnxQatError
+    from onnxqat.evaluation import Evaluation
+    from onnxqat.model import Model
+    from onnxqat.overrides import Override, parse_override, read_overrides
+    from onnxqat.plan import QuantPlan, make_plan
+    from onnxqat.preparation import prepare
+    from onnxqat.qparams import QuantParams, QuantSpec
+    from onnxqat.quantized import QuantizedModel, Stage, insert_pairs, load_model
+    from onnxqat.rules import HardwareRule, bundled_rules, describe_rule, load_rule, validate_rule
+    from onnxqat.settings import Settings, input_specs
+    from onnxqat.train import Checkpoints, Config, Finetuned, Progress
+    from onnxqat.verbs.calibrate import calibrate
+    from onnxqat.verbs.check import Check, check
+    from onnxqat.verbs.equalize import equalize
+    from onnxqat.verbs.evaluate import evaluate
+    from onnxqat.verbs.export import export
+    from onnxqat.verbs.finetune import TrainingLogs, finetune
+    from onnxqat.verbs.import_table import import_table
+    from onnxqat.verbs.insert import insert
+    from onnxqat.verbs.listener import Listener
+    from onnxqat.verbs.opening import DataSource
+    from onnxqat.verbs.strip import strip
+
+__version__: str
+
+# What a type checker reads above, for the interpreter; a test holds the two together.
 _HOMES = {
-    "Config": "onnxqat.train",
-    "HardwareRule": "onnxqat.rules",
-    "Model": "onnxqat.model",
-    "OnnxQatError": "onnxqat.errors",
-    "Override": "onnxqat.overrides",
-    "Preprocessing": "onnxqat.data",
-    "QuantParams": "onnxqat.qparams",
-    "QuantPlan": "onnxqat.plan",
-    "QuantSpec": "onnxqat.qparams",
-    "QuantizedModel": "onnxqat.quantized",
-    "bundled_rules": "onnxqat.rules",
-    "calibrate": "onnxqat.calibration",
-    "deployed_model": "onnxqat.deploy",
-    "equalize": "onnxqat.repair",
-    "evaluate": "onnxqat.evaluation",
-    "finetune": "onnxqat.train",
-    "insert_pairs": "onnxqat.quantized",
-    "load_model": "onnxqat.quantized",
-    "load_rule": "onnxqat.rules",
-    "make_plan": "onnxqat.plan",
-    "open_data": "onnxqat.data",
-    "parse_override": "onnxqat.overrides",
-    "placeholder_params": "onnxqat.calibration",
-    "prepare": "onnxqat.preparation",
-    "unlike_training": "onnxqat.calibration",
-    "write_deployment": "onnxqat.deploy",
+    "Batch": "data",
+    "Calibration": "calibration",
+    "Check": "verbs.check",
+    "Checkpoints": "train",
+    "Config": "train",
+    "DataSet": "data",
+    "DataSource": "verbs.opening",
+    "Deployment": "deploy",
+    "Evaluation": "evaluation",
+    "Finetuned": "train",
+    "HardwareRule": "rules",
+    "InputSpec": "data",
+    "Listener": "verbs.listener",
+    "Model": "model",
+    "OnnxQatError": "errors",
+    "Override": "overrides",
+    "Preprocessing": "data",
+    "Progress": "train",
+    "QuantParams": "qparams",
+    "QuantPlan": "plan",
+    "QuantSpec": "qparams",
+    "QuantizedModel": "quantized",
+    "Settings": "settings",
+    "Stage": "quantized",
+    "TrainingLogs": "verbs.finetune",
+    "bundled_rules": "rules",
+    "calibrate": "verbs.calibrate",
+    "check": "verbs.check",
+    "deployed_model": "deploy",
+    "describe_rule": "rules",
+    "equalize": "verbs.equalize",
+    "evaluate": "verbs.evaluate",
+    "export": "verbs.export",
+    "finetune": "verbs.finetune",
+    "import_table": "verbs.import_table",
+    "input_specs": "settings",
+    "insert": "verbs.insert",
+    "insert_pairs": "quantized",
+    "load_model": "quantized",
+    "load_rule": "rules",
+    "make_plan": "plan",
+    "open_data": "data",
+    "parse_override": "overrides",
+    "placeholder_params": "calibration",
+    "prepare": "preparation",
+    "read_overrides": "overrides",
+    "strip": "verbs.strip",
+    "unlike_training": "calibration",
+    "validate_rule": "rules",
+    "write_deployment": "deploy",
 }
 
-__all__ = list(_HOMES)
+__all__ = [
+    "Batch",
+    "Calibration",
+    "Check",
+    "Checkpoints",
+    "Config",
+    "DataSet",
+    "DataSource",
+    "Deployment",
+    "Evaluation",
+    "Finetuned",
+    "HardwareRule",
+    "InputSpec",
+    "Listener",
+    "Model",
+    "OnnxQatError",
+    "Override",
+    "Preprocessing",
+    "Progress",
+    "QuantParams",
+    "QuantPlan",
+    "QuantSpec",
+    "QuantizedModel",
+    "Settings",
+    "Stage",
+    "TrainingLogs",
+    "bundled_rules",
+    "calibrate",
+    "check",
+    "deployed_model",
+    "describe_rule",
+    "equalize",
+    "evaluate",
+    "export",
+    "finetune",
+    "import_table",
+    "input_specs",
+    "insert",
+    "insert_pairs",
+    "load_model",
+    "load_rule",
+    "make_plan",
+    "open_data",
+    "parse_override",
+    "placeholder_params",
+    "prepare",
+    "read_overrides",
+    "strip",
+    "unlike_training",
+    "validate_rule",
+    "write_deployment",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("onnxqat")
     if name not in _HOMES:
         message = f"module 'onnxqat' has no attribute '{name}'"
         raise AttributeError(message)
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"onnxqat.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

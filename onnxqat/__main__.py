@@ -16,7 +16,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)
-    run()
+    run(prog_name="onnxqat")  # by whatever name Python was told to run it
 
 
 if __name__ == "__main__":

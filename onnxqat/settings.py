@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 import onnx_graphsurgeon as gs
 
-from onnxqat.data import InputSpec, Preprocessing, check_count, check_preprocessing
+from onnxqat.data import DataSet, InputSpec, Preprocessing, check_count, check_preprocessing
 from onnxqat.errors import DataError, ModelError
 from onnxqat.operators import moving
 from onnxqat.quantized import AnyModel, float_part
@@ -17,6 +17,7 @@ __all__ = [
     "adopt",
     "class_count",
     "input_specs",
+    "settings_of",
     "settle",
     "stored_settings",
 ]
@@ -103,6 +104,36 @@ def _by_name(stored: Any) -> Any:
     return stored
 
 
+def settings_of(data: DataSet) -> Settings:
+    """Return what was said when a data set was opened; what is as by default was not said."""
+    said, usual = data.said, Preprocessing()
+    found = {
+        name: value
+        for name in Preprocessing.__struct_fields__
+        if name != "layout" and (value := getattr(said.preprocessing, name)) != getattr(usual, name)
+    }
+    return Settings(
+        **found,
+        label=said.label,
+        input_map=None if said.input_map is None else dict(said.input_map),
+        classes=None if data.classes is None else dict(data.classes),
+    )
+
+
+def _checked(given: Settings) -> Settings:
+    """Return settings whose fields have their types, which making a struct does not see to.
+
+    Raises
+    ------
+    DataError
+        A value is of another type.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(given), Settings)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise DataError(f"Settings: {error}.") from error
+
+
 def settle(model: AnyModel, given: Settings) -> Settings:
     """Join what the file knows with what the user says now, and store it in ``model``.
 
@@ -111,7 +142,7 @@ def settle(model: AnyModel, given: Settings) -> Settings:
     DataError
         The two contradict each other, a value is out of its range, or does not fit the model.
     """
-    stored = stored_settings(model)
+    stored, given = stored_settings(model), _checked(given)
     joined: dict[str, Any] = {}
     for name in Settings.__struct_fields__:
         old, new = getattr(stored, name), getattr(given, name)

@@ -2,6 +2,7 @@
 
 from onnxqat.calibration.arriving import unlike_training
 from onnxqat.calibration.biases import fit_bias_range, without_large_biases
+from onnxqat.calibration.config import Calibration
 from onnxqat.calibration.observers import OBSERVERS, Observer, weight_range
 from onnxqat.calibration.run import (
     calibrate,
@@ -11,6 +12,7 @@ from onnxqat.calibration.run import (
 
 __all__ = [
     "OBSERVERS",
+    "Calibration",
     "Observer",
     "calibrate",
     "fit_bias_range",

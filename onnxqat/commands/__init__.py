@@ -1,14 +1,19 @@
-"""The commands: parse, call, print. No arithmetic.
+"""The commands: parse, call the verb, print. No arithmetic.
 
 Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
 """
 
-from onnxqat.commands.making import calibrate, export, import_table, insert
-from onnxqat.commands.planning import check, rules
-from onnxqat.commands.reading import evaluate, strip
-from onnxqat.commands.repairing import equalize
-from onnxqat.commands.tuning import finetune
-from onnxqat.commands.watching import report
+from onnxqat.commands.calibrate import calibrate
+from onnxqat.commands.check import check
+from onnxqat.commands.equalize import equalize
+from onnxqat.commands.evaluate import evaluate
+from onnxqat.commands.export import export
+from onnxqat.commands.finetune import finetune
+from onnxqat.commands.import_table import import_table
+from onnxqat.commands.insert import insert
+from onnxqat.commands.report import report
+from onnxqat.commands.rules import rules
+from onnxqat.commands.strip import strip
 
 __all__ = ["COMMANDS"]
 

@@ -26,9 +26,10 @@ from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quan
 from onnxqat.rules import HardwareRule
 from onnxqat.runtime import Optimization, UnknownOpError, open_session
 
-__all__ = ["Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
+__all__ = ["MODES", "Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
 
 Mode = Literal["float", "qdq", "integer"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Samples(Protocol):
@@ -163,7 +164,7 @@ def evaluate(
     RuleError
         ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """
-    check_choice("mode", mode, get_args(Mode))
+    check_choice("mode", mode, MODES)
     if against is not None:
         check_interface(model, against)
     try:

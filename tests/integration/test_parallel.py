@@ -19,7 +19,6 @@ import pytest
 from click.testing import CliRunner
 
 from onnxqat.cli import main
-from onnxqat.commands.common import open_for
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
 from onnxqat.parallel import Workers, join_workers
@@ -30,6 +29,8 @@ from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.losses import read_loss
 from onnxqat.train.supply import Supply
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.opening import opened
 
 MODELS = Path(__file__).parents[2] / "models"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -99,7 +100,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     model = load_model(work / "qdq.onnx")
     config = Config(batch_size=1, accumulate=BATCH, threads=1)
     form, loss = training_form(model), read_loss("cross-entropy+kl")
-    with open_for(model, str(work / "one.npz"), Settings(), layout=None, skip_broken=False) as data:
+    with opened(model, work / "one.npz", Settings(), Listener()) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
         teacher = model_session(model.floats, "float")
         (step,) = Supply(model.floats, data, teacher, config, Workers()).epoch(1)

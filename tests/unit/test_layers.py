@@ -49,6 +49,7 @@ ORDER = [
     "train",
     "formats",
     "deploy",
+    "verbs",
     "terminal",
     "progress",
     "options",

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,7 +24,10 @@ HEAVY = (
     "rich",
     "tensorboardX",
 )
-VERBS = ("calibrate", "evaluate", "finetune", "prepare")
+VERBS = (
+    *("calibrate", "check", "evaluate", "export", "finetune", "import_table", "insert", "strip"),
+    "prepare",
+)
 
 
 def loaded_by(code: str) -> set[str]:
@@ -38,7 +44,7 @@ def test_every_public_name_resolves(name):
     found = getattr(onnxqat, name)
 
     assert not isinstance(found, ModuleType)
-    assert found is getattr(importlib.import_module(onnxqat._HOMES[name]), name)
+    assert found is getattr(importlib.import_module(f"onnxqat.{onnxqat._HOMES[name]}"), name)
 
 
 def test_names_are_sorted_and_documented():
@@ -50,12 +56,34 @@ def test_names_are_sorted_and_documented():
 def test_importing_a_module_does_not_hide_the_verb(name):
     code = (
         f"import onnxqat.calibration, onnxqat.evaluation, onnxqat.preparation\n"
-        f"import onnxqat.train.finetune, onnxqat.cli\n"
+        f"import onnxqat.train.finetune, onnxqat.cli, onnxqat.verbs.finetune\n"
         f"assert callable(onnxqat.{name}), onnxqat.{name}\n"
         f"from onnxqat import {name}\n"
         f"assert callable({name})\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_type_checker_sees_every_name_where_the_interpreter_finds_it():
+    tree = ast.parse(Path(onnxqat.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module.removeprefix("onnxqat.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("onnxqat.")
+        for alias in node.names
+    }
+
+    assert seen == onnxqat._HOMES
+    assert onnxqat.__all__ == list(onnxqat._HOMES)
+    assert set(onnxqat.__all__) < set(dir(onnxqat))
+    assert onnxqat.__version__ == importlib.metadata.version("onnxqat")
+
+
+def test_the_package_is_a_program():
+    words = [sys.executable, "-m", "onnxqat", "--version"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+
+    assert found.stdout == f"onnxqat, version {onnxqat.__version__}\n"
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -5,24 +5,24 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxqat.commands.common import (
-    calibrated,
     join,
-    load_quantized,
-    open_for,
+    listener_of,
     output_documents,
     output_rows,
     percentages,
     print_result,
     renamed,
+    take_calibration,
     take_settings,
-    warn_if_unlike_training,
+    take_source,
 )
 from onnxqat.commands.outputs import check_apart, command_line, hold
 from onnxqat.commands.signals import noted_signals
@@ -41,10 +41,9 @@ from onnxqat.options import (
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
-    from onnxqat.model import Model
+    from onnxqat.parallel import Workers
     from onnxqat.quantized import QuantizedModel
-    from onnxqat.settings import Settings
-    from onnxqat.train import Checkpoints, Config, Finetuned, Workers
+    from onnxqat.train import Checkpoints, Config, Finetuned
 
 __all__ = ["finetune"]
 
@@ -70,6 +69,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
              output: str | None, force: bool, as_json: bool,
              **options: Any) -> None:  # fmt: skip
     """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
+    from onnxqat import verbs
     from onnxqat.files import check_writable
 
     target = output or renamed(model, "qat")
@@ -82,23 +82,24 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
         hold(target, kept, log, tensorboard)
     checkpoints = _checkpoints(kept, checkpoint_every, resume, force)
     workers.any(False)  # all have looked before one writes
-    loaded = load_quantized(model)
-    taught_by = _teacher(teacher, loaded) if teacher else None
-    given = take_settings(options)
-    reading = {name: options.pop(name) for name in ("layout", "skip_broken")}
-    calibration = {name: options.pop(name) for name in ("observer", "samples")}
-    config = _config(options)
-    compare = loaded.state != "uncalibrated"  # calibration does it else
-    if not compare:
-        shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
-        shared |= {**calibration, **reading, "default_size": config.samples}
-        loaded, _ = calibrated(loaded, data, given, workers=workers, **shared)
-    logging = {"path": log, "tensorboard": tensorboard, "every": log_every, "resume": resume}
+    logs = verbs.TrainingLogs(path=log, tensorboard=tensorboard, every=log_every)
+    settings, source = take_settings(options), take_source(data, options)
+    calibration = take_calibration(options)
     with _ending_well(workers, target, force, checkpoints) as stop:
-        result = _tuned(
-            loaded, data, val_data, given, reading, logging=logging, teacher=taught_by,
-            config=config, checkpoints=checkpoints, stop=stop, workers=workers, compare=compare,
-        )  # fmt: skip
+        result = verbs.finetune(
+            model,
+            source,
+            validation=None if val_data is None else replace(source, source=val_data),
+            teacher=teacher,
+            settings=settings,
+            config=_config(options),
+            calibration=calibration,
+            logs=logs,
+            checkpoints=checkpoints,
+            listener=listener_of(workers),
+            stop=stop,
+            workers=workers,
+        )
     if workers.rank == 0:
         _finish(result.model, target, force, checkpoints)
         _print_finetuned(result, target, as_json)
@@ -189,59 +190,11 @@ def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -
     return f"{kept}."
 
 
-def _teacher(path: str, student: QuantizedModel) -> Model:
-    """Load and prepare the float model that teaches."""
-    from onnxqat.errors import ModelError
-    from onnxqat.evaluation import check_interface
-    from onnxqat.preparation import prepare
-    from onnxqat.quantized import QuantizedModel, load_model
-
-    teacher = load_model(path)
-    if isinstance(teacher, QuantizedModel):
-        raise ModelError(f"{path}: holds Q/DQ pairs. Give a float model as --teacher.")
-    check_interface(student, teacher, output_names=True)
-    return prepare(teacher)
-
-
 def _config(options: dict[str, Any]) -> Config:
     """Return the hyper-parameters: defaults where an option was not given."""
     from onnxqat.train import Config
 
     return Config(**{name: value for name, value in options.items() if value is not None})
-
-
-def _tuned(model: QuantizedModel, data: str, val_data: str | None, given: Settings,
-           reading: dict[str, Any], *,
-           logging: dict[str, Any], config: Config, workers: Workers, compare: bool,
-           **others: Any) -> Finetuned:  # fmt: skip
-    """Open the data and fine-tune on them."""
-    from onnxqat.progress import FinetuneReport
-    from onnxqat.train import TrainingLog
-    from onnxqat.train import finetune as run
-
-    def opened(source: str) -> Any:
-        return open_for(model, source, given, beside=others["teacher"], **reading)
-
-    reports: list[Callable[[Any], None]] = []
-    with ExitStack() as stack:
-        training = stack.enter_context(opened(data))
-        validation = stack.enter_context(opened(val_data)) if val_data else None
-        if compare and workers.rank == 0:
-            warn_if_unlike_training(
-                model, training, data, batch_size=config.batch_size, threads=config.threads
-            )
-        if workers.rank == 0:
-            shown = stack.enter_context(FinetuneReport())
-            reports.append(shown)
-            others |= {"stage": shown.stage, "say": shown.say}
-        if workers.rank == 0 and (logging["path"] or logging["tensorboard"]):
-            shown = validation or training
-            size = shown.batch_size(config.batch_size, default=config.samples)
-            batch = next(iter(shown.batches(size))).inputs
-            log = TrainingLog(start=model, batch=batch, threads=config.threads, **logging)
-            reports.append(stack.enter_context(log))
-        others["report"] = lambda progress: [report(progress) for report in reports]
-        return run(model, training, validation=validation, config=config, workers=workers, **others)
 
 
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:

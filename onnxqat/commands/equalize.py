@@ -1,0 +1,97 @@
+"""The command that lets channels have ranges alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import (
+    listener_of,
+    print_result,
+    renamed,
+    take_settings,
+    take_source,
+)
+from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.options import (
+    data_options,
+    force_option,
+    json_option,
+    output_option,
+    relu6_option,
+    run_options,
+)
+
+if TYPE_CHECKING:
+    from onnxqat.repair import Difference, Equalized
+
+__all__ = ["equalize"]
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", help="Compare the outputs on this; on random values without.")
+@relu6_option
+@data_options
+@run_options(32)
+@output_option("Float model; MODEL with .equalized before its suffix by default.")
+@force_option
+@json_option
+def equalize(model: str, data: str | None, relu6: Any, batch_size: int | None, threads: int,
+             output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Let the channels of MODEL have ranges alike, with the same outputs, for quantization."""
+    from onnxqat import verbs
+    from onnxqat.files import check_writable
+    from onnxqat.parallel import Workers
+
+    target = output or renamed(model, "equalized")
+    check_apart({"output": target})
+    check_writable(target, force=force)
+    hold(target)
+    result = verbs.equalize(
+        model,
+        take_source(data, options),
+        relu6=relu6,
+        settings=take_settings(options),
+        batch_size=batch_size,
+        threads=threads,
+        listener=listener_of(Workers()),
+    )
+    result.model.save(target, force=force)
+    _print_equalized(result, target, as_json)
+
+
+def _print_equalized(result: Equalized, target: str, as_json: bool) -> None:
+    document = {
+        "schema": "onnxqat.equalize/1",
+        "layers": list(result.layers),
+        "skips": [{"node": s.node, "op_type": s.op_type, "reason": s.reason} for s in result.skips],
+        "spreads": [spread._asdict() for spread in result.spreads],
+        "differences": _documents(result.differences),
+        "relu6": list(result.relu6),
+        "relu6_cost": _documents(result.relu6_cost),
+        "output": target,
+    }
+    rows: list[tuple[str, Any]] = [("layers", f"{len(result.layers)} changed")]
+    before, after = (
+        max((getattr(one, when) for one in result.spreads), default=0.0)
+        for when in ("before", "after")
+    )
+    rows += [("channels", f"at most {before:.1f}, now {after:.1f} octaves below the largest")]
+    rows += [("difference", str(one)) for one in result.differences]
+    rows += [("ReLU6", f"{len(result.relu6)} replaced by Relu")] if result.relu6 else []
+    rows += [("its cost", str(one)) for one in result.relu6_cost]
+    rows += [("left alone", f"{skip.node}: {skip.reason}") for skip in result.skips]
+    print_result(document, as_json, [*rows, ("output", target)])
+
+
+def _documents(found: Iterable[Difference]) -> list[dict[str, Any]]:
+    """Return differences as JSON has them: null where a figure is not finite."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        for entry in map(asdict, found)
+    ]

@@ -1,0 +1,124 @@
+"""The command that measures accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import (
+    listener_of,
+    output_documents,
+    output_rows,
+    percentages,
+    print_result,
+    take_settings,
+    take_source,
+)
+from onnxqat.options import data_options, json_option, run_options
+from onnxqat.terminal import say
+
+if TYPE_CHECKING:
+    from onnxqat.evaluation import Evaluation, PointDifference
+
+__all__ = ["evaluate"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data")
+@click.option(
+    "--mode",
+    type=click.Choice(["float", "qdq", "integer"]),
+    default="qdq",
+    show_default=True,
+    help="float: without Q/DQ; qdq: the file's arithmetic, unfused; integer: the chip's.",
+)
+@click.option("--rules", help="With --mode integer: a rule of yours; the model's own by default.")
+@click.option("--against", help="Reference model; adds agreement and largest difference.")
+@click.option(
+    "--max-drop",
+    type=float,
+    help="With --against: exit 1 if top-1 falls by more than this fraction.",
+)
+@data_options
+@run_options(32)
+@json_option
+def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
+             max_drop: float | None, as_json: bool, batch_size: int | None, threads: int,
+             **options: Any) -> None:  # fmt: skip
+    """Measure the accuracy of MODEL on DATA."""
+    from onnxqat import verbs
+    from onnxqat.parallel import Workers
+
+    if max_drop is not None and against is None:
+        raise click.UsageError("--max-drop needs --against.")
+    if rules is not None and mode != "integer":
+        raise click.UsageError("--rules needs --mode integer.")
+    result = verbs.evaluate(
+        model,
+        take_source(data, options),
+        mode=mode,
+        against=against,
+        rules=rules,
+        labelled=max_drop is not None,
+        settings=take_settings(options),
+        batch_size=batch_size,
+        threads=threads,
+        listener=listener_of(Workers()),
+    )
+    _print_evaluation(result, mode, against is not None or mode == "integer", as_json)
+    if max_drop is not None:
+        drop = result.reference["top1"] - result.metrics["top1"]
+        if not drop <= max_drop:
+            raise click.ClickException(f"top1 dropped by {drop:.4f}, more than {max_drop:g}.")
+
+
+def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bool) -> None:
+    document: dict[str, Any] = {
+        "schema": "onnxqat.evaluate/1",
+        "samples": result.samples,
+        "mode": mode,
+        "metrics": result.metrics,
+    }
+    rows = [("samples", result.samples), ("mode", mode), *percentages(result.metrics)]
+    if compared:
+        difference = math.nan if result.max_abs_diff is None else result.max_abs_diff
+        document |= {
+            "reference": result.reference,
+            "agreement": result.agreement,
+            "max_abs_diff": difference if math.isfinite(difference) else None,
+            "outputs": output_documents(result),
+        }
+        rows += [(f"reference {k}", v) for k, v in percentages(result.reference)]
+        rows += output_rows(result)
+        rows.append(("max_abs_diff", f"{difference:.6g}  largest difference of any output value"))
+    if mode == "integer":
+        document["points"] = [asdict(point) for point in result.points]
+    if result.note:
+        document["note"] = result.note
+        rows.append(("note", result.note))
+    print_result(document, as_json, rows)
+    if mode == "integer" and not as_json:
+        _print_points(result.points)
+
+
+WORST = 10
+
+
+def _print_points(points: Sequence[PointDifference]) -> None:
+    """Print the points that differ most, on identical inputs and at the end."""
+    say("")
+    say(f"against the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
+    ranked = sorted(points, key=lambda p: (-p.max_levels, -p.differing))[:WORST]
+    width = max((len(p.tensor) for p in ranked), default=0)
+    heads = ("alone", "levels", "by bias", "at the end", "levels")
+    say(f"{'':<{width}}  " + "  ".join(f"{head:>10}" for head in heads))
+    for p in ranked:
+        shares = (p.differing, p.bias_differing, p.end_differing)
+        alone, bias, end = (f"{100 * share:.3f} %" for share in shares)
+        cells = (alone, p.max_levels, bias, end, p.end_max_levels)
+        say(f"{p.tensor:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells))

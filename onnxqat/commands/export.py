@@ -1,0 +1,44 @@
+"""The command that writes integer weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnxqat.commands.common import print_result, renamed
+from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.options import force_option, json_option, output_option
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
+    required=True,
+    help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see docs/formats.md.",
+)
+@click.option("--int4", is_flag=True, help="Weights of 4 bits and fewer two to a byte (opset 21).")
+@output_option("MODEL with .int8 before its suffix by default.")
+@force_option
+@json_option
+def export(model: str, format_name: str, int4: bool, output: str | None, force: bool,
+           as_json: bool) -> None:  # fmt: skip
+    """Write a calibrated or fine-tuned Q/DQ MODEL with integer weights, for a runtime."""
+    from onnxqat import verbs
+    from onnxqat.files import check_writable
+
+    if int4 and format_name == "qoperator":
+        raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")
+    target = output or renamed(model, "int8")
+    check_apart({"output": target})
+    check_writable(target, force=force)
+    hold(target)
+    verbs.export(model, format_name=format_name, int4=int4).save(target, force=force)
+    size = Path(target).stat().st_size
+    document = {"format": format_name, "bytes": size, "output": target}
+    print_result({"schema": "onnxqat.export/1", **document}, as_json, list(document.items()))

@@ -1,0 +1,63 @@
+"""The commands that show and validate hardware rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from onnxqat.commands.common import print_result
+from onnxqat.options import json_option
+from onnxqat.terminal import say, say_document
+
+__all__ = ["rules"]
+
+
+@click.group()
+def rules() -> None:
+    """Show and validate hardware rules."""
+
+
+@rules.command("list")
+@json_option
+def rules_list(as_json: bool) -> None:
+    """List the bundled rules."""
+    from onnxqat.rules import bundled_rules, load_rule
+
+    found = [load_rule(name) for name in bundled_rules()]
+    entries = [{"name": r.name, "vendor": r.vendor, "summary": r.summary} for r in found]
+    document = {"schema": "onnxqat.rules/1", "rules": entries}
+    print_result(document, as_json, [(r.name, r.summary) for r in found])
+
+
+@rules.command("show")
+@click.argument("name")
+def rules_show(name: str) -> None:
+    """Print what a rule says, and where it was read."""
+    from onnxqat.rules import describe_rule, load_rule
+
+    for line in describe_rule(load_rule(name)).split("\n"):
+        say(line)
+
+
+@rules.command("validate")
+@click.argument("file")
+@json_option
+def rules_validate(file: str, as_json: bool) -> None:
+    """Say everything that is wrong in a rule FILE: line, key and advice."""
+    from onnxqat.rules import validate_rule
+
+    problems = validate_rule(file)
+    document: dict[str, Any] = {"schema": "onnxqat.rules-validate/1", "problems": problems}
+    rows = [("wrong", text) for text in problems] or [("valid", file)]
+    print_result(document, as_json, rows)
+    if problems:
+        raise click.ClickException(f"{len(problems)} problems in {file}.")
+
+
+@rules.command("schema")
+def rules_schema() -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    from onnxqat.rules import json_schema
+
+    say_document(json_schema())

@@ -1,0 +1,53 @@
+"""The command that gives back the float model, and the calibration table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxqat.commands.common import print_result
+from onnxqat.commands.outputs import check_apart
+from onnxqat.options import force_option, json_option, table_option
+
+__all__ = ["strip"]
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Directory to write into.")
+@table_option
+@click.option(
+    "--weights",
+    type=click.Choice(["snapped", "tuned"]),
+    default="snapped",
+    show_default=True,
+    help="snapped: on the grid, as training computed with them.",
+)
+@force_option
+@json_option
+def strip(model: str, output: str, format_name: str | None, weights: Any, force: bool,
+          as_json: bool) -> None:  # fmt: skip
+    """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
+    from onnxqat import verbs
+    from onnxqat.deploy import MODEL_NAME, table_names
+
+    check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *table_names())})
+    result = verbs.strip(model, output, format_name=format_name, weights=weights, force=force)
+    files = {kind: str(path) for kind, path in result.files.items()}
+    document = {
+        "schema": "onnxqat.strip/1",
+        "files": files,
+        "left_out": {kind: list(names) for kind, names in result.left_out.items()},
+        "regridded": dict(result.regridded),
+    }
+    rows: list[tuple[str, Any]] = list(files.items())
+    if result.left_out:
+        counts = (f"{len(names)} {kind}" for kind, names in result.left_out.items())
+        rows.append(("left out", ", ".join(counts)))
+    if result.regridded:
+        rows.append(
+            ("regridded", f"{len(result.regridded)} weights: the table does not say their grid")
+        )
+    print_result(document, as_json, rows)

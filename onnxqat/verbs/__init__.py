@@ -1,0 +1,38 @@
+"""What the commands do, as functions: a model and data in, a new object out.
+
+Each takes a path or an object, changes nothing that it is given, and writes nothing but what
+`strip` is told to. The command of the same name parses, calls it, and writes or prints the result.
+"""
+
+from onnxqat.verbs.calibrate import calibrate
+from onnxqat.verbs.check import Check, check
+from onnxqat.verbs.equalize import equalize
+from onnxqat.verbs.evaluate import evaluate
+from onnxqat.verbs.export import export
+from onnxqat.verbs.finetune import TrainingLogs, finetune
+from onnxqat.verbs.import_table import import_table
+from onnxqat.verbs.insert import insert
+from onnxqat.verbs.listener import Listener, TrainingListener
+from onnxqat.verbs.models import AnySource
+from onnxqat.verbs.opening import DataSource
+from onnxqat.verbs.plan import plan
+from onnxqat.verbs.strip import strip
+
+__all__ = [
+    "AnySource",
+    "Check",
+    "DataSource",
+    "Listener",
+    "TrainingListener",
+    "TrainingLogs",
+    "calibrate",
+    "check",
+    "equalize",
+    "evaluate",
+    "export",
+    "finetune",
+    "import_table",
+    "insert",
+    "plan",
+    "strip",
+]

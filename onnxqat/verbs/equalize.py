@@ -1,0 +1,71 @@
+"""A float model whose channels have ranges alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from onnxqat.choices import check_choice
+from onnxqat.preparation import prepare
+from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
+from onnxqat.quantized import without_notes
+from onnxqat.repair import Equalized
+from onnxqat.repair import equalize as run
+from onnxqat.settings import Settings
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.models import AnySource, float_model
+from onnxqat.verbs.opening import AnyData, opened
+
+__all__ = ["equalize"]
+
+COMPARED = 64  # samples of the data on which outputs are compared
+
+
+def equalize(
+    model: AnySource,
+    data: AnyData | None = None,
+    *,
+    relu6: Literal["keep", "replace"] = "keep",
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    batch_size: int | None = None,
+    threads: int = 0,
+    listener: Listener = Listener(),  # noqa: B008 (without state)
+) -> Equalized:
+    """Return the model with ranges of its channels alike, as ``onnxqat equalize`` does.
+
+    Parameters
+    ----------
+    model : str, Path or Model
+        The float model. It is not changed.
+    data : path, arrays or DataSet, optional
+        Outputs are compared on them; on random values without.
+    relu6 : {"keep", "replace"}
+        See `onnxqat.repair.equalize`.
+    settings : Settings
+        What becomes of the data.
+    batch_size : int, optional
+        Samples at a time.
+    threads : int
+        0 takes all cores.
+    listener : Listener
+        Is told what is done.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, or the data do not fit the model.
+    """
+    check_choice("relu6", relu6, ("keep", "replace"))
+    prepared = prepare(float_model(model))
+    batches = None
+    if data is not None:
+        with opened(prepared, data, settings, listener, labels=False) as source:
+            size = source.batch_size(batch_size, default=32)
+            chosen = np.arange(min(len(source), COMPARED))
+            batches = [batch.inputs for batch in source.batches(size, indices=chosen)]
+    result = run(prepared, batches, relu6=relu6, threads=threads)
+    floats, narrow = result.model, result.model.metadata.get(FLOAT16_KEY)
+    floats.metadata = without_notes(floats.metadata)
+    return replace(result, model=floats if narrow is None else narrow_to_float16(floats, narrow))

@@ -1,0 +1,102 @@
+"""How often a model is right on data, and how like another it is."""
+
+from __future__ import annotations
+
+import logging
+
+from onnxqat.choices import check_choice
+from onnxqat.errors import DataError, OptionError
+from onnxqat.evaluation import Evaluation
+from onnxqat.evaluation import evaluate as run
+from onnxqat.evaluation.labels import CAUSES
+from onnxqat.evaluation.run import MODES, Mode
+from onnxqat.quantized import AnyModel, QuantizedModel
+from onnxqat.settings import Settings, adopt, settle
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.models import AnySource, any_model
+from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+from onnxqat.verbs.planning import AnyRule, rule_of
+
+__all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: AnySource,
+    data: AnyData,
+    *,
+    mode: Mode = "qdq",
+    against: AnySource | None = None,
+    rules: AnyRule | None = None,
+    labelled: bool = False,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    batch_size: int | None = None,
+    threads: int = 0,
+    listener: Listener = Listener(),  # noqa: B008 (without state)
+) -> Evaluation:
+    """Return the figures of a model on data, as ``onnxqat evaluate`` does.
+
+    Parameters
+    ----------
+    model : str, Path, Model or QuantizedModel
+        Float or with Q/DQ pairs.
+    data : path, arrays or DataSet
+        With labels for accuracy.
+    mode : {"float", "qdq", "integer"}
+        Without Q/DQ; the file's arithmetic, unfused; or the chip's.
+    against : str, Path, Model or QuantizedModel, optional
+        Reference; adds agreement and the largest difference.
+    rules : str, Path or HardwareRule, optional
+        Of ``integer``; the rule that the model was made with by default.
+    labelled : bool
+        Refuse data without labels.
+    settings : Settings
+        What becomes of the data, where the model does not remember it.
+    batch_size : int, optional
+        Samples at a time; those of the model where it is fixed, else 32.
+    threads : int
+        0 takes all cores.
+    listener : Listener
+        Is told what is done.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
+        run in this mode.
+    """
+    check_choice("mode", mode, MODES)
+    if rules is not None and mode != "integer":
+        raise OptionError("rules: are of mode 'integer'. Leave them out.")
+    loaded = any_model(model)
+    reference = None if against is None else any_model(against)
+    if reference is not None:  # a float model has nothing stored; both read the same data
+        settle(loaded, settings)
+        adopt(loaded, reference)
+    with opened(loaded, data, settings, listener, beside=reference) as samples:
+        if labelled and not samples.has_labels:
+            raise DataError(f"{samples.name}: needs labels, and has none. Name them with --label.")
+        size = samples.batch_size(batch_size)
+        warn_if_unlike_training(loaded, samples, batch_size=size, threads=threads)
+        with listener.batches("evaluating", -(-len(samples) // size)) as advance:
+            result = run(
+                loaded,
+                samples.batches(size),
+                mode=mode,
+                against=reference,
+                rule=None if rules is None else rule_of(rules),
+                threads=threads,
+                progress=advance,
+            )
+    if result.doubt is not None:
+        _warn_of_labels(loaded, result, mode)
+    return result
+
+
+def _warn_of_labels(model: AnyModel, result: Evaluation, mode: str) -> None:
+    """Say that the labels can hardly be the model's own."""
+    judged = "the reference" if result.reference else model.name
+    rounded = isinstance(model, QuantizedModel) and mode != "float" and not result.reference
+    other = " Or the quantization costs it: --mode float leaves that out." if rounded else ""
+    logger.warning("%s %s. %s%s", judged, result.doubt, CAUSES, other)

@@ -1,0 +1,220 @@
+"""A Q/DQ model with weights and scales trained on data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onnxqat.calibration import Calibration
+from onnxqat.data import DataSet
+from onnxqat.errors import ModelError
+from onnxqat.evaluation import check_interface
+from onnxqat.model import Model
+from onnxqat.parallel import Workers
+from onnxqat.preparation import prepare
+from onnxqat.quantized import QuantizedModel, Stage
+from onnxqat.settings import Settings
+from onnxqat.train import Checkpoints, Config, Finetuned, Progress, TrainingLog
+from onnxqat.train import finetune as run
+from onnxqat.train.selection import figures_of
+from onnxqat.verbs.calibrate import calibrate
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.models import AnySource, any_model, quantized_model
+from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+
+__all__ = ["TrainingLogs", "finetune"]
+
+NOT_TOLD = ("loss", "threads")  # of the settings: may be a path, and changes no result
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLogs:
+    """Where losses, rates and figures are written; see `onnxqat.train.TrainingLog`.
+
+    Attributes
+    ----------
+    path : str or Path, optional
+        A ``.jsonl`` or ``.csv`` file.
+    tensorboard : str or Path, optional
+        A folder of event files.
+    every : int
+        Steps between events.
+    """
+
+    path: str | Path | None = None
+    tensorboard: str | Path | None = None
+    every: int = 20
+
+
+def finetune(
+    model: AnySource,
+    data: AnyData,
+    *,
+    validation: AnyData | None = None,
+    teacher: AnySource | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    config: Config = Config(),  # noqa: B008 (frozen)
+    calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+    logs: TrainingLogs = TrainingLogs(),
+    checkpoints: Checkpoints | None = None,
+    listener: Listener = Listener(),  # noqa: B008 (without state)
+    stop: Callable[[], bool] = lambda: False,
+    workers: Workers = Workers(),  # noqa: B008 (without state)
+) -> Finetuned:
+    """Return the model with trained weights and scales, as ``onnxqat finetune`` does.
+
+    Parameters
+    ----------
+    model : str, Path or QuantizedModel
+        As `insert` or `calibrate` returns it; calibrated first if it is not. It is not changed.
+    data : path, arrays or DataSet
+        Training samples.
+    validation : path, arrays or DataSet, optional
+        Chooses the best state; a seeded slice of ``data`` is held out for it otherwise.
+    teacher : str, Path or Model, optional
+        Float model to distil from; that of ``model`` itself by default.
+    settings : Settings
+        What becomes of the data, where the model does not remember it.
+    config : Config
+        Hyper-parameters.
+    calibration : Calibration
+        Observer and number of samples, where the model is not calibrated; ``config`` has the
+        batch size, seed and threads.
+    logs : TrainingLogs
+        Where losses, rates and figures are written.
+    checkpoints : Checkpoints, optional
+        Where the state is saved, and whether to go on from there. The file is left behind, for the
+        caller to remove when the result is safe.
+    listener : Listener
+        Is told what is done.
+    stop : callable
+        Asked often; once it returns true, the state is saved and the run ends.
+    workers : Workers
+        The processes that train together, see `onnxqat.parallel`.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
+        trained.
+    DivergedError
+        The loss left the finite numbers; it has the last good state.
+    StoppedError
+        ``stop`` said so.
+    """
+    loaded = quantized_model(model)
+    taught_by = None if teacher is None else _teacher(teacher, loaded)
+    with ExitStack() as stack:
+
+        def from_source(source: AnyData) -> DataSet:
+            context = opened(loaded, source, settings, listener, beside=taught_by)
+            return stack.enter_context(context)
+
+        training = from_source(data)
+        held_out = None if validation is None else from_source(validation)
+        loaded = _calibrated(loaded, training, config, calibration, listener, workers)
+        speaker = listener if workers.rank == 0 else Listener()
+        heard = stack.enter_context(speaker.training())
+        reports: list[Callable[[Progress], None]] = [heard]
+        if workers.rank == 0 and (logs.path or logs.tensorboard):
+            resume = checkpoints is not None and checkpoints.resume
+            log = _log(loaded, held_out or training, config, logs, resume=resume)
+            reports.append(stack.enter_context(log))
+        result = run(
+            loaded,
+            training,
+            validation=held_out,
+            teacher=taught_by,
+            config=config,
+            report=partial(_tell, reports),
+            stage=heard.stage,
+            say=heard.say,
+            checkpoints=checkpoints,
+            stop=stop,
+            workers=workers,
+        )
+    return replace(result, model=result.model.with_stage(_stage(config, result)))
+
+
+def _tell(reports: list[Callable[[Progress], None]], progress: Progress) -> None:
+    for report in reports:
+        report(progress)
+
+
+def _calibrated(
+    model: QuantizedModel,
+    data: DataSet,
+    config: Config,
+    calibration: Calibration,
+    listener: Listener,
+    workers: Workers,
+) -> QuantizedModel:
+    """Calibrate a model that is not; look at the data of one that is."""
+    if model.state != "uncalibrated":
+        if workers.rank == 0:
+            size, threads = config.batch_size, config.threads
+            warn_if_unlike_training(model, data, batch_size=size, threads=threads)
+        return model
+    shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
+    return calibrate(
+        model,
+        data,
+        calibration=msgspec.structs.replace(calibration, **shared),
+        listener=listener,
+        workers=workers,
+        default_size=config.samples,
+    )
+
+
+def _log(
+    model: QuantizedModel, data: DataSet, config: Config, logs: TrainingLogs, *, resume: bool
+) -> TrainingLog:
+    size = data.batch_size(config.batch_size, default=config.samples)
+    batch = next(iter(data.batches(size))).inputs
+    return TrainingLog(
+        logs.path,
+        model,
+        batch,
+        every=logs.every,
+        resume=resume,
+        threads=config.threads,
+        tensorboard=logs.tensorboard,
+    )
+
+
+def _stage(config: Config, result: Finetuned) -> Stage:
+    """Return what was told and measured: settings that are not the default ones."""
+    usual = msgspec.to_builtins(Config())
+    told: dict[str, Any] = {
+        name: value
+        for name, value in msgspec.to_builtins(config).items()
+        if value != usual[name] and name not in NOT_TOLD
+    }
+    return Stage(name="finetune", settings=told, figures=_figures(result))
+
+
+def _figures(result: Finetuned) -> dict[str, float | None]:
+    found: dict[str, float | None] = {
+        "epochs": float(result.epochs),
+        "best_epoch": float(result.best_epoch),
+    }
+    for when, evaluation in (("before", result.before), ("after", result.after)):
+        for name, value in figures_of(evaluation).items():
+            found[f"{when}.{name}"] = value if math.isfinite(value) else None
+    return found
+
+
+def _teacher(source: AnySource, student: QuantizedModel) -> Model:
+    """Load and prepare the float model that teaches."""
+    teacher = any_model(source)
+    if isinstance(teacher, QuantizedModel):
+        raise ModelError(f"{teacher.name}: holds Q/DQ pairs. Give a float model as --teacher.")
+    check_interface(student, teacher, output_names=True)
+    return prepare(teacher)

@@ -1,0 +1,132 @@
+"""A float model with Q/DQ pairs where a rule says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from onnxqat.calibration import (
+    Calibration,
+    placeholder_params,
+    resolved_plan,
+    without_large_biases,
+)
+from onnxqat.choices import check_choice
+from onnxqat.deploy import name_problems
+from onnxqat.foreign import ForeignParams, read_foreign_qdq, take_over
+from onnxqat.formats.format import refuse
+from onnxqat.model import Model
+from onnxqat.parallel import Workers
+from onnxqat.plan import QuantPlan
+from onnxqat.quantized import QuantizedModel, Stage, insert_pairs
+from onnxqat.settings import Settings, settle
+from onnxqat.verbs.calibrate import calibrate
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.models import AnySource, float_model, name_of
+from onnxqat.verbs.opening import AnyData
+from onnxqat.verbs.planning import AnyRule, Overrides, rule_of
+from onnxqat.verbs.repairing import Equalization, repaired, repairs
+
+__all__ = ["insert"]
+
+
+def insert(
+    model: AnySource,
+    *,
+    rules: AnyRule = "onnxruntime-cpu",
+    overrides: Overrides = (),
+    data: AnyData | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+    equalize: bool = False,
+    relu6: Literal["keep", "replace"] = "keep",
+    format_name: str | None = None,
+    listener: Listener = Listener(),  # noqa: B008 (without state)
+    workers: Workers = Workers(),  # noqa: B008 (without state)
+) -> QuantizedModel:
+    """Return the model with Q/DQ pairs as the rule says, as ``onnxqat insert`` does.
+
+    Pairs of another tool are taken out, and their parameters taken over where they fit the rule.
+
+    Parameters
+    ----------
+    model : str, Path or Model
+        The float model. It is not changed.
+    rules : str, Path or HardwareRule
+        A bundled rule's name, or a ``.toml`` file.
+    overrides : path, or iterable of str or Override
+        A TOML file, or ``SELECTOR.KEY=VALUE`` each, see `onnxqat.overrides`; later ones win.
+    data : path, arrays or DataSet, optional
+        Calibrates on them too; the scales are placeholders without.
+    settings : Settings
+        What becomes of the data, which the model remembers.
+    calibration : Calibration
+        With ``data``: how it is done.
+    equalize, relu6 : bool, {"keep", "replace"}
+        Whether channels are given ranges alike first, and how, see `onnxqat.repair.equalize`.
+    format_name : str, optional
+        Calibration table that `strip` is to write, or ``none``; the rule's own by default.
+    listener : Listener
+        Is told what is done.
+    workers : Workers
+        The processes that calibrate together, see `onnxqat.parallel`.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, the rule quantizes nothing in the model, or
+        the table cannot hold the model's names.
+    """
+    floats, foreign = read_foreign_qdq(float_model(model))
+    settle(floats, settings)  # now, before any work is done for settings that are wrong
+    check_choice("relu6", relu6, ("keep", "replace"))
+    rule = rule_of(rules)
+    equalization = Equalization(relu6) if equalize else None
+    prepared, found = repaired(floats, equalization, foreign, rule, overrides)
+    _refuse_names(prepared, found, format_name or rule.table)
+    result = _inserted(prepared, found, foreign, listener)
+    done: dict[str, Any] = {"rules": rule.name, "set": list(found.overrides)}
+    if equalization is not None:
+        result = replace(result, source=equalization.source)
+        done |= {"equalize": True, "relu6": relu6}
+        equalization.tell(listener)
+    else:
+        for line in repairs(prepared, found, name_of(model)):
+            listener.note(line)
+    result = result.with_stage(Stage(name="insert", settings=done))
+    if data is None:
+        return result
+    return calibrate(
+        result, data, settings=settings, calibration=calibration, listener=listener, workers=workers
+    )
+
+
+def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
+    """Refuse now what `strip` could not write after the training."""
+    refuse(
+        name_problems(prepared, plan, table),
+        f"The table '{table}' could not be read. Rename these in the model, or give insert and "
+        "strip --format onnxqat, which holds any name",
+    )
+
+
+def _inserted(
+    prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams], listener: Listener
+) -> QuantizedModel:
+    """Insert the pairs, with the parameters of another tool where the model had some."""
+    params = placeholder_params(prepared, plan)
+    taken, ignored = take_over(plan, prepared.graph, foreign)
+    missing = params.keys() - taken.keys()
+    if not foreign:
+        return insert_pairs(prepared, plan, params, state="uncalibrated")
+    listener.note(f"{len(taken)} of {len(params)} parameters are those of the model's pairs.")
+    if missing:
+        listener.note(f"Calibration measures the others: {', '.join(sorted(missing))}.")
+    if ignored:
+        listener.note(f"Pairs that do not fit the rule: {', '.join(ignored)}.")
+    if missing:
+        result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
+        return replace(result, taken=tuple(sorted(taken)))
+    plan = without_large_biases(resolved_plan(plan, taken), taken, prepared.graph.tensors())
+    return insert_pairs(prepared, plan, taken, state="calibrated")

@@ -1,0 +1,138 @@
+"""Data for a model: opened as the model remembers, and what is said of them remembered in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from numpy.typing import ArrayLike
+
+from onnxqat.calibration import unlike_training
+from onnxqat.data import DataSet, open_data
+from onnxqat.data.preprocess import Layout
+from onnxqat.errors import OptionError
+from onnxqat.quantized import AnyModel
+from onnxqat.settings import Settings, class_count, input_specs, settings_of, settle
+from onnxqat.verbs.listener import Listener
+
+__all__ = ["AnyData", "DataSource", "opened", "warn_if_unlike_training"]
+
+logger = logging.getLogger(__name__)
+Arrays: TypeAlias = Mapping[str, ArrayLike]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Data, and what is said of these alone: no model remembers it.
+
+    Attributes
+    ----------
+    source : str, Path, mapping of str to array, or iterable of such mappings
+        See `onnxqat.data.open_data`.
+    layout : {"nchw", "nhwc"}, optional
+        Of the data arrays, where their shape leaves it open.
+    skip_broken : bool
+        Do without images that cannot be read, and name each.
+    """
+
+    source: str | Path | Arrays | Iterable[Arrays]
+    layout: Layout | None = None
+    skip_broken: bool = False
+
+
+AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
+
+
+@contextmanager
+def opened(
+    model: AnyModel,
+    source: AnyData,
+    given: Settings,
+    listener: Listener,
+    *,
+    beside: AnyModel | None = None,
+    labels: bool = True,
+) -> Iterator[DataSet]:
+    """Yield data for a model, and store what was said about them in the model.
+
+    Parameters
+    ----------
+    model : Model or QuantizedModel
+        With metadata of its own, see `onnxqat.verbs.models.any_model`.
+    source : path, arrays, DataSource or DataSet
+        A `DataSet` stays open; what it was opened with is stored.
+    given : Settings
+        What is said about the data; nothing where they are a `DataSet`.
+    beside : Model, optional
+        What runs on the same batches.
+    labels : bool
+        Whether any are read.
+
+    Raises
+    ------
+    DataError
+        There is no such data, or they do not fit the model or what it remembers.
+    """
+    if isinstance(source, DataSet):
+        if given != Settings():
+            raise OptionError(f"{source.name}: is open. Give the settings to open_data.")
+        settle(model, settings_of(source))
+        yield source
+        return
+    data = _open(model, source, given, listener, beside, labels=labels)
+    with data:
+        yield data
+
+
+def _open(
+    model: AnyModel,
+    source: AnyData,
+    given: Settings,
+    listener: Listener,
+    beside: AnyModel | None,
+    *,
+    labels: bool,
+) -> DataSet:
+    assert not isinstance(source, DataSet)
+    this = source if isinstance(source, DataSource) else DataSource(source=source)
+    settings = settle(model, given)
+    data = open_data(
+        this.source,
+        input_specs(model, beside),
+        preprocessing=settings.preprocessing(this.layout),
+        label=settings.label,
+        input_map=settings.input_map,
+        labels=labels,
+        classes=settings.classes,
+        class_count=class_count(model),
+        skip_broken=this.skip_broken,
+    )
+    if data.classes is None:
+        return data
+    try:
+        settle(model, Settings(classes=dict(data.classes)))
+        if settings.classes is None:
+            _tell_classes(data.name, data.classes, listener)
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def _tell_classes(source: str, classes: Mapping[str, int], listener: Listener) -> None:
+    """Say which class the first folders were taken for; nobody gave a list."""
+    first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
+    listener.note(f"{source}: folders in sorted order are the classes: {first}, ...")
+
+
+def warn_if_unlike_training(
+    model: AnyModel, data: DataSet, *, batch_size: int | None, threads: int
+) -> None:
+    """Say if the data reach the network in another range than those it was trained with."""
+    found = unlike_training(model, data, batch_size=batch_size, threads=threads)
+    if found is not None:
+        logger.warning("%s: %s. Check --mean, --scale and --layout.", data.name, found)

@@ -1,0 +1,41 @@
+"""What would be quantized in a model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from onnxqat.foreign import read_foreign_qdq
+from onnxqat.plan import QuantPlan
+from onnxqat.settings import Settings, settle
+from onnxqat.verbs.models import AnySource, float_model
+from onnxqat.verbs.planning import AnyRule, Overrides, rule_of
+from onnxqat.verbs.repairing import Equalization, repaired
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: AnySource,
+    *,
+    rules: AnyRule = "onnxruntime-cpu",
+    overrides: Overrides = (),
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    equalize: bool = False,
+    relu6: Literal["keep", "replace"] = "keep",
+) -> QuantPlan:
+    """Return what `insert` would quantize, and why, as ``onnxqat insert --plan-only`` does.
+
+    Parameters
+    ----------
+    model, rules, overrides, settings, equalize, relu6
+        See `onnxqat.insert`.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, or the rule quantizes nothing in the model.
+    """
+    floats, foreign = read_foreign_qdq(float_model(model))
+    settle(floats, settings)
+    equalization = Equalization(relu6) if equalize else None
+    return repaired(floats, equalization, foreign, rule_of(rules), overrides)[1]

@@ -1,0 +1,93 @@
+"""What a rule quantizes in a float model: where insert, check and import-table begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+from onnxqat.model import Model
+from onnxqat.overrides import Override, parse_override, read_overrides
+from onnxqat.plan import QuantPlan, make_plan
+from onnxqat.preparation import prepare
+from onnxqat.preparation.float16 import refuse_other_floats
+from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
+from onnxqat.rules import HardwareRule, load_rule
+
+__all__ = ["AnyRule", "Overrides", "planned", "rule_of"]
+
+logger = logging.getLogger(__name__)
+AnyRule: TypeAlias = str | Path | HardwareRule
+Overrides: TypeAlias = str | Path | Iterable[str | Override]
+
+
+def rule_of(rules: AnyRule) -> HardwareRule:
+    """Return a hardware rule by its bundled name, by the path of its file, or as it is."""
+    return rules if isinstance(rules, HardwareRule) else load_rule(str(rules))
+
+
+def planned(
+    floats: Model,
+    rule: HardwareRule,
+    overrides: Overrides = (),
+    *,
+    repair: Callable[[Model], Model] = lambda prepared: prepared,
+) -> tuple[Model, QuantPlan]:
+    """Prepare a float model, at the opset that the plan needs, and plan for it.
+
+    Parameters
+    ----------
+    floats : Model
+        As exported; it is not changed.
+    rule : HardwareRule
+        The chip.
+    overrides : path, or iterable of str or Override
+        A TOML file, or ``SELECTOR.KEY=VALUE`` each; laid over the rule, later ones win.
+    repair : callable
+        Changes the prepared model before it is planned for.
+
+    Returns
+    -------
+    Model, QuantPlan
+        The prepared float model, and what is quantized in it.
+
+    Raises
+    ------
+    ModelError, PlanError, RuleError
+        The model cannot be prepared, an override covers nothing, or nothing is quantized.
+    """
+    parsed = _parsed(overrides)
+    prepared = prepare(floats)
+    refuse_other_floats(prepared.graph, floats.name)
+    prepared = repair(prepared)
+    found = make_plan(prepared.graph, rule, parsed)
+    if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(found):
+        prepared = repair(prepare(floats, opset=OPSET_OF_16_BITS))
+        found = make_plan(prepared.graph, rule, parsed)
+    _warn_of_widths(found, rule)
+    return prepared, found
+
+
+def _parsed(overrides: Overrides) -> list[Override]:
+    if isinstance(overrides, str | Path):
+        return read_overrides(overrides)
+    return [one if isinstance(one, Override) else parse_override(one) for one in overrides]
+
+
+def _warn_of_widths(plan: QuantPlan, rule: HardwareRule) -> None:
+    for role, widths in (("weight", rule.weight_bits), ("activation", rule.activation_bits)):
+        known = {*widths, *(spec.bits for spec in rule.specs.values())}
+        others = sorted({p.spec.bits for p in plan.points if p.role == role} - known)
+        if others:
+            logger.warning(
+                "%s bits of %ss are for study: %s runs %s.",
+                _listed(others),
+                role,
+                rule.name,
+                _listed(widths),
+            )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " and ".join(map(str, numbers))
