@@ -29,6 +29,7 @@ from onnxqat.nodes import (
     keeps_grid,
 )
 from onnxqat.operators import WEIGHTED, homogeneous, moving
+from onnxqat.preparation.budget import TooLargeError
 from onnxqat.preparation.editing import constant_values, pinned_names
 from onnxqat.preparation.folding import evaluate
 from onnxqat.repair.layers import Layer, layer_sizes
@@ -39,6 +40,7 @@ __all__ = ["Network", "Shift", "find_channels"]
 MOVING = moving("axes", "blocks", "repeats", "picks", "joins")
 # What unknown lengths are taken for; not 1, which would hide that an axis is mixed with others.
 BATCH, LENGTH = 2, 3
+MAX_VALUES = 2**26  # of a tensor whose channels are followed through a node that moves values
 
 
 class Shift(NamedTuple):
@@ -248,7 +250,10 @@ class _Walk:
             arrays.append(self._numbered(tensor) if index in data else constant_values(tensor))
             if arrays[-1] is None and tensor.name:
                 return None
-        results = evaluate(node, arrays)
+        try:
+            results = evaluate(node, arrays)
+        except TooLargeError:
+            return None
         if len(results) != len(node.outputs) or not all(map(_has_shape, node.outputs, results)):
             return None
         return [_compressed(numbers) for numbers in results]
@@ -259,6 +264,8 @@ class _Walk:
         if shape is None:
             return None
         sizes = [n if isinstance(n, int) else LENGTH if i else BATCH for i, n in enumerate(shape)]
+        if math.prod(sizes) > MAX_VALUES:
+            return None
         if ids is None:
             ids = self.sets.new(1)
             self.sets.fix(ids, f"'{tensor.name}' comes from no layer that can be scaled")

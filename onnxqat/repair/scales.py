@@ -18,13 +18,14 @@ weights counts as much as one of large weights; likewise r2_i where several laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxqat.preparation.editing import constant_values
 from onnxqat.repair.channels import Network
 from onnxqat.repair.layers import Layer
 from onnxqat.repair.sets import ChannelSets, Ids
@@ -80,11 +81,15 @@ def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
         1 for what stays as it is.
     """
     roots = network.sets.roots(np.arange(network.sets.count))
-    magnitudes = [_magnitudes(layer) for layer in network.layers]
     free = _free(network, roots)
     scales = np.ones(roots.size + 1)  # the last one is that of all that is fixed
     numbers = np.where(free[roots], roots, roots.size)
     ports = [(numbers[layer.inputs], numbers[layer.outputs]) for layer in network.layers]
+    magnitudes = {  # of the others, which may be large, none is looked at
+        number: _magnitudes(network.layers[number])
+        for number, sides in enumerate(ports)
+        if any((ids != roots.size).any() for ids in sides)
+    }
     groups = list(_groups(ports, roots.size))
     for _ in range(sweeps):
         changes = [_equalize(group, magnitudes, ports, scales) for group in groups]
@@ -98,10 +103,10 @@ def spreads(network: Network, scales: Floats) -> tuple[Spread, ...]:
     found = []
     for layer in network.layers:
         inputs, outputs = scales[layer.inputs], scales[layer.outputs]
-        before = _magnitudes(layer)
-        after = before * inputs[:, None, :] / outputs[:, :, None]
         moving = (outputs != 1, inputs != 1)
         if any(side.any() for side in moving):
+            before = _magnitudes(layer)
+            after = before * inputs[:, None, :] / outputs[:, :, None]
             name = str(layer.node.name)
             found.append(Spread(name, _octaves(before, moving), _octaves(after, moving)))
     return tuple(found)
@@ -117,7 +122,8 @@ def _octaves(magnitudes: NDArray[Any], moving: Sequence[NDArray[np.bool_]]) -> f
 
 def _magnitudes(layer: Layer) -> NDArray[np.float32]:
     """Return the largest magnitude of the taps, as (groups, outputs, inputs)."""
-    weight = layer.node.inputs[1].values
+    weight = constant_values(layer.node.inputs[1])
+    assert weight is not None  # so is every layer that was found
     return np.asarray(np.abs(layer.matrix(weight)).max(axis=-1), np.float32)
 
 
@@ -156,7 +162,7 @@ def _groups(ports: Sequence[tuple[Ids, Ids]], fixed: int) -> Iterator[_Group]:
 
 def _equalize(
     group: _Group,
-    magnitudes: Sequence[NDArray[np.float32]],
+    magnitudes: Mapping[int, NDArray[np.float32]],
     ports: Sequence[tuple[Ids, Ids]],
     scales: Floats,
 ) -> float:

@@ -340,3 +340,17 @@ def test_uneven_channels_are_named_the_worst_first():
     assert found
     assert found[0].before - found[0].after >= 2
     assert found == sorted(found, key=lambda one: one.after - one.before)
+
+
+def test_channels_are_not_followed_through_a_tensor_that_is_very_large():
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w1", 6, 3, 1, 1)], "c1")
+    g.node("Tile", ["c1", g.constant("r", np.int64([1, 1, 4000, 4000]))], "t1")
+    g.node("GlobalAveragePool", ["t1"], "v1")
+    g.node("Conv", ["v1", g.weight("w2", 4, 6, 1, 1)], "output")
+    prepared = prepare(from_proto(g.model([1, 3, 8, 8], [1, 4, 1, 1])))
+
+    result = equalize(prepared)
+
+    assert result.layers == ()
+    assert "'n_t1' (Tile) reads it" in result.skips[0].reason
