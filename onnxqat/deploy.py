@@ -43,7 +43,7 @@ Weights: TypeAlias = Literal["snapped", "tuned"]
 MAX_BYTES = 256 * 2**20  # the scales of a billion-parameter network take a tenth
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Deployment:
     """What was written.
 
@@ -61,6 +61,10 @@ class Deployment:
     files: Mapping[str, Path]
     left_out: Mapping[str, tuple[str, ...]]
     regridded: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        files = ", ".join(f"{kind} '{path}'" for kind, path in self.files.items())
+        return f"Deployment({files})"
 
 
 def deployed_model(model: QuantizedModel, *, weights: Weights) -> Model:

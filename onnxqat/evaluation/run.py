@@ -44,7 +44,7 @@ class Samples(Protocol):
         """Class indices of shape (N,), if there are any."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """Figures over a data set.
 
@@ -88,6 +88,11 @@ class Evaluation:
     confidence: float | None = None
     reference_confidence: float | None = None
     note: str = ""
+
+    def __repr__(self) -> str:
+        found = self.metrics | ({} if self.agreement is None else {"agreement": self.agreement})
+        figures = "".join(f", {name} {100 * value:.2f} %" for name, value in found.items())
+        return f"Evaluation({self.samples} samples{figures})"
 
     @property
     def doubt(self) -> str | None:

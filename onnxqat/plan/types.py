@@ -116,6 +116,12 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise PlanError(f"The stored plan cannot be read ({error}). Insert again.") from error
 
+    def __repr__(self) -> str:
+        return (
+            f"QuantPlan(rule '{self.rule}', {len(self.grid_points())} tensors quantized, "
+            f"{len(self.skips)} nodes in float)"
+        )
+
     def __str__(self) -> str:
         """Return the lines as one text."""
         return "\n".join(self.lines())

@@ -48,7 +48,7 @@ class Progress:
     note: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Finetuned:
     """The outcome.
 
@@ -82,6 +82,13 @@ class Finetuned:
     parts: tuple[Part, ...]
     selection: Selection
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        kept = f"epoch {self.best_epoch}" if self.best_epoch else "start"
+        return (
+            f"Finetuned('{self.model.name}', {self.epochs} epochs, {kept} kept, "
+            f"before {self.before!r}, after {self.after!r})"
+        )
 
 
 class DivergedError(TrainingError):

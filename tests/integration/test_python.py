@@ -162,6 +162,15 @@ def test_a_model_remembers_what_an_open_data_set_was_opened_with(work):
     assert found.to_proto() == expected.to_proto()
 
 
+def test_what_a_console_shows_is_one_line(work):
+    found = oq.evaluate(LENET, work / "data.npz", settings=PIXELS, threads=1)
+    top1 = 100 * found.metrics["top1"]
+
+    assert repr(found).startswith(f"Evaluation(120 samples, top1 {top1:.2f} %")
+    assert repr(oq.check(LENET, rules=RULE)).startswith("Check(rule 'sophgo-bm1684x', ")
+    assert repr(inserted().plan).startswith("QuantPlan(rule 'sophgo-bm1684x', ")
+
+
 # --- the README --------------------------------------------------------------------------------
 
 
