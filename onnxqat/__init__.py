@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxqat.analysis import Analysis
     from onnxqat.calibration import Calibration, placeholder_params, unlike_training
     from onnxqat.data import Batch, DataSet, InputSpec, Preprocessing, open_data
     from onnxqat.deploy import Deployment, deployed_model, write_deployment
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnxqat.rules import HardwareRule, bundled_rules, describe_rule, load_rule, validate_rule
     from onnxqat.settings import Settings, input_specs
     from onnxqat.train import Checkpoints, Config, Finetuned, Progress
+    from onnxqat.verbs.analyze import analyze
     from onnxqat.verbs.calibrate import calibrate
     from onnxqat.verbs.check import Check, check
     from onnxqat.verbs.equalize import equalize
@@ -40,6 +42,7 @@ __version__: str
 
 # What a type checker reads above, for the interpreter; a test holds the two together.
 _HOMES = {
+    "Analysis": "analysis",
     "Batch": "data",
     "Calibration": "calibration",
     "Check": "verbs.check",
@@ -65,6 +68,7 @@ _HOMES = {
     "Settings": "settings",
     "Stage": "quantized",
     "TrainingLogs": "verbs.finetune",
+    "analyze": "verbs.analyze",
     "bundled_rules": "rules",
     "calibrate": "verbs.calibrate",
     "check": "verbs.check",
@@ -93,6 +97,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Analysis",
     "Batch",
     "Calibration",
     "Check",
@@ -118,6 +123,7 @@ __all__ = [
     "Settings",
     "Stage",
     "TrainingLogs",
+    "analyze",
     "bundled_rules",
     "calibrate",
     "check",

@@ -3,6 +3,7 @@
 Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
 """
 
+from onnxqat.commands.analyze import analyze
 from onnxqat.commands.calibrate import calibrate
 from onnxqat.commands.check import check
 from onnxqat.commands.equalize import equalize
@@ -18,6 +19,6 @@ from onnxqat.commands.strip import strip
 __all__ = ["COMMANDS"]
 
 COMMANDS = (
-    *(check, insert, calibrate, finetune, report, evaluate, strip),
+    *(check, insert, calibrate, finetune, report, evaluate, analyze, strip),
     *(equalize, export, import_table, rules),
 )

@@ -4,6 +4,7 @@ Each takes a path or an object, changes nothing that it is given, and writes not
 `strip` is told to. The command of the same name parses, calls it, and writes or prints the result.
 """
 
+from onnxqat.verbs.analyze import analyze
 from onnxqat.verbs.calibrate import calibrate
 from onnxqat.verbs.check import Check, check
 from onnxqat.verbs.equalize import equalize
@@ -25,6 +26,7 @@ __all__ = [
     "Listener",
     "TrainingListener",
     "TrainingLogs",
+    "analyze",
     "calibrate",
     "check",
     "equalize",

@@ -25,7 +25,17 @@ HEAVY = (
     "tensorboardX",
 )
 VERBS = (
-    *("calibrate", "check", "evaluate", "export", "finetune", "import_table", "insert", "strip"),
+    *(
+        "analyze",
+        "calibrate",
+        "check",
+        "evaluate",
+        "export",
+        "finetune",
+        "import_table",
+        "insert",
+        "strip",
+    ),
     "prepare",
 )
 

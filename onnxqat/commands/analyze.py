@@ -1,0 +1,249 @@
+"""The command that says where quantization hurts."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxqat.commands.common import (
+    listener_of,
+    output_documents,
+    output_rows,
+    print_result,
+    take_settings,
+    take_source,
+)
+from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.options import (
+    data_options,
+    force_option,
+    json_option,
+    output_option,
+    run_options,
+    seed_option,
+)
+from onnxqat.terminal import say
+
+if TYPE_CHECKING:
+    from onnxqat.analysis import Analysis, LayerFigures, PointFigures
+
+__all__ = ["analyze"]
+
+WORST = 10  # rows of a table
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data")
+@click.option("--against", help="Float model to compare with; the one inside MODEL by default.")
+@click.option(
+    "--metric",
+    type=click.Choice(["error", "agreement", "top1"]),
+    default="error",
+    show_default=True,
+    help="What a layer costs: noise per signal of the outputs, agreement or top-1 lost.",
+)
+@click.option("--rules", help="The rule of MODEL, where it is a file of yours.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="How many samples are read, once for each layer and direction.",
+)
+@data_options
+@run_options(32)
+@seed_option
+@output_option("Overrides file with what is advised, for insert --overrides.")
+@force_option
+@json_option
+def analyze(model: str, data: str, output: str | None, force: bool, as_json: bool,
+            **options: Any) -> None:  # fmt: skip
+    """Say which tensors and layers of a Q/DQ MODEL differ most from the float one on DATA."""
+    import time
+
+    from onnxqat import verbs
+    from onnxqat.analysis import overrides_file
+    from onnxqat.files import check_writable, write_text
+    from onnxqat.parallel import Workers
+    from onnxqat.verbs.models import quantized_model
+
+    if output is not None:
+        check_apart({"output": output})
+        check_writable(output, force=force)
+        hold(output)
+    loaded = quantized_model(model)
+    started = time.monotonic()
+    result = verbs.analyze(
+        loaded,
+        take_source(data, options),
+        settings=take_settings(options),
+        listener=listener_of(Workers()),
+        **options,
+    )
+    seconds = time.monotonic() - started
+    if output is not None:
+        write_text(output, overrides_file(loaded, result.advice), force=force)
+    _print_analysis(result, loaded.plan.rule, seconds, output, as_json)
+
+
+def _print_analysis(
+    result: Analysis, rule: str, seconds: float, output: str | None, as_json: bool
+) -> None:
+    advice = result.advice
+    document = {
+        "schema": "onnxqat.analyze/1",
+        "rule": rule,
+        "samples": result.evaluation.samples,
+        "metric": result.metric,
+        "cost": _finite(result.cost),
+        "sessions": result.sessions,
+        "seconds": round(seconds, 3),
+        "outputs": output_documents(result.evaluation),
+        "layers": [
+            {
+                **asdict(one.layer),
+                "alone": _finite(one.alone),
+                "left_float": _finite(one.left_float),
+            }
+            for one in result.layers
+        ],
+        "points": [_figures(point) for point in result.points],
+        "biases": [_figures(bias) for bias in result.biases],
+        "advice": {
+            "layers": [layer.node for layer in advice.layers],
+            "cost": _finite(advice.cost),
+            "overrides": [str(override) for override in advice.overrides],
+            "output": output,
+        },
+    }
+    cost = _cost_format(result.metric)
+    name, meaning = MEANINGS[result.metric]
+    rows = [
+        ("samples", result.evaluation.samples),
+        *output_rows(result.evaluation),
+        (name, f"{cost(result.cost)}  {meaning}"),
+        ("sessions", f"{result.sessions} in {seconds:.1f} s"),
+    ]
+    if result.evaluation.note:
+        document["note"] = result.evaluation.note
+        rows.append(("note", result.evaluation.note))
+    print_result(document, as_json, rows)
+    if not as_json:
+        _print_layers(result, cost)
+        _print_points(result.points)
+        _print_findings(result)
+        _print_advice(result, cost, output)
+
+
+# what a cost is called where it is printed, and what it says
+MEANINGS = {
+    "error": ("SQNR", "signal per noise of the outputs; more is better"),
+    "agreement": ("differing", "of the classes are others than the float model's"),
+    "top1": ("top1 lost", "of top-1; less is better"),
+}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _figures(figures: Any) -> dict[str, Any]:
+    """Return figures as JSON that scripts read; null where a number is not finite."""
+    return {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(figures).items()}
+
+
+def _cost_format(metric: str) -> Callable[[float], str]:
+    """Return what writes a cost: the error in dB, other ones as a share."""
+    from onnxqat.analysis.similarity import decibels
+
+    if metric != "error":
+        return lambda cost: f"{100 * cost:.2f} %"
+    return lambda cost: _decibels(-decibels(cost))
+
+
+def _decibels(value: float) -> str:
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> None:
+    """Print a table whose first columns are text."""
+    table = [heads, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+    for row in table:
+        cells = [
+            f"{cell:<{width}}" if i < texts else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
+
+
+def _print_layers(result: Analysis, cost: Callable[[float], str]) -> None:
+    """Print the layers that cost most, and how well their weights and inputs fit their grids."""
+    points = {point.tensor: point for point in result.points}
+
+    def row(one: LayerFigures) -> tuple[str, ...]:
+        parts = (one.layer.weights, one.layer.inputs)
+        worst = (min((points[n].alone_sqnr for n in names), default=math.inf) for names in parts)
+        costs = cost(one.alone), cost(one.left_float)
+        return (one.layer.node, one.layer.op_type, *costs, *map(_decibels, worst))
+
+    say("")
+    shown = result.layers[:WORST]
+    say(f"the {len(shown)} of {len(result.layers)} layers that cost most:")
+    heads = ("node", "op", "alone", "left float", "weight", "input")
+    _print_table(heads, map(row, shown), 2)
+
+
+def _print_points(points: Sequence[PointFigures]) -> None:
+    """Print the points that differ most."""
+    ranked = sorted(points, key=lambda p: (not math.isnan(p.alone_sqnr), p.alone_sqnr))[:WORST]
+    rows = [
+        (
+            p.tensor, p.role, str(p.bits), _decibels(p.alone_sqnr), _decibels(p.sqnr),
+            f"{p.cosine:.4f}", f"{100 * p.clipped:.2f} %", f"{p.outlier:.1f}",
+        )
+        for p in ranked
+    ]  # fmt: skip
+    heads = ("tensor", "role", "bits", "alone", "together", "cosine", "clipped", "max/rms")
+    say("")
+    say(f"the {len(rows)} of {len(points)} tensors that their own grid holds worst:")
+    _print_table(heads, rows, 2)
+
+
+def _print_findings(result: Analysis) -> None:
+    """Print channels that hold nothing, and biases that their integers cannot hold."""
+    dead = {
+        p.tensor: f"{p.dead_channels} of {p.channels}" for p in result.points if p.dead_channels
+    }
+    cut = {b.tensor: f"{b.saturated} of {b.values}" for b in result.biases if b.saturated}
+    _print_counts("dead channels (one value in all samples)", dead)
+    _print_counts("biases beyond their integers", cut)
+
+
+def _print_counts(title: str, counts: Mapping[str, str]) -> None:
+    if counts:
+        say("")
+        more = f", and {len(counts) - WORST} more" if len(counts) > WORST else ""
+        listed = (f"{name} {count}" for name, count in list(counts.items())[:WORST])
+        say(f"{title}: {', '.join(listed)}{more}")
+
+
+def _print_advice(result: Analysis, cost: Callable[[float], str], output: str | None) -> None:
+    advice = result.advice
+    say("")
+    if not advice.layers:
+        say("advice: none, leaving the worst layers float gains nothing")
+        return
+    count = "1 layer" if len(advice.layers) == 1 else f"{len(advice.layers)} layers"
+    name = MEANINGS[result.metric][0]
+    say(f"advice: with {count} float, {name} {cost(advice.cost)} (now {cost(result.cost)}):")
+    for override in advice.overrides:
+        say(f"  --set {shlex.quote(str(override))}")
+    if output is not None:
+        say(f"  or: insert --overrides {output}")

@@ -1,0 +1,90 @@
+"""Where a quantized model differs from the float one, and what to do about it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from onnxqat.analysis import METRICS, Analysis, Metric, passes
+from onnxqat.analysis import analyze as run
+from onnxqat.choices import check_choice
+from onnxqat.settings import Settings, adopt, settle
+from onnxqat.verbs.listener import Listener
+from onnxqat.verbs.models import AnySource, float_model, quantized_model
+from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+from onnxqat.verbs.planning import AnyRule, rule_of
+
+__all__ = ["analyze"]
+
+
+def analyze(
+    model: AnySource,
+    data: AnyData,
+    *,
+    against: AnySource | None = None,
+    metric: Metric = "error",
+    rules: AnyRule | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    batch_size: int | None = None,
+    threads: int = 0,
+    listener: Listener = Listener(),  # noqa: B008 (without state)
+) -> Analysis:
+    """Say which tensors and layers of a quantized model differ most from the float one.
+
+    Parameters
+    ----------
+    model : str, Path or QuantizedModel
+        Calibrated or fine-tuned.
+    data : path, arrays or DataSet
+        With labels for ``top1``.
+    against : str, Path or Model, optional
+        The float model that it was made from; by default its own float part, whose weights
+        fine-tuning has changed.
+    metric : {"error", "agreement", "top1"}
+        What a layer costs: see `onnxqat.analysis.sensitivity`.
+    rules : str, Path or HardwareRule, optional
+        The rule that the model was made with; by default the bundled one of its name.
+    samples : int
+        How many of the data are read, at random.
+    seed : int
+        Of that choice.
+    settings : Settings
+        What becomes of the data, where the model does not remember it.
+    batch_size : int, optional
+        Samples at a time; those of the model where it is fixed, else 32.
+    threads : int
+        0 takes all cores.
+    listener : Listener
+        Is told what is done.
+
+    Raises
+    ------
+    OnnxQatError
+        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
+        run.
+    """
+    check_choice("metric", metric, METRICS)
+    loaded = quantized_model(model)
+    reference = None if against is None else float_model(against)
+    if reference is not None:  # a float model has nothing stored; both read the same data
+        settle(loaded, settings)
+        adopt(loaded, reference)
+    labels = metric == "top1"
+    with opened(loaded, data, settings, listener, beside=reference, labels=labels) as found:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:samples])
+        size = found.batch_size(batch_size)
+        warn_if_unlike_training(loaded, found, batch_size=size, threads=threads)
+        total = passes(loaded) * -(-len(chosen) // size)
+        with listener.batches("analyzing", total) as advance:
+            return run(
+                loaded,
+                partial(found.batches, size, indices=chosen),
+                against=reference,
+                metric=metric,
+                rule=None if rules is None else rule_of(rules),
+                threads=threads,
+                progress=advance,
+            )
