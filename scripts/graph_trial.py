@@ -13,9 +13,16 @@ import onnx
 import onnx_graphsurgeon as gs
 
 import onnxqat
+from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import OnnxQatError, PlanError
-from onnxqat.model import Model
-from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
+from onnxqat.model import Model, from_proto, load_model
+from onnxqat.quantized import (
+    OPSET_OF_16_BITS,
+    QuantizedModel,
+    insert_pairs,
+    needs_16_bits,
+    read_pairs,
+)
 from onnxqat.runtime import open_session
 
 __all__ = ["LOW_DB", "GraphTrial", "first_line"]
@@ -123,12 +130,10 @@ class GraphTrial:
     def __init__(self, path: Path, samples: int, observer: str, opset: int = 13) -> None:
         self.observer = observer
         self.with_16_bits = cache(lambda: GraphTrial(path, samples, observer, OPSET_OF_16_BITS))
-        original = onnxqat.load_model(path)
+        original = load_model(path)
         self.prepared, self.prepare_seconds = timed(lambda: onnxqat.prepare(original, opset=opset))
         self.proto = self.prepared.to_proto()
-        bare = self.prepared.copy()  # strip leaves no note of ours
-        bare.metadata = {k: v for k, v in bare.metadata.items() if not k.startswith("onnxqat.")}
-        self.bytes = bare.to_proto().SerializeToString(deterministic=True)
+        self.bytes = self.proto.SerializeToString(deterministic=True)
         rng = np.random.default_rng(SEED)
         self.calibration = random_batches(self.prepared.graph, samples, rng)
         # the same, so that what is lost is lost to rounding, not to values never seen before
@@ -157,9 +162,9 @@ class GraphTrial:
             cell |= {"plan_seconds": seconds, "points": len(plan.points)}
             cell |= {"skips": [[s.node, s.op_type, s.reason] for s in plan.skips]}
             cell["checks"]["accounted"] = accounted(self.prepared, plan)
-            params = onnxqat.placeholder_params(self.prepared, plan)
+            params = placeholder_params(self.prepared, plan)
             quantized, cell["insert_seconds"] = timed(
-                lambda: onnxqat.insert(self.prepared, plan, params, state="uncalibrated")
+                lambda: insert_pairs(self.prepared, plan, params, state="uncalibrated")
             )
         except Exception as error:  # whatever escapes is the finding
             if isinstance(error, PlanError) and NOTHING in str(error):
@@ -174,7 +179,7 @@ class GraphTrial:
         return cell
 
     def _checks(
-        self, quantized: Model, cell: dict[str, Any]
+        self, quantized: QuantizedModel, cell: dict[str, Any]
     ) -> Iterator[tuple[str, Callable[[], str]]]:
         """Yield the checks by name; each returns "" or what is wrong."""
 
@@ -188,7 +193,8 @@ class GraphTrial:
             return ""
 
         def strip() -> str:
-            back = onnxqat.strip(quantized).to_proto().SerializeToString(deterministic=True)
+            read = read_pairs(from_proto(quantized.to_proto())).floats
+            back = read.to_proto().SerializeToString(deterministic=True)
             return "" if back == self.bytes else "not the prepared model's bytes"
 
         def noise() -> str:
@@ -202,20 +208,20 @@ class GraphTrial:
         if self.calibration:
             yield "sqnr", noise
 
-    def _noise(self, quantized: Model) -> tuple[float | None, list[Step]]:
+    def _noise(self, quantized: QuantizedModel) -> tuple[float | None, list[Step]]:
         """Return the SQNR of the outputs after calibration and, if low, where it was lost."""
-        calibrated = onnxqat.calibrate(quantized, self.calibration, observer=self.observer)
+        calibrated = calibrate(quantized, self.calibration, observer=self.observer)
         found = sqnr(self.expected, outputs_of(calibrated.to_proto(), self.evaluation))
         return found, self._steps(calibrated) if found is not None and found < LOW_DB else []
 
-    def _steps(self, calibrated: Model) -> list[Step]:
+    def _steps(self, calibrated: QuantizedModel) -> list[Step]:
         """Return the nodes that lose most: (node, op type, dB of its worst input, of its output).
 
         An exact input counts as `FINE_DB`, which is what eight bits give.
         """
         nodes = self.prepared.graph.nodes
         names = [t.name for n in nodes for t in n.outputs if is_float(t)]
-        known = calibrated.floats.graph.tensors()
+        known = calibrated.qdq().graph.tensors()
         there = [f"{n}/dequantized" if f"{n}/dequantized" in known else n for n in names]
         batch = self.evaluation[:1]
         pairs = zip(
