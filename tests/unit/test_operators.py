@@ -30,6 +30,7 @@ from onnxqat.operators import (
     SUBGRAPHS,
     WEIGHTED,
     WINDOWED,
+    homogeneous,
     moving,
     role_of,
 )
@@ -207,6 +208,45 @@ def test_movements_are_as_the_reference_evaluator_does_them(op):
         assert sorted(flat.tolist()) == sorted([*X.ravel().tolist(), *(X + 100).ravel().tolist()])
     else:
         assert {*flat.tolist()} <= {*there, 0.0}
+
+
+KERNEL = {"kernel_shape": [2, 2], "pads": [1, 1, 0, 0]}
+HOMOGENEOUS = {
+    "values": {
+        "Abs": ([X], {}),
+        "LeakyRelu": ([X], {"alpha": 0.3}),
+        "Neg": ([X], {}),
+        "PRelu": ([X, np.float32([[[0.1]], [[0.2]], [[-0.5]], [[2]]])], {}),
+        "Relu": ([X], {}),
+    },
+    "windows": {
+        "AveragePool": ([X], {**KERNEL, "count_include_pad": 1}),
+        "GlobalAveragePool": ([X], {}),
+        "GlobalMaxPool": ([X], {}),
+        "MaxPool": ([X], KERNEL),
+    },
+    "axes": {
+        "ReduceMax": ([X, ints(2)], {"keepdims": 0}),
+        "ReduceMean": ([X, ints(2)], {"keepdims": 0}),
+        "ReduceMin": ([X, ints(2)], {"keepdims": 0}),
+        "ReduceSum": ([X, ints(2)], {"keepdims": 0}),
+    },
+    "operands": {op: ([X, X[..., ::-1].copy()], {}) for op in ("Add", "Max", "Min", "Sub", "Sum")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOMOGENEOUS)
+def test_what_is_homogeneous_scales_with_its_channels(kind):
+    scales = np.float32([0.5, 1, 2, 4]).reshape(4, 1, 1)  # powers of two: exact
+    assert {*homogeneous(kind)} == HOMOGENEOUS[kind].keys()
+
+    for op, (inputs, attributes) in HOMOGENEOUS[kind].items():
+        scaled = inputs if kind == "operands" else inputs[:1]
+        rest = inputs[len(scaled) :]
+        before = computed(op, inputs, **attributes)[0]
+        after = computed(op, [*(scales * one for one in scaled), *rest], **attributes)[0]
+        factors = scales[:, 0] if before.ndim == 3 else scales
+        np.testing.assert_array_equal(after, factors * before, err_msg=op)
 
 
 def surgeon(op, inputs, **attributes):
