@@ -81,12 +81,12 @@ def test_overrides_file_in_the_docs_is_read(tmp_path):
     ]
 
 
-def test_python_in_the_readme_runs(tmp_path):
+def test_python_in_the_readme_runs(models, tmp_path):
+    (tmp_path / "models").symlink_to(models)
     code = blocks("README.md", "python")[0]
-    (tmp_path / "model.onnx").write_bytes((ROOT / "models" / "lenet5.onnx").read_bytes())
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
 
-    assert (tmp_path / "model.qdq.onnx").exists()
+    assert (tmp_path / "chip" / "model.onnx").exists()
 
 
 def test_the_loss_in_the_docs_is_one(tmp_path, monkeypatch):
