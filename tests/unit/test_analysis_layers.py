@@ -93,6 +93,18 @@ def test_variants_keep_what_the_model_leaves_float():
     assert "r2" not in {p.tensor for p in variants.left_float([first]).plan.points}
 
 
+def test_variants_keep_what_the_user_includes():
+    model = planted(convnet(), overrides=("op:MaxPool.quantize=true",), rule="tensorrt")
+    given = {p.tensor: set(p.consumers) for p in model.plan.points}
+    rule = {p.tensor: set(p.consumers) for p in planned(convnet(), "tensorrt")[1].points}
+    more = {name for name, edges in given.items() if not edges <= rule.get(name, set())}
+    variants = Variants(model, load_rule("tensorrt"))
+    kept = {p.tensor for p in variants.left_float(variants.layers[:1]).plan.points}
+
+    assert more
+    assert more <= kept
+
+
 def test_a_network_of_one_layer_is_all_or_nothing():
     g = [helper.make_node("Gemm", ["input", "w"], ["output"], name="only")]
     ends = [
