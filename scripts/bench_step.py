@@ -42,7 +42,7 @@ from onnxqat.train import Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.losses import LABELS, read_loss
-from onnxqat.train.updater import Updater
+from onnxqat.train.optimization.updater import Updater
 
 CASES = (
     ("resnet18", 224, 8),

@@ -12,7 +12,7 @@ from onnxqat.model import Model
 from onnxqat.train import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import training_form
-from onnxqat.train.updater import Updater
+from onnxqat.train.optimization.updater import Updater
 
 Gradients = Callable[[str, NDArray[Any]], Any]
 

@@ -5,11 +5,11 @@ from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.form import Untrainable, untrainable_nodes
-from onnxqat.train.log import TrainingLog
+from onnxqat.train.monitoring.log import TrainingLog
+from onnxqat.train.monitoring.report import check_plotting, write_report
+from onnxqat.train.monitoring.tensorboard import check_event_folder
+from onnxqat.train.monitoring.writers import read_log
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
-from onnxqat.train.report import check_plotting, write_report
-from onnxqat.train.tensorboard import check_event_folder
-from onnxqat.train.writers import read_log
 
 __all__ = [
     "Checkpoints",

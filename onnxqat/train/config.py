@@ -48,7 +48,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         How scales and zero_points move where the plan does not say, see
         `onnxqat.train.fake_quantize`.
     averaging_constant : float
-        Of ``moving-average``: the weight of a new batch's range, see `onnxqat.train.ranges`.
+        Of ``moving-average``: the weight of a new batch's range, see
+        `onnxqat.train.optimization.ranges`.
     quant_delay : int
         So many first steps train the float network; what is observed moves ranges already.
     optimizer : {"adamw", "adam", "sgd"}
@@ -56,7 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     lr : float or None
         Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
         a weight by about ``lr`` times the root mean square of its output channel. None: by the
-        bits of the plan, see `onnxqat.train.groups.base_rate`.
+        bits of the plan, see `onnxqat.train.optimization.parameter_groups.base_rate`.
     scale_lr : float
         Learning rate of the scales, in their logarithm.
     momentum, nesterov : float, bool
@@ -64,12 +65,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay : float
         Fraction of the weight per step and unit of learning rate; decoupled, except for adam.
     groups : tuple of str
-        Parameters with their own rates, and frozen ones, see `onnxqat.train.groups`.
+        Parameters with their own rates, and frozen ones, see
+        `onnxqat.train.optimization.parameter_groups`.
     clip_norm, clip_value : float, optional
         Limit of the gradient's length, and of each of its numbers. Those of frozen parameters do
         not count, those of scales are as the optimizer sees them.
     schedule : {"cosine", "constant", "step", "one-cycle"}
-        How the rate changes, see `onnxqat.train.schedules`.
+        How the rate changes, see `onnxqat.train.optimization.schedules`.
     warmup : float or None
         Fraction of all steps over which the rate rises at the start. None: 0.05, and 0.3 for
         one-cycle.

@@ -25,7 +25,7 @@ dsq             the scale as of pact, and ``dL/dx = passed * slope``, the slope 
                 (Gong et al. 2019, https://arxiv.org/abs/1908.05033, section 3; alpha is not
                 learned): small on a level, large between two, 1 in the mean
 moving-average  ``dL/dx = passed``; scale and zero_point follow what is observed, see
-                `onnxqat.train.ranges`
+                `onnxqat.train.optimization.ranges`
 ste             ``dL/dx = passed``; scale and zero_point stay
 ==============  ===================================================================================
 

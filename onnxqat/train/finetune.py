@@ -26,6 +26,7 @@ from onnxqat.train.aim import (
     described_outputs,
     readable,
 )
+from onnxqat.train.batches import TrainingBatches
 from onnxqat.train.checkpoint import (
     Checkpoints,
     Identity,
@@ -36,7 +37,6 @@ from onnxqat.train.checkpoint import (
 from onnxqat.train.config import STEP, Config
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import TrainingForm, training_form
-from onnxqat.train.groups import asked_for
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import (
     TENSOR,
@@ -45,9 +45,9 @@ from onnxqat.train.losses import (
     teacher_input,
     tensor_read,
 )
+from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.selection import LOSS
-from onnxqat.train.supply import Supply
 from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
@@ -145,13 +145,15 @@ def finetune(
     teaching = _teaching_session(reference, session.inputs)
     if with_loss or config.select == LOSS:
         held_out = _with_arrays(held_out, session.inputs, config)
-    supply = Supply(rest.model.floats, training, teaching, config, workers, session.classes)
+    step_batches = TrainingBatches(
+        rest.model.floats, training, teaching, config, workers, session.classes
+    )
     loop = Loop(
         model=model,
         form=form,
         session=session,
         delayed=delayed,
-        supply=supply,
+        step_batches=step_batches,
         config=config,
         validate=Validation(
             data=held_out,
@@ -164,7 +166,7 @@ def finetune(
         ),
         parts=parts,
         selection=selection,
-        epochs=config.epochs or min(math.ceil(TARGET_STEPS / supply.steps), MAX_EPOCHS),
+        epochs=config.epochs or min(math.ceil(TARGET_STEPS / step_batches.steps), MAX_EPOCHS),
         report=report,
         stage=stage,
         announcement=announcement(config, parts, selection),

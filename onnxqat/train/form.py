@@ -303,7 +303,7 @@ class _Builder:
             self.functions += functions
 
     def _replace(self, node: gs.Node, point: QuantPoint) -> list[gs.Node]:
-        chain = _chain(node)
+        chain = _pair_nodes(node)
         self.dead.update(id(n) for n in chain)
         source, target = node.inputs[0], chain[-1].outputs[0]
         for removed in chain:
@@ -378,7 +378,7 @@ class _Builder:
         return self.inputs[scale], self.inputs[zero_point]
 
 
-def _chain(node: gs.Node) -> list[gs.Node]:
+def _pair_nodes(node: gs.Node) -> list[gs.Node]:
     """Return the Q [, Clip], DQ nodes that begin at a QuantizeLinear of ours."""
     chain = [node]
     while chain[-1].op != "DequantizeLinear":

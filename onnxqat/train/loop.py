@@ -20,26 +20,26 @@ from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
 from onnxqat.quantized import QuantizedModel
+from onnxqat.train.batches import Feeds, TrainingBatches
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.guard import (
-    GUARD_STEPS,
+from onnxqat.train.losses import Part
+from onnxqat.train.monitoring.divergence import (
+    RECENT_STEPS,
     LossHistory,
     explain_gradients,
     explain_loss,
     not_finite,
 )
-from onnxqat.train.losses import Part
-from onnxqat.train.ranges import Ranges
+from onnxqat.train.monitoring.verdict import verdict
+from onnxqat.train.optimization.ranges import Ranges
+from onnxqat.train.optimization.schedules import rate_factor
+from onnxqat.train.optimization.updater import Updater
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
-from onnxqat.train.schedules import rate_factor
 from onnxqat.train.selection import Selection, figures_of, score
-from onnxqat.train.supply import Feeds, Supply
-from onnxqat.train.updater import Updater
 from onnxqat.train.validation import Validation, check_labels
-from onnxqat.train.verdict import verdict
 
 __all__ = ["Loop"]
 
@@ -54,7 +54,7 @@ class Loop:
 
     Parameters
     ----------
-    model, form, session, supply, config
+    model, form, session, step_batches, config
         What is trained, how, on what.
     delayed : StepSession or None
         The float network, which the first steps train.
@@ -84,7 +84,7 @@ class Loop:
     form: TrainingForm
     session: StepSession
     delayed: StepSession | None
-    supply: Supply
+    step_batches: TrainingBatches
     config: Config
     validate: Validation
     parts: tuple[Part, ...]
@@ -102,7 +102,7 @@ class Loop:
     def run(self) -> Finetuned:
         """Train, and return the best state."""
         self.started = time.monotonic()
-        self.steps = self.epochs * self.supply.steps
+        self.steps = self.epochs * self.step_batches.steps
         self._check_delay()
         values = self.session.values
         self.best = Flat(values.views)
@@ -205,7 +205,7 @@ class Loop:
         )
 
     def _no_losses(self) -> LossHistory:
-        return LossHistory(window=min(GUARD_STEPS, self.steps // 10))
+        return LossHistory(window=min(RECENT_STEPS, self.steps // 10))
 
     def _arrays(self) -> dict[str, FloatArray]:
         """Return every array that training changes."""
@@ -254,8 +254,8 @@ class Loop:
         """Run the epochs; return False when a smaller rate is to be tried from the start."""
         record = self.record
         while record.epoch < self.epochs and self._patient():
-            done = record.step - record.epoch * self.supply.steps
-            for batches in self.supply.epoch(record.epoch + 1, done=done):
+            done = record.step - record.epoch * self.step_batches.steps
+            for batches in self.step_batches.epoch(record.epoch + 1, done=done):
                 if record.step == self.config.quant_delay > 0:
                     record.losses = self._no_losses()  # those of the float network are lower
                 loss = self._gradient(batches)

@@ -9,8 +9,8 @@ import msgspec
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
 from onnxqat.quantized import QuantizedModel
-from onnxqat.train.guard import LossHistory
 from onnxqat.train.losses import Part
+from onnxqat.train.monitoring.divergence import LossHistory
 from onnxqat.train.selection import Selection
 
 __all__ = ["DivergedError", "Finetuned", "Progress", "Record", "StoppedError"]

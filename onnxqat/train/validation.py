@@ -17,10 +17,10 @@ from onnxqat.evaluation.labels import CAUSES
 from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
 from onnxqat.runtime import open_session
+from onnxqat.train.batches import feeds_of
 from onnxqat.train.config import Config
 from onnxqat.train.engine import fix_batch
 from onnxqat.train.losses import Loss, add_loss
-from onnxqat.train.supply import feeds_of
 
 __all__ = ["Validation", "check_labels"]
 

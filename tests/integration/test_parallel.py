@@ -25,10 +25,10 @@ from onnxqat.parallel import Workers, join_workers
 from onnxqat.quantized import load_model
 from onnxqat.settings import Settings
 from onnxqat.train import Config
+from onnxqat.train.batches import TrainingBatches
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
 from onnxqat.train.losses import read_loss
-from onnxqat.train.supply import Supply
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.opening import opened
 
@@ -103,7 +103,7 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
     with opened(model, work / "one.npz", Settings(), Listener()) as data:
         session = StepSession(form, loss, batch_size=1, threads=1, arrays=data)
         teacher = model_session(model.floats, "float")
-        (step,) = Supply(model.floats, data, teacher, config, Workers()).epoch(1)
+        (step,) = TrainingBatches(model.floats, data, teacher, config, Workers()).epoch(1)
         total = dict.fromkeys(session.gradients.views, 0.0)
         for feeds in step:
             session.run(feeds)

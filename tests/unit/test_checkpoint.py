@@ -14,7 +14,7 @@ import pytest
 
 from onnxqat.errors import TrainingError
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
-from onnxqat.train.guard import LossHistory
+from onnxqat.train.monitoring.divergence import LossHistory
 from tests.digits import calibrated_lenet, training_digits
 
 FAST = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 5e-4}  # 12 steps an epoch

@@ -27,8 +27,8 @@ from onnxqat.train import (
     read_log,
     write_report,
 )
-from onnxqat.train.events import Epoch, Note, Resume, Start, Step, figures
-from onnxqat.train.writers import file_writer
+from onnxqat.train.monitoring.events import Epoch, Note, Resume, Start, Step, figures
+from onnxqat.train.monitoring.writers import file_writer
 from tests.digits import calibrated_lenet, training_digits
 
 CONFIG = Config(epochs=2, threads=1)  # 200 samples are 11 steps an epoch
@@ -289,7 +289,7 @@ def test_what_is_not_a_log_is_said(tmp_path, text, message):
 def test_a_log_that_is_not_there_or_too_large_is_said(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"cannot be read \(No such file"):
         read_log(tmp_path / "none")
-    monkeypatch.setattr("onnxqat.train.writers.LARGEST", 2**20)
+    monkeypatch.setattr("onnxqat.train.monitoring.writers.LARGEST", 2**20)
     (tmp_path / "large").write_bytes(bytes(2**20 + 1))
     with pytest.raises(DataError, match="is larger than 1 MiB"):
         read_log(tmp_path / "large")

@@ -13,7 +13,7 @@ from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.engine import Flat, forward_session
 from onnxqat.train.fake_quantize import DSQ_ALPHA
 from onnxqat.train.form import training_form
-from onnxqat.train.ranges import Ranges
+from onnxqat.train.optimization.ranges import Ranges
 from tests.digits import calibrated_lenet, training_digits
 from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
 from tests.oracles import run_ort

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from onnxqat.train.optimizers import Adam, Sgd, clip
+from onnxqat.train.optimization.optimizers import Adam, Sgd, clip
 
 
 def test_adam_directions_are_the_papers():

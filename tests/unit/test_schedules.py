@@ -5,7 +5,7 @@ import math
 import pytest
 
 from onnxqat.train import Config
-from onnxqat.train.schedules import rate_factor
+from onnxqat.train.optimization.schedules import rate_factor
 
 
 def rates(steps=100, first=0, **settings):

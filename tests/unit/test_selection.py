@@ -9,9 +9,9 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
 from onnxqat.outputs import Output, Scores
 from onnxqat.train import Config, finetune
+from onnxqat.train.monitoring.verdict import verdict
+from onnxqat.train.optimization.updater import Updater
 from onnxqat.train.selection import Selection, score, selection_of
-from onnxqat.train.updater import Updater
-from onnxqat.train.verdict import verdict
 from tests.digits import calibrated_lenet, training_digits
 
 

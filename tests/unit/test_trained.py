@@ -14,7 +14,7 @@ from onnxqat.quantized import insert_pairs
 from onnxqat.rules import HardwareRule, OpRule, RuleSpec
 from onnxqat.train.config import Config
 from onnxqat.train.form import training_form
-from onnxqat.train.groups import asked_for
+from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.trained import is_structure
 
 OPS = ("Add", "Sub", "Mul", "Div", "MatMul", "Relu")

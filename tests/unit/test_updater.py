@@ -19,7 +19,7 @@ from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import training_form
-from onnxqat.train.ranges import Ranges
+from onnxqat.train.optimization.ranges import Ranges
 from tests.descent import Trained
 from tests.networks import joined_to_a_constant, planned
 

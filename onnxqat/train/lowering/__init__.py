@@ -4,7 +4,7 @@ The saved model keeps the original ops. In the training form a node is, in this 
 
 1. refused, with the reason (`REFUSED`, or what a gradient cannot cover);
 2. left as it is, where `onnxqat.gradients` defines its gradient (`NATIVE`);
-3. rewritten into such nodes (`onnxqat.train.lowering.chains`);
+3. rewritten into such nodes (`onnxqat.train.lowering.operands`);
 4. an op of ours: the original as its forward pass, and a gradient in ONNX text.
 
 Each computes the same values as the original node, bit for bit.
@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import constant
 from onnxqat.nodes import is_op
 from onnxqat.operators import RECURRENT, SUBGRAPHS
-from onnxqat.train.lowering import chains, pointwise, reductions, separable
+from onnxqat.train.lowering import operands, pointwise, reductions, separable
 from onnxqat.train.lowering.convolution import conv_transpose
 from onnxqat.train.lowering.gradient import (
     CustomOp,
@@ -128,13 +128,13 @@ def lower(
 
 def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:
     if node.op == "Sum":
-        return chains.chain(node, "Add")
+        return operands.in_pairs(node, "Add")
     if node.op == "Mean":
-        return chains.mean(node)
+        return operands.mean(node)
     if node.op in ("Max", "Min") and len(node.inputs) != 2:
-        return chains.chain(node, node.op)
+        return operands.in_pairs(node, node.op)
     if node.op == "Split" and not all_reach_loss:
-        return chains.slices(node)
+        return operands.slices(node)
     return None
 
 

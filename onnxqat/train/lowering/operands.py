@@ -22,10 +22,10 @@ from onnxqat.model import constant
 from onnxqat.preparation.editing import constant_values
 from onnxqat.train.lowering.gradient import Refusal, rank_of, static_shape
 
-__all__ = ["chain", "mean", "slices"]
+__all__ = ["in_pairs", "mean", "slices"]
 
 
-def chain(node: gs.Node, op_type: str) -> list[gs.Node]:
+def in_pairs(node: gs.Node, op_type: str) -> list[gs.Node]:
     """Return two-operand nodes, from the left."""
     operands, result = list(node.inputs), node.outputs[0]
     if len(operands) == 1:
@@ -46,7 +46,7 @@ def mean(node: gs.Node) -> list[gs.Node]:
     part = constant(f"{node.name}/part", np.float32(1) / np.full((), len(node.inputs), np.float32))
     summing = gs.Node("Sum", node.name, {}, list(node.inputs), [total])
     return [
-        *chain(summing, "Add"),
+        *in_pairs(summing, "Add"),
         gs.Node("Mul", f"{node.name}/mean", {}, [total, part], [result]),
     ]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from onnxqat.train.guard import LossHistory
+from onnxqat.train.monitoring.divergence import LossHistory
 
 
 def rises(losses: list[float], window: int) -> bool:

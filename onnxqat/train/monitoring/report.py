@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from onnxqat.errors import OnnxQatError
 from onnxqat.files import write_text
-from onnxqat.train.events import Epoch, Event, Note, Step
+from onnxqat.train.monitoring.events import Epoch, Event, Note, Step
 
 __all__ = ["check_plotting", "write_report"]
 

@@ -11,8 +11,8 @@ import pytest
 from onnxqat.data import InputSpec, open_data
 from onnxqat.model import from_proto
 from onnxqat.train import Config, Workers
+from onnxqat.train.batches import TrainingBatches
 from onnxqat.train.losses import LABELS
-from onnxqat.train.supply import Supply
 
 MODELS = Path(__file__).parents[2] / "models"
 COUNT, PIXELS = 50, (1, 28, 28)
@@ -40,7 +40,7 @@ class Worker(Workers):
 
 
 def supply(model, data, workers=Worker(0, 1), **settings):  # noqa: B008
-    return Supply(model, data, None, Config(**settings), workers)
+    return TrainingBatches(model, data, None, Config(**settings), workers)
 
 
 def seen(supply, epoch, done=0):

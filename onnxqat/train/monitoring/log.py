@@ -13,12 +13,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnxqat.quantized import QuantizedModel
-from onnxqat.train.events import Epoch, Event, Note, Resume, Start, Step
+from onnxqat.train.monitoring.drift import clipped_shares, scale_drift
+from onnxqat.train.monitoring.events import Epoch, Event, Note, Resume, Start, Step
+from onnxqat.train.monitoring.tensorboard import EventFiles
+from onnxqat.train.monitoring.writers import LogWriter, file_writer
 from onnxqat.train.records import Progress
 from onnxqat.train.selection import figures_of
-from onnxqat.train.tensorboard import EventFiles
-from onnxqat.train.watch import clipped_shares, scale_drift
-from onnxqat.train.writers import LogWriter, file_writer
 
 __all__ = ["TrainingLog"]
 
@@ -31,8 +31,8 @@ class TrainingLog:
     Parameters
     ----------
     path : str or Path or None
-        A file of JSON lines, see `onnxqat.train.events`, or of CSV by its ending. Replaced, or
-        with ``resume`` continued.
+        A file of JSON lines, see `onnxqat.train.monitoring.events`, or of CSV by its ending.
+        Replaced, or with ``resume`` continued.
     start : QuantizedModel
         The Q/DQ model before training.
     batch : mapping of str to array

@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 
 from onnxqat.errors import DataError
-from onnxqat.train.events import Epoch, Event, Start, Step, figures, stale_from
+from onnxqat.train.monitoring.events import Epoch, Event, Start, Step, figures, stale_from
 
 __all__ = ["LogWriter", "file_writer", "read_log"]
 

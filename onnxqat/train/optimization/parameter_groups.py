@@ -40,7 +40,14 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.selectors import matches, parse_assignment
 from onnxqat.train.config import Config
 
-__all__ = ["Group", "Rates", "asked_for", "base_rate", "parameter_rates", "parse_group"]
+__all__ = [
+    "ParameterGroup",
+    "Rates",
+    "asked_for",
+    "base_rate",
+    "parameter_rates",
+    "parse_parameter_group",
+]
 
 SELECTORS = ("weight", "bias", "scale", "zero_point", "name:REGEX", "tensor:REGEX")
 GRID = ("scale", "zero_point")  # of what is no weight
@@ -70,7 +77,7 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ParameterGroup:
     """One field of `Rates` for the parameters that a selector covers."""
 
     text: str
@@ -80,7 +87,7 @@ class Group:
     value: float | None
 
 
-def parse_group(text: str) -> Group:
+def parse_parameter_group(text: str) -> ParameterGroup:
     """Read ``SELECTOR.KEY=VALUE``.
 
     Raises
@@ -90,14 +97,14 @@ def parse_group(text: str) -> Group:
 
     Examples
     --------
-    >>> parse_group("name:conv.*.freeze=true")
-    Group(text='name:conv.*.freeze=true', kind='name', pattern='conv.*', key='freeze_from', value=0)
+    >>> parse_parameter_group("bias.freeze=true")
+    ParameterGroup(text='bias.freeze=true', kind='bias', pattern='', key='freeze_from', value=0)
     """
     kind, pattern, key, raw = parse_assignment(
         text, SELECTORS, example="bias.lr=0.001", error=TrainingError
     )
     key, value = _field(text, key, raw)
-    return Group(text=text, kind=kind, pattern=pattern, key=key, value=value)
+    return ParameterGroup(text=text, kind=kind, pattern=pattern, key=key, value=value)
 
 
 def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
@@ -146,7 +153,7 @@ def parameter_rates(
     for name, role in every.items():
         decay = config.weight_decay if role == "weight" else 0.0
         rates[name] = Rates(lr=config.scale_lr if role in GRID else lr, weight_decay=decay)
-    for group in map(parse_group, config.groups):
+    for group in map(parse_parameter_group, config.groups):
         covered = [n for n in _covered(group, every, model) if n in parameters]
         if group.key == "weight_decay":
             covered = [n for n in covered if every[n] != "zero_point"]
@@ -159,7 +166,7 @@ def parameter_rates(
 
 def asked_for(config: Config) -> frozenset[str]:
     """Return the tensors that a group names in full, other than to freeze them."""
-    groups = [g for g in map(parse_group, config.groups) if g.kind == "tensor"]
+    groups = [g for g in map(parse_parameter_group, config.groups) if g.kind == "tensor"]
     return frozenset(
         re.sub(r"\\(.)", r"\1", g.pattern)
         for g in groups
@@ -180,7 +187,9 @@ def base_rate(config: Config, model: QuantizedModel) -> float:
     return FINE_RATE if fine and config.optimizer != "sgd" else RATE
 
 
-def _covered(group: Group, roles: Mapping[str, str], model: QuantizedModel) -> Iterable[str]:
+def _covered(
+    group: ParameterGroup, roles: Mapping[str, str], model: QuantizedModel
+) -> Iterable[str]:
     if group.kind == "name":
         return _read_by(group.pattern, model)
     if group.kind == "tensor":

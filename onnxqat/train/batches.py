@@ -21,7 +21,7 @@ from onnxqat.parallel import Workers
 from onnxqat.train.config import Config
 from onnxqat.train.losses import LABELS, TENSOR, teacher_input
 
-__all__ = ["Feeds", "Supply", "feeds_of"]
+__all__ = ["Feeds", "TrainingBatches", "feeds_of"]
 
 Feeds = dict[str, NDArray[Any]]
 NONE = np.zeros(0, np.int64)
@@ -40,7 +40,7 @@ def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) 
     return feeds | batch.arrays
 
 
-class Supply:
+class TrainingBatches:
     """The feeds of every step.
 
     Parameters

@@ -1,6 +1,6 @@
 """Optimizers on flat numpy buffers.
 
-An optimizer turns gradients into *directions*; `onnxqat.train.updater` applies them.
+An optimizer turns gradients into *directions*; `onnxqat.train.optimization.updater` applies them.
 Buffers are walked in chunks that stay in the processor's cache.
 """
 

@@ -32,8 +32,8 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.train.config import Config
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import TrainingForm
-from onnxqat.train.groups import Rates, base_rate, parameter_rates
-from onnxqat.train.optimizers import Adam, Optimizer, Sgd, clip
+from onnxqat.train.optimization.optimizers import Adam, Optimizer, Sgd, clip
+from onnxqat.train.optimization.parameter_groups import Rates, base_rate, parameter_rates
 
 __all__ = ["Updater"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxqat.errors import OnnxQatError
-from onnxqat.train.events import Epoch, Event, Step, figures, stale_from
-from onnxqat.train.writers import LogWriter
+from onnxqat.train.monitoring.events import Epoch, Event, Step, figures, stale_from
+from onnxqat.train.monitoring.writers import LogWriter
 
 __all__ = ["EventFiles", "check_event_folder"]
 

@@ -12,10 +12,10 @@ import onnx
 from onnxqat.pairs import parameters_of
 from onnxqat.qparams import FloatArray
 
-__all__ = ["GUARD_STEPS", "LossHistory", "explain_gradients", "explain_loss", "not_finite"]
+__all__ = ["RECENT_STEPS", "LossHistory", "explain_gradients", "explain_loss", "not_finite"]
 
 # The mean loss of the last steps is compared with that of as many at the start.
-GUARD_STEPS = 20
+RECENT_STEPS = 20
 RISE, STANDARD_ERRORS = 1.5, 4.0  # a rise is one by this factor, and beyond the noise
 
 
@@ -29,7 +29,7 @@ class LossHistory(msgspec.Struct, kw_only=True):
     count : int
         How many there were.
     first, recent : list of float
-        The first ``window``, and the last `GUARD_STEPS`.
+        The first ``window``, and the last `RECENT_STEPS`.
     """
 
     window: int
@@ -42,7 +42,7 @@ class LossHistory(msgspec.Struct, kw_only=True):
         self.count += 1
         if len(self.first) < self.window:
             self.first.append(loss)
-        self.recent = [*self.recent, loss][-GUARD_STEPS:]
+        self.recent = [*self.recent, loss][-RECENT_STEPS:]
 
     @property
     def mean(self) -> float:

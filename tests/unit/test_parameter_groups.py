@@ -14,7 +14,7 @@ from onnxqat.plan import make_plan
 from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import load_rule
-from onnxqat.train.groups import parse_group
+from onnxqat.train.optimization.parameter_groups import parse_parameter_group
 from tests.descent import Trained
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -207,7 +207,7 @@ def test_clipping_leaves_frozen_parameters_out(model):
 )
 def test_wrong_groups_are_named(text, message):
     with pytest.raises(TrainingError, match=message):
-        parse_group(text)
+        parse_parameter_group(text)
 
 
 @pytest.mark.parametrize(

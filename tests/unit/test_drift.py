@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxqat.qparams import quantized_range
 from onnxqat.train import Config, TrainingLog, finetune
-from onnxqat.train.watch import clipped_shares, scale_drift
+from onnxqat.train.monitoring.drift import clipped_shares, scale_drift
 from tests.digits import calibrated_lenet, training_digits
 from tests.networks import convnet, quantized, samples
 

@@ -1,0 +1,1 @@
+"""Watching a training: losses that diverge, how far scales drift, logs and their report."""

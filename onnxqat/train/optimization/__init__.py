@@ -1,0 +1,1 @@
+"""Optimization: rates of parameters, optimizers, schedules, and one step over all of them."""
