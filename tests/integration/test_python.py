@@ -112,6 +112,23 @@ def test_export_makes_the_file_that_its_command_makes(name, tmp_path, work):
     assert (tmp_path / "python.onnx").read_bytes() == (tmp_path / "cli.onnx").read_bytes()
 
 
+def test_equalize_makes_the_file_that_its_command_makes(tmp_path):
+    run("equalize", ROOT / "models" / "mobilenet-digits.onnx", "-o", tmp_path / "cli.onnx")
+    oq.equalize(ROOT / "models" / "mobilenet-digits.onnx").model.save(tmp_path / "python.onnx")
+
+    assert (tmp_path / "python.onnx").read_bytes() == (tmp_path / "cli.onnx").read_bytes()
+
+
+def test_analyze_finds_what_its_command_finds(work):
+    words = ("--samples", 20, "--seed", 2, "--threads", 1, "--json")
+    told = json.loads(run("analyze", work / "qat.onnx", work / "data.npz", *words))
+    found = oq.analyze(work / "qat.onnx", work / "data.npz", samples=20, seed=2, threads=1)
+
+    layers = {figures.layer.node: figures.alone for figures in found.layers}
+    assert {layer["node"]: layer["alone"] for layer in told["layers"]} == layers
+    assert len(layers) == 5
+
+
 def test_evaluate_gives_the_figures_of_its_command(work):
     model, data = work / "qat.onnx", work / "data.npz"
     words = ("--threads", 1, "--against", LENET, "--json")
