@@ -35,6 +35,8 @@ __all__ = ["Equalized", "equalize", "unevenness"]
 ROUNDING, ROUNDING_DB = 1e-4, 80.0
 # Octaves that the channels of a layer lie below the largest one more, on average, than equalized.
 UNEVEN = 2.0
+# Weights of more elements than this take too much memory and time for advice: 256 MiB of float32.
+MOST_ELEMENTS = 2**26
 ESTIMATE = 3  # sweeps over the network, to see whether it pays
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -132,9 +134,12 @@ def unevenness(graph: gs.Graph) -> list[Spread]:
     -------
     list of Spread
         Those whose channels lie, on average, `UNEVEN` octaves or more further below the largest one
-        than they would after equalization; the worst first.
+        than they would after equalization; the worst first. Empty where the weights have more than
+        `MOST_ELEMENTS` elements.
     """
     network = find_channels(graph)
+    if sum(one.inputs.size * one.outputs.shape[1] for one in network.layers) > MOST_ELEMENTS:
+        return []
     found = spreads(network, find_scales(network, sweeps=ESTIMATE))
     uneven = [one for one in found if one.before - one.after >= UNEVEN]
     return sorted(uneven, key=lambda one: one.after - one.before)

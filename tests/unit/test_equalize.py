@@ -342,6 +342,14 @@ def test_uneven_channels_are_named_the_worst_first():
     assert found == sorted(found, key=lambda one: one.after - one.before)
 
 
+def test_weights_too_large_for_advice_are_not_looked_at(monkeypatch):
+    strange = prepare(from_proto(uneven(depthwise())))
+    monkeypatch.setattr("onnxqat.repair.equalization.MOST_ELEMENTS", 10)
+    monkeypatch.setattr("onnxqat.repair.scales.constant_values", None)  # would be called
+
+    assert unevenness(strange.graph) == []
+
+
 def test_channels_are_not_followed_through_a_tensor_that_is_very_large():
     g = _Graph(0)
     g.node("Conv", ["input", g.weight("w1", 6, 3, 1, 1)], "c1")
