@@ -18,7 +18,7 @@ from onnxqat.errors import ModelError
 from onnxqat.preparation.order import sort_nodes
 from onnxqat.preparation.statistics import Statistics, statistics_of
 from onnxqat.preparation.unused import remove_unused
-from onnxqat.quantized import AnyModel, float_part
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 
 __all__ = ["unlike_training"]
 
@@ -45,7 +45,8 @@ def unlike_training(
     str or None
         None also where the model remembers nothing, or does not run.
     """
-    seen = statistics_of(float_part(model))
+    quantized = isinstance(model, QuantizedModel)  # prepared, so that nothing is left to change
+    seen = statistics_of(float_part(model), in_place=quantized)
     if seen is None or len(data) < FEWEST:
         return None
     try:
