@@ -141,7 +141,7 @@ class _Walk:
         rank = len(node.outputs[0].shape or ())
         axis = 1 if is_convolution(node) else rank - 1
         problem = self._problem(node)
-        if sizes is None or problem or axis < 1:
+        if sizes is None or problem or not 1 <= axis < rank:  # of an unknown shape, 0
             self._keep_inputs(node, problem or f"'{node.name}' ({node.op}) has no weight to scale")
             return [None]
         groups, inputs, outputs = sizes
