@@ -141,7 +141,7 @@ class _Walk:
         rank = len(node.outputs[0].shape or ())
         axis = 1 if is_convolution(node) else rank - 1
         problem = self._problem(node)
-        if sizes is None or problem or not 1 <= axis < rank:  # of an unknown shape, 0
+        if sizes is None or problem or not 1 <= axis < rank:
             self._keep_inputs(node, problem or f"'{node.name}' ({node.op}) has no weight to scale")
             return [None]
         groups, inputs, outputs = sizes
@@ -167,6 +167,8 @@ class _Walk:
 
     def _problem(self, node: gs.Node) -> str | None:
         """Return why a layer is left alone."""
+        if not node.outputs[0].shape:
+            return f"the shape of what '{node.name}' writes is not known"
         if len(node.inputs[1].outputs) > 1:
             return f"other nodes read the weight of '{node.name}' too"
         if {t.name for t in node.inputs[1:]} & self._pinned:

@@ -13,6 +13,7 @@ from onnxqat.model import from_proto
 from onnxqat.preparation import prepare
 from onnxqat.preparation.statistics import statistics_of
 from onnxqat.repair import equalize, unevenness
+from onnxqat.repair.channels import find_channels
 from onnxqat.repair.difference import Difference
 from onnxqat.repair.equalization import _refuse_changes
 from tests.networks import _Graph, convnet, samples
@@ -340,6 +341,18 @@ def test_uneven_channels_are_named_the_worst_first():
     assert found
     assert found[0].before - found[0].after >= 2
     assert found == sorted(found, key=lambda one: one.after - one.before)
+
+
+@pytest.mark.parametrize("text", ["y = Conv(x, w)", "y = ConvTranspose(x, w)"])
+def test_a_layer_whose_result_has_no_known_shape_is_left_alone(text):
+    body = f"""<ir_version: 8, opset_import: ["": 17]> g (float[N,2,4,4] x) => (float[N,2,4,4] z)
+        <float[2,2,1,1] w = {{1, 2, 3, 4}}> {{ {text} z = Relu(y) }}"""
+    graph = prepare(from_proto(onnx.parser.parse_model(body))).graph
+    graph.nodes[0].outputs[0].shape = None
+
+    network = find_channels(graph)
+    assert network.layers == []
+    assert unevenness(graph) == []
 
 
 def test_weights_too_large_for_advice_are_not_looked_at(monkeypatch):
