@@ -4,7 +4,6 @@ from onnxqat.rules.describe import describe_rule
 from onnxqat.rules.loader import bundled_rules, load_rule, validate_rule
 from onnxqat.rules.problems import json_schema, wrong_spec
 from onnxqat.rules.schema import (
-    PATTERN_NAMES,
     Arithmetic,
     Changes,
     HardwareRule,
@@ -14,7 +13,6 @@ from onnxqat.rules.schema import (
 )
 
 __all__ = [
-    "PATTERN_NAMES",
     "Arithmetic",
     "Changes",
     "HardwareRule",

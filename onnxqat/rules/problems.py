@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import onnx
 
+from onnxqat.operators import PATTERN_NAMES
 from onnxqat.qparams import WIDTHS, QuantSpec
 from onnxqat.rules.schema import (
-    PATTERN_NAMES,
     Arithmetic,
     Changes,
     HardwareRule,

@@ -18,7 +18,6 @@ import msgspec
 from onnxqat.qparams import QuantSpec, Rounding
 
 __all__ = [
-    "PATTERN_NAMES",
     "Arithmetic",
     "Changes",
     "HardwareRule",
@@ -26,8 +25,6 @@ __all__ = [
     "RuleException",
     "RuleSpec",
 ]
-
-PATTERN_NAMES = ("SiLU", "HardSwish", "Mish", "Gelu", "LayerNormalization", "RMSNormalization")
 
 Parameters = Literal["own", "passthrough", "unify", "unify_inputs", "from_output"]
 

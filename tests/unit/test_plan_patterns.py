@@ -11,13 +11,14 @@ import pytest
 from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.errors import RuleError
 from onnxqat.model import from_proto
+from onnxqat.operators import PATTERN_NAMES
 from onnxqat.overrides import parse_override, read_overrides
 from onnxqat.plan import make_plan
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs
-from onnxqat.rules import PATTERN_NAMES, HardwareRule, OpRule, RuleException, RuleSpec, load_rule
+from onnxqat.rules import HardwareRule, OpRule, RuleException, RuleSpec, load_rule
 from onnxqat.rules.schema import Changes
 from tests import networks
 from tests.networks import convnet
