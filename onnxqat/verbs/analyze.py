@@ -9,10 +9,10 @@ import numpy as np
 from onnxqat.analysis import METRICS, Analysis, Metric, passes
 from onnxqat.analysis import analyze as run
 from onnxqat.choices import check_choice
-from onnxqat.settings import Settings, adopt, settle
+from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model, quantized_model
-from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+from onnxqat.verbs.opening import AnyData, opened, read_alike, warn_if_unlike_training
 from onnxqat.verbs.planning import AnyRule, rule_of
 
 __all__ = ["analyze"]
@@ -69,9 +69,7 @@ def analyze(
     check_choice("metric", metric, METRICS)
     loaded = quantized_model(model)
     reference = None if against is None else float_model(against)
-    if reference is not None:  # a float model has nothing stored; both read the same data
-        settle(loaded, settings)
-        adopt(loaded, reference)
+    read_alike(loaded, reference, settings)
     labels = metric == "top1"
     with opened(loaded, data, settings, listener, beside=reference, labels=labels) as found:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:samples])

@@ -11,10 +11,10 @@ from onnxqat.evaluation import evaluate as run
 from onnxqat.evaluation.labels import CAUSES
 from onnxqat.evaluation.run import MODES, Mode
 from onnxqat.quantized import AnyModel, QuantizedModel
-from onnxqat.settings import Settings, adopt, settle
+from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model
-from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+from onnxqat.verbs.opening import AnyData, opened, read_alike, warn_if_unlike_training
 from onnxqat.verbs.planning import AnyRule, rule_of
 
 __all__ = ["evaluate"]
@@ -71,9 +71,7 @@ def evaluate(
         raise OptionError("rules: are of mode 'integer'. Leave them out.")
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
-    if reference is not None:  # a float model has nothing stored; both read the same data
-        settle(loaded, settings)
-        adopt(loaded, reference)
+    read_alike(loaded, reference, settings)
     with opened(loaded, data, settings, listener, beside=reference) as samples:
         if labelled and not samples.has_labels:
             raise DataError(f"{samples.name}: needs labels, and has none. Name them with --label.")

@@ -16,10 +16,10 @@ from onnxqat.data import DataSet, open_data
 from onnxqat.data.preprocess import Layout
 from onnxqat.errors import OptionError
 from onnxqat.quantized import AnyModel
-from onnxqat.settings import Settings, class_count, input_specs, settings_of, settle
+from onnxqat.settings import Settings, adopt, class_count, input_specs, settings_of, settle
 from onnxqat.verbs.listener import Listener
 
-__all__ = ["AnyData", "DataSource", "opened", "warn_if_unlike_training"]
+__all__ = ["AnyData", "DataSource", "opened", "read_alike", "warn_if_unlike_training"]
 
 logger = logging.getLogger(__name__)
 Arrays: TypeAlias = Mapping[str, ArrayLike]
@@ -45,6 +45,19 @@ class DataSource:
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
+
+
+def read_alike(model: AnyModel, reference: AnyModel | None, given: Settings) -> None:
+    """Let a model and its reference remember the same of the data that both read.
+
+    Raises
+    ------
+    DataError
+        They were made for different data, or ``given`` contradicts what they remember.
+    """
+    if reference is not None:  # a float model has nothing stored
+        settle(model, given)
+        adopt(model, reference)
 
 
 @contextmanager
