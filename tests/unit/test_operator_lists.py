@@ -38,7 +38,6 @@ PLAIN = {
 BUILDERS = {
     "plan/patterns.py": "the formulas of patterns",
     "preparation/passthrough.py": "Dropout, which does nothing in inference",
-    "rules/schema.py": "the names of patterns",
     "train/engine.py": "the loss that the runtime has",
     "train/fake_quantize.py": "the arithmetic of fake quantization",
     "train/losses/": "the arithmetic of losses",
