@@ -12,10 +12,13 @@ import click
 
 __all__ = [
     "Command",
+    "analysis_options",
     "bias_correction_option",
     "calibration_options",
     "checkpoint_options",
     "data_options",
+    "equalize_option",
+    "export_options",
     "force_option",
     "json_option",
     "log_options",
@@ -25,7 +28,10 @@ __all__ = [
     "run_options",
     "seed_option",
     "table_option",
+    "teacher_option",
+    "trainable_option",
     "training_options",
+    "weights_option",
 ]
 
 Command = Callable[..., None]
@@ -328,6 +334,51 @@ log_options = _options(
 )
 seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."
+)
+equalize_option = click.option(
+    "--equalize", is_flag=True, help="First let channels have ranges alike."
+)
+trainable_option = click.option(
+    "--train", is_flag=True, help="Also say which nodes keep it from being fine-tuned."
+)
+teacher_option = click.option(
+    "--teacher", help="Float model to distil from; MODEL itself by default."
+)
+analysis_options = _options(
+    click.option(
+        "--metric",
+        type=click.Choice(["error", "agreement", "top1"]),
+        default="error",
+        show_default=True,
+        help="What a layer costs: noise per signal of the outputs, agreement or top-1 lost.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="How many samples are read, once for each layer and direction.",
+    ),
+)
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["snapped", "tuned"]),
+    default="snapped",
+    show_default=True,
+    help="snapped: on the grid, as training computed with them.",
+)
+export_options = _options(
+    click.option(
+        "--format",
+        "format_name",
+        type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
+        required=True,
+        help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see "
+        "docs/formats.md.",
+    ),
+    click.option(
+        "--int4", is_flag=True, help="Weights of 4 bits and fewer two to a byte (opset 21)."
+    ),
 )
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
     listener_of,
     output_documents,
     output_rows,
     print_result,
-    take_settings,
-    take_source,
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import (
+    analysis_options,
     data_options,
     force_option,
     json_option,
@@ -41,21 +41,8 @@ WORST = 10  # rows of a table
 @click.argument("model")
 @click.argument("data")
 @click.option("--against", help="Float model to compare with; the one inside MODEL by default.")
-@click.option(
-    "--metric",
-    type=click.Choice(["error", "agreement", "top1"]),
-    default="error",
-    show_default=True,
-    help="What a layer costs: noise per signal of the outputs, agreement or top-1 lost.",
-)
 @click.option("--rules", help="The rule of MODEL, where it is a file of yours.")
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="How many samples are read, once for each layer and direction.",
-)
+@analysis_options
 @data_options
 @run_options(32)
 @seed_option

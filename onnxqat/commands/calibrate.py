@@ -6,14 +6,12 @@ from typing import Any
 
 import click
 
+from onnxqat.arguments import take_calibration, take_settings, take_source
 from onnxqat.commands.common import (
     join,
     listener_of,
     print_result,
     renamed,
-    take_calibration,
-    take_settings,
-    take_source,
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import (

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxqat.commands.common import plan_document, take_overrides
-from onnxqat.options import json_option, rule_options
+from onnxqat.arguments import take_overrides
+from onnxqat.commands.common import plan_document
+from onnxqat.options import json_option, rule_options, trainable_option
 from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["check"]
 @click.command()
 @click.argument("model")
 @rule_options
-@click.option("--train", is_flag=True, help="Also say which nodes keep it from being fine-tuned.")
+@trainable_option
 @json_option
 def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) -> None:
     """Say what of MODEL the chip cannot run, or runs in float, and why."""

@@ -1,4 +1,4 @@
-"""What several commands do on the way: take their arguments, show progress, print the result."""
+"""What several commands do on the way: show progress, print the result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from onnxqat.calibration import Calibration
     from onnxqat.evaluation import Evaluation
-    from onnxqat.overrides import Override
     from onnxqat.parallel import Workers
     from onnxqat.plan import QuantPlan
-    from onnxqat.settings import Settings
     from onnxqat.verbs import Listener, TrainingListener
 
 __all__ = [
@@ -31,10 +28,6 @@ __all__ = [
     "plan_document",
     "print_result",
     "renamed",
-    "take_calibration",
-    "take_overrides",
-    "take_settings",
-    "take_source",
 ]
 
 
@@ -65,47 +58,6 @@ def listener_of(workers: Workers) -> Listener:
             return FinetuneReport()
 
     return Terminal()
-
-
-def take_settings(options: dict[str, Any]) -> Settings:
-    """Take what is stored about the data out of a command's arguments."""
-    from onnxqat.data import read_classes
-    from onnxqat.settings import Settings
-
-    names = [name for name in Settings.__struct_fields__ if name in options]
-    taken = {name: options.pop(name) for name in names}
-    if taken.get("classes") is not None:
-        taken["classes"] = read_classes(taken["classes"])
-    return Settings(**taken)
-
-
-def take_source(source: str | None, options: dict[str, Any]) -> Any:
-    """Take the data, and what is said of them alone, out of a command's arguments."""
-    from onnxqat.verbs import DataSource
-
-    said = {name: options.pop(name) for name in ("layout", "skip_broken")}
-    return None if source is None else DataSource(source=source, **said)
-
-
-def take_calibration(options: dict[str, Any]) -> Calibration:
-    """Take what is said of the calibration out of a command's arguments.
-
-    What of it speaks of training too, where that has other defaults, stays where it is.
-    """
-    from onnxqat.calibration import Calibration
-
-    taken = {name: options.pop(name) for name in ("observer", "samples")}
-    shared = () if "epochs" in options else ("batch_size", "seed", "threads")
-    taken["bias_correction"] = options.pop("bias_correction", False)
-    return Calibration(**taken, **{name: options.pop(name) for name in shared})
-
-
-def take_overrides(options: dict[str, Any]) -> list[Override]:
-    """Take the overrides out of a command's arguments; ``--set`` lies over the file."""
-    from onnxqat.overrides import parse_override, read_overrides
-
-    file, texts = options.pop("overrides_file"), options.pop("overrides")
-    return (read_overrides(file) if file else []) + [parse_override(text) for text in texts]
 
 
 def counts(plan: QuantPlan) -> dict[str, int]:

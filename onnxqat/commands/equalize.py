@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
     listener_of,
     print_result,
     renamed,
-    take_settings,
-    take_source,
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import (

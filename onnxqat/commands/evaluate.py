@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
     listener_of,
     output_documents,
     output_rows,
     percentages,
     print_result,
-    take_settings,
-    take_source,
 )
 from onnxqat.options import data_options, json_option, run_options
 from onnxqat.terminal import say

@@ -8,21 +8,14 @@ import click
 
 from onnxqat.commands.common import print_result, renamed
 from onnxqat.commands.outputs import check_apart, hold
-from onnxqat.options import force_option, json_option, output_option
+from onnxqat.options import export_options, force_option, json_option, output_option
 
 __all__ = ["export"]
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
-    required=True,
-    help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see docs/formats.md.",
-)
-@click.option("--int4", is_flag=True, help="Weights of 4 bits and fewer two to a byte (opset 21).")
+@export_options
 @output_option("MODEL with .int8 before its suffix by default.")
 @force_option
 @json_option

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxqat.arguments import take_calibration, take_config, take_settings, take_source
 from onnxqat.commands.common import (
     join,
     listener_of,
@@ -20,9 +21,6 @@ from onnxqat.commands.common import (
     percentages,
     print_result,
     renamed,
-    take_calibration,
-    take_settings,
-    take_source,
 )
 from onnxqat.commands.outputs import check_apart, command_line, hold
 from onnxqat.commands.signals import noted_signals
@@ -36,6 +34,7 @@ from onnxqat.options import (
     output_option,
     run_options,
     seed_option,
+    teacher_option,
     training_options,
 )
 from onnxqat.terminal import say
@@ -43,7 +42,7 @@ from onnxqat.terminal import say
 if TYPE_CHECKING:
     from onnxqat.parallel import Workers
     from onnxqat.quantized import QuantizedModel
-    from onnxqat.train import Checkpoints, Config, Finetuned
+    from onnxqat.train import Checkpoints, Finetuned
 
 __all__ = ["finetune"]
 
@@ -52,7 +51,7 @@ __all__ = ["finetune"]
 @click.argument("model")
 @click.argument("data")
 @click.option("--val-data", help="Chooses the best state; 10 % of DATA by default.")
-@click.option("--teacher", help="Float model to distil from; MODEL itself by default.")
+@teacher_option
 @training_options
 @checkpoint_options
 @log_options
@@ -92,7 +91,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
             validation=None if val_data is None else replace(source, source=val_data),
             teacher=teacher,
             settings=settings,
-            config=_config(options),
+            config=take_config(options),
             calibration=calibration,
             logs=logs,
             checkpoints=checkpoints,
@@ -188,13 +187,6 @@ def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -
     if checkpoints and checkpoints.written and checkpoints.path.is_file():
         return f"{kept}, or go on from the last checkpoint {again}"
     return f"{kept}."
-
-
-def _config(options: dict[str, Any]) -> Config:
-    """Return the hyper-parameters: defaults where an option was not given."""
-    from onnxqat.train import Config
-
-    return Config(**{name: value for name, value in options.items() if value is not None})
 
 
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:

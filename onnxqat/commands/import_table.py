@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from onnxqat.commands.common import print_result, renamed, take_overrides
+from onnxqat.arguments import take_overrides
+from onnxqat.commands.common import print_result, renamed
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import force_option, json_option, output_option, rule_options
 

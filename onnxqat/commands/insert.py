@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxqat.arguments import take_calibration, take_overrides, take_settings, take_source
 from onnxqat.commands.common import (
     counts,
     join,
@@ -13,16 +14,13 @@ from onnxqat.commands.common import (
     plan_document,
     print_result,
     renamed,
-    take_calibration,
-    take_overrides,
-    take_settings,
-    take_source,
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.options import (
     bias_correction_option,
     calibration_options,
     data_options,
+    equalize_option,
     force_option,
     json_option,
     output_option,
@@ -46,7 +44,7 @@ __all__ = ["insert"]
 @rule_options
 @click.option("--data", help="Calibrate on this too; the scales are placeholders without.")
 @click.option("--plan-only", is_flag=True, help="Print what would be quantized, and why.")
-@click.option("--equalize", is_flag=True, help="First let channels have ranges alike.")
+@equalize_option
 @relu6_option
 @table_option
 @calibration_options

@@ -9,7 +9,7 @@ import click
 
 from onnxqat.commands.common import print_result
 from onnxqat.commands.outputs import check_apart
-from onnxqat.options import force_option, json_option, table_option
+from onnxqat.options import force_option, json_option, table_option, weights_option
 
 __all__ = ["strip"]
 
@@ -18,13 +18,7 @@ __all__ = ["strip"]
 @click.argument("model")
 @click.option("-o", "--output", required=True, help="Directory to write into.")
 @table_option
-@click.option(
-    "--weights",
-    type=click.Choice(["snapped", "tuned"]),
-    default="snapped",
-    show_default=True,
-    help="snapped: on the grid, as training computed with them.",
-)
+@weights_option
 @force_option
 @json_option
 def strip(model: str, output: str, format_name: str | None, weights: Any, force: bool,

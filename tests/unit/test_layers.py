@@ -53,6 +53,7 @@ ORDER = [
     "terminal",
     "progress",
     "options",
+    "arguments",
     "commands",
     "cli",
     "__main__",

@@ -1,0 +1,74 @@
+"""From the options of the command line to what the verbs take.
+
+Each function takes what it needs out of the parsed options, by the names of `onnxqat.options`, and
+leaves the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxqat.calibration import Calibration
+    from onnxqat.overrides import Override
+    from onnxqat.settings import Settings
+    from onnxqat.train import Config
+
+__all__ = [
+    "take_calibration",
+    "take_config",
+    "take_overrides",
+    "take_settings",
+    "take_source",
+]
+
+
+def take_settings(options: dict[str, Any]) -> Settings:
+    """Take what is stored about the data out of a command's arguments."""
+    from onnxqat.data import read_classes
+    from onnxqat.settings import Settings
+
+    names = [name for name in Settings.__struct_fields__ if name in options]
+    taken = {name: options.pop(name) for name in names}
+    if taken.get("classes") is not None:
+        taken["classes"] = read_classes(taken["classes"])
+    return Settings(**taken)
+
+
+def take_source(source: str | None, options: dict[str, Any]) -> Any:
+    """Take the data, and what is said of them alone, out of a command's arguments."""
+    from onnxqat.verbs import DataSource
+
+    said = {name: options.pop(name) for name in ("layout", "skip_broken")}
+    return None if source is None else DataSource(source=source, **said)
+
+
+def take_calibration(options: dict[str, Any]) -> Calibration:
+    """Take what is said of the calibration out of a command's arguments.
+
+    What of it speaks of training too, where that has other defaults, stays where it is.
+    """
+    from onnxqat.calibration import Calibration
+
+    taken = {name: options.pop(name) for name in ("observer", "samples")}
+    shared = () if "epochs" in options else ("batch_size", "seed", "threads")
+    taken["bias_correction"] = options.pop("bias_correction", False)
+    return Calibration(**taken, **{name: options.pop(name) for name in shared})
+
+
+def take_overrides(options: dict[str, Any]) -> list[Override]:
+    """Take the overrides out of a command's arguments; ``--set`` lies over the file."""
+    from onnxqat.overrides import parse_override, read_overrides
+
+    file, texts = options.pop("overrides_file"), options.pop("overrides")
+    return (read_overrides(file) if file else []) + [parse_override(text) for text in texts]
+
+
+def take_config(options: dict[str, Any]) -> Config:
+    """Return the hyper-parameters, from all that is left of the options of finetune.
+
+    What was not given has its default.
+    """
+    from onnxqat.train import Config
+
+    return Config(**{name: value for name, value in options.items() if value is not None})
