@@ -12,11 +12,12 @@ import io
 import platform
 import sys
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
 
-__all__ = ["check_environment", "check_packages", "mending"]
+__all__ = ["check_environment", "check_packages", "mending", "package_versions"]
 
 # As in pyproject.toml: the training build, where it has wheels.
 HAS_TRAINING_BUILD = sys.version_info < (3, 13) and (
@@ -70,6 +71,16 @@ def check_environment() -> None:
     sys.stderr.write(said.getvalue())
 
 
+@cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute a model."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in ("onnxqat", "numpy", "onnx")}
+    return found | {name: version for name, _, version in map(_parted, _distributions())}
+
+
 def mending() -> str:
     """Return the commands that leave one distribution of onnxruntime, the one to be used here."""
     installed = [entry.partition(" ")[0] for entry in _distributions()]
@@ -108,6 +119,10 @@ def _distributions() -> list[str]:
         for pattern in ("onnxruntime*.dist-info", "ort_*.dist-info", "onnxruntime*.egg-info"):
             found |= {_title(info) for info in folder.glob(pattern) if _holds_onnxruntime(info)}
     return sorted(found)
+
+
+def _parted(title: str) -> tuple[str, str, str]:
+    return title.partition(" ")
 
 
 def _title(info: Path) -> str:

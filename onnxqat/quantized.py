@@ -21,6 +21,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.check_pairs import check_pairs
 from onnxqat.choices import check_choice
+from onnxqat.environment import package_versions
 from onnxqat.errors import ModelError, PlanError
 from onnxqat.model import Model
 from onnxqat.model import load_model as load_file
@@ -58,6 +59,8 @@ KEYS = (VERSION_KEY, PLAN_KEY, STATE_KEY, SOURCE_KEY, TAKEN_KEY, HISTORY_KEY)
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """What one stage did, for the report.
 
+    Nothing in it depends on the time or the folder of a run: the same run gives the same bytes.
+
     Attributes
     ----------
     name : str
@@ -66,11 +69,29 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         What it was told, by the names of the options.
     figures : dict of str to float or None
         What it measured, by name; None where it is not finite.
+    inputs : dict of str to str
+        Names of the files that it read, without their folders, by argument: ``model``, ``data`` ...
+    epochs : tuple of dict
+        Figures of a fine-tuning on the held-out data, by name: ``epoch`` is 0 at the start.
+        Training that began again with a smaller rate comes back to epoch 1.
+    notes : tuple of str
+        What the user was told.
+    versions : dict of str to str
+        Of Python and the packages that computed it.
     """
 
     name: str
     settings: dict[str, Any] = {}
     figures: dict[str, float | None] = {}
+    inputs: dict[str, str] = {}
+    epochs: tuple[dict[str, float | None], ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+
+    def document(self) -> dict[str, Any]:
+        """Return what a file stores: files of earlier versions lack the fields that are empty."""
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return {k: v for k, v in told.items() if v or k in ("name", "settings", "figures")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -153,7 +174,8 @@ class QuantizedModel:
             raise PlanError(f"{self.name}: is not calibrated. Calibrate or fine-tune it first.")
 
     def with_stage(self, stage: Stage) -> QuantizedModel:
-        """Return the model with one more stage in its history."""
+        """Return the model with one more stage in its history, which gets the versions."""
+        stage = msgspec.structs.replace(stage, versions=package_versions())
         return replace(self, history=(*self.history, stage))
 
     def qdq(self) -> Model:
@@ -194,7 +216,7 @@ class QuantizedModel:
         if self.taken:
             ours[TAKEN_KEY] = _json(self.taken)
         if self.history:
-            ours[HISTORY_KEY] = _json(self.history)
+            ours[HISTORY_KEY] = _json([stage.document() for stage in self.history])
         return ours
 
 

@@ -123,7 +123,7 @@ def _ending_well(
             click.get_current_context().exit(128 + number)
         except DivergedError as error:
             if workers.rank == 0:
-                _finish(error.best, target, force, checkpoints)
+                _finish(error.outcome.model, target, force, checkpoints)
             raise click.ClickException(f"{error} Written to {target}.") from error
 
 

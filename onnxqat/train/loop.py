@@ -123,6 +123,10 @@ class Loop:
                 self.record = self._again()
             self.record.finished = True
             self._save()
+        return self._outcome()
+
+    def _outcome(self) -> Finetuned:
+        """Return what the run has come to."""
         record, selection = self.record, self.selection
         said = verdict(record.before, record.tried, record.best_epoch, selection)
         return Finetuned(
@@ -135,6 +139,7 @@ class Loop:
             parts=self.parts,
             selection=selection,
             notes=(*record.notes, *said),
+            tried=tuple(record.tried),
         )
 
     def _check_delay(self) -> None:
@@ -332,7 +337,7 @@ class Loop:
     def _diverged(self, message: str) -> NoReturn:
         best = self.record.best_epoch
         kept = f"The best state so far (epoch {best}) is kept." if best else "The start is kept."
-        raise DivergedError(f"{message} {kept}", self._best_model())
+        raise DivergedError(f"{message} {kept}", self._outcome())
 
     def _back_off(self) -> bool:
         """Say what is done about a rising loss; return whether to try again."""
@@ -361,6 +366,7 @@ class Loop:
             validation=figures,
             model=model,
             note=record.notes[-1] if record.notes else "",
+            before=record.before,
         )
         self.report(progress)
 

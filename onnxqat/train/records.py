@@ -34,6 +34,8 @@ class Progress:
         and the Q/DQ model it is of.
     note : str
         Something the user should read.
+    before : Evaluation or None
+        Of the start.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Progress:
     validation: Evaluation | None = None
     model: QuantizedModel | None = None
     note: str = ""
+    before: Evaluation | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -71,6 +74,8 @@ class Finetuned:
     notes : tuple of str
         What was done about a rising loss, why it ended early, that the start was kept, and where
         loss and accuracy disagree.
+    tried : tuple of (int, Evaluation)
+        Each epoch and its figures; a start with a smaller rate comes back to epoch 1.
     """
 
     model: QuantizedModel
@@ -82,6 +87,7 @@ class Finetuned:
     parts: tuple[Part, ...]
     selection: Selection
     notes: tuple[str, ...] = ()
+    tried: tuple[tuple[int, Evaluation], ...] = ()
 
     def __repr__(self) -> str:
         kept = f"epoch {self.best_epoch}" if self.best_epoch else "start"
@@ -92,11 +98,17 @@ class Finetuned:
 
 
 class DivergedError(TrainingError):
-    """The loss became infinite or NaN; ``best`` is the last good state."""
+    """The loss or a gradient became infinite or NaN.
 
-    def __init__(self, message: str, best: QuantizedModel) -> None:
+    Attributes
+    ----------
+    outcome : Finetuned
+        What the run had come to; its model is the last good state.
+    """
+
+    def __init__(self, message: str, outcome: Finetuned) -> None:
         super().__init__(message)
-        self.best = best
+        self.outcome = outcome
 
 
 class StoppedError(TrainingError):

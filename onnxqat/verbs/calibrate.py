@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -93,14 +94,17 @@ def _calibrated(
         )
     if calibration.bias_correction:
         batches = partial(data.batches, size, indices=mine)
-        result = _with_corrected_biases(result, batches, listener, workers, threads)
+        result, corrected = _with_corrected_biases(result, batches, listener, workers, threads)
     broken = workers.gather(data.broken(mine))
     seen = workers.first(lambda: len(chosen) - sum(broken))
     said = {name: getattr(calibration, name) for name in ("observer", "samples", "seed")}
-    said |= {"bias_correction": True} if calibration.bias_correction else {}
-    return result.with_stage(
-        Stage(name="calibrate", settings=said, figures={"samples": float(seen)})
-    )
+    said |= {"batch_size": size} if size != DEFAULT_SIZE else {}
+    figures: dict[str, float | None] = {"samples": float(seen)}
+    if calibration.bias_correction:
+        said["bias_correction"] = True
+        figures["corrected"] = float(corrected)
+    inputs = {"data": Path(data.name).name}
+    return result.with_stage(Stage(name="calibrate", settings=said, figures=figures, inputs=inputs))
 
 
 def _with_corrected_biases(
@@ -109,8 +113,8 @@ def _with_corrected_biases(
     listener: Listener,
     workers: Workers,
     threads: int,
-) -> QuantizedModel:
-    """Correct biases on the calibration data, and say how many."""
+) -> tuple[QuantizedModel, int]:
+    """Correct biases on the calibration data; return the model, and of how many layers."""
     if workers.size > 1:
         raise DataError("--bias-correction runs in one process. Start it without mpirun.")
     result = correct_biases(model, batches, threads=threads)
@@ -118,4 +122,4 @@ def _with_corrected_biases(
         f"Corrected the biases of {len(result.layers)} layers; {len(result.skips)} have none. "
         "Fine-tuning needs --teacher now."
     )
-    return result.model
+    return result.model, len(result.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +21,9 @@ from onnxqat.parallel import Workers
 from onnxqat.preparation import prepare
 from onnxqat.quantized import QuantizedModel, Stage
 from onnxqat.settings import Settings
-from onnxqat.train import Checkpoints, Config, Finetuned, Progress, TrainingLog
+from onnxqat.train import Checkpoints, Config, DivergedError, Finetuned, Progress, TrainingLog
 from onnxqat.train import finetune as run
+from onnxqat.train.losses import parse_loss
 from onnxqat.train.selection import figures_of
 from onnxqat.verbs.calibrate import calibrate
 from onnxqat.verbs.listener import Listener
@@ -31,7 +32,7 @@ from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
 
 __all__ = ["TrainingLogs", "finetune"]
 
-NOT_TOLD = ("loss", "threads")  # of the settings: may be a path, and changes no result
+NOT_TOLD = ("threads",)  # of the settings: changes no result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,20 +128,27 @@ def finetune(
             resume = checkpoints is not None and checkpoints.resume
             log = _log(loaded, held_out or training, config, logs, resume=resume)
             reports.append(stack.enter_context(log))
-        result = run(
-            loaded,
-            training,
-            validation=held_out,
-            teacher=taught_by,
-            config=config,
-            report=partial(_tell, reports),
-            stage=heard.stage,
-            say=heard.say,
-            checkpoints=checkpoints,
-            stop=stop,
-            workers=workers,
-        )
-    return replace(result, model=result.model.with_stage(_stage(config, result)))
+        inputs = {"data": training.name}
+        inputs |= {"val_data": held_out.name} if held_out else {}
+        inputs |= {"teacher": taught_by.name} if taught_by else {}
+        recorded = partial(_recorded, config=config, inputs=inputs)
+        try:
+            result = run(
+                loaded,
+                training,
+                validation=held_out,
+                teacher=taught_by,
+                config=config,
+                report=partial(_tell, reports),
+                stage=heard.stage,
+                say=heard.say,
+                checkpoints=checkpoints,
+                stop=stop,
+                workers=workers,
+            )
+        except DivergedError as error:
+            raise DivergedError(str(error), recorded(error.outcome, str(error))) from error
+    return recorded(result)
 
 
 def _tell(reports: list[Callable[[Progress], None]], progress: Progress) -> None:
@@ -189,26 +197,58 @@ def _log(
     )
 
 
-def _stage(config: Config, result: Finetuned) -> Stage:
-    """Return what was told and measured: settings that are not the default ones."""
+def _recorded(
+    result: Finetuned, *notes: str, config: Config, inputs: Mapping[str, str]
+) -> Finetuned:
+    """Return the outcome with a model whose history tells of it."""
     usual = msgspec.to_builtins(Config())
     told: dict[str, Any] = {
         name: value
         for name, value in msgspec.to_builtins(config).items()
         if value != usual[name] and name not in NOT_TOLD
     }
-    return Stage(name="finetune", settings=told, figures=_figures(result))
+    if config.loss is not None:
+        told["loss"] = _without_folders(config.loss)
+    tried = ((0, result.before), *result.tried)
+    chosen = f"epoch {result.best_epoch}" if result.best_epoch else "the start"
+    stage = Stage(
+        name="finetune",
+        settings=told,
+        figures=_figures(result),
+        inputs={name: Path(file).name for name, file in inputs.items()},
+        epochs=tuple({"epoch": float(n), **_finite(figures_of(e))} for n, e in tried),
+        notes=(
+            *(f"learns from: {part}" for part in result.parts),
+            f"{chosen} was chosen by {result.selection.figure}: {result.selection.reason}",
+            *result.notes,
+            *notes,
+        ),
+    )
+    return replace(result, model=result.model.with_stage(stage))
+
+
+def _without_folders(loss: str) -> str:
+    """Return the text of a loss that names files without their folders."""
+    for term in parse_loss(loss):
+        if term.is_file:
+            loss = loss.replace(term.kind, Path(term.kind).name)
+    return loss
 
 
 def _figures(result: Finetuned) -> dict[str, float | None]:
     found: dict[str, float | None] = {
         "epochs": float(result.epochs),
         "best_epoch": float(result.best_epoch),
+        "held_out": float(result.before.samples),
     }
+    found |= {f"float.{name}": value for name, value in _finite(result.before.reference).items()}
     for when, evaluation in (("before", result.before), ("after", result.after)):
-        for name, value in figures_of(evaluation).items():
-            found[f"{when}.{name}"] = value if math.isfinite(value) else None
+        found |= {f"{when}.{name}": v for name, v in _finite(figures_of(evaluation)).items()}
     return found
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _teacher(source: AnySource, student: QuantizedModel) -> Model:

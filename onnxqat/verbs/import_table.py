@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onnxqat.deploy import read_table
 from onnxqat.quantized import QuantizedModel, Stage, insert_pairs
-from onnxqat.verbs.models import AnySource, float_model
+from onnxqat.verbs.models import AnySource, float_model, name_of
 from onnxqat.verbs.planning import AnyRule, Overrides, planned, rule_of
 
 __all__ = ["import_table"]
@@ -41,5 +41,11 @@ def import_table(
     prepared, found = planned(float_model(model), rule_of(rules), overrides)
     found, params = read_table(table, prepared, found, table=format_name)
     done = {"rules": found.rule, "set": list(found.overrides), "format": format_name}
-    stage = Stage(name="import-table", settings=done, figures={"parameters": float(len(params))})
+    inputs = {"table": Path(table).name, "model": Path(name_of(model)).name}
+    stage = Stage(
+        name="import-table",
+        settings=done,
+        figures={"parameters": float(len(params))},
+        inputs=inputs,
+    )
     return insert_pairs(prepared, found, params, state="calibrated").with_stage(stage)

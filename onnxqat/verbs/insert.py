@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from onnxqat.calibration import (
@@ -94,12 +95,30 @@ def insert(
     else:
         for line in repairs(prepared, found, name_of(model)):
             listener.note(line)
-    result = result.with_stage(Stage(name="insert", settings=done))
+    inputs, figures = {"model": Path(name_of(model)).name}, _figures(equalization)
+    stage = Stage(name="insert", settings=done, inputs=inputs, figures=figures)
+    result = result.with_stage(stage)
     if data is None:
         return result
     return calibrate(
         result, data, settings=settings, calibration=calibration, listener=listener, workers=workers
     )
+
+
+def _figures(equalization: Equalization | None) -> dict[str, float | None]:
+    """Return what equalization changed: layers, and how far channels lie below the largest."""
+    found = equalization and equalization.result
+    if not found:
+        return {}
+    octaves = ((one.before, one.after) for one in found.spreads)
+    before, after = map(max, zip((0.0, 0.0), *octaves, strict=True))
+    layers, relu6 = float(len(found.layers)), float(len(found.relu6))
+    return {
+        "equalized": layers,
+        "relu6_replaced": relu6,
+        "octaves.before": before,
+        "octaves.after": after,
+    }
 
 
 def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:

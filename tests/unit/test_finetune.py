@@ -89,7 +89,7 @@ def test_the_best_state_is_never_worse_than_the_start(coarse, data):
     try:
         result = finetune(coarse, data, config=wild)
     except DivergedError as error:
-        assert as_bytes(error.best)  # noqa: PT017 (either outcome is allowed, both are checked)
+        assert as_bytes(error.outcome.model)  # noqa: PT017 (either outcome is allowed, both are checked)
     else:
         assert result.after.metrics["top1"] >= result.before.metrics["top1"]
 
@@ -223,7 +223,7 @@ def test_not_finite_loss_stops_and_keeps_the_best(coarse, data, monkeypatch):
     with pytest.raises(DivergedError, match="nan at step 1: and nothing has moved") as caught:
         finetune(coarse, data, config=Config(**FAST))
 
-    assert as_bytes(caught.value.best) == as_bytes(coarse)
+    assert as_bytes(caught.value.outcome.model) == as_bytes(coarse)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_not_finite_gradient_names_its_tensor(coarse, data, monkeypatch, names, 
     monkeypatch.setattr(engine.StepSession, "run", spoiled)
     with pytest.raises(DivergedError, match=said) as caught:
         finetune(coarse, data, config=Config(**FAST))
-    assert as_bytes(caught.value.best) == as_bytes(coarse)
+    assert as_bytes(caught.value.outcome.model) == as_bytes(coarse)
 
     frozen = tuple(f"tensor:{name}.freeze=true" for name in names)
     result = finetune(coarse, data, config=Config(**FAST | {"epochs": 1}, groups=frozen))
