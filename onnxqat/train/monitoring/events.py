@@ -19,10 +19,17 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=s
 
 
 class Start(_Event, frozen=True, kw_only=True):
-    """A run begins."""
+    """A run begins.
+
+    Attributes
+    ----------
+    metrics : dict of str to float or None
+        Figures of the start on the held-out data; None where not finite.
+    """
 
     schema: Schema = "onnxqat.log/1"
     step: Count = 0
+    metrics: dict[str, float | None] = {}
 
 
 class Resume(_Event, frozen=True, kw_only=True):
@@ -75,19 +82,15 @@ class Epoch(_Event, frozen=True, kw_only=True):
 Event: TypeAlias = Start | Resume | Note | Step | Epoch
 
 
-def figures(event: Step | Epoch) -> Iterator[tuple[str, float]]:
+def figures(event: Event) -> Iterator[tuple[str, float]]:
     """Yield the numbers of an event by name: ``loss``, ``lr``, ``clipped/POINT`` and so on."""
-    yield "loss", event.loss
+    if isinstance(event, Step | Epoch):
+        yield "loss", event.loss
     if isinstance(event, Step):
         yield "lr", event.lr
         yield "scale_lr", event.scale_lr
-        return
-    for kind, values in (
-        ("metrics", event.metrics),
-        ("scale_drift", event.scale_drift),
-        ("clipped", event.clipped),
-    ):
-        for name, value in values.items():
+    for kind in ("metrics", "scale_drift", "clipped"):
+        for name, value in getattr(event, kind, {}).items():
             if value is not None:
                 yield f"{kind}/{name}", value
 

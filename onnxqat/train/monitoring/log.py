@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from onnxqat.evaluation import Evaluation
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.monitoring.drift import clipped_shares, scale_drift
 from onnxqat.train.monitoring.events import Epoch, Event, Note, Resume, Start, Step
@@ -88,7 +89,8 @@ class TrainingLog:
             self._each(lambda writer: writer.open())
             # the checkpoint is of the step before, or of the last of the epoch
             before = step - (progress.validation is None)
-            self._write(Resume(step=before) if self.resume else Start())
+            start = Start(metrics=_metrics(progress.before))
+            self._write(Resume(step=before) if self.resume else start)
         if progress.note != self.note:
             self.note = progress.note
             self._write(Note(step=step, note=progress.note))
@@ -97,13 +99,12 @@ class TrainingLog:
                 rates = {"lr": progress.lr, "scale_lr": progress.scale_lr}
                 self._write(Step(step=step, epoch=epoch, loss=loss, **rates))
             return
-        found = figures_of(progress.validation)
         self._write(
             Epoch(
                 step=step,
                 epoch=epoch,
                 loss=loss,
-                metrics={n: v if math.isfinite(v) else None for n, v in found.items()},
+                metrics=_metrics(progress.validation),
                 scale_drift=scale_drift(self.start, progress.model),
                 clipped=clipped_shares(progress.model, self.batch, threads=self.threads),
             )
@@ -127,3 +128,9 @@ class TrainingLog:
                     error.strerror,
                     writer.option,
                 )
+
+
+def _metrics(evaluation: Evaluation | None) -> dict[str, float | None]:
+    """Return the figures of a state as JSON has them."""
+    found = {} if evaluation is None else figures_of(evaluation)
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}

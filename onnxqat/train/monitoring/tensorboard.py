@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxqat.errors import OnnxQatError
-from onnxqat.train.monitoring.events import Epoch, Event, Step, figures, stale_from
+from onnxqat.train.monitoring.events import Event, figures, stale_from
 from onnxqat.train.monitoring.writers import LogWriter
 
 __all__ = ["EventFiles", "check_event_folder"]
@@ -43,9 +43,9 @@ class EventFiles(LogWriter):
             again = self._proto.SessionLog(status=self._proto.SessionLog.START)
             self._add(stale, session_log=again)
         self._last = event.step
-        if isinstance(event, Step | Epoch):
-            value = self._summary.Summary.Value
-            scalars = [value(tag=name, simple_value=number) for name, number in figures(event)]
+        value = self._summary.Summary.Value
+        scalars = [value(tag=name, simple_value=number) for name, number in figures(event)]
+        if scalars:
             self._add(event.step, summary=self._summary.Summary(value=scalars))
         self._file.flush()
 

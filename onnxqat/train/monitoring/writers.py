@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 
 from onnxqat.errors import DataError
-from onnxqat.train.monitoring.events import Epoch, Event, Start, Step, figures, stale_from
+from onnxqat.train.monitoring.events import Event, Start, figures, stale_from
 
 __all__ = ["LogWriter", "file_writer", "read_log"]
 
@@ -91,9 +91,8 @@ class _Csv(_TextWriter):
             self._append_rows([("step", "epoch", "name", "value")])
 
     def write(self, event: Event) -> None:
-        if isinstance(event, Step | Epoch):
-            where = event.step, event.epoch
-            self._append_rows((*where, name, repr(value)) for name, value in figures(event))
+        where = event.step, getattr(event, "epoch", 0)
+        self._append_rows((*where, name, repr(value)) for name, value in figures(event))
 
     def _append_rows(self, rows: Iterable[Sequence[Any]]) -> None:
         text = StringIO()
