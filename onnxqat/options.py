@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from onnxqat.help_text import Command, under
+
 __all__ = [
-    "Command",
     "analysis_options",
     "bias_correction_option",
     "calibration_options",
@@ -34,7 +35,6 @@ __all__ = [
     "weights_option",
 ]
 
-Command = Callable[..., None]
 AUGMENTATIONS = ("flip", "crop")
 
 
@@ -115,275 +115,217 @@ def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
     raise click.BadParameter(f"'{value}' is none of 200steps, 5min, never and their like")
 
 
+_images = under("Preprocessing")
+_data = under("Data")
+_running = under("Running")
+_calibration = under("Calibration")
+_repair = under("Repair before training")
+_rule = under("Hardware rule")
+_loss = under("Loss")
+_training = under("Training")
+_optimizer = under("Optimizer")
+_progress = under("Checkpoints and logs")
+_analysis = under("Analysis")
+_output = under("Output")
+
 data_options = _options(
-    click.option("--mean", callback=_floats, help="Per channel: x = (x - mean) * scale."),
-    click.option("--scale", callback=_floats, help="Per channel, see --mean."),
-    click.option("--resize-dims", callback=_size, help="height,width images are resized to."),
-    click.option("--crop", callback=_size, help="height,width of the centre crop."),
-    click.option("--keep-aspect-ratio", is_flag=True, default=None, help="Letterbox."),
-    click.option("--pad-value", type=float, help="Pixel value around a letterboxed image."),
-    click.option("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"])),
-    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), help="Of the data arrays."),
-    click.option("--label", help="Name of the label array, or none."),
-    click.option(
-        "--classes",
-        metavar="FILE",
-        help="Class index of each folder name: one name a line, JSON, or CSV of name and index.",
-    ),
-    click.option(
-        "--skip-broken", is_flag=True, help="Do without images that cannot be read; each is named."
-    ),
-    click.option("--input", "input_map", multiple=True, callback=_pairs, help="INPUT=ARRAY."),
-)
+    _images("--mean", metavar="M,...", callback=_floats,
+            help="Subtract this mean, one number per channel: x = (x - mean) * scale."),
+    _images("--scale", metavar="S,...", callback=_floats,
+            help="Multiply by this scale after the mean, one number per channel."),
+    _images("--resize-dims", metavar="H,W", callback=_size,
+            help="Resize images to this height and width."),
+    _images("--crop", metavar="H,W", callback=_size,
+            help="Cut this height and width from the middle of each image."),
+    _images("--keep-aspect-ratio", is_flag=True, default=None,
+            help="Keep each image's shape when resizing, and pad the rest (letterbox)."),
+    _images("--pad-value", type=float, metavar="PIXEL",
+            help="Pixel value around a letterboxed image (default 0)."),
+    _images("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"]),
+            help="Order of the colour channels that the model expects (default rgb). --mean and "
+            "--scale are given in this order."),
+    _data("--layout", type=click.Choice(["nchw", "nhwc"]),
+          help="Layout of image arrays; needed only where their shape fits both."),
+    _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",
+          help="Read a model input from this array of the data; repeatable."),
+    _data("--label", metavar="NAME", help="Read the labels from this array, or from none."),
+    _data("--classes", metavar="FILE",
+          help="Read the class index of each folder name from FILE: one name a line, JSON, or CSV "
+          "of name and index."),
+    _data("--skip-broken", is_flag=True,
+          help="Skip images that cannot be read, and name each one."),
+)  # fmt: skip
 
 
 def run_options(batch_size: int) -> Callable[[Command], Command]:
     """Return the options of every command that runs a model; ``batch_size`` is the default."""
-    help_text = f"Samples at a time; those of the model where it is fixed, else {batch_size}."
     return _options(
-        click.option("--batch-size", type=click.IntRange(1), help=help_text),
-        click.option("--threads", type=click.IntRange(0), default=0, help="0: all cores."),
-    )
+        _running("--batch-size", type=click.IntRange(1), metavar="N",
+                 help="Run N samples at a time (default: the model's own batch where it is fixed, "
+                 f"else {batch_size})."),
+        _running("--threads", type=click.IntRange(0), default=0, metavar="N",
+                 help="Use N threads (default 0: all cores)."),
+    )  # fmt: skip
 
 
-bias_correction_option = click.option(
+bias_correction_option = _repair(
     "--bias-correction",
     is_flag=True,
-    help="Then take off each bias what quantization adds to the mean of its layer.",
+    help="After calibration, correct each bias by the mean error that quantization causes.",
 )
-relu6_option = click.option(
+relu6_option = _repair(
     "--relu6",
     type=click.Choice(["keep", "replace"]),
     default="keep",
     show_default=True,
-    help="What equalization does where a Clip from 0 stands between two layers: leave both alone, "
-    "or put a Relu in its place, and say what that changes.",
+    help="What to do where a ReLU6 stands between two layers that could be equalized: keep it and "
+    "skip them, or replace it by a Relu and report what that changes.",
 )
-
 calibration_options = _options(
-    click.option(
-        "--observer",
-        type=click.Choice(["mse", "minmax", "moving-average", "percentile"]),
-        default="mse",
-        show_default=True,
-        help="How a clipping range is chosen.",
-    ),
-    click.option(
-        "--samples",
-        type=click.IntRange(1),
-        default=512,
-        show_default=True,
-        help="How many samples calibrate.",
-    ),
-)
+    _calibration("--observer", type=click.Choice(["mse", "minmax", "moving-average", "percentile"]),
+                 default="mse", show_default=True,
+                 help="How the clipping range of each tensor is chosen."),
+    _calibration("--samples", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+                 help="Calibrate on N samples, chosen at random."),
+)  # fmt: skip
 rule_options = _options(
-    click.option(
-        "--overrides",
-        "overrides_file",
-        metavar="FILE",
-        help="TOML file of overrides, one table per selector; --set lies over it.",
-    ),
-    click.option(
-        "--rules",
-        default="onnxruntime-cpu",
-        show_default=True,
-        help="A bundled rule (see 'rules list') or a .toml file.",
-    ),
-    click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="SELECTOR.KEY=VALUE",
-        help="Override the rule, as in weight.bits=4; repeatable, later wins.",
-    ),
-)
-table_option = click.option(
+    _rule("--rules", default="onnxruntime-cpu", show_default=True, metavar="RULE",
+          help="Use a bundled rule (see 'onnxqat rules list') or your own .toml file."),
+    _rule("--overrides", "overrides_file", metavar="FILE",
+          help="Read overrides of the rule from a TOML file, one table per selector. --set wins "
+          "over it."),
+    _rule("--set", "overrides", multiple=True, metavar="SELECTOR.KEY=VALUE",
+          help="Override the rule, for example weight.bits=4; repeatable, the last one wins."),
+)  # fmt: skip
+table_option = _output(
     "--format",
     "format_name",
     metavar="NAME",
-    help="Calibration table that strip writes, see docs/formats.md; the rule's own by default, "
-    "or none.",
+    help="Write this calibration table, or none; see docs/formats.md (default: the rule's own).",
 )
 training_options = _options(
-    click.option(
-        "--preset",
-        callback=_preset,
-        expose_value=False,
-        is_eager=True,
-        help="horizon: what its vendor recommends; other options lie over it.",
-    ),
-    click.option(
-        "--loss",
-        help="cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted sum as in "
-        "cross-entropy+0.5*kl:OUTPUT; by what each output holds by default.",
-    ),
-    click.option(
-        "--label-smoothing",
-        type=click.FloatRange(0, 1, max_open=True),
-        help="Of cross-entropy: share of the labels that is spread over all classes.",
-    ),
-    click.option(
-        "--ignore-index", type=int, help="Of cross-entropy: label of positions that do not count."
-    ),
-    click.option(
-        "--epochs", type=click.IntRange(1), help="Default: about 2,000 steps, at most 10."
-    ),
-    click.option(
-        "--accumulate",
-        type=click.IntRange(1),
-        help="Batches per step, whose gradients are averaged; 1 by default, and what makes 16 "
-        "samples where the model's batch is fixed.",
-    ),
-    click.option(
-        "--method",
-        type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average", "ste"]),
-        default="lsq",
-        show_default=True,
-        help="How scales move, where the plan does not say.",
-    ),
-    click.option(
-        "--averaging-constant",
-        type=click.FloatRange(0, 1),
-        help="Of moving-average: weight of a new batch; 0.01 by default.",
-    ),
-    click.option(
-        "--quant-delay",
-        type=click.IntRange(0),
-        metavar="STEPS",
-        help="So many first steps train the float network.",
-    ),
-    click.option(
-        "--optimizer",
-        type=click.Choice(["adamw", "adam", "sgd"]),
-        default="adamw",
-        show_default=True,
-    ),
-    click.option(
-        "--lr",
-        type=click.FloatRange(0, min_open=True),
-        help="Of weights; for adam(w) relative to each channel's size, by default 0.0005, and "
-        "0.002 where something has fewer than 8 bits.",
-    ),
-    click.option(
-        "--scale-lr", type=click.FloatRange(0, min_open=True), help="Of scales' logarithms."
-    ),
-    click.option("--momentum", type=click.FloatRange(0, 1), help="Of sgd."),
-    click.option("--nesterov", is_flag=True, help="Nesterov's momentum, of sgd."),
-    click.option("--weight-decay", type=click.FloatRange(0)),
-    click.option(
-        "--group",
-        "groups",
-        multiple=True,
-        metavar="SELECTOR.KEY=VALUE",
-        help="Own lr, weight_decay, freeze or freeze_from for weight, bias, scale, zero_point, "
-        "name:REGEX or tensor:REGEX; repeatable, later wins.",
-    ),
-    click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
-    click.option("--clip-value", type=click.FloatRange(0, min_open=True), help="Of the gradient."),
-    click.option(
-        "--schedule",
-        type=click.Choice(["cosine", "constant", "step", "one-cycle"]),
-        default="cosine",
-        show_default=True,
-        help="Of the learning rates.",
-    ),
-    click.option(
-        "--warmup", type=click.FloatRange(0, 1), help="Fraction of the steps; 0.05 by default."
-    ),
-    click.option(
-        "--ema",
-        type=click.FloatRange(0, 1, max_open=True),
-        help="Keep the moving average with this decay.",
-    ),
-    click.option(
-        "--select", metavar="METRIC", help="Figure that the best state is chosen by; printed."
-    ),
-    click.option(
-        "--patience",
-        type=click.IntRange(1),
-        help="End after so many epochs without a better state.",
-    ),
-    click.option(
-        "--force-labels",
-        is_flag=True,
-        help="Train on labels that the float model hardly ever meets, too.",
-    ),
-    click.option("--augment", callback=_augmentations, help="flip, crop or flip,crop."),
-)
+    _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
+              help="Start from a vendor's recommended settings: horizon. Other options win over "
+              "it."),
+    _loss("--loss", metavar="LOSS",
+          help="Minimize cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted "
+          "sum such as cross-entropy+0.5*kl:OUTPUT (default: chosen by what each output holds)."),
+    _loss("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="SHARE",
+          help="Spread this share of each label over all classes; for cross-entropy (default 0)."),
+    _loss("--ignore-index", type=int, metavar="LABEL",
+          help="Ignore positions that have this label; for cross-entropy."),
+    _loss("--force-labels", is_flag=True,
+          help="Train on the labels even if the float model almost never predicts them."),
+    _training("--epochs", type=click.IntRange(1), metavar="N",
+              help="Train for N epochs (default: about 2,000 steps, at most 10 epochs)."),
+    _training("--accumulate", type=click.IntRange(1), metavar="N",
+              help="Average the gradients of N batches per step (default 1; where the model's "
+              "batch is fixed, as many as make 16 samples)."),
+    _training("--method", type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average",
+                                             "ste"]),
+              default="lsq", show_default=True,
+              help="How scales are trained where the plan does not say."),
+    _training("--averaging-constant", type=click.FloatRange(0, 1), metavar="WEIGHT",
+              help="Weight of each new batch in a moving average; for --method moving-average "
+              "(default 0.01)."),
+    _training("--quant-delay", type=click.IntRange(0), metavar="STEPS",
+              help="Train without quantization for the first STEPS steps (default 0)."),
+    _training("--select", metavar="METRIC",
+              help="Keep the epoch that is best by this figure (default: chosen by the data, and "
+              "printed)."),
+    _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
+              help="Stop after EPOCHS epochs without a better one (default: never)."),
+    _training("--augment", callback=_augmentations, metavar="NAMES",
+              help="Change training images at random: flip, crop or flip,crop (default: none)."),
+    _training("--ema", type=click.FloatRange(0, 1, max_open=True), metavar="DECAY",
+              help="Evaluate and keep the moving average of weights and scales with this decay "
+              "(default: no average)."),
+    _optimizer("--optimizer", type=click.Choice(["adamw", "adam", "sgd"]), default="adamw",
+               show_default=True, help="Optimizer of weights and scales."),
+    _optimizer("--lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
+               help="Learning rate of the weights; for adam and adamw relative to the size of each "
+               "channel (default 0.0005, and 0.002 if anything has fewer than 8 bits)."),
+    _optimizer("--scale-lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
+               help="Learning rate of the scales' logarithms (default 0.001)."),
+    _optimizer("--momentum", type=click.FloatRange(0, 1), metavar="M",
+               help="SGD momentum (default 0.9)."),
+    _optimizer("--nesterov", is_flag=True, help="Use Nesterov's form of the SGD momentum."),
+    _optimizer("--weight-decay", type=click.FloatRange(0), metavar="DECAY",
+               help="Shrink weights by this fraction per step and unit of learning rate "
+               "(default 0)."),
+    _optimizer("--group", "groups", multiple=True, metavar="SELECTOR.KEY=VALUE",
+               help="Set lr, weight_decay, freeze or freeze_from for weight, bias, scale, "
+               "zero_point, name:REGEX or tensor:REGEX; repeatable, the last one wins."),
+    _optimizer("--clip-norm", type=click.FloatRange(0, min_open=True), metavar="NORM",
+               help="Scale the gradient down to at most this length (default: no limit)."),
+    _optimizer("--clip-value", type=click.FloatRange(0, min_open=True), metavar="VALUE",
+               help="Limit each number of the gradient to this size (default: no limit)."),
+    _optimizer("--schedule", type=click.Choice(["cosine", "constant", "step", "one-cycle"]),
+               default="cosine", show_default=True,
+               help="How the learning rates change during training."),
+    _optimizer("--warmup", type=click.FloatRange(0, 1), metavar="FRACTION",
+               help="Raise the rates over this fraction of all steps (default 0.05; one-cycle "
+               "0.3)."),
+)  # fmt: skip
 checkpoint_options = _options(
-    click.option(
-        "--checkpoint-every",
-        callback=_interval,
-        default="5min",
-        show_default=True,
-        metavar="INTERVAL",
-        help="As in 200steps or 5min, or never; written beside the output.",
-    ),
-    click.option("--resume", is_flag=True, help="Go on from the checkpoint."),
-)
+    _progress("--checkpoint-every", callback=_interval, default="5min", show_default=True,
+              metavar="INTERVAL",
+              help="Save a checkpoint beside the output at this interval: 200steps, 5min or "
+              "never."),
+    _progress("--resume", is_flag=True, help="Continue from the checkpoint."),
+)  # fmt: skip
 log_options = _options(
-    click.option(
-        "--log", metavar="FILE", help="Write losses, rates and figures to a .jsonl or .csv file."
-    ),
-    click.option(
-        "--tensorboard", metavar="DIR", help="Write them to TensorBoard's event files there."
-    ),
-    click.option(
-        "--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS"
-    ),
+    _progress("--log", metavar="FILE",
+              help="Write losses, rates and figures to a .jsonl or .csv file."),
+    _progress("--tensorboard", metavar="DIR",
+              help="Write losses, rates and figures as TensorBoard event files to DIR."),
+    _progress("--log-every", type=click.IntRange(1), default=20, show_default=True,
+              metavar="STEPS", help="Log the losses and rates every STEPS steps."),
+)  # fmt: skip
+seed_option = _running(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+    help="Seed of every random choice.",
+)  # fmt: skip
+equalize_option = _repair(
+    "--equalize",
+    is_flag=True,
+    help="First equalize the ranges of the channels of each layer; the outputs stay the same.",
 )
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random choice."
+trainable_option = _rule(
+    "--train", is_flag=True, help="Also name the nodes that prevent fine-tuning."
 )
-equalize_option = click.option(
-    "--equalize", is_flag=True, help="First let channels have ranges alike."
-)
-trainable_option = click.option(
-    "--train", is_flag=True, help="Also say which nodes keep it from being fine-tuned."
-)
-teacher_option = click.option(
-    "--teacher", help="Float model to distil from; MODEL itself by default."
-)
+teacher_option = _loss(
+    "--teacher", metavar="MODEL",
+    help="Distil from this float model (default: the float model that insert saw).",
+)  # fmt: skip
 analysis_options = _options(
-    click.option(
-        "--metric",
-        type=click.Choice(["error", "agreement", "top1"]),
-        default="error",
-        show_default=True,
-        help="What a layer costs: noise per signal of the outputs, agreement or top-1 lost.",
-    ),
-    click.option(
-        "--samples",
-        type=click.IntRange(1),
-        default=64,
-        show_default=True,
-        help="How many samples are read, once for each layer and direction.",
-    ),
-)
-weights_option = click.option(
+    _analysis("--metric", type=click.Choice(["error", "agreement", "top1"]), default="error",
+              show_default=True,
+              help="What a layer costs: noise per signal of the outputs, lost agreement or lost "
+              "top-1."),
+    _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
+              help="Run N samples, once for each layer and direction."),
+)  # fmt: skip
+weights_option = _output(
     "--weights",
     type=click.Choice(["snapped", "tuned"]),
     default="snapped",
     show_default=True,
-    help="snapped: on the grid, as training computed with them.",
+    help="Write weights rounded to their grid, as training computed with them (snapped), or before "
+    "rounding (tuned).",
 )
 export_options = _options(
-    click.option(
-        "--format",
-        "format_name",
-        type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
-        required=True,
-        help="Integer weights behind Q/DQ, or in QLinear operators (qoperator); see "
-        "docs/formats.md.",
-    ),
-    click.option(
-        "--int4", is_flag=True, help="Weights of 4 bits and fewer two to a byte (opset 21)."
-    ),
-)
-force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+    _output("--format", "format_name", required=True,
+            type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
+            help="Write integer weights behind Q/DQ, or QLinear operators (qoperator); see "
+            "docs/formats.md."),
+    _output("--int4", is_flag=True,
+            help="Store weights of 4 bits or fewer two to a byte (opset 21)."),
+)  # fmt: skip
+force_option = _output("--force", is_flag=True, help="Replace an existing output.")
+json_option = _output("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def output_option(help_text: str) -> Callable[[Command], Command]:
     """Return the ``-o`` option."""
-    return click.option("-o", "--output", help=help_text)
+    return _output("-o", "--output", metavar="PATH", help=help_text)

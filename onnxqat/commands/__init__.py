@@ -1,4 +1,4 @@
-"""The commands: parse, call the verb, print. No arithmetic.
+"""The commands: parse the options, call the verb, print the result.
 
 Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
 """

@@ -18,6 +18,7 @@ from onnxqat.commands.common import (
     print_result,
 )
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command, under
 from onnxqat.options import (
     analysis_options,
     data_options,
@@ -37,16 +38,18 @@ __all__ = ["analyze"]
 WORST = 10  # rows of a table
 
 
-@click.command()
+@command(example="onnxqat analyze model.qdq.onnx images/ --against model.onnx -o advice.toml")
 @click.argument("model")
 @click.argument("data")
-@click.option("--against", help="Float model to compare with; the one inside MODEL by default.")
-@click.option("--rules", help="The rule of MODEL, where it is a file of yours.")
+@under("Analysis")(
+    "--against", metavar="MODEL", help="Compare with this float model (default: the one in MODEL)."
+)
+@under("Analysis")("--rules", metavar="FILE", help="Your rule file, if MODEL was made with one.")
 @analysis_options
 @data_options
 @run_options(32)
 @seed_option
-@output_option("Overrides file with what is advised, for insert --overrides.")
+@output_option("Write the advice as an overrides file, for insert --overrides.")
 @force_option
 @json_option
 def analyze(model: str, data: str, output: str | None, force: bool, as_json: bool,

@@ -14,6 +14,7 @@ from onnxqat.commands.common import (
     renamed,
 )
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command
 from onnxqat.options import (
     bias_correction_option,
     calibration_options,
@@ -28,7 +29,7 @@ from onnxqat.options import (
 __all__ = ["calibrate"]
 
 
-@click.command()
+@command(example="onnxqat calibrate model.qdq.onnx images/ --observer percentile --samples 256")
 @click.argument("model")
 @click.argument("data")
 @calibration_options
@@ -36,7 +37,7 @@ __all__ = ["calibrate"]
 @data_options
 @run_options(32)
 @seed_option
-@output_option("MODEL with .calibrated before its suffix by default.")
+@output_option("Write the model here (default: MODEL with .calibrated before its suffix).")
 @force_option
 @json_option
 def calibrate(model: str, data: str, output: str | None, force: bool, as_json: bool,

@@ -9,6 +9,7 @@ import click
 
 from onnxqat.arguments import take_overrides
 from onnxqat.commands.common import plan_document
+from onnxqat.help_text import command
 from onnxqat.options import json_option, rule_options, trainable_option
 from onnxqat.terminal import say, say_document
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 
-@click.command()
+@command(example="onnxqat check model.onnx --rules sophgo-bm1684x --train")
 @click.argument("model")
 @rule_options
 @trainable_option

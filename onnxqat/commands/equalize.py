@@ -16,6 +16,7 @@ from onnxqat.commands.common import (
     renamed,
 )
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command, under
 from onnxqat.options import (
     data_options,
     force_option,
@@ -31,18 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["equalize"]
 
 
-@click.command()
+@command(example="onnxqat equalize model.onnx --data images/ -o model.equalized.onnx")
 @click.argument("model")
-@click.option("--data", help="Compare the outputs on this; on random values without.")
+@under("Data")(
+    "--data", metavar="DATA", help="Compare the outputs on DATA (default: on random values)."
+)
 @relu6_option
 @data_options
 @run_options(32)
-@output_option("Float model; MODEL with .equalized before its suffix by default.")
+@output_option("Write the float model here (default: MODEL with .equalized before its suffix).")
 @force_option
 @json_option
 def equalize(model: str, data: str | None, relu6: Any, batch_size: int | None, threads: int,
              output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Let the channels of MODEL have ranges alike, with the same outputs, for quantization."""
+    """Equalize the channel ranges of MODEL for quantization; its outputs stay the same."""
     from onnxqat import verbs
     from onnxqat.files import check_writable
     from onnxqat.parallel import Workers

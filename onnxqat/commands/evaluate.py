@@ -17,6 +17,7 @@ from onnxqat.commands.common import (
     percentages,
     print_result,
 )
+from onnxqat.help_text import command, under
 from onnxqat.options import data_options, json_option, run_options
 from onnxqat.terminal import say
 
@@ -26,22 +27,32 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-@click.command()
+@command(example="onnxqat evaluate model.qat.onnx test.npz --against model.onnx --max-drop 0.01")
 @click.argument("model")
 @click.argument("data")
-@click.option(
+@under("Measurement")(
     "--mode",
     type=click.Choice(["float", "qdq", "integer"]),
     default="qdq",
     show_default=True,
-    help="float: without Q/DQ; qdq: the file's arithmetic, unfused; integer: the chip's.",
+    help="Run the model without Q/DQ (float), by the file's arithmetic, nothing fused (qdq), or "
+    "in the chip's integers (integer).",
 )
-@click.option("--rules", help="With --mode integer: a rule of yours; the model's own by default.")
-@click.option("--against", help="Reference model; adds agreement and largest difference.")
-@click.option(
+@under("Measurement")(
+    "--rules",
+    metavar="FILE",
+    help="Use this rule file for --mode integer (default: the bundled rule of the model).",
+)
+@under("Measurement")(
+    "--against",
+    metavar="MODEL",
+    help="Compare with this model: agreement, errors and largest difference of the outputs.",
+)
+@under("Measurement")(
     "--max-drop",
     type=float,
-    help="With --against: exit 1 if top-1 falls by more than this fraction.",
+    metavar="FRACTION",
+    help="Exit with 1 if top-1 is lower than that of --against by more than this fraction.",
 )
 @data_options
 @run_options(32)

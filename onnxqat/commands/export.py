@@ -8,15 +8,16 @@ import click
 
 from onnxqat.commands.common import print_result, renamed
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command
 from onnxqat.options import export_options, force_option, json_option, output_option
 
 __all__ = ["export"]
 
 
-@click.command()
+@command(example="onnxqat export model.qat.onnx --format onnxruntime -o model.int8.onnx")
 @click.argument("model")
 @export_options
-@output_option("MODEL with .int8 before its suffix by default.")
+@output_option("Write the model here (default: MODEL with .int8 before its suffix).")
 @force_option
 @json_option
 def export(model: str, format_name: str, int4: bool, output: str | None, force: bool,

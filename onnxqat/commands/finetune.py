@@ -24,6 +24,7 @@ from onnxqat.commands.common import (
 )
 from onnxqat.commands.outputs import check_apart, command_line, hold
 from onnxqat.commands.signals import noted_signals
+from onnxqat.help_text import command, under
 from onnxqat.options import (
     calibration_options,
     checkpoint_options,
@@ -47,10 +48,16 @@ if TYPE_CHECKING:
 __all__ = ["finetune"]
 
 
-@click.command()
+@command(
+    example="onnxqat finetune model.qdq.onnx train.npz --epochs 3 --log run.jsonl -o model.qat.onnx"
+)
 @click.argument("model")
 @click.argument("data")
-@click.option("--val-data", help="Chooses the best state; 10 % of DATA by default.")
+@under("Data")(
+    "--val-data",
+    metavar="DATA",
+    help="Choose the best epoch on this data (default: on 10 % of DATA, held out of training).",
+)
 @teacher_option
 @training_options
 @checkpoint_options
@@ -59,7 +66,7 @@ __all__ = ["finetune"]
 @data_options
 @run_options(16)
 @seed_option
-@output_option("MODEL with .qat before its suffix by default.")
+@output_option("Write the tuned model here (default: MODEL with .qat before its suffix).")
 @force_option
 @json_option
 def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
@@ -67,7 +74,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
              log: str | None, tensorboard: str | None, log_every: int,
              output: str | None, force: bool, as_json: bool,
              **options: Any) -> None:  # fmt: skip
-    """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrates first if needed."""
+    """Fine-tune the weights and scales of a Q/DQ MODEL on DATA; calibrate it first if needed."""
     from onnxqat import verbs
     from onnxqat.files import check_writable
 

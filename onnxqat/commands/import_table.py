@@ -9,22 +9,26 @@ import click
 from onnxqat.arguments import take_overrides
 from onnxqat.commands.common import print_result, renamed
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command, under
 from onnxqat.options import force_option, json_option, output_option, rule_options
 
 __all__ = ["import_table"]
 
 
-@click.command("import-table")
+@command(
+    "import-table",
+    example="onnxqat import-table model_cali_table model.onnx --rules sophgo-bm1684x",
+)
 @click.argument("table")
 @click.argument("model")
 @rule_options
-@click.option(
+@under("Hardware rule")(
     "--format",
     "format_name",
     metavar="NAME",
-    help="What TABLE is, see docs/formats.md; the rule's own by default.",
+    help="Read TABLE in this format; see docs/formats.md (default: the rule's own).",
 )
-@output_option("Q/DQ model; MODEL with .qdq before its suffix by default.")
+@output_option("Write the Q/DQ model here (default: MODEL with .qdq before its suffix).")
 @force_option
 @json_option
 def import_table(table: str, model: str, rules: str, format_name: str | None, output: str | None,

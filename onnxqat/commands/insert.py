@@ -16,6 +16,7 @@ from onnxqat.commands.common import (
     renamed,
 )
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command, under
 from onnxqat.options import (
     bias_correction_option,
     calibration_options,
@@ -39,11 +40,17 @@ if TYPE_CHECKING:
 __all__ = ["insert"]
 
 
-@click.command()
+@command(
+    example="onnxqat insert model.onnx --rules sophgo-bm1684x --data images/ -o model.qdq.onnx"
+)
 @click.argument("model")
 @rule_options
-@click.option("--data", help="Calibrate on this too; the scales are placeholders without.")
-@click.option("--plan-only", is_flag=True, help="Print what would be quantized, and why.")
+@under("Calibration")(
+    "--data", metavar="DATA", help="Calibrate on DATA (default: leave placeholder scales)."
+)
+@under("Hardware rule")(
+    "--plan-only", is_flag=True, help="Print what would be quantized and why, and write nothing."
+)
 @equalize_option
 @relu6_option
 @table_option
@@ -52,7 +59,7 @@ __all__ = ["insert"]
 @data_options
 @run_options(32)
 @seed_option
-@output_option("Q/DQ model; MODEL with .qdq before its suffix by default.")
+@output_option("Write the Q/DQ model here (default: MODEL with .qdq before its suffix).")
 @force_option
 @json_option
 def insert(model: str, rules: str, data: str | None, plan_only: bool, equalize: bool, relu6: Any,

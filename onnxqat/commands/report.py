@@ -8,14 +8,15 @@ import click
 
 from onnxqat.commands.common import print_result
 from onnxqat.commands.outputs import check_apart, hold
+from onnxqat.help_text import command
 from onnxqat.options import force_option, json_option, output_option
 
 __all__ = ["report"]
 
 
-@click.command()
+@command(example="onnxqat report run.jsonl -o run.html")
 @click.argument("log")
-@output_option("HTML page; LOG with .html in the place of its suffix by default.")
+@output_option("Write the HTML page here (default: LOG with the suffix .html).")
 @force_option
 @json_option
 def report(log: str, output: str | None, force: bool, as_json: bool) -> None:

@@ -9,14 +9,17 @@ import click
 
 from onnxqat.commands.common import print_result
 from onnxqat.commands.outputs import check_apart
+from onnxqat.help_text import command, under
 from onnxqat.options import force_option, json_option, table_option, weights_option
 
 __all__ = ["strip"]
 
 
-@click.command()
+@command(example="onnxqat strip model.qat.onnx -o chip")
 @click.argument("model")
-@click.option("-o", "--output", required=True, help="Directory to write into.")
+@under("Output")(
+    "-o", "--output", required=True, metavar="DIR", help="Write the model and the table into DIR."
+)
 @table_option
 @weights_option
 @force_option

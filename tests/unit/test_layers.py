@@ -52,6 +52,7 @@ ORDER = [
     "verbs",
     "terminal",
     "progress",
+    "help_text",
     "options",
     "arguments",
     "commands",
