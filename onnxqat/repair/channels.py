@@ -157,9 +157,9 @@ class _Walk:
         """Return the channels that a layer reads."""
         tensor = node.inputs[0]
         ids = self._of(tensor)
-        if ids is not None and ids.shape[axis] == ids.size:
-            return np.broadcast_to(ids.reshape(-1), count)  # of one channel, all are the same
         if ids is not None:
+            if ids.shape[axis : axis + 1] == (ids.size,) and ids.size in (1, count):
+                return np.broadcast_to(ids.reshape(-1), count)  # of one channel, all are the same
             self.sets.fix(ids, f"'{node.name}' ({node.op}) sums over another axis")
         fresh = self.sets.new(count)
         self.sets.fix(fresh, f"'{tensor.name}' comes from no layer that can be scaled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
@@ -353,6 +354,28 @@ def test_a_layer_whose_result_has_no_known_shape_is_left_alone(text):
     network = find_channels(graph)
     assert network.layers == []
     assert unevenness(graph) == []
+
+
+def test_a_layer_that_cannot_take_what_it_reads_shares_no_channels_with_it():
+    graph = prepare(from_proto(chain())).graph
+    first, second = (node for node in graph.nodes if node.op == "Conv")
+    first.inputs[1] = gs.Constant("w", np.ones((2, 3, 1, 1), np.float32))  # of 6 channels before
+    first.outputs[0].shape = second.inputs[0].shape = [1, 2, 8, 8]
+
+    _, layer = find_channels(graph).layers
+    assert len(np.unique(layer.inputs)) == 6
+    assert unevenness(graph) == []
+
+
+def test_a_product_that_says_another_rank_than_its_data_shares_no_channels_with_it():
+    body = """<ir_version: 8, opset_import: ["": 17]> g (float[N,3] x) => (float[N,2] z)
+        <float[3,2] a = {1, 2, 3, 4, 5, 6}, float[2,2] b = {1, 2, 3, 4}>
+        { y = MatMul(x, a) r = Relu(y) z = MatMul(r, b) }"""
+    graph = prepare(from_proto(onnx.parser.parse_model(body))).graph
+    graph.nodes[-1].outputs[0].shape = [1, 1, 1, 2]
+
+    first, second = find_channels(graph).layers
+    assert not set(second.inputs.flat) & set(first.outputs.flat)
 
 
 def test_weights_too_large_for_advice_are_not_looked_at(monkeypatch):
