@@ -42,7 +42,7 @@ def check_choice(
     Raises
     ------
     OnnxQatError
-        Of the type ``error``; it names the nearest right value.
+        An error of the type ``error``, which names the nearest right value.
     """
     names = tuple(known)
     if value not in names:

@@ -85,16 +85,17 @@ class Operator:
     movement : Movement or None
         None: it computes what it writes.
     homogeneous : Homogeneity or None
-        None: not of every use of it; of what only moves values, ``movement`` says more.
+        Whether scaling the inputs scales the outputs; None where that depends on the node. For
+        operators that only move values, ``movement`` says more.
     channel_axis : int or None
-        Of a ``weight``: the axis of the output channels; with groups, of those of one group.
+        The axis of the output channels of a ``weight``; with groups, of one group's channels.
     window : bool
         Whether a window slides over the spatial axes: ``kernel_shape``, ``pads``, ``auto_pad``.
     nonnegative : bool
-        Whether a plan counts on an output without negative values. Of others, as Softplus,
-        calibration finds it.
+        Whether a plan may assume that the output has no negative values. For other operators, such
+        as Softplus, calibration finds out.
     gates : int
-        Of a recurrent layer: how many gates its weights hold; 0 for every other operator.
+        How many gates the weights of a recurrent layer hold; 0 for every other operator.
     subgraphs : bool
         Whether it runs graphs that its attributes hold.
     """

@@ -66,7 +66,7 @@ class Joined:
     Attributes
     ----------
     axis : int
-        Of the output, counted from 0.
+        Axis of the output, counted from 0.
     sizes : tuple of int
         How long each part is.
     """
@@ -90,7 +90,7 @@ class Output:
     scores : Scores or None
         None: it holds values, not classes.
     source : str or None
-        Of an output that is not float32: the nearest float32 tensor that it follows from.
+        The nearest float32 tensor that an output of another type is computed from; else None.
     source_scores : Scores or None
         What that holds.
     joined : tuple of Joined
@@ -238,7 +238,7 @@ class OutputTracer:
     def joined(self, name: str) -> tuple[Joined, ...]:
         """Return the parts that the last Concats put together, seen from the output.
 
-        Of each Concat, what lies behind is that of its first input: the others are its like.
+        Only the first input of each Concat is followed further back: the others are alike.
         """
         path: list[str] = [name]
         found: dict[int, Joined] = {}  # by axis: the outermost, whose parts are all there are

@@ -171,7 +171,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     Returns
     -------
     QuantParams
-        Of the same shape as ``low``.
+        Parameters of the same shape as ``low``.
 
     Raises
     ------

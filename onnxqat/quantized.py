@@ -77,7 +77,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     notes : tuple of str
         What the user was told.
     versions : dict of str to str
-        Of Python and the packages that computed it.
+        Versions of Python and of the packages that computed it.
     """
 
     name: str

@@ -43,7 +43,8 @@ def parse_assignment(
     Raises
     ------
     OnnxQatError
-        Of the type ``error``: another form, an unknown selector, an invalid regular expression.
+        An error of the type ``error``: the text has another form, the selector is unknown, or the
+        regular expression is invalid.
     """
     left, equals, value = text.rpartition("=")
     selector, dot, key = left.rpartition(".")

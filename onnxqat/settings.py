@@ -59,7 +59,7 @@ class Settings(
         Parameters
         ----------
         layout : {"nchw", "nhwc"}, optional
-            Of the data arrays at hand.
+            Layout of the data arrays at hand.
 
         Raises
         ------

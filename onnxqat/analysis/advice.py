@@ -31,7 +31,7 @@ class Advice:
         The fewest of the worst that leave less than half of the cost when they stay float; where
         `MOST` do not, as many as leave the least. None where none helps.
     cost : float
-        Of the model with these layers float.
+        Cost of the model with these layers float.
     tried : int
         How many were left float together at most.
     overrides : tuple of Override
@@ -59,7 +59,7 @@ def advise(
     layers : sequence of LayerFigures
         The worst first.
     cost : float
-        Of the whole model.
+        Cost of the whole model.
     """
     tried: list[Layer] = []
     chosen, left = 0, cost

@@ -26,7 +26,7 @@ class BiasFigures:
     tensor, node, bits : str, str, int
         Which one, who adds it, and how wide its integers are.
     sqnr : float
-        Of the rounded bias, in dB; infinite where rounding changes nothing.
+        Signal to noise ratio of the rounded bias, in dB; infinite where rounding changes nothing.
     values, saturated : int
         How many values there are, and how many of them are cut off by the range.
     """

@@ -17,8 +17,8 @@ __all__ = ["ChannelRanges", "channels_of"]
 def channels_of(graph: gs.Graph, point: QuantPoint) -> int | None:
     """Return the axis of the channels of a point's tensor, None where it has none.
 
-    Of a weight it is that of the output channels. An activation has them along axis 1, but for one
-    of rank 3 that no convolution wrote: there the last axis, as transformers have it.
+    A weight's channels are its output channels. An activation has its channels along axis 1, except
+    one of rank 3 that no convolution wrote: there it is the last axis, as in transformers.
     """
     tensor = graph.tensors()[point.tensor]
     rank = None if tensor.shape is None else len(tensor.shape)
@@ -50,7 +50,7 @@ class ChannelRanges:
     Parameters
     ----------
     axis : int or None
-        Of the channels; None where there are none.
+        Axis of the channels; None where there are none.
     """
 
     def __init__(self, axis: int | None) -> None:

@@ -42,10 +42,10 @@ class PointFigures:
     tensor, role, bits : str, {"weight", "activation"}, int
         Which one it is.
     sqnr, cosine : float
-        Of the fake-quantized model's tensor, in which the errors of all layers before it add up.
-        SQNR in dB, infinite where both are equal.
+        Signal to noise ratio (dB; infinite where both are equal) and cosine of the fake-quantized
+        model's tensor, in which the errors of all layers before it add up.
     alone_sqnr, alone_cosine : float
-        Of the float model's tensor, rounded by the parameters of this point alone.
+        The same of the float model's tensor, rounded by the parameters of this point alone.
     clipped : float
         Share of the float model's values whose integers lie outside of the range.
     outlier : float

@@ -29,7 +29,7 @@ class Analysis:
     metric : {"error", "agreement", "top1"}
         What the costs are, see `onnxqat.analysis.sensitivity`.
     cost : float
-        Of the whole quantized model.
+        Cost of the whole quantized model.
     evaluation : Evaluation
         Its outputs against the float model's.
     points : tuple of PointFigures

@@ -23,7 +23,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     batch_size : int or None
         Samples at a time. None: what the model is fixed to, and 32 where it takes any number.
     seed : int
-        Of the choice of samples.
+        Seed of the choice of samples.
     threads : int
         0 takes all cores.
     bias_correction : bool

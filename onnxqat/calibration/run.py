@@ -46,7 +46,7 @@ def calibrate(
     model : QuantizedModel
         As `insert` made it, not fine-tuned.
     batches : iterable of Batch, or of mapping of str to array
-        Of the data, or model inputs by name. One batch is held at a time.
+        Batches of the data, or model inputs by name. One batch is held at a time.
     observer : str
         A name in `OBSERVERS`. Weights take the mean-squared-error range with ``mse``, their
         largest magnitude with all others.

@@ -32,7 +32,7 @@ class Batching:
     samples : tuple of str
         The inputs that take one row of each sample.
     length : int or None
-        Of the batch that the model is fixed to; None where it takes any.
+        Length of the batch that the model is fixed to; None where it takes any.
     fixed_by : str
         The first input that says so; empty where none does.
     symbols : frozenset of str
@@ -52,7 +52,7 @@ class Value:
     Attributes
     ----------
     name : str
-        Of the input.
+        Name of the input.
     array : array
         As the data have it, in the model's dtype.
     axes : tuple of int

@@ -136,8 +136,8 @@ def _is_index(cell: str) -> bool:
 def _joined(rows: Rows) -> dict[str, int]:
     """Return the index of each name.
 
-    Of several names for one index the first counts, the others where they are of no other index
-    (two classes of ImageNet are called crane).
+    Where an index has several names, the first one stands for it; the others do too, unless another
+    index has the same name (two classes of ImageNet are called crane).
     """
     classes: dict[str, int] = {}
     seen: set[int] = set()

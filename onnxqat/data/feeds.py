@@ -54,7 +54,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype : str
         Name of the numpy dtype.
     rows : int, optional
-        Of a table that the values are indices of: they lie from ``-rows`` to ``rows - 1``.
+        Length of the table that the values are indices of: they lie from ``-rows`` to ``rows - 1``.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Feed:
     preprocessing : Preprocessing
         Already without what does not apply to this input.
     data_layout : {"nchw", "nhwc"} or None
-        Of the array; None when the input is no image.
+        Layout of the array; None when the input is no image.
     """
 
     spec: InputSpec

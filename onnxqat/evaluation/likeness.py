@@ -38,7 +38,8 @@ class OutputFigures:
         Largest difference, in the output's units; NaN if any is NaN. None where the two could not
         be compared, because how many values there are depends on the values.
     classes, positions : int or None
-        Of ``classes``: how many there are, and at how many places of a sample.
+        How many classes the output tells apart, and at how many places of a sample; None where it
+        holds no classes.
     """
 
     output: str

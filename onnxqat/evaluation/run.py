@@ -65,7 +65,7 @@ class Evaluation:
     outputs : tuple of OutputFigures
         Each output against the reference model's.
     points : tuple of PointDifference
-        Of ``mode="integer"``: each quantized tensor against the fake-quantized model's.
+        Each quantized tensor against the fake-quantized model's; only with ``mode="integer"``.
     loss : float or None
         What training lowers, where a state is chosen by it.
     classes : int or None

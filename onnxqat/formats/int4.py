@@ -30,7 +30,7 @@ def with_int4_weights(exported: Model, plan: QuantPlan) -> Model:
     exported : Model
         With int8 or uint8 weights behind DequantizeLinear, see `onnxqat.formats.EXPORTS`.
     plan : QuantPlan
-        Of the Q/DQ model that it was made of.
+        Plan of the Q/DQ model that was exported.
 
     Raises
     ------

@@ -29,9 +29,9 @@ class Scope:
     Attributes
     ----------
     opset : int
-        Of the default domain; at least 16.
+        Opset of the default domain; at least 16.
     shapes : dict of str to tuple
-        Of every value whose rank is known; None for a length that is not.
+        The shape of every value whose rank is known; None stands for an unknown length.
     kernels : frozenset of str
         Ops for gradients that the runtime has, see `onnxqat.gradients.kernels`.
     names : set of str
@@ -185,7 +185,7 @@ class Backward:
         like : str
             A value that has the shape of the output.
         **attributes
-            Of the node.
+            Attributes of the node.
         """
         return self.ops(op_type, *inputs, likes=[like], **attributes)[0]
 

@@ -120,7 +120,7 @@ def convolution(
     attribute : callable
         Returns an attribute of the convolution by its name, or a default.
     wanted : sequence of bool
-        Of input, weight and bias.
+        Whether the gradients of input, weight and bias are needed.
     """
     shape = b.fixed(inputs[2])
     kernel = list(attribute("kernel_shape", None) or (shape or [])[2:])

@@ -94,11 +94,11 @@ def products(
     b : Backward
         Where nodes are added.
     geometry : Geometry
-        Of the convolution.
+        Shape and attributes of the convolution.
     inputs : sequence of str
         Upstream gradient, input and weight.
     wanted : sequence of bool
-        Of input, weight and bias.
+        Whether the gradients of input, weight and bias are needed.
     """
     dy, x, w = inputs
     group, rank = geometry.group, len(geometry.x)

@@ -46,7 +46,7 @@ def find_groups(units: Iterable[Quantized], specs: Mapping[str, QuantSpec]) -> d
     units : iterable of Quantized
         In the order of the graph.
     specs : mapping of str to QuantSpec
-        Of the tensors that have a point. A group is named after its first tensor.
+        The spec of each tensor that has a point. A group is named after its first tensor.
     """
     parent = {name: name for name in specs}
     forced = {name for name, spec in specs.items() if spec.fixed_range}

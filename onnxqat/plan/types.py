@@ -35,7 +35,8 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
     group : str or None
         Points of one group share one set of parameters, named after this tensor.
     derived_from : (str, str) or None
-        Of a bias: the activation and the weight whose scales multiply to its scale.
+        The activation and the weight whose scales multiply to the scale of a bias; None for other
+        points.
     observed : bool
         Whether its values count for the parameters, or only those of others in its group.
     reason : str

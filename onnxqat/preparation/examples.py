@@ -28,7 +28,7 @@ def run_example(
     Parameters
     ----------
     session : Session
-        Of the model.
+        A session of the model.
     graph : onnx.GraphProto
         The model's.
     why, advice : str

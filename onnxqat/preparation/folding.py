@@ -84,7 +84,7 @@ def evaluate(node: gs.Node, inputs: list[Array | None]) -> list[Array]:
     Parameters
     ----------
     node : onnx_graphsurgeon.Node
-        Of an operator that is folded.
+        A node whose operator is folded.
     inputs : list of array or None
         None for an input that is left out.
 

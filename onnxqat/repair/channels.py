@@ -189,7 +189,7 @@ class _Walk:
         return [ids]
 
     def _filled(self, node: gs.Node) -> list[Ids | None] | None:
-        """Of a Pad with zeros and a Resize, on other axes than those of the channels."""
+        """Follow a Pad with zeros or a Resize that leaves the axis of the channels alone."""
         ids = self._of(node.inputs[0])
         if ids is None:
             return [None]

@@ -43,7 +43,7 @@ DEAD = 2.0**-16
 class Spread(NamedTuple):
     """How far the channels of a weight lie below its largest one, on average, in octaves.
 
-    Of the channels that equalization scales, on both sides; ``after`` as it scales them.
+    Only channels that equalization can scale count; ``after`` is the value once it has scaled them.
     """
 
     node: str

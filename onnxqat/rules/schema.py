@@ -117,8 +117,8 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     unsupported : str or None
         Effect: the chip cannot run the node, for this reason.
     reads_float : bool
-        Of a node that stays ``float``: what it reads is not quantized for it either, because the
-        chip would run it in integers between a DequantizeLinear and a QuantizeLinear.
+        Whether the inputs of a node that stays ``float`` are left float for it, too: between a
+        DequantizeLinear and a QuantizeLinear the chip would run it in integers.
     """
 
     op: tuple[str, ...]
@@ -149,11 +149,11 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         to M; ``gemmlowp``: times an integer of 31 bits, rounded at 2**31, then a rounding shift;
         ``shift``: M is a power of two.
     rounding : {"half-even", "half-away", "half-up"}
-        Of the last step of the requantization.
+        How the last step of the requantization rounds.
     bias_rounding : {"half-even", "half-away", "half-up"}
-        Of ``b / (s_x * s_w)``.
+        How ``b / (s_x * s_w)`` is rounded.
     float_rounding : {"half-even", "half-away", "half-up"}
-        Where a float becomes an integer: model inputs, look-up tables, ops in float.
+        How a float is rounded to an integer: model inputs, look-up tables, ops in float.
     multiplier_bits : int
         Width of the multiplier of a convolution or a matrix product, its sign included.
     operand_bits : int

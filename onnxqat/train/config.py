@@ -34,8 +34,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         See `onnxqat.train.losses.terms`; None: by what each output holds, see
         `onnxqat.train.losses.default`.
     label_smoothing, ignore_index : float or None, int or None
-        Of cross-entropy: the share of the labels that is spread over all classes, and the label of
-        positions that do not count.
+        Settings of cross-entropy: the share of each label that is spread over all classes, and the
+        label of positions that are ignored.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int or None
@@ -48,10 +48,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         How scales and zero_points move where the plan does not say, see
         `onnxqat.train.fake_quantize`.
     averaging_constant : float
-        Of ``moving-average``: the weight of a new batch's range, see
+        Weight of a new batch's range in ``moving-average``, see
         `onnxqat.train.optimization.ranges`.
     quant_delay : int
-        So many first steps train the float network; what is observed moves ranges already.
+        Number of steps at the start that train without quantization. Methods that observe ranges do
+        so during these steps, too.
     optimizer : {"adamw", "adam", "sgd"}
         For weights and scales.
     lr : float or None
@@ -61,7 +62,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     scale_lr : float
         Learning rate of the scales, in their logarithm.
     momentum, nesterov : float, bool
-        Of sgd.
+        SGD momentum, and whether it has Nesterov's form.
     weight_decay : float
         Fraction of the weight per step and unit of learning rate; decoupled, except for adam.
     groups : tuple of str
@@ -90,7 +91,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     force_labels : bool
         Train on labels that the float model hardly ever meets, too.
     seed : int
-        Of the order of samples, the held-out slice and augmentation.
+        Seed of the order of samples, the held-out slice and augmentation.
     threads : int
         0 takes all cores.
     """

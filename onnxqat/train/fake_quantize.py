@@ -74,9 +74,9 @@ class FakeQuantize:
     qmin, qmax : int
         Quantized range.
     axis : int or None
-        Of a per-axis scale.
+        Axis of a per-axis scale; None for one scale.
     rank : int or None
-        Of the tensor; it may be unknown where the scale is not per-axis.
+        Rank of the tensor; None where it is unknown, which a per-axis scale does not allow.
     learns_x : bool
         Whether it passes a gradient to x.
     method : Method

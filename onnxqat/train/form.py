@@ -87,7 +87,7 @@ def training_form(
     model : QuantizedModel
         As `insert` made it. It is not changed.
     method : Method
-        Of the points whose spec names none, see `onnxqat.train.fake_quantize`.
+        Method of the points whose spec names none, see `onnxqat.train.fake_quantize`.
     read : str, optional
         A tensor that the loss reads; the first output by default.
     asked : collection of str

@@ -35,7 +35,7 @@ class Progress:
     note : str
         Something the user should read.
     before : Evaluation or None
-        Of the start.
+        Figures of the start.
     """
 
     step: int
@@ -121,7 +121,7 @@ class Record(msgspec.Struct, kw_only=True):
     Attributes
     ----------
     before, best : Evaluation
-        Of the start and of the best state so far.
+        Figures of the start, and of the best state so far.
     best_epoch : int
         The epoch of the best state; 0 is the start.
     backoffs : int

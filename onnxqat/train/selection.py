@@ -43,7 +43,7 @@ def selection_of(
     Parameters
     ----------
     outputs : sequence of Output
-        Of the model.
+        Outputs of the model.
     labelled : bool
         Whether the held-out data have class labels.
     own_loss : bool
@@ -87,7 +87,7 @@ def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
     Parameters
     ----------
     evaluation : Evaluation
-        Of the state.
+        Figures of the state.
     select : str or None
         A figure's name. None, and where it is equal: accuracy where there are labels, then
         agreement with the teacher.

@@ -40,7 +40,7 @@ class Validation:
     config : Config
         Batch size and threads.
     loss : Loss
-        Of the training.
+        Loss of the training.
     teacher : InferenceSession or None
         What the loss reads of the float model.
     with_loss : bool
@@ -101,7 +101,7 @@ def check_labels(start: Evaluation, name: str, *, force: bool) -> None:
     Parameters
     ----------
     start : Evaluation
-        Of the start, with the float model as the reference.
+        Figures of the start, with the float model as the reference.
     name : str
         What the model is called.
     force : bool

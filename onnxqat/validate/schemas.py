@@ -89,7 +89,7 @@ def check_node(node: NodeProto, opset: int, shapes: Mapping[str, Shape], where: 
     Parameters
     ----------
     node : onnx.NodeProto
-        Of the default domain; an operator that ONNX does not know is left alone.
+        A node of the default domain; an operator that ONNX does not know is left alone.
     opset : int
         That of the default domain.
     shapes : mapping of str to sequence of int, or None

@@ -50,7 +50,7 @@ def analyze(
     samples : int
         How many of the data are read, at random.
     seed : int
-        Of that choice.
+        Seed of that choice.
     settings : Settings
         What becomes of the data, where the model does not remember it.
     batch_size : int, optional

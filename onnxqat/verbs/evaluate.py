@@ -48,7 +48,7 @@ def evaluate(
     against : str, Path, Model or QuantizedModel, optional
         Reference; adds agreement and the largest difference.
     rules : str, Path or HardwareRule, optional
-        Of ``integer``; the rule that the model was made with by default.
+        Rule of the chip for ``mode="integer"``; by default the one that the model was made with.
     labelled : bool
         Refuse data without labels.
     settings : Settings

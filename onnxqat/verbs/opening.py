@@ -34,7 +34,7 @@ class DataSource:
     source : str, Path, mapping of str to array, or iterable of such mappings
         See `onnxqat.data.open_data`.
     layout : {"nchw", "nhwc"}, optional
-        Of the data arrays, where their shape leaves it open.
+        Layout of the data arrays, needed where their shape fits both.
     skip_broken : bool
         Do without images that cannot be read, and name each.
     """

@@ -26,7 +26,7 @@ class Equalization:
     Attributes
     ----------
     result : Equalized or None
-        Of the last model; None before the first.
+        The result for the last model; None before the first.
     source : str
         Hash of the weights of the model that may teach.
     """

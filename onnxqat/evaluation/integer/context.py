@@ -34,9 +34,9 @@ class Operand:
     index : int
     tensor : str
     grid : Grid or None
-        Of its integers; None where it is read as it is.
+        The grid of its integers; None where it is read as it is.
     values : array or None
-        Of a constant, in float.
+        The float values of a constant; None for other tensors.
     """
 
     node: str
@@ -76,7 +76,7 @@ class Context:
     Attributes
     ----------
     grids : dict of str to Grid
-        Of each quantized tensor.
+        The grid of each quantized tensor.
     groups : dict of str to str
         The name under which the parameters of a tensor go.
     edges : frozenset of (str, int)

@@ -39,8 +39,8 @@ def nearest_multiplier(
     Returns
     -------
     multiplier, shift : int64
-        Of the shape of ``scale``. The error is at most ``2**-31``, or ``scale * 2**-(bits - 2)``
-        where the width of the multiplier is what limits.
+        Arrays of the shape of ``scale``. The error is at most ``2**-31``, or
+        ``scale * 2**-(bits - 2)`` where the width of the multiplier is what limits.
     """
     wanted = np.asarray(scale, np.float32).astype(np.float64)
     least = np.full(wanted.shape, np.inf, np.float32)

@@ -77,7 +77,7 @@ class FloatStep:
     session : InferenceSession
         Its inputs are named like the tensors, dequantized ones ``t/dequantized``.
     grids : mapping of str to Grid
-        Of the tensors that enter as integers.
+        The grids of the tensors that enter as integers.
     floats : tuple of str
         Tensors that enter as they are.
     outputs : tuple of str
@@ -223,7 +223,7 @@ class ProductStep:
     grids : tuple of Grid
         Theirs.
     sums : callable
-        Of the centered operands; int64.
+        Returns the int64 sums of the centered operands.
     bias, bias_error : int64, float64 or None
         Broadcastable to the sums: the bias, and what its rounding added to it.
     scale : float64

@@ -63,7 +63,7 @@ class Balance:
     sizes : tuple of int
         How long each one is.
     weights : tuple of float
-        Of each one.
+        The weight of each one.
     """
 
     axis: int
@@ -86,7 +86,7 @@ class Term:
     array : str or None
         The array of the data that it learns from; None for labels or teacher.
     balance : Balance or None
-        Of ``mse``.
+        How ``mse`` weighs values of different size; None for other losses.
     """
 
     kind: str
@@ -117,10 +117,10 @@ class Loss:
     graphs : mapping of str to Model
         The ONNX files among them, by path.
     label_smoothing : float or None
-        Of cross-entropy: the share of the labels that is spread evenly over all classes (Szegedy
-        et al. 2016, section 7).
+        Share of each label that cross-entropy spreads evenly over all classes (Szegedy et al.
+        2016, section 7).
     ignore_index : int or None
-        Of cross-entropy: the label of positions that do not count.
+        Label of the positions that cross-entropy ignores.
     """
 
     terms: tuple[Term, ...]

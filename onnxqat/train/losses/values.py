@@ -77,7 +77,7 @@ class Values:
     graph : onnx.GraphProto
         A training form with types and shapes. Inputs are added to it.
     arrays : Arrays
-        Of the data.
+        Arrays of the data.
     parameters : set of str
         Inputs that are no data.
     """

@@ -96,7 +96,7 @@ def lower(
     learned : sequence of int
         Which of its inputs need a gradient.
     opset : int
-        Of the graph.
+        Opset of the graph.
     all_reach_loss : bool
         Whether every output of the node gets a gradient.
 

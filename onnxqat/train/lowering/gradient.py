@@ -135,7 +135,7 @@ def summed_to(tensor: gs.Tensor, rank: int, terms: str, target: str) -> tuple[st
     tensor : gs.Tensor
         The operand.
     rank : int
-        Of the result that it was broadcast to.
+        Rank of the result that it was broadcast to.
     terms, target : str
         What is summed, and the name of the sum, which has the operand's shape.
 
@@ -167,7 +167,7 @@ def custom_op(
     learned : iterable of int
         The inputs that need a gradient.
     opset : int
-        Of the graph.
+        Opset of the graph.
 
     Raises
     ------

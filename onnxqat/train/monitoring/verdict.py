@@ -21,7 +21,7 @@ def verdict(
     Parameters
     ----------
     before : Evaluation
-        Of the start.
+        Figures of the start.
     tried : sequence of (int, Evaluation)
         Epochs and the figures behind them.
     best_epoch : int
