@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onnxqat.verbs.insert import insert
     from onnxqat.verbs.listener import Listener
     from onnxqat.verbs.opening import DataSource
+    from onnxqat.verbs.search import Searched, search
     from onnxqat.verbs.strip import strip
 
 __version__: str
@@ -65,6 +66,7 @@ _HOMES = {
     "QuantPlan": "plan",
     "QuantSpec": "qparams",
     "QuantizedModel": "quantized",
+    "Searched": "verbs.search",
     "Settings": "settings",
     "Stage": "quantized",
     "TrainingLogs": "verbs.finetune",
@@ -90,6 +92,7 @@ _HOMES = {
     "placeholder_params": "calibration",
     "prepare": "preparation",
     "read_overrides": "overrides",
+    "search": "verbs.search",
     "strip": "verbs.strip",
     "unlike_training": "calibration",
     "validate_rule": "rules",
@@ -120,6 +123,7 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "QuantizedModel",
+    "Searched",
     "Settings",
     "Stage",
     "TrainingLogs",
@@ -145,6 +149,7 @@ __all__ = [
     "placeholder_params",
     "prepare",
     "read_overrides",
+    "search",
     "strip",
     "unlike_training",
     "validate_rule",

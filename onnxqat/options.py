@@ -27,6 +27,7 @@ __all__ = [
     "relu6_option",
     "rule_options",
     "run_options",
+    "search_options",
     "seed_option",
     "table_option",
     "teacher_option",
@@ -104,6 +105,16 @@ def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | No
     return chosen
 
 
+def _widths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Read ``4,8``."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}' is not a list of widths such as 4,8") from error
+
+
 def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
     """Read ``200steps``, ``5min`` or ``never`` as what `onnxqat.train.Checkpoints` takes."""
     if value == "never":
@@ -126,6 +137,7 @@ _training = under("Training")
 _optimizer = under("Optimizer")
 _progress = under("Checkpoints and logs")
 _analysis = under("Analysis")
+_search = under("Search")
 _output = under("Output")
 
 data_options = _options(
@@ -305,6 +317,25 @@ analysis_options = _options(
               "top-1."),
     _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
               help="Run N samples, once for each layer and direction."),
+)  # fmt: skip
+search_options = _options(
+    _search("--bits", type=click.FloatRange(1, 16), metavar="AVERAGE",
+            help="Lose as little as possible with at most this average, over the elements of all "
+            "weights."),
+    _search("--max-loss", type=click.FloatRange(0), metavar="POINTS",
+            help="Use as few bits as possible, losing at most so many points of the metric."),
+    _search("--widths", callback=_widths, metavar="BITS,...",
+            help="Choose from these, as in 4,8 (default: the widths of the rule's chip)."),
+    _search("--metric", type=click.Choice(["top1", "agreement", "error"]), default="top1",
+            show_default=True,
+            help="What a model loses: top-1, agreement, or noise in percent of the variance of the "
+            "outputs."),
+    _search("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
+            help="Rank the weights on N samples."),
+    _search("--val-data", metavar="DATA",
+            help="Measure models on these (default: samples of DATA that do not rank)."),
+    _search("--val-samples", type=click.IntRange(1), default=1000, show_default=True, metavar="N",
+            help="Measure each model on at most N samples."),
 )  # fmt: skip
 weights_option = _output(
     "--weights",

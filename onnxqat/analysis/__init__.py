@@ -4,21 +4,45 @@ from onnxqat.analysis.advice import Advice, overrides_file
 from onnxqat.analysis.biases import BiasFigures
 from onnxqat.analysis.points import PointFigures, compare_points
 from onnxqat.analysis.run import Analysis, analyze, passes
-from onnxqat.analysis.sensitivity import METRICS, LayerFigures, Metric
+from onnxqat.analysis.search import (
+    Found,
+    Ranking,
+    Search,
+    check_budget,
+    rank,
+    ranking_passes,
+    search,
+    verifying_passes,
+)
+from onnxqat.analysis.sensitivity import METRICS, LayerFigures, Metric, Probe
 from onnxqat.analysis.variants import Layer, Variants
+from onnxqat.analysis.widths import Weight, Widths, average_bits, widths_of
 
 __all__ = [
     "METRICS",
     "Advice",
     "Analysis",
     "BiasFigures",
+    "Found",
     "Layer",
     "LayerFigures",
     "Metric",
     "PointFigures",
+    "Probe",
+    "Ranking",
+    "Search",
     "Variants",
+    "Weight",
+    "Widths",
     "analyze",
+    "average_bits",
+    "check_budget",
     "compare_points",
     "overrides_file",
     "passes",
+    "rank",
+    "ranking_passes",
+    "search",
+    "verifying_passes",
+    "widths_of",
 ]

@@ -14,7 +14,7 @@ from onnxqat.analysis.variants import Layer, Variants
 from onnxqat.overrides import Override, overrides_text, parse_override
 from onnxqat.quantized import QuantizedModel
 
-__all__ = ["MOST", "Advice", "advise", "overrides_file"]
+__all__ = ["MOST", "Advice", "advise", "apart", "overrides_file"]
 
 MOST = 5  # layers; where more are bad, leaving some float is not the remedy
 ENOUGH = 0.5  # share of the cost that may be left
@@ -73,7 +73,7 @@ def advise(
     figures = {point.tensor: point for point in points}
     given = [parse_override(text) for text in variants.model.plan.overrides]
     overrides = [o for layer in tried[:chosen] for o in _overrides(variants, layer, figures)]
-    overrides = [_apart(o, given) for o in overrides]
+    overrides = [apart(o, given) for o in overrides]
     return Advice(
         layers=tuple(tried[:chosen]),
         cost=left,
@@ -82,7 +82,7 @@ def advise(
     )
 
 
-def _apart(override: Override, given: Sequence[Override]) -> Override:
+def apart(override: Override, given: Sequence[Override]) -> Override:
     """Return an override with a selector that none of those has, for a file of them all."""
     pattern, known = override.pattern, {(o.kind, o.pattern) for o in given}
     while (override.kind, pattern) in known:

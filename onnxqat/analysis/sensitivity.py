@@ -25,7 +25,7 @@ from onnxqat.errors import DataError
 from onnxqat.evaluation import Evaluation, evaluate
 from onnxqat.quantized import AnyModel, QuantizedModel
 
-__all__ = ["METRICS", "LayerFigures", "Metric", "Probe", "measure_layers"]
+__all__ = ["METRICS", "LayerFigures", "Metric", "Probe", "cost_of", "measure_layers"]
 
 Metric = Literal["error", "agreement", "top1"]
 
@@ -71,6 +71,21 @@ METRICS: dict[str, tuple[Callable[[Evaluation], float | None], str]] = {
     "agreement": (_agreement, "no output holds classes. Give --metric error"),
     "top1": (_top1, "the data have no labels. Give --metric error"),
 }
+
+
+def cost_of(result: Evaluation, metric: Metric) -> float:
+    """Return the cost that a metric finds.
+
+    Raises
+    ------
+    DataError
+        The metric is not one of this model and these data.
+    """
+    figure, lacking = METRICS[metric]
+    cost = figure(result)
+    if cost is None:
+        raise DataError(f"--metric {metric}: {lacking}.")
+    return cost
 
 
 class Probe:
@@ -120,11 +135,7 @@ class Probe:
         DataError
             The metric is not one of this model and these data.
         """
-        figure, lacking = METRICS[self.metric]
-        cost = figure(result)
-        if cost is None:
-            raise DataError(f"--metric {self.metric}: {lacking}.")
-        return cost
+        return cost_of(result, self.metric)
 
     def __call__(self, model: QuantizedModel) -> float:
         """Return the cost of a model."""

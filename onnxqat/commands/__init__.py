@@ -14,11 +14,12 @@ from onnxqat.commands.import_table import import_table
 from onnxqat.commands.insert import insert
 from onnxqat.commands.report import report
 from onnxqat.commands.rules import rules
+from onnxqat.commands.search import search
 from onnxqat.commands.strip import strip
 
 __all__ = ["COMMANDS"]
 
 COMMANDS = (
-    *(check, insert, calibrate, finetune, report, evaluate, analyze, strip),
+    *(check, insert, calibrate, finetune, report, evaluate, analyze, search, strip),
     *(equalize, export, import_table, rules),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from onnxqat.commands.common import (
     output_documents,
     output_rows,
     print_result,
+    print_table,
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.help_text import command, under
@@ -161,18 +162,6 @@ def _decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
-def _print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> None:
-    """Print a table whose first columns are text."""
-    table = [heads, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    for row in table:
-        cells = [
-            f"{cell:<{width}}" if i < texts else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        say("  ".join(cells).rstrip())
-
-
 def _print_layers(result: Analysis, cost: Callable[[float], str]) -> None:
     """Print the layers that cost most, and how well their weights and inputs fit their grids."""
     points = {point.tensor: point for point in result.points}
@@ -187,7 +176,7 @@ def _print_layers(result: Analysis, cost: Callable[[float], str]) -> None:
     shown = result.layers[:WORST]
     say(f"the {len(shown)} of {len(result.layers)} layers that cost most:")
     heads = ("node", "op", "alone", "left float", "weight", "input")
-    _print_table(heads, map(row, shown), 2)
+    print_table(heads, map(row, shown), 2)
 
 
 def _print_points(points: Sequence[PointFigures]) -> None:
@@ -203,7 +192,7 @@ def _print_points(points: Sequence[PointFigures]) -> None:
     heads = ("tensor", "role", "bits", "alone", "together", "cosine", "clipped", "max/rms")
     say("")
     say(f"the {len(rows)} of {len(points)} tensors that their own grid holds worst:")
-    _print_table(heads, rows, 2)
+    print_table(heads, rows, 2)
 
 
 def _print_findings(result: Analysis) -> None:

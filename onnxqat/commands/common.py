@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from onnxqat.terminal import say, say_document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from onnxqat.evaluation import Evaluation
@@ -27,6 +27,7 @@ __all__ = [
     "percentages",
     "plan_document",
     "print_result",
+    "print_table",
     "renamed",
 ]
 
@@ -81,6 +82,18 @@ def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, 
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"{name:<{width}}  {value}")
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> None:
+    """Print a table whose first columns are text."""
+    table = [heads, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+    for row in table:
+        cells = [
+            f"{cell:<{width}}" if i < texts else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        say("  ".join(cells).rstrip())
 
 
 def percentages(metrics: dict[str, float]) -> list[tuple[str, str]]:

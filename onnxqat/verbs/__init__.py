@@ -17,6 +17,7 @@ from onnxqat.verbs.listener import Listener, TrainingListener
 from onnxqat.verbs.models import AnySource
 from onnxqat.verbs.opening import DataSource
 from onnxqat.verbs.plan import plan
+from onnxqat.verbs.search import Searched, search
 from onnxqat.verbs.strip import strip
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Check",
     "DataSource",
     "Listener",
+    "Searched",
     "TrainingListener",
     "TrainingLogs",
     "analyze",
@@ -36,5 +38,6 @@ __all__ = [
     "import_table",
     "insert",
     "plan",
+    "search",
     "strip",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from onnxqat.model import Model
 from onnxqat.overrides import Override, parse_override, read_overrides
@@ -15,7 +15,7 @@ from onnxqat.preparation.float16 import refuse_other_floats
 from onnxqat.quantized import OPSET_OF_16_BITS, needs_16_bits
 from onnxqat.rules import HardwareRule, load_rule
 
-__all__ = ["AnyRule", "Overrides", "planned", "rule_of"]
+__all__ = ["AnyRule", "Overrides", "planned", "rule_of", "warn_of_widths"]
 
 logger = logging.getLogger(__name__)
 AnyRule: TypeAlias = str | Path | HardwareRule
@@ -65,7 +65,8 @@ def planned(
     if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(found):
         prepared = repair(prepare(floats, opset=OPSET_OF_16_BITS))
         found = make_plan(prepared.graph, rule, parsed)
-    _warn_of_widths(found, rule)
+    for role in ("weight", "activation"):
+        warn_of_widths(rule, role, {p.spec.bits for p in found.points if p.role == role})
     return prepared, found
 
 
@@ -75,18 +76,19 @@ def _parsed(overrides: Overrides) -> list[Override]:
     return [one if isinstance(one, Override) else parse_override(one) for one in overrides]
 
 
-def _warn_of_widths(plan: QuantPlan, rule: HardwareRule) -> None:
-    for role, widths in (("weight", rule.weight_bits), ("activation", rule.activation_bits)):
-        known = {*widths, *(spec.bits for spec in rule.specs.values())}
-        others = sorted({p.spec.bits for p in plan.points if p.role == role} - known)
-        if others:
-            logger.warning(
-                "%s bits of %ss are for study: %s runs %s.",
-                _listed(others),
-                role,
-                rule.name,
-                _listed(widths),
-            )
+def warn_of_widths(rule: HardwareRule, role: Literal["weight", "activation"],
+                   widths: Iterable[int]) -> None:  # fmt: skip
+    """Say which of some widths the chip of a rule lacks."""
+    known = rule.weight_bits if role == "weight" else rule.activation_bits
+    others = sorted({*widths} - {*known, *(spec.bits for spec in rule.specs.values())})
+    if others:
+        logger.warning(
+            "%s bits of %ss are for study: %s runs %s.",
+            _listed(others),
+            role,
+            rule.name,
+            _listed(known),
+        )
 
 
 def _listed(numbers: Iterable[int]) -> str:
