@@ -39,7 +39,8 @@ def take_source(source: str | None, options: dict[str, Any]) -> Any:
     """Take the data, and what is said of them alone, out of a command's arguments."""
     from onnxqat.verbs import DataSource
 
-    said = {name: options.pop(name) for name in ("layout", "skip_broken")}
+    names = ("layout", "skip_broken", "truth")
+    said = {name: options.pop(name) for name in names if name in options}
     return None if source is None else DataSource(source=source, **said)
 
 

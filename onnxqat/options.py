@@ -23,6 +23,7 @@ __all__ = [
     "force_option",
     "json_option",
     "log_options",
+    "metric_options",
     "output_option",
     "relu6_option",
     "rule_options",
@@ -33,6 +34,7 @@ __all__ = [
     "teacher_option",
     "trainable_option",
     "training_options",
+    "truth_option",
     "weights_option",
 ]
 
@@ -83,12 +85,12 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> An
 
 
 def _pairs(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
-    """Read repeated ``INPUT=ARRAY``; model inputs may have a ``=`` in their name, arrays not."""
+    """Read repeated ``NAME=ARRAY``; a model's names may have a ``=`` in them, arrays not."""
     pairs: dict[str, str] = {}
     for item in value:
         name, _, array = item.rpartition("=")
         if not (name and array):
-            raise click.BadParameter(f"'{item}' is not of the form INPUT=ARRAY")
+            raise click.BadParameter(f"'{item}' is not of the form NAME=ARRAY")
         if pairs.setdefault(name, array) != array:
             raise click.BadParameter(f"'{name}' is given the arrays {pairs[name]} and {array}")
     return pairs or None
@@ -136,6 +138,7 @@ _loss = under("Loss")
 _training = under("Training")
 _optimizer = under("Optimizer")
 _progress = under("Checkpoints and logs")
+_measure = under("Measurement")
 _analysis = under("Analysis")
 _search = under("Search")
 _output = under("Output")
@@ -215,6 +218,19 @@ table_option = _output(
     metavar="NAME",
     help="Write this calibration table, or none; see docs/formats.md (default: the rule's own).",
 )
+truth_option = _data(
+    "--truth",
+    multiple=True,
+    callback=_pairs,
+    metavar="OUTPUT=ARRAY",
+    help="Compare an output with this array of the data, where a metric needs it; repeatable.",
+)
+metric_options = _options(
+    _measure("--metric", "metrics", multiple=True, metavar="METRIC",
+             help="Measure top1, top5, agreement, cosine, sqnr, mean-iou, psnr, exact-match, f1 or "
+             "your own module:function; repeatable."),
+    truth_option,
+)  # fmt: skip
 training_options = _options(
     _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
               help="Start from a vendor's recommended settings: horizon. Other options win over "
@@ -243,8 +259,9 @@ training_options = _options(
     _training("--quant-delay", type=click.IntRange(0), metavar="STEPS",
               help="Train without quantization for the first STEPS steps (default 0)."),
     _training("--select", metavar="METRIC",
-              help="Keep the epoch that is best by this figure (default: chosen by the data, and "
-              "printed)."),
+              help="Keep the epoch that is best by this figure or metric, or by your own "
+              "module:function (default: chosen by the data, and printed)."),
+    truth_option,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
@@ -311,10 +328,10 @@ teacher_option = _loss(
     help="Distil from this float model (default: the float model that insert saw).",
 )  # fmt: skip
 analysis_options = _options(
-    _analysis("--metric", type=click.Choice(["error", "agreement", "top1"]), default="error",
-              show_default=True,
-              help="What a layer costs: noise per signal of the outputs, lost agreement or lost "
-              "top-1."),
+    _analysis("--metric", default="error", show_default=True, metavar="METRIC",
+              help="What a layer costs: noise per signal of the outputs (error), or what a metric "
+              "loses: any of evaluate's, or your own module:function."),
+    truth_option,
     _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
               help="Run N samples, once for each layer and direction."),
 )  # fmt: skip
@@ -326,10 +343,10 @@ search_options = _options(
             help="Use as few bits as possible, losing at most so many points of the metric."),
     _search("--widths", callback=_widths, metavar="BITS,...",
             help="Choose from these, as in 4,8 (default: the widths of the rule's chip)."),
-    _search("--metric", type=click.Choice(["top1", "agreement", "error"]), default="top1",
-            show_default=True,
-            help="What a model loses: top-1, agreement, or noise in percent of the variance of the "
-            "outputs."),
+    _search("--metric", default="top1", show_default=True, metavar="METRIC",
+            help="What a model loses: any metric of evaluate, your own module:function, or noise "
+            "in percent of the variance of the outputs (error)."),
+    truth_option,
     _search("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
             help="Rank the weights on N samples."),
     _search("--val-data", metavar="DATA",

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from onnxqat.evaluation.metrics import figure_text
 from onnxqat.terminal import shown
 
 __all__ = ["FinetuneReport", "Pulse", "progress_bar", "time_left"]
@@ -214,8 +215,8 @@ class FinetuneReport:
     def _epoch_line(self, progress: Any) -> str:
         words = [f"epoch {progress.epoch}/{progress.epochs}", f"loss {progress.loss:.4f}"]
         figures = progress.validation
-        words += [f"{k} {100 * v:.2f} %" for k, v in figures.metrics.items()]
-        if figures.agreement is not None:
+        words += [f"{name} {figure_text(name, v)}" for name, v in figures.metrics.items()]
+        if figures.agreement is not None and "agreement" not in figures.metrics:
             words.append(f"agreement {100 * figures.agreement:.2f} %")
         if figures.loss is not None:
             words.append(f"held-out loss {figures.loss:.4g}")

@@ -14,19 +14,17 @@ from onnxqat.analysis.search import (
     search,
     verifying_passes,
 )
-from onnxqat.analysis.sensitivity import METRICS, LayerFigures, Metric, Probe
+from onnxqat.analysis.sensitivity import LayerFigures, Probe, metrics_of
 from onnxqat.analysis.variants import Layer, Variants
 from onnxqat.analysis.widths import Weight, Widths, average_bits, widths_of
 
 __all__ = [
-    "METRICS",
     "Advice",
     "Analysis",
     "BiasFigures",
     "Found",
     "Layer",
     "LayerFigures",
-    "Metric",
     "PointFigures",
     "Probe",
     "Ranking",
@@ -38,6 +36,7 @@ __all__ = [
     "average_bits",
     "check_budget",
     "compare_points",
+    "metrics_of",
     "overrides_file",
     "passes",
     "rank",

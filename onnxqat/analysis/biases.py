@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxqat.analysis.similarity import Similarity
+from onnxqat.evaluation.similarity import Similarity
 from onnxqat.plan import QuantPoint
 from onnxqat.qparams import QuantParams
 from onnxqat.quantized import QuantizedModel

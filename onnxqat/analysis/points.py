@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.analysis.channels import ChannelRanges, channels_of
-from onnxqat.analysis.similarity import Similarity
 from onnxqat.data import Batch
 from onnxqat.ends import TensorReader
 from onnxqat.errors import DataError, ModelError
+from onnxqat.evaluation.similarity import Similarity
 from onnxqat.model import Model
 from onnxqat.nodes import is_constant
 from onnxqat.pairs import dequantized_name, source_name

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from onnxqat.analysis.advice import MOST, Advice, advise
 from onnxqat.analysis.biases import BiasFigures, look_at_biases
 from onnxqat.analysis.points import PointFigures, compare_points
-from onnxqat.analysis.sensitivity import LayerFigures, Metric, Probe, measure_layers
+from onnxqat.analysis.sensitivity import ERROR, LayerFigures, Probe, measure_layers
 from onnxqat.analysis.variants import Variants, layers_of
 from onnxqat.data import Batch
 from onnxqat.evaluation import Evaluation
+from onnxqat.evaluation.metrics import AnyMetric
 from onnxqat.model import Model
 from onnxqat.preparation import prepare
 from onnxqat.quantized import QuantizedModel
@@ -26,7 +27,7 @@ class Analysis:
 
     Attributes
     ----------
-    metric : {"error", "agreement", "top1"}
+    metric : str
         What the costs are, see `onnxqat.analysis.sensitivity`.
     cost : float
         Cost of the whole quantized model.
@@ -44,7 +45,7 @@ class Analysis:
         How many models were opened for the layers and the advice.
     """
 
-    metric: Metric
+    metric: str
     cost: float
     evaluation: Evaluation
     points: tuple[PointFigures, ...]
@@ -64,7 +65,7 @@ def analyze(
     batches: Callable[[], Iterable[Batch]],
     *,
     against: Model | None = None,
-    metric: Metric = "error",
+    metric: AnyMetric = ERROR,
     rule: HardwareRule | None = None,
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
@@ -80,8 +81,8 @@ def analyze(
     against : Model, optional
         The float model that it was made from; by default its own float part, whose weights a
         fine-tuned model has changed.
-    metric : {"error", "agreement", "top1"}
-        What the cost of a layer is.
+    metric : str, callable or Metric
+        What the cost of a layer is, see `onnxqat.analysis.sensitivity`.
     rule : HardwareRule, optional
         The one that the model was made with; by default the bundled one of its name.
     progress : callable
@@ -110,7 +111,7 @@ def analyze(
     layers = measure_layers(variants, probe)
     advice = advise(variants, layers, points, probe, cost=cost)
     return Analysis(
-        metric=metric,
+        metric=probe.metric,
         cost=cost,
         evaluation=whole,
         points=points,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from onnxqat.analysis.sensitivity import METRICS, Metric, Probe, cost_of
+from onnxqat.analysis.sensitivity import ERROR, Probe, cost_of, error_of
 from onnxqat.analysis.widths import Weight, Widths
 from onnxqat.errors import OptionError
 from onnxqat.overrides import Override
@@ -98,13 +98,13 @@ class Ranking:
 
     Attributes
     ----------
-    metric : {"error", "agreement", "top1"}
+    metric : str
         What the costs are.
     costs : dict of str to dict of int to float
         What each weight that has a choice adds at each width but the widest.
     """
 
-    metric: Metric
+    metric: str
     costs: Mapping[str, Costs]
 
 
@@ -121,7 +121,7 @@ def rank(widths: Widths, probe: Probe) -> Ranking:
     """
     wide = widths.uniform(widths.widths[-1])
     first = probe.evaluation(widths.at(wide))
-    metric: Metric = probe.metric if METRICS["error"][0](first) is None else "error"
+    metric = probe.measured if error_of(first) is None else None
     base = cost_of(first, metric)
     costs = {
         weight.tensor: {
@@ -130,7 +130,7 @@ def rank(widths: Widths, probe: Probe) -> Ranking:
         }
         for weight in widths.free
     }
-    return Ranking(metric=metric, costs=costs)
+    return Ranking(metric=metric.name if metric else ERROR, costs=costs)
 
 
 def order_of(widths: Widths, costs: Mapping[str, Costs]) -> list[Move]:

@@ -2,14 +2,16 @@
 
 A cost is 0 where the outputs are those of the float model, and grows as they differ:
 
-=============  =====================================================================
-metric         cost
-=============  =====================================================================
-``error``      mean over the outputs of the squared error, divided by the variance
-               of the float model's values: noise per signal
-``agreement``  mean over the outputs of classes of 1 - agreement
-``top1``       top-1 of the float model less that of the quantized one
-=============  =====================================================================
+==============  ====================================================================
+metric          cost
+==============  ====================================================================
+``error``       mean over the outputs of the squared error, divided by the variance
+                of the float model's values: noise per signal
+those that      1 - the figure: of ``agreement``, the mean over the outputs of
+compare         classes; of ``cosine``, the smallest
+any other       its first figure of the float model less that of the quantized one;
+                it may be a function of the user's
+==============  ====================================================================
 """
 
 from __future__ import annotations
@@ -17,17 +19,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from onnxqat.analysis.variants import Layer, Variants
 from onnxqat.data import Batch
-from onnxqat.errors import DataError
+from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation, evaluate
+from onnxqat.evaluation.metrics import AnyMetric, Metric, read_metric
 from onnxqat.quantized import AnyModel, QuantizedModel
 
-__all__ = ["METRICS", "LayerFigures", "Metric", "Probe", "cost_of", "measure_layers"]
+__all__ = [
+    "ERROR",
+    "LayerFigures",
+    "Probe",
+    "cost_of",
+    "error_of",
+    "measure_layers",
+    "metrics_of",
+]
 
-Metric = Literal["error", "agreement", "top1"]
+ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,43 +59,44 @@ class LayerFigures:
     left_float: float
 
 
-def _error(result: Evaluation) -> float | None:
+def error_of(result: Evaluation) -> float | None:
+    """Return noise per signal of the outputs; None where none holds float values that vary."""
     errors = [one.relative_error for one in result.outputs if one.relative_error is not None]
     return math.fsum(e**2 for e in errors) / len(errors) if errors else None
 
 
-def _agreement(result: Evaluation) -> float | None:
-    shares = [one.agreement for one in result.outputs if one.agreement is not None]
-    return 1 - math.fsum(shares) / len(shares) if shares else None
+def metrics_of(metric: AnyMetric) -> tuple[Metric, ...]:
+    """Return what has to be measured for a cost; nothing of ``error``, which evaluation has.
+
+    Raises
+    ------
+    OptionError
+        There is no such metric, or its differences are no cost.
+    """
+    if metric == ERROR:
+        return ()
+    if metric == "sqnr":
+        raise OptionError("--metric sqnr: 'error' is the same as a cost. Give --metric error.")
+    return (read_metric(metric, [ERROR]),)
 
 
-def _top1(result: Evaluation) -> float | None:
-    if "top1" not in result.metrics:
-        return None
-    return result.reference["top1"] - result.metrics["top1"]
-
-
-# the cost, and what a model or its data lack where there is none
-METRICS: dict[str, tuple[Callable[[Evaluation], float | None], str]] = {
-    "error": (_error, "no output holds float values that vary. Give --metric agreement"),
-    "agreement": (_agreement, "no output holds classes. Give --metric error"),
-    "top1": (_top1, "the data have no labels. Give --metric error"),
-}
-
-
-def cost_of(result: Evaluation, metric: Metric) -> float:
-    """Return the cost that a metric finds.
+def cost_of(result: Evaluation, metric: Metric | None) -> float:
+    """Return the cost that a metric finds; without one, the error of the outputs.
 
     Raises
     ------
     DataError
-        The metric is not one of this model and these data.
+        No output has an error.
     """
-    figure, lacking = METRICS[metric]
-    cost = figure(result)
-    if cost is None:
-        raise DataError(f"--metric {metric}: {lacking}.")
-    return cost
+    if metric is None:
+        cost = error_of(result)
+        if cost is None:
+            raise DataError(
+                "--metric error: no output holds float values that vary. Give --metric agreement."
+            )
+        return cost
+    name = result.first[metric.name]
+    return (1.0 if metric.compares else result.reference[name]) - result.metrics[name]
 
 
 class Probe:
@@ -99,7 +110,7 @@ class Probe:
         Float.
     batches : callable
         Returns the batches, each time anew.
-    metric : {"error", "agreement", "top1"}
+    metric : str, callable or Metric
         What the cost is, see above.
     progress : callable
         Called after each batch.
@@ -110,11 +121,12 @@ class Probe:
         reference: AnyModel,
         batches: Callable[[], Iterable[Batch]],
         *,
-        metric: Metric = "error",
+        metric: AnyMetric = ERROR,
         threads: int = 0,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.reference, self.batches, self.metric = reference, batches, metric
+        self.reference, self.batches = reference, batches
+        self.measured = next(iter(metrics_of(metric)), None)
         self.threads, self.progress = threads, progress
 
     def evaluation(self, model: QuantizedModel) -> Evaluation:
@@ -123,9 +135,15 @@ class Probe:
             model,
             self.batches(),
             against=self.reference,
+            metrics=[self.measured] if self.measured else [],
             threads=self.threads,
             progress=self.progress,
         )
+
+    @property
+    def metric(self) -> str:
+        """What the cost is, by name."""
+        return self.measured.name if self.measured else ERROR
 
     def cost(self, result: Evaluation) -> float:
         """Return the cost of a model whose figures these are.
@@ -135,7 +153,7 @@ class Probe:
         DataError
             The metric is not one of this model and these data.
         """
-        return cost_of(result, self.metric)
+        return cost_of(result, self.measured)
 
     def __call__(self, model: QuantizedModel) -> float:
         """Return the cost of a model."""

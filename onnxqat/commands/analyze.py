@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,8 +114,8 @@ def _print_analysis(
             "output": output,
         },
     }
-    cost = _cost_format(result.metric)
-    name, meaning = MEANINGS[result.metric]
+    cost = _cost_format(result)
+    name, meaning = _meaning(result.metric)
     rows = [
         ("samples", result.evaluation.samples),
         *output_rows(result.evaluation),
@@ -136,8 +137,11 @@ def _print_analysis(
 MEANINGS = {
     "error": ("SQNR", "signal per noise of the outputs; more is better"),
     "agreement": ("differing", "of the classes are others than the float model's"),
-    "top1": ("top1 lost", "of top-1; less is better"),
 }
+
+
+def _meaning(metric: str) -> tuple[str, str]:
+    return MEANINGS.get(metric, (f"{metric} lost", "less is better"))
 
 
 def _finite(value: float) -> float | None:
@@ -149,12 +153,13 @@ def _figures(figures: Any) -> dict[str, Any]:
     return {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(figures).items()}
 
 
-def _cost_format(metric: str) -> Callable[[float], str]:
-    """Return what writes a cost: the error in dB, other ones as a share."""
-    from onnxqat.analysis.similarity import decibels
+def _cost_format(result: Analysis) -> Callable[[float], str]:
+    """Return what writes a cost: the error in dB, other ones as the figure is written."""
+    from onnxqat.evaluation.metrics import figure_text
+    from onnxqat.evaluation.similarity import decibels
 
-    if metric != "error":
-        return lambda cost: f"{100 * cost:.2f} %"
+    if result.metric != "error":
+        return partial(figure_text, result.evaluation.first[result.metric])
     return lambda cost: _decibels(-decibels(cost))
 
 
@@ -220,7 +225,7 @@ def _print_advice(result: Analysis, cost: Callable[[float], str], output: str | 
         say("advice: none, leaving the worst layers float gains nothing")
         return
     count = "1 layer" if len(advice.layers) == 1 else f"{len(advice.layers)} layers"
-    name = MEANINGS[result.metric][0]
+    name = _meaning(result.metric)[0]
     say(f"advice: with {count} float, {name} {cost(advice.cost)} (now {cost(result.cost)}):")
     for override in advice.overrides:
         say(f"  --set {shlex.quote(str(override))}")

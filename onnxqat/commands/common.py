@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "counts",
+    "figure_rows",
+    "finite_figures",
     "join",
     "listener_of",
     "output_documents",
     "output_rows",
-    "percentages",
     "plan_document",
     "print_result",
     "print_table",
@@ -96,9 +97,18 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int)
         say("  ".join(cells).rstrip())
 
 
-def percentages(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Return rows of fractions as percentages."""
-    return [(name, f"{100 * value:.2f} %") for name, value in metrics.items()]
+def figure_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """Return a row for each figure."""
+    from onnxqat.evaluation.metrics import figure_text
+
+    return [(name, figure_text(name, value)) for name, value in metrics.items()]
+
+
+def finite_figures(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Return figures as JSON has them: null where one is not finite."""
+    import math
+
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def output_documents(evaluation: Evaluation) -> list[dict[str, Any]]:

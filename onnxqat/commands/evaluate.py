@@ -11,14 +11,15 @@ import click
 
 from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
+    figure_rows,
+    finite_figures,
     listener_of,
     output_documents,
     output_rows,
-    percentages,
     print_result,
 )
 from onnxqat.help_text import command, under
-from onnxqat.options import data_options, json_option, run_options
+from onnxqat.options import data_options, json_option, metric_options, run_options
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ __all__ = ["evaluate"]
     metavar="FRACTION",
     help="Exit with 1 if top-1 is lower than that of --against by more than this fraction.",
 )
+@metric_options
 @data_options
 @run_options(32)
 @json_option
 def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
-             max_drop: float | None, as_json: bool, batch_size: int | None, threads: int,
+             max_drop: float | None, metrics: tuple[str, ...], as_json: bool,
+             batch_size: int | None, threads: int,
              **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
     from onnxqat import verbs
@@ -74,6 +77,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
         mode=mode,
         against=against,
         rules=rules,
+        metrics=metrics,
         labelled=max_drop is not None,
         settings=take_settings(options),
         batch_size=batch_size,
@@ -92,18 +96,18 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         "schema": "onnxqat.evaluate/1",
         "samples": result.samples,
         "mode": mode,
-        "metrics": result.metrics,
+        "metrics": finite_figures(result.metrics),
     }
-    rows = [("samples", result.samples), ("mode", mode), *percentages(result.metrics)]
+    rows = [("samples", result.samples), ("mode", mode), *figure_rows(result.metrics)]
     if compared:
         difference = math.nan if result.max_abs_diff is None else result.max_abs_diff
         document |= {
-            "reference": result.reference,
+            "reference": finite_figures(result.reference),
             "agreement": result.agreement,
             "max_abs_diff": difference if math.isfinite(difference) else None,
             "outputs": output_documents(result),
         }
-        rows += [(f"reference {k}", v) for k, v in percentages(result.reference)]
+        rows += [(f"reference {k}", v) for k, v in figure_rows(result.reference)]
         rows += output_rows(result)
         rows.append(("max_abs_diff", f"{difference:.6g}  largest difference of any output value"))
     if mode == "integer":

@@ -14,11 +14,12 @@ import click
 
 from onnxqat.arguments import take_calibration, take_config, take_settings, take_source
 from onnxqat.commands.common import (
+    figure_rows,
+    finite_figures,
     join,
     listener_of,
     output_documents,
     output_rows,
-    percentages,
     print_result,
     renamed,
 )
@@ -199,9 +200,9 @@ def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -
 def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
     from dataclasses import asdict
 
-    def figures(evaluation: Any) -> dict[str, float]:
-        found = {**evaluation.metrics, "agreement": evaluation.agreement}
-        return {name: value for name, value in found.items() if value is not None}
+    def figures(evaluation: Any) -> dict[str, float | None]:
+        others = {} if evaluation.agreement is None else {"agreement": evaluation.agreement}
+        return finite_figures(evaluation.metrics | others | evaluation.metrics)
 
     before, after = figures(result.before), figures(result.after)
     losses = {"before": result.before.loss, "after": result.after.loss}
@@ -226,9 +227,9 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
         "output": target,
     }
     rows: list[tuple[str, Any]] = [
-        (f"{k} before", v) for k, v in percentages(result.before.metrics)
+        (f"{k} before", v) for k, v in figure_rows(result.before.metrics)
     ]
-    rows += [(f"{k} after", v) for k, v in percentages(result.after.metrics)]
+    rows += [(f"{k} after", v) for k, v in figure_rows(result.after.metrics)]
     rows += [(f"{name} before", text) for name, text in output_rows(result.before)]
     rows += [(f"{name} after", text) for name, text in output_rows(result.after)]
     rows += [(f"loss {when}", f"{v:.6g}") for when, v in losses.items() if v is not None]

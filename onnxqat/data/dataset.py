@@ -191,6 +191,22 @@ class DataSet:
         """The arrays of the data, those of inputs and labels included."""
         return self._source.keys
 
+    @property
+    def other_arrays(self) -> tuple[str, ...]:
+        """The arrays of the data that hold one value of each sample, but for inputs and labels."""
+        values = {value.name for value in self._intake.values}
+        used = {feed.key for feed in self._intake.feeds} | {self._label_key} | values
+        return tuple(
+            name for name in self._source.keys if name not in used and self._is_whole(name)
+        )
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            self.array(name)
+        except DataError:
+            return False
+        return True
+
     def array(self, name: str) -> Header:
         """Return shape and dtype of one sample of an array.
 
@@ -209,6 +225,8 @@ class DataSet:
     def with_arrays(self, arrays: Mapping[str, tuple[str, str]]) -> DataSet:
         """Return a view whose batches have other arrays too, as they are stored.
 
+        Those that were asked for before stay, unless one of the same name comes.
+
         Parameters
         ----------
         arrays : mapping of str to (str, str)
@@ -219,7 +237,8 @@ class DataSet:
             spec = InputSpec(name=name, shape=(None, *self.array(key).shape), dtype=dtype)
             plain = Feed(spec=spec, key=key, preprocessing=Preprocessing(), data_layout=None)
             feeds.append(plain)
-        return self._view(self._indices, feeds)
+        kept = [feed for feed in self._arrays if feed.spec.name not in arrays]
+        return self._view(self._indices, [*kept, *feeds])
 
     def in_batches_of(self, length: int, name: str) -> DataSet:
         """Return a view whose batches all have ``length`` samples, as model input ``name`` takes.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.data.arrays import ArraySource, Header, MemoryPart, names, reason
-from onnxqat.errors import DataError
+from onnxqat.errors import DataError, OnnxQatError
 from onnxqat.locks import Scratch
 
-__all__ = ["open_arrays", "open_function"]
+__all__ = ["FUNCTION", "call_function", "import_function", "open_arrays", "open_function"]
+
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def open_function(name: str) -> ArraySource:
@@ -34,7 +37,7 @@ def open_function(name: str) -> ArraySource:
         There is no such function, it raised, or returned anything but arrays of numbers.
     """
     with _current_directory_importable():
-        return open_arrays(_call(name), name)
+        return open_arrays(_called(name, _imported(name)), name)
 
 
 def open_arrays(given: object, name: str) -> ArraySource:
@@ -80,20 +83,52 @@ def _current_directory_importable() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _call(name: str) -> object:
+def import_function(name: str) -> Callable[..., object]:
+    """Return the function that ``module:function`` names; the current directory comes first.
+
+    Raises
+    ------
+    DataError
+        There is none, or importing it raised.
+    """
+    with _current_directory_importable():
+        return _imported(name)
+
+
+def call_function(name: str, function: Callable[..., object], *arguments: object) -> object:
+    """Return what a function of the user's returns, which may import on the way.
+
+    Raises
+    ------
+    DataError
+        It raised, or ended the process. Errors of ours pass as they are.
+    """
+    with _current_directory_importable():
+        return _called(name, function, *arguments)
+
+
+def _imported(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
-    try:
+
+    def found() -> object:
         function: Any = importlib.import_module(module_name)
         for step in attribute.split("."):
             function = getattr(function, step)
-        if not callable(function):
-            raise DataError(f"{name}: is not a function. Name a callable.")
-        result: object = function()
-    except (DataError, KeyboardInterrupt):
+        return function
+
+    function = _called(name, found)
+    if not callable(function):
+        raise DataError(f"{name}: is not a function. Name a callable.")
+    return function
+
+
+def _called(name: str, function: Callable[..., object], *arguments: object) -> object:
+    try:
+        return function(*arguments)
+    except (OnnxQatError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a function that ends the process would leave a success
         raise _raised(name, error) from error
-    return result
 
 
 def _raised(name: str, error: BaseException) -> DataError:

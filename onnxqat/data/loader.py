@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -15,7 +14,7 @@ from onnxqat.data.batching import batching, make_value
 from onnxqat.data.classes import Classes, check_count, read_classes
 from onnxqat.data.dataset import DataSet, Intake
 from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
-from onnxqat.data.function import open_arrays, open_function
+from onnxqat.data.function import FUNCTION, open_arrays, open_function
 from onnxqat.data.images import ImageFolder, is_image
 from onnxqat.data.npz import open_npz
 from onnxqat.data.preprocess import Preprocessing, Said
@@ -29,7 +28,6 @@ Arrays: TypeAlias = Mapping[str, ArrayLike]
 IN_PYTHON = "the data"  # what messages call data that have no name
 LABEL_NAMES = ("label", "labels", "y")
 NO_LABELS = "none"  # as a label's name, unless an array is called so
-FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def open_data(
@@ -43,6 +41,7 @@ def open_data(
     classes: Mapping[str, int] | str | Path | None = None,
     class_count: int | None = None,
     skip_broken: bool = False,
+    truth: Mapping[str, str] | None = None,
 ) -> DataSet:
     """Open data for a model.
 
@@ -71,6 +70,8 @@ def open_data(
         How many classes the model has. As many folders are taken for them in sorted order.
     skip_broken : bool
         Do without images that cannot be read, and name each.
+    truth : mapping of str to str, optional
+        Array that says what an output should be, by the name of the output, for metrics.
 
     Raises
     ------
@@ -90,7 +91,10 @@ def open_data(
         else open_arrays(source, where)
     )
     try:
-        keys, label_key = _match_arrays(opened, inputs, label, input_map or {}, labels=labels)
+        taken = set((truth or {}).values())
+        keys, label_key = _match_arrays(
+            opened, inputs, label, input_map or {}, taken, labels=labels
+        )
         intake, count = _intake(opened, inputs, keys, label_key, preprocessing)
         check_preprocessing(inputs, preprocessing, opened.name)
         if label_key is not None:
@@ -98,7 +102,7 @@ def open_data(
     except BaseException:
         opened.close()
         raise
-    said = Said(preprocessing=preprocessing, label=label, input_map=input_map)
+    said = Said(preprocessing=preprocessing, label=label, input_map=input_map, truth=truth)
     return DataSet(opened, intake, label_key, np.arange(count), owner=True, said=said)
 
 
@@ -199,20 +203,25 @@ def _match_arrays(
     inputs: Sequence[InputSpec],
     label: str | None,
     input_map: Mapping[str, str],
+    taken: set[str],
     *,
     labels: bool,
 ) -> tuple[dict[str, str], str | None]:
-    """Return the array of each input, and the array of labels if they are wanted."""
+    """Return the array of each input, and the array of labels if they are wanted.
+
+    What is ``taken`` is neither, unless it is named.
+    """
     wanted = [spec.name for spec in inputs]
     for name, key in input_map.items():
         if name not in wanted:
             raise DataError(f"--input: no model input {name!r}. The model has {names(wanted)}.")
         if key not in source.keys:
             raise DataError(f"{source.name}: no array {key!r}. It has {names(source.keys)}.")
-    label_key = _label_array(source, {*wanted, *input_map.values()}, label) if labels else None
+    used = {*wanted, *input_map.values(), *taken}
+    label_key = _label_array(source, used, label) if labels else None
     chosen = {name: name for name in wanted if name in source.keys} | dict(input_map)
     not_inputs = {label_key} if labels else {label} if label else set(LABEL_NAMES)
-    free = [key for key in source.keys if key not in not_inputs]
+    free = [key for key in source.keys if key not in not_inputs | taken]
     if not chosen and len(wanted) == len(free) == 1:
         chosen = {wanted[0]: free[0]}
     missing = [name for name in wanted if name not in chosen]

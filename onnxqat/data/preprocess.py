@@ -108,13 +108,14 @@ class Said:
 
     Attributes
     ----------
-    preprocessing, label, input_map
+    preprocessing, label, input_map, truth
         See `onnxqat.data.open_data`.
     """
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     label: str | None = None
     input_map: Mapping[str, str] | None = None
+    truth: Mapping[str, str] | None = None
 
 
 def _check_channels(name: str, values: tuple[float, ...], *, gray: bool) -> None:

@@ -6,8 +6,8 @@ without any fusion; ``integer`` runs it in the integers of the rule's chip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluation.integer import IntegerProgram, PointDifference
 from onnxqat.evaluation.labels import Hits, doubt
 from onnxqat.evaluation.likeness import Likeness, OutputFigures
+from onnxqat.evaluation.metrics import Meters, Metric, figure_text
 from onnxqat.outputs import outputs_of
 from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quantized
 from onnxqat.rules import HardwareRule
@@ -53,9 +54,12 @@ class Evaluation:
     samples : int
         How many samples were run.
     metrics : dict of str to float
-        ``top1`` and, from ten classes on, ``top5``: fractions. Empty without labels.
+        With labels, ``top1`` and, from ten classes on, ``top5``: fractions. And the figures of the
+        metrics that were asked for.
     reference : dict of str to float
-        The same figures of the reference model.
+        The same figures of the reference model, but for those that compare with it.
+    first : dict of str to str
+        The first figure of each metric that was asked for, by the name of the metric.
     agreement : float or None
         That of the first output that has one, see `OutputFigures`. None without a reference, or
         where no output holds classes.
@@ -88,10 +92,11 @@ class Evaluation:
     confidence: float | None = None
     reference_confidence: float | None = None
     note: str = ""
+    first: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         found = self.metrics | ({} if self.agreement is None else {"agreement": self.agreement})
-        figures = "".join(f", {name} {100 * value:.2f} %" for name, value in found.items())
+        figures = "".join(f", {name} {figure_text(name, value)}" for name, value in found.items())
         return f"Evaluation({self.samples} samples{figures})"
 
     @property
@@ -137,6 +142,7 @@ def evaluate(
     mode: Mode = "qdq",
     against: AnyModel | None = None,
     rule: HardwareRule | None = None,
+    metrics: Sequence[Metric] = (),
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -155,13 +161,15 @@ def evaluate(
         fake-quantized, by default.
     rule : HardwareRule, optional
         Whose arithmetic ``integer`` follows; the bundled rule the model was made with by default.
+    metrics : sequence of Metric
+        What else is measured; batches have the arrays that they name.
     progress : callable
         Called after each batch.
 
     Raises
     ------
     DataError
-        There are no samples, or a label is outside of the model's classes.
+        There are no samples, a label is outside of the model's classes, or a metric raised.
     ModelError
         The reference has other inputs or outputs, or a model cannot run on the data.
     PlanError
@@ -181,12 +189,12 @@ def evaluate(
         if against is not None:
             check_interface(model, against)
         program, runs = _runs(model, mode, against, rule, threads)
-    counts = _Counts(model, labelled=lost is None or not lost.first_lost)
-    for batch in batches:
-        counts.add(batch, *(_run(session, batch, run) for session, run in runs))
-        progress()
-    result = counts.result()
-    result = replace(result, note=lost.note if lost else "")
+    with Meters(metrics, outputs_of(float_part(model).graph), compared=len(runs) > 1) as meters:
+        counts = _Counts(model, meters, labelled=lost is None or not lost.first_lost)
+        for batch in batches:
+            counts.add(batch, *(_run(session, batch, run) for session, run in runs))
+            progress()
+        result = replace(counts.result(), note=lost.note if lost else "")
     return replace(result, points=program.points) if program else result
 
 
@@ -255,8 +263,8 @@ def _run(session: _Runner, batch: Samples, model: AnyModel) -> list[NDArray[Any]
 class _Counts:
     """Running sums of an evaluation."""
 
-    def __init__(self, model: AnyModel, *, labelled: bool) -> None:
-        self.samples, self.labelled = 0, labelled
+    def __init__(self, model: AnyModel, meters: Meters, *, labelled: bool) -> None:
+        self.samples, self.labelled, self.meters = 0, labelled, meters
         self.hits, self.reference = Hits(), Hits()
         self.likeness = [Likeness(output) for output in outputs_of(float_part(model).graph)]
         self.compared = False
@@ -269,6 +277,7 @@ class _Counts:
     ) -> None:
         rows = batch.indices if isinstance(batch, Batch) else next(iter(batch.inputs.values()))
         self.samples += len(rows)
+        self.meters.add(batch, outputs, expected)
         labels = batch.labels if self.labelled else None
         if labels is not None:
             self.hits.add(outputs[0], labels)
@@ -286,10 +295,12 @@ class _Counts:
         outputs = tuple(one.result() for one in self.likeness) if self.compared else ()
         agreements = [o.agreement for o in outputs if o.agreement is not None]
         differences = [o.max_abs_diff for o in outputs if o.max_abs_diff is not None]
+        measured = self.meters.result()
         return Evaluation(
             samples=self.samples,
-            metrics=self.hits.fractions,
-            reference=self.reference.fractions,
+            metrics=self.hits.fractions | measured.metrics,
+            reference=self.reference.fractions | measured.reference,
+            first=measured.first,
             agreement=agreements[0] if agreements else None,
             # Python's own max can lose a NaN
             max_abs_diff=float(np.max(differences)) if differences else None,

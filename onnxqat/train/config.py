@@ -81,7 +81,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         place. None: they themselves.
     select : str or None
         The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
-        ``max_abs_diff`` or ``loss``. None: see `onnxqat.train.selection.selection_of`.
+        ``max_abs_diff`` or ``loss``, or a metric by name or ``module:function``. None: see
+        `onnxqat.train.selection.selection_of`.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str

@@ -14,6 +14,7 @@ from onnxqat.choices import nearest
 from onnxqat.computable import computable
 from onnxqat.data import DataSet, split
 from onnxqat.errors import TrainingError
+from onnxqat.evaluation.metrics import fitted
 from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
@@ -47,7 +48,7 @@ from onnxqat.train.losses import (
 )
 from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
-from onnxqat.train.selection import LOSS
+from onnxqat.train.selection import LOSS, metrics_of
 from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
@@ -129,6 +130,8 @@ def finetune(
     with_loss = readable(loss, data, held_out)
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     config = msgspec.structs.replace(config, select=selection.figure)
+    names = [output.name for output in outputs]
+    held_out, metrics = fitted(held_out, metrics_of(config.select), names)
     read = tensor_read(loss, rest.model.floats)
     asked = asked_for(config)
     form = training_form(rest.model, method=config.method, read=read, asked=asked)
@@ -162,6 +165,7 @@ def finetune(
             loss=loss,
             teacher=teaching,
             with_loss=with_loss or config.select == LOSS,
+            metrics=metrics,
             whole=not rest.lost,
         ),
         parts=parts,

@@ -183,7 +183,8 @@ class Loop:
 
     def _check_start(self, before: Evaluation) -> None:
         """Refuse a start that no state can be better than."""
-        value = figures_of(before)[self.selection.figure]
+        figure = before.first.get(self.selection.figure, self.selection.figure)
+        value = figures_of(before)[figure]
         if not math.isfinite(value):
             raise TrainingError(
                 f"{self.model.name}: on the held-out data, {self.selection.figure} is {value} "

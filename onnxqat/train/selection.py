@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from onnxqat.data.function import FUNCTION
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
+from onnxqat.evaluation.metrics import BUILT_IN, Metric, read_metric
 from onnxqat.outputs import Output
 
-__all__ = ["LOSS", "Selection", "figures_of", "score", "selection_of"]
+__all__ = ["FALLING", "LOSS", "Selection", "figures_of", "metrics_of", "score", "selection_of"]
 
 LOSS = "loss"
 FALLING = ("max_abs_diff", LOSS)  # the smaller the better
+WITHOUT_METRIC = ("top1", "top5", "agreement", *FALLING)  # every evaluation has them
 # A share p of n samples has the standard error sqrt(p (1 - p) / n), at most 1 / (2 sqrt(n)). Epochs
 # differ by some points, and two points are the standard error of 625 samples: fewer cannot tell.
 ERROR = 0.02
@@ -71,6 +74,21 @@ def selection_of(
     return Selection(figure=figure, reason=f"{held_out} held-out samples")
 
 
+def metrics_of(select: str | None) -> tuple[Metric, ...]:
+    """Return what has to be measured to choose by ``select``, besides what always is.
+
+    Raises
+    ------
+    DataError
+        There is no such function of the user's, or importing it raised.
+    """
+    if select is None or select in WITHOUT_METRIC:
+        return ()
+    if select in BUILT_IN or FUNCTION.fullmatch(select):
+        return (read_metric(select),)
+    return ()  # the first evaluation says which figures there are
+
+
 def figures_of(evaluation: Evaluation) -> dict[str, float]:
     """Return every figure that a state may be chosen by, by its name."""
     others = {
@@ -78,7 +96,8 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
         "max_abs_diff": evaluation.max_abs_diff,
         LOSS: evaluation.loss,
     }
-    return evaluation.metrics | {name: v for name, v in others.items() if v is not None}
+    found = {name: value for name, value in others.items() if value is not None}
+    return evaluation.metrics | found | evaluation.metrics  # in this order; a metric wins
 
 
 def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
@@ -89,8 +108,8 @@ def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
     evaluation : Evaluation
         Figures of the state.
     select : str or None
-        A figure's name. None, and where it is equal: accuracy where there are labels, then
-        agreement with the teacher.
+        A figure's name, or that of a metric, whose first figure counts. None, and where it is
+        equal: accuracy where there are labels, then agreement with the teacher.
 
     Raises
     ------
@@ -101,6 +120,7 @@ def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
     if select is None:
         return default
     found = figures_of(evaluation)
+    select = evaluation.first.get(select, select)
     if select not in found:
         raise TrainingError(
             f"--select: no figure '{select}' comes of these data. One of {', '.join(found)}."

@@ -14,6 +14,7 @@ from onnxqat.data import DataSet
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation, evaluate
 from onnxqat.evaluation.labels import CAUSES
+from onnxqat.evaluation.metrics import Metric
 from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
 from onnxqat.runtime import open_session
@@ -45,6 +46,8 @@ class Validation:
         What the loss reads of the float model.
     with_loss : bool
         Whether the data have what the loss reads.
+    metrics : tuple of Metric
+        What is measured besides.
     whole : bool
         Whether onnxruntime can run all of the model; the reference is what it can run.
     """
@@ -55,6 +58,7 @@ class Validation:
     loss: Loss
     teacher: ort.InferenceSession | None
     with_loss: bool = True
+    metrics: tuple[Metric, ...] = ()
     whole: bool = True
 
     @property
@@ -70,7 +74,12 @@ class Validation:
             model = computable(model).model
         batches = self.data.batches(self.config.samples)
         figures = evaluate(
-            model, batches, against=self.reference, threads=threads, progress=progress
+            model,
+            batches,
+            against=self.reference,
+            metrics=self.metrics,
+            threads=threads,
+            progress=progress,
         )
         if not self.with_loss:
             return figures

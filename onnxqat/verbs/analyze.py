@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from onnxqat.analysis import METRICS, Analysis, Metric, passes
+from onnxqat.analysis import Analysis, metrics_of, passes
 from onnxqat.analysis import analyze as run
-from onnxqat.choices import check_choice
+from onnxqat.evaluation.metrics import AnyMetric, fitted
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model, quantized_model
@@ -23,7 +23,7 @@ def analyze(
     data: AnyData,
     *,
     against: AnySource | None = None,
-    metric: Metric = "error",
+    metric: AnyMetric = "error",
     rules: AnyRule | None = None,
     samples: int = 64,
     seed: int = 0,
@@ -39,12 +39,13 @@ def analyze(
     model : str, Path or QuantizedModel
         Calibrated or fine-tuned.
     data : path, arrays or DataSet
-        With labels for ``top1``.
+        With labels where the metric needs them.
     against : str, Path or Model, optional
         The float model that it was made from; by default its own float part, whose weights
         fine-tuning has changed.
-    metric : {"error", "agreement", "top1"}
-        What a layer costs: see `onnxqat.analysis.sensitivity`.
+    metric : str or callable
+        What a layer costs: ``error``, a built-in metric by name, a function of yours or its name,
+        see `onnxqat.analysis.sensitivity`.
     rules : str, Path or HardwareRule, optional
         The rule that the model was made with; by default the bundled one of its name.
     samples : int
@@ -66,13 +67,15 @@ def analyze(
         A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
         run.
     """
-    check_choice("metric", metric, METRICS)
+    wanted = metrics_of(metric)
     loaded = quantized_model(model)
     reference = None if against is None else float_model(against)
     read_alike(loaded, reference, settings)
-    labels = metric == "top1"
+    labels = any(one.needs in ("labels", "everything") for one in wanted)
     with opened(loaded, data, settings, listener, beside=reference, labels=labels) as found:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:samples])
+        names = [tensor.name for tensor in loaded.floats.graph.outputs]
+        found, wanted = fitted(found, wanted, names)
         size = found.batch_size(batch_size)
         warn_if_unlike_training(loaded, found, batch_size=size, threads=threads)
         total = passes(loaded) * -(-len(chosen) // size)
@@ -81,7 +84,7 @@ def analyze(
                 loaded,
                 partial(found.batches, size, indices=chosen),
                 against=reference,
-                metric=metric,
+                metric=wanted[0] if wanted else metric,
                 rule=None if rules is None else rule_of(rules),
                 threads=threads,
                 progress=advance,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from onnxqat.choices import check_choice
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation import evaluate as run
 from onnxqat.evaluation.labels import CAUSES
+from onnxqat.evaluation.metrics import AnyMetric, fitted, read_metric
 from onnxqat.evaluation.run import MODES, Mode
-from onnxqat.quantized import AnyModel, QuantizedModel
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model
@@ -29,6 +31,7 @@ def evaluate(
     mode: Mode = "qdq",
     against: AnySource | None = None,
     rules: AnyRule | None = None,
+    metrics: Sequence[AnyMetric] = (),
     labelled: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
@@ -49,6 +52,9 @@ def evaluate(
         Reference; adds agreement and the largest difference.
     rules : str, Path or HardwareRule, optional
         Rule of the chip for ``mode="integer"``; by default the one that the model was made with.
+    metrics : sequence of str or callable
+        What to measure besides: built-in metrics by name, functions of yours or their names, see
+        `onnxqat.evaluation.metrics.named`.
     labelled : bool
         Refuse data without labels.
     settings : Settings
@@ -69,6 +75,7 @@ def evaluate(
     check_choice("mode", mode, MODES)
     if rules is not None and mode != "integer":
         raise OptionError("rules: are of mode 'integer'. Leave them out.")
+    chosen = [read_metric(metric) for metric in metrics]
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
     read_alike(loaded, reference, settings)
@@ -76,6 +83,9 @@ def evaluate(
         if labelled and not samples.has_labels:
             raise DataError(f"{samples.name}: needs labels, and has none. Name them with --label.")
         size = samples.batch_size(batch_size)
+        names = [tensor.name for tensor in float_part(loaded).graph.outputs]
+        compared = reference is not None or mode == "integer"
+        samples, wanted = fitted(samples, chosen, names, compared=compared)
         warn_if_unlike_training(loaded, samples, batch_size=size, threads=threads)
         with listener.batches("evaluating", -(-len(samples) // size)) as advance:
             result = run(
@@ -84,6 +94,7 @@ def evaluate(
                 mode=mode,
                 against=reference,
                 rule=None if rules is None else rule_of(rules),
+                metrics=wanted,
                 threads=threads,
                 progress=advance,
             )

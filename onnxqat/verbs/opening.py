@@ -37,11 +37,14 @@ class DataSource:
         Layout of the data arrays, needed where their shape fits both.
     skip_broken : bool
         Do without images that cannot be read, and name each.
+    truth : mapping of str to str, optional
+        Array that says what an output should be, by the name of the output; metrics read it.
     """
 
     source: str | Path | Arrays | Iterable[Arrays]
     layout: Layout | None = None
     skip_broken: bool = False
+    truth: Mapping[str, str] | None = None
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
@@ -123,6 +126,7 @@ def _open(
         classes=settings.classes,
         class_count=class_count(model),
         skip_broken=this.skip_broken,
+        truth=this.truth,
     )
     if data.classes is None:
         return data

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat import analysis
-from onnxqat.analysis import METRICS, Metric, Probe, Ranking, Search, Widths
-from onnxqat.choices import check_choice
+from onnxqat.analysis import Probe, Ranking, Search, Widths, metrics_of
 from onnxqat.data import DataSet
 from onnxqat.errors import DataError
 from onnxqat.evaluation import check_interface
+from onnxqat.evaluation.metrics import AnyMetric, fitted
 from onnxqat.model import Model
 from onnxqat.preparation import prepare
 from onnxqat.rules import load_rule
@@ -57,7 +57,7 @@ def search(
     max_loss: float | None = None,
     bits: float | None = None,
     widths: Iterable[int] | None = None,
-    metric: Metric = "top1",
+    metric: AnyMetric = "top1",
     val_data: AnyData | None = None,
     against: AnySource | None = None,
     rules: AnyRule | None = None,
@@ -76,7 +76,7 @@ def search(
     model : str, Path or QuantizedModel
         Calibrated, not fine-tuned.
     data : path, arrays or DataSet
-        With labels for ``top1``.
+        With labels where the metric needs them.
     max_loss : float, optional
         Find the fewest bits whose cost is at most this many points: hundredths of the metric.
         Either this or ``bits`` is given.
@@ -85,8 +85,9 @@ def search(
         most this.
     widths : iterable of int, optional
         To choose from; by default those that the rule's chip has.
-    metric : {"error", "agreement", "top1"}
-        What a model costs: see `onnxqat.analysis.sensitivity`.
+    metric : str or callable
+        What a model costs: ``error``, a metric by name, a function of yours or its name; see
+        `onnxqat.analysis.sensitivity`.
     val_data : path, arrays or DataSet, optional
         What models are measured on; by default samples of ``data`` that do not rank the weights.
     against : str, Path or Model, optional
@@ -112,7 +113,7 @@ def search(
         A file cannot be read, an argument is wrong, no model is within the budget, the data do not
         fit the model, or it cannot be run.
     """
-    check_choice("metric", metric, METRICS)
+    wanted = metrics_of(metric)
     loaded = quantized_model(model)
     rule = load_rule(loaded.plan.rule) if rules is None else rule_of(rules)
     choices = Widths(loaded, rule, analysis.widths_of(rule) if widths is None else widths)
@@ -122,7 +123,8 @@ def search(
     reference = None if against is None else float_model(against)
     read_alike(loaded, reference, settings)
     floats = _floats(loaded.floats, reference)
-    labels = metric == "top1"
+    labels = any(one.needs in ("labels", "everything") for one in wanted)
+    names = [tensor.name for tensor in loaded.floats.graph.outputs]
     with (
         opened(loaded, data, settings, listener, beside=reference, labels=labels) as found,
         opened(loaded, val_data or found, settings if val_data else Settings(), listener,
@@ -137,7 +139,9 @@ def search(
             f"{passes} models of {len(chosen)} samples rank {len(choices.free)} weights; then at "
             f"most {most} are measured on {len(kept)} others."
         )
-        probe = partial(Probe, floats, metric=metric, threads=threads)
+        found, measured = fitted(found, wanted, names)
+        held, _ = fitted(held, wanted, names)
+        probe = partial(Probe, floats, metric=measured[0] if measured else metric, threads=threads)
         with listener.batches("ranking", passes * -(-len(chosen) // size)) as advance:
             batches = partial(found.batches, size, indices=chosen)
             ranking = analysis.rank(choices, probe(batches, progress=advance))

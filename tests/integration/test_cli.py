@@ -438,7 +438,7 @@ WRONG = [
     (f"insert {{lenet}} --mean nan {OUT}", 2, "not finite"),
     (f"insert {{lenet}} --resize-dims nan,8 {OUT}", 2, "'nan,8' is not height,width"),
     (f"insert {{lenet}} --crop 0,8 {OUT}", 2, "'0,8' is not a size"),
-    (f"insert {{lenet}} --input images {OUT}", 2, "not of the form INPUT=ARRAY"),
+    (f"insert {{lenet}} --input images {OUT}", 2, "not of the form NAME=ARRAY"),
     (f"insert {{lenet}} --observer mse {OUT}", 2, "--observer needs --data"),
     (f"insert {{lenet}} --layout nchw {OUT}", 2, "--layout needs --data"),
     ("insert {lenet} -o {wrong}/text/out.onnx", 1, "directory '{wrong}/text' does not exist"),

@@ -78,7 +78,7 @@ def test_the_tables_are_ranked(found, work):
 def test_labels_are_asked_for_where_the_metric_needs_them(work):
     words = ("analyze", work / "q.onnx", work / "unlabelled.npz", "--metric", "top1")
 
-    assert "--metric top1: the data have no labels. Give --metric error." in error(*words)
+    assert "--metric top1: needs class labels, and " in error(*words)
     found = document(*words[:2], work / "digits.npz", "--metric", "top1", "--samples", 20)
     assert found["metric"] == "top1"
     assert (20 * found["cost"]) % 1 == pytest.approx(0, abs=1e-9)

@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from onnxqat.analysis import compare_points
 from onnxqat.analysis.biases import look_at_biases
 from onnxqat.analysis.channels import ChannelRanges, channels_of
-from onnxqat.analysis.similarity import Similarity, decibels
 from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
+from onnxqat.evaluation.similarity import Similarity, decibels
 from onnxqat.model import from_proto
 from onnxqat.preparation import prepare
 from onnxqat.qparams import QuantParams

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxqat.evaluation import Evaluation
-from onnxqat.train.selection import LOSS, Selection, figures_of, score
+from onnxqat.evaluation.metrics import figure_text
+from onnxqat.train.selection import FALLING, LOSS, Selection, figures_of, score
 
 __all__ = ["verdict"]
 
@@ -38,7 +39,7 @@ def _start_kept(before: Evaluation, tried: Tried, selection: Selection) -> str:
     kept = "the start was kept, OUT holds its parameters: "
     if not tried:
         return f"{kept}no epoch was completed"
-    figure = selection.figure
+    figure = before.first.get(selection.figure, selection.figure)
     epoch, best = max(tried, key=lambda one: score(one[1], figure))
     numbers = "; ".join(
         f"{name} {_written(name, value)} at the start, {_written(name, now[name])} after epoch "
@@ -83,4 +84,4 @@ def _both(evaluation: Evaluation, share: str) -> str:
 
 
 def _written(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4g}"
+    return f"{value:.4g}" if name in FALLING else figure_text(name, value)

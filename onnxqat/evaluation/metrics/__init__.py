@@ -1,0 +1,21 @@
+"""Metrics: functions of a model's outputs and the data that return numbers by name.
+
+Each built-in one is such a function in a file of its own; `named` says which there are.
+"""
+
+from onnxqat.evaluation.metrics.batch import MetricBatch
+from onnxqat.evaluation.metrics.figures import figure_text
+from onnxqat.evaluation.metrics.fitting import fitted
+from onnxqat.evaluation.metrics.meters import Meters
+from onnxqat.evaluation.metrics.named import BUILT_IN, AnyMetric, Metric, read_metric
+
+__all__ = [
+    "BUILT_IN",
+    "AnyMetric",
+    "Meters",
+    "Metric",
+    "MetricBatch",
+    "figure_text",
+    "fitted",
+    "read_metric",
+]

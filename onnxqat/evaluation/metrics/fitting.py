@@ -1,0 +1,87 @@
+"""What metrics read of the data, found before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onnxqat.choices import nearest
+from onnxqat.data import DataSet
+from onnxqat.errors import DataError, OptionError
+from onnxqat.evaluation.metrics.named import Metric
+
+__all__ = ["fitted"]
+
+
+def fitted(
+    data: DataSet, metrics: Sequence[Metric], outputs: Sequence[str], *, compared: bool = True
+) -> tuple[DataSet, tuple[Metric, ...]]:
+    """Return data whose batches have what metrics read, and metrics that know what that is.
+
+    Parameters
+    ----------
+    data : DataSet
+        As it was opened.
+    metrics : sequence of Metric
+        As `read_metric` returns them.
+    outputs : sequence of str
+        The names of the model's.
+    compared : bool
+        Whether there is a model to compare with.
+
+    Raises
+    ------
+    DataError
+        The data lack what a metric reads.
+    OptionError
+        A metric compares with another model, and there is none.
+    """
+    found = tuple(_fitted(data, metric, outputs, compared=compared) for metric in metrics)
+    names = dict.fromkeys(name for metric in found for name in metric.arrays)
+    arrays = {name: (name, str(data.array(name).dtype)) for name in names}
+    return data.with_arrays(arrays) if arrays else data, found
+
+
+def _fitted(data: DataSet, metric: Metric, outputs: Sequence[str], *, compared: bool) -> Metric:
+    if metric.needs == "labels" and not data.has_labels:
+        raise DataError(
+            f"--metric {metric.name}: needs class labels, and '{data.name}' has none. Name them "
+            "with --label, or give another metric."
+        )
+    if metric.needs == "reference" and not compared:
+        raise OptionError(
+            f"--metric {metric.name}: compares with another model. Name it with --against."
+        )
+    if metric.needs == "truth":
+        truth = _truth(data, outputs) or _found_truth(data, outputs, metric.name)
+        return replace(metric, truth=truth, arrays=tuple(dict.fromkeys(truth.values())))
+    if metric.needs == "everything":
+        return replace(metric, truth=_truth(data, outputs), arrays=data.other_arrays)
+    return metric
+
+
+def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:
+    """Return what the user said of the outputs."""
+    said = dict(data.said.truth or {})
+    for output, array in said.items():
+        if output not in outputs:
+            raise OptionError(
+                f"--truth {output}={array}: no output '{output}'. {nearest(output, outputs)}"
+            )
+        data.array(array)
+    return said
+
+
+def _found_truth(data: DataSet, outputs: Sequence[str], metric: str) -> dict[str, str]:
+    """Return the arrays that are called as outputs are; or the only array, of the only output."""
+    arrays = data.other_arrays
+    named = {name: name for name in outputs if name in arrays}
+    if named:
+        return named
+    if len(outputs) == len(arrays) == 1:
+        return {outputs[0]: arrays[0]}
+    have = ", ".join(f"'{name}'" for name in arrays) or "none"
+    raise DataError(
+        f"--metric {metric}: nothing says which array of '{data.name}' an output should equal; "
+        f"besides inputs and labels it has {have}. Give --truth {outputs[0]}=ARRAY."
+    )

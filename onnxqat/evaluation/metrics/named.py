@@ -1,0 +1,111 @@
+"""Which metrics there are: built-in ones by name, others as ``module:function``.
+
+A metric is a function ``metric(outputs, data)`` that returns numbers by name, the first of which
+states and layers are compared by; more is better.
+
+- ``outputs`` iterates over batches; each is a mapping of arrays by the name of the output.
+- ``data`` iterates over the same batches side by side; each is a
+  `onnxqat.evaluation.metrics.MetricBatch`.
+
+Neither can be read twice, and one cannot run ahead of the other: a function keeps what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from onnxqat.choices import nearest
+from onnxqat.data.function import FUNCTION, import_function
+from onnxqat.errors import OptionError
+from onnxqat.evaluation.metrics.batch import MetricFunction
+
+__all__ = ["BUILT_IN", "AnyMetric", "Metric", "Need", "read_metric"]
+
+Need: TypeAlias = Literal["labels", "truth", "reference", "everything"]
+HERE = "onnxqat.evaluation.metrics"
+
+# Where each is, and what it reads besides the outputs.
+BUILT_IN: dict[str, tuple[str, Need]] = {
+    "top1": (f"{HERE}.accuracy:top1", "labels"),
+    "top5": (f"{HERE}.accuracy:top5", "labels"),
+    "agreement": (f"{HERE}.agreement:agreement", "reference"),
+    "cosine": (f"{HERE}.signal:cosine", "reference"),
+    "sqnr": (f"{HERE}.signal:sqnr", "reference"),
+    "mean-iou": (f"{HERE}.segmentation:mean_iou", "truth"),
+    "psnr": (f"{HERE}.images:psnr", "truth"),
+    "exact-match": (f"{HERE}.spans:exact_match", "truth"),
+    "f1": (f"{HERE}.spans:f1", "truth"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric that the user named.
+
+    Attributes
+    ----------
+    name : str
+        As the user wrote it.
+    function : callable
+        See above.
+    needs : {"labels", "truth", "reference", "everything"}
+        What it reads besides the outputs; a user's function gets everything there is.
+    arrays : tuple of str
+        The arrays of the data that its batches have.
+    truth : mapping of str to str
+        Of them, the one that says what an output should be, by the name of the output.
+    """
+
+    name: str
+    function: MetricFunction
+    needs: Need
+    arrays: tuple[str, ...] = ()
+    truth: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares with another model, so that it has no value of that model's own."""
+        return self.needs == "reference"
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is ours."""
+        return self.needs != "everything"
+
+
+AnyMetric: TypeAlias = str | MetricFunction | Metric
+
+
+def read_metric(given: AnyMetric, more: Iterable[str] = ()) -> Metric:
+    """Return the metric of a name; that of a user is imported, the current directory first.
+
+    Parameters
+    ----------
+    given : str or callable
+        A key of `BUILT_IN`, or ``module:function``; or the function itself.
+    more : iterable of str
+        Other words that the caller knows, for the message.
+
+    Raises
+    ------
+    OptionError
+        There is no metric of that name.
+    DataError
+        There is no such function, or importing it raised.
+    """
+    if isinstance(given, Metric):
+        return given
+    if callable(given):
+        name = f"{given.__module__}:{getattr(given, '__qualname__', type(given).__qualname__)}"
+        return Metric(name=name, function=given, needs="everything")
+    if given in BUILT_IN:
+        place, needs = BUILT_IN[given]
+        return Metric(name=given, function=import_function(place), needs=needs)
+    if FUNCTION.fullmatch(given):
+        return Metric(name=given, function=import_function(given), needs="everything")
+    raise OptionError(
+        f"--metric '{given}' is unknown. {nearest(given, [*more, *BUILT_IN])} A function of yours "
+        "is named module:function."
+    )

@@ -1,0 +1,126 @@
+"""Metrics on the command line: built-in ones, the user's own, and the choice of the best epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxqat.quantized import load_model
+from tests.integration.test_cli import LENET, MODELS, NORM, document, error, run
+from tests.oracles import run_ort
+
+SPANS = MODELS / "spans.onnx"
+FEW = ("--samples", 32, "--threads", 1)
+TRUTH = ("--truth", "start=starts", "--truth", "end=ends")
+MINE = """
+import numpy as np
+
+def margin(outputs, data):
+    found = []
+    for values, batch in zip(outputs, data):
+        ranked = np.sort(values["output"], axis=1)
+        found += (ranked[:, -1] - ranked[:, -2]).tolist()
+    return {"margin": np.mean(found), "least": min(found)}
+
+def fails(outputs, data):
+    raise ValueError("of mine")
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metrics")
+    for source, name, count in (("digits-train", "digits", 96), ("spans-train", "texts", 64)):
+        with np.load(MODELS / f"{source}.npz") as arrays:
+            np.savez(folder / f"{name}.npz", **{n: a[:count] for n, a in arrays.items()})
+    (folder / "my_metrics.py").write_text(MINE)
+    sets = ("--set", "weight.bits=3", "--set", "activation.bits=4")
+    run(
+        "insert",
+        LENET,
+        *sets,
+        *NORM,
+        "--data",
+        folder / "digits.npz",
+        *FEW,
+        "-o",
+        folder / "q.onnx",
+    )
+    run("insert", SPANS, *sets[:2], "--data", folder / "texts.npz", *FEW, "-o", folder / "s.onnx")
+    return folder
+
+
+def test_evaluate_prints_what_is_asked_for(work):
+    words = ("evaluate", work / "q.onnx", work / "digits.npz", "--against", LENET)
+    found = document(*words, "--metric", "sqnr", "--metric", "top5")
+    table = run(*words, "--metric", "sqnr").splitlines()
+    model, floats = load_model(work / "q.onnx"), load_model(LENET)
+    with np.load(work / "digits.npz") as digits:
+        x = (digits["images"].transpose(0, 3, 1, 2).astype(np.float32) - 128) / 128
+    ours, theirs = (run_ort(m.to_proto(), {"input": x})[0] for m in (model, floats))
+    sqnr = 20 * np.log10(np.linalg.norm(theirs) / np.linalg.norm(ours - theirs))
+
+    assert found["metrics"].keys() == {"top1", "top5", "sqnr"}
+    assert found["reference"].keys() == {"top1", "top5"}
+    assert found["metrics"]["sqnr"] == pytest.approx(sqnr, abs=1e-3)
+    assert f"{sqnr:.2f} dB" in next(line for line in table if line.startswith("sqnr"))
+
+
+def test_a_function_of_the_user(work, monkeypatch):
+    monkeypatch.chdir(work)
+    words = ("evaluate", "q.onnx", "digits.npz", "--against", LENET)
+    found = document(*words, "--metric", "my_metrics:margin")
+
+    assert found["metrics"]["margin"] > found["metrics"]["least"] >= 0
+    assert found["reference"]["margin"] != found["metrics"]["margin"]
+    assert "my_metrics:fails: raised ValueError (of mine)" in error(
+        *words, "--metric", "my_metrics:fails"
+    )
+
+
+def test_answers_of_a_transformer(work):
+    found = document("evaluate", SPANS, work / "texts.npz", "--metric", "f1", *TRUTH)
+    with np.load(work / "texts.npz") as arrays:
+        tokens, first, last = arrays["tokens"], arrays["starts"], arrays["ends"]
+    start, end = run_ort(load_model(SPANS).to_proto(), {"tokens": tokens})
+    pairs = [
+        max(((i, j) for i in range(24) for j in range(i, 24)), key=lambda p: a[p[0]] + b[p[1]])
+        for a, b in zip(start, end, strict=True)
+    ]
+
+    right = np.array(pairs) == np.stack([first, last], axis=1)
+    assert found["metrics"]["exact_match"] == np.mean(right.all(axis=1))
+    assert found["metrics"]["exact_match"] < found["metrics"]["f1"] < 1
+
+
+def test_layers_are_ranked_by_what_a_metric_loses(work, monkeypatch):
+    monkeypatch.chdir(work)
+    texts = ("texts.npz", *TRUTH, "--metric", "f1", "--threads", 1)
+    found = document("analyze", "s.onnx", *texts, "--samples", 64, "--batch-size", 64)
+    whole = document("evaluate", "s.onnx", *texts, "--against", SPANS)
+    digits = ("analyze", "q.onnx", "digits.npz", "--samples", 32, "--threads", 1)
+    mine = run(*digits, "--metric", "my_metrics:margin").splitlines()
+
+    assert found["metric"] == "f1"
+    lost = whole["reference"]["f1"] - whole["metrics"]["f1"]
+    assert found["cost"] == pytest.approx(lost, abs=1e-9)
+    assert any(line.startswith("my_metrics:margin lost") for line in mine)
+    assert "--metric sqnr: 'error' is the same" in error(*digits, "--metric", "sqnr")
+    assert "unknown. The nearest: 'error'" in error(*digits, "--metric", "eror")
+
+
+def test_the_best_epoch_is_chosen_by_a_metric(work, monkeypatch):
+    monkeypatch.chdir(work)
+    words = ("finetune", "q.onnx", "digits.npz", "--val-data", "digits.npz", "--threads", 1)
+    found = document(*words, "--epochs", 2, "--select", "my_metrics:margin", "-o", "m.onnx")
+    check = document("evaluate", "m.onnx", "digits.npz", "--metric", "my_metrics:margin")
+
+    assert found["chosen_by"]["figure"] == "my_metrics:margin"
+    assert found["after"]["margin"] == pytest.approx(check["metrics"]["margin"], rel=1e-5)
+    assert found["after"]["margin"] >= found["before"]["margin"]
+    texts = document("finetune", "s.onnx", "texts.npz", "--val-data", "texts.npz", "--select", "f1",
+                     *TRUTH, "--epochs", 1, "--threads", 1, "-o", "f.onnx")  # fmt: skip
+    assert texts["after"]["f1"] >= texts["before"]["f1"]
+    assert "nothing says which array" in error(
+        *("finetune", "s.onnx", "texts.npz", "--select", "f1", "-o", "g.onnx")
+    )
