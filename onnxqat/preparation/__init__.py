@@ -22,6 +22,11 @@ from onnxqat.preparation.batchnorm import fold_batchnorms
 from onnxqat.preparation.branches import inline_branches
 from onnxqat.preparation.budget import Budget
 from onnxqat.preparation.constants import lift_constants, read_typed_weights, refuse_sparse
+from onnxqat.preparation.distributions import (
+    distributions_of,
+    find_distributions,
+    note_distributions,
+)
 from onnxqat.preparation.float16 import note_float16, widen_float16
 from onnxqat.preparation.folding import fold_constants, fold_shapes
 from onnxqat.preparation.functions import inline_functions
@@ -96,7 +101,8 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     rest = prepared.rest
     refuse_sparse(prepared.graph, model.name)
     names = widen_float16(prepared.graph, model.name)
-    seen = statistics_of(prepared, in_place=True)
+    seen = statistics_of(prepared, in_place=True)  # sorts the nodes and lifts the constants
+    known = distributions_of(prepared) | find_distributions(prepared.graph)
     try:
         _settle(prepared.graph, model.name)
     except ModelError as error:
@@ -106,6 +112,7 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     warn_of_fixed_batches(prepared.graph, model.name)
     note_float16(prepared, names)
     note_statistics(prepared, seen)
+    note_distributions(prepared, known)
     read_typed_weights(prepared.graph)
     prepared.graph.ir_version = max(prepared.graph.ir_version, MIN_IR_VERSION)
     prepared.rest = _without_unread(rest, {tensor.name for tensor in prepared.graph.inputs})

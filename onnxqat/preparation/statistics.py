@@ -1,12 +1,7 @@
 """What a network saw in training, as far as its first BatchNormalization remembers.
 
-::
-
-    y = scale * (x - mean) / sqrt(var + epsilon) + B
-
-Over the data that it was trained with, y has the mean B and the standard deviation
-``|scale| * sqrt(var / (var + epsilon))`` in each channel. So it does behind the layer that the
-BatchNormalization is folded into, which takes over the name of y.
+See `onnxqat.preparation.distributions`. Some channels of that one tensor are enough to tell whether
+data reach the network as they did in training.
 """
 
 from __future__ import annotations
@@ -23,6 +18,7 @@ from onnxqat.model import Model
 from onnxqat.nodes import is_op
 from onnxqat.preparation.batchnorm import read_statistics
 from onnxqat.preparation.constants import lift_constants
+from onnxqat.preparation.distributions import remembered
 from onnxqat.preparation.order import sort_nodes
 
 __all__ = [
@@ -80,17 +76,14 @@ def find_statistics(graph: gs.Graph) -> Statistics | None:
 
 
 def _remembered(node: gs.Node) -> Statistics | None:
-    read = read_statistics(node)
-    if read is None or node.inputs[0].name == "":
+    read, known = read_statistics(node), remembered(node)
+    if read is None or known is None or node.inputs[0].name == "":
         return None
-    scale, bias, mean, variance, epsilon = read
-    if not np.any(mean) and np.all(variance == 1):
-        return None
-    deviation = np.abs(scale) * np.sqrt(variance / (variance + epsilon))
+    (mean, deviation), variance = known, read[3]
     alive = (variance > DEAD * np.median(variance)) & (deviation > 0)
     channels = np.flatnonzero(alive)
     channels = channels[:: -(-channels.size // MAX_CHANNELS) or 1]
-    values = (np.asarray(a[channels], np.float32).tolist() for a in (bias, deviation))
+    values = (np.asarray(a[channels], np.float32).tolist() for a in (mean, deviation))
     found_mean, found_deviation = values
     if not channels.size or not np.isfinite([*found_mean, *found_deviation]).all():
         return None
