@@ -157,6 +157,11 @@ class DataSet:
         """Whether batches have labels."""
         return self._label_key is not None
 
+    def label_count(self) -> int | None:
+        """Return how many different labels there are; None without any."""
+        labels = self._read_labels(self._indices)
+        return None if labels is None else len(np.unique(labels))
+
     @property
     def classes(self) -> Mapping[str, int] | None:
         """Class index by folder name; None where the data give the indices themselves."""

@@ -49,6 +49,7 @@ def chosen_loss(
         return default_loss(
             outputs,
             labelled=data.has_labels,
+            labels=training.label_count(),
             measured=partial(_variances, reference, outputs, training, config),
             **cross_entropy,
         )

@@ -48,6 +48,25 @@ def test_labels_are_of_the_first_output():
     ]
 
 
+@pytest.mark.parametrize(("labels", "kinds"), [(2, ["kl"]), (3, ["cross-entropy", "kl"])])
+def test_labels_of_few_classes_are_left_out(labels, kinds):
+    loss, parts = default_loss([CLASSES], labelled=True, labels=labels, measured=lambda _: {})
+
+    assert [term.kind for term in loss.terms] == kinds
+    if labels == 2:
+        assert str(parts[0]).startswith("'y' left out: the labels are of 2 of its 5 classes")
+
+
+def test_different_labels_are_counted():
+    inputs = [InputSpec(name="x", shape=("N", 2), dtype="float32")]
+    x = np.zeros((6, 2), np.float32)
+    with open_data({"x": x, "label": np.array([0, 2, 2, 7, 0, 1])}, inputs) as data:
+        assert data.label_count() == 4
+        assert data.subset([1, 2]).label_count() == 1
+    with open_data({"x": x}, inputs) as data:
+        assert data.label_count() is None
+
+
 def test_a_constant_output_says_nothing():
     terms, parts = chosen(BOXES, CLASSES, boxes=0.0)
 

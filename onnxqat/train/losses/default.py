@@ -1,10 +1,11 @@
 """The loss of a run that names none: chosen per output, from what its values mean.
 
-Class scores learn by ``kl``. Everything else learns by ``mse``, divided by twice the variance of
-the teacher's output: the KL divergence of two normal distributions of that variance. So boxes in
-pixels, offsets below one and class scores weigh alike. An output that a Concat puts together of
-parts of very different variance, as boxes and scores, is divided part by part, and the parts are
-added.
+The first output learns from labels, where the data have them and they are of most of its classes:
+labels of few classes unlearn the others. Class scores learn by ``kl``. Everything else learns by
+``mse``, divided by twice the variance of the teacher's output: the KL divergence of two normal
+distributions of that variance. So boxes in pixels, offsets below one and class scores weigh alike.
+An output that a Concat puts together of parts of very different variance, as boxes and scores, is
+divided part by part, and the parts are added.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ __all__ = ["Key", "Part", "default_loss", "pieces", "variances"]
 Array = NDArray[Any]
 Key = tuple[str, Joined | None, int]  # an output, and which part of which parts
 
+# Of the classes, the share that labels have to be of. MobileNetV1, trained on images of 150 of its
+# 1,000 classes, ends at 35.1 % with their labels and at 41.4 % without.
+COVERED = 0.5
 UNLIKE = 100.0  # parts whose variances differ by more are of other units
 
 
@@ -65,6 +69,7 @@ def default_loss(
     *,
     labelled: bool,
     measured: Callable[[list[Output]], Mapping[Key, float]],
+    labels: int | None = None,
     label_smoothing: float | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Loss, tuple[Part, ...]]:
@@ -78,6 +83,8 @@ def default_loss(
         Whether the data have class labels, which are of the first output.
     measured : callable
         Returns the variances of some of the teacher's outputs, and of their parts, see `pieces`.
+    labels : int, optional
+        How many different labels the data have, where that is known.
     label_smoothing, ignore_index
         See `Loss`.
 
@@ -88,8 +95,7 @@ def default_loss(
     """
     parts = [_part(output) for output in outputs]
     if labelled:
-        first = Part(output=outputs[0].name, kind="cross-entropy", reason="the labels of the data")
-        parts.insert(0, first)
+        parts.insert(0, _by_labels(outputs[0], labels))
     by_name = {output.name: output for output in outputs}
     spreads = measured([by_name[p.output] for p in parts if p.kind == "mse"])
     parts = [_balanced(p, by_name[p.output], spreads) if p.kind == "mse" else p for p in parts]
@@ -116,6 +122,19 @@ def _before(outputs: Sequence[Output]) -> str:
     name = f"tensor/{output.source}"
     name = f'"{name}"' if set(name) & set('+="') or name != name.strip() else name
     return f"{'kl' if output.source_scores else 'mse'}:{name}"
+
+
+def _by_labels(output: Output, labels: int | None) -> Part:
+    """Return what the first output learns from the labels of the data."""
+    axis = None if output.scores is None else output.scores.axis
+    classes = None if axis is None or output.shape is None else output.shape[axis]
+    if labels is None or not isinstance(classes, int) or labels >= COVERED * classes:
+        return Part(output=output.name, kind="cross-entropy", reason="the labels of the data")
+    reason = (
+        f"the labels are of {labels} of its {classes} classes, and what learns from them unlearns "
+        "the others (--loss cross-entropy+kl learns from them all the same)"
+    )
+    return Part(output=output.name, kind=None, reason=reason)
 
 
 def _part(output: Output) -> Part:
