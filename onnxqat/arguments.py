@@ -53,7 +53,7 @@ def take_calibration(options: dict[str, Any]) -> Calibration:
 
     taken = {name: options.pop(name) for name in ("observer", "samples")}
     shared = () if "epochs" in options else ("batch_size", "seed", "threads")
-    taken["bias_correction"] = options.pop("bias_correction", False)
+    taken["bias_correction"] = options.pop("bias_correction", None)
     return Calibration(**taken, **{name: options.pop(name) for name in shared})
 
 

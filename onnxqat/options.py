@@ -183,18 +183,22 @@ def run_options(batch_size: int) -> Callable[[Command], Command]:
     )  # fmt: skip
 
 
-bias_correction_option = _repair(
-    "--bias-correction",
-    is_flag=True,
-    help="After calibration, correct each bias by the mean error that quantization causes.",
-)
+bias_correction_option = _options(
+    _repair("--bias-correction", "bias_correction", flag_value="empirical",
+            help="After calibration, correct each bias by the mean error that quantization causes "
+            "on the data."),
+    _repair("--analytic-bias-correction", "bias_correction", flag_value="analytic",
+            help="After calibration, correct each bias by the mean error that its rounded weights "
+            "cause, computed from BatchNormalization without data."),
+)  # fmt: skip
 relu6_option = _repair(
     "--relu6",
-    type=click.Choice(["keep", "replace"]),
-    default="keep",
+    type=click.Choice(["auto", "keep", "replace"]),
+    default="auto",
     show_default=True,
     help="What to do where a ReLU6 stands between two layers that could be equalized: keep it and "
-    "skip them, or replace it by a Relu and report what that changes.",
+    "skip them, replace it by a Relu and report what that changes, or replace it only if the "
+    "outputs on the data hardly change (auto).",
 )
 calibration_options = _options(
     _calibration("--observer", type=click.Choice(["mse", "minmax", "moving-average", "percentile"]),

@@ -16,6 +16,7 @@ from onnxqat.evaluation.metrics import AnyMetric
 from onnxqat.model import Model
 from onnxqat.preparation import prepare
 from onnxqat.quantized import QuantizedModel
+from onnxqat.repair import original
 from onnxqat.rules import HardwareRule, load_rule
 
 __all__ = ["Analysis", "analyze", "passes"]
@@ -101,7 +102,7 @@ def analyze(
     """
     model.check_calibrated()
     variants = Variants(model, rule or load_rule(model.plan.rule))
-    floats = model.floats
+    floats = original(model.floats)
     if against is not None:
         floats = prepare(against, opset=model.floats.graph.opset)
     probe = Probe(floats, batches, metric=metric, threads=threads, progress=progress)

@@ -10,6 +10,8 @@ from onnxqat.errors import OptionError
 
 __all__ = ["Calibration"]
 
+BIAS_CORRECTIONS = ("empirical", "analytic")
+
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """How ranges are measured, and on which samples.
@@ -26,8 +28,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         Seed of the choice of samples.
     threads : int
         0 takes all cores.
-    bias_correction : bool
-        Then take off each bias what quantization adds to the mean of its layer.
+    bias_correction : {"empirical", "analytic"} or None
+        Then take off each bias what quantization adds to the mean of its layer: measured on the
+        data, or computed from what BatchNormalizations remember. None: not.
 
     Raises
     ------
@@ -40,10 +43,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int | None = None
     seed: int = 0
     threads: int = 0
-    bias_correction: bool = False
+    bias_correction: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("observer", self.observer, OBSERVERS)
+        if self.bias_correction is not None:
+            check_choice("bias_correction", self.bias_correction, BIAS_CORRECTIONS)
         least = {"samples": 1, "batch_size": 1, "seed": 0, "threads": 0}
         for name, lowest in least.items():
             value = getattr(self, name)

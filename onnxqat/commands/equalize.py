@@ -68,25 +68,28 @@ def equalize(model: str, data: str | None, relu6: Any, batch_size: int | None, t
 
 
 def _print_equalized(result: Equalized, target: str, as_json: bool) -> None:
+    from onnxqat.verbs.repairing import told
+
     document = {
         "schema": "onnxqat.equalize/1",
         "layers": list(result.layers),
         "skips": [{"node": s.node, "op_type": s.op_type, "reason": s.reason} for s in result.skips],
         "spreads": [spread._asdict() for spread in result.spreads],
         "differences": _documents(result.differences),
-        "relu6": list(result.relu6),
-        "relu6_cost": _documents(result.relu6_cost),
+        "migrations": [asdict(one) for one in result.migrations],
+        "relu6": list(result.relu6.nodes),
+        "relu6_kept": list(result.relu6.kept),
+        "relu6_cost": _documents(result.relu6.cost),
+        "absorbed": list(result.absorbed),
+        "absorption_cost": _documents(result.absorption_cost),
         "output": target,
     }
-    rows: list[tuple[str, Any]] = [("layers", f"{len(result.layers)} changed")]
     before, after = (
         max((getattr(one, when) for one in result.spreads), default=0.0)
         for when in ("before", "after")
     )
-    rows += [("channels", f"at most {before:.1f}, now {after:.1f} octaves below the largest")]
-    rows += [("difference", str(one)) for one in result.differences]
-    rows += [("ReLU6", f"{len(result.relu6)} replaced by Relu")] if result.relu6 else []
-    rows += [("its cost", str(one)) for one in result.relu6_cost]
+    rows = [("channels", f"at most {before:.1f}, now {after:.1f} octaves below the largest")]
+    rows += [("done", line) for line in told(result)]
     rows += [("left alone", f"{skip.node}: {skip.reason}") for skip in result.skips]
     print_result(document, as_json, [*rows, ("output", target)])
 

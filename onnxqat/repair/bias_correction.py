@@ -40,8 +40,17 @@ from onnxqat.pairs import float_name
 from onnxqat.plan import Skip
 from onnxqat.preparation.editing import constant_values, pinned_names
 from onnxqat.quantized import QuantizedModel
+from onnxqat.repair.originals import note_originals
 
-__all__ = ["Corrected", "correct_biases"]
+__all__ = [
+    "Bias",
+    "Corrected",
+    "bias_passes",
+    "correct_biases",
+    "find_biases",
+    "finished",
+    "shift_bias",
+]
 
 Batches = Iterable[Batch | Mapping[str, NDArray[Any]]]
 Means = dict[str, NDArray[np.float64]]
@@ -54,7 +63,7 @@ class Corrected:
     Attributes
     ----------
     model : QuantizedModel
-        Its biases are not those of the float model that it was made from: it cannot teach itself.
+        It remembers the biases that it had, see `onnxqat.repair.originals`.
     layers : tuple of str
         Names of the nodes whose bias changed.
     skips : tuple of Skip
@@ -66,9 +75,13 @@ class Corrected:
     skips: tuple[Skip, ...]
 
 
-class _Bias(NamedTuple):
-    """A bias, input ``position`` of ``node``, and the axis of channels in what the node writes."""
+class Bias(NamedTuple):
+    """A bias, input ``position`` of ``node``, and the axis of channels in what the node writes.
 
+    ``node`` is the layer itself, or the Add behind a MatMul.
+    """
+
+    layer: str
     node: str
     position: int
     tensor: str
@@ -102,7 +115,7 @@ def correct_biases(
         There is no data, or means are not finite.
     """
     model.check_calibrated()
-    depths, skips = _find_biases(model)
+    depths, skips = find_biases(model)
     found = [bias for biases in depths for bias in biases]
     wanted = {bias.tensor: bias for bias in found}
     corrected = replace(model, floats=model.floats.copy())
@@ -116,24 +129,32 @@ def correct_biases(
         }
         means = _means(proto, ours, batches(), threads, progress)
         for name, bias in ours.items():
-            _shift(nodes[bias.node], bias.position, expected[bias.tensor] - means[name])
-    tensors = corrected.floats.graph.tensors()
-    plan = without_large_biases(corrected.plan, corrected.params, tensors)
-    return Corrected(
-        model=replace(corrected, plan=plan),
-        layers=tuple(bias.node for bias in found),
-        skips=tuple(skips),
-    )
+            shift_bias(nodes[bias.node], bias.position, expected[bias.tensor] - means[name])
+    return finished(model, corrected, [bias.node for bias in found], skips)
 
 
-def _find_biases(model: QuantizedModel) -> tuple[list[list[_Bias]], list[Skip]]:
+def finished(
+    before: QuantizedModel, after: QuantizedModel, layers: Iterable[str], skips: Iterable[Skip]
+) -> Corrected:
+    """Return a model with corrected biases, which remembers the others, and what was done."""
+    note_originals(before.floats, after.floats)
+    plan = without_large_biases(after.plan, after.params, after.floats.graph.tensors())
+    return Corrected(model=replace(after, plan=plan), layers=tuple(layers), skips=tuple(skips))
+
+
+def bias_passes(model: QuantizedModel) -> int:
+    """Return how often `correct_biases` reads the data."""
+    return 1 + len(find_biases(model)[0])
+
+
+def find_biases(model: QuantizedModel) -> tuple[list[list[Bias]], list[Skip]]:
     """Return the biases of quantized layers, by how many such layers lie before each."""
     graph = model.floats.graph
     weights = {point.tensor for point in model.plan.points if point.role == "weight"}
     gridded = {point.tensor for point in model.plan.grid_points()}
     kept = pinned_names(graph)
     depth: dict[str, int] = {}  # of tensors
-    depths: dict[int, list[_Bias]] = {}
+    depths: dict[int, list[Bias]] = {}
     skips = []
     for node in graph.nodes:
         before = max((depth.get(tensor.name, 0) for tensor in node.inputs), default=0)
@@ -149,7 +170,7 @@ def _find_biases(model: QuantizedModel) -> tuple[list[list[_Bias]], list[Skip]]:
     return [depths[key] for key in sorted(depths)], skips
 
 
-def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> _Bias | str:
+def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> Bias | str:
     """Return the bias of a layer, or why there is none to change."""
     node, index = layer, bias_index(layer)
     if index is None:  # of a MatMul, what the Add behind it adds
@@ -169,10 +190,11 @@ def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> _Bias | str:
         return "its bias is on a grid of its own"
     if axis < 1 or values.size != output.shape[axis] or values.shape[-1:] != (values.size,):
         return "its bias does not run along the channels"
-    return _Bias(str(node.name), index, str(output.name), axis)
+    return Bias(str(layer.name), str(node.name), index, str(output.name), axis)
 
 
-def _shift(node: gs.Node, index: int, change: NDArray[np.float64]) -> None:
+def shift_bias(node: gs.Node, index: int, change: NDArray[np.float64]) -> None:
+    """Add a number to each channel of a bias, input ``index`` of a node."""
     old = node.inputs[index]
     values = (old.values.astype(np.float64) + change).astype(np.float32)
     node.inputs[index] = constant(old.name, values)
@@ -180,7 +202,7 @@ def _shift(node: gs.Node, index: int, change: NDArray[np.float64]) -> None:
 
 def _means(
     proto: onnx.ModelProto,
-    wanted: Mapping[str, _Bias],
+    wanted: Mapping[str, Bias],
     batches: Batches,
     threads: int,
     progress: Callable[[], None],

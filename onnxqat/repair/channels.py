@@ -12,7 +12,7 @@ by the one and multiplied by the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from onnxqat.preparation.budget import TooLargeError
 from onnxqat.preparation.editing import constant_values, pinned_names
 from onnxqat.preparation.folding import evaluate
 from onnxqat.repair.layers import Layer, layer_sizes
+from onnxqat.repair.norms import Norm
 from onnxqat.repair.sets import ChannelSets, Ids
 
 __all__ = ["Network", "Shift", "find_channels"]
@@ -63,6 +64,8 @@ class Network:
         In order.
     shifts : list of Shift
         Constants that are added.
+    norms : list of (Norm, array of shape (channels,))
+        Normalizations that may be scaled, and the numbers of their channels.
     tensors : dict of str to array
         The channel numbers of each tensor that may have scales: an array of the tensor's rank,
         whose length is 1 along each axis on which they do not depend: (1, C, 1, 1) behind a Conv.
@@ -71,12 +74,21 @@ class Network:
     sets: ChannelSets = field(default_factory=ChannelSets)
     layers: list[Layer] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
+    norms: list[tuple[Norm, Ids]] = field(default_factory=list)
     tensors: dict[str, Ids] = field(default_factory=dict)
 
 
-def find_channels(graph: gs.Graph) -> Network:
-    """Return the layers of a prepared float graph, and which of their channels share a scale."""
-    walk = _Walk(graph)
+def find_channels(graph: gs.Graph, norms: Iterable[Norm] = ()) -> Network:
+    """Return the layers of a prepared float graph, and which of their channels share a scale.
+
+    Parameters
+    ----------
+    graph : onnx_graphsurgeon.Graph
+        Not changed.
+    norms : iterable of Norm
+        The normalizations whose channels may be scaled too.
+    """
+    walk = _Walk(graph, norms)
     for node in graph.nodes:
         walk.visit(node)
     walk.finish()
@@ -86,8 +98,9 @@ def find_channels(graph: gs.Graph) -> Network:
 class _Walk:
     """Follows the channels through the nodes in order."""
 
-    def __init__(self, graph: gs.Graph) -> None:
+    def __init__(self, graph: gs.Graph, norms: Iterable[Norm]) -> None:
         self.found = Network()
+        self._norms = {id(norm.node): norm for norm in norms}
         self._pinned = pinned_names(graph)
 
     @property
@@ -100,8 +113,7 @@ class _Walk:
         rule = self._rule(node)
         results = rule(node) if rule else None
         if results is None:
-            reason = " (a Clip cuts at numbers that are not scaled)" if is_op(node, "Clip") else ""
-            self._keep_inputs(node, f"'{node.name}' ({node.op}) reads it{reason}")
+            self._keep_inputs(node, f"'{node.name}' ({node.op}) reads it")
             return
         for tensor, ids in zip(node.outputs, results, strict=False):
             if ids is not None and _fits(tensor, ids):
@@ -116,6 +128,8 @@ class _Walk:
                 self.sets.fix(ids, f"'{name}' leaves the model, or a subgraph reads it")
 
     def _rule(self, node: gs.Node) -> Callable[[gs.Node], list[Ids | None] | None] | None:
+        if id(node) in self._norms:
+            return self._normalized
         rules: tuple[tuple[tuple[str, ...], Callable[[gs.Node], Any]], ...] = (
             (WEIGHTED, self._layer),
             (homogeneous("values"), self._same),
@@ -124,6 +138,7 @@ class _Walk:
             (homogeneous("operands"), self._summed),
             (moving("fills"), self._filled),
             (("Mul", "Div"), self._multiplied),
+            (("Clip",), self._clipped),
             (MOVING, self._moved),
         )
         return next((rule for ops, rule in rules if is_op(node, *ops)), None)
@@ -152,6 +167,14 @@ class _Walk:
         )
         self.found.layers.append(layer)
         return [layer.outputs.reshape(_spread(rank, axis))]
+
+    def _normalized(self, node: gs.Node) -> list[Ids | None]:
+        norm = self._norms[id(node)]
+        ids = self.sets.new(norm.channels)
+        self._keep_inputs(node, f"'{norm.name}' normalizes it")
+        self.found.norms.append((norm, ids))
+        rank = len(node.outputs[0].shape)
+        return [ids.reshape(_spread(rank, rank - 1))]
 
     def _incoming(self, node: gs.Node, axis: int, count: int) -> Ids:
         """Return the channels that a layer reads."""
@@ -241,6 +264,12 @@ class _Walk:
         if len(found) > 1 or not rank or (is_op(node, "Div") and known[0] is None):
             return None
         return [_of_rank(found[0], rank)]
+
+    def _clipped(self, node: gs.Node) -> list[Ids | None]:
+        """Keep the channels before and behind as they are."""
+        reason = f"'{node.name}' (Clip) reads it (a Clip cuts at numbers that are not scaled)"
+        self._keep_inputs(node, reason)
+        return [self._of(node.inputs[0])]
 
     def _moved(self, node: gs.Node) -> list[Ids | None] | None:
         """Move channel numbers as the node moves values."""

@@ -14,7 +14,11 @@ from onnxqat.ends import open_ends
 from onnxqat.model import Model
 from onnxqat.preparation.examples import run_example
 
-__all__ = ["Difference", "differences"]
+__all__ = ["Difference", "differences", "is_rounding"]
+
+# Of the largest value of an output, and in decibels: what float32 rounding may come to in a deep
+# network. Measured on six of 10 to 73 layers: at most 3e-6, and 109 dB or more.
+ROUNDING, ROUNDING_DB = 1e-4, 80.0
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -47,6 +51,12 @@ class Difference:
             f"'{self.output}': largest difference {self.max_abs_diff:.3g} of values up to "
             f"{self.largest:.3g}, {ratio}"
         )
+
+
+def is_rounding(one: Difference) -> bool:
+    """Return whether a difference is as small as those that float32 rounding makes."""
+    small = one.max_abs_diff <= ROUNDING * one.largest and one.sqnr_db >= ROUNDING_DB
+    return small or one.max_abs_diff == 0
 
 
 class _Sums:

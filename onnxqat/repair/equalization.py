@@ -1,38 +1,46 @@
-"""Cross-layer equalization: the same function, by weights whose channels have ranges alike.
+"""Cross-layer equalization, and what goes with it: the same function, by weights that lose less.
 
 A layer whose channels differ much in range loses most of them on the grid of the largest one, and
 so does the activation behind it. Nagel et al. 2019 (arXiv:1906.04721, section 4.1) divide each
 channel of a layer by a number and multiply the layer behind by it. This changes nothing but
 rounding where the function between is positively homogeneous: f(s * x) = s * f(x) for s > 0.
+
+The steps, in order: ReLU6 becomes Relu where that changes little (`onnxqat.repair.relu6`), channels
+are equalized, normalizations are smoothed (`onnxqat.repair.migration`), high biases are absorbed
+(`onnxqat.repair.absorption`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
-from onnxqat.model import Model, constant
-from onnxqat.nodes import bias_index
+from onnxqat.model import Model
 from onnxqat.plan import Skip
-from onnxqat.preparation.editing import own_name, pinned_names, tensor_names
+from onnxqat.preparation.distributions import (
+    Distribution,
+    distributions_of,
+    note_distributions,
+)
 from onnxqat.preparation.statistics import divide_statistics
+from onnxqat.repair.absorption import Absorption
 from onnxqat.repair.channels import Network, find_channels
-from onnxqat.repair.difference import Difference, differences
-from onnxqat.repair.layers import Layer
-from onnxqat.repair.relu6 import replace_relu6
+from onnxqat.repair.difference import Difference, differences, is_rounding
+from onnxqat.repair.migration import Migration, migrate
+from onnxqat.repair.originals import note_originals
+from onnxqat.repair.relu6 import NOTHING, Relu6, Replaced, replaced_relu6
 from onnxqat.repair.scales import Spread, find_scales, spreads
+from onnxqat.repair.scaling import scale_channels
 
 __all__ = ["Equalized", "equalize", "unevenness"]
 
-# Of the largest value of an output, and in decibels: what float32 rounding may come to in a deep
-# network. Measured on six of 10 to 73 layers: at most 3e-6, and 109 dB or more.
-ROUNDING, ROUNDING_DB = 1e-4, 80.0
 # Octaves that the channels of a layer lie below the largest one more, on average, than equalized.
 UNEVEN = 2.0
 # Weights of more elements than this take too much memory and time for advice: 256 MiB of float32.
@@ -49,19 +57,24 @@ class Equalized:
     Attributes
     ----------
     model : Model
-        Computes what the prepared model does, up to float rounding and ``relu6_cost``.
+        Computes what the prepared model does, up to float rounding and the costs.
     layers : tuple of str
         Names of the nodes whose weight changed.
     skips : tuple of Skip
-        The layers whose output channels keep their scale, and why.
+        The layers whose output channels keep their scale and the normalizations that are as they
+        were, with the reason.
     spreads : tuple of Spread
         How unequal the channel ranges of each weight were and are.
     differences : tuple of Difference
-        What equalization alone did to each output.
-    relu6 : tuple of str
-        The Clip nodes that a Relu replaced.
-    relu6_cost : tuple of Difference
-        What that did to each output; empty where none was replaced.
+        What equalization and migration did to each output: rounding.
+    migrations : tuple of Migration
+        The normalizations that were smoothed.
+    relu6 : Replaced
+        The Clip nodes that a Relu replaced, or might have, and what that does to each output.
+    absorbed : tuple of str
+        Names of the nodes whose high biases were absorbed.
+    absorption_cost : tuple of Difference
+        What that did to each output.
     """
 
     model: Model
@@ -69,15 +82,17 @@ class Equalized:
     skips: tuple[Skip, ...]
     spreads: tuple[Spread, ...]
     differences: tuple[Difference, ...]
-    relu6: tuple[str, ...] = ()
-    relu6_cost: tuple[Difference, ...] = ()
+    migrations: tuple[Migration, ...] = ()
+    relu6: Replaced = NOTHING
+    absorbed: tuple[str, ...] = ()
+    absorption_cost: tuple[Difference, ...] = ()
 
 
 def equalize(
     model: Model,
     batches: Iterable[Feeds] | None = None,
     *,
-    relu6: Literal["keep", "replace"] = "keep",
+    relu6: Relu6 = "auto",
     threads: int = 0,
 ) -> Equalized:
     """Return a prepared float model with equalized channel ranges.
@@ -87,38 +102,43 @@ def equalize(
     model : Model
         As `onnxqat.prepare` returns it; not changed.
     batches : iterable of mapping of str to array, optional
-        Model inputs by name, on which outputs are compared; random values by default.
-    relu6 : {"keep", "replace"}
-        ``replace`` puts a Relu in the place of each Clip from 0, which changes the function where
-        values reached the upper limit; ``keep`` leaves the channels before and behind it alone.
+        Model inputs by name, on which outputs are compared; random values by default. Without,
+        normalizations stay, ReLU6 is not replaced on its own, and high biases are absorbed only
+        where BatchNormalizations remember how high.
+    relu6 : {"auto", "keep", "replace"}
+        See `onnxqat.repair.relu6`.
 
     Raises
     ------
     ModelError
-        The function changed by more than float32 rounding, or the model does not run.
+        Equalization changed the function by more than float32 rounding, or the model does not run.
     """
-    batches = None if batches is None else list(batches)
-    start, replaced = model, tuple[str, ...]()
-    if relu6 == "replace":
-        start = model.copy()
-        replaced = replace_relu6(start.graph)
+    feeds = None if batches is None else list(batches)
+    start, relus = replaced_relu6(model, feeds, relu6, threads=threads)
     result = start.copy()
     network = find_channels(result.graph)
     scales = find_scales(network)
     measured = spreads(network, scales)
-    changed = _apply(result.graph, network, scales)
-    divide_statistics(result, _along_axis_1(network, scales))
-    found = differences(start, result, batches, threads=threads) if changed else ()
-    _refuse_changes(found, model.name)
-    cost = differences(model, start, batches, threads=threads) if replaced else ()
+    changed = scale_channels(result.graph, network, scales)
+    _divide_remembered(result, network, scales)
+    migrations, kept = migrate(result, feeds, threads=threads)
+    found: tuple[Difference, ...] = ()
+    if changed or migrations:
+        found = differences(start, result, feeds, threads=threads)
+        _refuse_changes(found, model.name)
+    exact = result.copy()
+    absorbed = _absorb(result, network, feeds, threads)
+    note_originals(exact, result)
     return Equalized(
         model=result,
         layers=changed,
-        skips=_skips(network, scales),
+        skips=(*_skips(network, scales), *kept),
         spreads=measured,
         differences=found,
-        relu6=replaced,
-        relu6_cost=cost,
+        migrations=migrations,
+        relu6=relus,
+        absorbed=absorbed,
+        absorption_cost=differences(exact, result, feeds, threads=threads) if absorbed else (),
     )
 
 
@@ -145,19 +165,53 @@ def unevenness(graph: gs.Graph) -> list[Spread]:
     return sorted(uneven, key=lambda one: one.after - one.before)
 
 
-def _along_axis_1(network: Network, scales: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Return the scales of the tensors whose channels are along axis 1."""
-    return {
+def _divide_remembered(model: Model, network: Network, scales: NDArray[np.float64]) -> None:
+    """Divide what the model remembers of its tensors as their channels were."""
+    divisors = {
         name: scales[ids.reshape(-1)]
         for name, ids in network.tensors.items()
         if ids.ndim > 1 and ids.size == ids.shape[1]
     }
+    divide_statistics(model, divisors)
+    known = distributions_of(model)
+    for name in known.keys() & divisors.keys():
+        if known[name].mean.size == divisors[name].size:
+            known[name] = Distribution(*(values / divisors[name] for values in known[name]))
+    note_distributions(model, known)
+
+
+def _absorb(
+    model: Model, network: Network, batches: Sequence[Feeds] | None, threads: int
+) -> tuple[str, ...]:
+    """Let layers take high biases of the layers before them; return the names of those."""
+    absorption, known = Absorption(model.graph, network), distributions_of(model)
+    unknown = [name for name in absorption.tensors if name not in known]
+    smallest = _smallest(model, unknown, batches, threads) if batches and unknown else {}
+    amounts = absorption.amounts(known, smallest)
+    changed = absorption.apply(amounts)
+    for name in known.keys() & amounts.keys():
+        known[name] = known[name]._replace(mean=known[name].mean - amounts[name])
+    note_distributions(model, known)
+    return changed
+
+
+def _smallest(
+    model: Model, names: Sequence[str], batches: Iterable[Feeds], threads: int
+) -> dict[str, NDArray[Any]]:
+    """Return the smallest value of each channel of tensors, whose channels are along axis 1."""
+    proto = model.to_proto()
+    reader = TensorReader(proto, names, optimization="basic", threads=threads, name=model.name)
+    found: dict[str, NDArray[Any]] = {}
+    for feeds in batches:
+        for name, values in reader.run(feeds).items():
+            least = values.min(axis=tuple(axis for axis in range(values.ndim) if axis != 1))
+            found[name] = np.minimum(found.get(name, least), least)
+    return found
 
 
 def _refuse_changes(found: Iterable[Difference], name: str) -> None:
     for one in found:
-        rounding = one.max_abs_diff <= ROUNDING * one.largest and one.sqnr_db >= ROUNDING_DB
-        if not rounding and one.max_abs_diff != 0:
+        if not is_rounding(one):
             raise ModelError(
                 f"{name}: equalization changed more than float rounding does: {one}. "
                 "Work without it."
@@ -173,45 +227,3 @@ def _skips(network: Network, scales: NDArray[np.float64]) -> tuple[Skip, ...]:
             reason = network.sets.fixed_because(channel) or "its channels are equal, or carry none"
             found.append(Skip(layer.node.name, layer.node.op, reason))
     return tuple(found)
-
-
-def _apply(graph: gs.Graph, network: Network, scales: NDArray[np.float64]) -> tuple[str, ...]:
-    """Scale weights, biases and what is added; return the names of the layers that changed."""
-    editor = _Editor(graph)
-    changed = []
-    for layer in network.layers:
-        if np.any(scales[layer.inputs] != 1) or np.any(scales[layer.outputs] != 1):
-            _scale_layer(layer, scales, editor)
-            changed.append(str(layer.node.name))
-    for shift in network.shifts:
-        if np.any(scales[shift.ids] != 1):
-            values = shift.node.inputs[shift.position].values.astype(np.float64)
-            editor.replace(shift.node, shift.position, values / scales[shift.ids], "added")
-    return tuple(changed)
-
-
-def _scale_layer(layer: Layer, scales: NDArray[np.float64], editor: _Editor) -> None:
-    """W -> W * s_in / s_out, b -> b / s_out, in float64, rounded once."""
-    node, inputs, outputs = layer.node, scales[layer.inputs], scales[layer.outputs]
-    weight = node.inputs[1].values
-    factors = inputs[:, None, :, None] / outputs[:, :, None, None]
-    matrix = layer.matrix(weight.astype(np.float64)) * factors
-    editor.replace(node, 1, layer.stored(matrix, weight.shape), "weight")
-    index = bias_index(node)
-    if index is not None and len(node.inputs) > index and node.inputs[index].name:
-        bias = node.inputs[index].values.astype(np.float64)
-        editor.replace(node, index, bias / outputs.reshape(-1), "bias")
-
-
-class _Editor:
-    """Replaces constants of a graph; one that others read too gets a name of its own."""
-
-    def __init__(self, graph: gs.Graph) -> None:
-        self._pinned, self._taken = pinned_names(graph), tensor_names(graph)
-
-    def replace(self, node: gs.Node, index: int, values: NDArray[Any], word: str) -> None:
-        """Let input ``index`` of a node be a constant with these values, as float32."""
-        with np.errstate(over="ignore"):  # infinity shows in the outputs, which are compared
-            rounded = values.astype(np.float32)
-        name = own_name(node.inputs[index], f"{node.name}.{word}", self._pinned, self._taken)
-        node.inputs[index] = constant(name, rounded)

@@ -20,6 +20,7 @@ from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
 from onnxqat.quantized import QuantizedModel, weights_hash
+from onnxqat.repair import original
 from onnxqat.train.aim import (
     announcement,
     chosen_loss,
@@ -298,7 +299,7 @@ def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSessio
 def _teacher_of(model: QuantizedModel, teacher: Model | None) -> Model:
     if teacher is not None:
         return teacher
-    floats = model.floats
+    floats = original(model.floats)
     if weights_hash(floats.graph) != model.source:
         raise TrainingError(
             f"{model.name}: its weights are not those of the float model any more, so that it "

@@ -14,7 +14,7 @@ from onnxqat.data import Batch, DataSet
 from onnxqat.errors import DataError
 from onnxqat.parallel import Workers
 from onnxqat.quantized import QuantizedModel, Stage
-from onnxqat.repair import correct_biases
+from onnxqat.repair import bias_passes, correct_biases, correct_biases_analytically
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, quantized_model
@@ -23,6 +23,8 @@ from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
 __all__ = ["DEFAULT_SIZE", "calibrate"]
 
 DEFAULT_SIZE = 32  # of a batch
+# Means are of many positions each, and those of the two models of the same samples.
+BIAS_SAMPLES = 128
 
 
 def calibrate(
@@ -93,15 +95,19 @@ def _calibrated(
             workers=workers,
         )
     if calibration.bias_correction:
-        batches = partial(data.batches, size, indices=mine)
-        result, corrected = _with_corrected_biases(result, batches, listener, workers, threads)
+        few = np.sort(chosen[: max(BIAS_SAMPLES, size)])
+        batches = partial(data.batches, size, indices=few)
+        how, total = calibration.bias_correction, -(-len(few) // size)
+        result, corrected = _with_corrected_biases(
+            result, how, batches, total, listener, workers, threads
+        )
     broken = workers.gather(data.broken(mine))
     seen = workers.first(lambda: len(chosen) - sum(broken))
     said = {name: getattr(calibration, name) for name in ("observer", "samples", "seed")}
     said |= {"batch_size": size} if size != DEFAULT_SIZE else {}
     figures: dict[str, float | None] = {"samples": float(seen)}
     if calibration.bias_correction:
-        said["bias_correction"] = True
+        said["bias_correction"] = calibration.bias_correction
         figures["corrected"] = float(corrected)
     inputs = {"data": Path(data.name).name}
     return result.with_stage(Stage(name="calibrate", settings=said, figures=figures, inputs=inputs))
@@ -109,17 +115,27 @@ def _calibrated(
 
 def _with_corrected_biases(
     model: QuantizedModel,
+    how: str,
     batches: Callable[[], Iterator[Batch]],
+    count: int,
     listener: Listener,
     workers: Workers,
     threads: int,
 ) -> tuple[QuantizedModel, int]:
-    """Correct biases on the calibration data; return the model, and of how many layers."""
-    if workers.size > 1:
+    """Correct biases; return the model, and of how many layers."""
+    if how == "analytic":
+        result = correct_biases_analytically(model)
+    elif workers.size > 1:
         raise DataError("--bias-correction runs in one process. Start it without mpirun.")
-    result = correct_biases(model, batches, threads=threads)
-    listener.note(
-        f"Corrected the biases of {len(result.layers)} layers; {len(result.skips)} have none. "
-        "Fine-tuning needs --teacher now."
-    )
-    return result.model, len(result.layers)
+    else:
+        with listener.batches("correcting biases", count * bias_passes(model)) as advance:
+            result = correct_biases(model, batches, threads=threads, progress=advance)
+    layers, skips = result.layers, result.skips
+    if layers:
+        listener.note(
+            f"Corrected the biases of {len(layers)} layers; {len(skips)} stay as they are."
+        )
+    else:
+        reasons = sorted({skip.reason for skip in skips}) or ["no layer is quantized"]
+        listener.note(f"No bias is corrected: {'; '.join(reasons)}.")
+    return result.model, len(layers)

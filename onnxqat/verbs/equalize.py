@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
-
-import numpy as np
 
 from onnxqat.choices import check_choice
 from onnxqat.preparation import prepare
 from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.quantized import without_notes
-from onnxqat.repair import Equalized
+from onnxqat.repair import RELU6, Equalized, Relu6
 from onnxqat.repair import equalize as run
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model
 from onnxqat.verbs.opening import AnyData, opened
+from onnxqat.verbs.repairing import compared_batches
 
 __all__ = ["equalize"]
-
-COMPARED = 64  # samples of the data on which outputs are compared
 
 
 def equalize(
     model: AnySource,
     data: AnyData | None = None,
     *,
-    relu6: Literal["keep", "replace"] = "keep",
+    relu6: Relu6 = "auto",
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     threads: int = 0,
@@ -40,8 +36,9 @@ def equalize(
     model : str, Path or Model
         The float model. It is not changed.
     data : path, arrays or DataSet, optional
-        Outputs are compared on them; on random values without.
-    relu6 : {"keep", "replace"}
+        Outputs are compared on the first of them, and normalizations and ReLU6 repaired by them; on
+        random values without.
+    relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.equalize`.
     settings : Settings
         What becomes of the data.
@@ -57,14 +54,12 @@ def equalize(
     OnnxQatError
         A file cannot be read, an argument is wrong, or the data do not fit the model.
     """
-    check_choice("relu6", relu6, ("keep", "replace"))
+    check_choice("relu6", relu6, RELU6)
     prepared = prepare(float_model(model))
     batches = None
     if data is not None:
         with opened(prepared, data, settings, listener, labels=False) as source:
-            size = source.batch_size(batch_size, default=32)
-            chosen = np.arange(min(len(source), COMPARED))
-            batches = [batch.inputs for batch in source.batches(size, indices=chosen)]
+            batches = compared_batches(source, batch_size)
     result = run(prepared, batches, relu6=relu6, threads=threads)
     floats, narrow = result.model, result.model.metadata.get(FLOAT16_KEY)
     floats.metadata = without_notes(floats.metadata)

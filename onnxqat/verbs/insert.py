@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onnxqat.calibration import (
     Calibration,
@@ -14,6 +15,7 @@ from onnxqat.calibration import (
     without_large_biases,
 )
 from onnxqat.choices import check_choice
+from onnxqat.data import DataSet
 from onnxqat.deploy import name_problems
 from onnxqat.foreign import ForeignParams, read_foreign_qdq, take_over
 from onnxqat.formats.format import refuse
@@ -21,11 +23,13 @@ from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
 from onnxqat.quantized import QuantizedModel, Stage, insert_pairs
+from onnxqat.repair import RELU6, Equalized, Relu6
+from onnxqat.rules import HardwareRule
 from onnxqat.settings import Settings, settle
 from onnxqat.verbs.calibrate import calibrate
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model, name_of
-from onnxqat.verbs.opening import AnyData
+from onnxqat.verbs.opening import AnyData, opened
 from onnxqat.verbs.planning import AnyRule, Overrides, rule_of
 from onnxqat.verbs.repairing import Equalization, repaired, repairs
 
@@ -41,7 +45,7 @@ def insert(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
     equalize: bool = False,
-    relu6: Literal["keep", "replace"] = "keep",
+    relu6: Relu6 = "auto",
     format_name: str | None = None,
     listener: Listener = Listener(),  # noqa: B008 (without state)
     workers: Workers = Workers(),  # noqa: B008 (without state)
@@ -64,8 +68,9 @@ def insert(
         What becomes of the data, which the model remembers.
     calibration : Calibration
         With ``data``: how it is done.
-    equalize, relu6 : bool, {"keep", "replace"}
-        Whether channels are given ranges alike first, and how, see `onnxqat.repair.equalize`.
+    equalize, relu6 : bool, {"auto", "keep", "replace"}
+        Whether channels are given ranges alike first, and how, see `onnxqat.repair.equalize`; with
+        ``data``, as far as these are needed for it too.
     format_name : str, optional
         Calibration table that `strip` is to write, or ``none``; the rule's own by default.
     listener : Listener
@@ -81,38 +86,50 @@ def insert(
     """
     floats, foreign = read_foreign_qdq(float_model(model))
     settle(floats, settings)  # now, before any work is done for settings that are wrong
-    check_choice("relu6", relu6, ("keep", "replace"))
+    check_choice("relu6", relu6, RELU6)
     rule = rule_of(rules)
-    equalization = Equalization(relu6) if equalize else None
-    prepared, found = repaired(floats, equalization, foreign, rule, overrides)
-    _refuse_names(prepared, found, format_name or rule.table)
-    result = _inserted(prepared, found, foreign, listener)
-    done: dict[str, Any] = {"rules": rule.name, "set": list(found.overrides)}
-    if equalization is not None:
-        result = replace(result, source=equalization.source)
-        done |= {"equalize": True, "relu6": relu6}
-        equalization.tell(listener)
-    else:
-        for line in repairs(prepared, found, name_of(model)):
-            listener.note(line)
-    inputs, figures = {"model": Path(name_of(model)).name}, _figures(equalization)
-    stage = Stage(name="insert", settings=done, inputs=inputs, figures=figures)
-    result = result.with_stage(stage)
-    if data is None:
-        return result
-    return calibrate(
-        result, data, settings=settings, calibration=calibration, listener=listener, workers=workers
-    )
+    with ExitStack() as stack:
+
+        def samples(prepared: Model) -> DataSet:
+            assert data is not None
+            return stack.enter_context(opened(prepared, data, settings, listener, labels=False))
+
+        equalization = Equalization(relu6, samples if data is not None else None)
+        prepared, found = repaired(
+            floats, equalization if equalize else None, foreign, rule, overrides
+        )
+        _refuse_names(prepared, found, format_name or rule.table)
+        result = _inserted(prepared, found, foreign, listener)
+        if equalization.result is not None:
+            result = replace(result, source=equalization.source)
+            equalization.tell(listener)
+        else:
+            for line in repairs(prepared, found, name_of(model)):
+                listener.note(line)
+        result = result.with_stage(_stage(name_of(model), rule, found, equalization))
+        if data is None:
+            return result
+        shared: Any = {"calibration": calibration, "listener": listener, "workers": workers}
+        if equalization.samples is not None:  # open already: an iterator is read once
+            return calibrate(result, equalization.samples, **shared)
+        return calibrate(result, data, settings=settings, **shared)
 
 
-def _figures(equalization: Equalization | None) -> dict[str, float | None]:
+def _stage(name: str, rule: HardwareRule, plan: QuantPlan, equalization: Equalization) -> Stage:
+    done: dict[str, Any] = {"rules": rule.name, "set": list(plan.overrides)}
+    if equalization.result is not None:
+        done |= {"equalize": True, "relu6": equalization.relu6}
+    inputs, figures = {"model": Path(name).name}, _figures(equalization.result)
+    return Stage(name="insert", settings=done, inputs=inputs, figures=figures)
+
+
+def _figures(found: Equalized | None) -> dict[str, float | None]:
     """Return what equalization changed: layers, and how far channels lie below the largest."""
-    found = equalization and equalization.result
-    if not found:
+    if found is None:
         return {}
     octaves = ((one.before, one.after) for one in found.spreads)
     before, after = map(max, zip((0.0, 0.0), *octaves, strict=True))
-    layers, relu6 = float(len(found.layers)), float(len(found.relu6))
+    layers, relu6 = float(len(found.layers)), float(len(found.relu6.nodes))
     return {
         "equalized": layers,
         "relu6_replaced": relu6,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from onnxqat.foreign import read_foreign_qdq
 from onnxqat.plan import QuantPlan
+from onnxqat.repair import Relu6
 from onnxqat.settings import Settings, settle
 from onnxqat.verbs.models import AnySource, float_model
 from onnxqat.verbs.planning import AnyRule, Overrides, rule_of
@@ -21,7 +20,7 @@ def plan(
     overrides: Overrides = (),
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     equalize: bool = False,
-    relu6: Literal["keep", "replace"] = "keep",
+    relu6: Relu6 = "auto",
 ) -> QuantPlan:
     """Return what `insert` would quantize, and why, as ``onnxqat insert --plan-only`` does.
 

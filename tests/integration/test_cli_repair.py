@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from onnxqat.cli import main
 from onnxqat.quantized import load_model, weights_hash
+from onnxqat.repair import original
 
 MODELS = Path(__file__).parents[2] / "models"
 LENET, MOBILENET = MODELS / "lenet5.onnx", MODELS / "mobilenet-digits.onnx"
@@ -63,8 +64,9 @@ def test_an_equalized_model_has_the_names_and_outputs_of_the_users(tmp_path):
 
 
 def test_outputs_are_compared_on_the_data_that_is_given(digits, tmp_path):
-    on_data = document("equalize", MOBILENET, "--data", digits, *NORM, "-o", tmp_path / "a.onnx")
-    on_noise = document("equalize", MOBILENET, "-o", tmp_path / "b.onnx")
+    words = ("equalize", MOBILENET, "--relu6", "keep")
+    on_data = document(*words, "--data", digits, *NORM, "-o", tmp_path / "a.onnx")
+    on_noise = document(*words, "-o", tmp_path / "b.onnx")
 
     assert on_data["differences"] != on_noise["differences"]
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
@@ -87,7 +89,8 @@ def test_a_replaced_relu6_needs_the_users_model_as_teacher(digits, tmp_path):
 
     alone, taught = invoke(*tune), invoke(*tune, "--teacher", MOBILENET)
 
-    assert "2 ReLU6 became Relu; fine-tuning needs --teacher." in result.stderr
+    assert "2 ReLU6 became Relu." in result.stderr
+    assert "Fine-tuning needs your model as --teacher" in result.stderr
     assert alone.exit_code == 1
     assert "Pass the float model with --teacher" in alone.stderr
     assert taught.exit_code == 0, taught.output
@@ -124,12 +127,40 @@ def test_biases_are_corrected_on_the_calibration_data(digits, tmp_path):
     invoke(*words, "-o", plain)
     result = invoke(*words, "--bias-correction", "-o", corrected)
 
-    assert "Corrected the biases of 5 layers; 0 have none." in result.stderr
+    assert "Corrected the biases of 5 layers; 0 stay as they are." in result.stderr
     before, after = load_model(plain), load_model(corrected)
     assert all(params.same_as(after.params[name]) for name, params in before.params.items())
     assert before.source == after.source != weights_hash(after.floats.graph)
     tune = invoke("finetune", corrected, digits, "--epochs", 1, "-o", tmp_path / "tuned.onnx")
-    assert "Pass the float model with --teacher" in tune.stderr
+    assert tune.exit_code == 0, tune.output  # by the biases that it remembers
+
+
+def test_biases_are_corrected_by_what_normalizations_remember(digits, tmp_path):
+    words = ("--data", digits, *NORM, "--analytic-bias-correction", "-o")
+    result = invoke("insert", MOBILENET, *words, tmp_path / "corrected.onnx")
+    nothing = invoke("insert", LENET, *words, tmp_path / "lenet.onnx")
+
+    assert result.exit_code == nothing.exit_code == 0
+    assert "Corrected the biases of 17 layers; 1 stay as they are." in result.stderr
+    after = load_model(tmp_path / "corrected.onnx")
+    assert after.source != weights_hash(after.floats.graph)
+    assert after.source == weights_hash(original(after.floats).graph)
+    assert after.history[-1].settings["bias_correction"] == "analytic"
+    assert "does not follow from BatchNormalization" in nothing.stderr
+
+
+def test_data_decide_whether_relu6_is_replaced(digits, tmp_path):
+    words = ("insert", MOBILENET, "--equalize", *NORM)
+
+    with_data = invoke(*words, "--data", digits, "-o", tmp_path / "a.onnx")
+    without = invoke(*words, "-o", tmp_path / "b.onnx")
+
+    assert "2 ReLU6 became Relu." in with_data.stderr
+    assert "Without ReLU6, output 'output': largest difference" in with_data.stderr
+    assert "Outputs were compared on 64 samples at most." in with_data.stderr
+    assert "Clip" not in {node.op for node in load_model(tmp_path / "a.onnx").floats.graph.nodes}
+    assert "2 ReLU6 stay, which no scale passes." in without.stderr
+    assert load_model(tmp_path / "b.onnx").source
 
 
 def test_biases_are_corrected_on_data_only(tmp_path):

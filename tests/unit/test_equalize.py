@@ -13,10 +13,11 @@ from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
 from onnxqat.preparation import prepare
 from onnxqat.preparation.statistics import statistics_of
-from onnxqat.repair import equalize, unevenness
+from onnxqat.repair import SMALL_DB, equalize, unevenness
 from onnxqat.repair.channels import find_channels
 from onnxqat.repair.difference import Difference
 from onnxqat.repair.equalization import _refuse_changes
+from onnxqat.repair.relu6 import Replaced
 from tests.networks import _Graph, convnet, samples
 
 PADS = {"pads": [1, 1, 1, 1]}
@@ -289,18 +290,34 @@ def test_relu6_is_replaced_on_request_and_its_cost_is_told():
     prepared = prepare(from_proto(network))
     inputs = 4 * samples(network, 4)
 
-    kept = equalize(prepared, [{"input": inputs}])
+    kept = equalize(prepared, [{"input": inputs}], relu6="keep")
     replaced = equalize(prepared, [{"input": inputs}], relu6="replace")
 
-    assert kept.relu6 == () == kept.relu6_cost
-    assert replaced.relu6 == ("n_r2",)
+    assert kept.relu6 == Replaced(kept=("n_r2",))
+    assert replaced.relu6.nodes == ("n_r2",)
     assert "Clip" not in {node.op for node in replaced.model.graph.nodes}
     expected = run(prepared, inputs)
-    cost = replaced.relu6_cost[0]
+    cost = replaced.relu6.cost[0]
     error = np.abs(run(replaced.model, inputs) - expected).max()
     assert cost.max_abs_diff == pytest.approx(error, rel=1e-3)
     assert cost.max_abs_diff > 1e-3 * np.abs(expected).max()
     assert len(replaced.skips) < len(kept.skips)
+
+
+@pytest.mark.parametrize(("size", "small"), [(1e-3, True), (4.0, False)])
+def test_relu6_is_replaced_where_the_outputs_on_the_data_hardly_change(size, small):
+    network = uneven(convnet())
+    prepared = prepare(from_proto(network))
+    feeds = [{"input": np.float32(size) * samples(network, 4)}]
+
+    result = equalize(prepared, feeds)
+    without = equalize(prepared)
+
+    assert (result.relu6.cost[0].sqnr_db >= SMALL_DB) == small
+    assert (result.relu6.nodes == ("n_r2",)) == small
+    assert (result.relu6.kept == ("n_r2",)) == (not small)
+    assert ("Clip" in {node.op for node in result.model.graph.nodes}) != small
+    assert without.relu6 == Replaced(kept=("n_r2",))
 
 
 def test_what_is_remembered_of_the_first_normalization_is_scaled_with_its_channels():
