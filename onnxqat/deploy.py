@@ -17,6 +17,7 @@ from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
+from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
 from onnxqat.model import Model, write_model
 from onnxqat.plan import QuantPlan, QuantPoint, Skip
 from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
@@ -30,9 +31,9 @@ __all__ = [
     "Deployment",
     "Weights",
     "deployed_model",
+    "deployed_names",
     "name_problems",
     "read_table",
-    "table_names",
     "write_deployment",
 ]
 
@@ -50,7 +51,8 @@ class Deployment:
     Attributes
     ----------
     files : dict of str to Path
-        ``model``, ``table``, and what else the format has.
+        ``model``, ``table``, what else the format has, and what calls the vendor's compiler,
+        by its name (``compile.sh``).
     left_out : dict of str to tuple of str
         What the plan says and the table cannot, by what it is; names.
     regridded : dict of str to int
@@ -115,27 +117,43 @@ def write_deployment(
     """
     require_quantized(model).check_calibrated()
     check_choice("weights", weights, get_args(Weights))
-    chosen = _format(table or _table_of_rule(model.plan.rule))
+    name = table or _table_of_rule(model.plan.rule)
+    chosen = _format(name)
     floats = deployed_model(model, weights=weights)
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
     folder = Path(folder)
     paths = {"model": folder / MODEL_NAME}
     paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
+    handoff = _handoff(name, model, {kind: path.name for kind, path in paths.items()})
+    paths |= {file: folder / file for file in handoff}
     # a table of an earlier model would pass for one of this model
-    tables = [folder / name for name in table_names()]
-    _make_folder(folder, (*paths.values(), *filter(Path.exists, tables)), force=force)
-    with atomic_outputs(*paths.values(), outdated=tables, force=force) as (model_file, *others):
+    outdated = [folder / file for file in deployed_names()]
+    _make_folder(folder, (*paths.values(), *filter(Path.exists, outdated)), force=force)
+    with atomic_outputs(*paths.values(), outdated=outdated, force=force) as (model_file, *others):
         write_model(floats, model_file)
-        for path, content in zip(others, written.files.values(), strict=True):
+        contents = (*written.files.values(), *handoff.values())
+        for path, content in zip(others, contents, strict=True):
             path.write_bytes(_bytes(content))
     _tell(written.left_out, regridded)
     return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
 
 
-def table_names() -> list[str]:
-    """Return what tables are called, of every format."""
-    return sorted({f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()})
+def _handoff(table: str, model: QuantizedModel, files: Mapping[str, str]) -> dict[str, str]:
+    """Return the files that call the vendor's compiler; none where its commands are not known."""
+    if table not in HANDOFFS:
+        return {}
+    try:
+        target = load_rule(model.plan.rule).target
+    except RuleError:  # a rule of the user's own
+        target = None
+    return HANDOFFS[table](facts_of(model, target=target, name=files["model"], files=files))
+
+
+def deployed_names() -> list[str]:
+    """Return the names of all files that may be written beside the model."""
+    tables = {f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()}
+    return sorted({*tables, *HANDOFF_FILES})
 
 
 def name_problems(model: Model, plan: QuantPlan, table: str | None) -> list[str]:

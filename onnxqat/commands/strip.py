@@ -28,9 +28,9 @@ def strip(model: str, output: str, format_name: str | None, weights: Any, force:
           as_json: bool) -> None:  # fmt: skip
     """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
     from onnxqat import verbs
-    from onnxqat.deploy import MODEL_NAME, table_names
+    from onnxqat.deploy import MODEL_NAME, deployed_names
 
-    check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *table_names())})
+    check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *deployed_names())})
     result = verbs.strip(model, output, format_name=format_name, weights=weights, force=force)
     files = {kind: str(path) for kind, path in result.files.items()}
     document = {

@@ -191,6 +191,8 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         What a person should know; what is unknown about the chip.
     table : str or None
         Calibration table that `strip` writes for it.
+    target : str or None
+        What the vendor's compiler calls the chip, see `onnxqat.handoff`.
     weight_bits, activation_bits : tuple of int
         Widths the chip runs; others are allowed for study, with a warning.
     graph_outputs : {"quantized", "float"}
@@ -222,6 +224,7 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sources: tuple[str, ...]
     notes: tuple[str, ...] = ()
     table: str | None = None
+    target: str | None = None
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     graph_outputs: Literal["quantized", "float"] = "quantized"

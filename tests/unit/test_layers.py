@@ -48,6 +48,7 @@ ORDER = [
     "analysis",
     "train",
     "formats",
+    "handoff",
     "deploy",
     "verbs",
     "terminal",

@@ -38,7 +38,13 @@ def same_outputs(proto: onnx.ModelProto, size: tuple[int, ...]) -> bool:
     assert {a.name for a in result.graph.node[0].attribute} >= {"pads"}
     assert "auto_pad" not in {a.name for a in result.graph.node[0].attribute}
     x = np.random.default_rng(1).normal(size=(2, 3, *size)).astype(np.float32)
-    before, after = run_ort(proto, {"x": x})[0], run_ort(result, {"x": x})[0]
+    after = run_ort(result, {"x": x})[0]
+    try:
+        before = run_ort(proto, {"x": x})[0]
+    except Exception as error:  # 1.32, of MaxPool with a window below its stride
+        if "padding values must be non-negative" in str(error):
+            pytest.skip("this onnxruntime refuses the pads that it computes itself")
+        raise
     return before.shape == after.shape and np.array_equal(before, after)
 
 

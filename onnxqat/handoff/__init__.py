@@ -1,0 +1,37 @@
+"""The vendor's own commands for what is deployed, with everything filled in.
+
+One file per vendor, by the name of the calibration table. A script is written only where the tool
+was run with it; other files say in their first line that it was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from onnxqat.handoff.ascend import AIPP, atc
+from onnxqat.handoff.axera import pulsar2
+from onnxqat.handoff.cambricon import magicmind
+from onnxqat.handoff.facts import Facts, facts_of
+from onnxqat.handoff.horizon import CONFIG, hb_mapper
+from onnxqat.handoff.mindspore import mindspore
+from onnxqat.handoff.ncnn import ncnn2int8
+from onnxqat.handoff.qnn import qairt
+from onnxqat.handoff.sophgo import tpu_mlir
+from onnxqat.handoff.tensorrt import trtexec
+
+__all__ = ["HANDOFFS", "HANDOFF_FILES", "facts_of"]
+
+HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
+    "amct": atc,
+    "axera": pulsar2,
+    "cambricon": magicmind,
+    "horizon": hb_mapper,
+    "mindspore": mindspore,
+    "ncnn": ncnn2int8,
+    "qnn": qairt,
+    "qnn-1.0.0": qairt,
+    "sophgo": tpu_mlir,
+    "tensorrt": trtexec,
+}
+# What they write; a file of an earlier model must not stay beside a new one.
+HANDOFF_FILES = ("compile.sh", "compile.txt", AIPP, CONFIG)

@@ -1,0 +1,37 @@
+"""MagicMind's build configuration for a Cambricon MLU.
+
+``insert_bn_before_firstnode`` makes ``(pixel - mean) / sqrt(var)`` the first layer
+(Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``). For CATCH, the same are the
+mean and std of ``firstconv``.
+"""
+
+from __future__ import annotations
+
+import json
+
+from onnxqat.handoff.facts import Facts, document
+
+__all__ = ["magicmind"]
+
+
+def magicmind(facts: Facts) -> dict[str, str]:
+    """Return what belongs into the build configuration, and where the ranges go."""
+    steps = [
+        (f"MagicMind: parse {facts.model} as ONNX, set the ranges of {facts.files['ranges']} on the\n"
+        f"network, and build it with the configuration {facts.files['config']}."),
+        f"CATCH: {facts.files['table']} has the scales of each module.",
+    ]
+    if facts.images:
+        steps.insert(1, "For images as bytes, add to the configuration:")
+        steps.insert(2, json.dumps(_build(facts)))
+    return {"compile.txt": document(*steps)}
+
+
+def _build(facts: Facts) -> dict[str, object]:
+    variance = [value**2 for value in facts.std]
+    first = {
+        str(i): {"mean": list(facts.mean), "var": variance}
+        for i, one in enumerate(facts.inputs)
+        if one.layout is not None
+    }
+    return {"insert_bn_before_firstnode": first}

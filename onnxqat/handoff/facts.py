@@ -1,0 +1,174 @@
+"""What a vendor's command line needs to know of a deployment."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxqat.data import InputSpec, Preprocessing
+from onnxqat.data.feeds import model_layout
+from onnxqat.data.preprocess import Layout
+from onnxqat.quantized import QuantizedModel
+from onnxqat.settings import input_specs, stored_settings
+
+__all__ = ["NOT_RUN", "Facts", "Input", "command", "document", "facts_of", "numbers"]
+
+NOT_RUN = "not run by us"  # the first line of what no tool here has confirmed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of the float model.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    shape : tuple of int or str
+        A free batch is 1. Another free length is its name in capitals, for the user to fill in.
+    layout : {"nchw", "nhwc"} or None
+        None where it is no image.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    layout: Layout | None
+
+    @property
+    def channels(self) -> int | str:
+        """How many channels an image has."""
+        return self.shape[3 if self.layout == "nhwc" else 1]
+
+    @property
+    def size(self) -> tuple[int | str, int | str]:
+        """Height and width of an image."""
+        first = 1 if self.layout == "nhwc" else 2
+        return self.shape[first], self.shape[first + 1]
+
+    def lengths(self, separator: str) -> str:
+        """Return the shape as text."""
+        return separator.join(map(str, self.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What was written for the chip, and what becomes of its data.
+
+    Attributes
+    ----------
+    model : str
+        File name of the float model.
+    files : mapping of str to str
+        File names of the calibration table and its companions, by kind.
+    inputs : tuple of Input
+        In the order of the model.
+    preprocessing : Preprocessing
+        As the model was trained with.
+    target : str
+        What the vendor's tool calls the chip; a word in capitals where the rule does not say it.
+    bits : int
+        The largest width of the activations.
+    """
+
+    model: str
+    files: Mapping[str, str]
+    inputs: tuple[Input, ...]
+    preprocessing: Preprocessing
+    target: str
+    bits: int
+
+    @property
+    def images(self) -> list[Input]:
+        """The inputs that take images."""
+        return [one for one in self.inputs if one.layout is not None]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One mean per channel, in pixel units: x = (pixel - mean) * scale."""
+        return self._per_channel(self.preprocessing.mean)
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """One scale per channel."""
+        return self._per_channel(self.preprocessing.scale)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """One divisor per channel: 1 / scale."""
+        return tuple(1 / value for value in self.scale)
+
+    def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        count = self.images[0].channels if self.images else 1
+        return values * count if len(values) == 1 and isinstance(count, int) else values
+
+    @property
+    def pixels(self) -> str:
+        """Order of the colour channels: rgb, bgr or gray."""
+        gray = bool(self.images) and self.images[0].channels == 1
+        return "gray" if gray else self.preprocessing.pixel_format
+
+
+def facts_of(
+    model: QuantizedModel, *, target: str | None, name: str, files: Mapping[str, str]
+) -> Facts:
+    """Return what the hand-off of a deployed model needs.
+
+    Parameters
+    ----------
+    target : str or None
+        The name of the chip, from the rule.
+    name : str
+        File name of the float model.
+    files : mapping of str to str
+        File names of the table, by kind.
+    """
+    activations = [p.spec.bits for p in model.plan.grid_points() if p.role == "activation"]
+    return Facts(
+        model=name,
+        files=files,
+        inputs=tuple(map(_input, input_specs(model))),
+        preprocessing=stored_settings(model).preprocessing(),
+        target=target or "CHIP",
+        bits=max(activations, default=8),
+    )
+
+
+def _input(spec: InputSpec) -> Input:
+    first, *others = spec.shape or (1,)
+    batch = first if isinstance(first, int) else 1
+    shape = (batch, *(n if isinstance(n, int) else str(n or "LENGTH").upper() for n in others))
+    return Input(name=spec.name, shape=shape if spec.shape else (), layout=model_layout(spec))
+
+
+def numbers(values: tuple[float, ...], separator: str = ",") -> str:
+    """Return numbers as plain decimals, each the shortest that reads back to the same float64.
+
+    Examples
+    --------
+    >>> numbers((128.0, 1e-7))
+    '128,0.0000001'
+    """
+    return separator.join(np.format_float_positional(value, trim="-") for value in values)
+
+
+def document(*paragraphs: str) -> str:
+    """Return a text file that no tool here has confirmed, which its first line says."""
+    return "\n\n".join((NOT_RUN, *paragraphs)) + "\n"
+
+
+def command(*words: str) -> str:
+    r"""Return a command, its words quoted for a shell, with a line for each option.
+
+    Examples
+    --------
+    >>> print(command("tool", "a b", "--out", "c"))
+    tool 'a b' \\
+        --out c
+    """
+    first, *others = words
+    ends = (f" \\\n    {word}" if word.startswith("-") else f" {word}"
+            for word in map(shlex.quote, others))  # fmt: skip
+    return first + "".join(ends)

@@ -1,0 +1,38 @@
+"""MindSpore's numbers for a quantized export.
+
+``mindspore.export(net, ..., mean=, std_dev=)`` of r1.5 makes the scale of the first layer's input
+``1 / std_dev`` and its zero point ``round(mean)`` (mindspore-ai/mindspore
+``mindspore/compression/export/quant_export.py``).
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from onnxqat.handoff.facts import Facts, command, document, numbers
+
+__all__ = ["mindspore"]
+
+
+def mindspore(facts: Facts) -> dict[str, str]:
+    """Return how the float model is converted, and the numbers of the first layer."""
+    shapes = ";".join(f"{one.name}:{one.lengths(',')}" for one in facts.inputs)
+    convert = command(
+        "converter_lite",
+        "--fmk=ONNX",
+        f"--modelFile={facts.model}",
+        f"--outputFile={PurePath(facts.model).stem}",
+        f"--inputShape={shapes}",
+    )
+    paragraphs = [
+        "Converts the float model:",
+        convert,
+        (f"{facts.files['table']} has the ranges and widths of every layer, for the quantizers of a\n"
+        "network in MindSpore. converter_lite reads no such file."),
+    ]
+    if facts.images:
+        paragraphs.append(
+            "mindspore.export takes these for the pixels of the first layer: "
+            f"mean {numbers(facts.mean)}, std_dev {numbers(facts.std)}."
+        )
+    return {"compile.txt": document(*paragraphs)}

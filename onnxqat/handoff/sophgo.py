@@ -1,0 +1,67 @@
+"""tpu-mlir's commands for a Sophgo chip, as a script.
+
+``model_transform.py`` and ``model_deploy.py`` of tpu-mlir (sophgo/tpu-mlir python/tools, its quick
+start and user guide): ``--mean`` and ``--scale`` mean ``(pixel - mean) * scale``, as here. The
+script was run with tpu-mlir 1.30.2 by ``scripts/check_tpu_mlir.py``.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from onnxqat.handoff.facts import Facts, numbers
+
+__all__ = ["tpu_mlir"]
+
+
+def tpu_mlir(facts: Facts) -> dict[str, str]:
+    """Return the script that compiles the model with its table."""
+    shapes = ",".join(f"[{one.lengths(',')}]" for one in facts.inputs)
+    transform = [
+        f"--model_name model --model_def {shlex.quote(facts.model)}",
+        f"--input_shapes {shlex.quote(f'[{shapes}]')}",
+        *_preprocessing(facts),
+        "--mlir model.mlir",
+    ]
+    deploy = [
+        "--mlir model.mlir --quantize INT8",
+        f"--calibration_table {shlex.quote(facts.files['table'])}",
+        f"--processor {facts.target} --model model_{facts.target}.{_suffix(facts.target)}",
+    ]
+    if "qtable" in facts.files:
+        deploy.insert(2, f"--quantize_table {shlex.quote(facts.files['qtable'])}")
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Compiles the model with tpu-mlir (run with 1.30.2). Call it where tpu-mlir is",
+        "# installed. Further options go to model_deploy.py, such as --fuse_preprocess.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        _command("model_transform.py", transform),
+        _command("model_deploy.py", [*deploy, '"$@"']),
+    ]
+    return {"compile.sh": "\n".join(lines) + "\n"}
+
+
+def _preprocessing(facts: Facts) -> list[str]:
+    if not facts.images:
+        return []
+    words = [
+        f"--mean {numbers(facts.mean)} --scale {numbers(facts.scale)}",
+        f"--pixel_format {facts.pixels}",
+    ]
+    size = facts.preprocessing.resize_dims
+    if size is not None:
+        words.append(f"--resize_dims {size[0]},{size[1]}")
+    if facts.preprocessing.keep_aspect_ratio:
+        words.append(f"--keep_aspect_ratio --pad_value {round(facts.preprocessing.pad_value)}")
+    if facts.images[0].layout == "nhwc":
+        words.append("--channel_format nhwc")
+    return words
+
+
+def _suffix(target: str) -> str:
+    return "cvimodel" if target.startswith("cv18") else "bmodel"
+
+
+def _command(name: str, words: list[str]) -> str:
+    return " \\\n    ".join((name, *words))

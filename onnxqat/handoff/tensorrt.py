@@ -1,0 +1,30 @@
+"""trtexec's command for a calibration cache.
+
+NVIDIA TensorRT developer guide, "trtexec": ``--int8 --calib=FILE`` reads a cache; implicit
+quantization is deprecated from 10.1 on, where a Q/DQ model takes its place.
+"""
+
+from __future__ import annotations
+
+from onnxqat.handoff.facts import Facts, command, document, numbers
+
+__all__ = ["trtexec"]
+
+
+def trtexec(facts: Facts) -> dict[str, str]:
+    """Return the call with the cache, and the one with a Q/DQ model."""
+    shapes = ",".join(f"{one.name}:{one.lengths('x')}" for one in facts.inputs)
+    paragraphs = [
+        "TensorRT below 10, with the calibration cache:",
+        command("trtexec", f"--onnx={facts.model}", "--int8", f"--calib={facts.files['table']}",
+                f"--shapes={shapes}", "--saveEngine=model.engine"),
+        "TensorRT 10 and newer, with what 'onnxqat export --format tensorrt' writes:",
+        command("trtexec", "--onnx=model.int8.onnx", "--int8", f"--shapes={shapes}",
+                "--saveEngine=model.engine"),
+    ]  # fmt: skip
+    if facts.images:
+        paragraphs.append(
+            f"Pixels: {facts.pixels}, (pixel - mean) * scale with mean {numbers(facts.mean)} and "
+            f"scale {numbers(facts.scale)}, by your application."
+        )
+    return {"compile.txt": document(*paragraphs)}

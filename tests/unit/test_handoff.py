@@ -1,0 +1,137 @@
+"""What calls the vendor's compiler: words, numbers, and what an earlier model left."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+
+import numpy as np
+import pytest
+
+from onnxqat.deploy import write_deployment
+from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
+from onnxqat.rules import bundled_rules, load_rule
+from onnxqat.settings import Settings, settle
+from tests.networks import _Graph, attention, convnet, quantized
+
+MEAN, SCALE = (123.675, 116.28, 103.53), (0.0171248, 0.017507, 0.0174292)
+RULES = [n for n in bundled_rules() if load_rule(n).table in HANDOFFS]
+TOOL = '#!/bin/sh\nprintf "%s\\n" "$0" "$@" >> words.txt\n'
+
+
+def deployed(folder, rule, **settings):
+    """Strip a small network; return the texts of the hand-off, and the words of its commands."""
+    _, model = quantized(convnet(), rule)
+    settle(model, Settings(mean=MEAN, scale=SCALE, **settings))
+    files = write_deployment(model, folder).files
+    return {n: path.read_text() for n, path in files.items() if n in HANDOFF_FILES}
+
+
+def words(text, tool):
+    """Return the words of the command that begins with ``tool``."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return shlex.split(next(line for line in lines if line.startswith(tool)))
+
+
+def test_the_script_calls_the_compiler_with_what_the_model_was_trained_with(tmp_path):
+    deployed(tmp_path / "chip", "sophgo-bm1684x", pixel_format="bgr")
+    for name in ("model_transform.py", "model_deploy.py"):
+        (tmp_path / name).write_text(TOOL)
+        (tmp_path / name).chmod(0o755)
+    script = ["bash", str(tmp_path / "chip/compile.sh"), "--debug"]
+    subprocess.run(script, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+
+    text = (tmp_path / "chip/words.txt").read_text()
+    first, second = (part.split("\n") for part in text.split(f"{tmp_path}/model_deploy.py\n"))
+    options = dict(zip(first[1::2], first[2::2], strict=False))
+    assert options["--model_def"] == "model.onnx"
+    assert json.loads(options["--input_shapes"]) == [[1, 3, 8, 8]]
+    assert tuple(map(float, options["--mean"].split(","))) == MEAN
+    assert tuple(map(float, options["--scale"].split(","))) == SCALE
+    assert options["--pixel_format"] == "bgr"
+    options = dict(zip(second[0::2], second[1::2], strict=False))
+    assert options["--processor"] == "bm1684x"
+    assert (tmp_path / "chip" / options["--calibration_table"]).exists()
+    assert second[-2] == "--debug"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_a_script_that_was_run_says_nothing_of_it(rule, tmp_path):
+    found = deployed(tmp_path, rule)
+
+    scripts = [name for name in found if name.endswith(".sh")]
+    assert scripts == (["compile.sh"] if rule.startswith("sophgo") else [])
+    assert all("not run by us" in text.splitlines()[0] for n, text in found.items()
+               if n not in scripts)  # fmt: skip
+    assert found
+
+
+def test_axera_takes_divisors(tmp_path):
+    text = deployed(tmp_path, "axera-ax650")["compile.txt"]
+    (one,) = json.loads(text[text.index("{") :])["input_processors"]
+
+    np.testing.assert_allclose(np.divide(1, one["std"]), SCALE, rtol=1e-15)
+    assert tuple(one["mean"]) == MEAN
+    assert (one["tensor_format"], one["tensor_layout"]) == ("RGB", "NCHW")
+    assert "--target_hardware=AX650" in words(text, "pulsar2")[2:]
+    for option in words(text, "pulsar2")[2:]:
+        name, _, value = option.partition("=")
+        assert name not in ("--input", "--config") or (tmp_path / value).exists()
+
+
+def test_horizon_takes_mean_and_scale_by_spaces(tmp_path):
+    lines = deployed(tmp_path, "horizon-bernoulli2")["hb_mapper.yaml"].splitlines()
+    entries = dict(line.strip().split(": ", 1) for line in lines if line.startswith("  "))
+
+    assert json.loads(entries["march"]) == "bernoulli2"
+    assert tuple(map(float, json.loads(entries["mean_value"]).split())) == MEAN
+    assert tuple(map(float, json.loads(entries["scale_value"]).split())) == SCALE
+    assert json.loads(entries["input_shape"]) == "1x3x8x8"
+
+
+def test_cambricon_takes_the_variance(tmp_path):
+    text = deployed(tmp_path, "cambricon-mlu")["compile.txt"]
+    found = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+
+    first = found["insert_bn_before_firstnode"]["0"]
+    np.testing.assert_allclose(1 / np.sqrt(first["var"]), SCALE, rtol=1e-15)
+
+
+def test_ascend_subtracts_the_mean_where_it_may_have_a_fraction(tmp_path):
+    text = deployed(tmp_path, "ascend")["aipp.cfg"]
+
+    assert "  min_chn_2: 103.53\n  var_reci_chn_2: 0.0174292\n" in text
+    assert "src_image_size_w: 8" in text
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_without_images_has_no_preprocessing(rule):
+    _, model = quantized(attention(), rule)
+    files = dict.fromkeys(("table", "config", "ranges"), "t")
+    facts = facts_of(model, target=None, name="model.onnx", files=files)
+    text = "".join(HANDOFFS[load_rule(rule).table](facts).values())
+
+    assert facts.images == []
+    for word in ("mean", "scale_value", "aipp", "pixel"):
+        assert word not in text.lower().replace("pixel_", "")
+
+
+def test_names_are_one_word_each_and_free_lengths_are_for_the_user():
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w", 4, 3, 1, 1)], "output")
+    shapes = ["N", 3, "height", "width"], ["N", 4, "height", "width"]
+    _, model = quantized(g.model(*shapes), "tensorrt")
+    model.floats.graph.inputs[0].name = "a b$(x)"
+    facts = facts_of(model, target=None, name="model.onnx", files={"table": "t"})
+    found = words(HANDOFFS["tensorrt"](facts)["compile.txt"], "trtexec")
+
+    assert "--shapes=a b$(x):1x3xHEIGHTxWIDTH" in found
+
+
+def test_what_an_earlier_model_left_is_taken_away(tmp_path):
+    deployed(tmp_path, "horizon-bernoulli2")
+    _, model = quantized(convnet(), "sophgo-bm1684x")
+    write_deployment(model, tmp_path, force=True)
+
+    assert {p.name for p in tmp_path.iterdir()} & set(HANDOFF_FILES) == {"compile.sh"}
