@@ -17,8 +17,8 @@ __all__ = ["magicmind"]
 def magicmind(facts: Facts) -> dict[str, str]:
     """Return what belongs into the build configuration, and where the ranges go."""
     steps = [
-        (f"MagicMind: parse {facts.model} as ONNX, set the ranges of {facts.files['ranges']} on the\n"
-        f"network, and build it with the configuration {facts.files['config']}."),
+        f"MagicMind: parse {facts.model} as ONNX, build it with {facts.files['config']}.",
+        f"The ranges of the network are in {facts.files['ranges']}.",
         f"CATCH: {facts.files['table']} has the scales of each module.",
     ]
     if facts.images:

@@ -164,9 +164,8 @@ def command(*words: str) -> str:
 
     Examples
     --------
-    >>> print(command("tool", "a b", "--out", "c"))
-    tool 'a b' \\
-        --out c
+    >>> command("tool", "a b", "--out", "c")
+    "tool 'a b' \\\\\\n    --out c"
     """
     first, *others = words
     ends = (f" \\\n    {word}" if word.startswith("-") else f" {word}"

@@ -27,8 +27,8 @@ def mindspore(facts: Facts) -> dict[str, str]:
     paragraphs = [
         "Converts the float model:",
         convert,
-        (f"{facts.files['table']} has the ranges and widths of every layer, for the quantizers of a\n"
-        "network in MindSpore. converter_lite reads no such file."),
+        f"{facts.files['table']}: ranges and widths of every layer, for a network in MindSpore.",
+        "converter_lite reads no such file.",
     ]
     if facts.images:
         paragraphs.append(

@@ -268,6 +268,7 @@ def test_files_are_what_they_are_called(tmp_path):
         "model": "model.onnx",
         "table": "model_cali_table",
         "qtable": "model_qtable",
+        "compile.sh": "compile.sh",
     }
     assert sorted(files.values()) == sorted((tmp_path / "new" / "chip").iterdir())
     assert files["table"].read_text() == sophgo.write(table_of(model))
@@ -279,12 +280,14 @@ def test_force_removes_the_table_of_an_earlier_model(tmp_path):
     write_deployment(quantized(attention())[1], tmp_path)
     (tmp_path / "model.onnx").unlink()
     (tmp_path / "model_cali_table").unlink()
+    (tmp_path / "compile.sh").unlink()
     model = quantized(convnet())[1]
     with pytest.raises(Exception, match="model_qtable: already exists"):
         write_deployment(model, tmp_path)
     write_deployment(model, tmp_path, force=True)
 
-    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model_cali_table"}
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"model.onnx", "model_cali_table", "compile.sh"}
 
 
 def test_rule_without_a_table_writes_the_model_alone(tmp_path):
