@@ -4,7 +4,7 @@
 
 PYTHON is the interpreter of an environment with the wheel tpu_mlir 1.30.2 and what it needs (a
 Python 3.10; docs/integer.md says how one is made). QDQ is a calibrated or fine-tuned model of
-a Sophgo rule. It is stripped, compiled to int8 with the table that strip writes, and run in
+a Sophgo rule. It is stripped, compiled to int8 by the script that strip writes, and run in
 tpu-mlir's simulator. Without the environment variable nothing is done, and the script says so.
 
 Prints one JSON document: weights and biases that differ from ours, values that differ by tensor on
@@ -32,10 +32,10 @@ from onnxqat.evaluation.integer.steps import Values
 from onnxqat.model import Model
 from onnxqat.qparams import quantize
 from onnxqat.quantized import load_model
+from onnxqat.rules import load_rule
 from onnxqat.settings import input_specs, stored_settings
 
 VARIABLE = "ONNXQAT_TPU_MLIR"
-PROCESSORS = {"sophgo-bm1684x": "bm1684x", "sophgo-bm1688": "bm1688", "sophgo-bm1690": "bm1690"}
 SIMULATE = """
 import sys, numpy as np
 from tools.model_runner import mlir_inference
@@ -69,29 +69,23 @@ def environment(python: str) -> dict[str, str]:
     return os.environ | joined | firmware | {"TPUC_ROOT": str(base)}
 
 
-def compiled(model: Model, python: str, folder: Path, inputs: dict[str, Any]) -> str:
-    """Strip and compile a model in ``folder``; return the name of its int8 file."""
+def compiled(model: Model, python: str, folder: Path) -> str:
+    """Strip and compile a model in ``folder`` by its script; return the name of its int8 file."""
     files = write_deployment(model, folder / "chip", table="sophgo").files
-    processor = PROCESSORS[model.plan.rule]
-    shapes = ",".join(str([1, *x.shape[1:]]).replace(" ", "") for x in inputs.values())
     variables = environment(python)
     tools = Path(variables["TPUC_ROOT"]) / "python/tools"
-    transform = ["--model_name", "m", "--model_def", str(files["model"]), "--mlir", "m.mlir"]
-    deploy = ["--mlir", "m.mlir", "--quantize", "INT8", "--processor", processor, "--debug"]
-    deploy += ["--calibration_table", str(files["table"]), "--model", "m.bmodel"]
-    if "qtable" in files:
-        deploy += ["--quantize_table", str(files["qtable"])]
-    for tool, words in (
-        ("model_transform.py", [*transform, "--input_shapes", f"[{shapes}]"]),
-        ("model_deploy.py", [*deploy, "--skip_validation"]),
-    ):
-        done = subprocess.run(
-            [python, str(tools / tool), *words], cwd=folder, env=variables,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            sys.exit(f"{tool} failed:\n{done.stdout[-3000:]}")
-    return f"m_{processor}_int8_sym_tpu.mlir"
+    for tool in ("model_transform.py", "model_deploy.py"):  # by the interpreter of the environment
+        call = folder / tool
+        call.write_text(f'#!/bin/sh\nexec "{python}" "{tools / tool}" "$@"\n')
+        call.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(files["compile.sh"]), "--debug", "--skip_validation"],
+        env=variables | {"PATH": f"{folder}{os.pathsep}{variables['PATH']}"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"compile.sh failed:\n{done.stdout[-3000:]}")
+    return f"model_{load_rule(model.plan.rule).target}_int8_sym_tpu.mlir"
 
 
 def simulated(
@@ -178,7 +172,7 @@ def main(path: str, data: str, count: int = 32, samples: int = 500) -> None:
     program = IntegerProgram(model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mlir = compiled(model, python, folder, inputs)
+        mlir, folder = compiled(model, python, folder), folder / "chip"
         weights = compare_weights(model, folder, mlir)
         theirs = simulated(mlir, python, folder, inputs, count)
     first = {name: x[:count] for name, x in inputs.items()}

@@ -160,14 +160,9 @@ def document(*paragraphs: str) -> str:
 
 
 def command(*words: str) -> str:
-    r"""Return a command, its words quoted for a shell, with a line for each option.
-
-    Examples
-    --------
-    >>> command("tool", "a b", "--out", "c")
-    "tool 'a b' \\\\\\n    --out c"
-    """
+    """Return a command, its words quoted for a shell, with a line for each option."""
     first, *others = words
-    ends = (f" \\\n    {word}" if word.startswith("-") else f" {word}"
-            for word in map(shlex.quote, others))  # fmt: skip
-    return first + "".join(ends)
+    text = first
+    for word in map(shlex.quote, others):
+        text += f" \\\n    {word}" if word.startswith("-") else f" {word}"
+    return text
