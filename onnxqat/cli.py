@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,8 @@ from onnxqat.commands.outputs import ARGUMENTS
 from onnxqat.commands.signals import noted_signals
 from onnxqat.environment import check_environment, check_packages
 from onnxqat.errors import OnnxQatError
-from onnxqat.terminal import LineFormatter, guarded_streams, say, shown
+from onnxqat.terminal import guarded_streams, say, shown
+from onnxqat.verbosity import shows_tracebacks, verbosity_options
 
 __all__ = ["main"]
 
@@ -28,8 +28,6 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # A graph is hundreds of thousands of objects that all live on: looking through them for garbage
 # after every 700 new ones took a third of `insert` on 5,000 nodes.
 GARBAGE_THRESHOLD = 200_000
-# Loggers of what is no detail, and said without -v: how right the float model is on the labels.
-ALWAYS_SAID = ("onnxqat.train.validation",)
 
 
 class _UsageLineError(click.ClickException):
@@ -65,7 +63,7 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except OnnxQatError as error:
-            if ctx.params.get("verbose", 0) > 1:
+            if shows_tracebacks():
                 raise
             raise click.ClickException(shown(str(error).strip())) from error
         except click.UsageError as error:
@@ -94,16 +92,12 @@ def _one_line(text: str) -> str:
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="onnxqat")
-@click.option("-v", "--verbose", count=True, help="Say more; twice shows tracebacks.")
-def main(verbose: int) -> None:
+def main() -> None:
     """Quantization-aware training for an exported ONNX model."""
     gc.set_threshold(GARBAGE_THRESHOLD)
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
-    for name in ALWAYS_SAID:
-        logging.getLogger(name).setLevel(min(level, logging.INFO))
+
+
+main.params += verbosity_options()
 
 
 def _in_order(command: click.Command, check: Callable[[], None]) -> click.Command:

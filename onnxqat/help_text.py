@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from onnxqat.verbosity import verbosity_options
+
 __all__ = ["Command", "GroupedCommand", "command", "under"]
 
 Command = Callable[..., None]
@@ -23,7 +25,14 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose ``--help`` lists its options under titles, and ends with an example."""
+    """A command whose ``--help`` lists its options under titles, and ends with an example.
+
+    It takes ``-v`` and ``-q``, as the group does before it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += verbosity_options()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each title once, in the order in which the options were declared."""

@@ -21,6 +21,7 @@ from rich.progress import (
 
 from onnxqat.evaluation.metrics import figure_text
 from onnxqat.terminal import shown
+from onnxqat.verbosity import is_quiet
 
 __all__ = ["FinetuneReport", "Pulse", "progress_bar", "time_left"]
 
@@ -33,7 +34,7 @@ def _bar(*fields: str) -> Progress:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
     columns += [TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()]
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=is_quiet())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

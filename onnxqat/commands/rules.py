@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from onnxqat.commands.common import print_result
+from onnxqat.help_text import GroupedCommand
 from onnxqat.options import json_option
 from onnxqat.terminal import say, say_document
 
@@ -16,6 +17,9 @@ __all__ = ["rules"]
 @click.group()
 def rules() -> None:
     """Show and validate hardware rules."""
+
+
+rules.command_class = GroupedCommand
 
 
 @rules.command("list")
@@ -32,11 +36,18 @@ def rules_list(as_json: bool) -> None:
 
 @rules.command("show")
 @click.argument("name")
-def rules_show(name: str) -> None:
+@json_option
+def rules_show(name: str, as_json: bool) -> None:
     """Print what a rule says, and where it was read."""
+    import msgspec
+
     from onnxqat.rules import describe_rule, load_rule
 
-    for line in describe_rule(load_rule(name)).split("\n"):
+    rule = load_rule(name)
+    if as_json:
+        say_document({"schema": "onnxqat.rule/1", **msgspec.to_builtins(rule)})
+        return
+    for line in describe_rule(rule).split("\n"):
         say(line)
 
 

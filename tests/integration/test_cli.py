@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 from onnxqat.cli import main
 from onnxqat.quantized import load_model
+from onnxqat.rules import HardwareRule, load_rule
 from onnxqat.train import validation
 from tests.networks import attention
 from tests.oracles import run_ort
@@ -529,6 +531,58 @@ def test_twice_verbose_shows_the_traceback(tmp_path):
 
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["rules", "list"], "WARNING"),
+        (["-v", "rules", "list"], "INFO"),
+        (["rules", "list", "-v"], "INFO"),
+        (["-v", "rules", "list", "-v"], "DEBUG"),
+        (["rules", "list", "-q"], "ERROR"),
+        (["-q", "rules", "list", "-vv"], "INFO"),
+    ],
+)
+def test_verbosity_counts_before_and_behind_the_command(words, level):
+    run(*words)
+
+    assert logging.getLogger().level == logging.getLevelNamesMapping()[level]
+    run("rules", "list")
+
+
+def test_the_environment_sets_the_usual_level(monkeypatch):
+    monkeypatch.setenv("ONNXQAT_LOG", "debug")
+    run("rules", "list", "-q")
+    assert logging.getLogger().level == logging.INFO
+
+    monkeypatch.setenv("ONNXQAT_LOG", "loud")
+    said = error("rules", "list", code=2)
+    assert "ONNXQAT_LOG: 'loud' is none of error, warning, info, debug." in said
+    monkeypatch.delenv("ONNXQAT_LOG")
+    run("rules", "list")
+
+
+def test_quiet_hides_what_is_said_on_the_way(tmp_path):
+    words = ("insert", LENET, *RULE, "--set", "weight.bits=5")
+    loud, quiet = (
+        subprocess.run(
+            process(*words, *more, "-o", tmp_path / f"{len(more)}.onnx"),
+            capture_output=True, text=True, check=True,
+        )
+        for more in ((), ("-q",))
+    )  # fmt: skip
+
+    assert "5 bits" in loud.stderr
+    assert quiet.stderr == ""
+    assert loud.stdout.replace("0.onnx", "1.onnx") == quiet.stdout
+
+
+def test_rules_show_json_is_the_rule():
+    found = document("rules", "show", "ncnn")
+
+    assert found.pop("schema") == "onnxqat.rule/1"
+    assert msgspec.convert(found, HardwareRule, strict=False) == load_rule("ncnn")
 
 
 def test_how_right_the_float_model_is_on_the_labels_is_said_without_v():

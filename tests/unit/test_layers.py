@@ -52,6 +52,7 @@ ORDER = [
     "deploy",
     "verbs",
     "terminal",
+    "verbosity",
     "progress",
     "help_text",
     "options",

@@ -1,0 +1,76 @@
+"""How much is said on stderr: ``-v`` and ``-q`` of every command, and an environment variable."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import click
+
+from onnxqat.terminal import LineFormatter
+
+__all__ = ["VARIABLE", "is_quiet", "shows_tracebacks", "verbosity_options"]
+
+VARIABLE = "ONNXQAT_LOG"
+LEVELS = ("error", "warning", "info", "debug")
+USUAL = LEVELS.index("warning")
+# Loggers of what is no detail, and said without -v: how right the float model is on the labels.
+ALWAYS_SAID = ("onnxqat.train.validation",)
+
+
+class _LevelError(click.ClickException):
+    """Wrong usage in one line."""
+
+    exit_code = 2
+
+
+def verbosity_options() -> list[click.Option]:
+    """Return ``-v`` and ``-q``, which count before a command and behind it alike."""
+    return [
+        click.Option(
+            ["-v", "--verbose"], count=True, expose_value=False, callback=_counted(1),
+            help="Say more on stderr; twice shows details and tracebacks.",
+        ),
+        click.Option(
+            ["-q", "--quiet"], count=True, expose_value=False, callback=_counted(-1),
+            help="Say nothing on stderr but errors.",
+        ),
+    ]  # fmt: skip
+
+
+def _counted(sign: int) -> Callable[[click.Context, click.Parameter, int], None]:
+    def count(ctx: click.Context, _param: click.Parameter, value: int) -> None:
+        known = ctx.find_root().meta
+        known[VARIABLE] = known.get(VARIABLE, 0) + sign * value
+        _set_level(LEVELS[max(0, min(_usual() + known[VARIABLE], len(LEVELS) - 1))])
+
+    return count
+
+
+def _usual() -> int:
+    """Return the level that the environment asks for."""
+    name = os.environ.get(VARIABLE, "").lower() or LEVELS[USUAL]
+    if name not in LEVELS:
+        raise _LevelError(f"{VARIABLE}: '{name}' is none of {', '.join(LEVELS)}.")
+    return LEVELS.index(name)
+
+
+def _set_level(name: str) -> None:
+    level = logging.getLevelNamesMapping()[name.upper()]
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger().setLevel(level)
+    for logger in ALWAYS_SAID:
+        logging.getLogger(logger).setLevel(level if is_quiet() else min(level, logging.INFO))
+
+
+def is_quiet() -> bool:
+    """Return whether only errors are said."""
+    return logging.getLogger().level >= logging.ERROR
+
+
+def shows_tracebacks() -> bool:
+    """Return whether an error is shown with where it came from."""
+    return logging.getLogger().level <= logging.DEBUG
