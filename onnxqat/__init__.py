@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from onnxqat.verbs.analyze import analyze
     from onnxqat.verbs.calibrate import calibrate
     from onnxqat.verbs.check import Check, check
+    from onnxqat.verbs.compare_dumps import compare_dumps
+    from onnxqat.verbs.dump import dump
     from onnxqat.verbs.equalize import equalize
     from onnxqat.verbs.evaluate import evaluate
     from onnxqat.verbs.export import export
@@ -74,8 +76,10 @@ _HOMES = {
     "bundled_rules": "rules",
     "calibrate": "verbs.calibrate",
     "check": "verbs.check",
+    "compare_dumps": "verbs.compare_dumps",
     "deployed_model": "deploy",
     "describe_rule": "rules",
+    "dump": "verbs.dump",
     "equalize": "verbs.equalize",
     "evaluate": "verbs.evaluate",
     "export": "verbs.export",
@@ -131,8 +135,10 @@ __all__ = [
     "bundled_rules",
     "calibrate",
     "check",
+    "compare_dumps",
     "deployed_model",
     "describe_rule",
+    "dump",
     "equalize",
     "evaluate",
     "export",

@@ -12,14 +12,22 @@ import mmap
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
 from onnxqat.locks import claimed, is_data, noted_data, refuse_claimed
 
-__all__ = ["atomic_output", "atomic_outputs", "check_readable", "check_writable", "write_text"]
+__all__ = [
+    "atomic_folder",
+    "atomic_output",
+    "atomic_outputs",
+    "check_folder",
+    "check_readable",
+    "check_writable",
+    "write_text",
+]
 
 
 def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -> None:
@@ -132,6 +140,86 @@ def atomic_outputs(
                 _commit(temporary, paths[0].parent, outdated)
     except OSError as error:
         message = f"{paths[0]}: cannot be written ({error.strerror}). Choose another output."
+        raise OnnxQatError(message) from error
+
+
+def check_folder(
+    path: str | Path,
+    *,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Refuse a folder that could not be written, before any work is done for it.
+
+    Parameters
+    ----------
+    force : bool
+        Replace what the folder holds.
+    check : callable, optional
+        Raises where the folder holds what must not be replaced.
+
+    Raises
+    ------
+    OnnxQatError
+        It holds something and ``force`` is not set, is no folder, or lies where none can be made.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise OnnxQatError(f"{path}: is not a folder. Choose another output.")
+        used = path.exists() and any(path.iterdir())
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}). Choose another output."
+        raise OnnxQatError(message) from error
+    if used and not force:
+        raise OnnxQatError(f"{path}: already exists. Pass --force to replace it.")
+    if used and check is not None:
+        check(path)
+    if not path.parent.is_dir():
+        raise OnnxQatError(f"{path}: directory '{path.parent}' does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise OnnxQatError(f"{path}: directory '{path.parent}' is not writable. Choose another.")
+
+
+@contextmanager
+def atomic_folder(
+    path: str | Path,
+    *,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary folder; move it to ``path`` when the block succeeds.
+
+    Killed while an earlier folder is replaced, the process leaves the old one, the new one or none.
+
+    Parameters
+    ----------
+    force, check
+        As `check_folder`.
+
+    Raises
+    ------
+    OnnxQatError
+        As `check_folder`, another run writes the folder, or the file system refuses the write.
+    """
+    path = Path(path)
+    check_folder(path, force=force, check=check)
+    try:
+        with claimed(path) as own:
+            own.mkdir(mode=0o700, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=own) as staging:
+                made = Path(staging) / "new"
+                made.mkdir()
+                yield made
+                for entry in (*made.rglob("*"), made):
+                    _sync(entry)
+                check_folder(path, force=force, check=check)  # it may have appeared meanwhile
+                if path.exists():
+                    path.rename(Path(staging) / "old")
+                made.rename(path)
+                _sync(path.parent)
+    except OSError as error:
+        message = f"{path}: cannot be written ({error.strerror}). Choose another output."
         raise OnnxQatError(message) from error
 
 

@@ -6,6 +6,7 @@ Heavy modules are imported inside of the commands, so that ``--help`` answers at
 from onnxqat.commands.analyze import analyze
 from onnxqat.commands.calibrate import calibrate
 from onnxqat.commands.check import check
+from onnxqat.commands.dump import compare_dumps, dump
 from onnxqat.commands.equalize import equalize
 from onnxqat.commands.evaluate import evaluate
 from onnxqat.commands.export import export
@@ -20,6 +21,18 @@ from onnxqat.commands.strip import strip
 __all__ = ["COMMANDS"]
 
 COMMANDS = (
-    *(check, insert, calibrate, finetune, report, evaluate, analyze, search, strip),
+    *(
+        check,
+        insert,
+        calibrate,
+        finetune,
+        report,
+        evaluate,
+        analyze,
+        search,
+        dump,
+        compare_dumps,
+        strip,
+    ),
     *(equalize, export, import_table, rules),
 )

@@ -7,6 +7,8 @@ Each takes a path or an object, changes nothing that it is given, and writes not
 from onnxqat.verbs.analyze import analyze
 from onnxqat.verbs.calibrate import calibrate
 from onnxqat.verbs.check import Check, check
+from onnxqat.verbs.compare_dumps import compare_dumps
+from onnxqat.verbs.dump import dump
 from onnxqat.verbs.equalize import equalize
 from onnxqat.verbs.evaluate import evaluate
 from onnxqat.verbs.export import export
@@ -31,6 +33,8 @@ __all__ = [
     "analyze",
     "calibrate",
     "check",
+    "compare_dumps",
+    "dump",
     "equalize",
     "evaluate",
     "export",

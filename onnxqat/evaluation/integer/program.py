@@ -72,6 +72,19 @@ class IntegerProgram:
             self._count(step, reference, values)
         return [self._output(name, values) for name in self.outputs]
 
+    def tensors(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what every tensor of one batch stands for, in float, by the float model's names.
+
+        What lies within a step that the chip runs as one is not among them.
+        """
+        values = Values(floats=dict(inputs))
+        for step in self.steps:
+            result = step.run(values)
+            values.levels |= result.levels
+            values.floats |= result.floats
+        known = {t: self.grids[t].dequantize(levels) for t, levels in values.levels.items()}
+        return {**values.floats, **known}
+
     @property
     def points(self) -> tuple[PointDifference, ...]:
         """Differences over all batches, in the order of the program."""
