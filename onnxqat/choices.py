@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from onnxqat.errors import OnnxQatError, OptionError
 
-__all__ = ["check_choice", "nearest"]
+__all__ = ["ObserverName", "check_choice", "nearest"]
+
+# How a clipping range is chosen, see `onnxqat.calibration.observers`. The names stand here, where
+# the command line and the rules find them without importing numpy.
+ObserverName: TypeAlias = Literal[
+    "mse",
+    "minmax",
+    "moving-average",
+    "average",
+    "percentile",
+    "kl-tensorrt",
+    "kl-tpu-mlir",
+    "aciq-gauss",
+    "aciq-laplace",
+    "auto",
+]
 
 MAX_SHOWN = 8  # names in a message
 

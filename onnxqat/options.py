@@ -6,10 +6,11 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from onnxqat.choices import ObserverName
 from onnxqat.help_text import Command, under
 
 __all__ = [
@@ -201,9 +202,9 @@ relu6_option = _repair(
     "outputs on the data hardly change (auto).",
 )
 calibration_options = _options(
-    _calibration("--observer", type=click.Choice(["mse", "minmax", "moving-average", "percentile"]),
+    _calibration("--observer", type=click.Choice(get_args(ObserverName)),
                  default="mse", show_default=True,
-                 help="How the clipping range of each tensor is chosen."),
+                 help="How a clipping range is chosen, unless --set or the rule says."),
     _calibration("--samples", type=click.IntRange(1), default=512, show_default=True, metavar="N",
                  help="Calibrate on N samples, chosen at random."),
 )  # fmt: skip

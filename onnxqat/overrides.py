@@ -14,9 +14,10 @@ tensor:REGEX      the points of the tensors whose whole name matches
 ================  ==================================================================
 
 KEY is a field of the spec (``bits``, ``signedness``, ``symmetric``, ``narrow_range``,
-``power_of_two``, ``axis``, ``min_range``, ``method``), ``spec``, whose value is the name of a spec
-of the rule, or ``quantize``: ``false`` leaves nodes or tensors float, ``true`` quantizes nodes that
-the rule, or an earlier override, leaves float. Later overrides win.
+``power_of_two``, ``axis``, ``min_range``, ``observer``, ``range_factor``, ``method``), ``spec``,
+whose value is the name of a spec of the rule, or ``quantize``: ``false`` leaves nodes or tensors
+float, ``true`` quantizes nodes that the rule, or an earlier override, leaves float. Later overrides
+win.
 
 A TOML file says the same, one table per selector, in order::
 
@@ -42,13 +43,20 @@ from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
 from onnxqat.selectors import matches, parse_assignment
 
-__all__ = ["Override", "overrides_text", "parse_override", "read_overrides"]
+__all__ = [
+    "Override",
+    "check_weight_observer",
+    "overrides_text",
+    "parse_override",
+    "read_overrides",
+]
 
 ROLES = ("weight", "activation", "bias")
 SELECTORS = (*ROLES, "first", "last", "op:TYPE", "name:REGEX", "between:A->B", "tensor:REGEX")
 NOT_BY_HAND = ("fixed_range", "rounding", "min_scale")
 SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in NOT_BY_HAND)
 KEYS = (*SPEC_KEYS, "spec", "quantize")
+WEIGHT_OBSERVERS = ("mse", "minmax", "auto")
 MAX_FILE_BYTES = 2**20
 
 
@@ -190,9 +198,26 @@ def _check_fit(text: str, override: Override) -> None:
     """Refuse keys that a selector does not have."""
     if override.kind == "bias" and override.key != "quantize":
         raise RuleError(f"'{text}': a bias follows its input and weight; bias.quantize=false only.")
+    if override.kind == "weight":
+        check_weight_observer(override)
     if override.key == "quantize" and override.value and not override.selects_nodes:
         raise RuleError(
             f"'{text}': quantize=true is for nodes. Select them by name:, op: or between:."
+        )
+
+
+def check_weight_observer(override: Override) -> None:
+    """Refuse an observer that looks at batches, for a weight that is selected as such.
+
+    Raises
+    ------
+    RuleError
+        A weight does not take it.
+    """
+    if override.key == "observer" and override.value not in WEIGHT_OBSERVERS:
+        raise RuleError(
+            f"'{override}': the range of a weight is chosen by {', '.join(WEIGHT_OBSERVERS)}. "
+            "Other observers look at the batches of an activation."
         )
 
 

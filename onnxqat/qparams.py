@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxqat.choices import ObserverName
 from onnxqat.errors import PlanError
 
 __all__ = [
@@ -81,6 +82,12 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         all-zero tensor or channel positive.
     min_scale : float
         Smallest scale, whatever the range.
+    observer : ObserverName or None
+        How calibration chooses the clipping range, see `onnxqat.calibration.observers`; None
+        leaves it to the run. A weight takes its least squared error with ``mse`` and ``auto``, its
+        extremes with all others.
+    range_factor : float
+        What the range that the observer picks is multiplied by.
     method : Method or None
         How fine-tuning moves scale and zero_point, see `onnxqat.train.fake_quantize`; None leaves
         it to the run.
@@ -96,6 +103,8 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
     min_scale: float = 0.0
+    observer: ObserverName | None = None
+    range_factor: float = 1.0
     method: Method | None = None
 
 

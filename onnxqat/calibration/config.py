@@ -18,8 +18,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes
     ----------
-    observer : {"mse", "minmax", "moving-average", "percentile"}
-        How a clipping range is chosen.
+    observer : ObserverName
+        How a clipping range is chosen, where neither the rule nor an override says; a name in
+        `OBSERVERS`.
     samples : int
         How many samples calibrate: so many of the data, chosen at random, or all there are.
     batch_size : int or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -48,8 +48,8 @@ def calibrate(
     batches : iterable of Batch, or of mapping of str to array
         Batches of the data, or model inputs by name. One batch is held at a time.
     observer : str
-        A name in `OBSERVERS`. Weights take the mean-squared-error range with ``mse``, their
-        largest magnitude with all others.
+        A name in `OBSERVERS`, for the points whose spec has none. Weights take the range of least
+        squared error with ``mse`` and ``auto``, their extremes with all others.
     progress : callable
         Called after each batch.
     workers : Workers
@@ -72,12 +72,10 @@ def calibrate(
         )
     plan, floats = model.plan, model.floats
     tensors = floats.graph.tensors()
-    params = _weight_params(plan, tensors, "mse" if observer == "mse" else "minmax")
+    params = _weight_params(plan, tensors, observer)
     taken = {name: model.params[name] for name in model.taken}
     params |= taken
-    watched, ranges = _observe(
-        floats, plan, batches, OBSERVERS[observer], threads, progress, workers
-    )
+    watched, ranges = _observe(floats, plan, batches, observer, threads, progress, workers)
 
     def measured() -> tuple[dict[str, QuantParams], QuantPlan]:
         for point in plan.grid_points():
@@ -103,11 +101,13 @@ def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
 
 
 def _weight_params(
-    plan: QuantPlan, tensors: Mapping[str, gs.Tensor], method: Any
+    plan: QuantPlan, tensors: Mapping[str, gs.Tensor], observer: str
 ) -> dict[str, QuantParams]:
     params = {}
     for point in plan.grid_points():
         if point.role == "weight" and point.group is None:
+            chosen = point.spec.observer or observer
+            method: Literal["mse", "minmax"] = "mse" if chosen in ("mse", "auto") else "minmax"
             low, high = weight_range(tensors[point.tensor].values, point.spec, method)
             params[point.parameters] = choose_qparams(low, high, point.spec)
     return params
@@ -117,7 +117,7 @@ def _observe(
     floats: Model,
     plan: QuantPlan,
     batches: Iterable[Batch | Mapping[str, NDArray[Any]]],
-    kind: type[Observer],
+    observer: str,
     threads: int,
     progress: Callable[[], None],
     workers: Workers,
@@ -131,6 +131,7 @@ def _observe(
     watched: dict[str, Observer] = {}
     for point in points:
         if point.parameters not in watched:
+            kind = OBSERVERS[point.spec.observer or observer]
             watched[point.parameters] = kind(point.spec, name=point.parameters)
     tensors = floats.graph.tensors()
     activations = []

@@ -90,7 +90,8 @@ def unobserved_tensors(units: Iterable[Quantized], groups: Mapping[str, str]) ->
 def merged_spec(specs: list[QuantSpec]) -> QuantSpec:
     """Return one spec for a group: the highest precision, signed if any member may be.
 
-    The first spec is that of the tensor the group is named after, whose range may be forced.
+    The first spec is that of the tensor the group is named after, whose range may be forced. The
+    group is calibrated as the first says that names an observer, or a factor other than 1.
     """
     if specs[0].fixed_range:
         return specs[0]
@@ -104,4 +105,6 @@ def merged_spec(specs: list[QuantSpec]) -> QuantSpec:
         signedness=signedness,
         min_range=max(s.min_range for s in specs),
         min_scale=max(s.min_scale for s in specs),
+        observer=next((s.observer for s in specs if s.observer), None),
+        range_factor=next((s.range_factor for s in specs if s.range_factor != 1), 1.0),
     )

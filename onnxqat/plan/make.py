@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import PlanError, RuleError
 from onnxqat.nodes import channel_axis
-from onnxqat.overrides import Override
+from onnxqat.overrides import Override, check_weight_observer
 from onnxqat.plan.chains import find_chains
 from onnxqat.plan.choose import Choice, choose_ops
 from onnxqat.plan.graph import GraphIndex, Unit
@@ -172,6 +172,8 @@ def _apply_overrides(
 def _change(
     index: GraphIndex, rule: HardwareRule, draft: Draft, override: Override, nodes: set[str]
 ) -> None:
+    if draft.role == "weight" and override.kind == "tensor":
+        check_weight_observer(override)
     draft.spec = msgspec.structs.replace(
         draft.spec, **_new_fields(index, rule, draft, override, nodes)
     )

@@ -148,5 +148,7 @@ def _describe(spec: QuantSpec) -> str:
     words += ["pow2"] if spec.power_of_two else []
     words += [f"axis={spec.axis}"] if spec.axis is not None else []
     words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []
+    words += [f"observer={spec.observer}"] if spec.observer else []
+    words += [f"range_factor={spec.range_factor:g}"] if spec.range_factor != 1 else []
     words += [f"method={spec.method}"] if spec.method else []
     return " ".join(words)

@@ -54,6 +54,8 @@ def _spec(spec: RuleSpec) -> str:
     words += ["narrow range"] if spec.narrow_range else []
     words += ["power-of-two scale"] if spec.power_of_two else []
     words += [f"fixed range {list(spec.fixed_range)}"] if spec.fixed_range else []
+    words += [f"calibrated by {spec.observer}"] if spec.observer else []
+    words += [f"range times {spec.range_factor:g}"] if spec.range_factor != 1 else []
     words += [f"fine-tuned by {spec.method}"] if spec.method else []
     words += [f"at least {spec.min_range:g} wide"] if spec.min_range > 1e-12 else []
     return ", ".join(words)

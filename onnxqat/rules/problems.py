@@ -101,6 +101,8 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         return f"min_range = {spec.min_range}. Give > 0."
     if not 0 <= spec.min_scale < math.inf:
         return f"min_scale = {spec.min_scale}. Give 0 or more."
+    if not 0 < spec.range_factor < math.inf:
+        return f"range_factor = {spec.range_factor}. Give > 0; 1 leaves ranges as they are."
     if not spec.symmetric and spec.signedness == "from_range":
         return (
             "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or 'unsigned'."

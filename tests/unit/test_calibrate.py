@@ -106,6 +106,38 @@ def test_processes_with_their_share_measure_what_one_does(observer, size):
     assert found.to_proto() == expected.to_proto()
 
 
+def test_points_have_observers_of_their_own():
+    """Each scale is the one that a run with that observer for all of them gives."""
+    network = convnet()
+    narrow = ("weight.bits=4",)
+    mixed = (*narrow, "tensor:r1.observer=percentile", "tensor:c3.observer=moving-average")
+    _, found = quantized(network, overrides=(*mixed, "weight.observer=mse"), observer="minmax")
+    runs = {
+        observer: quantized(network, overrides=narrow, observer=observer)[1].params
+        for observer in ("minmax", "percentile", "moving-average", "mse")
+    }
+    expected = {"r1": "percentile", "c3": "moving-average"}
+
+    assert not runs["percentile"]["r1"].same_as(runs["minmax"]["r1"])
+    assert not runs["moving-average"]["c3"].same_as(runs["minmax"]["c3"])
+    assert not runs["mse"]["w1"].same_as(runs["minmax"]["w1"])
+    for point in found.plan.grid_points():
+        chosen = "mse" if point.role == "weight" else "minmax"
+        observer = expected.get(point.tensor, chosen)
+        assert found.params[point.parameters].same_as(runs[observer][point.parameters])
+
+
+def test_weights_take_the_least_error_with_auto_too():
+    network = convnet()
+    auto, mse, minmax = (
+        quantized(network, overrides=("weight.bits=4",), observer=name)[1].params
+        for name in ("auto", "mse", "minmax")
+    )
+
+    assert auto["w1"].same_as(mse["w1"])
+    assert not auto["w1"].same_as(minmax["w1"])
+
+
 def test_batches_are_read_one_at_a_time():
     network = convnet()
     alive = []

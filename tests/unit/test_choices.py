@@ -24,7 +24,7 @@ MISSPELT = {
         lambda q: insert_pairs(q.floats, q.plan, q.params, state="calibrate"),
         "The nearest: 'calibrated'",
     ),
-    "observer": (lambda q: calibrate(q, [], observer="mean"), "There are: 'minmax'"),
+    "observer": (lambda q: calibrate(q, [], observer="mean"), "There are: 'mse'"),
     "pixels": (lambda _: Preprocessing(pixel_format="RGB"), "There are: 'rgb', 'bgr', 'gray'"),
     "layout": (lambda _: Preprocessing(layout="nhcw"), "The nearest: 'nhwc', 'nchw'"),
 }

@@ -221,11 +221,45 @@ def test_high_precision_output_stays_float():
         ("op:Conv.quantize=maybe", "takes true or false"),
         ("bias.bits=16", "bias.quantize=false only"),
         ("between:a.bits=8", "between:TENSOR->TENSOR"),
+        ("tensor:r1.observer=median", "Invalid enum value 'median'"),
+        ("weight.observer=percentile", "range of a weight is chosen by mse, minmax, auto"),
     ],
 )
 def test_wrong_override_says_so(text, message):
     with pytest.raises(RuleError, match=message):
         parse_override(text)
+
+
+def test_an_observer_by_override_is_in_the_plan_and_in_its_lines():
+    overrides = ("activation.observer=percentile", "tensor:r1.observer=kl-tensorrt")
+    plan = plan_of(convnet(), "sophgo-bm1684x", *overrides, "tensor:r1.range_factor=0.9")
+    chosen = {p.tensor: p.spec.observer for p in plan.grid_points()}
+
+    assert chosen["r1"] == "kl-tensorrt"
+    assert chosen["w1"] is None
+    assert {chosen[t] for t in chosen if t != "r1" and not t.startswith("w")} == {"percentile"}
+    line = next(line for line in plan.lines() if line.startswith("r1 "))
+    assert " observer=kl-tensorrt range_factor=0.9 " in line
+
+
+def test_a_weight_by_its_name_takes_no_observer_of_batches():
+    with pytest.raises(RuleError, match="range of a weight is chosen by mse, minmax, auto"):
+        plan_of(convnet(), "sophgo-bm1684x", "tensor:w1.observer=average")
+
+
+def test_a_range_factor_is_above_zero():
+    with pytest.raises(RuleError, match=r"range_factor = 0\.0\. Give > 0"):
+        plan_of(convnet(), "sophgo-bm1684x", "activation.range_factor=0")
+
+
+def test_a_group_is_calibrated_as_its_first_member_says():
+    """The tensor that the group is named after may say nothing."""
+    plan = plan_of(convnet(), "sophgo-bm1684x", "tensor:c4.observer=mse")
+    group = next(p.group for p in plan.points if p.tensor == "c4")
+    members = [p for p in plan.points if p.group == group]
+
+    assert len(members) > 1
+    assert {p.spec.observer for p in members} == {"mse"}
 
 
 @pytest.mark.parametrize("selector", ["op:Cnov", "name:n_c9", "tensor:w9"])

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from onnxqat.qparams import FloatArray
 
-__all__ = ["Histogram"]
+__all__ = ["CHUNK", "Histogram"]
 
 _HALF_BITS = 13
 _HALF = 1 << _HALF_BITS  # bins on each side of zero; more than half of one side is in use
-_CHUNK = 1 << 16  # elements binned at a time, so that the temporaries stay in the cache
+CHUNK = 1 << 15  # elements that are best counted at a time
 _SMALLEST_EXPONENT = -126  # of a bin width: its inverse must be a float32
 
 
@@ -34,6 +34,7 @@ class Histogram:
         self._counts = np.zeros(2 * _HALF, np.int64)
         self._exponent = _SMALLEST_EXPONENT  # of the bin width
         self.zeros = 0
+        self._scratch: tuple[FloatArray, NDArray[np.int16], NDArray[np.intp]] | None = None
 
     @property
     def width(self) -> float:
@@ -41,27 +42,41 @@ class Histogram:
         return float(2.0**self._exponent)
 
     def add(self, x: FloatArray, magnitude: float) -> None:
-        """Count the finite values ``x``, whose largest magnitude is ``magnitude``."""
+        """Count the finite values ``x``, whose largest magnitude is ``magnitude``.
+
+        They are best given `CHUNK` at a time, so that the temporaries stay in the cache.
+        """
         if magnitude == 0:
             self.zeros += x.size
             return
         self._grow(int(np.frexp(magnitude)[1]) - _HALF_BITS)
-        flat = x.reshape(-1)
         inverse = np.float32(2.0**-self._exponent)
-        level = np.empty(min(_CHUNK, flat.size), np.float32)
-        for start in range(0, flat.size, _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            bins = level[: chunk.size]
-            np.multiply(chunk, inverse, out=bins)
-            np.floor(bins, out=bins)
-            if inverse < 1:  # only then can a value below zero underflow, to a zero
-                bins[(chunk < 0) & (bins == 0)] = -1
-            bins += np.float32(_HALF)  # exact: both are small integers
-            counts = np.bincount(bins.astype(np.intp), minlength=2 * _HALF)
-            zeros = chunk.size - int(np.count_nonzero(chunk))
-            counts[_HALF] -= zeros
-            self.zeros += zeros
-            self._counts += counts
+        flat = x.reshape(-1)
+        level, bins, index = self._temporaries(flat.size)
+        np.multiply(flat, inverse, out=level)
+        np.floor(level, out=level)
+        if inverse < 1:  # only then can a value below zero underflow, to a zero
+            level[(flat < 0) & (level == 0)] = -1
+        # by way of 16 bits, since numpy has no fast conversion of floats to 64
+        np.copyto(bins, level, casting="unsafe")
+        bins += np.int16(_HALF)
+        np.copyto(index, bins)
+        counts = np.bincount(index, minlength=2 * _HALF)
+        zeros = int(np.count_nonzero(flat == 0))
+        counts[_HALF] -= zeros
+        self.zeros += zeros
+        self._counts += counts
+
+    def _temporaries(self, size: int) -> tuple[FloatArray, NDArray[np.int16], NDArray[np.intp]]:
+        """Return arrays to compute in, which the next call of `add` takes again."""
+        if self._scratch is None or self._scratch[0].size < size:
+            self._scratch = (
+                np.empty(size, np.float32),
+                np.empty(size, np.int16),
+                np.empty(size, np.intp),
+            )
+        level, bins, index = self._scratch
+        return level[:size], bins[:size], index[:size]
 
     def merge(self, other: Histogram) -> None:
         """Count what ``other`` counted, which may widen its bins."""
@@ -89,6 +104,18 @@ class Histogram:
         first, last = (int(used[0]), int(used[-1])) if used.size else (_HALF, _HALF - 1)
         edges = np.arange(first - _HALF, last + 2 - _HALF, dtype=np.float64) * self.width
         return edges, self._counts[first : last + 1]
+
+    def magnitudes(self, most: int = _HALF) -> tuple[float, NDArray[np.int64]]:
+        """Return the width of the bins of the magnitudes, and their counts of shape (n,).
+
+        Exact zeros are left out, and so are empty bins behind the last. Bins are merged, 2 to a
+        power each, until there are at most ``most``, a power of two. Of a negative value that lies
+        between two bins the magnitude is in the lower one, that of a positive value in the higher.
+        """
+        folded = self._counts[_HALF:] + self._counts[_HALF - 1 :: -1]
+        counts: NDArray[np.int64] = folded.reshape(most, -1).sum(axis=1)
+        last = int(np.flatnonzero(counts)[-1]) if counts.any() else -1
+        return self.width * (_HALF // most), counts[: last + 1]
 
     def ends(self, fraction: float) -> tuple[float, float]:
         """Return ``(low, high)`` that ``fraction`` of all values do not exceed to either side.

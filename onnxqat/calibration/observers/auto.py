@@ -1,0 +1,53 @@
+"""For each tensor, whichever of several ranges leaves the least error."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+
+from onnxqat.calibration.observers.analytic import GaussObserver, LaplaceObserver
+from onnxqat.calibration.observers.base import Observer, Range, Seen
+from onnxqat.calibration.observers.divergence import (
+    TensorrtDivergenceObserver,
+    TpuMlirDivergenceObserver,
+)
+from onnxqat.calibration.observers.extremes import (
+    AverageObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+)
+from onnxqat.calibration.observers.percentile import PercentileObserver
+from onnxqat.calibration.observers.squared_error import MseObserver, SquaredError
+
+__all__ = ["AutoObserver"]
+
+CANDIDATES: tuple[type[Observer], ...] = (
+    MinMaxObserver,
+    MovingAverageObserver,
+    AverageObserver,
+    PercentileObserver,
+    MseObserver,
+    TensorrtDivergenceObserver,
+    TpuMlirDivergenceObserver,
+    GaussObserver,
+    LaplaceObserver,
+)
+
+
+@final
+class AutoObserver(Observer):
+    """The range of least mean squared quantization error out of those of all other observers.
+
+    The error is that of `SquaredError`, which `MseObserver` searches: the range is never worse
+    than that one's. Of equal errors the first in the order of `CANDIDATES` is taken.
+    """
+
+    keeps_batches = True
+    keeps_histogram = True
+
+    def pick(self, seen: Seen) -> Range:
+        """Return the range of least squared error."""
+        ranges = [kind(self._spec, name=self._name).pick(seen) for kind in CANDIDATES]
+        low, high = np.array(ranges).T
+        return ranges[SquaredError(seen.histogram, self._spec).least(low, high)]
