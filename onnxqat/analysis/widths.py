@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from onnxqat.analysis.advice import apart
-from onnxqat.calibration import fit_bias_range, weight_range
+from onnxqat.calibration import fit_bias_range, weight_method, weight_range
 from onnxqat.errors import ModelError, OptionError, RuleError
 from onnxqat.overrides import Override, parse_override
 from onnxqat.plan import QuantPlan, QuantPoint, make_plan
@@ -179,8 +179,8 @@ class Widths:
     def _params(self, tensor: str, spec: QuantSpec) -> QuantParams:
         key = tensor, spec.bits
         if key not in self._known:
-            method = "mse" if self._observer == "mse" else "minmax"
-            low, high = weight_range(self._tensors[tensor].values, spec, method)  # type: ignore[arg-type]
+            method = weight_method(spec, self._observer)
+            low, high = weight_range(self._tensors[tensor].values, spec, method)
             self._known[key] = choose_qparams(low, high, spec)
         return self._known[key]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.calibration.biases import fit_bias_range
-from onnxqat.calibration.observers import OBSERVERS, Observer, Range, weight_range
+from onnxqat.calibration.observers import OBSERVERS, Observer, Range, weight_method, weight_range
 from onnxqat.choices import check_choice
 from onnxqat.data import Batch
 from onnxqat.ends import TensorReader
@@ -106,8 +106,7 @@ def _weight_params(
     params = {}
     for point in plan.grid_points():
         if point.role == "weight" and point.group is None:
-            chosen = point.spec.observer or observer
-            method: Literal["mse", "minmax"] = "mse" if chosen in ("mse", "auto") else "minmax"
+            method = weight_method(point.spec, observer)
             low, high = weight_range(tensors[point.tensor].values, point.spec, method)
             params[point.parameters] = choose_qparams(low, high, point.spec)
     return params

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from onnxqat.calibration.observers import weight_range
+from onnxqat.calibration.observers.weights import WeightMethod
 from onnxqat.errors import DataError, PlanError
 from onnxqat.qparams import FloatArray, QuantSpec, choose_qparams, fake_quantize
 from tests.unit.test_observers import heavy, normal, squared_error
@@ -99,6 +100,16 @@ def test_weight_mse_takes_the_largest_of_equally_good_ranges() -> None:
     spec = QuantSpec(bits=8, axis=0, power_of_two=True)
     low, high = weight_range(w, spec, "mse")
     np.testing.assert_array_equal([low[0], high[0]], [-0.5, 0.75])
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_range_factor_multiplies_the_range_of_a_weight(method: WeightMethod) -> None:
+    w, spec = heavy(60).reshape(5, 12), QuantSpec(bits=4, axis=0)
+    half = msgspec.structs.replace(spec, range_factor=0.5)
+    for found, whole in zip(
+        weight_range(w, half, method), weight_range(w, spec, method), strict=True
+    ):
+        np.testing.assert_array_equal(found, whole / 2)
 
 
 def brute_force(w: FloatArray, spec: QuantSpec) -> tuple[FloatArray, FloatArray]:

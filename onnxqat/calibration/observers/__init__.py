@@ -30,12 +30,13 @@ from onnxqat.calibration.observers.extremes import (
 )
 from onnxqat.calibration.observers.percentile import PercentileObserver
 from onnxqat.calibration.observers.squared_error import MseObserver
-from onnxqat.calibration.observers.weights import weight_range
+from onnxqat.calibration.observers.weights import weight_method, weight_range
 
 __all__ = [
     "OBSERVERS",
     "Observer",
     "Range",
+    "weight_method",
     "weight_range",
 ]
 

@@ -49,5 +49,5 @@ class AutoObserver(Observer):
     def pick(self, seen: Seen) -> Range:
         """Return the range of least squared error."""
         ranges = [kind(self._spec, name=self._name).pick(seen) for kind in CANDIDATES]
-        low, high = np.array(ranges).T
-        return ranges[SquaredError(seen.histogram, self._spec).least(low, high)]
+        error = SquaredError(seen.histogram, self._spec)
+        return ranges[int(np.argmin([error.of(*ends) for ends in ranges]))]

@@ -11,16 +11,22 @@ from numpy.typing import NDArray
 from onnxqat.errors import DataError, PlanError
 from onnxqat.qparams import FloatArray, QuantParams, QuantSpec, choose_qparams, quantized_range
 
-__all__ = ["weight_range"]
+__all__ = ["WeightMethod", "weight_method", "weight_range"]
 
 Doubles: TypeAlias = NDArray[np.float64]
+WeightMethod: TypeAlias = Literal["minmax", "mse"]
 
 _CHUNK = 1 << 15  # elements at a time
 _FACTORS = np.arange(100, 19, -1) / 100  # 1.0 down to 0.2
 
 
+def weight_method(spec: QuantSpec, observer: str) -> WeightMethod:
+    """Return how the range of a weight is chosen where a run has this observer."""
+    return "mse" if (spec.observer or observer) in ("mse", "auto") else "minmax"
+
+
 def weight_range(
-    w: FloatArray, spec: QuantSpec, method: Literal["minmax", "mse"]
+    w: FloatArray, spec: QuantSpec, method: WeightMethod
 ) -> tuple[FloatArray, FloatArray]:
     """Return the clipping range of a weight, per tensor or per axis.
 
@@ -29,7 +35,8 @@ def weight_range(
     w : float32 of any shape
         Not changed.
     spec : QuantSpec
-        ``axis`` says per which axis, None for per-tensor.
+        ``axis`` says per which axis, None for per-tensor; what is chosen is multiplied by
+        ``range_factor``.
     method : {"minmax", "mse"}
         ``mse`` shrinks minimum and maximum by the factor out of 1.00, 0.99, ... 0.20 whose
         squared quantization error is least, each channel by its own (Nagel et al. 2021,
@@ -61,6 +68,7 @@ def weight_range(
         raise DataError("Weight holds nan or infinity. Repair the model first.")
     if method == "mse":
         low, high = _shrunk(rows, low, high, spec)
+    low, high = (end * np.float32(spec.range_factor) for end in (low, high))
     return (low.reshape(()), high.reshape(())) if spec.axis is None else (low, high)
 
 
