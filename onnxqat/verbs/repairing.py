@@ -146,6 +146,6 @@ def repairs(prepared: Model, plan: QuantPlan, path: str) -> list[str]:
     )
     advice = (
         f"The channels of {len(uneven)} weights have very different ranges: {worst}. Equalize "
-        f"them, which does not change the outputs: onnxqat insert {path} --equalize."
+        f"them, which prints what it does to the outputs: onnxqat insert {path} --equalize."
     )
     return [advice]
