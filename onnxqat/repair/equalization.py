@@ -128,7 +128,8 @@ def equalize(
         _refuse_changes(found, model.name)
     exact = result.copy()
     absorbed = _absorb(result, network, feeds, threads)
-    note_originals(exact, result)
+    if absorbed:
+        note_originals(exact, result)
     return Equalized(
         model=result,
         layers=changed,

@@ -46,14 +46,22 @@ def _changed(before: gs.Node, after: gs.Node) -> Iterator[tuple[NDArray[np.float
     A constant that was not there was zero.
     """
     for index, tensor in enumerate(after.inputs):
-        new = constant_values(tensor)
-        same = index < len(before.inputs) and before.inputs[index] is tensor
-        if new is None or new.dtype != np.float32 or same:
+        there = before.inputs[index] if index < len(before.inputs) else None
+        if _is_shared(there, tensor):
             continue
-        old = constant_values(before.inputs[index]) if index < len(before.inputs) else None
+        new, old = constant_values(tensor), None if there is None else constant_values(there)
+        if new is None or new.dtype != np.float32:
+            continue
         values = np.zeros_like(new) if old is None else np.broadcast_to(old, new.shape)
         if not np.array_equal(values, new):
             yield values, tensor
+
+
+def _is_shared(one: gs.Tensor | None, other: gs.Tensor) -> bool:
+    """Whether both are constants with the same stored values, which need not be read."""
+    if not isinstance(one, gs.Constant) or not isinstance(other, gs.Constant):
+        return False
+    return one._values is other._values
 
 
 def original(model: Model) -> Model:
