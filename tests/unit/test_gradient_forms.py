@@ -114,13 +114,15 @@ def conv(name, bias=True):
     return node, inputs, dy, expected(dy, inputs["x"], inputs["w"], attributes)
 
 
-@pytest.mark.parametrize("form", ["columns", "taps", "free", "kernels"])
+@pytest.mark.parametrize("form", ["columns", "taps", "free", "conv", "kernels", "kernels, conv"])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name, form, monkeypatch):
     if form == "taps":
         monkeypatch.setattr(convolution, "MOST_COLUMNS", 0)
+    if "conv" in form:
+        monkeypatch.setattr(convolution, "MANY_POSITIONS", 0)
     node, inputs, dy, wanted = conv(name)
-    kernels = installed_kernels() if form == "kernels" else frozenset()
+    kernels = installed_kernels() if "kernels" in form else frozenset()
     free = range(2, dy.ndim) if form == "free" else ()
     found, _ = differentiated(node, inputs, dy, set(inputs), kernels, free)
     for which, values in wanted.items():
