@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -15,6 +15,7 @@ from onnxqat.calibration import without_large_biases
 from onnxqat.choices import check_choice
 from onnxqat.errors import FormatError, OnnxQatError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
+from onnxqat.fixed_shapes import fix_shapes
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
@@ -99,6 +100,8 @@ def write_deployment(
     *,
     table: str | None = None,
     weights: Weights = "snapped",
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
     force: bool = False,
 ) -> Deployment:
     """Write ``model.onnx`` and the calibration table into ``folder``.
@@ -107,9 +110,15 @@ def write_deployment(
     ----------
     table : str, optional
         A name in `onnxqat.formats.FORMATS`, or ``none``; the rule's own by default.
+    batch : int, optional
+        Length of the first axis of every input where it is free; free by default.
+    input_shapes : mapping of str to sequence of int, optional
+        Whole shapes of inputs, see `onnxqat.fixed_shapes`.
 
     Raises
     ------
+    OptionError
+        A shape does not fit the model.
     PlanError
         The model is not calibrated.
     FormatError
@@ -120,12 +129,14 @@ def write_deployment(
     name = table or _table_of_rule(model.plan.rule)
     chosen = _format(name)
     floats = deployed_model(model, weights=weights)
+    if batch is not None or input_shapes:
+        floats = fix_shapes(floats, batch, input_shapes or {})
     written = chosen.write(Calibrated(model)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
     folder = Path(folder)
     paths = {"model": folder / MODEL_NAME}
     paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
-    handoff = _handoff(name, model, {kind: path.name for kind, path in paths.items()})
+    handoff = _handoff(name, model, floats, {kind: path.name for kind, path in paths.items()})
     paths |= {file: folder / file for file in handoff}
     # a table of an earlier model would pass for one of this model
     outdated = [folder / file for file in deployed_names()]
@@ -139,7 +150,9 @@ def write_deployment(
     return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
 
 
-def _handoff(table: str, model: QuantizedModel, files: Mapping[str, str]) -> dict[str, str]:
+def _handoff(
+    table: str, model: QuantizedModel, floats: Model, files: Mapping[str, str]
+) -> dict[str, str]:
     """Return the files that call the vendor's compiler; none where its commands are not known."""
     if table not in HANDOFFS:
         return {}
@@ -147,7 +160,7 @@ def _handoff(table: str, model: QuantizedModel, files: Mapping[str, str]) -> dic
         target = load_rule(model.plan.rule).target
     except RuleError:  # a rule of the user's own
         target = None
-    return HANDOFFS[table](facts_of(model, target=target, name=files["model"], files=files))
+    return HANDOFFS[table](facts_of(model, floats, target=target, files=files))
 
 
 def deployed_names() -> list[str]:

@@ -31,6 +31,7 @@ __all__ = [
     "run_options",
     "search_options",
     "seed_option",
+    "shape_options",
     "table_option",
     "teacher_option",
     "trainable_option",
@@ -95,6 +96,17 @@ def _pairs(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...])
         if pairs.setdefault(name, array) != array:
             raise click.BadParameter(f"'{name}' is given the arrays {pairs[name]} and {array}")
     return pairs or None
+
+
+def _shapes(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
+    """Read repeated ``NAME:1,3,640,640``."""
+    shapes = {}
+    for item in value:
+        name, _, text = item.rpartition(":")
+        if not name or not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
+            raise click.BadParameter(f"'{item}' is not of the form NAME:1,3,640,640")
+        shapes[name] = tuple(map(int, text.split(",")))
+    return shapes or None
 
 
 def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -367,6 +379,13 @@ weights_option = _output(
     help="Write weights rounded to their grid, as training computed with them (snapped), or before "
     "rounding (tuned).",
 )
+shape_options = _options(
+    _output("--batch", type=click.IntRange(1), metavar="N",
+            help="Fix the batch of the float model to N (default: as it was exported)."),
+    _output("--input-shape", "input_shapes", multiple=True, callback=_shapes,
+            metavar="NAME:1,3,H,W",
+            help="Fix the whole shape of an input; repeatable."),
+)  # fmt: skip
 export_options = _options(
     _output("--format", "format_name", required=True,
             type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),

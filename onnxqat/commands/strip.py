@@ -10,7 +10,7 @@ import click
 from onnxqat.commands.common import print_result
 from onnxqat.commands.outputs import check_apart
 from onnxqat.help_text import command, under
-from onnxqat.options import force_option, json_option, table_option, weights_option
+from onnxqat.options import force_option, json_option, shape_options, table_option, weights_option
 
 __all__ = ["strip"]
 
@@ -22,16 +22,16 @@ __all__ = ["strip"]
 )
 @table_option
 @weights_option
+@shape_options
 @force_option
 @json_option
-def strip(model: str, output: str, format_name: str | None, weights: Any, force: bool,
-          as_json: bool) -> None:  # fmt: skip
+def strip(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
     """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
     from onnxqat import verbs
     from onnxqat.deploy import MODEL_NAME, deployed_names
 
     check_apart({name: str(Path(output) / name) for name in (MODEL_NAME, *deployed_names())})
-    result = verbs.strip(model, output, format_name=format_name, weights=weights, force=force)
+    result = verbs.strip(model, output, force=force, **options)
     files = {kind: str(path) for kind, path in result.files.items()}
     document = {
         "schema": "onnxqat.strip/1",

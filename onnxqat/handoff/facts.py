@@ -11,6 +11,7 @@ import numpy as np
 from onnxqat.data import InputSpec, Preprocessing
 from onnxqat.data.feeds import model_layout
 from onnxqat.data.preprocess import Layout
+from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
 from onnxqat.settings import input_specs, stored_settings
 
@@ -112,24 +113,26 @@ class Facts:
 
 
 def facts_of(
-    model: QuantizedModel, *, target: str | None, name: str, files: Mapping[str, str]
+    model: QuantizedModel, floats: Model, *, target: str | None, files: Mapping[str, str]
 ) -> Facts:
     """Return what the hand-off of a deployed model needs.
 
     Parameters
     ----------
+    model : QuantizedModel
+        What was deployed.
+    floats : Model
+        The float model that was written.
     target : str or None
         The name of the chip, from the rule.
-    name : str
-        File name of the float model.
     files : mapping of str to str
-        File names of the table, by kind.
+        File names of ``model`` and of the table, by kind.
     """
     activations = [p.spec.bits for p in model.plan.grid_points() if p.role == "activation"]
     return Facts(
-        model=name,
+        model=files["model"],
         files=files,
-        inputs=tuple(map(_input, input_specs(model))),
+        inputs=tuple(map(_input, input_specs(floats))),
         preprocessing=stored_settings(model).preprocessing(),
         target=target or "CHIP",
         bits=max(activations, default=8),

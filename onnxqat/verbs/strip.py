@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxqat.deploy import Deployment, Weights, write_deployment
@@ -16,6 +17,8 @@ def strip(
     *,
     format_name: str | None = None,
     weights: Weights = "snapped",
+    batch: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
     force: bool = False,
 ) -> Deployment:
     """Write the float ``model.onnx`` and the calibration table, as ``onnxqat strip`` does.
@@ -30,6 +33,10 @@ def strip(
         Name of the table, see docs/formats.md, or ``none``; the rule's own by default.
     weights : {"snapped", "tuned"}
         On the grid, as training computed with them, or as trained.
+    batch : int, optional
+        Length of the first axis of every input where it is free; free by default.
+    input_shapes : mapping of str to sequence of int, optional
+        Whole shapes of inputs, by name, for compilers that want them fixed.
     force : bool
         Replace files that are there.
 
@@ -40,4 +47,12 @@ def strip(
         what the plan says.
     """
     loaded = quantized_model(model)
-    return write_deployment(loaded, output, table=format_name, weights=weights, force=force)
+    return write_deployment(
+        loaded,
+        output,
+        table=format_name,
+        weights=weights,
+        batch=batch,
+        input_shapes=input_shapes,
+        force=force,
+    )

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxqat.deploy import write_deployment
@@ -108,8 +109,8 @@ def test_ascend_subtracts_the_mean_where_it_may_have_a_fraction(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_model_without_images_has_no_preprocessing(rule):
     _, model = quantized(attention(), rule)
-    files = dict.fromkeys(("table", "config", "ranges"), "t")
-    facts = facts_of(model, target=None, name="model.onnx", files=files)
+    files = dict.fromkeys(("model", "table", "config", "ranges"), "t")
+    facts = facts_of(model, model.floats, target=None, files=files)
     text = "".join(HANDOFFS[load_rule(rule).table](facts).values())
 
     assert facts.images == []
@@ -123,7 +124,7 @@ def test_names_are_one_word_each_and_free_lengths_are_for_the_user():
     shapes = ["N", 3, "height", "width"], ["N", 4, "height", "width"]
     _, model = quantized(g.model(*shapes), "tensorrt")
     model.floats.graph.inputs[0].name = "a b$(x)"
-    facts = facts_of(model, target=None, name="model.onnx", files={"table": "t"})
+    facts = facts_of(model, model.floats, target=None, files={"model": "m", "table": "t"})
     found = words(HANDOFFS["tensorrt"](facts)["compile.txt"], "trtexec")
 
     assert "--shapes=a b$(x):1x3xHEIGHTxWIDTH" in found
@@ -135,3 +136,13 @@ def test_what_an_earlier_model_left_is_taken_away(tmp_path):
     write_deployment(model, tmp_path, force=True)
 
     assert {p.name for p in tmp_path.iterdir()} & set(HANDOFF_FILES) == {"compile.sh"}
+
+
+def test_the_script_has_the_batch_that_is_fixed(tmp_path):
+    _, model = quantized(convnet(), "sophgo-bm1684x")
+    write_deployment(model, tmp_path, batch=2)
+
+    assert "--input_shapes '[[2,3,8,8]]'" in (tmp_path / "compile.sh").read_text()
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_value == 2

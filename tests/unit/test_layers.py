@@ -38,6 +38,7 @@ ORDER = [
     "quantized",
     "computable",
     "snap",
+    "fixed_shapes",
     "outputs",
     "foreign",
     "data",

@@ -1,0 +1,107 @@
+"""Fix the free lengths of a float model's inputs, as many compilers want them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxqat.errors import ModelError, OptionError
+from onnxqat.model import Model
+from onnxqat.preparation.shapes import infer_shapes
+from onnxqat.runtime import UnknownOpError, open_session
+
+__all__ = ["fix_shapes"]
+
+logger = logging.getLogger(__name__)
+
+Dimension = int | str | None
+
+
+def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[int]]) -> Model:
+    """Return a model whose inputs have these shapes, and run it once on zeros of them.
+
+    Parameters
+    ----------
+    model : Model
+        A float model. It is not changed.
+    batch : int or None
+        Length of the first axis of every input where it is free.
+    shapes : mapping of str to sequence of int
+        Whole shapes of inputs, by name. A free length with a name is fixed wherever the name is.
+
+    Raises
+    ------
+    OptionError
+        There is no such input, or its own shape says otherwise.
+    ModelError
+        The model does not run at these shapes.
+    """
+    fixed = model.copy()
+    inputs = {tensor.name: tensor for tensor in fixed.graph.inputs}
+    lengths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            known = ", ".join(map(repr, inputs))
+            raise OptionError(f"--input-shape: there is no input '{name}', only {known}.")
+        _fix(inputs[name], list(shape), lengths)
+    for tensor in inputs.values():
+        if batch is not None and tensor.shape:
+            _fix(tensor, [batch, *tensor.shape[1:]], lengths)
+    for tensor in inputs.values():
+        tensor.shape = [lengths.get(n, n) for n in tensor.shape or ()]
+    outputs = {tensor.name for tensor in fixed.graph.outputs}
+    for name, tensor in fixed.graph.tensors().items():
+        if isinstance(tensor, gs.Variable) and name not in inputs:
+            free = any(not isinstance(n, int) for n in tensor.shape or ())
+            tensor.shape = None if free or name not in outputs else tensor.shape
+    infer_shapes(fixed.graph)
+    _run(fixed)
+    return fixed
+
+
+def _fix(tensor: gs.Variable, wanted: list[Dimension], lengths: dict[str, int]) -> None:
+    """Give an input a shape, and note the lengths of its names."""
+    shape: list[Dimension] = list(tensor.shape or ())
+    pairs = list(zip(shape, wanted, strict=False))
+    differs = any(isinstance(n, int) and n != new for n, new in pairs)
+    differs |= any(isinstance(n, str) and lengths.get(n, new) != new for n, new in pairs)
+    if len(shape) != len(wanted) or differs:
+        said = "x".join(map(str, wanted))
+        raise OptionError(
+            f"'{tensor.name}': {said} does not fit its shape {'x'.join(map(str, shape))}. Give the "
+            "lengths that are fixed as they are, and equal ones for equal names."
+        )
+    lengths |= {n: new for n, new in pairs if isinstance(n, str) and isinstance(new, int)}
+    tensor.shape = wanted
+
+
+def _run(model: Model) -> None:
+    """Run a model on zeros, unless it still has free lengths.
+
+    Raises
+    ------
+    ModelError
+        A node does not run, for example a Reshape that holds the batch of the export.
+    """
+    inputs = model.graph.inputs
+    if not all(isinstance(n, int) for tensor in inputs for n in tensor.shape or ()):
+        return
+    zeros = {tensor.name: np.zeros(tensor.shape or (), tensor.dtype) for tensor in inputs}
+    try:
+        session = open_session(model.to_proto(), optimization="basic", name=model.name)
+    except UnknownOpError as error:
+        logger.warning("%s The fixed shapes were not tried.", error)
+        return
+    for tensor, value in zip(model.graph.outputs, session.run(None, zeros), strict=True):
+        said = tensor.shape or ()
+        if len(said) == np.ndim(value) and any(
+            isinstance(n, int) and n != length
+            for n, length in zip(said, np.shape(value), strict=True)
+        ):
+            raise ModelError(
+                f"{model.name}: output '{tensor.name}' has the shape {np.shape(value)} at these "
+                f"inputs, and the model says {tuple(said)}. Export it with free lengths."
+            )
