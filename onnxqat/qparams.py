@@ -158,6 +158,23 @@ def quantized_range(spec: QuantSpec, *, signed: bool) -> tuple[int, int]:
     return (-qmax if spec.narrow_range else -qmax - 1), qmax
 
 
+def clipping_range(params: QuantParams, spec: QuantSpec) -> tuple[float, float]:
+    """Return the smallest and the largest value that the quantized range stands for.
+
+    Of several scales, the ends are those of the widest range.
+
+    Examples
+    --------
+    >>> params = QuantParams(scale=np.float32(0.5), zero_point=np.uint8(3))
+    >>> clipping_range(params, QuantSpec(bits=4))
+    (-1.5, 6.0)
+    """
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    zero_point = params.zero_point.astype(np.int32)
+    low, high = ((end - zero_point).astype(np.float32) * params.scale for end in (qmin, qmax))
+    return float(np.min(low)), float(np.max(high))
+
+
 def storage_dtype(spec: QuantSpec, *, signed: bool) -> np.dtype[Any]:
     """Return the integer dtype that QuantizeLinear produces for ``spec``."""
     width = 8 if spec.bits <= 8 else 16

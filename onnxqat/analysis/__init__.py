@@ -2,6 +2,7 @@
 
 from onnxqat.analysis.advice import Advice, overrides_file
 from onnxqat.analysis.biases import BiasFigures
+from onnxqat.analysis.document import analysis_document, worst_points
 from onnxqat.analysis.dumps import (
     Comparison,
     DumpNote,
@@ -11,6 +12,7 @@ from onnxqat.analysis.dumps import (
     compare_dumps,
     write_sample,
 )
+from onnxqat.analysis.histogram import Histogram
 from onnxqat.analysis.points import PointFigures, compare_points
 from onnxqat.analysis.run import Analysis, analyze, passes
 from onnxqat.analysis.search import (
@@ -35,6 +37,7 @@ __all__ = [
     "Comparison",
     "DumpNote",
     "Found",
+    "Histogram",
     "Layer",
     "LayerFigures",
     "Level",
@@ -46,6 +49,7 @@ __all__ = [
     "Variants",
     "Weight",
     "Widths",
+    "analysis_document",
     "analyze",
     "average_bits",
     "check_budget",
@@ -61,5 +65,6 @@ __all__ = [
     "search",
     "verifying_passes",
     "widths_of",
+    "worst_points",
     "write_sample",
 ]

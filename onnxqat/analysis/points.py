@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.analysis.channels import ChannelRanges, channels_of
+from onnxqat.analysis.histogram import Histogram, LevelCounts
 from onnxqat.data import Batch
 from onnxqat.ends import TensorReader
 from onnxqat.errors import DataError, ModelError
@@ -23,6 +24,7 @@ from onnxqat.plan import QuantPoint
 from onnxqat.qparams import (
     FloatArray,
     QuantParams,
+    clipping_range,
     dequantize,
     fake_quantize,
     quantized_range,
@@ -50,6 +52,13 @@ class PointFigures:
         Share of the float model's values whose integers lie outside of the range.
     outlier : float
         Largest magnitude of the float model's values, divided by their root mean square.
+    clipping_range, values : (float, float)
+        Ends of the range that the integers stand for, of the widest channel, and the smallest and
+        the largest of the float model's values, NaN where there are none.
+    scales : int
+        1, or one for each channel.
+    histogram : Histogram
+        On which integers the float model's values fall.
     channels, dead_channels : int or None
         How many there are, and how many hold one value in all samples; of a weight, only zeros.
         None where the tensor has no known channels.
@@ -64,6 +73,10 @@ class PointFigures:
     alone_cosine: float
     clipped: float
     outlier: float
+    clipping_range: tuple[float, float]
+    values: tuple[float, float]
+    scales: int
+    histogram: Histogram
     channels: int | None
     dead_channels: int | None
 
@@ -75,7 +88,9 @@ class _Counts:
         self.point, self.params = point, params
         self.together, self.alone = Similarity(), Similarity()
         self.count = self.clipped = 0
-        self.largest = 0.0
+        self.largest, self.values = 0.0, (math.inf, -math.inf)
+        self.low, self.high = quantized_range(point.spec, signed=params.signed)
+        self.levels = LevelCounts(self.low, self.high)
         self.ranges = ChannelRanges(axis)
 
     def add(self, x: FloatArray, y: FloatArray) -> None:
@@ -87,13 +102,15 @@ class _Counts:
             )
         spec = self.point.spec
         levels = rounded_levels(x, self.params, spec)
-        low, high = quantized_range(spec, signed=self.params.signed)
-        rounded = np.clip(levels, low, high).astype(self.params.zero_point.dtype)
+        rounded = np.clip(levels, self.low, self.high).astype(self.params.zero_point.dtype)
         self.together.add(x, y)
         self.alone.add(x, dequantize(rounded, self.params, spec))
-        self.clipped += int(np.count_nonzero((levels < low) | (levels > high)))
+        self.clipped += int(np.count_nonzero((levels < self.low) | (levels > self.high)))
+        self.levels.add(levels)
         self.count += x.size
-        self.largest = float(np.max([self.largest, np.abs(x).max(initial=0.0)]))
+        low, high = x.min(initial=self.values[0]), x.max(initial=self.values[1])
+        self.values = float(low), float(high)
+        self.largest = float(np.max([self.largest, -low, high]))
         self.ranges.add(x)
 
     def result(self) -> PointFigures:
@@ -109,6 +126,10 @@ class _Counts:
             alone_cosine=self.alone.cosine,
             clipped=self.clipped / max(self.count, 1),
             outlier=self.largest / rms if rms else math.nan,
+            clipping_range=clipping_range(self.params, self.point.spec),
+            values=self.values if self.count else (math.nan, math.nan),
+            scales=self.params.scale.size,
+            histogram=self.levels.result(),
             channels=self.ranges.count,
             dead_channels=self.ranges.zeros if weight else self.ranges.constant,
         )

@@ -44,6 +44,8 @@ class Analysis:
         What to change.
     sessions : int
         How many models were opened for the layers and the advice.
+    data : str
+        What the samples were of.
     """
 
     metric: str
@@ -54,6 +56,7 @@ class Analysis:
     layers: tuple[LayerFigures, ...]
     advice: Advice
     sessions: int
+    data: str = ""
 
 
 def passes(model: QuantizedModel) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ import click
 from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
     listener_of,
-    output_documents,
     output_rows,
     print_result,
     print_table,
@@ -34,6 +32,7 @@ from onnxqat.terminal import say
 
 if TYPE_CHECKING:
     from onnxqat.analysis import Analysis, LayerFigures, PointFigures
+    from onnxqat.quantized import QuantizedModel
 
 __all__ = ["analyze"]
 
@@ -81,39 +80,16 @@ def analyze(model: str, data: str, output: str | None, force: bool, as_json: boo
     seconds = time.monotonic() - started
     if output is not None:
         write_text(output, overrides_file(loaded, result.advice), force=force)
-    _print_analysis(result, loaded.plan.rule, seconds, output, as_json)
+    _print_analysis(result, loaded, seconds, output, as_json)
 
 
 def _print_analysis(
-    result: Analysis, rule: str, seconds: float, output: str | None, as_json: bool
+    result: Analysis, model: QuantizedModel, seconds: float, output: str | None, as_json: bool
 ) -> None:
-    advice = result.advice
-    document = {
-        "schema": "onnxqat.analyze/1",
-        "rule": rule,
-        "samples": result.evaluation.samples,
-        "metric": result.metric,
-        "cost": _finite(result.cost),
-        "sessions": result.sessions,
-        "seconds": round(seconds, 3),
-        "outputs": output_documents(result.evaluation),
-        "layers": [
-            {
-                **asdict(one.layer),
-                "alone": _finite(one.alone),
-                "left_float": _finite(one.left_float),
-            }
-            for one in result.layers
-        ],
-        "points": [_figures(point) for point in result.points],
-        "biases": [_figures(bias) for bias in result.biases],
-        "advice": {
-            "layers": [layer.node for layer in advice.layers],
-            "cost": _finite(advice.cost),
-            "overrides": [str(override) for override in advice.overrides],
-            "output": output,
-        },
-    }
+    from onnxqat.analysis import analysis_document
+
+    document = analysis_document(result, model) | {"seconds": round(seconds, 3)}
+    document["advice"]["output"] = output
     cost = _cost_format(result)
     name, meaning = _meaning(result.metric)
     rows = [
@@ -123,7 +99,6 @@ def _print_analysis(
         ("sessions", f"{result.sessions} in {seconds:.1f} s"),
     ]
     if result.evaluation.note:
-        document["note"] = result.evaluation.note
         rows.append(("note", result.evaluation.note))
     print_result(document, as_json, rows)
     if not as_json:
@@ -142,15 +117,6 @@ MEANINGS = {
 
 def _meaning(metric: str) -> tuple[str, str]:
     return MEANINGS.get(metric, (f"{metric} lost", "less is better"))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _figures(figures: Any) -> dict[str, Any]:
-    """Return figures as JSON that scripts read; null where a number is not finite."""
-    return {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(figures).items()}
 
 
 def _cost_format(result: Analysis) -> Callable[[float], str]:
@@ -186,13 +152,14 @@ def _print_layers(result: Analysis, cost: Callable[[float], str]) -> None:
 
 def _print_points(points: Sequence[PointFigures]) -> None:
     """Print the points that differ most."""
-    ranked = sorted(points, key=lambda p: (not math.isnan(p.alone_sqnr), p.alone_sqnr))[:WORST]
+    from onnxqat.analysis import worst_points
+
     rows = [
         (
             p.tensor, p.role, str(p.bits), _decibels(p.alone_sqnr), _decibels(p.sqnr),
             f"{p.cosine:.4f}", f"{100 * p.clipped:.2f} %", f"{p.outlier:.1f}",
         )
-        for p in ranked
+        for p in worst_points(points)
     ]  # fmt: skip
     heads = ("tensor", "role", "bits", "alone", "together", "cosine", "clipped", "max/rms")
     say("")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -80,7 +82,7 @@ def analyze(
         warn_if_unlike_training(loaded, found, batch_size=size, threads=threads)
         total = passes(loaded) * -(-len(chosen) // size)
         with listener.batches("analyzing", total) as advance:
-            return run(
+            result = run(
                 loaded,
                 partial(found.batches, size, indices=chosen),
                 against=reference,
@@ -89,3 +91,4 @@ def analyze(
                 threads=threads,
                 progress=advance,
             )
+    return replace(result, data=Path(found.name).name)

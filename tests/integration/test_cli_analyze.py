@@ -48,6 +48,21 @@ def test_the_document_has_layers_points_outputs_and_advice(found, work):
     assert advised == [layer["node"] for layer in found["layers"]][: len(advised)]
     assert found["advice"]["cost"] < found["cost"]
     assert found["sessions"] >= 11 + len(advised) - 1
+    assert (found["model"], found["state"], found["data"]) == (
+        *("q.onnx", "calibrated", "digits.npz"),
+    )
+
+
+def test_histograms_are_those_of_the_worst(found):
+    drawn = {p["tensor"]: p["histogram"] for p in found["points"] if p["histogram"]}
+    ranked = sorted(found["points"], key=lambda p: p["alone_sqnr"])
+    worst = {p["tensor"] for p in ranked[:10]}
+    worst |= {name for one in found["layers"] for name in (*one["weights"], *one["inputs"])}
+    weight = drawn["conv1.weight"]
+
+    assert drawn.keys() == worst
+    assert sum(weight["counts"]) == 6 * 25
+    assert (weight["qmin"], weight["qmax"], weight["width"]) == (-4, 3, 1)
 
 
 def test_insert_takes_the_file_that_is_advised(found, work):

@@ -255,7 +255,8 @@ def test_16_bits_are_advised_where_the_chip_has_them(rule, weight, expected, aft
     variants = Variants(model, chip)
     point = PointFigures(tensor="", role="weight", bits=8, sqnr=0, cosine=1, alone_sqnr=20,
                          alone_cosine=1, clipped=0, outlier=1, channels=None,
-                         dead_channels=None)  # fmt: skip
+                         dead_channels=None, clipping_range=(-1, 1), values=(-1, 1), scales=1,
+                         histogram=None)  # fmt: skip
     points = [replace(point, tensor=p.tensor) for p in model.plan.grid_points()]
     points = [replace(p, alone_sqnr=weight) if p.tensor == "w2" else p for p in points]
     layer = next(one for one in variants.layers if one.node == "n_c2")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import tracemalloc
 from dataclasses import replace
+from itertools import pairwise
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -14,6 +16,7 @@ from onnx import numpy_helper
 from onnxqat.analysis import compare_points
 from onnxqat.analysis.biases import look_at_biases
 from onnxqat.analysis.channels import ChannelRanges, channels_of
+from onnxqat.analysis.histogram import LevelCounts
 from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.data import Batch
 from onnxqat.errors import DataError, ModelError
@@ -56,7 +59,7 @@ def plain(x, y):
 
 
 def rounded(x, params, point):
-    """Return the values on the grid, and which of them the range cuts off."""
+    """Return the values on the grid, which of them the range cuts off, and their integers."""
     spec, shape = point.spec, [1] * x.ndim
     if spec.axis is not None:
         shape[spec.axis] = -1
@@ -66,7 +69,7 @@ def rounded(x, params, point):
     low += params.signed and spec.narrow_range
     levels = np.rint(x / scale) + zero
     cut = np.clip(levels, low, high)
-    return (np.float32(cut - zero) * scale).astype(np.float32), cut != levels
+    return (np.float32(cut - zero) * scale).astype(np.float32), cut != levels, levels
 
 
 @pytest.mark.parametrize(
@@ -96,19 +99,68 @@ def test_figures_are_those_of_numpy_over_all_data(network, rule, overrides):
         expected = np.concatenate([p[point.tensor].reshape(-1) for p in parts[once]])
         actual = np.concatenate([p[name].reshape(-1) for p in others[once]])
         grids = [rounded(p[point.tensor], params, point) for p in parts[once]]
-        alone = np.concatenate([grid.reshape(-1) for grid, _ in grids])
+        alone = np.concatenate([grid.reshape(-1) for grid, _, _ in grids])
         wide = expected.astype(np.float64)
 
         assert (one.sqnr, one.cosine) == pytest.approx(plain(expected, actual), rel=CLOSE)
         assert (one.alone_sqnr, one.alone_cosine) == pytest.approx(
             plain(expected, alone), rel=CLOSE
         )
-        assert one.clipped == np.mean(np.concatenate([cut.reshape(-1) for _, cut in grids]))
+        assert one.clipped == np.mean(np.concatenate([cut.reshape(-1) for _, cut, _ in grids]))
         assert one.outlier == pytest.approx(
             np.abs(wide).max() / np.sqrt(np.mean(wide**2)), rel=CLOSE
         )
         assert (one.role, one.bits) == (point.role, point.spec.bits)
+        assert one.values == (expected.min(), expected.max())
+        levels = np.concatenate([whole.reshape(-1) for _, _, whole in grids])
+        assert_counted(one.histogram, levels.astype(np.float64))
+        ends = [
+            [rounded(np.float32(far), grid, per_tensor(point))[0] for grid in each(params)]
+            for far in (-1e30, 1e30)
+        ]
+        assert one.clipping_range == (min(ends[0]), max(ends[1]))
+        assert one.scales == params.scale.size
     assert max(p.clipped for p in found.values()) > 0.01
+
+
+def each(params):
+    """Yield the parameters of each channel."""
+    for scale, zero_point in zip(
+        params.scale.reshape(-1), params.zero_point.reshape(-1), strict=True
+    ):
+        yield QuantParams(scale=scale, zero_point=zero_point)
+
+
+def per_tensor(point):
+    return msgspec.structs.replace(point, spec=msgspec.structs.replace(point.spec, axis=None))
+
+
+def assert_counted(histogram, levels):
+    """Hold a histogram to numpy's, whose outermost bins reach to infinity."""
+    edges = histogram.first + histogram.width * np.arange(len(histogram.counts) + 1.0) - 0.5
+    edges[[0, -1]] = -np.inf, np.inf
+    finite = np.clip(levels, -1e38, 1e38)
+    counts = [np.count_nonzero((finite > a) & (finite < b)) for a, b in pairwise(edges)]
+
+    assert list(histogram.counts) == counts
+    assert sum(counts) == levels.size
+    inside = (histogram.qmax - histogram.qmin + 1) / histogram.width
+    assert histogram.first == histogram.qmin - 8 * histogram.width
+    assert len(histogram.counts) == math.ceil(inside) + 16
+    assert inside <= 32
+
+
+@pytest.mark.parametrize(("low", "high"), [(-127, 127), (0, 255), (-2, 1), (-32768, 32767)])
+def test_histograms_take_any_levels(low, high):
+    counts, rng = LevelCounts(low, high), np.random.default_rng(0)
+    parts = [np.rint(rng.normal(0, spread, (7, 9))).astype(np.float32)
+             for spread in (1, high, 1e30)]  # fmt: skip
+    parts.append(np.float32([np.inf, -np.inf, low, high, low - 1, high + 1]))
+    for part in parts:
+        counts.add(part)
+    counts.add(np.float32([np.nan]))
+
+    assert_counted(counts.result(), np.concatenate([part.reshape(-1) for part in parts]))
 
 
 def of_batches(network):

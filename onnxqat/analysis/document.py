@@ -1,0 +1,84 @@
+"""An analysis as JSON that scripts read: what ``onnxqat analyze --json`` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from onnxqat.analysis.points import PointFigures
+from onnxqat.analysis.run import Analysis
+from onnxqat.analysis.sensitivity import LayerFigures
+from onnxqat.quantized import QuantizedModel
+
+__all__ = ["WORST", "analysis_document", "worst_points"]
+
+WORST = 10  # rows of a table, and tensors whose histograms are written
+DRAWN_LAYERS = 5  # whose weights and inputs have histograms too
+
+
+def worst_points(points: Sequence[PointFigures]) -> list[PointFigures]:
+    """Return the points that their own grid holds worst; what is not a number before all."""
+    return sorted(points, key=lambda p: (not math.isnan(p.alone_sqnr), p.alone_sqnr))[:WORST]
+
+
+def analysis_document(result: Analysis, model: QuantizedModel) -> dict[str, Any]:
+    """Return an analysis as JSON has it: null where a number is not finite.
+
+    Histograms are those of the worst tensors, and of what the worst layers read.
+
+    Parameters
+    ----------
+    result : Analysis
+        As `onnxqat.analysis.analyze` returns it.
+    model : QuantizedModel
+        What was analyzed.
+    """
+    drawn = {point.tensor for point in worst_points(result.points)}
+    for one in result.layers[:DRAWN_LAYERS]:
+        drawn |= {*one.layer.weights, *one.layer.inputs}
+    advice = result.advice
+    return {
+        "schema": "onnxqat.analyze/1",
+        "model": model.name,
+        "state": model.state,
+        "rule": model.plan.rule,
+        "data": result.data,
+        "samples": result.evaluation.samples,
+        "metric": result.metric,
+        "figure": result.evaluation.first.get(result.metric, result.metric),
+        "cost": _json(result.cost),
+        "sessions": result.sessions,
+        "outputs": _json(result.evaluation.outputs),
+        "layers": [_layer(one) for one in result.layers],
+        "points": [_point(point, drawn) for point in result.points],
+        "biases": _json(result.biases),
+        "advice": {
+            "layers": [layer.node for layer in advice.layers],
+            "cost": _json(advice.cost),
+            "overrides": [str(override) for override in advice.overrides],
+        },
+        "note": result.evaluation.note,
+    }
+
+
+def _layer(one: LayerFigures) -> dict[str, Any]:
+    costs = {"alone": _json(one.alone), "left_float": _json(one.left_float)}
+    return {**_json(one.layer), **costs}
+
+
+def _point(point: PointFigures, drawn: set[str]) -> dict[str, Any]:
+    """Return the figures of a point, with its histogram where it is one of the worst."""
+    found: dict[str, Any] = _json(point)
+    return found if point.tensor in drawn else found | {"histogram": None}
+
+
+def _json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: _json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
