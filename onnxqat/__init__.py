@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxqat.preparation import prepare
     from onnxqat.qparams import QuantParams, QuantSpec
     from onnxqat.quantized import QuantizedModel, Stage, insert_pairs, load_model
+    from onnxqat.reporting import Report
     from onnxqat.rules import HardwareRule, bundled_rules, describe_rule, load_rule, validate_rule
     from onnxqat.settings import Settings, input_specs
     from onnxqat.train import Checkpoints, Config, Finetuned, Progress
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from onnxqat.verbs.insert import insert
     from onnxqat.verbs.listener import Listener
     from onnxqat.verbs.opening import DataSource
+    from onnxqat.verbs.report import report
     from onnxqat.verbs.search import Searched, search
     from onnxqat.verbs.strip import strip
 
@@ -68,6 +70,7 @@ _HOMES = {
     "QuantPlan": "plan",
     "QuantSpec": "qparams",
     "QuantizedModel": "quantized",
+    "Report": "reporting",
     "Searched": "verbs.search",
     "Settings": "settings",
     "Stage": "quantized",
@@ -96,6 +99,7 @@ _HOMES = {
     "placeholder_params": "calibration",
     "prepare": "preparation",
     "read_overrides": "overrides",
+    "report": "verbs.report",
     "search": "verbs.search",
     "strip": "verbs.strip",
     "unlike_training": "calibration",
@@ -127,6 +131,7 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "QuantizedModel",
+    "Report",
     "Searched",
     "Settings",
     "Stage",
@@ -155,6 +160,7 @@ __all__ = [
     "placeholder_params",
     "prepare",
     "read_overrides",
+    "report",
     "search",
     "strip",
     "unlike_training",

@@ -1,6 +1,14 @@
 """Planning: what is quantized and why. Reads only; no data, no runtime."""
 
 from onnxqat.plan.make import EmptyPlanError, make_plan
-from onnxqat.plan.types import Edge, QuantPlan, QuantPoint, Skip
+from onnxqat.plan.types import Edge, QuantPlan, QuantPoint, Skip, describe_spec
 
-__all__ = ["Edge", "EmptyPlanError", "QuantPlan", "QuantPoint", "Skip", "make_plan"]
+__all__ = [
+    "Edge",
+    "EmptyPlanError",
+    "QuantPlan",
+    "QuantPoint",
+    "Skip",
+    "describe_spec",
+    "make_plan",
+]

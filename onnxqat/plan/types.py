@@ -9,7 +9,7 @@ import msgspec
 from onnxqat.errors import PlanError
 from onnxqat.qparams import QuantSpec
 
-__all__ = ["Edge", "QuantPlan", "QuantPoint", "Skip"]
+__all__ = ["Edge", "QuantPlan", "QuantPoint", "Skip", "describe_spec"]
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):
@@ -64,7 +64,7 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
         group += "" if self.observed else " unobserved"
         derived = f" scale={' * '.join(self.derived_from)}" if self.derived_from else ""
         return (
-            f"{self.tensor} -> {readers}  {_describe(self.spec)}{group}{derived}  "
+            f"{self.tensor} -> {readers}  {describe_spec(self.spec)}{group}{derived}  "
             f"{self.role}  ({self.reason})"
         )
 
@@ -140,7 +140,8 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(p for p in self.points if p.role != "bias")
 
 
-def _describe(spec: QuantSpec) -> str:
+def describe_spec(spec: QuantSpec) -> str:
+    """Return a spec in words: type, symmetry, axis and what else is not the default."""
     kind = {"signed": "int", "unsigned": "uint", "from_range": "int|uint"}[spec.signedness]
     words = [kind.replace("|", f"{spec.bits}|") + str(spec.bits)]
     words.append("sym" if spec.symmetric else "asym")

@@ -6,7 +6,6 @@ from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.form import Untrainable, untrainable_nodes
 from onnxqat.train.monitoring.log import TrainingLog
-from onnxqat.train.monitoring.report import check_plotting, write_report
 from onnxqat.train.monitoring.tensorboard import check_event_folder
 from onnxqat.train.monitoring.writers import read_log
 from onnxqat.train.records import DivergedError, Finetuned, Progress, StoppedError
@@ -22,10 +21,8 @@ __all__ = [
     "Untrainable",
     "Workers",
     "check_event_folder",
-    "check_plotting",
     "finetune",
     "join_workers",
     "read_log",
     "untrainable_nodes",
-    "write_report",
 ]

@@ -19,6 +19,7 @@ from onnxqat.verbs.listener import Listener, TrainingListener
 from onnxqat.verbs.models import AnySource
 from onnxqat.verbs.opening import DataSource
 from onnxqat.verbs.plan import plan
+from onnxqat.verbs.report import report
 from onnxqat.verbs.search import Searched, search
 from onnxqat.verbs.strip import strip
 
@@ -42,6 +43,7 @@ __all__ = [
     "import_table",
     "insert",
     "plan",
+    "report",
     "search",
     "strip",
 ]

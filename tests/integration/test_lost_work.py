@@ -140,7 +140,7 @@ COMMANDS = {
     "tensorboard": (*TUNE, "--teacher", "rule.toml", "--tensorboard"),
     "export": ("export", "qdq.onnx", "--format", "onnxruntime", "-o"),
     "import-table": ("import-table", "train.npz", "qdq.onnx", "--rules", "rule.toml", "-o"),
-    "report": ("report", "train.npz", "-o"),
+    "report": ("report", "qdq.onnx", "train.npz", "--log", "rule.toml", "-o"),
 }
 
 

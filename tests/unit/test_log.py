@@ -1,31 +1,25 @@
-"""What is logged, read back by somebody else: csv, TensorBoard's own reader, XML."""
+"""What is logged, read back by somebody else: csv, TensorBoard's own reader."""
 
 from __future__ import annotations
 
 import csv
 import logging
-import re
 import resource
-import subprocess
 import sys
 from contextlib import contextmanager
-from html.parser import HTMLParser
-from xml.etree import ElementTree
 
-import msgspec
 import numpy as np
 import pytest
 
 from onnxqat.errors import DataError, OnnxQatError, TrainingError
+from onnxqat.reporting import log_of
 from onnxqat.train import (
     Checkpoints,
     Config,
     TrainingLog,
     check_event_folder,
-    check_plotting,
     finetune,
     read_log,
-    write_report,
 )
 from onnxqat.train.monitoring.events import Epoch, Note, Resume, Start, Step, figures
 from onnxqat.train.monitoring.writers import file_writer
@@ -157,7 +151,7 @@ def test_the_end_of_an_epoch_that_comes_again_counts_once(model, data, events, t
 
     assert [e.step for e in found if isinstance(e, Epoch)] == [11, 11, 22]
     assert [e.step for e in found if isinstance(e, Resume)] == [11]
-    assert report_of(found, tmp_path / "a.html") == report_of(events, tmp_path / "b.html")
+    assert log_of(found) == log_of(events)
     once = {name: list(dict.fromkeys(c)) for name, c in shown(tmp_path / "board").items()}
     assert once == {n: list(dict.fromkeys(c)) for n, c in as_float32(scalars(events)).items()}
 
@@ -203,12 +197,8 @@ def test_what_cannot_be_an_event_folder_is_said(tmp_path):
 
 def test_what_is_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     with pytest.raises(OnnxQatError, match=r"pip install 'onnxqat\[tensorboard\]'"):
         check_event_folder(tmp_path, force=False)
-    with pytest.raises(OnnxQatError, match=r"pip install 'onnxqat\[report\]'"):
-        check_plotting()
 
 
 @contextmanager
@@ -297,156 +287,3 @@ def test_a_log_that_is_not_there_or_too_large_is_said(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(bytes(2**20 + 1))
     with pytest.raises(DataError, match="is larger than 1 MiB"):
         read_log(tmp_path / "large")
-
-
-class Page(HTMLParser):
-    """The cells of every table by its id, and what else is written."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tables, self.cell, self.text, self.tags = {}, None, "", set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag == "table":
-            self.rows = self.tables[dict(attrs)["id"]] = []
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.cell = ""
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.rows[-1].append(self.cell)
-            self.cell = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self.cell is not None:
-            self.cell += data
-
-
-def curves(text):
-    """Return the points of every curve in the units of the picture, by figure and name."""
-    found = {}
-    for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
-        for group in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
-            if "/" in group.get("id", ""):
-                path = group.find("{http://www.w3.org/2000/svg}path").get("d")
-                numbers = re.findall(r"[ML] (\S+) (\S+)", path)
-                found[group.get("id")] = np.array(numbers, np.float64)
-    return found
-
-
-def report_of(events, path, **how):
-    pytest.importorskip("matplotlib")
-    write_report(path, events, title="run", **how)
-    return path.read_text(encoding="utf-8")
-
-
-def same_up_to_axes(drawn, logged):
-    """Compare the curves of a figure with what was logged; its axes have units of their own."""
-    assert [len(d) for d in drawn] == [len(curve) for curve in logged]
-    found, expected = np.concatenate(drawn), np.concatenate(logged).astype(np.float64)
-    for axis in range(2):
-        values, places = expected[:, axis], found[:, axis]
-        first, last = np.argmin(values), np.argmax(values)
-        ratio = (places[last] - places[first]) / (np.ptp(values) or 1.0)
-        drawn_at = places[first] + ratio * (values - values[first])
-        np.testing.assert_allclose(places, drawn_at, rtol=0, atol=1e-3)
-        assert abs(places[last] - places[first]) > 50 or np.ptp(values) == 0  # of the picture
-
-
-def test_the_curves_of_a_report_are_those_of_the_log(events, tmp_path):
-    drawn, logged = curves(report_of(events, tmp_path / "r.html")), scalars(events[1:])
-    logged["loss"] = sorted(dict(logged["loss"]).items())  # once where an epoch ends at a step
-    kinds = {name.partition("/")[0] for name in logged}
-    names = {kind: [n for n in logged if n.startswith(f"{kind}/")] for kind in kinds}
-    for kind in ("scale_drift", "clipped"):
-        names[kind] = sorted(names[kind], key=lambda n: -abs(logged[n][-1][1]))[:8]
-    expected = {
-        "Loss": ["loss"],
-        "Learning rates": ["lr", "scale_lr"],
-        "Held-out data": ["metrics/top1", "metrics/top5", "metrics/agreement"],
-        "Held-out data: max_abs_diff": ["metrics/max_abs_diff"],
-        "Held-out data: loss": ["metrics/loss"],
-        "Scale drift": names["scale_drift"],
-        "Clipped values": names["clipped"],
-    }
-
-    assert len(names["metrics"]) == 5
-    for figure, shown_names in expected.items():
-        found = [drawn.pop(f"{figure}/{n.partition('/')[2] or n}") for n in shown_names]
-        same_up_to_axes(found, [logged[n] for n in shown_names])
-    assert drawn == {}
-
-
-def test_the_tables_of_a_report_are_those_of_the_log(events, tmp_path):
-    page = Page(report_of(events, tmp_path / "r.html"))
-    epochs = [e for e in events if isinstance(e, Epoch)]
-    last = epochs[-1]
-
-    assert page.tables["epochs"][0] == ["epoch", "loss", *last.metrics]
-    assert page.tables["epochs"][1:] == [
-        [str(e.epoch), f"{e.loss:.6g}", *(f"{v:.6g}" for v in e.metrics.values())] for e in epochs
-    ]
-    cells = {name: values for name, *values in page.tables["points"][1:]}
-    assert cells.keys() == last.scale_drift.keys() | last.clipped.keys()
-    for name, (drift, clipped) in cells.items():
-        assert drift == (f"{last.scale_drift[name]:.6g}" if name in last.scale_drift else "")
-        assert clipped == (f"{last.clipped[name]:.6g}" if name in last.clipped else "")
-    order = [abs(float(row[1] or 0)) for row in page.tables["points"][1:]]
-    assert order == sorted(order, reverse=True)
-
-
-NAMES = ["<script>alert(1)</script>", "_hidden", "$a_{", "卷积/輸出", 'a"b&c', "x" * 200]
-
-
-def test_names_stand_in_a_report_as_they_are(tmp_path):
-    values = {name: float(i) for i, name in enumerate(NAMES)}
-    where = {"step": 5, "epoch": 1, "loss": 1.0, "metrics": {"top1": None}}
-    events = [Start(), Note(step=1, note="<b>again</b>")]
-    events.append(Epoch(**where, scale_drift=values, clipped={}))
-    text = report_of(events, tmp_path / "r.html")
-    page = Page(text)
-
-    assert {row[0] for row in page.tables["points"][1:]} == set(NAMES)
-    assert "<b>again</b> (step 1)" in page.text
-    assert page.tags.isdisjoint({"script", "b"})
-    assert {f"Scale drift/{name}" for name in NAMES} <= curves(text).keys()
-    assert " _hidden" in page.text
-
-
-def test_a_report_refers_to_nothing_and_is_the_same_each_time(events, tmp_path):
-    text = report_of(events, tmp_path / "r.html")
-
-    assert text == report_of(events, tmp_path / "again.html")
-    assert not re.search(r"(src|href)=\"(?!#)", text)
-    with pytest.raises(OnnxQatError, match="already exists"):
-        report_of(events, tmp_path / "r.html")
-    assert report_of(events, tmp_path / "r.html", force=True) == text
-
-
-def test_a_report_of_a_run_that_just_began_has_no_curves(tmp_path):
-    page = Page(report_of([Start()], tmp_path / "r.html"))
-
-    assert ("0 steps, 0 epochs" in page.text, "svg" in page.tags) == (True, False)
-
-
-def test_a_report_reads_no_settings_of_the_current_folder(events, tmp_path):
-    pytest.importorskip("matplotlib")
-    write_report(tmp_path / "usual.html", events[:4], title="run")
-    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 77\nno.such.key: 1\n")
-    code = (
-        "import msgspec, sys\n"
-        "from onnxqat.train import read_log, write_report\n"
-        "write_report('here.html', read_log('log'), title='run')\n"
-    )
-    lines = [msgspec.json.encode(event) + b"\n" for event in events[:4]]
-    (tmp_path / "log").write_bytes(b"".join(lines))
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-
-    assert done.stderr == ""
-    assert (tmp_path / "here.html").read_bytes() == (tmp_path / "usual.html").read_bytes()

@@ -14,7 +14,6 @@ import pytest
 import onnxqat
 
 HEAVY = (
-    "matplotlib",
     "msgspec",
     "numpy",
     "onnx",
@@ -34,6 +33,7 @@ VERBS = (
         "finetune",
         "import_table",
         "insert",
+        "report",
         "strip",
     ),
     "prepare",

@@ -1,0 +1,26 @@
+"""A page about a quantized model: what was done, what it reached, where it loses, what to do."""
+
+from onnxqat.reporting.analysis import AnalysisDocument, read_analysis, typed_analysis
+from onnxqat.reporting.comparison import Comparison, Row, figures_of_evaluation
+from onnxqat.reporting.history import kind_of, runs_of, source_of
+from onnxqat.reporting.numbers import value_text
+from onnxqat.reporting.page import Report, make_report
+from onnxqat.reporting.training import Log, check_log, log_of
+
+__all__ = [
+    "AnalysisDocument",
+    "Comparison",
+    "Log",
+    "Report",
+    "Row",
+    "check_log",
+    "figures_of_evaluation",
+    "kind_of",
+    "log_of",
+    "make_report",
+    "read_analysis",
+    "runs_of",
+    "source_of",
+    "typed_analysis",
+    "value_text",
+]

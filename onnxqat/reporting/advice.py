@@ -1,0 +1,133 @@
+"""What to do next, and which command gives what a page lacks."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from onnxqat.quantized import QuantizedModel
+from onnxqat.reporting.analysis import AnalysisDocument
+from onnxqat.reporting.comparison import Comparison
+from onnxqat.reporting.history import Run, commands_of, given, repaired, runs_of, source_of
+from onnxqat.reporting.layers import cost_text
+from onnxqat.reporting.training import Log
+
+__all__ = ["Step", "steps_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One piece of advice.
+
+    Attributes
+    ----------
+    text : str
+        What was seen, and what to do.
+    commands : tuple of str
+        Do it.
+    """
+
+    text: str
+    commands: tuple[str, ...] = ()
+
+
+def steps_of(
+    model: QuantizedModel,
+    measured: Comparison | None,
+    log: Log | None,
+    analysis: AnalysisDocument | None,
+    repairs: Sequence[str],
+) -> list[Step]:
+    """Return the advice, what gains accuracy first.
+
+    Parameters
+    ----------
+    repairs : sequence of str
+        What to do to the float model, a line each.
+    """
+    runs = runs_of(model)
+    return [
+        *(Step(text=line) for line in repairs if not repaired(model.history)),
+        *_of_state(model),
+        *(_of_run(runs[-1]) if runs else ()),
+        *(_of_analysis(analysis, model) if analysis else ()),
+        *_of_missing(model, measured, log, analysis),
+    ]
+
+
+def _of_state(model: QuantizedModel) -> Iterator[Step]:
+    if model.state == "uncalibrated":
+        yield Step(
+            text="The scales are placeholders. Calibrate the model.",
+            commands=(shlex.join(["onnxqat", "calibrate", model.name, "DATA"]),),
+        )
+    elif model.state == "calibrated" and not runs_of(model):
+        data = given(model, "data") or "DATA"
+        yield Step(
+            text="The weights are those of the float model. Fine-tuning lowers what is lost.",
+            commands=(shlex.join(["onnxqat", "finetune", model.name, data]),),
+        )
+
+
+def _of_run(run: Run) -> Iterator[Step]:
+    kept = int(run.kept.get("epoch") or 0)
+    epochs = int(run.attempts[-1][-1].get("epoch") or 0)
+    if not kept:
+        yield Step(
+            text="The start was kept: no epoch was better. Try a smaller --lr, more data, or "
+            "analyze, which says where the loss comes from."
+        )
+    elif kept == epochs:
+        yield Step(text=f"The last epoch, {epochs}, was the best: more --epochs may gain more.")
+
+
+def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Step]:
+    advice = found.advice
+    if advice.layers and advice.overrides:
+        now, then = (cost_text(found, cost) for cost in (found.cost, advice.cost))
+        yield Step(
+            text=f"These layers cost most: {', '.join(advice.layers)}. With them in float, the "
+            f"outputs are at {then} (now {now}). Where the chip has 16 bits, they get these.",
+            commands=(_with_overrides(advice.overrides, model),),
+        )
+
+
+def _with_overrides(overrides: Sequence[str], model: QuantizedModel) -> str:
+    """Return the command that inserts again as before, and with more overrides."""
+    made = commands_of(model)
+    words = made[0] if made and made[0][1] == "insert" else ["onnxqat", "insert", source_of(model)]
+    words = words[: words.index("-o")] if "-o" in words else words
+    return shlex.join(
+        [*words, *(w for one in overrides for w in ("--set", one)), "-o", "mixed.onnx"]
+    )
+
+
+def _of_missing(
+    model: QuantizedModel,
+    measured: Comparison | None,
+    log: Log | None,
+    analysis: AnalysisDocument | None,
+) -> Iterator[Step]:
+    data, name = given(model, "val_data") or "DATA", model.name
+    if model.state != "uncalibrated" and measured is None:
+        yield Step(
+            text="Not in this report: float, tuned and integer models on test data. Earlier files "
+            "stand beside them with --beside FILE.",
+            commands=(
+                shlex.join(["onnxqat", "report", name, data, "--against", source_of(model)]),
+            ),
+        )
+    if model.state == "finetuned" and log is None:
+        yield Step(
+            text="Not in this report: training loss and learning rate by step. Fine-tune with "
+            "--log run.jsonl, and give the log.",
+            commands=(shlex.join(["onnxqat", "report", name, "--log", "run.jsonl"]),),
+        )
+    if model.state != "uncalibrated" and analysis is None:
+        analyze = shlex.join(["onnxqat", "analyze", name, data, "--json"])
+        report = shlex.join(["onnxqat", "report", name, "--analysis", "analysis.json"])
+        yield Step(
+            text="Not in this report: which layers and tensors lose most, with histograms.",
+            commands=(f"{analyze} > analysis.json", report),
+        )

@@ -1,0 +1,130 @@
+"""Float, post-training, repaired, tuned and integer models on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element
+
+from onnxqat.evaluation import Evaluation
+from onnxqat.quantized import Stage
+from onnxqat.reporting.charts import bar
+from onnxqat.reporting.elements import Child, element, table
+from onnxqat.reporting.history import Figures, Kind, Run, repaired
+from onnxqat.reporting.numbers import NONE, finite, in_order, is_share, named, primary, value_text
+
+__all__ = ["Comparison", "Row", "comparison_of_run", "figures_of_evaluation", "shown_comparison"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model.
+
+    Attributes
+    ----------
+    kind : str
+        ``float``, ``post-training``, ``repaired``, ``tuned`` or ``integer``.
+    file : str
+        Where it is.
+    figures : Figures
+        By name; empty where there are none.
+    note : str
+        Why there are none.
+    """
+
+    kind: str
+    file: str
+    figures: Figures
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Models on the same samples.
+
+    Attributes
+    ----------
+    data : str
+        Which samples, in words.
+    samples : int
+        How many.
+    rows : tuple of Row
+        From the float model to what the chip computes.
+    asked : str or None
+        The figure that the user asked for first.
+    """
+
+    data: str
+    samples: int
+    rows: tuple[Row, ...]
+    asked: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The samples, in words."""
+        return f"{self.samples:,} {self.data}" if self.samples else self.data
+
+    @property
+    def primary(self) -> str | None:
+        """The figure that says most."""
+        if self.asked is not None:
+            return self.asked
+        without_float = [r.figures for r in self.rows if r.figures and r.kind != "float"]
+        return primary(r.figures for r in self.rows if r.figures) or primary(without_float)
+
+
+def figures_of_evaluation(evaluation: Evaluation) -> Figures:
+    """Return the figures of a model on data: accuracy, agreement, or errors of its outputs."""
+    found: Figures = {name: finite(value) for name, value in evaluation.metrics.items()}
+    if evaluation.agreement is not None:
+        found["agreement"] = finite(evaluation.agreement)
+    for one in evaluation.outputs:
+        if one.agreement is None and one.relative_error is not None:
+            found[f"error of {one.output}"] = finite(one.relative_error)
+    return found
+
+
+def comparison_of_run(run: Run, before: Sequence[Stage]) -> Comparison:
+    """Return what a fine-tuning measured on its held-out samples.
+
+    Parameters
+    ----------
+    before : sequence of Stage
+        What was done before it.
+    """
+    tuned = any(stage.name == "finetune" for stage in before)
+    start: Kind = "tuned" if tuned else "repaired" if repaired(before) else "post-training"
+    rows = [Row(kind="float", file="the teacher", figures=run.floats)] if run.floats else []
+    rows.append(Row(kind=start, file="the start", figures=_without_epoch(run.start)))
+    epoch = int(run.kept.get("epoch") or 0)
+    kept = f"epoch {epoch}" if epoch else "the start, which was kept"
+    rows.append(Row(kind="tuned", file=kept, figures=_without_epoch(run.kept)))
+    return Comparison(data="held-out samples, which chose the epoch", samples=run.samples,
+                      rows=tuple(rows))  # fmt: skip
+
+
+def _without_epoch(figures: Figures) -> Figures:
+    return {name: value for name, value in figures.items() if name != "epoch"}
+
+
+def shown_comparison(found: Comparison) -> Element:
+    """Return a table of the models, with bars of the figure that says most."""
+    names = in_order(name for row in found.rows for name in row.figures)
+    main = found.primary
+    largest = max(((row.figures.get(main or "") or 0.0) for row in found.rows), default=0.0)
+    scale = 1.0 if is_share(main or "") else largest or 1.0
+
+    def cells(row: Row) -> list[Child]:
+        name = element("span", row.kind, element("small", row.file))
+        if not row.figures:
+            return [name, element("span", row.note, class_="text"), *([NONE] * len(names))]
+        value = row.figures.get(main or "")
+        drawn = bar((value or 0.0) / scale, row.kind) if value is not None else None
+        return [name, drawn, *(value_text(n, row.figures.get(n)) for n in names)]
+
+    return table(
+        f"On {found.place}",
+        ["model", "", *map(named, names)],
+        map(cells, found.rows),
+        numbers=range(2, 2 + len(names)),
+    )

@@ -1,0 +1,202 @@
+"""What a file's history says: the commands that make the file again, and each fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal
+
+import msgspec
+
+from onnxqat.quantized import QuantizedModel, Stage
+from onnxqat.reporting.numbers import finite
+from onnxqat.settings import Settings, stored_settings
+
+__all__ = [
+    "Figures",
+    "Kind",
+    "Run",
+    "commands_of",
+    "given",
+    "kind_of",
+    "repaired",
+    "runs_of",
+    "source_of",
+]
+
+Figures = dict[str, float | None]
+Kind = Literal["post-training", "repaired", "tuned"]
+
+# The name that a stage's output gets, and its arguments in their order.
+OUTPUTS = {"insert": "qdq", "calibrate": "calibrated", "finetune": "qat", "import-table": "qdq"}
+ARGUMENTS = {"insert": ("model",), "import-table": ("table", "model")}
+# Settings whose option has another name, is given once for each value, or is none.
+RENAMED = {"groups": "group", "input_map": "input"}
+REPEATED = ("set", "groups", "input_map")
+NOT_OPTIONS = ("validation",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One fine-tuning.
+
+    Attributes
+    ----------
+    stage : Stage
+        What it recorded.
+    attempts : tuple of tuple of Figures
+        The figures of the start and of each epoch, ``epoch`` among them. One that began again with
+        a smaller rate is an attempt of its own, with the same start.
+    kept : Figures
+        The entry of the state that was kept; the last attempt has it, or an earlier one.
+    """
+
+    stage: Stage
+    attempts: tuple[tuple[Figures, ...], ...]
+    kept: Figures
+
+    @property
+    def start(self) -> Figures:
+        """The figures before training."""
+        return self.attempts[0][0]
+
+    @property
+    def floats(self) -> Figures:
+        """The figures of the float model on the same samples."""
+        return prefixed(self.stage.figures, "float.")
+
+    @property
+    def samples(self) -> int:
+        """How many were held out; 0 where the file does not say."""
+        return int(finite(self.stage.figures.get("held_out")) or 0)
+
+
+def prefixed(figures: Mapping[str, float | None], prefix: str) -> Figures:
+    """Return the figures whose names begin with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): finite(value)
+        for name, value in figures.items()
+        if name.startswith(prefix)
+    }
+
+
+def runs_of(model: QuantizedModel) -> list[Run]:
+    """Return every fine-tuning that the history tells of, the first one first."""
+    return [_run(stage) for stage in model.history if stage.name == "finetune"]
+
+
+def _run(stage: Stage) -> Run:
+    before, after = (prefixed(stage.figures, f"{when}.") for when in ("before", "after"))
+    best = finite(stage.figures.get("best_epoch")) or 0.0
+    entries = [{n: finite(v) for n, v in one.items()} for one in stage.epochs]
+    if not entries:  # of a version that recorded the ends alone
+        entries = [{"epoch": 0.0, **before}]
+        entries += [{"epoch": best, **after}] if best else []
+    attempts = [[entries[0]]]
+    for entry in entries[1:]:
+        if (entry.get("epoch") or 0) <= (attempts[-1][-1].get("epoch") or 0):
+            attempts.append([entries[0]])
+        attempts[-1].append(entry)
+    same = [e for e in entries if e.get("epoch") == best and _agree(e, after)]
+    kept = same[-1] if same else {"epoch": best, **after}
+    return Run(stage=stage, attempts=tuple(map(tuple, attempts)), kept=kept)
+
+
+def _agree(entry: Figures, figures: Figures) -> bool:
+    return all(entry.get(name) == value for name, value in figures.items())
+
+
+def repaired(history: Sequence[Stage]) -> list[str]:
+    """Return what was repaired before training, in words."""
+    found = []
+    for stage in history:
+        figures = stage.figures
+        if stage.settings.get("equalize"):
+            layers = finite(figures.get("equalized")) or 0
+            found.append(f"{layers:.0f} layers equalized")
+        if stage.settings.get("relu6") == "replace":
+            found.append(f"{finite(figures.get('relu6_replaced')) or 0:.0f} ReLU6 replaced")
+        if stage.settings.get("bias_correction"):
+            found.append(f"{finite(figures.get('corrected')) or 0:.0f} biases corrected")
+    return found
+
+
+def kind_of(model: QuantizedModel) -> Kind:
+    """Return what a calibrated model is called beside others of the same network."""
+    if model.state == "finetuned":
+        return "tuned"
+    return "repaired" if repaired(model.history) else "post-training"
+
+
+def given(model: QuantizedModel, argument: str) -> str | None:
+    """Return the file that the history names last for an argument, such as ``data``."""
+    named = [stage.inputs[argument] for stage in model.history if argument in stage.inputs]
+    return named[-1] if named else None
+
+
+def source_of(model: QuantizedModel) -> str:
+    """Return the name of the float file that the model was made from; its own if unknown."""
+    return next((s.inputs["model"] for s in model.history if "model" in s.inputs), model.name)
+
+
+def commands_of(model: QuantizedModel) -> list[list[str]]:
+    """Return the words of the commands that make the file again, in order.
+
+    Files are named without their folders, and the last output is the file itself.
+    """
+    current, made = source_of(model), list[list[str]]()
+    for index, stage in enumerate(model.history):
+        last = index == len(model.history) - 1
+        target = model.name if last else f"{_stem(current)}.{OUTPUTS.get(stage.name, 'qdq')}.onnx"
+        words = ["onnxqat", stage.name]
+        words += [stage.inputs.get(n, n.upper()) for n in ARGUMENTS.get(stage.name, ())]
+        if stage.name not in ARGUMENTS:
+            words += [current, stage.inputs.get("data", "DATA")]
+        others = {k: v for k, v in stage.inputs.items() if k in ("val_data", "teacher")}
+        words += _options({**others, **stage.settings})
+        words += _options(_data_settings(model)) if index == 0 else []
+        made.append([*words, "-o", target])
+        current = target
+    return made
+
+
+def _stem(name: str) -> str:
+    stem = PurePath(name).stem
+    return stem.removesuffix(".qdq").removesuffix(".calibrated")
+
+
+def _data_settings(model: QuantizedModel) -> dict[str, Any]:
+    """Return what the file remembers of its data; a list of classes is one file."""
+    stored = stored_settings(model)
+    told = {n: v for n in Settings.__struct_fields__ if (v := getattr(stored, n)) is not None}
+    return told | ({"classes": "CLASSES"} if "classes" in told else {})
+
+
+def _options(settings: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in settings.items():
+        option = f"--{RENAMED.get(name, name).replace('_', '-')}"
+        if name in NOT_OPTIONS or value is None or value is False:
+            continue
+        if value is True:
+            words.append(option)
+        elif name in REPEATED:
+            for one in _each(value):
+                words += [option, one]
+        else:
+            words += [option, _text(value)]
+    return words
+
+
+def _each(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{name}={_text(one)}" for name, one in value.items()]
+    return [_text(one) for one in value] if isinstance(value, list | tuple) else [_text(value)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(msgspec.to_builtins(value))

@@ -1,0 +1,191 @@
+"""Where quantization hurts: layers by cost, tensors with their histograms and clipping ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element
+
+from onnxqat.evaluation.metrics import figure_text
+from onnxqat.evaluation.similarity import decibels
+from onnxqat.reporting.analysis import AnalysisDocument, LayerEntry, PointEntry
+from onnxqat.reporting.charts import bar, chart_of_levels
+from onnxqat.reporting.elements import Child, details, element, section, table
+from onnxqat.reporting.numbers import NONE, decibels_of
+
+__all__ = ["cost_text", "shown_layers"]
+
+WORST = 10
+DRAWN = 8  # histograms
+MOST = 1000  # rows of a table
+
+
+def cost_text(found: AnalysisDocument, cost: float | None) -> str:
+    """Return a cost as ``analyze`` prints it: an error in decibels, others as their figures."""
+    if cost is None:
+        return "not a number"
+    if found.metric != "error":
+        return figure_text(found.figure, cost)
+    ratio = -decibels(cost)
+    return "exact" if ratio == math.inf else f"{ratio:.1f} dB"
+
+
+def meaning(metric: str) -> str:
+    """Return what a cost says."""
+    if metric == "error":
+        return "SQNR of the outputs: more is better"
+    return f"{metric} lost: less is better"
+
+
+def shown_layers(found: AnalysisDocument) -> Element:
+    """Return the part of the page about layers and tensors."""
+    said = (
+        f"Measured by analyze on {found.samples} samples of {found.data or 'arrays'}. "
+        f"The whole model: {cost_text(found, found.cost)} ({meaning(found.metric)})."
+    )
+    worst = sorted(found.points, key=_fit)
+    charts = [_histogram(point) for point in _drawn(found, worst)]
+    parts: list[Child] = [element("p", said), element("p", COLUMNS)]
+    parts += [_layers(found), _tensors(worst)]
+    if charts:
+        parts += [element("h3", "Histograms and clipping ranges"), element("p", LEGEND)]
+        parts.append(element("div", *charts, class_="charts"))
+    return section("Layers and tensors", *parts, *_findings(found))
+
+
+COLUMNS = (
+    "Of a layer: alone is the figure of the model in which nothing else is quantized, left float "
+    "that of the model in which all else is; weight and input say how well they fit their grids. "
+    "Of a tensor: alone is its SQNR when the float model's values are rounded, together that in "
+    "the quantized model, with the errors of all before it."
+)
+LEGEND = (
+    "How many values of the float model fall on which integers. The lines are the ends of the "
+    "clipping range; what lies in the grey areas is clipped."
+)
+
+
+def _drawn(found: AnalysisDocument, worst: Sequence[PointEntry]) -> list[PointEntry]:
+    """Return the tensors to draw: of the worst layers first, then those with the worst grids."""
+    points = {point.tensor: point for point in found.points}
+    names = [n for layer in found.layers[: DRAWN // 2] for n in (*layer.weights, *layer.inputs)]
+    names += [point.tensor for point in worst]
+    chosen = [points[n] for n in dict.fromkeys(names) if n in points and points[n].histogram]
+    return chosen[:DRAWN]
+
+
+def _layers(found: AnalysisDocument) -> Element:
+    points = {point.tensor: point for point in found.points}
+    shown = found.layers[:WORST]
+    costs = [layer.alone for layer in shown if layer.alone is not None]
+    largest = max(costs, default=0.0) or 1.0
+
+    def row(layer: LayerEntry) -> list[Child]:
+        fits = [_worst(points, names) for names in (layer.weights, layer.inputs)]
+        share = (layer.alone or 0.0) / largest
+        alone, left = (cost_text(found, c) for c in (layer.alone, layer.left_float))
+        name = element("span", layer.node, element("small", layer.op_type), class_="name")
+        return [name, bar(share), alone, left, *fits]
+
+    return table(
+        f"The {len(shown)} of {len(found.layers)} layers that cost most",
+        ["layer", "", "alone", "left float", "weight", "input"],
+        map(row, shown),
+        numbers=range(2, 6),
+    )
+
+
+def _fit(point: PointEntry) -> float:
+    """Return how well a tensor fits its own grid, for sorting; what is no number comes first."""
+    if point.alone_sqnr is None:
+        return math.inf if point.alone_cosine == 1 else -math.inf
+    return point.alone_sqnr
+
+
+def _alone(point: PointEntry) -> str:
+    return decibels_of(point.alone_sqnr, point.alone_cosine)
+
+
+def _worst(points: dict[str, PointEntry], names: Sequence[str]) -> str:
+    known = [points[name] for name in names if name in points]
+    return _alone(min(known, key=_fit)) if known else NONE
+
+
+def _tensors(worst: Sequence[PointEntry]) -> Element:
+    heads = [
+        "tensor",
+        "bits",
+        "alone",
+        "together",
+        "clipped",
+        "max/rms",
+        "clipping range",
+        "values",
+    ]
+    rows: list[list[Child]] = [
+        [
+            element("span", p.tensor, element("small", p.role), class_="name"),
+            str(p.bits),
+            _alone(p),
+            decibels_of(p.sqnr, p.cosine),
+            _percent(p.clipped),
+            f"{p.outlier:.1f}" if p.outlier is not None else NONE,
+            _range(p.clipping_range),
+            _range(p.values),
+        ]
+        for p in worst[:MOST]
+    ]
+    numbers = range(1, len(heads))
+    made = table(f"The {min(WORST, len(rows))} of {len(worst)} tensors that their grids hold worst",
+                 heads, rows[:WORST], numbers=numbers)  # fmt: skip
+    if len(rows) <= WORST:
+        return made
+    rest = table("The other tensors", heads, rows[WORST:], numbers=numbers)
+    return element("div", made, details(f"The other {len(worst) - WORST} tensors", rest))
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.2f} %"
+
+
+def _range(ends: tuple[float | None, float | None]) -> str:
+    return " to ".join(NONE if end is None else f"{end:.4g}" for end in ends)
+
+
+def _histogram(point: PointEntry) -> Element:
+    histogram = point.histogram
+    assert histogram is not None
+    several = f", {point.scales} scales" if point.scales > 1 else ""
+    low, high = (f"{end:.3g}" if end is not None else "" for end in point.clipping_range)
+    figures = f"{point.bits} bits{several}, {_alone(point)}"
+    clipped = f"{_percent(point.clipped)} clipped"
+    drawn = chart_of_levels(
+        point.tensor,
+        f"{point.role}, {figures}, {clipped}, clipping range {low} to {high}",
+        first=histogram.first,
+        width=histogram.width,
+        counts=histogram.counts,
+        inside=(histogram.qmin, histogram.qmax),
+        ends=(low, high) if point.scales == 1 else ("", ""),
+    )
+    drawn.append(element("p", f"{point.role}, {figures}, {clipped}"))
+    return drawn
+
+
+def _findings(found: AnalysisDocument) -> list[Child]:
+    """Return channels that hold nothing, and biases that their integers cannot hold."""
+    dead = [f"{p.tensor} ({p.dead_channels} of {p.channels})" for p in found.points
+            if p.dead_channels]  # fmt: skip
+    cut = [f"{b.tensor} ({b.saturated} of {b.values})" for b in found.biases if b.saturated]
+    return [
+        element("p", f"{title}: {', '.join(names[:WORST])}{_more(names)}.")
+        for title, names in (
+            ("Dead channels, with one value in all samples", dead),
+            ("Biases that their integers cut off", cut),
+        )
+        if names
+    ]
+
+
+def _more(names: Sequence[str]) -> str:
+    return f", and {len(names) - WORST} more" if len(names) > WORST else ""

@@ -1,0 +1,91 @@
+"""A report in Debian's Chromium: every chart drawn, no errors, narrow, wide and dark."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+import onnxqat as oq
+from tests.digits import MODELS
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium")
+SETTINGS = oq.Settings(mean=(128.0,), scale=(1 / 128,))
+
+# What stands beyond the page's width, but for tables that scroll by themselves.
+TOO_WIDE = """() => [...document.querySelectorAll('body *')].filter(e =>
+    !e.closest('.scroll') && e.getBoundingClientRect().right > innerWidth + 1).length"""
+# The shapes of each chart that have a place of their own on the page.
+SHAPES = """() => [...document.querySelectorAll('figure svg')].map(svg =>
+    [...svg.querySelectorAll('path, rect, circle, text')].filter(e => {
+        const place = e.getBoundingClientRect();
+        return place.width + place.height > 0;
+    }).length)"""
+# Of each text in a chart: whether it lies within the picture, and its size on the screen.
+TEXTS = """() => [...document.querySelectorAll('figure svg text')].map(text => {
+    const inner = text.getBoundingClientRect(), outer = text.closest('svg').getBoundingClientRect();
+    return [inner.left >= outer.left - 1 && inner.right <= outer.right + 1, inner.height];
+})"""
+LIGHTNESS = """() => ['backgroundColor', 'color'].map(name =>
+    getComputedStyle(document.body)[name].match(/[0-9]+/g).slice(0, 3)
+        .reduce((sum, one) => sum + Number(one), 0) / 765)"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report with all that it can have."""
+    folder = tmp_path_factory.mktemp("browser")
+    data, log = str(MODELS / "digits-train.npz"), folder / "run.jsonl"
+    sets = ["weight.bits=4", "activation.bits=5"]
+    how = {"rules": "sophgo-bm1684x", "overrides": sets, "data": data, "settings": SETTINGS}
+    plain = oq.insert(MODELS / "mobilenet-digits.onnx", **how)
+    repaired = oq.insert(MODELS / "mobilenet-digits.onnx", equalize=True, **how)
+    config, logs = oq.Config(epochs=2), oq.TrainingLogs(path=log, every=5)
+    tuned = oq.finetune(repaired, data, config=config, logs=logs).model
+    test = str(MODELS / "digits-test.npz")
+    found = oq.analyze(tuned, test, samples=32)
+    against = MODELS / "mobilenet-digits.onnx"
+    beside = [plain, repaired]
+    made = oq.report(tuned, test, against=against, beside=beside, log=log, analysis=found)
+    path = folder / "report.html"
+    made.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    with api.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [400, 900, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_is_drawn(browser, page, width, scheme):
+    view = {"width": width, "height": 900}
+    context = browser.new_context(viewport=view, color_scheme=scheme)
+    opened, said, asked = context.new_page(), [], []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda problem: said.append(str(problem)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(page.as_uri())
+    shapes = opened.evaluate(SHAPES)
+    texts = opened.evaluate(TEXTS)
+    background, text = opened.evaluate(LIGHTNESS)
+
+    assert said == []
+    assert asked == [page.as_uri()]
+    assert len(shapes) >= 10
+    assert min(shapes) >= 8
+    assert all(inside for inside, _ in texts)
+    assert min(height for _, height in texts) >= 10
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.evaluate(TOO_WIDE) == 0
+    assert (background > 0.9, text < 0.3) == ((True,) * 2 if scheme == "light" else (False,) * 2)
+    assert abs(background - text) > 0.6
+    context.close()
