@@ -50,7 +50,7 @@ class Run:
         The figures of the start and of each epoch, ``epoch`` among them. One that began again with
         a smaller rate is an attempt of its own, with the same start.
     kept : Figures
-        The entry of the state that was kept; the last attempt has it, or an earlier one.
+        Those of the state that was kept.
     """
 
     stage: Stage
@@ -99,13 +99,7 @@ def _run(stage: Stage) -> Run:
         if (entry.get("epoch") or 0) <= (attempts[-1][-1].get("epoch") or 0):
             attempts.append([entries[0]])
         attempts[-1].append(entry)
-    same = [e for e in entries if e.get("epoch") == best and _agree(e, after)]
-    kept = same[-1] if same else {"epoch": best, **after}
-    return Run(stage=stage, attempts=tuple(map(tuple, attempts)), kept=kept)
-
-
-def _agree(entry: Figures, figures: Figures) -> bool:
-    return all(entry.get(name) == value for name, value in figures.items())
+    return Run(stage=stage, attempts=tuple(map(tuple, attempts)), kept={"epoch": best, **after})
 
 
 def repaired(history: Sequence[Stage]) -> list[str]:

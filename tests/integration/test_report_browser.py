@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 
 import onnxqat as oq
@@ -32,18 +33,22 @@ LIGHTNESS = """() => ['backgroundColor', 'color'].map(name =>
         .reduce((sum, one) => sum + Number(one), 0) / 765)"""
 
 
+def digits(name, count):
+    with np.load(MODELS / f"digits-{name}.npz") as arrays:
+        return {key: array[:count] for key, array in arrays.items()}
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A report with all that it can have."""
     folder = tmp_path_factory.mktemp("browser")
-    data, log = str(MODELS / "digits-train.npz"), folder / "run.jsonl"
-    sets = ["weight.bits=4", "activation.bits=5"]
+    data, test = (digits(name, count) for name, count in (("train", 480), ("test", 160)))
+    log, sets = folder / "run.jsonl", ["weight.bits=4", "activation.bits=4", "weight.axis=none"]
     how = {"rules": "sophgo-bm1684x", "overrides": sets, "data": data, "settings": SETTINGS}
     plain = oq.insert(MODELS / "mobilenet-digits.onnx", **how)
     repaired = oq.insert(MODELS / "mobilenet-digits.onnx", equalize=True, **how)
     config, logs = oq.Config(epochs=2), oq.TrainingLogs(path=log, every=5)
     tuned = oq.finetune(repaired, data, config=config, logs=logs).model
-    test = str(MODELS / "digits-test.npz")
     found = oq.analyze(tuned, test, samples=32)
     against = MODELS / "mobilenet-digits.onnx"
     beside = [plain, repaired]
