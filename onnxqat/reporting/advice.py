@@ -96,8 +96,8 @@ def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Ste
 def _with_overrides(overrides: Sequence[str], model: QuantizedModel) -> str:
     """Return the command that inserts again as before, and with more overrides."""
     made = commands_of(model)
-    words = made[0] if made and made[0][1] == "insert" else ["onnxqat", "insert", source_of(model)]
-    words = words[: words.index("-o")] if "-o" in words else words
+    usual = ["onnxqat", "insert", source_of(model)]
+    words = made[0][1][:-2] if made and made[0][0][0].name == "insert" else usual
     return shlex.join(
         [*words, *(w for one in overrides for w in ("--set", one)), "-o", "mixed.onnx"]
     )

@@ -36,6 +36,10 @@ ARGUMENTS = {"insert": ("model",), "import-table": ("table", "model")}
 RENAMED = {"groups": "group", "input_map": "input"}
 REPEATED = ("set", "groups", "input_map")
 NOT_OPTIONS = ("validation",)
+FLAGS = {
+    ("bias_correction", "empirical"): "--bias-correction",
+    ("bias_correction", "analytic"): "--analytic-bias-correction",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +114,8 @@ def repaired(history: Sequence[Stage]) -> list[str]:
         if stage.settings.get("equalize"):
             layers = finite(figures.get("equalized")) or 0
             found.append(f"{layers:.0f} layers equalized")
-        if stage.settings.get("relu6") == "replace":
-            found.append(f"{finite(figures.get('relu6_replaced')) or 0:.0f} ReLU6 replaced")
+        if replaced := finite(figures.get("relu6_replaced")):
+            found.append(f"{replaced:.0f} ReLU6 replaced")
         if stage.settings.get("bias_correction"):
             found.append(f"{finite(figures.get('corrected')) or 0:.0f} biases corrected")
     return found
@@ -135,25 +139,41 @@ def source_of(model: QuantizedModel) -> str:
     return next((s.inputs["model"] for s in model.history if "model" in s.inputs), model.name)
 
 
-def commands_of(model: QuantizedModel) -> list[list[str]]:
-    """Return the words of the commands that make the file again, in order.
+def commands_of(model: QuantizedModel) -> list[tuple[tuple[Stage, ...], list[str]]]:
+    """Return the stages of each command that makes the file again, and the command's words.
 
     Files are named without their folders, and the last output is the file itself.
     """
-    current, made = source_of(model), list[list[str]]()
-    for index, stage in enumerate(model.history):
-        last = index == len(model.history) - 1
-        target = model.name if last else f"{_stem(current)}.{OUTPUTS.get(stage.name, 'qdq')}.onnx"
-        words = ["onnxqat", stage.name]
-        words += [stage.inputs.get(n, n.upper()) for n in ARGUMENTS.get(stage.name, ())]
-        if stage.name not in ARGUMENTS:
-            words += [current, stage.inputs.get("data", "DATA")]
-        others = {k: v for k, v in stage.inputs.items() if k in ("val_data", "teacher")}
-        words += _options({**others, **stage.settings})
-        words += _options(_data_settings(model)) if index == 0 else []
-        made.append([*words, "-o", target])
-        current = target
+    current, made = source_of(model), []
+    grouped = _grouped(model.history)
+    for index, stages in enumerate(grouped):
+        first, stored = stages[0], _data_settings(model) if index == 0 else {}
+        words = ["onnxqat", first.name]
+        words += [first.inputs.get(n, n.upper()) for n in ARGUMENTS.get(first.name, ())]
+        if first.name not in ARGUMENTS:
+            words += [current, first.inputs.get("data", "DATA")]
+        elif len(stages) > 1:
+            words += ["--data", first.inputs["data"]]
+        told = {k: v for k, v in first.inputs.items() if k in ("val_data", "teacher")}
+        for settings in (*(stage.settings for stage in stages), stored):
+            told |= settings
+        last = index == len(grouped) - 1
+        current = model.name if last else f"{_stem(current)}.{OUTPUTS.get(first.name, 'qdq')}.onnx"
+        made.append((stages, [*words, *_options(told), "-o", current]))
     return made
+
+
+def _grouped(history: Sequence[Stage]) -> list[tuple[Stage, ...]]:
+    """Return the stages of each command: insert with data calibrates too."""
+    found: list[tuple[Stage, ...]] = []
+    for stage in history:
+        before = found[-1] if found else ()
+        inserted = len(before) == 1 and before[0].name == "insert" and "data" in before[0].inputs
+        if inserted and stage.name == "calibrate":
+            found[-1] = (*before, stage)
+        else:
+            found.append((stage,))
+    return found
 
 
 def _stem(name: str) -> str:
@@ -174,8 +194,8 @@ def _options(settings: Mapping[str, Any]) -> list[str]:
         option = f"--{RENAMED.get(name, name).replace('_', '-')}"
         if name in NOT_OPTIONS or value is None or value is False:
             continue
-        if value is True:
-            words.append(option)
+        if value is True or (isinstance(value, str) and (name, value) in FLAGS):
+            words.append(FLAGS.get((name, str(value)), option))
         elif name in REPEATED:
             for one in _each(value):
                 words += [option, one]

@@ -183,15 +183,14 @@ def _done(model: QuantizedModel) -> Element:
     """Return the commands that make the file again, what each read, and the versions."""
     if not model.history:
         return section("What was done", element("p", "The file has no history."))
-    commands = map(shlex.join, commands_of(model))
     rows: list[list[Child]] = []
-    for stage, line in zip(model.history, commands, strict=True):
-        read = ", ".join(f"{name} {file}" for name, file in stage.inputs.items())
-        versions = ", ".join(f"{name} {version}" for name, version in stage.versions.items())
+    for stages, words in commands_of(model):
+        read = ", ".join(f"{name} {file}" for name, file in stages[0].inputs.items())
+        versions = ", ".join(f"{name} {version}" for name, version in stages[0].versions.items())
         rows.append(
             [
-                stage.name,
-                element("span", element("code", line), class_="text"),
+                ", ".join(stage.name for stage in stages),
+                element("span", element("code", shlex.join(words)), class_="text"),
                 element("span", read, class_="name"),
                 element("span", versions, class_="name"),
             ]

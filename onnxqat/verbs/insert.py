@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from onnxqat.calibration import (
     Calibration,
     placeholder_params,
@@ -111,8 +113,8 @@ def insert(
             return result
         shared: Any = {"calibration": calibration, "listener": listener, "workers": workers}
         if equalization.samples is not None:  # open already: an iterator is read once
-            return calibrate(result, equalization.samples, **shared)
-        return calibrate(result, data, settings=settings, **shared)
+            return _told_of_data(calibrate(result, equalization.samples, **shared))
+        return _told_of_data(calibrate(result, data, settings=settings, **shared))
 
 
 def _stage(name: str, rule: HardwareRule, plan: QuantPlan, equalization: Equalization) -> Stage:
@@ -121,6 +123,14 @@ def _stage(name: str, rule: HardwareRule, plan: QuantPlan, equalization: Equaliz
         done |= {"equalize": True, "relu6": equalization.relu6}
     inputs, figures = {"model": Path(name).name}, _figures(equalization.result)
     return Stage(name="insert", settings=done, inputs=inputs, figures=figures)
+
+
+def _told_of_data(model: QuantizedModel) -> QuantizedModel:
+    """Return a model whose history says that inserting read the data too, as calibrating did."""
+    *earlier, inserted, calibrated = model.history
+    inputs = inserted.inputs | calibrated.inputs
+    inserted = msgspec.structs.replace(inserted, inputs=inputs)
+    return replace(model, history=(*earlier, inserted, calibrated))
 
 
 def _figures(found: Equalized | None) -> dict[str, float | None]:

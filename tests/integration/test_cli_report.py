@@ -77,7 +77,7 @@ def test_the_commands_of_a_page_make_the_file_again(work, tmp_path, monkeypatch)
         shutil.copy(work / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     lines = [row[1] for row in page.table("Stages")[1:]]
-    assert [shlex.split(line)[1] for line in lines] == ["insert", "calibrate", "finetune"]
+    assert [shlex.split(line)[1] for line in lines] == ["insert", "finetune"]
     for line in lines:
         program, *words = shlex.split(line)
         result = CliRunner().invoke(main, words)

@@ -58,7 +58,7 @@ def tuned(lenet, data):
 def test_files_are_named_without_their_folders(calibrated, tuned):
     insert, calibrate = calibrated.history
 
-    assert insert.inputs == {"model": "mobilenet-digits.onnx"}
+    assert insert.inputs == {"model": "mobilenet-digits.onnx", "data": "digits.npz"}
     assert calibrate.inputs == {"data": "digits.npz"}
     assert tuned.model.history[-1].inputs == {"data": "digits.npz", "teacher": "lenet5.onnx"}
 
