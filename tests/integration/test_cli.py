@@ -221,8 +221,9 @@ def test_strip_names_its_files(work, tmp_path):
     found = document("strip", work / "w4.qat.onnx", "-o", tmp_path / "a" / "chip")
 
     assert found["schema"] == "onnxqat.strip/1"
-    assert found["files"].keys() == {"model", "table"}
+    assert found["files"].keys() == {"model", "table", "compile.sh"}
     assert sorted(Path(p).name for p in found["files"].values()) == [
+        "compile.sh",
         "model.onnx",
         "model_cali_table",
     ]

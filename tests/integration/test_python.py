@@ -213,6 +213,7 @@ def test_the_script_of_the_readme_runs_and_its_file_has_the_same_figures(tmp_pat
     assert {path.name for path in (tmp_path / "chip").iterdir()} == {
         "model.onnx",
         "model_cali_table",
+        "compile.sh",
     }
 
 
