@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from onnxqat.evaluation.metrics import figure_text
-from onnxqat.evaluation.metrics.figures import FRACTIONS
+from onnxqat.evaluation.metrics.figures import FRACTIONS, RATIOS
 
 __all__ = ["decibels_of", "finite", "in_order", "is_share", "named", "primary", "value_text"]
 
@@ -53,7 +53,10 @@ def value_text(figure: str, value: float | None) -> str:
     >>> value_text("top1", 0.4612), value_text("loss", 0.25), value_text("loss", None)
     ('46.12 %', '0.25', '–')
     """
-    return NONE if value is None or math.isnan(value) else figure_text(figure, value)
+    if value is None or math.isnan(value):
+        return NONE
+    kind = figure.partition(":")[0]
+    return figure_text(figure, value) if kind in FRACTIONS | RATIOS else f"{value:.4g}"
 
 
 def decibels_of(value: float | None, cosine: float | None) -> str:

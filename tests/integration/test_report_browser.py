@@ -60,7 +60,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+    api = pytest.importorskip("playwright.sync_api", reason="needs: pip install -e '.[browser]'")
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")
     with api.sync_playwright() as running:

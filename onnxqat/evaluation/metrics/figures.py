@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["FRACTIONS", "OURS", "figure_text"]
+__all__ = ["FRACTIONS", "OURS", "RATIOS", "figure_text"]
 
 FRACTIONS = {"top1", "top5", "agreement", "mean_iou", "exact_match", "f1", "map", "map50", "map75"}
 RATIOS = {"psnr", "sqnr"}
