@@ -8,7 +8,7 @@ onnxruntime-cpu with per-tensor weights, cross-entropy, sgd; LSQ learns weights 
 peer: `bench_step_peer.py`. BatchNormalization is folded in ours, as in every fine-tuning of an
 exported model; PyTorch trains it.
 
-Each of the four models has a process of its own. Printed are medians over the steps of seconds
+Each model has a process of its own. Printed are medians over the steps of seconds
 and of CPU seconds (of all threads: other people's load disturbs them less), the peak memory of the
 process while it steps, and of our LSQ step the share of the time that is spent in anything but
 kernels of convolutions and matrix products: fake-quantize with the products that sum its scale's
@@ -49,13 +49,16 @@ CASES = (
     ("mobilenet_v2", 224, 8),
     ("resnet18", 32, 32),
     ("mobilenet_v2", 32, 32),
+    ("vit_tiny", 224, 8),
+    ("bert_mini", 128, 8),  # a length in tokens
 )
+WORDS = 30522
 THREADS, WARM_UP, PROFILED = 2, 2, 5
 PRODUCTS = {"Conv", "ConvGrad", "FusedMatMul", "Gemm", "MatMul"}
 SUMS = "FakeQuantize"  # in the names of the products that sum the gradient of a scale
 
 
-def prepared(path: Path, kind: str, images: np.ndarray) -> Model:
+def prepared(path: Path, kind: str, inputs: np.ndarray) -> Model:
     """Return the Q/DQ model, or that without any points for ``float``."""
     floats = prepare(load_model(path))
     per_tensor = [parse_override("weight.axis=none")]
@@ -64,14 +67,17 @@ def prepared(path: Path, kind: str, images: np.ndarray) -> Model:
         nothing = QuantPlan(rule=plan.rule, points=(), skips=())
         return insert_pairs(floats, nothing, {}, state="calibrated")
     empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, [{"input": images}], observer="minmax", threads=THREADS)
+    return calibrate(empty, [{"input": inputs}], observer="minmax", threads=THREADS)
 
 
-def step_of(path: Path, kind: str, size: int, batch: int) -> tuple[StepSession, Callable[[], None]]:
+def step_of(path: Path, kind: str, case: int) -> tuple[StepSession, Callable[[], None]]:
+    name, size, batch = CASES[case]
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch, 3, size, size)).astype(np.float32)
-    feeds = {"input": images, LABELS: rng.integers(0, 1000, batch)}
-    model = prepared(path, kind, images)
+    inputs = rng.normal(size=(batch, 3, size, size)).astype(np.float32)
+    if name == "bert_mini":
+        inputs = rng.integers(0, WORDS, (batch, size))
+    feeds = {"input": inputs, LABELS: rng.integers(0, 1000, batch)}
+    model = prepared(path, kind, inputs)
     form = training_form(model)
     session = StepSession(form, read_loss("cross-entropy"), batch_size=batch, threads=THREADS)
     config = Config(optimizer="sgd", lr=1e-4)
@@ -95,10 +101,10 @@ class Profiled(ort.SessionOptions):
         self.profile_file_prefix = tempfile.mkdtemp(dir=self.folder) + "/kernels"
 
 
-def print_share(path: Path, size: int, batch: int) -> None:
+def print_share(path: Path, case: int) -> None:
     """Print the share of an LSQ step outside of the kernels of products."""
     Profiled.folder, ort.SessionOptions = path.parent, Profiled
-    session, step = step_of(path, "qat", size, batch)
+    session, step = step_of(path, "qat", case)
     for _ in range(WARM_UP):
         step()
     start = time.perf_counter()
@@ -112,12 +118,17 @@ def print_share(path: Path, size: int, batch: int) -> None:
     print(1 - sum(e["dur"] for e in products) / 1e6 / seconds)
 
 
-def started(command: list[str]) -> subprocess.Popen[str]:
-    """Return a process that is ready to step."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while answer(process) != "ready":
-        pass
-    return process
+def started(commands: dict[str, list[str]]) -> dict[str, subprocess.Popen[str]]:
+    """Return processes that are ready to step; they prepare side by side."""
+    pipe = subprocess.PIPE
+    processes = {
+        kind: subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        for kind, command in commands.items()
+    }
+    for process in processes.values():
+        while answer(process) != "ready":
+            pass
+    return processes
 
 
 def answer(process: subprocess.Popen[str]) -> str:
@@ -130,7 +141,7 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 def measured(commands: dict[str, list[str]], repeat: int) -> dict[str, list[float]]:
     """Return seconds, CPU seconds and peak GB of a step, by kind."""
-    processes = {kind: started(command) for kind, command in commands.items()}
+    processes = started(commands)
     times: dict[str, list[list[float]]] = {kind: [] for kind in commands}
     for _ in range(WARM_UP + repeat):
         for kind, process in processes.items():
@@ -165,7 +176,7 @@ def compare(case: int, python: str, plain: str | None, repeat: int) -> None:
         found = measured(commands, repeat)
         command = [sys.executable, *mine, "share"]
         share = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    print(f"{name} {size}x{size}, batch {batch}".ljust(34) + "".join(f"{k:>12}" for k in found))
+    print(f"{name} {size}, batch {batch}".ljust(34) + "".join(f"{k:>12}" for k in found))
     for row, what in enumerate(("seconds", "CPU seconds", "peak GB")):
         print(f"  {what:<32}" + "".join(f"{figures[row]:>12.3f}" for figures in found.values()))
     print(f"  {'outside of products':<32}{'':>12}{float(share):>12.0%}", flush=True)
@@ -181,11 +192,10 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        _, size, batch = CASES[arguments.case]
         if arguments.work == "share":
-            print_share(Path(arguments.model), size, batch)
+            print_share(Path(arguments.model), arguments.case)
         else:
-            serve(step_of(Path(arguments.model), arguments.work, size, batch)[1])
+            serve(step_of(Path(arguments.model), arguments.work, arguments.case)[1])
         return
     if arguments.python is None:
         parser.error("--python is required")

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import encoders
 import torch
 from architectures import _torchvision_models
 from step_server import serve
@@ -52,7 +53,8 @@ def quantized(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     qconfig = QConfig(
         activation=learnable(0, 255, torch.quint8), weight=learnable(-128, 127, torch.qint8)
     )
-    mapping = QConfigMapping().set_global(qconfig)
+    # an embedding takes weights per row alone
+    mapping = QConfigMapping().set_global(qconfig).set_object_type(nn.Embedding, None)
     model = prepare_qat_fx(model, mapping, example_inputs=(inputs,))
     for module in model.modules():
         if isinstance(module, _LearnableFakeQuantize):
@@ -65,8 +67,13 @@ def main() -> None:
     name, size, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    model = getattr(_torchvision_models(), name)(weights=None, num_classes=1000)
     inputs, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    if hasattr(encoders, name):
+        model = getattr(encoders, name)(size)
+    else:
+        model = getattr(_torchvision_models(), name)(weights=None, num_classes=1000)
+    if name == "bert_mini":
+        inputs = torch.randint(0, encoders.WORDS, (batch, size))
     if kind == "export":
         torch.onnx.export(model.eval(), (inputs,), sys.argv[5], dynamo=False, opset_version=17,
                           input_names=["input"], output_names=["output"])  # fmt: skip
