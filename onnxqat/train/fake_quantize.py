@@ -35,12 +35,23 @@ more levels the rounding of x and y in float32 blurs that, and the level itself 
 
 The sums are products of rows, which write one number where Mul writes a tensor for ReduceSum.
 Inside the range ``dy - passed`` is zero, so that no large sums cancel.
+
+Where x comes from a Relu or a Clip from 0 on and goes nowhere else, one mask stands for both, and
+the other op hands dy on. With ``L`` where the clipping range ends, and ``C`` where the Clip does::
+
+    inside = 0 < x < min(C, L)
+    kept = x where x < L
+    dL/ds = sum(dy * (y - kept)) / s
+
+Passes over memory (reading or writing x, y or dy, each an op; products of rows in brackets), with
+the gradient of the other op: 6 (2) by itself, 8 (2) with a Relu, 11 (2) with a Clip; 6 (1) with a
+Relu and 7 (1) with a Clip where the mask is shared.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +94,9 @@ class FakeQuantize:
         How scale and zero_point move.
     moves_zero_point : bool
         The zero_point comes as a float32 that is rounded here, and not as the integer.
+    ceiling : float or None
+        x is the output of a Relu (infinite) or of a Clip from 0 to this, whose gradient is
+        included, see `sharing_mask`; None where it is not.
     """
 
     dtype: str
@@ -93,6 +107,13 @@ class FakeQuantize:
     learns_x: bool
     method: Method
     moves_zero_point: bool = False
+    ceiling: float | None = None
+
+    def sharing_mask(self, ceiling: float | None) -> FakeQuantize:
+        """Return the variant that includes the gradient of the Relu or Clip before, if it can."""
+        fits = self.axis is None and self._has_few_levels and not self.learns_zero_point
+        fits = fits and self.learns_x and self.method not in ("pact", "dsq")
+        return replace(self, ceiling=ceiling) if fits else self
 
     @property
     def learns_scale(self) -> bool:
@@ -113,6 +134,7 @@ class FakeQuantize:
         words += ["x"] if self.learns_x else []
         words += [self.method.replace("+", "plus")] if self.learns_scale else []
         words += ["z"] if self.moves_zero_point else []
+        words += [] if self.ceiling is None else [f"below{self.ceiling!r}".replace(".", "p")]
         return "_".join(words)
 
     @property
@@ -173,6 +195,8 @@ class FakeQuantize:
         return helper.make_function(DOMAIN, name, passed, outputs, nodes, opsets)
 
     def _gradient(self) -> Nodes:
+        if self.ceiling is not None:
+            return self._shared_gradient(self.ceiling)
         nodes = [
             *self._shaped("x", "y", "dy"),
             *self._broadcast("s", "scale"),
@@ -193,6 +217,42 @@ class FakeQuantize:
             nodes += [*self._sum("stopped", "shift"), _node("Mul", ["shift", "s"], "pull")]
             nodes.append(_node("Neg", ["pull"], "dz"))
         return nodes
+
+    def _shared_gradient(self, ceiling: float) -> Nodes:
+        """Return the gradient through this and the Relu or Clip that x comes from."""
+        bounded = ceiling < math.inf
+        nodes = [
+            *self._shaped("x", "y", "dy"),
+            *self._whole_zero_point(),
+            _number("last", self.qmax + HALF_LEVEL),
+            _node("Sub", ["last", "whole_z"], "levels"),
+            _node("Mul", ["levels", "s"], "limit"),
+            *([_number("ceiling", ceiling)] if bounded else []),
+            _node("Min", ["limit", "ceiling"] if bounded else ["limit"], "end"),
+            _node("Sub", ["end", "x_rows"], "below"),
+            _node("Mul", ["x_rows", "below"], "room"),
+            _node("HardSigmoid", ["room"], "inside", alpha=1e30, beta=0.0),
+            _node("Mul", ["dy_rows", "inside"], "passed"),
+            _node("Shape", ["x"], "shape"),
+            _node("Reshape", ["passed", "shape"], "dx"),
+        ]
+        if not self.learns_scale:
+            return nodes
+        counted = "inside"
+        if bounded:  # a value at the ceiling may lie within the clipping range
+            nodes += [
+                _node("Sub", ["limit", "ceiling"], "over"),
+                _node("HardSigmoid", ["over"], "all", alpha=1e30, beta=0.0),
+                _node("Max", ["inside", "all"], "counted"),
+            ]
+            counted = "counted"
+        return [
+            *nodes,
+            _node("Mul", ["x_rows", counted], "kept"),
+            _node("Sub", ["y_rows", "kept"], "error"),
+            *self._product("dy_rows", "error", "total"),
+            _node("Div", ["total", "s"], "ds"),
+        ]
 
     def _shaped(self, *tensors: str) -> Nodes:
         """Return nodes that make rows of tensors where the elements of a scale are rows.

@@ -28,7 +28,15 @@ from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, quantized_range
 from onnxqat.quantized import QuantizedModel, insert_pairs
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
-from onnxqat.train.lowering import CustomOp, Refusal, ShapeUnknown, fixed_shapes, lower
+from onnxqat.train.lowering import (
+    CustomOp,
+    Refusal,
+    ShapeUnknown,
+    ceiling,
+    fixed_shapes,
+    handing_on,
+    lower,
+)
 from onnxqat.train.trained import trained_initializers
 
 __all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untrainable_nodes"]
@@ -241,6 +249,7 @@ class _Builder:
         self.learned: list[str] = []  # inputs that have gradients
         self.observed: dict[str, list[str]] = {}
         self.dead: set[int] = set()
+        self.ceilings: dict[str, float] = {}  # tensors whose point has the mask of their op too
         self.reaching = reaching(graph, read)
 
     def run(self) -> None:
@@ -268,7 +277,10 @@ class _Builder:
     def _lower(self, node: gs.Node, learned: list[int]) -> list[gs.Node]:
         complete = all(t.name in self.reaching for t in node.outputs)
         try:
-            nodes, ops = lower(node, learned, opset=self.graph.opset, all_reach_loss=complete)
+            if self._shares_mask(node):
+                nodes, ops = handing_on(node, learned, self.graph.opset)
+            else:
+                nodes, ops = lower(node, learned, opset=self.graph.opset, all_reach_loss=complete)
         except Refusal as refusal:
             if isinstance(refusal, ShapeUnknown) and self.source is not None:
                 self._fix_shapes(self.source)
@@ -281,6 +293,16 @@ class _Builder:
         for op in ops:
             self._use(op, op.forward, op.gradient)
         return nodes
+
+    def _shares_mask(self, node: gs.Node) -> bool:
+        """Return whether the gradient of a Relu or Clip is included in that of its point."""
+        high, out = ceiling(node), node.outputs[0]
+        alone = len(out.outputs) == 1 and all(out is not t for t in self.graph.outputs)
+        point = self.points.get(out.outputs[0].name) if alone else None
+        if high is None or point is None or self.grid.get(out.name) == point.parameters:
+            return False
+        self.ceilings[out.name] = high
+        return self._variant(point, out).ceiling is not None
 
     def _fix_shapes(self, source: Model) -> None:
         """Fill in what does not depend on the batch, where a length is missing."""
@@ -318,6 +340,9 @@ class _Builder:
             return []
         self.grid[target.name] = point.parameters
         variant = self._variant(point, source)
+        gradient = variant.gradient_function(self.graph.opset)
+        functions = [variant.function(self.graph.opset), *([gradient] if gradient else [])]
+        self._use(variant, *functions)
         if variant.learns_x or variant.learns_scale:
             self.trained.add(target.name)
         if self._method(point) == "moving-average":
@@ -355,10 +380,7 @@ class _Builder:
             method=method,
             moves_zero_point=moves,
         )
-        gradient = variant.gradient_function(self.graph.opset)
-        functions = [variant.function(self.graph.opset), *([gradient] if gradient else [])]
-        self._use(variant, *functions)
-        return variant
+        return variant.sharing_mask(self.ceilings.get(source.name))
 
     def _inputs(self, point: QuantPoint, variant: FakeQuantize) -> tuple[gs.Tensor, gs.Tensor]:
         """Return the scale and the zero_point of a point."""

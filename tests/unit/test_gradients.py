@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
 from onnxqat.train.engine import StepSession
+from onnxqat.train.fake_quantize import FakeQuantize
 from onnxqat.train.form import training_form
 from onnxqat.train.losses import LABELS, read_loss, teacher_input
 from tests.fake_quantizers import SPECS, one_op, values_with_ties_and_ends, variant_of
@@ -62,6 +63,57 @@ def test_fake_quantize_gradient_is_the_formula(spec, learns_x, rank_is_known):
     # float32 sums of terms that reach q: each is right to 2^-22 of its parts
     bound = 2.0**-22 * (np.abs(upstream) * (np.abs(q - z) + np.abs(x / s))).sum(axes)
     assert (np.abs(result["s_grad"] - terms.sum(axes)) <= bound).all()
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "ste"])
+@pytest.mark.parametrize("ceiling", [np.inf, 0.5, 1.5, 6.0])
+@pytest.mark.parametrize("spec", ["int8", "uint8", "asymmetric", "uint4"])
+def test_a_mask_shared_with_a_relu_or_clip_is_the_formula_of_both(spec, ceiling, method):
+    spec = SPECS[spec]
+    params = choose_qparams(np.float32(0), np.float32(1), spec)
+    u = np.random.default_rng(0).normal(size=(4, 6, 50)).astype(np.float32)
+    x = np.clip(u, 0, ceiling).astype(np.float32)
+    upstream = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    variant = variant_of(spec, params, 3, method=method).sharing_mask(ceiling)
+    result = one_op(variant, x, params, upstream)
+    qmin, qmax = quantized_range(spec, signed=params.signed)
+    z = float(params.zero_point)
+    inside = np.rint(x / params.scale) + z <= qmax
+    q = np.clip(np.rint(x / params.scale) + z, qmin, qmax)
+    terms = upstream * np.where(inside, q - z - x.astype(np.float64) / params.scale, q - z)
+
+    assert variant.ceiling == ceiling
+    np.testing.assert_array_equal(result["x_grad"], upstream * (inside & (u > 0) & (u < ceiling)))
+    if method != "ste":
+        assert abs(result["s_grad"] - terms.sum()) <= 1e-6 * np.abs(terms).sum()
+
+
+@pytest.mark.parametrize("rule", ["sophgo-bm1684x", "onnxruntime-cpu"])
+@pytest.mark.parametrize("activation", ["Relu(a)", "Clip(a, zero, six)", "Clip(a, zero, half)"])
+def test_a_shared_mask_changes_no_gradient(rule, activation, monkeypatch):
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4] input) => (float[N,4] output)
+    <float[4,4] w = {{1,0,0,2, 0,-1,0,0, 0,3,1,0, 3,0,0,1}}, float[4,4] v = {{1,0,0,2, 0,1,0,0,
+     0,0,-1,0, 3,0,0,1}}, float zero = {{0}}, float six = {{6}}, float half = {{0.5}}> {{
+        a = MatMul(input, w)
+        b = {activation}
+        output = MatMul(b, v)
+    }}"""
+    network = onnx.parser.parse_model(text)
+    _, qdq = quantized(network, rule)
+    x = 3 * samples(network, 16)
+    found = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(FakeQuantize, "sharing_mask", lambda self, _: self)
+        form = training_form(qdq)
+        assert any("below" in node.op_type for node in form.proto.graph.node) == shares
+        session = StepSession(form, read_loss("mse"), batch_size=16, threads=1)
+        session.run({"input": x, teacher_input("output"): np.ones((16, 4), np.float32)})
+        found.append(session.gradients.views)
+    assert np.any(found[0]["w"])
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("rank", [2, None])

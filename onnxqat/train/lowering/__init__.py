@@ -31,6 +31,7 @@ from onnxqat.train.lowering.gradient import (
     static_shape,
 )
 from onnxqat.train.lowering.normalization import NORMALIZATIONS
+from onnxqat.train.lowering.pointwise import ceiling, straight
 from onnxqat.train.lowering.rearranging import (
     depth_to_space,
     einsum,
@@ -44,7 +45,9 @@ __all__ = [
     "CustomOp",
     "Refusal",
     "ShapeUnknown",
+    "ceiling",
     "fixed_shapes",
+    "handing_on",
     "lower",
 ]
 
@@ -124,6 +127,14 @@ def lower(
     if node.op == "LayerNormalization":
         _complete(node)
     return [node], []
+
+
+def handing_on(
+    node: gs.Node, learned: Sequence[int], opset: int
+) -> tuple[list[gs.Node], list[CustomOp]]:
+    """Return what stands for a Relu or Clip whose mask its point includes, see `ceiling`."""
+    op, made = custom_op(node, straight(), learned, opset)
+    return [made], [op]
 
 
 def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:

@@ -8,6 +8,7 @@ wrong for anything but a quantizer, and those are FakeQuantize here.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +18,17 @@ from onnxqat.model import constant
 from onnxqat.preparation.editing import scalar
 from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_shape, summed_to
 
-__all__ = ["SLOPES", "clip", "dropout", "leaky_relu", "mod", "prelu", "slope_gradient", "where"]
+__all__ = [
+    "SLOPES",
+    "ceiling",
+    "clip",
+    "dropout",
+    "leaky_relu",
+    "mod",
+    "prelu",
+    "slope_gradient",
+    "where",
+]
 
 POSITIVE = """
     steep = Mul(x, big)
@@ -116,6 +127,21 @@ def clip(node: gs.Node) -> Gradient | None:
     text = """above = Sub(y, low) below = Sub(high, y) room = Mul(above, below)
     inside = HardSigmoid<alpha = 1e30, beta = 0.0>(room) dx = Mul(dy, inside)"""
     return Gradient(inputs=("x", "low", "high"), text=text)
+
+
+def ceiling(node: gs.Node) -> float | None:
+    """Return where a Relu or a Clip from 0 on ends, infinite for a Relu; None for others."""
+    if node.op == "Relu":
+        return math.inf
+    limits = [scalar(tensor) for tensor in node.inputs[1:]] if node.op == "Clip" else []
+    if len(limits) < 2 or None in limits or limits[0] != 0 or not 0 < limits[1] < np.inf:
+        return None
+    return float(limits[1])
+
+
+def straight() -> Gradient:
+    """Return dx = dy of a Relu or Clip whose mask is included elsewhere."""
+    return Gradient(inputs=("x", "low", "high"), text="dx = Identity(dy)")
 
 
 def dropout(node: gs.Node) -> Gradient:
