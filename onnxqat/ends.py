@@ -228,7 +228,8 @@ class TensorReader:
         if self.session is None:
             return {}
         feeds = {name: values for name, values in inputs.items() if name in self._inputs}
-        return dict(zip(self.names, self.session.run(self.names, feeds), strict=True))
+        values = self.session.run_in_place(self.names, feeds)
+        return dict(zip(self.names, values, strict=True))
 
 
 def _before(graph: onnx.GraphProto, names: list[str], error: UnknownOpError) -> UnknownOpError:

@@ -9,8 +9,8 @@ MaxPool and Gemm; fed batch by batch, since one `collect_data` holds every tenso
 
 Each has a process of its own, and they take the batches in turn, so that other work on the machine
 slows all of them alike. Printed are seconds, CPU seconds (of all threads) and the peak memory of
-the process from the first batch on. Making a model, a session and the images is not counted;
-finding the ranges after the last batch is.
+the process from the first batch on. Making the model and the images is not counted, and of theirs
+the session is not either; finding the ranges after the last batch is.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -107,3 +110,35 @@ def test_an_op_that_onnxruntime_lacks_is_named(proto, op, node, message):
     with pytest.raises(UnknownOpError, match=rf"^net\.onnx: .*{message}") as caught:
         open_session(proto, optimization="none", name="net.onnx")
     assert (caught.value.op, caught.value.node) == (op, node)
+
+
+def test_outputs_in_place_are_those_of_a_run_and_outlive_the_session():
+    """Also of other types, without elements, and from an array that is not contiguous."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[N, 3] x) =>
+    (float[N, 3] y, int64[2] shape, float[0] none, float s) {
+        y = Relu(x) shape = Shape(x) s = ReduceSum<keepdims = 0>(y)
+        one = Constant<value = float[1] {1}> () zero = Constant<value = int64[1] {0}> ()
+        none = Expand(one, zero) }"""
+    session = open_session(onnx.parser.parse_model(text), optimization="basic")
+    names = ["y", "shape", "none", "s"]
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((3, n)).astype(np.float32).T} for n in (4, 4, 7)]
+    found = [session.run_in_place(names, feed) for feed in feeds]
+    expected = [session.run(names, feed) for feed in feeds]
+    del session
+    gc.collect()
+
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            np.testing.assert_array_equal(a, b)
+    assert not found[0][0].flags.writeable
+
+
+def test_in_place_a_wrong_shape_is_an_error_of_the_data():
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 3] x) => (float[N, 3] y) {y = Relu(x)}'
+    )
+    session = open_session(onnx.parser.parse_model(text), optimization="basic", name="net")
+    with pytest.raises(DataError, match=r"^net: does not run on the data"):
+        session.run_in_place(["y"], {"x": np.zeros((2, 4), np.float32)})
