@@ -10,7 +10,7 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.reporting.analysis import AnalysisDocument
 from onnxqat.reporting.comparison import Comparison
 from onnxqat.reporting.history import Run, commands_of, given, repaired, runs_of, source_of
-from onnxqat.reporting.layers import cost_text
+from onnxqat.reporting.layers import cost_name, cost_text
 from onnxqat.reporting.training import Log
 
 __all__ = ["Step", "steps_of"]
@@ -87,8 +87,9 @@ def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Ste
     if advice.layers and advice.overrides:
         now, then = (cost_text(found, cost) for cost in (found.cost, advice.cost))
         yield Step(
-            text=f"These layers cost most: {', '.join(advice.layers)}. With them in float, the "
-            f"outputs are at {then} (now {now}). Where the chip has 16 bits, they get these.",
+            text=f"These layers cost most: {', '.join(advice.layers)}. With them in float, "
+            f"{cost_name(found.metric)} {then} (now {now}). Where the chip has 16 bits, they get "
+            "these.",
             commands=(_with_overrides(advice.overrides, model),),
         )
 

@@ -13,7 +13,7 @@ from onnxqat.reporting.charts import bar, chart_of_levels
 from onnxqat.reporting.elements import Child, details, element, section, table
 from onnxqat.reporting.numbers import NONE, decibels_of
 
-__all__ = ["cost_text", "shown_layers"]
+__all__ = ["cost_name", "cost_text", "shown_layers"]
 
 WORST = 10
 DRAWN = 8  # histograms
@@ -30,18 +30,16 @@ def cost_text(found: AnalysisDocument, cost: float | None) -> str:
     return "exact" if ratio == math.inf else f"{ratio:.1f} dB"
 
 
-def meaning(metric: str) -> str:
-    """Return what a cost says."""
-    if metric == "error":
-        return "SQNR of the outputs: more is better"
-    return f"{metric} lost: less is better"
+def cost_name(metric: str) -> str:
+    """Return what a cost is called."""
+    return "SQNR of the outputs" if metric == "error" else f"{metric} lost"
 
 
 def shown_layers(found: AnalysisDocument) -> Element:
     """Return the part of the page about layers and tensors."""
     said = (
         f"Measured by analyze on {found.samples} samples of {found.data or 'arrays'}. "
-        f"The whole model: {cost_text(found, found.cost)} ({meaning(found.metric)})."
+        f"The whole model: {cost_text(found, found.cost)} ({cost_name(found.metric)})."
     )
     worst = sorted(found.points, key=_fit)
     charts = [_histogram(point) for point in _drawn(found, worst)]

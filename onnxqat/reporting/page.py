@@ -115,7 +115,7 @@ def make_report(
         _tiles(comparisons),
         _advice(steps),
         section("Figures", *map(shown_comparison, comparisons)) if comparisons else None,
-        shown_training(runs, log, None),
+        shown_training(runs, log),
         shown_layers(analysis) if analysis else None,
         shown_plan(model.plan),
         _done(model),

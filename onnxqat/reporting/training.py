@@ -96,7 +96,7 @@ def check_log(log: Log, run: Run, path: str, model: str) -> None:
             )
 
 
-def shown_training(runs: Sequence[Run], log: Log | None, missing: Element | None) -> Element | None:
+def shown_training(runs: Sequence[Run], log: Log | None) -> Element | None:
     """Return the part of the page; None where nothing was trained, nor logged."""
     if not runs and log is None:
         return None
@@ -106,7 +106,7 @@ def shown_training(runs: Sequence[Run], log: Log | None, missing: Element | None
         parts += _shown_run(run, log if number == len(runs) else None)
     if not runs and log is not None:
         parts += _shown_log_alone(log)
-    return section("Training", *parts, missing)
+    return section("Training", *parts)
 
 
 def _shown_run(run: Run, log: Log | None) -> list[Child]:
@@ -116,8 +116,9 @@ def _shown_run(run: Run, log: Log | None) -> list[Child]:
     parts: list[Child] = [element("div", *charts, class_="charts")]
     parts += [element("ul", *notes)] if notes else []
     entries = [entry for attempt in run.attempts for entry in attempt]
-    entries = [e for i, e in enumerate(entries) if e["epoch"] or i == 0]
-    parts.append(_table_of_epochs(entries, entries.index(run.kept) if run.kept in entries else 0))
+    entries = [e for i, e in enumerate(entries) if e.get("epoch") or i == 0]
+    kept = entries.index(run.kept) if run.kept in entries else None
+    parts.append(_table_of_epochs(entries, kept))
     return [*parts, *(_points(log) if log else [])]
 
 
@@ -132,6 +133,8 @@ def _shown_log_alone(log: Log) -> list[Child]:
             charts.append(_drawn(name, [Curve(points=points)], [], None))
     charts += _charts_of_steps(log)
     parts: list[Child] = [said, element("div", *charts, class_="charts")]
+    notes = [element("li", f"step {note.step}: {note.note}") for note in log.notes]
+    parts += [element("ul", *notes)] if notes else []
     parts += [_table_of_epochs(run_entries, None)] if run_entries else []
     return [*parts, *_points(log)]
 

@@ -170,7 +170,10 @@ def _compared(
     last = models[-1]
     try:
         result = evaluated(last, samples.batches(size), mode="integer", rule=rule)
-        rows.append(Row(kind="integer", file=last.name, figures=figures_of_evaluation(result)))
+        found = figures_of_evaluation(result)
+        if reference is None:  # without one, integers are compared with the model itself
+            found = {name: found[name] for name in result.metrics}
+        rows.append(Row(kind="integer", file=last.name, figures=found))
     except RuleError as error:  # its arithmetic is not documented
         rows.append(Row(kind="integer", file=last.name, figures={}, note=str(error)))
     data = f"samples of {Path(samples.name).name}"

@@ -162,6 +162,18 @@ def test_figures_that_are_not_finite_are_left_out(bare):
     assert not {"nan", "inf"} & set(re.findall(r"\w+", found.text.lower()))
 
 
+def test_a_history_that_lacks_its_epochs_is_shown_as_far_as_it_goes(bare):
+    stages = (
+        tuning({"top1": 0.5, "epoch": None}, {"loss": None}, {"epoch": 2.0}),
+        Stage(name="finetune"),
+        Stage(name="x"),
+    )
+    found = page(replace(bare, state="finetuned", history=stages))
+
+    assert found.table("Stages")[0][0] == "stage"
+    assert "Fine-tuning 2" in found.text
+
+
 EVENTS = [
     Start(metrics={k: v for k, v in START.items() if k != "epoch"}),
     *(Step(step=s, epoch=1 + s // 8, loss=3 / s, lr=s * 1e-4, scale_lr=1e-3) for s in range(1, 25)),
@@ -228,6 +240,8 @@ def test_a_log_is_drawn_while_training_goes_on(bare, tmp_path):
     assert "the result of this run is not in the model" in found.text
     places([0, 1], [0.25, 0.45], found.chart("top-1").curves()[0])
     assert len(found.chart("training loss").curves()[0]) == 11
+    noted = logged(tmp_path, [*ordered(EVENTS)[:5], Note(step=1, note="<b>again</b>")])
+    assert "step 1: <b>again</b>" in Page(oq.report(bare, log=noted).html).text
 
 
 @pytest.fixture(scope="module")
