@@ -2,7 +2,7 @@
 
 from onnxqat.reporting.analysis import AnalysisDocument, read_analysis, typed_analysis
 from onnxqat.reporting.comparison import Comparison, Row, figures_of_evaluation
-from onnxqat.reporting.history import kind_of, runs_of, source_of
+from onnxqat.reporting.history import floats_of, kind_of, runs_of, source_of
 from onnxqat.reporting.numbers import value_text
 from onnxqat.reporting.page import Report, make_report
 from onnxqat.reporting.training import Log, check_log, log_of
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "check_log",
     "figures_of_evaluation",
+    "floats_of",
     "kind_of",
     "log_of",
     "make_report",

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from onnxqat.quantized import QuantizedModel
 from onnxqat.reporting.analysis import AnalysisDocument
 from onnxqat.reporting.comparison import Comparison
-from onnxqat.reporting.history import Run, commands_of, given, repaired, runs_of, source_of
+from onnxqat.reporting.history import (
+    Run,
+    commands_of,
+    floats_of,
+    given,
+    repaired,
+    runs_of,
+    source_of,
+)
 from onnxqat.reporting.layers import cost_name, cost_text
 from onnxqat.reporting.training import Log
 
@@ -64,9 +72,10 @@ def _of_state(model: QuantizedModel) -> Iterator[Step]:
         )
     elif model.state == "calibrated" and not runs_of(model):
         data = given(model, "data") or "DATA"
+        teacher = [] if floats_of(model) else ["--teacher", source_of(model)]
         yield Step(
             text="The weights are those of the float model. Fine-tuning lowers what is lost.",
-            commands=(shlex.join(["onnxqat", "finetune", model.name, data]),),
+            commands=(shlex.join(["onnxqat", "finetune", model.name, data, *teacher]),),
         )
 
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from onnxqat.quantized import QuantizedModel, Stage
+from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel, Stage, weights_hash
+from onnxqat.repair import original
 from onnxqat.reporting.numbers import finite
 from onnxqat.settings import Settings, stored_settings
 
@@ -19,6 +21,7 @@ __all__ = [
     "Kind",
     "Run",
     "commands_of",
+    "floats_of",
     "given",
     "kind_of",
     "repaired",
@@ -137,6 +140,12 @@ def given(model: QuantizedModel, argument: str) -> str | None:
 def source_of(model: QuantizedModel) -> str:
     """Return the name of the float file that the model was made from; its own if unknown."""
     return next((s.inputs["model"] for s in model.history if "model" in s.inputs), model.name)
+
+
+def floats_of(model: QuantizedModel) -> Model | None:
+    """Return the float model inside; None where training or repair changed what it computes."""
+    floats = original(model.floats)
+    return floats if weights_hash(floats.graph) == model.source else None
 
 
 def commands_of(model: QuantizedModel) -> list[tuple[tuple[Stage, ...], list[str]]]:

@@ -13,7 +13,7 @@ from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation import evaluate as run
 from onnxqat.evaluation.metrics import AnyMetric, Metric, fitted, read_metric
 from onnxqat.model import Model
-from onnxqat.quantized import QuantizedModel, weights_hash
+from onnxqat.quantized import QuantizedModel
 from onnxqat.reporting import (
     AnalysisDocument,
     Comparison,
@@ -22,6 +22,7 @@ from onnxqat.reporting import (
     Row,
     check_log,
     figures_of_evaluation,
+    floats_of,
     kind_of,
     log_of,
     make_report,
@@ -99,7 +100,7 @@ def report(
         raise OptionError("metrics: are measured on data. Give data.")
     chosen = [read_metric(metric) for metric in metrics]
     reference = None if against is None else float_model(against)
-    floats = reference or _float_part_of([*others, loaded])
+    floats = reference or next(filter(None, map(floats_of, [*others, loaded])), None)
     compare = partial(
         _compared,
         [*others, loaded],
@@ -140,12 +141,6 @@ def _analysis(
     if isinstance(given, Analysis):
         return typed_analysis(analysis_document(given, model), model, "analysis")
     return None if given is None else read_analysis(given, model)
-
-
-def _float_part_of(models: Iterable[QuantizedModel]) -> Model | None:
-    """Return the float part of the first model whose weights nothing has changed."""
-    kept = (m.floats for m in models if weights_hash(m.floats.graph) == m.source)
-    return next(kept, None)
 
 
 def _compared(

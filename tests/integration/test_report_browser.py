@@ -48,11 +48,11 @@ def page(tmp_path_factory):
     plain = oq.insert(MODELS / "mobilenet-digits.onnx", **how)
     repaired = oq.insert(MODELS / "mobilenet-digits.onnx", equalize=True, **how)
     config, logs = oq.Config(epochs=2), oq.TrainingLogs(path=log, every=5)
-    tuned = oq.finetune(repaired, data, config=config, logs=logs).model
+    teacher = MODELS / "mobilenet-digits.onnx"
+    tuned = oq.finetune(repaired, data, teacher=teacher, config=config, logs=logs).model
     found = oq.analyze(tuned, test, samples=32)
-    against = MODELS / "mobilenet-digits.onnx"
     beside = [plain, repaired]
-    made = oq.report(tuned, test, against=against, beside=beside, log=log, analysis=found)
+    made = oq.report(tuned, test, against=teacher, beside=beside, log=log, analysis=found)
     path = folder / "report.html"
     made.save(path)
     return path

@@ -391,6 +391,9 @@ def test_what_is_not_there_is_said_with_the_command_that_gives_it(model, bare):
     empty = page(replace(bare, state="uncalibrated"))
     assert empty.commands == ["onnxqat calibrate net.qat.onnx DATA"]
     assert "onnxqat finetune net.qat.onnx DATA" in page(bare).commands
+    repaired = replace(bare, source="another", history=(INSERT,))
+    command = "onnxqat finetune net.qat.onnx DATA --teacher net.onnx"
+    assert command in page(repaired).commands
 
 
 def test_the_plan_is_told_with_what_stays_float(model):
