@@ -8,6 +8,7 @@
     ├── PlanError       a plan and the model or the parameters disagree
     ├── DataError       the data directory, file, array or label is wrong
     ├── FormatError     a calibration table is wrong
+    ├── JobError        a job file is wrong, or a model is not what its job needs
     ├── OptionError     an argument is none of the values there are
     └── TrainingError   training diverged, or cannot be continued
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 __all__ = [
     "DataError",
     "FormatError",
+    "JobError",
     "ModelError",
     "OnnxQatError",
     "OptionError",
@@ -51,6 +53,10 @@ class DataError(OnnxQatError):
 
 class FormatError(OnnxQatError):
     """A calibration table is wrong."""
+
+
+class JobError(OnnxQatError):
+    """A job file is wrong, or a model is not what its job needs."""
 
 
 class OptionError(OnnxQatError):

@@ -15,6 +15,7 @@ from onnxqat.commands.import_table import import_table
 from onnxqat.commands.insert import insert
 from onnxqat.commands.report import report
 from onnxqat.commands.rules import rules
+from onnxqat.commands.run import run
 from onnxqat.commands.search import search
 from onnxqat.commands.strip import strip
 
@@ -34,5 +35,5 @@ COMMANDS = (
         compare_dumps,
         strip,
     ),
-    *(equalize, export, import_table, rules),
+    *(equalize, export, import_table, rules, run),
 )

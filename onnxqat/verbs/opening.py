@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from onnxqat.calibration import unlike_training
@@ -39,12 +40,15 @@ class DataSource:
         Do without images that cannot be read, and name each.
     truth : mapping of str to str, optional
         Array that says what an output should be, by the name of the output; metrics read it.
+    samples : int, optional
+        Read so many at most, spread evenly over the data.
     """
 
     source: str | Path | Arrays | Iterable[Arrays]
     layout: Layout | None = None
     skip_broken: bool = False
     truth: Mapping[str, str] | None = None
+    samples: int | None = None
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
@@ -99,22 +103,27 @@ def opened(
         settle(model, settings_of(source))
         yield source
         return
-    data = _open(model, source, given, listener, beside, labels=labels)
-    with data:
-        yield data
+    this = source if isinstance(source, DataSource) else DataSource(source=source)
+    with _open(model, this, given, listener, beside, labels=labels) as data:
+        yield _thinned(data, this.samples)
+
+
+def _thinned(data: DataSet, samples: int | None) -> DataSet:
+    """Return so many samples at most; not the first ones, which may all be of one class."""
+    if samples is None or samples >= len(data):
+        return data
+    return data.subset(np.linspace(0, len(data) - 1, samples).astype(np.int64))
 
 
 def _open(
     model: AnyModel,
-    source: AnyData,
+    this: DataSource,
     given: Settings,
     listener: Listener,
     beside: AnyModel | None,
     *,
     labels: bool,
 ) -> DataSet:
-    assert not isinstance(source, DataSet)
-    this = source if isinstance(source, DataSource) else DataSource(source=source)
     settings = settle(model, given)
     data = open_data(
         this.source,

@@ -59,6 +59,7 @@ ORDER = [
     "help_text",
     "options",
     "arguments",
+    "jobs",
     "commands",
     "cli",
     "__main__",

@@ -1,0 +1,142 @@
+"""What a run of jobs shows meanwhile: a live table on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from onnxqat.jobs.job import VARIANTS
+from onnxqat.jobs.outcome import Outcome, StepState
+from onnxqat.progress import Clock, time_left
+from onnxqat.terminal import say, shown
+
+__all__ = ["Board", "value_text"]
+
+EVERY = 10.0  # seconds between two lines of one job
+ENDED = ("done", "missed", "failed", "stopped")
+MAX_ROWS = 40  # of the table; those at work first
+
+
+def value_text(figure: str | None, value: float | None) -> str:
+    """Return a figure for people: a share in percent, other ones as they are."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if 0 <= value <= 1 and figure != "psnr" else f"{value:.4g}"
+
+
+class Board:
+    """Shows where all jobs stand; a context manager.
+
+    Parameters
+    ----------
+    outcomes : sequence of Outcome
+        The jobs.
+    jobs : int
+        How many run at a time.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(
+        self, outcomes: Sequence[Outcome], jobs: int, clock: Clock = time.monotonic
+    ) -> None:
+        self._outcomes, self._jobs, self._clock = outcomes, jobs, clock
+        self._lock = threading.Lock()
+        # when a step began what it does, and how far it was: a training may go on from a checkpoint
+        self._begun: dict[tuple[str, str, str], tuple[float, int]] = {}
+        self._said: dict[str, float] = {}  # when a line of a job was last written
+        console = Console(stderr=True)
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Board:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def hear(self, outcome: Outcome, step: StepState | None) -> None:
+        """Take a report: of a step, or of a job that began or ended."""
+        with self._lock:
+            if step is not None and step.state == "running":
+                begun = self._clock(), step.done
+                self._begun.setdefault((outcome.name, step.name, step.title), begun)
+            if self._live is None:
+                self._say(outcome, step)
+
+    def refresh(self) -> None:
+        """Show the table of the moment."""
+        if self._live:
+            with self._lock:
+                self._live.update(self.table(), refresh=True)
+
+    def _say(self, outcome: Outcome, step: StepState | None) -> None:
+        if step is None:
+            if outcome.status in ENDED:
+                say(f"{outcome.name}: {outcome.status} {outcome.message}".rstrip(), err=True)
+            return
+        now = self._clock()
+        if step.state in ("done", "cached") and (step.seconds or step.state == "cached"):
+            if step.state == "done":
+                say(f"{outcome.name}: {step.name} done in {step.seconds:.1f} s", err=True)
+            self._said[outcome.name] = now
+        elif step.total and now - self._said.setdefault(outcome.name, now) >= EVERY:
+            self._said[outcome.name] = now
+            say(f"{outcome.name}: {self.progress(outcome)}", err=True)
+
+    def progress(self, outcome: Outcome) -> str:
+        """Return what a job does at the moment, how far that is and how long it will take."""
+        step = outcome.running
+        if step is None:
+            return ""
+        usual = self._clock(), step.done
+        begun, first = self._begun.get((outcome.name, step.name, step.title), usual)
+        text = f"{step.name} {step.title}".rstrip()
+        if not step.total:
+            return text
+        left = time_left(self._clock() - begun, step.done - first, step.total - first)
+        return f"{text}: {step.done} of {step.total}, {left}"
+
+    def table(self) -> Table:
+        """Return the table of the moment."""
+        table = Table(caption=self._caption(), caption_justify="left")
+        for head in ("job", "status", *VARIANTS):
+            table.add_column(head, overflow="fold")
+        rank = {"running": 0, "waiting": 2}
+        ranked = sorted(self._outcomes, key=lambda one: rank.get(one.status, 1))
+        for one in ranked[:MAX_ROWS]:
+            figure = one.figure
+            figures = [
+                value_text(figure, one.figures.get(variant, {}).get(figure or ""))
+                for variant in VARIANTS
+            ]
+            status = self.progress(one) or one.status
+            table.add_row(*(Text(shown(cell)) for cell in (one.name, status, *figures)))
+        return table
+
+    def _caption(self) -> str:
+        ended = [one for one in self._outcomes if one.status in ENDED]
+        text = f"{len(ended)} of {len(self._outcomes)} jobs ended"
+        took = [one.seconds for one in ended if one.seconds]
+        if took and len(ended) < len(self._outcomes):
+            left = sum(took) / len(took) * (len(self._outcomes) - len(ended)) / self._jobs
+            text += f", about {left:.0f} s left"
+        return text

@@ -1,0 +1,235 @@
+"""One job: what its file says, checked, and the steps that follow from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from onnxqat.choices import nearest
+from onnxqat.errors import JobError
+from onnxqat.jobs.file import Draft
+from onnxqat.jobs.rows import ROWS, Row
+from onnxqat.jobs.tables import OptionTable, converted, params_of
+from onnxqat.options import data_options
+
+__all__ = ["FAST_SAMPLES", "VARIANTS", "Job", "Order", "Tolerance", "json_schema", "make_job"]
+
+VARIANTS = ("float", "post-training", "repaired", "tuned", "integer")
+FAST_SAMPLES = 30  # of a fast test
+SPLITS = {
+    "train": "Samples to fine-tune on, and to calibrate on where nothing else is given.",
+    "calibration": "Samples to calibrate on.",
+    "validation": "Samples that choose the best state; a tenth of the training data by default.",
+    "test": "Samples that the figures are measured on; they choose nothing.",
+}
+
+Tolerance: TypeAlias = dict[str, dict[str, float]]
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is done to one model for one chip.
+
+    Attributes
+    ----------
+    draft : Draft
+        The file, and what it says.
+    model : str
+        The float model; relative paths begin at the folder of the file.
+    data : dict
+        Parsed ``[data]``: the options of the command line, and the splits.
+    options : dict of str to dict
+        Parsed options of each stage that runs, by its name.
+    tolerance : dict
+        By variant and figure, how far it may fall below the float model's.
+    threads : int
+        0 takes all cores.
+    fast : bool
+        Whether only `FAST_SAMPLES` samples of each split are read.
+    """
+
+    draft: Draft
+    model: str
+    data: dict[str, Any]
+    options: dict[str, dict[str, Any]]
+    tolerance: Tolerance = field(default_factory=dict)
+    threads: int = 0
+    fast: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the job, and of its folder."""
+        return f"{self.draft.name}.fast-test" if self.fast else self.draft.name
+
+    @property
+    def base(self) -> Path:
+        """Where relative paths begin."""
+        return self.draft.file.resolve().parent
+
+    def runs(self, stage: str) -> bool:
+        """Return whether a stage is part of the job."""
+        return stage in self.options
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples of each split are read at most."""
+        return FAST_SAMPLES if self.fast else None
+
+    @property
+    def repairs(self) -> bool:
+        """Whether something is done to the model between calibrating and fine-tuning it."""
+        corrected = self.options["calibrate"]["bias_correction"]
+        return self.runs("blocks") or corrected or bool(self.options["insert"]["equalize"])
+
+    @property
+    def last(self) -> str:
+        """The variant that leaves for the chip."""
+        if self.runs("finetune"):
+            return "tuned"
+        return "repaired" if self.repairs else "post-training"
+
+    def split(self, name: str) -> str:
+        """Return the data of a split, or those that stand in for it."""
+        given = self.data.get(name)
+        if given is None and name in ("calibration", "validation"):
+            given = self.data.get("train")
+        if given is None:
+            raise JobError(f"{self.draft.file}: [data] '{name}' is missing. Name the data.")
+        return str(given)
+
+
+def make_job(draft: Draft, *, threads: int = 0, fast: bool = False) -> Job:
+    """Check what a file says, and return the job.
+
+    Parameters
+    ----------
+    draft : Draft
+        As `onnxqat.jobs.file.drafts` gives it.
+    threads : int
+        Where the file does not say.
+    fast : bool
+        See `Job`.
+
+    Raises
+    ------
+    JobError
+        A key is unknown, a value wrong, or something missing; it names file, table and key.
+    """
+    where = str(draft.file)
+    tables = {name: value for name, value in draft.table.items() if name in _tables()}
+    rest = {name: value for name, value in draft.table.items() if name not in _tables()}
+    keys = [field.encode_name for field in msgspec.structs.fields(_plain())]
+    for key in rest:
+        if key not in keys:
+            raise JobError(f"{where}: '{key}' is unknown. {nearest(key, [*keys, *_tables()])}")
+    plain = converted(rest, _plain(), keys, f"{where}:")
+    if "model" not in plain:
+        raise JobError(f"{where}: 'model' is missing. Name the float model.")
+    usual = {"threads": plain.get("threads", threads), "seed": plain.get("seed", 0)}
+    data = _tables()["data"].parse(tables.get("data", {}), where)
+    job = Job(
+        draft=draft,
+        model=plain["model"],
+        data=data,
+        options={
+            row.name: _tables()[row.name].parse(tables.get(row.name, {}), where, usual)
+            for row in ROWS
+            if row.name not in plain.get("skip", ()) and (row.always or row.name in tables)
+        },
+        tolerance=plain.get("tolerance", {}),
+        threads=usual["threads"],
+        fast=fast,
+    )
+    for row in ROWS:
+        if job.runs(row.name) and row.reads is not None:
+            job.split(row.reads)
+    return job
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """A draft, and how it is run, as the process of a job is told; see `Job`."""
+
+    name: str
+    file: str
+    table: dict[str, Any]
+    threads: int = 0
+    fast: bool = False
+    again: bool = False  # also what is finished
+
+    def job(self) -> Job:
+        """Return the job."""
+        draft = Draft(name=self.name, file=Path(self.file), table=self.table)
+        return make_job(draft, threads=self.threads, fast=self.fast)
+
+
+@functools.cache
+def _tables() -> dict[str, OptionTable]:
+    texts = {name: Annotated[Text, Meta(description=text)] for name, text in SPLITS.items()}
+    found = {"data": OptionTable("data", params_of([data_options]), texts)}
+    return found | {row.name: _table(row) for row in ROWS}
+
+
+def _table(row: Row) -> OptionTable:
+    return OptionTable(row.name, params_of(row.options, without=row.without))
+
+
+@functools.cache
+def _plain() -> type[msgspec.Struct]:
+    """Return the struct of what a job file says outside of the tables of options."""
+    optional = tuple(row.name for row in ROWS if row.name not in ("insert", "calibrate"))
+    quantized = VARIANTS[1:]
+    limits = dict[str, Annotated[float, Meta(ge=0)]]
+    said: dict[str, tuple[Any, str]] = {
+        "model": (Text, "The float ONNX model."),
+        "skip": (tuple[Literal[optional], ...], "Stages that do not run."),  # type: ignore[valid-type]
+        "seed": (Annotated[int, Meta(ge=0)], "Of every random choice (default 0)."),
+        "threads": (Annotated[int, Meta(ge=0)], "0: all cores (default)."),
+        "tolerance": (
+            dict[Literal[quantized], limits],  # type: ignore[valid-type]
+            "By variant and figure: how far it may fall below the float model's.",
+        ),
+    }
+    fields = [
+        (name, Annotated[kind, Meta(description=text)] | UnsetType, UNSET)
+        for name, (kind, text) in said.items()
+    ]
+    return msgspec.defstruct("Job", fields, kw_only=True, frozen=True, forbid_unknown_fields=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of job files, for editors."""
+    anything = dict[str, Any]
+    entries = Annotated[list[str | int | float | anything], Meta(min_length=1)]
+    said: list[tuple[str, Any, str]] = [
+        ("name", str, "Of the job; the file's by default."),
+        ("extends", str, "Job file beside this one, that this one changes."),
+        ("variables", dict[str, str | int | float | bool], "Values of ${NAME} in texts."),
+        ("matrix", dict[str, entries], "Lists of values of variables: a job for each choice."),
+    ]
+    fields: list[Any] = [
+        (name, Annotated[kind, Meta(description=text)] | UnsetType, UNSET)
+        for name, kind, text in said
+    ]
+    fields += [(name, table.kind | UnsetType, UNSET) for name, table in _tables().items()]
+    kind = msgspec.defstruct("JobFile", fields, bases=(_plain(),), kw_only=True, frozen=True,
+                             forbid_unknown_fields=True)  # fmt: skip
+    schema = msgspec.json.schema(kind)
+    for definition in schema["$defs"].values():
+        properties: Mapping[str, Any] = definition.get("properties", {})
+        definition["properties"] = {key: _or_variable(one) for key, one in properties.items()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _or_variable(kind: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value that may be a variable, too."""
+    if kind.get("type") not in ("integer", "number", "boolean") and "enum" not in kind:
+        return kind
+    described = {"description": kind.pop("description", "")}
+    return {"anyOf": [kind, {"type": "string", "pattern": r"^\$\{[^{}]+\}$"}], **described}

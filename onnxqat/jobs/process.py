@@ -1,0 +1,159 @@
+"""The process of one job: ``python -P -m onnxqat.jobs.process FOLDER FD``.
+
+The first line of stdin is the job; the end of stdin says that the run is over, and the process
+ends as soon as a training has saved its state. What happens is written to the file descriptor, one
+JSON document a line. What people read goes to stderr, which is the job's log.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onnxqat.errors import OnnxQatError
+from onnxqat.jobs.job import Order
+from onnxqat.jobs.records import Record, file_digest, key_of_step, read_record, write_record
+from onnxqat.jobs.rows import Step, steps_of
+from onnxqat.jobs.work import Ending, Tell, Work
+from onnxqat.locks import claimed
+from onnxqat.terminal import LineFormatter
+from onnxqat.train import DivergedError, StoppedError
+
+__all__ = ["run_job"]
+
+logger = logging.getLogger("onnxqat.jobs")
+
+PATIENCE = 60.0  # seconds that a training has to save its state
+STDIN = 0
+GARBAGE_THRESHOLD = 200_000  # as for the command line
+
+
+def run_job(
+    order: Order,
+    folder: Path,
+    tell: Tell,
+    ending: Ending = Ending(),  # noqa: B008 (never asked)
+) -> None:
+    """Run the steps of a job that are not finished yet.
+
+    Parameters
+    ----------
+    order : Order
+        The job.
+    folder : Path
+        Where its results go.
+    tell : callable
+        Takes what happens, one document after the other.
+    ending : Ending
+        Whether to stop.
+
+    Raises
+    ------
+    OnnxQatError
+        A step failed.
+    """
+    job = order.job()
+    os.chdir(job.base)
+    with claimed(folder / "job"):
+        for step in (steps := steps_of(job)):
+            tell({"step": step.name, "state": "waiting"})
+        work = Work(job, folder, lambda progress: tell({"step": now.name, **progress}), ending)
+        for now in steps:
+            work.keys[now.name] = key_of_step(job, now, work.keys)
+            record = _record_of(work, now, again=order.again, tell=tell)
+            state = {"seconds": record.seconds, "figures": record.figures, "notes": record.notes}
+            tell({"step": now.name, "state": "done", **state})
+
+
+def _record_of(work: Work, step: Step, *, again: bool, tell: Tell) -> Record:
+    """Return the record of a step: that of an earlier run, or of this one."""
+    key = work.keys[step.name]
+    found = None if again else read_record(work.folder, step, key)
+    if found is not None:
+        logger.info("%s: as before", step.name)
+        tell({"step": step.name, "state": "cached"})
+        return found
+    logger.info("%s: begins", step.name)
+    tell({"step": step.name, "state": "running"})
+    started = time.monotonic()
+    result = step.row.run(work, step)
+    for note in result.notes:
+        logger.info("%s: %s", step.name, note)
+    record = Record(
+        key=key,
+        seconds=round(time.monotonic() - started, 3),
+        figures=result.figures,
+        notes=result.notes,
+        files={str(path.relative_to(work.folder)): file_digest(path) for path in result.files},
+    )
+    write_record(work.folder, step, record)
+    logger.info("%s: done in %.1f s %s", step.name, record.seconds, record.figures)
+    return record
+
+
+def main() -> None:
+    """Run the job that stdin gives."""
+    folder, events = Path(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w", encoding="utf-8")
+    order = msgspec.json.decode(_first_line(), type=Order)
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    ending = Ending()
+    threading.Thread(target=_follow, args=(ending,), daemon=True).start()
+
+    def tell(document: dict[str, Any]) -> None:
+        events.write(json.dumps(document) + "\n")
+        events.flush()
+
+    status, message = "done", ""
+    try:
+        run_job(order, folder, tell, ending)
+    except StoppedError as error:
+        status, message = "stopped", str(error)
+    except (OnnxQatError, DivergedError) as error:
+        status, message = "failed", str(error)
+    except MemoryError:
+        status, message = "failed", "Out of memory. Try a smaller batch-size."
+    except Exception as error:
+        traceback.print_exc()
+        status, message = "failed", f"{type(error).__name__}: {error}. See job.log."
+    if message:
+        logger.error("%s: %s", status, message)
+    tell({"status": status, "message": message})
+
+
+def _first_line() -> bytes:
+    """Read stdin up to the end of a line; the file object of Python would read on."""
+    line = b""
+    while not line.endswith(b"\n") and (part := os.read(STDIN, 1 << 16)):
+        line += part
+    return line
+
+
+def _follow(ending: Ending) -> None:
+    """Wait for the end of stdin: whoever started the process is gone, or wants it to end.
+
+    A training saves its state first. What is written otherwise is whole or absent at any time.
+    """
+    while os.read(STDIN, 1 << 16):
+        pass
+    ending.asked.set()
+    until = time.monotonic() + PATIENCE
+    while ending.saves and time.monotonic() < until:
+        time.sleep(0.1)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The stages of a job, one row each: a stage that joins is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onnxqat.jobs import stages
+from onnxqat.jobs.tables import Options
+from onnxqat.options import (
+    analysis_options,
+    bias_correction_option,
+    calibration_options,
+    checkpoint_options,
+    equalize_option,
+    export_options,
+    log_options,
+    relu6_option,
+    rule_options,
+    run_options,
+    seed_option,
+    table_option,
+    teacher_option,
+    trainable_option,
+    training_options,
+    weights_option,
+)
+
+if TYPE_CHECKING:
+    from onnxqat.jobs.job import Job
+    from onnxqat.jobs.work import Result, Work
+
+__all__ = ["ROWS", "Row", "Step", "steps_of"]
+
+
+def _quantized(job: Job) -> tuple[str, ...]:
+    return ("post-training", "repaired") if job.repairs else ("post-training",)
+
+
+def _tuned(job: Job) -> tuple[str, ...]:
+    del job
+    return ("tuned",)
+
+
+def _leaving(job: Job) -> tuple[str, ...]:
+    """Return what leaves for the chip; the post-training baseline beside what became of it."""
+    return (job.last,) if job.last == "post-training" else (job.last, "post-training")
+
+
+def _measured(job: Job) -> tuple[str, ...]:
+    tuned = ("tuned",) if job.runs("finetune") else ()
+    return ("float", *_quantized(job), *tuned, "integer")
+
+
+def _whole(job: Job) -> tuple[str, ...]:
+    del job
+    return ("",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage.
+
+    Attributes
+    ----------
+    name : str
+        Of the stage, and of its table in a job file.
+    run : callable
+        Calls the verb, and writes what it gives.
+    options : tuple
+        Decorators of `onnxqat.options`: the keys of the table.
+    without : tuple of str
+        Options that are none of its keys, since the job sees to them.
+    also : tuple of str
+        Other tables whose options it reads.
+    variants : callable
+        Which variants of the model a job runs it on.
+    reads : str or None
+        Split of the data.
+    makes : bool
+        Whether it gives a model, for the stages behind it.
+    always : bool
+        Whether it runs without a table, too.
+    """
+
+    name: str
+    run: Callable[[Work, Step], Result]
+    options: tuple[Options, ...] = ()
+    without: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    variants: Callable[[Job], tuple[str, ...]] = _whole
+    reads: str | None = None
+    makes: bool = False
+    always: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A stage of one variant.
+
+    Attributes
+    ----------
+    row : Row
+        The stage.
+    variant : str
+        Of the model; empty where there is one for all.
+    source : str or None
+        The step whose model it takes; None for the float model.
+    after : tuple of str
+        The steps whose results it depends on.
+    """
+
+    row: Row
+    variant: str
+    source: str | None
+    after: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the step, for people and for files."""
+        return f"{self.row.name}.{self.variant}" if self.variant else self.row.name
+
+
+ROWS = (
+    Row(
+        name="check",
+        run=stages.check,
+        options=(trainable_option,),
+        also=("insert",),
+        always=True,
+    ),
+    Row(
+        name="insert",
+        run=stages.insert,
+        options=(rule_options, equalize_option, relu6_option, table_option),
+        variants=_quantized,
+        makes=True,
+        always=True,
+    ),
+    Row(
+        name="calibrate",
+        run=stages.calibrate,
+        options=(calibration_options, bias_correction_option, run_options(32), seed_option),
+        variants=_quantized,
+        reads="calibration",
+        makes=True,
+        always=True,
+    ),
+    Row(
+        name="finetune",
+        run=stages.finetune,
+        options=(
+            *(teacher_option, training_options, checkpoint_options, log_options),
+            *(run_options(16), seed_option),
+        ),
+        without=("resume", "log", "tensorboard"),
+        variants=_tuned,
+        reads="train",
+        makes=True,
+    ),
+    Row(
+        name="evaluate",
+        run=stages.evaluate,
+        options=(run_options(32),),
+        variants=_measured,
+        reads="test",
+        always=True,
+    ),
+    Row(
+        name="analyze",
+        run=stages.analyze,
+        options=(analysis_options, run_options(32), seed_option),
+        variants=lambda job: (job.last,),
+        reads="validation",
+    ),
+    Row(
+        name="strip",
+        run=stages.strip,
+        options=(table_option, weights_option),
+        variants=_leaving,
+        always=True,
+    ),
+    Row(
+        name="export",
+        run=stages.export,
+        options=(export_options,),
+        variants=_leaving,
+    ),
+    Row(name="report", run=stages.report),
+)
+
+
+def steps_of(job: Job) -> list[Step]:
+    """Return the steps of a job, in order."""
+    steps: list[Step] = []
+    latest: dict[str, str] = {}  # the step that gave a variant's model so far
+    for row in (row for row in ROWS if job.runs(row.name)):
+        for variant in row.variants(job):
+            given = latest.get(variant)
+            if given is None and variant in ("tuned", "integer"):
+                given = latest.get(job.last) or latest[_quantized(job)[-1]]
+            before = tuple(step.name for step in steps) if row.name == "report" else ()
+            after = before if given is None else (given,)
+            step = Step(row=row, variant=variant, source=given, after=after)
+            steps.append(step)
+            if row.makes:
+                latest[variant] = step.name
+    return steps

@@ -1,0 +1,230 @@
+"""Jobs from their files to a summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxqat.errors import JobError, OnnxQatError
+from onnxqat.jobs.board import Board
+from onnxqat.jobs.file import Draft, drafts
+from onnxqat.jobs.job import Job, Order, make_job
+from onnxqat.jobs.outcome import Outcome
+from onnxqat.jobs.pool import run_side_by_side
+from onnxqat.jobs.records import key_of_step, read_record
+from onnxqat.jobs.rows import steps_of
+from onnxqat.jobs.summary import document_of, rows_of, write_summary
+
+__all__ = ["Planned", "Summary", "plan_jobs", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of jobs.
+
+    Attributes
+    ----------
+    outcomes : tuple of Outcome
+        Of each job, in order.
+    fast : bool
+        Whether only some samples were read, and no tolerance looked at.
+    files : tuple of Path
+        The written summaries.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    fast: bool
+    files: tuple[Path, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all jobs are done and hold their tolerances."""
+        return all(one.status == "done" for one in self.outcomes)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The summary as JSON that scripts read."""
+        return document_of(self.outcomes, fast=self.fast)
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The summary as a table, its heads first."""
+        return rows_of(self.outcomes)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step that would run.
+
+    Attributes
+    ----------
+    job, step : str
+        Their names.
+    state : {"run", "done"}
+        ``done``: an earlier run did it on the same inputs.
+    """
+
+    job: str
+    step: str
+    state: str
+
+
+def run_jobs(
+    files: Iterable[str | Path],
+    *,
+    output: str | Path = "runs",
+    jobs: int = 1,
+    variables: Mapping[str, Any] | None = None,
+    fast: bool = False,
+    again: bool = False,
+) -> Summary:
+    """Run job files, as ``onnxqat run`` does: each job in a process of its own.
+
+    Steps that an earlier run finished on the same inputs are not run again. A job that fails, or
+    whose file is wrong, does not keep the others from running.
+
+    Parameters
+    ----------
+    files : iterable of str or Path
+        Job files, see docs/jobs.md.
+    output : str or Path
+        Folder of the results: a folder for each job, and the summary.
+    jobs : int
+        How many run at a time.
+    variables : mapping, optional
+        Values that replace those of the files' variables.
+    fast : bool
+        Read only a few samples, through every stage; no tolerance is looked at.
+    again : bool
+        Also run what is finished.
+
+    Raises
+    ------
+    JobError
+        There is no job, or two have the same name.
+    OnnxQatError
+        Nothing can be written to ``output``.
+    """
+    found = list(_read_all(files, variables))
+    work, outcomes = [], []
+    for name, file, draft, problem in found:
+        outcome = Outcome(name=name, file=str(file), folder=Path(output).absolute() / name)
+        outcomes.append(outcome)
+        if draft is None:
+            outcome.end("failed", problem)
+            continue
+        order = Order(
+            name=draft.name,
+            file=str(draft.file.resolve()),
+            table=draft.table,
+            threads=_threads(jobs),
+            fast=fast,
+            again=again,
+        )
+        if _accept(order, outcome):
+            work.append((order, outcome))
+    root = _folder(Path(output))
+    with Board(outcomes, jobs) as board:
+        for outcome in outcomes:
+            if outcome.status == "failed":
+                board.hear(outcome, None)
+        try:
+            run_side_by_side(work, jobs, board.hear, board.refresh)
+        finally:
+            written = write_summary(root, outcomes, fast=fast)
+    return Summary(tuple(outcomes), fast, tuple(written))
+
+
+def _accept(order: Order, outcome: Outcome) -> bool:
+    """Check a job, and make its folder; note what is wrong with it."""
+    try:
+        job = order.job()
+        outcome.name, outcome.tolerance, outcome.judged = job.name, job.tolerance, not job.fast
+        outcome.folder = _folder(outcome.folder.parent / job.name)
+    except OnnxQatError as error:
+        outcome.end("failed", str(error))
+        return False
+    return True
+
+
+def _read_all(
+    files: Iterable[str | Path], variables: Mapping[str, Any] | None
+) -> Iterable[tuple[str, Path, Draft | None, str]]:
+    """Yield the jobs of all files, and files that are wrong with what is wrong."""
+    seen: dict[str, Path] = {}
+    for file in map(Path, files):
+        try:
+            found = drafts(file, variables)
+        except OnnxQatError as error:
+            yield file.stem, file, None, str(error)
+            continue
+        for draft in found:
+            if draft.name in seen:
+                raise JobError(
+                    f"{file}: a job of {seen[draft.name]} is called '{draft.name}', too. Give "
+                    "name = '...' in one of them."
+                )
+            seen[draft.name] = file
+            yield draft.name, file, draft, ""
+
+
+def plan_jobs(
+    files: Iterable[str | Path],
+    *,
+    output: str | Path = "runs",
+    variables: Mapping[str, Any] | None = None,
+    fast: bool = False,
+) -> list[Planned]:
+    """Return what `run_jobs` would do, as ``onnxqat run --dry-run`` says.
+
+    Parameters
+    ----------
+    files, output, variables, fast
+        See `run_jobs`.
+
+    Raises
+    ------
+    OnnxQatError
+        A job file is wrong, or a file that it names is missing.
+    """
+    planned: list[Planned] = []
+    for _, _, draft, problem in _read_all(files, variables):
+        if draft is None:
+            raise JobError(problem)
+        planned += _planned(make_job(draft, fast=fast), Path(output))
+    return planned
+
+
+def _planned(job: Job, root: Path) -> Iterable[Planned]:
+    keys: dict[str, str] = {}
+    for step in steps_of(job):
+        keys[step.name] = key_of_step(job, step, keys)
+        record = read_record(root / job.name, step, keys[step.name])
+        yield Planned(job.name, step.name, "run" if record is None else "done")
+
+
+def _folder(path: Path) -> Path:
+    """Make a folder for results.
+
+    Raises
+    ------
+    OnnxQatError
+        It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxQatError(
+            f"{path}: cannot be made ({error.strerror}). Choose another --output."
+        ) from error
+    return path
+
+
+def _threads(jobs: int) -> int:
+    """Return the threads of a job, so that all together take the cores there are."""
+    if jobs == 1:
+        return 0
+    return max(1, len(os.sched_getaffinity(0)) // jobs)

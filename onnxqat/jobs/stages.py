@@ -1,0 +1,257 @@
+"""What each stage of a job does: it calls the verb of its name, and writes what that gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxqat import verbs
+from onnxqat.analysis import overrides_file
+from onnxqat.arguments import take_calibration, take_config, take_overrides
+from onnxqat.errors import JobError, OnnxQatError, RuleError
+from onnxqat.evaluation import Evaluation
+from onnxqat.files import write_text
+from onnxqat.jobs.work import Result, Work
+from onnxqat.quantized import load_model, require_quantized
+from onnxqat.train import Checkpoints, check_plotting, read_log, write_report
+
+if TYPE_CHECKING:
+    from onnxqat.jobs.rows import Step
+
+__all__ = [
+    "analyze",
+    "calibrate",
+    "check",
+    "evaluate",
+    "export",
+    "finetune",
+    "insert",
+    "report",
+    "strip",
+]
+
+NAMED = 3  # nodes of a message
+LOG = "finetune.jsonl"
+
+
+def check(work: Work, step: Step) -> Result:
+    """Refuse a model that the chip cannot run, or that cannot be fine-tuned where it is to be."""
+    del step
+    insert, train = work.options("insert"), work.options("check")["train"]
+    found = verbs.check(
+        work.job.model,
+        rules=insert["rules"],
+        overrides=take_overrides(insert),
+        train=train or work.job.runs("finetune"),
+    )
+    wrong = [f"'{skip.node}' ({skip.op_type}): {skip.reason}" for skip in found.unsupported]
+    wrong += [f"the table cannot hold {name}" for name in found.names]
+    wrong += [f"'{n.node}' ({n.op_type}) cannot be trained: {n.reason}" for n in found.untrainable]
+    if wrong:
+        more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise JobError(
+            f"{work.job.model}: rule '{found.plan.rule}' does not take it: "
+            f"{'; '.join(wrong[:NAMED])}{more}. See 'onnxqat check'."
+        )
+    figures = {
+        "tensors quantized": float(len(found.plan.grid_points())),
+        "nodes in float": float(len(found.plan.skips)),
+    }
+    advice = () if insert["equalize"] else found.advice
+    return Result(figures=dict(figures), notes=advice)
+
+
+def insert(work: Work, step: Step) -> Result:
+    """Insert the pairs; of the repaired variant after equalizing, where that is asked for."""
+    options = work.options("insert")
+    strip_format = work.options("strip")["format_name"] if work.job.runs("strip") else None
+    made = work.made(step)
+    verbs.insert(
+        work.job.model,
+        rules=options["rules"],
+        overrides=take_overrides(options),
+        settings=work.settings,
+        equalize=options["equalize"] and step.variant == "repaired",
+        relu6=options["relu6"],
+        format_name=strip_format or options["format_name"],
+        listener=work.listener,
+    ).save(made, force=True)
+    return Result(files=_model_files(made))
+
+
+def calibrate(work: Work, step: Step) -> Result:
+    """Measure the scales, and correct the biases of the repaired variant where asked for."""
+    options = work.options("calibrate")
+    options["bias_correction"] &= step.variant == "repaired"
+    made = work.made(step)
+    result = verbs.calibrate(
+        work.model(step.source),
+        work.source("calibration"),
+        settings=work.settings,
+        calibration=take_calibration(options),
+        listener=work.listener,
+    )
+    result.save(made, force=True)
+    return Result(figures=dict(result.history[-1].figures), files=_model_files(made))
+
+
+def finetune(work: Work, step: Step) -> Result:
+    """Fine-tune, from the checkpoint where a run of the same settings was stopped."""
+    options = work.options("finetune")
+    teacher = options.pop("teacher") or _teacher(work)
+    every, log_every = options.pop("checkpoint_every"), options.pop("log_every")
+    made, log = work.made(step), work.folder / LOG
+    kept = made.with_suffix(f".{work.keys[step.name][:16]}.{work.job.threads}.checkpoint")
+    resume = kept.is_file()
+    for other in made.parent.glob(f"{made.stem}.*.checkpoint"):
+        if other != kept:  # of other settings
+            other.unlink()
+    if not resume:
+        log.unlink(missing_ok=True)
+    checkpoints = Checkpoints(kept, **(every or {}), resume=resume)
+    with work.ending.saving() as stop:
+        result = verbs.finetune(
+            work.model(step.source),
+            work.source("train"),
+            validation=work.source("validation") if "validation" in work.job.data else None,
+            teacher=teacher,
+            settings=work.settings,
+            config=take_config(options),
+            logs=verbs.TrainingLogs(path=log, every=log_every),
+            checkpoints=checkpoints,
+            listener=work.listener,
+            stop=stop,
+        )
+    result.model.save(made, force=True)
+    checkpoints.remove()
+    figures = {"epochs": float(result.epochs), "best epoch": float(result.best_epoch)}
+    return Result(figures=dict(figures), notes=result.notes, files=(*_model_files(made), log))
+
+
+def _teacher(work: Work) -> str | None:
+    """Return the float model, where the repaired one is not the same function."""
+    changed = work.options("insert")["relu6"] == "replace" or work.job.runs("blocks")
+    corrected = work.options("calibrate")["bias_correction"]
+    return work.job.model if corrected or changed else None
+
+
+def evaluate(work: Work, step: Step) -> Result:
+    """Measure a variant on the test data, against the float model."""
+    variant, options = step.variant, work.options("evaluate")
+    modes: dict[str, Any] = {"float": "float", "integer": "integer"}
+    rules = work.options("insert")["rules"]
+    own_rule = variant == "integer" and rules.endswith(".toml")
+    try:
+        found = verbs.evaluate(
+            work.model(step.source),
+            work.source("test"),
+            mode=modes.get(variant, "qdq"),
+            against=None if variant == "float" else work.job.model,
+            rules=rules if own_rule else None,
+            settings=work.settings,
+            listener=work.listener,
+            **options,
+        )
+    except RuleError as error:
+        if variant != "integer":
+            raise
+        return Result(notes=(f"integer: not measured. {error}",))
+    return Result(figures=_figures(found), notes=(found.note,) if found.note else ())
+
+
+def _figures(found: Evaluation) -> dict[str, float | None]:
+    """Return what a variant is judged by: metrics, and how like the float model it is."""
+    errors = [one.relative_error for one in found.outputs if one.relative_error is not None]
+    figures: dict[str, float | None] = dict(found.metrics)
+    if found.agreement is not None:
+        figures["agreement"] = found.agreement
+    if errors:
+        figures["error"] = max(errors)
+    return {name: _finite(value) for name, value in figures.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def analyze(work: Work, step: Step) -> Result:
+    """Write which layers cost most, and the overrides that are advised."""
+    options = work.options("analyze")
+    if work.job.samples is not None:
+        options["samples"] = min(options["samples"], work.job.samples)
+    model = require_quantized(load_model(work.model(step.source)))
+    found = verbs.analyze(
+        model,
+        work.source("validation"),
+        settings=work.settings,
+        listener=work.listener,
+        **options,
+    )
+    overrides, figures = work.folder / "advice.toml", work.folder / "analysis.json"
+    write_text(overrides, overrides_file(model, found.advice), force=True)
+    document = {
+        "schema": "onnxqat.analysis/1",
+        "metric": found.metric,
+        "cost": _finite(found.cost),
+        "layers": [_document(one) for one in found.layers],
+        "points": [_document(one) for one in found.points],
+    }
+    write_text(figures, json.dumps(document, indent=1), force=True)
+    worst = [f"'{one.layer.node}' costs most." for one in found.layers[:1]]
+    return Result(
+        figures={"cost": _finite(found.cost)}, notes=tuple(worst), files=(overrides, figures)
+    )
+
+
+def _document(found: Any) -> Any:
+    """Return figures as JSON has them: null where one is not finite."""
+    if isinstance(found, dict):
+        return {key: _document(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_document(value) for value in found]
+    return _document(asdict(found)) if hasattr(found, "__dataclass_fields__") else _finite(found)
+
+
+def strip(work: Work, step: Step) -> Result:
+    """Write the float model and the calibration table."""
+    options = work.options("strip")
+    table = options.pop("format_name") or work.options("insert")["format_name"]
+    found = verbs.strip(
+        work.model(step.source), work.chip(step), format_name=table, force=True, **options
+    )
+    left_out = (
+        f"The table does not hold {len(names)} {kind}." for kind, names in found.left_out.items()
+    )
+    models = _model_files(found.files["model"])
+    others = (path for kind, path in found.files.items() if kind != "model")
+    return Result(notes=tuple(left_out), files=(*models, *others))
+
+
+def export(work: Work, step: Step) -> Result:
+    """Write the model with integer weights beside what strip wrote."""
+    made = work.chip(step) / "model.int8.onnx"
+    verbs.export(work.model(step.source), **work.options("export")).save(made, force=True)
+    return Result(files=_model_files(made))
+
+
+def report(work: Work, step: Step) -> Result:
+    """Draw the curves of the training."""
+    del step
+    log = work.folder / LOG
+    if not log.is_file():
+        return Result(notes=("report: nothing was fine-tuned.",))
+    try:
+        check_plotting()
+    except OnnxQatError as error:
+        return Result(notes=(f"report: not written. {error}",))
+    page = work.folder / "finetune.html"
+    write_report(page, read_log(log), title=work.job.name, force=True)
+    return Result(files=(page,))
+
+
+def _model_files(path: Path) -> tuple[Path, ...]:
+    """Return a model and its data beside it."""
+    return (path, *sorted(path.parent.glob(f"{path.name}.*.data")))
