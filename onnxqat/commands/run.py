@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxqat.commands.common import print_table
+from onnxqat.help_text import command, under
 from onnxqat.options import json_option
 from onnxqat.terminal import say, say_document
 
@@ -16,41 +17,40 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-@click.command()
+_run, _output = under("Run"), under("Output")
+
+
+@command(example="onnxqat run scripts/examples/classifier.toml")
 @click.argument("files", metavar="JOB.toml...", nargs=-1)
-@click.option(
+@_run(
     "--jobs",
     type=click.IntRange(1, 256),
     default=1,
     show_default=True,
-    help="How many jobs run at a time, each in a process of its own.",
+    help="Run so many jobs at a time, each in a process of its own.",
 )
-@click.option(
-    "-o", "--output", default="runs", show_default=True, help="Folder for the jobs' results."
-)
-@click.option(
+@_run(
     "--var",
     "variables",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Value of a variable of the job files; repeatable.",
+    help="Set a variable of the job files; repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would run, and what is done already.")
-@click.option(
+@_run("--dry-run", is_flag=True, help="Say what would run, and what is done already.")
+@_run(
     "--fast-test",
     is_flag=True,
     help="Send 30 samples through every stage, into folders of their own; judge no tolerance.",
 )
-@click.option("--force", is_flag=True, help="Run all stages again, also those that are done.")
-@click.option("--schema", is_flag=True, help="Print the JSON Schema of job files, and end.")
+@_output("-o", "--output", default="runs", show_default=True, help="Write the results here.")
+@_output("--force", is_flag=True, help="Run all stages again, also those that are done.")
+@_output("--schema", is_flag=True, help="Print the JSON Schema of job files, and end.")
 @json_option
 def run(files: tuple[str, ...], jobs: int, output: str, variables: tuple[str, ...], dry_run: bool,
         fast_test: bool, force: bool, schema: bool, as_json: bool) -> None:  # fmt: skip
     """Run job files: from a float model to what the chip's compiler reads.
 
     A finished stage is not run again, unless its model, data or options have changed.
-
-    Example: onnxqat run scripts/examples/classifier.toml
     """
     from onnxqat.jobs import json_schema, plan_jobs, run_jobs
     from onnxqat.jobs.file import read_variable
