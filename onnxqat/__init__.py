@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxqat.deploy import Deployment, deployed_model, write_deployment
     from onnxqat.errors import OnnxQatError
     from onnxqat.evaluation import Evaluation
+    from onnxqat.jobs import Summary, run_jobs
     from onnxqat.model import Model
     from onnxqat.overrides import Override, parse_override, read_overrides
     from onnxqat.plan import QuantPlan, make_plan
@@ -74,6 +75,7 @@ _HOMES = {
     "Searched": "verbs.search",
     "Settings": "settings",
     "Stage": "quantized",
+    "Summary": "jobs",
     "TrainingLogs": "verbs.finetune",
     "analyze": "verbs.analyze",
     "bundled_rules": "rules",
@@ -100,6 +102,7 @@ _HOMES = {
     "prepare": "preparation",
     "read_overrides": "overrides",
     "report": "verbs.report",
+    "run_jobs": "jobs",
     "search": "verbs.search",
     "strip": "verbs.strip",
     "unlike_training": "calibration",
@@ -135,6 +138,7 @@ __all__ = [
     "Searched",
     "Settings",
     "Stage",
+    "Summary",
     "TrainingLogs",
     "analyze",
     "bundled_rules",
@@ -161,6 +165,7 @@ __all__ = [
     "prepare",
     "read_overrides",
     "report",
+    "run_jobs",
     "search",
     "strip",
     "unlike_training",

@@ -12,7 +12,7 @@ from onnxqat.commands.evaluate import evaluate
 from onnxqat.commands.export import export
 from onnxqat.commands.finetune import finetune
 from onnxqat.commands.import_table import import_table
-from onnxqat.commands.init from onnxqat.commands.init import init
+from onnxqat.commands.init import init
 from onnxqat.commands.insert import insert
 from onnxqat.commands.report import report
 from onnxqat.commands.rules import rules

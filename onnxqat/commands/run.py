@@ -79,7 +79,7 @@ def _print_planned(planned: list[Planned], as_json: bool) -> None:
         ]
         say_document({"schema": "onnxqat.run-plan/1", "steps": steps})
         return
-    print_table(("job", "step", "state"), [(one.job, one.step, one.state) for one in planned])
+    print_table(("job", "step", "state"), [(one.job, one.step, one.state) for one in planned], 3)
 
 
 def _print_summary(found: Summary, as_json: bool) -> None:
@@ -87,7 +87,7 @@ def _print_summary(found: Summary, as_json: bool) -> None:
         say_document(found.document)
         return
     heads, *rows = found.rows
-    print_table(heads, rows)
+    print_table(heads, rows, len(heads))
     for one in found.outcomes:
         for text in (one.message, *map(str, one.verdicts), *one.notes):
             if text:

@@ -100,7 +100,7 @@ def write_first_job(
         raise JobError(f"{source}: no such file or folder.")
     splits, doubt = _splits(source)
     found = check(loaded, rules=rules)
-    pixels = _pixels(loaded, splits["test"], listener)
+    pixels = _pixels(loaded, splits["train"], listener)
     writer = _Writer(Path(output).absolute().parent)
     writer.header(loaded, str(model), found.passed)
     writer.data(splits, doubt, pixels)

@@ -73,6 +73,13 @@ class _Processes:
 
     def run(self, order: Order, outcome: Outcome, hear: Hear) -> None:
         """Run one job to its end."""
+        try:
+            self._run(order, outcome, hear)
+        except OSError as error:  # no process, or no room for the log
+            outcome.end("failed", f"Its process cannot be run ({error.strerror}).")
+            hear(outcome, None)
+
+    def _run(self, order: Order, outcome: Outcome, hear: Hear) -> None:
         with (outcome.folder / "job.log").open("ab") as log:
             started = self._start(order, outcome, log)
             if started is None:

@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def run_job(
     """
     job = order.job()
     os.chdir(job.base)
-    with claimed(folder / "job"):
+    with _claimed_soon(folder / "job"):
         for step in (steps := steps_of(job)):
             tell({"step": step.name, "state": "waiting"})
         work = Work(job, folder, lambda progress: tell({"step": now.name, **progress}), ending)
@@ -73,6 +75,22 @@ def run_job(
             record = _record_of(work, now, again=order.again, tell=tell)
             state = {"seconds": record.seconds, "figures": record.figures, "notes": record.notes}
             tell({"step": now.name, "state": "done", **state})
+
+
+@contextmanager
+def _claimed_soon(path: Path) -> Iterator[None]:
+    """Keep other runs off a job; one whose run was killed may still save its state."""
+    until = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(claimed(path))
+                break
+            except OnnxQatError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+        yield
 
 
 def _record_of(work: Work, step: Step, *, again: bool, tell: Tell) -> Record:

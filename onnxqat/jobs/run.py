@@ -227,4 +227,4 @@ def _threads(jobs: int) -> int:
     """Return the threads of a job, so that all together take the cores there are."""
     if jobs == 1:
         return 0
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, (os.cpu_count() or 1) // jobs)

@@ -104,7 +104,8 @@ def finetune(work: Work, step: Step) -> Result:
     teacher = options.pop("teacher") or _teacher(work)
     every, log_every = options.pop("checkpoint_every"), options.pop("log_every")
     made, log = work.made(step), work.folder / LOG
-    kept = made.with_suffix(f".{work.keys[step.name][:16]}.{work.job.threads}.checkpoint")
+    run = f"{work.keys[step.name][:16]}.{options['threads']}"  # whose sums have one order
+    kept = made.with_suffix(f".{run}.checkpoint")
     resume = kept.is_file()
     for other in made.parent.glob(f"{made.stem}.*.checkpoint"):
         if other != kept:  # of other settings

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from onnxqat.choices import nearest
 from onnxqat.errors import JobError
-from onnxqat.options import Command
+from onnxqat.help_text import Command
 
 __all__ = ["OptionTable", "converted", "key_of", "params_of"]
 

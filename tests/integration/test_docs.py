@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_of_a_page_run_in_order(page, models, tmp_path, monkeypatch):
     (tmp_path / "models").symlink_to(models)
+    shutil.copytree(ROOT / "scripts/examples", tmp_path / "scripts/examples")
     for text in blocks(page, "toml")[:1]:  # the rule file that the page writes
         (tmp_path / "my-chip.toml").write_text(text)
     monkeypatch.chdir(tmp_path)

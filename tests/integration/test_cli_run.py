@@ -1,0 +1,310 @@
+"""Job files by the command line: caching, interruption, broken jobs, tolerances, init."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from onnxqat.cli import main
+from onnxqat.jobs import plan_jobs
+from onnxqat.jobs.file import drafts
+from onnxqat.jobs.job import make_job
+
+MODELS = Path(__file__).parents[2] / "models"
+EXAMPLES = Path(__file__).parents[2] / "scripts/examples"
+JOB = """
+model = "nets/lenet5.onnx"
+threads = 1
+
+[data]
+train = "train.npz"
+test = "test.npz"
+mean = 128
+scale = 0.0078125
+
+[insert]
+rules = "sophgo-bm1684x"
+set = ["weight.bits=4", "weight.axis=none"]
+
+[calibrate]
+samples = 32
+bias-correction = true
+
+[finetune]
+epochs = 10
+batch-size = 8
+checkpoint-every = "1steps"
+
+[tolerance.tuned]
+top1 = 0.5
+"""
+# would be imported by a Python that looks for modules in the current folder
+HOSTILE = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
+
+
+def invoke(*words: Any) -> Result:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def summary(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def states(job: dict[str, Any]) -> dict[str, str]:
+    return {step["name"]: step["state"] for step in job["steps"]}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model, few digits, a job, and what came of the job."""
+    folder = tmp_path_factory.mktemp("work")
+    for split in ("train", "test"):
+        with np.load(MODELS / f"digits-{split}.npz") as digits:
+            images, labels = digits["images"][:96], digits["label"][:96]
+        np.savez(folder / f"{split}.npz", images=images, label=labels)
+    (folder / "nets").mkdir()
+    shutil.copy(MODELS / "lenet5.onnx", folder / "nets")
+    (folder / "job.toml").write_text(JOB)
+    for name in ("numpy", "onnx", "msgspec"):
+        (folder / f"{name}.py").write_text(HOSTILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = invoke("run", "job.toml", "--json")
+    assert result.exit_code == 0, result.output
+    (folder / "first.json").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture
+def here(work, tmp_path, monkeypatch):
+    """A copy of the folder, as the current one."""
+    shutil.copytree(work, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def first(work):
+    (job,) = json.loads((work / "first.json").read_text())["jobs"]
+    return job
+
+
+def test_a_job_ends_with_figures_and_what_leaves_for_the_chip(work, first):
+    tables = [
+        work / "runs/job" / chip / "model_cali_table" for chip in ("chip", "chip-post-training")
+    ]
+
+    assert first["status"] == "done"
+    assert list(first["figures"]) == ["float", "post-training", "repaired", "tuned", "integer"]
+    assert all(0 <= figures["top1"] <= 1 for figures in first["figures"].values())
+    assert all(path.is_file() for path in tables)
+    assert tables[0].read_bytes() != tables[1].read_bytes()
+    assert (work / "runs/summary.html").read_text().count("<tr") == 2
+    assert "| job | done | top1 |" in (work / "runs/summary.md").read_text()
+    assert not list(work.glob("*.ran"))  # the job's folder holds modules that nobody named
+
+
+def test_the_figures_are_those_of_the_commands(work, first, monkeypatch):
+    monkeypatch.chdir(work)
+    words = ("--against", "nets/lenet5.onnx", "--threads", 1, "--json")
+    for variant, path in (
+        ("post-training", "calibrate.post-training"),
+        ("tuned", "finetune.tuned"),
+    ):
+        found = invoke("evaluate", f"runs/job/models/{path}.onnx", "test.npz", *words)
+        assert summary(found)["metrics"]["top1"] == first["figures"][variant]["top1"]
+        assert summary(found)["agreement"] == first["figures"][variant]["agreement"]
+
+
+def test_what_is_finished_is_not_run_again(here, first):
+    (again,) = summary(invoke("run", "job.toml", "--json"))["jobs"]
+
+    assert set(states(again).values()) == {"cached"}
+    assert again["figures"] == first["figures"]
+    planned = plan_jobs(["job.toml"])
+    assert {one.state for one in planned} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (("[tolerance.tuned]\ntop1 = 0.5", "[tolerance.tuned]\ntop1 = 0.4"), []),
+        (("threads = 1", "threads = 2"), []),
+        (("epochs = 10", "epochs = 1"), ["evaluate.integer", "evaluate.tuned", "finetune.tuned",
+                                        "strip.tuned"]),
+        (("samples = 32", "samples = 16"), None),
+    ],
+)  # fmt: skip
+def test_a_change_runs_what_depends_on_it(here, change, again):
+    text = (here / "job.toml").read_text()
+    assert change[0] in text
+    (here / "job.toml").write_text(text.replace(*change))
+    steps = {one.step: one.state for one in plan_jobs(["job.toml"])}
+    run = sorted(name for name, state in steps.items() if state == "run")
+
+    if again is None:  # all behind the calibration
+        again = sorted(n for n in steps if n not in ("check", "evaluate.float")
+                       and not n.startswith("insert"))  # fmt: skip
+    assert run == again
+
+
+def test_other_contents_and_lost_or_edited_files_run_again(here):
+    def to_run() -> set[str]:
+        return {one.step for one in plan_jobs(["job.toml"]) if one.state == "run"}
+
+    with np.load("test.npz") as arrays:
+        np.savez("test.npz", images=arrays["images"], label=arrays["label"][::-1])
+    assert to_run() == {f"evaluate.{v}" for v in ("float", "post-training", "repaired", "tuned",
+                                                  "integer")}  # fmt: skip
+    with (here / "runs/job/chip/model_cali_table").open("a") as table:
+        table.write("edited\n")
+    (here / "runs/job/steps/check.json").write_text("{")
+    assert {"strip.tuned", "check"} <= to_run()
+    shutil.copy(MODELS / "mobilenet-digits.onnx", here / "nets/lenet5.onnx")
+    assert to_run() == {one.step for one in plan_jobs(["job.toml"])}
+
+
+def process(*words: Any) -> subprocess.Popen[bytes]:
+    code = "from onnxqat.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def wait_for(found: Any, seconds: float = 60) -> Any:
+    until = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return value
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_result(here, work, end):
+    folder = here / "runs/job"
+    shutil.rmtree(here / "runs")
+    running = process("run", "job.toml")
+    wait_for(lambda: list((folder / "models").glob("finetune.tuned.*.checkpoint")))
+    os.kill(running.pid, end)
+    running.communicate()
+    assert running.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[end]
+    assert not (folder / "models/finetune.tuned.onnx").exists()
+    result = invoke("run", "job.toml", "--json")
+    (job,) = summary(result)["jobs"]
+    log = [json.loads(line) for line in (folder / "finetune.jsonl").read_text().splitlines()]
+
+    assert result.exit_code == 0
+    assert states(job)["calibrate.repaired"] == "cached"
+    assert states(job)["finetune.tuned"] == "done"
+    assert "resume" in [event["event"] for event in log]
+    for name in ("models/finetune.tuned.onnx", "chip/model.onnx", "chip/model_cali_table"):
+        assert (folder / name).read_bytes() == (work / "runs/job" / name).read_bytes()
+    assert not list((folder / "models").glob("*.checkpoint"))
+
+
+MATRIX = """
+extends = "job.toml"
+model = "nets/${model}.onnx"
+skip = ["finetune"]
+
+[insert]
+rules = "${rules}"
+set = []
+
+[calibrate]
+bias-correction = false
+
+[matrix]
+model = ["lenet5", "broken"]
+rules = ["sophgo-bm1684x", "tensorrt"]
+
+[tolerance.post-training]
+top1 = 0.5
+
+[tolerance.tuned]
+top1 = 1
+"""
+
+
+def test_broken_jobs_do_not_stop_the_others(here):
+    (here / "matrix.toml").write_text(MATRIX.replace("[tolerance.tuned]\ntop1 = 1", ""))
+    (here / "nets/broken.onnx").write_bytes(b"no model")
+    (here / "wrong.toml").write_text("modell = 'a.onnx'")
+    result = invoke("run", "matrix.toml", "wrong.toml", "--jobs", 2, "--json")
+    jobs = {job["name"]: job for job in summary(result)["jobs"]}
+
+    assert result.exit_code == 1
+    assert [job["status"] for job in jobs.values()] == ["missed", "missed", *["failed"] * 3]
+    for rule in ("sophgo-bm1684x", "tensorrt"):
+        good, bad = jobs[f"matrix-lenet5-{rule}"], jobs[f"matrix-broken-{rule}"]
+        limits = {one["variant"]: one["held"] for one in good["tolerances"]}
+        assert limits == {"tuned": False, "post-training": True}  # that of job.toml: not measured
+        assert list(good["figures"]) == ["float", "post-training", "integer"]
+        assert "broken.onnx" in bad["message"]
+    assert "'modell' is unknown. The nearest: 'model'" in jobs["wrong"]["message"]
+    assert "3 of 5 jobs" not in result.stderr
+    assert "5 of 5 jobs: 'matrix-lenet5-sophgo-bm1684x' missed" in result.stderr
+
+
+def test_a_crash_is_one_failed_job(here, monkeypatch):
+    (here / "crash.py").write_text("import os\ndef data():\n    os.kill(os.getpid(), 11)\n")
+    text = JOB.replace('"train.npz"', '"crash:data"').replace("[finetune]", "[analyze]")
+    text = text[: text.index("epochs")].replace("[calibrate]", "[calibrate]\nseed = 1")
+    (here / "crash.toml").write_text(text)
+    result = invoke("run", "crash.toml", "--json")
+    (job,) = summary(result)["jobs"]
+
+    assert result.exit_code == 1
+    assert job["status"] == "failed"
+    assert "was ended by SIGSEGV" in job["message"]
+    assert states(job)["insert.post-training"] == "done"
+
+
+@pytest.mark.parametrize("name", ["classifier", "question-answering"])
+def test_examples_pass_the_fast_test(name, tmp_path):
+    result = invoke("run", EXAMPLES / f"{name}.toml", "--fast-test", "-o", tmp_path, "--json")
+    (job,) = summary(result)["jobs"]
+    record = json.loads(
+        (tmp_path / f"{name}.fast-test/steps/calibrate.post-training.json").read_text()
+    )
+
+    assert result.exit_code == 0, result.output
+    assert job["name"] == f"{name}.fast-test"
+    assert record["figures"]["samples"] == 30
+    assert job["tolerances"] == []
+    assert (tmp_path / f"{name}.fast-test/chip/model.onnx").is_file()
+    assert {"float", "post-training", "tuned", "integer"} <= job["figures"].keys()
+
+
+def test_init_writes_a_job_from_what_it_finds(here):
+    for split in ("train", "test"):
+        Path(f"{split}.npz").rename(f"digits-{split}.npz")
+    words = ("init", "nets/lenet5.onnx", "digits-train.npz", "--rules", "sophgo-bm1684x")
+    said = summary(invoke(*words, "-o", "nets/first.toml", "--json"))
+    text = (here / "nets/first.toml").read_text()
+    (draft,) = drafts("nets/first.toml")
+    job = make_job(draft)
+
+    assert said["output"] == "nets/first.toml"
+    assert len(said["guesses"]) == text.count("# guess: ") == 3
+    assert (job.model, job.split("train")) == ("lenet5.onnx", "../digits-train.npz")
+    assert job.split("test") == "../digits-test.npz"
+    assert job.data["mean"] in ((127.5,), (128.0,))  # that of its training, or nearly
+    assert job.tolerance == {"tuned": {"top1": 0.01}}
+    assert {one.state for one in plan_jobs(["nets/first.toml"])} == {"run"}
+    refused = invoke(*words, "-o", "nets/first.toml")
+    assert (refused.exit_code, "already exists" in refused.stderr) == (1, True)
