@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from onnxqat.evaluation.metrics import figure_text
 from onnxqat.jobs.job import VARIANTS
 from onnxqat.jobs.outcome import Outcome, StepState
 from onnxqat.progress import Clock, time_left
@@ -26,9 +27,7 @@ MAX_ROWS = 40  # of the table; those at work first
 
 def value_text(figure: str | None, value: float | None) -> str:
     """Return a figure for people: a share in percent, other ones as they are."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" if 0 <= value <= 1 and figure != "psnr" else f"{value:.4g}"
+    return "-" if value is None or figure is None else figure_text(figure, value)
 
 
 class Board:

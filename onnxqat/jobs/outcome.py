@@ -14,6 +14,8 @@ __all__ = ["Outcome", "StepState", "Verdict"]
 Status = Literal["waiting", "running", "done", "missed", "failed", "stopped"]
 # figures of which less is better; their tolerance is the largest value itself
 ERRORS = ("error",)
+# figures that compare with the float model, whose own would be 1
+LIKENESS = ("agreement", "cosine")
 
 
 @dataclass
@@ -178,5 +180,6 @@ class Outcome:
         value = self.figures.get(variant, {}).get(figure)
         if value is None or figure in ERRORS:
             return value
-        usual = 1.0 if figure == "agreement" else self.figures.get("float", {}).get(figure)
+        alike = figure.partition(":")[0] in LIKENESS  # behind it stands an output
+        usual = 1.0 if alike else self.figures.get("float", {}).get(figure)
         return None if usual is None else usual - value

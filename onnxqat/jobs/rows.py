@@ -16,6 +16,7 @@ from onnxqat.options import (
     equalize_option,
     export_options,
     log_options,
+    metric_options,
     relu6_option,
     rule_options,
     run_options,
@@ -71,7 +72,7 @@ class Row:
     options : tuple
         Decorators of `onnxqat.options`: the keys of the table.
     without : tuple of str
-        Options that are none of its keys, since the job sees to them.
+        Options that are none of its keys: the job sees to them, or they stand in ``[data]``.
     also : tuple of str
         Other tables whose options it reads.
     variants : callable
@@ -154,7 +155,7 @@ ROWS = (
             *(teacher_option, training_options, checkpoint_options, log_options),
             *(run_options(16), seed_option),
         ),
-        without=("resume", "log", "tensorboard"),
+        without=("resume", "log", "tensorboard", "truth"),
         variants=_tuned,
         reads="train",
         makes=True,
@@ -162,7 +163,8 @@ ROWS = (
     Row(
         name="evaluate",
         run=stages.evaluate,
-        options=(run_options(32),),
+        options=(metric_options, run_options(32)),
+        without=("truth",),
         variants=_measured,
         reads="test",
         always=True,
@@ -171,6 +173,7 @@ ROWS = (
         name="analyze",
         run=stages.analyze,
         options=(analysis_options, run_options(32), seed_option),
+        without=("truth",),
         variants=lambda job: (job.last,),
         reads="validation",
     ),

@@ -13,6 +13,7 @@ from onnxqat.analysis import overrides_file
 from onnxqat.arguments import take_calibration, take_config, take_overrides
 from onnxqat.errors import JobError, OnnxQatError, RuleError
 from onnxqat.evaluation import Evaluation
+from onnxqat.evaluation.metrics import read_metric
 from onnxqat.files import write_text
 from onnxqat.jobs.work import Result, Work
 from onnxqat.quantized import load_model, require_quantized
@@ -142,6 +143,8 @@ def _teacher(work: Work) -> str | None:
 def evaluate(work: Work, step: Step) -> Result:
     """Measure a variant on the test data, against the float model."""
     variant, options = step.variant, work.options("evaluate")
+    if variant == "float":  # compared with nothing
+        options["metrics"] = [m for m in options["metrics"] if not read_metric(m).compares]
     modes: dict[str, Any] = {"float": "float", "integer": "integer"}
     rules = work.options("insert")["rules"]
     own_rule = variant == "integer" and rules.endswith(".toml")
