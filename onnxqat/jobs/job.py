@@ -86,7 +86,7 @@ class Job:
     def repairs(self) -> bool:
         """Whether something is done to the model between calibrating and fine-tuning it."""
         corrected = self.options["calibrate"]["bias_correction"]
-        return self.runs("blocks") or corrected or bool(self.options["insert"]["equalize"])
+        return bool(corrected or self.options["insert"]["equalize"])
 
     @property
     def last(self) -> str:

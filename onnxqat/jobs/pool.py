@@ -92,6 +92,7 @@ class _Processes:
                     if step is not None:
                         hear(outcome, step)
             code = process.wait()
+            _close(process)
         with self._lock:
             self._running.remove(process)
         if outcome.status == "running":
@@ -131,14 +132,19 @@ class _Processes:
             self._ending = True
             running = list(self._running)
         for process in running:
-            assert process.stdin is not None
-            with suppress(OSError):
-                process.stdin.close()
+            _close(process)
         for process in running:
             try:
                 process.wait(timeout=WAIT)
             except (subprocess.TimeoutExpired, KeyboardInterrupt):
                 process.kill()
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipe that a process reads; one that runs is asked to end by that."""
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.close()
 
 
 def _reason(code: int) -> str:

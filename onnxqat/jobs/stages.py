@@ -86,7 +86,8 @@ def insert(work: Work, step: Step) -> Result:
 def calibrate(work: Work, step: Step) -> Result:
     """Measure the scales, and correct the biases of the repaired variant where asked for."""
     options = work.options("calibrate")
-    options["bias_correction"] &= step.variant == "repaired"
+    if step.variant != "repaired":
+        options["bias_correction"] = None
     made = work.made(step)
     result = verbs.calibrate(
         work.model(step.source),
@@ -102,7 +103,8 @@ def calibrate(work: Work, step: Step) -> Result:
 def finetune(work: Work, step: Step) -> Result:
     """Fine-tune, from the checkpoint where a run of the same settings was stopped."""
     options = work.options("finetune")
-    teacher = options.pop("teacher") or _teacher(work)
+    # a repaired model need not be the same function any more
+    teacher = options.pop("teacher") or (work.job.model if work.job.repairs else None)
     every, log_every = options.pop("checkpoint_every"), options.pop("log_every")
     made, log = work.made(step), work.folder / LOG
     run = f"{work.keys[step.name][:16]}.{options['threads']}"  # whose sums have one order
@@ -131,13 +133,6 @@ def finetune(work: Work, step: Step) -> Result:
     checkpoints.remove()
     figures = {"epochs": float(result.epochs), "best epoch": float(result.best_epoch)}
     return Result(figures=dict(figures), notes=result.notes, files=(*_model_files(made), log))
-
-
-def _teacher(work: Work) -> str | None:
-    """Return the float model, where the repaired one is not the same function."""
-    changed = work.options("insert")["relu6"] == "replace" or work.job.runs("blocks")
-    corrected = work.options("calibrate")["bias_correction"]
-    return work.job.model if corrected or changed else None
 
 
 def evaluate(work: Work, step: Step) -> Result:

@@ -64,15 +64,11 @@ class OptionTable:
         self, name: str, params: Iterable[click.Option], more: Mapping[str, Any] | None = None
     ) -> None:
         self.name, self.params, self.more = name, tuple(params), dict(more or {})
-        fields = [
-            (key.replace("-", "_"), kind | UnsetType, UNSET) for key, kind in self.more.items()
-        ]
-        fields += [(str(p.name), _type_of(p) | UnsetType, UNSET) for p in self.params]
-        names = {str(p.name): key_of(p) for p in self.params}
+        kinds = self.more | {key_of(param): _type_of(param) for param in self.params}
         self.kind = msgspec.defstruct(
             f"{name.title()}Table",
-            fields,
-            rename=lambda field: names.get(field, field.replace("_", "-")),
+            [(key.replace("-", "_"), kind | UnsetType, UNSET) for key, kind in kinds.items()],
+            rename="kebab",
             frozen=True,
             kw_only=True,
             forbid_unknown_fields=True,
