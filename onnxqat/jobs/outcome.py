@@ -152,6 +152,8 @@ class Outcome:
     @property
     def running(self) -> StepState | None:
         """The step at work."""
+        if self.status != "running":
+            return None
         return next((step for step in self.steps.values() if step.state == "running"), None)
 
     @property

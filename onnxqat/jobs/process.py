@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def _record_of(work: Work, step: Step, *, again: bool, tell: Tell) -> Record:
 
 def main() -> None:
     """Run the job that stdin gives."""
-    folder, events = Path(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w", encoding="utf-8")
+    folder, events = Path(sys.argv[1]), int(sys.argv[2])
     order = msgspec.json.decode(_first_line(), type=Order)
     gc.set_threshold(GARBAGE_THRESHOLD)
     handler = logging.StreamHandler()
@@ -131,8 +131,8 @@ def main() -> None:
     threading.Thread(target=_follow, args=(ending,), daemon=True).start()
 
     def tell(document: dict[str, Any]) -> None:
-        events.write(json.dumps(document) + "\n")
-        events.flush()
+        with suppress(OSError):  # who listened is gone; a training still saves its state
+            os.write(events, json.dumps(document).encode() + b"\n")
 
     status, message = "done", ""
     try:

@@ -180,7 +180,9 @@ def test_other_contents_and_lost_or_edited_files_run_again(here):
 
 
 def process(*words: Any) -> subprocess.Popen[bytes]:
-    code = "from onnxqat.cli import main; main()"
+    # what is started in the background may have Ctrl-C ignored
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from onnxqat.cli import main; main()"
     command = [sys.executable, "-P", "-c", code, *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -193,16 +195,25 @@ def wait_for(found: Any, seconds: float = 60) -> Any:
     return value
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_result(here, work, end):
+def written_after(folder: Path, time: int) -> int:
+    """Return when a checkpoint was written, if that was later than ``time``; else 0."""
+    found = [path.stat().st_mtime_ns for path in folder.glob("finetune.tuned.*.checkpoint")]
+    return max((when for when in found if when > time), default=0)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(here, work):
+    """By Ctrl-C at the first checkpoint, then by SIGKILL at the next one."""
     folder = here / "runs/job"
     shutil.rmtree(here / "runs")
-    running = process("run", "job.toml")
-    wait_for(lambda: list((folder / "models").glob("finetune.tuned.*.checkpoint")))
-    os.kill(running.pid, end)
-    running.communicate()
-    assert running.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[end]
-    assert not (folder / "models/finetune.tuned.onnx").exists()
+    seen = 0
+    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        running = process("run", "job.toml")
+        wait_for(lambda last=seen: written_after(folder / "models", last))
+        os.kill(running.pid, end)
+        running.communicate()
+        seen = written_after(folder / "models", 0)
+        assert running.returncode == code
+        assert not (folder / "models/finetune.tuned.onnx").exists()
     result = invoke("run", "job.toml", "--json")
     (job,) = summary(result)["jobs"]
     log = [json.loads(line) for line in (folder / "finetune.jsonl").read_text().splitlines()]
@@ -274,7 +285,7 @@ def test_a_crash_is_one_failed_job(here, monkeypatch):
     assert states(job)["insert.post-training"] == "done"
 
 
-@pytest.mark.parametrize("name", ["classifier", "question-answering"])
+@pytest.mark.parametrize("name", ["question-answering"])  # the docs run the other one
 def test_examples_pass_the_fast_test(name, tmp_path):
     result = invoke("run", EXAMPLES / f"{name}.toml", "--fast-test", "-o", tmp_path, "--json")
     (job,) = summary(result)["jobs"]
