@@ -17,6 +17,7 @@ from onnxqat.jobs.job import VARIANTS
 from onnxqat.jobs.outcome import Outcome, StepState
 from onnxqat.progress import Clock, time_left
 from onnxqat.terminal import say, shown
+from onnxqat.verbosity import is_quiet
 
 __all__ = ["Board", "value_text"]
 
@@ -54,7 +55,7 @@ class Board:
         console = Console(stderr=True)
         self._live = (
             Live(console=console, auto_refresh=False, transient=True)
-            if console.is_terminal
+            if console.is_terminal and not is_quiet()
             else None
         )
 
@@ -78,7 +79,7 @@ class Board:
             if step is not None and step.state == "running":
                 begun = self._clock(), step.done
                 self._begun.setdefault((outcome.name, step.name, step.title), begun)
-            if self._live is None:
+            if self._live is None and not is_quiet():
                 self._say(outcome, step)
 
     def refresh(self) -> None:
