@@ -21,6 +21,7 @@ from onnxqat.options import (
     rule_options,
     run_options,
     seed_option,
+    shape_options,
     table_option,
     teacher_option,
     trainable_option,
@@ -52,6 +53,10 @@ def _leaving(job: Job) -> tuple[str, ...]:
 def _measured(job: Job) -> tuple[str, ...]:
     tuned = ("tuned",) if job.runs("finetune") else ()
     return ("float", *_quantized(job), *tuned, "integer")
+
+
+def _last(job: Job) -> tuple[str, ...]:
+    return (job.last,)
 
 
 def _whole(job: Job) -> tuple[str, ...]:
@@ -110,12 +115,15 @@ class Step:
         The step whose model it takes; None for the float model.
     after : tuple of str
         The steps whose results it depends on.
+    beside : tuple of str
+        The steps whose models it compares with, of earlier variants.
     """
 
     row: Row
     variant: str
     source: str | None
     after: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -174,13 +182,13 @@ ROWS = (
         run=stages.analyze,
         options=(analysis_options, run_options(32), seed_option),
         without=("truth",),
-        variants=lambda job: (job.last,),
+        variants=_last,
         reads="validation",
     ),
     Row(
         name="strip",
         run=stages.strip,
-        options=(table_option, weights_option),
+        options=(table_option, weights_option, shape_options),
         variants=_leaving,
         always=True,
     ),
@@ -190,7 +198,14 @@ ROWS = (
         options=(export_options,),
         variants=_leaving,
     ),
-    Row(name="report", run=stages.report),
+    Row(
+        name="report",
+        run=stages.report,
+        options=(run_options(32),),
+        also=("insert",),
+        variants=_last,
+        reads="test",
+    ),
 )
 
 
@@ -203,10 +218,12 @@ def steps_of(job: Job) -> list[Step]:
             given = latest.get(variant)
             if given is None and variant in ("tuned", "integer"):
                 given = latest.get(job.last) or latest[_quantized(job)[-1]]
-            before = tuple(step.name for step in steps) if row.name == "report" else ()
-            after = before if given is None else (given,)
-            step = Step(row=row, variant=variant, source=given, after=after)
-            steps.append(step)
+            others = tuple(name for name in latest.values() if name != given)
+            whole = row.name == "report"  # it is about all that was done
+            after = tuple(step.name for step in steps) if whole else (given,) if given else ()
+            beside = others if whole else ()
+            steps.append(step := Step(row=row, variant=variant, source=given, after=after,
+                                      beside=beside))  # fmt: skip
             if row.makes:
                 latest[variant] = step.name
     return steps

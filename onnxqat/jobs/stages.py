@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxqat import verbs
-from onnxqat.analysis import overrides_file
+from onnxqat.analysis import analysis_document, overrides_file
 from onnxqat.arguments import take_calibration, take_config, take_overrides
-from onnxqat.errors import JobError, OnnxQatError, RuleError
+from onnxqat.errors import JobError, RuleError
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import read_metric
 from onnxqat.files import write_text
 from onnxqat.jobs.work import Result, Work
 from onnxqat.quantized import load_model, require_quantized
-from onnxqat.train import Checkpoints, check_plotting, read_log, write_report
+from onnxqat.train import Checkpoints
 
 if TYPE_CHECKING:
     from onnxqat.jobs.rows import Step
@@ -35,7 +34,7 @@ __all__ = [
 ]
 
 NAMED = 3  # nodes of a message
-LOG = "finetune.jsonl"
+LOG, ANALYSIS = "finetune.jsonl", "analysis.json"
 
 
 def check(work: Work, step: Step) -> Result:
@@ -189,29 +188,13 @@ def analyze(work: Work, step: Step) -> Result:
         listener=work.listener,
         **options,
     )
-    overrides, figures = work.folder / "advice.toml", work.folder / "analysis.json"
+    overrides, figures = work.folder / "advice.toml", work.folder / ANALYSIS
     write_text(overrides, overrides_file(model, found.advice), force=True)
-    document = {
-        "schema": "onnxqat.analysis/1",
-        "metric": found.metric,
-        "cost": _finite(found.cost),
-        "layers": [_document(one) for one in found.layers],
-        "points": [_document(one) for one in found.points],
-    }
-    write_text(figures, json.dumps(document, indent=1), force=True)
+    write_text(figures, json.dumps(analysis_document(found, model), indent=1), force=True)
     worst = [f"'{one.layer.node}' costs most." for one in found.layers[:1]]
     return Result(
         figures={"cost": _finite(found.cost)}, notes=tuple(worst), files=(overrides, figures)
     )
-
-
-def _document(found: Any) -> Any:
-    """Return figures as JSON has them: null where one is not finite."""
-    if isinstance(found, dict):
-        return {key: _document(value) for key, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_document(value) for value in found]
-    return _document(asdict(found)) if hasattr(found, "__dataclass_fields__") else _finite(found)
 
 
 def strip(work: Work, step: Step) -> Result:
@@ -237,17 +220,23 @@ def export(work: Work, step: Step) -> Result:
 
 
 def report(work: Work, step: Step) -> Result:
-    """Draw the curves of the training."""
-    del step
-    log = work.folder / LOG
-    if not log.is_file():
-        return Result(notes=("report: nothing was fine-tuned.",))
-    try:
-        check_plotting()
-    except OnnxQatError as error:
-        return Result(notes=(f"report: not written. {error}",))
-    page = work.folder / "finetune.html"
-    write_report(page, read_log(log), title=work.job.name, force=True)
+    """Write a page about what leaves for the chip, beside what it was before."""
+    options, rules = work.options("report"), work.options("insert")["rules"]
+    log, found = work.folder / LOG, work.folder / ANALYSIS
+    page = work.folder / "report.html"
+    verbs.report(
+        work.model(step.source),
+        work.source("test"),
+        against=work.job.model,
+        beside=[work.model(name) for name in step.beside],
+        log=log if work.job.runs("finetune") else None,
+        analysis=found if work.job.runs("analyze") else None,
+        rules=rules if rules.endswith(".toml") else None,
+        metrics=work.options("evaluate")["metrics"] if work.job.runs("evaluate") else (),
+        settings=work.settings,
+        listener=work.listener,
+        **options,
+    ).save(page, force=True)
     return Result(files=(page,))
 
 

@@ -132,7 +132,8 @@ def test_steps_follow_from_the_tables():
     assert by_name["evaluate.repaired"].source == "calibrate.repaired"
     assert by_name["strip.post-training"].source == "calibrate.post-training"
     assert by_name["analyze.tuned"].after == ("finetune.tuned",)
-    assert whole[-1].name == "report"
+    assert whole[-1].name == "report.tuned"
+    assert whole[-1].beside == ("calibrate.post-training", "calibrate.repaired")
     assert len(whole[-1].after) == len(whole) - 1
 
 
