@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from onnxqat.calibration import OBSERVERS
 from onnxqat.cli import main
 from onnxqat.overrides import read_overrides
 from onnxqat.rules import load_rule
@@ -63,6 +64,15 @@ def test_commands_of_a_page_run_in_order(page, models, tmp_path, monkeypatch):
 
         assert program == "onnxqat"
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+
+
+def test_every_observer_is_on_its_page_and_the_overrides_there_are_read(tmp_path):
+    text = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
+    path = tmp_path / "my-overrides.toml"
+    path.write_text(blocks("docs/calibration.md", "toml")[0])
+
+    assert re.findall(r"^\| `([\w-]+)`", text, flags=re.MULTILINE) == list(OBSERVERS)
+    assert [o.key for o in read_overrides(path)] == ["observer", "observer", "range_factor"]
 
 
 @pytest.mark.parametrize("page", ["docs/rules.md", "docs/add-a-chip.md"])
