@@ -55,11 +55,12 @@ class LevelCounts:
 
     def add(self, levels: FloatArray) -> None:
         """Count rounded values, of any shape; what is not a number counts nowhere."""
-        size = len(self._counts)
-        with np.errstate(invalid="ignore", over="ignore"):
-            bins = np.floor((levels.reshape(-1) - self._first) / self._width)
-        bins = np.clip(bins[~np.isnan(bins)], 0, size - 1).astype(np.intp)
-        self._counts += np.bincount(bins, minlength=size)
+        last = len(self._counts) - 1
+        places = (levels.reshape(-1) - self._first) / self._width
+        if np.isnan(places).any():
+            places = places[~np.isnan(places)]
+        np.clip(places, 0, last, out=places)
+        self._counts += np.bincount(places.astype(np.intp), minlength=last + 1)
 
     def result(self) -> Histogram:
         """Return the counts."""
