@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import onnxqat as oq
+from onnxqat.reporting import make_report
 from tests.digits import MODELS
+from tests.networks import convnet, quantized
+from tests.unit.test_report import ESCAPED, HOSTILE, hostile
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
@@ -93,4 +96,20 @@ def test_a_report_is_drawn(browser, page, width, scheme):
     assert opened.evaluate(TOO_WIDE) == 0
     assert (background > 0.9, text < 0.3) == ((True,) * 2 if scheme == "light" else (False,) * 2)
     assert abs(background - text) > 0.6
+    context.close()
+
+
+def test_names_of_a_file_act_on_nothing(browser, tmp_path):
+    path = tmp_path / "hostile.html"
+    make_report(hostile(quantized(convnet())[1]), repairs=[HOSTILE]).save(path)
+    context = browser.new_context()
+    opened, said, asked = context.new_page(), [], []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("dialog", lambda dialog: said.append(dialog.message))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(path.as_uri())
+
+    assert (said, asked) == ([], [path.as_uri()])
+    assert opened.evaluate("document.querySelectorAll('script, img').length") == 0
+    assert ESCAPED in opened.inner_text("h1")
     context.close()
