@@ -61,6 +61,8 @@ class Picture:
 
     Parameters
     ----------
+    title, description : str
+        What stands over it, and what is read out in its place.
     xs, ys : (float, float)
         Smallest and largest value of each axis.
     """
@@ -111,9 +113,9 @@ class Picture:
             self.add("line", x1=LEFT, x2=WIDTH - RIGHT, y1=place, y2=place, class_="grid")
             self.add("text", text(value), x=LEFT - 7, y=place + 4, class_="end")
 
-    def figure(self, *more: Element) -> Element:
-        """Return the chart with its title over it, and what belongs under it."""
-        return element("figure", element("figcaption", self.title), self.svg, *more)
+    def figure(self) -> Element:
+        """Return the chart with its title over it."""
+        return element("figure", element("figcaption", self.title), self.svg)
 
 
 def _wide(ends: tuple[float, float]) -> tuple[float, float]:
