@@ -180,9 +180,7 @@ def test_other_contents_and_lost_or_edited_files_run_again(here):
 
 
 def process(*words: Any) -> subprocess.Popen[bytes]:
-    # what is started in the background may have Ctrl-C ignored
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from onnxqat.cli import main; main()"
+    code = "from onnxqat.cli import main; main()"
     command = [sys.executable, "-P", "-c", code, *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -195,25 +193,14 @@ def wait_for(found: Any, seconds: float = 60) -> Any:
     return value
 
 
-def written_after(folder: Path, time: int) -> int:
-    """Return when a checkpoint was written, if that was later than ``time``; else 0."""
-    found = [path.stat().st_mtime_ns for path in folder.glob("finetune.tuned.*.checkpoint")]
-    return max((when for when in found if when > time), default=0)
-
-
 def test_a_killed_run_goes_on_to_the_same_result(here, work):
-    """By Ctrl-C at the first checkpoint, then by SIGKILL at the next one."""
     folder = here / "runs/job"
     shutil.rmtree(here / "runs")
-    seen = 0
-    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        running = process("run", "job.toml")
-        wait_for(lambda last=seen: written_after(folder / "models", last))
-        os.kill(running.pid, end)
-        running.communicate()
-        seen = written_after(folder / "models", 0)
-        assert running.returncode == code
-        assert not (folder / "models/finetune.tuned.onnx").exists()
+    running = process("run", "job.toml")
+    wait_for(lambda: list((folder / "models").glob("finetune.tuned.*.checkpoint")))
+    os.kill(running.pid, signal.SIGKILL)
+    running.communicate()
+    assert not (folder / "models/finetune.tuned.onnx").exists()
     result = invoke("run", "job.toml", "--json")
     (job,) = summary(result)["jobs"]
     log = [json.loads(line) for line in (folder / "finetune.jsonl").read_text().splitlines()]
@@ -241,34 +228,29 @@ bias-correction = false
 
 [matrix]
 model = ["lenet5", "broken"]
-rules = ["sophgo-bm1684x", "tensorrt"]
+rules = ["tensorrt"]
 
 [tolerance.post-training]
 top1 = 0.5
-
-[tolerance.tuned]
-top1 = 1
 """
 
 
 def test_broken_jobs_do_not_stop_the_others(here):
-    (here / "matrix.toml").write_text(MATRIX.replace("[tolerance.tuned]\ntop1 = 1", ""))
+    (here / "matrix.toml").write_text(MATRIX)
     (here / "nets/broken.onnx").write_bytes(b"no model")
     (here / "wrong.toml").write_text("modell = 'a.onnx'")
     result = invoke("run", "matrix.toml", "wrong.toml", "--jobs", 2, "--json")
     jobs = {job["name"]: job for job in summary(result)["jobs"]}
 
     assert result.exit_code == 1
-    assert [job["status"] for job in jobs.values()] == ["missed", "missed", *["failed"] * 3]
-    for rule in ("sophgo-bm1684x", "tensorrt"):
-        good, bad = jobs[f"matrix-lenet5-{rule}"], jobs[f"matrix-broken-{rule}"]
-        limits = {one["variant"]: one["held"] for one in good["tolerances"]}
-        assert limits == {"tuned": False, "post-training": True}  # that of job.toml: not measured
-        assert list(good["figures"]) == ["float", "post-training", "integer"]
-        assert "broken.onnx" in bad["message"]
+    assert [job["status"] for job in jobs.values()] == ["missed", "failed", "failed"]
+    good, bad = jobs["matrix-lenet5-tensorrt"], jobs["matrix-broken-tensorrt"]
+    limits = {one["variant"]: one["held"] for one in good["tolerances"]}
+    assert limits == {"tuned": False, "post-training": True}  # that of job.toml: not measured
+    assert list(good["figures"]) == ["float", "post-training", "integer"]
+    assert "broken.onnx" in bad["message"]
     assert "'modell' is unknown. The nearest: 'model'" in jobs["wrong"]["message"]
-    assert "3 of 5 jobs" not in result.stderr
-    assert "5 of 5 jobs: 'matrix-lenet5-sophgo-bm1684x' missed" in result.stderr
+    assert "3 of 3 jobs: 'matrix-lenet5-tensorrt' missed" in result.stderr
 
 
 def test_a_crash_is_one_failed_job(here, monkeypatch):
@@ -285,8 +267,8 @@ def test_a_crash_is_one_failed_job(here, monkeypatch):
     assert states(job)["insert.post-training"] == "done"
 
 
-@pytest.mark.parametrize("name", ["question-answering"])  # the docs run the other one
-def test_examples_pass_the_fast_test(name, tmp_path):
+def test_an_example_passes_the_fast_test(tmp_path):
+    name = "question-answering"  # the page in the docs runs the other one
     result = invoke("run", EXAMPLES / f"{name}.toml", "--fast-test", "-o", tmp_path, "--json")
     (job,) = summary(result)["jobs"]
     record = json.loads(
