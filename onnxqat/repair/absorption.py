@@ -5,7 +5,7 @@ Nagel et al. 2019 (arXiv:1906.04721), section 4.1.3: for r(y) = max(y, 0) and c 
 ::
 
     r(W1 x + b1) = r(W1 x + b1 - c) + c        where W1 x + b1 >= c
-    b1 -> b1 - c,  b2 -> b2 + W2 c             (equation 15; of a Conv, W2 summed over its taps)
+    b1 -> b1 - c,  b2 -> b2 + W2 c             (of a Conv, W2 summed over its taps)
 
 so that the activation between has a smaller range. LeakyRelu and PRelu are such r too. With what a
 BatchNormalization remembers of y, c = max(0, mean - 3 * deviation): 99.87 % of a normal
