@@ -335,7 +335,8 @@ seed_option = _running(
 equalize_option = _repair(
     "--equalize",
     is_flag=True,
-    help="First equalize the ranges of the channels of each layer; the outputs stay the same.",
+    help="First equalize the ranges of the channels of each layer, and print what that does to the "
+    "outputs.",
 )
 trainable_option = _rule(
     "--train", is_flag=True, help="Also name the nodes that prevent fine-tuning."

@@ -45,7 +45,7 @@ __all__ = ["equalize"]
 @json_option
 def equalize(model: str, data: str | None, relu6: Any, batch_size: int | None, threads: int,
              output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Equalize the channel ranges of MODEL for quantization; its outputs stay the same."""
+    """Equalize the channel ranges of MODEL for quantization, and compare its outputs."""
     from onnxqat import verbs
     from onnxqat.files import check_writable
     from onnxqat.parallel import Workers
