@@ -6,9 +6,11 @@ import numpy as np
 import onnx
 import onnx.reference
 import pytest
+from msgspec.structs import replace
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxqat.qparams import QuantSpec, choose_qparams, quantize, quantized_range
+from onnxqat.quantized import insert_pairs
 from onnxqat.train.engine import StepSession
 from onnxqat.train.fake_quantize import FakeQuantize
 from onnxqat.train.form import training_form
@@ -114,6 +116,29 @@ def test_a_shared_mask_changes_no_gradient(rule, activation, monkeypatch):
     assert np.any(found[0]["w"])
     for name, gradient in found[0].items():
         np.testing.assert_allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_mask_is_not_shared_where_something_else_reads_the_relu():
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4] input) => (float[N,4] output)
+    <float[4,4] w = {1,0,0,2, 0,-1,0,0, 0,3,1,0, 3,0,0,1}> {
+        a = MatMul(input, w)
+        b = Relu(a)
+        c = MatMul(b, w)
+        [float] d = Exp(b)
+        output = Add(c, d)
+    }"""
+    floats, qdq = quantized(onnx.parser.parse_model(text), "onnxruntime-cpu")
+    points = [
+        replace(p, consumers=tuple(e for e in p.consumers if e.node != "float"))
+        for p in qdq.plan.points
+    ]
+    plan = replace(qdq.plan, points=tuple(points))
+    form = training_form(insert_pairs(floats, plan, qdq.params, state="calibrated"))
+    (exp,) = (node for node in form.proto.graph.node if node.op_type == "Exp")
+
+    assert exp.input[0] == "b"
+    assert not any("below" in node.op_type for node in form.proto.graph.node)
 
 
 @pytest.mark.parametrize("rank", [2, None])
