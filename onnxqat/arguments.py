@@ -39,7 +39,7 @@ def take_source(source: str | None, options: dict[str, Any]) -> Any:
     """Take the data, and what is said of them alone, out of a command's arguments."""
     from onnxqat.verbs import DataSource
 
-    names = ("layout", "skip_broken", "truth")
+    names = ("layout", "skip_broken", "truth", "boxes")
     said = {name: options.pop(name) for name in names if name in options}
     return None if source is None else DataSource(source=source, **said)
 

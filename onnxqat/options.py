@@ -36,7 +36,7 @@ __all__ = [
     "teacher_option",
     "trainable_option",
     "training_options",
-    "truth_option",
+    "truth_options",
     "weights_option",
 ]
 
@@ -235,18 +235,22 @@ table_option = _output(
     metavar="NAME",
     help="Write this calibration table, or none; see docs/formats.md (default: the rule's own).",
 )
-truth_option = _data(
-    "--truth",
-    multiple=True,
-    callback=_pairs,
-    metavar="OUTPUT=ARRAY",
-    help="Compare an output with this array of the data, where a metric needs it; repeatable.",
-)
+truth_options = _options(
+    _data("--truth", multiple=True, callback=_pairs, metavar="OUTPUT=ARRAY",
+          help="Compare an output with this array of the data, where a metric needs it; "
+          "repeatable."),
+    _data("--boxes", metavar="PATH",
+          help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy of "
+          "rows (image, class, cx, cy, w, h) (default: labels beside images, if there is one)."),
+    _data("--decode", metavar="NAME",
+          help="Decode the outputs to boxes as nanodet, yolov5, yolov8, yolo11 or yolox does "
+          " (default: found by their shapes, and printed)."),
+)  # fmt: skip
 metric_options = _options(
     _measure("--metric", "metrics", multiple=True, metavar="METRIC",
-             help="Measure top1, top5, agreement, cosine, sqnr, mean-iou, psnr, exact-match, f1 or "
-             "your own module:function; repeatable."),
-    truth_option,
+             help="Measure top1, top5, agreement, cosine, sqnr, mean-iou, psnr, exact-match, f1, "
+             "map or your own module:function; repeatable."),
+    truth_options,
 )  # fmt: skip
 training_options = _options(
     _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
@@ -278,7 +282,7 @@ training_options = _options(
     _training("--select", metavar="METRIC",
               help="Keep the epoch that is best by this figure or metric, or by your own "
               "module:function (default: chosen by the data, and printed)."),
-    truth_option,
+    truth_options,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
@@ -349,7 +353,7 @@ analysis_options = _options(
     _analysis("--metric", default="error", show_default=True, metavar="METRIC",
               help="What a layer costs: noise per signal of the outputs (error), or what a metric "
               "loses: any of evaluate's, or your own module:function."),
-    truth_option,
+    truth_options,
     _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
               help="Run N samples, once for each layer and direction."),
 )  # fmt: skip
@@ -364,7 +368,7 @@ search_options = _options(
     _search("--metric", default="top1", show_default=True, metavar="METRIC",
             help="What a model loses: any metric of evaluate, your own module:function, or noise "
             "in percent of the variance of the outputs (error)."),
-    truth_option,
+    truth_options,
     _search("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
             help="Rank the weights on N samples."),
     _search("--val-data", metavar="DATA",

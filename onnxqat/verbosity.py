@@ -16,7 +16,7 @@ VARIABLE = "ONNXQAT_LOG"
 LEVELS = ("error", "warning", "info", "debug")
 USUAL = LEVELS.index("warning")
 # Loggers of what is no detail, and said without -v: how right the float model is on the labels.
-ALWAYS_SAID = ("onnxqat.train.validation",)
+ALWAYS_SAID = ("onnxqat.evaluation.decoders", "onnxqat.train.validation")
 
 
 class _LevelError(click.ClickException):

@@ -60,7 +60,7 @@ __all__ = ["evaluate"]
 @run_options(32)
 @json_option
 def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
-             max_drop: float | None, metrics: tuple[str, ...], as_json: bool,
+             max_drop: float | None, metrics: tuple[str, ...], decode: str | None, as_json: bool,
              batch_size: int | None, threads: int,
              **options: Any) -> None:  # fmt: skip
     """Measure the accuracy of MODEL on DATA."""
@@ -78,6 +78,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
         against=against,
         rules=rules,
         metrics=metrics,
+        decode=decode,
         labelled=max_drop is not None,
         settings=take_settings(options),
         batch_size=batch_size,

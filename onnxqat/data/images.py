@@ -1,5 +1,7 @@
 """Folders of images, decoded by pillow in a few threads.
 
+Where the boxes of their objects are known, they are arrays too: `onnxqat.data.boxes`.
+
 ``class/name.jpg``: `onnxqat.data.classes` says which class a folder is. A flat folder of images
 has no labels. Files without the suffix of an image are skipped;
 one that has it and cannot be decoded is an error. EXIF orientation is ignored.
@@ -13,6 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from onnxqat.data.arrays import BrokenError, Header, names, reason
+from onnxqat.data.boxes import labels_beside, read_boxes
 from onnxqat.data.classes import Classes, class_indices, refuse_splits
 from onnxqat.data.feeds import InputSpec, model_layout
 from onnxqat.data.preprocess import Preprocessing, output_size, resize_and_crop
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 
-__all__ = ["IMAGE", "IMAGE_SUFFIXES", "ImageFolder", "is_image"]
+__all__ = ["BOXES", "IMAGE", "IMAGE_SUFFIXES", "SIZE", "ImageFolder", "is_image"]
 
 logger = logging.getLogger(__name__)
 
 IMAGE, LABEL = "image", "label"
+BOXES, SIZE = "boxes", "size"  # objects, and height and width of the file
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -66,6 +71,8 @@ class ImageFolder:
         Say which class a folder is; None: images of all folders, without labels.
     skip_broken : bool
         Name images that cannot be read, and do without them, also if they vanish later.
+    boxes : Path, optional
+        The objects in them, see `onnxqat.data.boxes`; by default ``labels`` beside ``images``.
 
     Raises
     ------
@@ -81,6 +88,7 @@ class ImageFolder:
         classes: Classes | None,
         *,
         skip_broken: bool = False,
+        boxes: Path | None = None,
     ) -> None:
         self._broken: set[int] = set()
         self.broken: Set[int] = self._broken
@@ -91,6 +99,14 @@ class ImageFolder:
         self._paths, labels, self.classes = _list_images(folder, classes)
         self._labels = None if labels is None else np.array(labels, np.int64)
         self.keys: tuple[str, ...] = (IMAGE,) if labels is None else (IMAGE, LABEL)
+        self._boxes_from = boxes or labels_beside(folder)
+        if self._boxes_from is not None:
+            self.keys += (BOXES, SIZE)
+
+    @cached_property
+    def _boxes(self) -> NDArray[np.float64]:
+        assert self._boxes_from is not None
+        return read_boxes(self._boxes_from, list(map(Path, self._paths)))
 
     def count(self, keys: Sequence[str]) -> int:  # noqa: ARG002 (both arrays are as long)
         """Return the number of images."""
@@ -109,6 +125,10 @@ class ImageFolder:
         """Return shape and dtype of the first image, decoded, or of a label."""
         if key == LABEL:
             return Header((), np.dtype(np.int64))
+        if key == BOXES:
+            return Header(self._boxes.shape[1:], self._boxes.dtype)
+        if key == SIZE:
+            return Header((2,), np.dtype(np.int64))
         for index in (i for i in range(len(self._paths)) if i not in self.broken):
             with suppress(BrokenError):
                 image = self.read(key, np.array([index]))[0]
@@ -126,6 +146,10 @@ class ImageFolder:
         if key == LABEL:
             assert self._labels is not None
             return self._labels[indices]
+        if key == BOXES:
+            return self._boxes[indices]
+        if key == SIZE:
+            return np.array([_image_size(self._paths[i]) for i in indices.tolist()], np.int64)
         # of this call alone: no thread outlives an iterator that is given up
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="onnxqat-decode") as pool:
             read = list(pool.map(self._attempt, indices.tolist()))
@@ -183,6 +207,15 @@ class ImageFolder:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    """Return height and width of an image file; zeros where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # whoever reads the pixels says what is wrong
+        return 0, 0
 
 
 def _turn(image: Image.Image) -> AbstractContextManager[object]:

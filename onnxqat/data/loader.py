@@ -15,7 +15,7 @@ from onnxqat.data.classes import Classes, check_count, read_classes
 from onnxqat.data.dataset import DataSet, Intake
 from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
 from onnxqat.data.function import FUNCTION, open_arrays, open_function
-from onnxqat.data.images import ImageFolder, is_image
+from onnxqat.data.images import BOXES, SIZE, ImageFolder, is_image
 from onnxqat.data.npz import open_npz
 from onnxqat.data.preprocess import Preprocessing, Said
 from onnxqat.errors import DataError
@@ -42,6 +42,7 @@ def open_data(
     class_count: int | None = None,
     skip_broken: bool = False,
     truth: Mapping[str, str] | None = None,
+    boxes: str | Path | None = None,
 ) -> DataSet:
     """Open data for a model.
 
@@ -72,6 +73,8 @@ def open_data(
         Do without images that cannot be read, and name each.
     truth : mapping of str to str, optional
         Array that says what an output should be, by the name of the output, for metrics.
+    boxes : str or Path, optional
+        The objects in a folder of images, see `onnxqat.data.boxes`.
 
     Raises
     ------
@@ -86,12 +89,13 @@ def open_data(
         raise DataError(f"{where}: the model has no inputs to feed. Choose another model.")
     folders = Classes(known, class_count, labels) if label != NO_LABELS else None
     opened = (
-        _open_source(where, inputs, preprocessing, folders, skip_broken=skip_broken)
+        _open_source(where, inputs, preprocessing, folders, boxes, skip_broken=skip_broken)
         if isinstance(source, str | Path)
         else open_arrays(source, where)
     )
     try:
         taken = set((truth or {}).values())
+        taken |= {BOXES, SIZE} if isinstance(opened, ImageFolder) else set()
         keys, label_key = _match_arrays(
             opened, inputs, label, input_map or {}, taken, labels=labels
         )
@@ -147,12 +151,15 @@ def _open_source(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing,
     classes: Classes | None,
+    boxes: str | Path | None,
     *,
     skip_broken: bool,
 ) -> Source:
     path = Path(name)
     if path.is_dir():
-        return _open_directory(path, inputs, preprocessing, classes, skip_broken=skip_broken)
+        return _open_directory(path, inputs, preprocessing, classes, boxes, skip_broken=skip_broken)
+    if boxes is not None:
+        raise DataError(f"--boxes: are of a folder of images, and '{name}' is none. Leave it out.")
     if path.exists():
         check_readable(path, DataError)
         if path.suffix.lower() != ".npz":
@@ -170,6 +177,7 @@ def _open_directory(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing,
     classes: Classes | None,
+    boxes: str | Path | None,
     *,
     skip_broken: bool,
 ) -> Source:
@@ -193,7 +201,14 @@ def _open_directory(
                 f"{path}: images feed one input, but the model has "
                 f"{names([spec.name for spec in inputs])}. Give .npz files."
             )
-        return ImageFolder(path, inputs[0], preprocessing, classes, skip_broken=skip_broken)
+        return ImageFolder(
+            path,
+            inputs[0],
+            preprocessing,
+            classes,
+            skip_broken=skip_broken,
+            boxes=None if boxes is None else Path(boxes),
+        )
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
 

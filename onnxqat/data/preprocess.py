@@ -22,7 +22,15 @@ from PIL import Image
 from onnxqat.choices import check_choice
 from onnxqat.errors import DataError
 
-__all__ = ["Layout", "Preprocessing", "Said", "normalize", "output_size", "resize_and_crop"]
+__all__ = [
+    "Layout",
+    "Preprocessing",
+    "Said",
+    "boxes_in_image",
+    "normalize",
+    "output_size",
+    "resize_and_crop",
+]
 
 Layout: TypeAlias = Literal["nchw", "nhwc"]
 PixelFormat: TypeAlias = Literal["rgb", "bgr", "gray"]
@@ -183,19 +191,57 @@ def resize_and_crop(image: NDArray[Any], preprocessing: Preprocessing) -> NDArra
     return image
 
 
+def boxes_in_image(
+    corners: NDArray[np.float64],
+    image: tuple[int, int],
+    seen: tuple[int, int],
+    preprocessing: Preprocessing,
+) -> NDArray[np.float64]:
+    """Return boxes in pixels of an image file, of boxes in pixels of what a model saw of it.
+
+    Parameters
+    ----------
+    corners : float64 of shape (n, 4)
+        x, y of the upper left and of the lower right corner.
+    image, seen : (int, int)
+        Height and width of the file, and of the model's input.
+    preprocessing : Preprocessing
+        How one became the other.
+
+    Returns
+    -------
+    float64 of shape (n, 4)
+        Clipped to the image.
+    """
+    frame = preprocessing.resize_dims or (image if preprocessing.crop else seen)
+    inner = _inner_size(image, *frame) if preprocessing.keep_aspect_ratio else frame
+    # what lies left of and above the input: cropped off, or padded where it is below 0
+    cut = [(outer - end) // 2 for outer, end in zip(frame, seen, strict=True)]
+    margin = [(outer - within) // 2 for outer, within in zip(frame, inner, strict=True)]
+    shift = np.array([cut[1] - margin[1], cut[0] - margin[0]] * 2, np.float64)
+    factor = np.array([image[1] / inner[1], image[0] / inner[0]] * 2)
+    limits = np.array([image[1], image[0]] * 2, np.float64)
+    found: NDArray[np.float64] = np.clip((corners + shift) * factor, 0, limits)
+    return found
+
+
 def _letterbox(image: NDArray[Any], height: int, width: int, pad: float) -> NDArray[Any]:
-    rows, columns = image.shape[:2]
-    # exact integers: rows * (height / rows) in floating point may fall one short of height
-    if height * columns <= width * rows:
-        inner = height, max(1, columns * height // rows)
-    else:
-        inner = max(1, rows * width // columns), width
+    inner = _inner_size(image.shape[:2], height, width)
     image = _resize(image, *inner)
     exact = image.dtype == np.uint8 and pad in range(256)
     canvas = np.full((height, width, image.shape[2]), pad, dtype=np.uint8 if exact else np.float32)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     canvas[top : top + inner[0], left : left + inner[1]] = image
     return canvas
+
+
+def _inner_size(size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+    """Return the size of an image that is enlarged until it touches two sides of its frame."""
+    rows, columns = size
+    # exact integers: rows * (height / rows) in floating point may fall one short of height
+    if height * columns <= width * rows:
+        return height, max(1, columns * height // rows)
+    return max(1, rows * width // columns), width
 
 
 def _resize(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:

@@ -83,6 +83,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
         ``max_abs_diff`` or ``loss``, or a metric by name or ``module:function``. None: see
         `onnxqat.train.selection.selection_of`.
+    decode : str or None
+        How outputs become boxes, for a metric of boxes; None: by their shapes.
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str
@@ -119,6 +121,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     warmup: Fraction | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] | None = None
     select: str | None = None
+    decode: str | None = None
     patience: Count | None = None
     augment: tuple[str, ...] = ()
     validation: float = 0.1

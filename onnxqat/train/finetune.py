@@ -132,7 +132,7 @@ def finetune(
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     config = msgspec.structs.replace(config, select=selection.figure)
     names = [output.name for output in outputs]
-    held_out, metrics = fitted(held_out, metrics_of(config.select), names)
+    held_out, metrics = fitted(held_out, metrics_of(config.select), names, decode=config.decode)
     read = tensor_read(loss, rest.model.floats)
     asked = asked_for(config)
     form = training_form(rest.model, method=config.method, read=read, asked=asked)

@@ -26,6 +26,7 @@ def analyze(
     *,
     against: AnySource | None = None,
     metric: AnyMetric = "error",
+    decode: str | None = None,
     rules: AnyRule | None = None,
     samples: int = 64,
     seed: int = 0,
@@ -48,6 +49,8 @@ def analyze(
     metric : str or callable
         What a layer costs: ``error``, a built-in metric by name, a function of yours or its name,
         see `onnxqat.analysis.sensitivity`.
+    decode : str, optional
+        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
     rules : str, Path or HardwareRule, optional
         The rule that the model was made with; by default the bundled one of its name.
     samples : int
@@ -77,7 +80,7 @@ def analyze(
     with opened(loaded, data, settings, listener, beside=reference, labels=labels) as found:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(found))[:samples])
         names = [tensor.name for tensor in loaded.floats.graph.outputs]
-        found, wanted = fitted(found, wanted, names)
+        found, wanted = fitted(found, wanted, names, decode=decode)
         size = found.batch_size(batch_size)
         warn_if_unlike_training(loaded, found, batch_size=size, threads=threads)
         total = passes(loaded) * -(-len(chosen) // size)

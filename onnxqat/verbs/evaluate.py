@@ -32,6 +32,7 @@ def evaluate(
     against: AnySource | None = None,
     rules: AnyRule | None = None,
     metrics: Sequence[AnyMetric] = (),
+    decode: str | None = None,
     labelled: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
@@ -55,6 +56,8 @@ def evaluate(
     metrics : sequence of str or callable
         What to measure besides: built-in metrics by name, functions of yours or their names, see
         `onnxqat.evaluation.metrics.named`.
+    decode : str, optional
+        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
     labelled : bool
         Refuse data without labels.
     settings : Settings
@@ -85,7 +88,7 @@ def evaluate(
         size = samples.batch_size(batch_size)
         names = [tensor.name for tensor in float_part(loaded).graph.outputs]
         compared = reference is not None or mode == "integer"
-        samples, wanted = fitted(samples, chosen, names, compared=compared)
+        samples, wanted = fitted(samples, chosen, names, compared=compared, decode=decode)
         warn_if_unlike_training(loaded, samples, batch_size=size, threads=threads)
         with listener.batches("evaluating", -(-len(samples) // size)) as advance:
             result = run(

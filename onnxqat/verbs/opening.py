@@ -42,6 +42,8 @@ class DataSource:
         Array that says what an output should be, by the name of the output; metrics read it.
     samples : int, optional
         Read so many at most, spread evenly over the data.
+    boxes : str or Path, optional
+        The objects in a folder of images, see `onnxqat.data.boxes`.
     """
 
     source: str | Path | Arrays | Iterable[Arrays]
@@ -49,6 +51,7 @@ class DataSource:
     skip_broken: bool = False
     truth: Mapping[str, str] | None = None
     samples: int | None = None
+    boxes: str | Path | None = None
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
@@ -136,6 +139,7 @@ def _open(
         class_count=class_count(model),
         skip_broken=this.skip_broken,
         truth=this.truth,
+        boxes=this.boxes,
     )
     if data.classes is None:
         return data

@@ -58,6 +58,7 @@ def search(
     bits: float | None = None,
     widths: Iterable[int] | None = None,
     metric: AnyMetric = "top1",
+    decode: str | None = None,
     val_data: AnyData | None = None,
     against: AnySource | None = None,
     rules: AnyRule | None = None,
@@ -88,6 +89,8 @@ def search(
     metric : str or callable
         What a model costs: ``error``, a metric by name, a function of yours or its name; see
         `onnxqat.analysis.sensitivity`.
+    decode : str, optional
+        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
     val_data : path, arrays or DataSet, optional
         What models are measured on; by default samples of ``data`` that do not rank the weights.
     against : str, Path or Model, optional
@@ -139,8 +142,8 @@ def search(
             f"{passes} models of {len(chosen)} samples rank {len(choices.free)} weights; then at "
             f"most {most} are measured on {len(kept)} others."
         )
-        found, measured = fitted(found, wanted, names)
-        held, _ = fitted(held, wanted, names)
+        found, measured = fitted(found, wanted, names, decode=decode)
+        held, _ = fitted(held, wanted, names, decode=decode)
         probe = partial(Probe, floats, metric=measured[0] if measured else metric, threads=threads)
         with listener.batches("ranking", passes * -(-len(chosen) // size)) as advance:
             batches = partial(found.batches, size, indices=chosen)

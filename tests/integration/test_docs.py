@@ -57,6 +57,8 @@ def test_commands_of_a_page_run_in_order(page, models, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "scripts/examples", tmp_path / "scripts/examples")
     for text in blocks(page, "toml")[:1]:  # the rule file that the page writes
         (tmp_path / "my-chip.toml").write_text(text)
+    if page == "docs/metrics.md":
+        (tmp_path / "my_metrics.py").write_text(blocks(page, "python")[0])
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         program, *words = shlex.split(command)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from onnxqat.data import Preprocessing
 from onnxqat.errors import DataError
 from onnxqat.evaluation.metrics import MetricBatch, read_metric
 from onnxqat.outputs import Output, Scores
@@ -215,3 +216,99 @@ def test_positions_that_do_not_fit(first, last, said):
         run("f1", outputs, truth={"s": np.array(first), "e": np.array(last)})
     with pytest.raises(DataError, match="takes two outputs"):
         run("f1", outputs, truth={"s": np.array([1, 2])})
+
+
+# --- boxes ------------------------------------------------------------------------------------
+
+
+def average_precision(found, wanted, overlap):
+    """COCO's area under the curve of one class: 101 points of recall, greedy matching."""
+    hits, total = [], sum(len(boxes) for boxes in wanted)
+    taken = [set() for _ in wanted]
+    for image, box in ((i, b) for _, i, b in sorted(found, key=lambda one: -one[0])):
+        shares = [(iou(box, w), j) for j, w in enumerate(wanted[image]) if j not in taken[image]]
+        best, j = max(shares, default=(0, None))
+        hits.append(best >= overlap)
+        if best >= overlap:
+            taken[image].add(j)
+    right = np.cumsum(hits)
+    recall, precision = right / total, right / np.arange(1, len(hits) + 1)
+    above = [precision[recall >= r - 1e-12] for r in np.linspace(0, 1, 101)]
+    return np.mean([part.max(initial=0) for part in above])
+
+
+def iou(a, b):
+    w = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    h = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+
+
+def test_map_is_coco_s(rng):
+    """Boxes of yolov8's form, near the true ones; against the definition, class by class."""
+    pytest.importorskip("pycocotools")
+    height, width, cells = 64, 96, 96 + 24 + 6
+    sizes = np.array([[128, 192], [64, 96], [200, 96], [90, 96]])
+    truth = np.full((4, 5, 6), -1.0)
+    outputs = np.zeros((4, 4 + 2, cells), np.float32)
+    for i, count in enumerate((3, 5, 0, 2)):
+        for j in range(count):
+            box = [*rng.uniform(0.3, 0.7, 2), *rng.uniform(0.2, 0.5, 2)]
+            truth[i, j] = [rng.integers(2), *box, 0]
+    scale = np.array([width, height] * 2)
+    for i in range(4):
+        for k in range(30):
+            source = truth[i, k % 5] if truth[i, k % 5, 0] >= 0 else np.full(6, 0.5)
+            outputs[i, :4, k] = (source[1:5] * rng.uniform(0.85, 1.18, 4)) * scale
+            outputs[i, 4 + rng.integers(2), k] = rng.random()
+    metric = read_metric("map")
+    metric.detector.preprocessing = Preprocessing(resize_dims=(height, width))
+    batch = MetricBatch(
+        inputs={"x": np.zeros((4, 3, height, width), np.float32)},
+        labels=None,
+        indices=np.arange(4),
+        arrays={"boxes": truth, "size": sizes},
+        detector=metric.detector,
+    )
+    found = metric.function(iter([{"y": outputs}]), iter([batch]))
+    detections = batch.detections({"y": outputs})
+    wanted = []
+    for rows, (h, w) in zip(truth, sizes, strict=True):
+        wanted.append([])
+        for label, x, y, bw, bh, _ in rows[rows[:, 0] >= 0]:
+            corners = [(x - bw / 2) * w, (y - bh / 2) * h, (x + bw / 2) * w, (y + bh / 2) * h]
+            wanted[-1].append((int(label), corners))
+    table = {}
+    for overlap in np.linspace(0.5, 0.95, 10):
+        each = []
+        for label in (0, 1):
+            ours = [(float(s), i, c.tolist()) for i, one in enumerate(detections)
+                    for c, s, k in zip(*one, strict=True) if k == label]  # fmt: skip
+            true = [[corners for k, corners in rows if k == label] for rows in wanted]
+            each.append(average_precision(ours, true, overlap))
+        table[round(float(overlap), 2)] = np.mean(each)
+
+    assert found["map50"] == pytest.approx(table[0.5], abs=1e-9)
+    assert found["map75"] == pytest.approx(table[0.75], abs=1e-9)
+    assert found["map"] == pytest.approx(np.mean(list(table.values())), abs=1e-9)
+    assert 0.05 < found["map"] < found["map50"] < 0.95
+
+
+def test_map_without_boxes_or_without_detections():
+    pytest.importorskip("pycocotools")
+    metric = read_metric("map")
+
+    def of(truth):
+        batch = MetricBatch(
+            inputs={"x": np.zeros((1, 3, 64, 96), np.float32)},
+            labels=None,
+            indices=np.arange(1),
+            arrays={"boxes": truth},
+        )
+        outputs = {"y": np.zeros((1, 6, 126), np.float32)}
+        return metric.function(iter([outputs]), iter([batch]))
+
+    assert of(np.array([[[0, 0.5, 0.5, 0.1, 0.1]]])) == {"map": 0, "map50": 0, "map75": 0}
+    with pytest.raises(DataError, match="no image has a box"):
+        of(np.array([[[-1, 0.5, 0.5, 0.1, 0.1]]]))
+    with pytest.raises(DataError, match="array 'boxes' has samples of shape"):
+        of(np.zeros((1, 4)))

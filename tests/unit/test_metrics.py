@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -217,7 +218,8 @@ def test_names_that_are_none(name, said):
 def test_built_in_ones_are_functions_by_name(name):
     metric = read_metric(name)
 
-    assert metric.function.__name__ == name.replace("-", "_")
+    longer = {"map": "mean_average_precision"}
+    assert metric.function.__name__ == longer.get(name, name.replace("-", "_"))
     assert metric.built_in
 
 
@@ -268,3 +270,15 @@ def test_figures_are_written_by_what_they_are():
     assert figure_text("map", 0.263) == "26.30 %"
     assert figure_text("sqnr", np.inf) == "exact"
     assert figure_text("mine", 26.3) == "26.3"
+
+
+def test_boxes_need_their_array_and_a_package(images, monkeypatch):
+    pytest.importorskip("pycocotools")
+    with opened(images) as data:
+        with pytest.raises(DataError, match=r"--metric map: .* has no boxes. Give --boxes"):
+            fitted(data, [read_metric("map")], ["output"])
+        with pytest.raises(OptionError, match="--decode 'no' is unknown"):
+            fitted(data, [read_metric("map")], ["output"], decode="no")
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        with pytest.raises(OptionError, match=r"needs pycocotools. Run pip install 'onnxqat\[det"):
+            fitted(data, [read_metric("map")], ["output"])

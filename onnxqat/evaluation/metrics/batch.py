@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxqat.evaluation.decoders import Detections, Detector, input_size
 from onnxqat.outputs import Output
 
 __all__ = ["Array", "MetricBatch", "MetricFunction", "Values"]
@@ -37,6 +38,8 @@ class MetricBatch:
         Outputs of the model that is compared with; None without one.
     outputs : mapping of str to Output
         What the values of each output mean.
+    detector : Detector
+        Decodes outputs to boxes.
     """
 
     inputs: Mapping[str, Array]
@@ -46,6 +49,24 @@ class MetricBatch:
     truth: Mapping[str, Array] = field(default_factory=dict)
     reference: Values | None = None
     outputs: Mapping[str, Output] = field(default_factory=dict)
+    detector: Detector = field(default_factory=Detector)
+
+    def detections(self, values: Values) -> list[Detections]:
+        """Return the boxes that outputs of this batch hold, of each image, in pixels of its file.
+
+        Raises
+        ------
+        ModelError
+            ``--decode`` does not name what decodes them, and their shapes do not say it.
+        """
+        return self.detector(list(values.values()), self.inputs, self.arrays.get("size"))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image file; those of the model's input where none are known."""
+        if "size" in self.arrays:
+            return [(int(height), int(width)) for height, width in self.arrays["size"]]
+        return [input_size(self.inputs)] * len(self.indices)
 
 
 MetricFunction: TypeAlias = Callable[[Iterator[Values], Iterator[MetricBatch]], Any]

@@ -7,14 +7,22 @@ from dataclasses import replace
 
 from onnxqat.choices import nearest
 from onnxqat.data import DataSet
+from onnxqat.data.images import BOXES, SIZE
 from onnxqat.errors import DataError, OptionError
+from onnxqat.evaluation.decoders import Detector, read_decoder
+from onnxqat.evaluation.metrics.detection import require_pycocotools
 from onnxqat.evaluation.metrics.named import Metric
 
 __all__ = ["fitted"]
 
 
 def fitted(
-    data: DataSet, metrics: Sequence[Metric], outputs: Sequence[str], *, compared: bool = True
+    data: DataSet,
+    metrics: Sequence[Metric],
+    outputs: Sequence[str],
+    *,
+    compared: bool = True,
+    decode: str | None = None,
 ) -> tuple[DataSet, tuple[Metric, ...]]:
     """Return data whose batches have what metrics read, and metrics that know what that is.
 
@@ -28,15 +36,22 @@ def fitted(
         The names of the model's.
     compared : bool
         Whether there is a model to compare with.
+    decode : str, optional
+        Name of the decoder of boxes; by default the shapes of the outputs say it.
 
     Raises
     ------
     DataError
         The data lack what a metric reads.
     OptionError
-        A metric compares with another model, and there is none.
+        A metric compares with another model, and there is none; there is no such decoder.
     """
-    found = tuple(_fitted(data, metric, outputs, compared=compared) for metric in metrics)
+    decoder = None if decode is None else read_decoder(decode)
+    detector = Detector(decoder=decoder, preprocessing=data.said.preprocessing)
+    found = tuple(
+        replace(_fitted(data, metric, outputs, compared=compared), detector=detector)
+        for metric in metrics
+    )
     names = dict.fromkeys(name for metric in found for name in metric.arrays)
     arrays = {name: (name, str(data.array(name).dtype)) for name in names}
     return data.with_arrays(arrays) if arrays else data, found
@@ -55,9 +70,22 @@ def _fitted(data: DataSet, metric: Metric, outputs: Sequence[str], *, compared: 
     if metric.needs == "truth":
         truth = _truth(data, outputs) or _found_truth(data, outputs, metric.name)
         return replace(metric, truth=truth, arrays=tuple(dict.fromkeys(truth.values())))
+    if metric.needs == "boxes":
+        return replace(metric, arrays=_boxes(data, metric.name))
     if metric.needs == "everything":
         return replace(metric, truth=_truth(data, outputs), arrays=data.other_arrays)
     return metric
+
+
+def _boxes(data: DataSet, metric: str) -> tuple[str, ...]:
+    """Return the arrays of the boxes, and of the sizes of image files where there are any."""
+    require_pycocotools()
+    if BOXES not in data.array_names:
+        raise DataError(
+            f"--metric {metric}: '{data.name}' has no boxes. Give --boxes: a folder of YOLO's "
+            ".txt files, COCO's .json, or an .npy of rows (image, class, cx, cy, w, h)."
+        )
+    return (BOXES, SIZE) if SIZE in data.array_names else (BOXES,)
 
 
 def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:

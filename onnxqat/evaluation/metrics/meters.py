@@ -106,6 +106,7 @@ class Meters:
             truth={output: held[array] for output, array in metric.truth.items()},
             reference=reference,
             outputs=self.outputs,
+            detector=metric.detector,
         )
 
     def result(self) -> Measured:

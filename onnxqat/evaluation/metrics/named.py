@@ -19,11 +19,12 @@ from typing import Literal, TypeAlias
 from onnxqat.choices import nearest
 from onnxqat.data.function import FUNCTION, import_function
 from onnxqat.errors import OptionError
+from onnxqat.evaluation.decoders import Detector
 from onnxqat.evaluation.metrics.batch import MetricFunction
 
 __all__ = ["BUILT_IN", "AnyMetric", "Metric", "Need", "read_metric"]
 
-Need: TypeAlias = Literal["labels", "truth", "reference", "everything"]
+Need: TypeAlias = Literal["labels", "truth", "boxes", "reference", "everything"]
 HERE = "onnxqat.evaluation.metrics"
 
 # Where each is, and what it reads besides the outputs.
@@ -37,6 +38,7 @@ BUILT_IN: dict[str, tuple[str, Need]] = {
     "psnr": (f"{HERE}.images:psnr", "truth"),
     "exact-match": (f"{HERE}.spans:exact_match", "truth"),
     "f1": (f"{HERE}.spans:f1", "truth"),
+    "map": (f"{HERE}.detection:mean_average_precision", "boxes"),
 }
 
 
@@ -50,12 +52,14 @@ class Metric:
         As the user wrote it.
     function : callable
         See above.
-    needs : {"labels", "truth", "reference", "everything"}
+    needs : {"labels", "truth", "boxes", "reference", "everything"}
         What it reads besides the outputs; a user's function gets everything there is.
     arrays : tuple of str
         The arrays of the data that its batches have.
     truth : mapping of str to str
         Of them, the one that says what an output should be, by the name of the output.
+    detector : Detector
+        Decodes outputs to boxes.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Metric:
     needs: Need
     arrays: tuple[str, ...] = ()
     truth: Mapping[str, str] = field(default_factory=dict)
+    detector: Detector = field(default_factory=Detector)
 
     @property
     def compares(self) -> bool:

@@ -1,0 +1,195 @@
+"""Boxes of objects in images, from the files in which people have them.
+
+===========================  ====================================================================
+what is named                what it holds
+===========================  ====================================================================
+a folder, or ``labels``      YOLO's layout: for ``name.jpg`` a file ``name.txt`` with a line
+beside ``images``            ``class cx cy w h`` for each object; without a file there is none
+a ``.json`` file             COCO's instances: ``images``, ``annotations``, ``categories``, whose
+                             identifiers in rising order are the classes 0, 1, ...
+a ``.npy`` file              rows (image, class, cx, cy, w, h); images are counted in the order of
+                             their names
+===========================  ====================================================================
+
+Centre, width and height are relative to the image. COCO's pixels are divided by the size that the
+file says; crowds are marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.data.arrays import reason
+from onnxqat.errors import DataError
+from onnxqat.files import check_readable
+
+__all__ = ["COLUMNS", "labels_beside", "read_boxes"]
+
+COLUMNS = 6  # class, cx, cy, w, h, crowd
+NOTHING = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+MOST = 2**16  # objects in an image
+LARGEST = 2**30  # bytes of a file
+
+Rows = list[list[tuple[float, ...]]]
+
+
+class _Image(msgspec.Struct):
+    id: int | str
+    file_name: str
+    width: Annotated[float, msgspec.Meta(gt=0)]
+    height: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Annotation(msgspec.Struct):
+    image_id: int | str
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    iscrowd: int = 0
+
+
+class _Category(msgspec.Struct):
+    id: int
+
+
+class _Coco(msgspec.Struct):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+def labels_beside(folder: Path) -> Path | None:
+    """Return ``labels/val`` of ``images/val``, if there is such a folder; the last one counts."""
+    parts = folder.absolute().parts
+    for position in reversed(range(len(parts))):
+        if parts[position] == "images":
+            found = Path(*parts[:position], "labels", *parts[position + 1 :])
+            return found if found.is_dir() else None
+    return None
+
+
+def read_boxes(source: Path, images: Sequence[Path]) -> NDArray[np.float64]:
+    """Return the boxes of each image.
+
+    Parameters
+    ----------
+    source : Path
+        See above.
+    images : sequence of Path
+        In the order of the samples.
+
+    Returns
+    -------
+    float64 of shape (N, most, 6)
+        Class, centre, width and height, and 1 for a crowd; -1 as the class where an image has
+        fewer than the most.
+
+    Raises
+    ------
+    DataError
+        The source cannot be read, or a box is none.
+    """
+    try:
+        if source.is_dir():
+            rows = [_yolo(source / f"{image.stem}.txt") for image in images]
+        elif source.suffix.lower() == ".json":
+            rows = _coco(source, images)
+        else:
+            rows = _table(source, len(images))
+        return _padded(source, rows)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise DataError(
+            f"{source}: cannot be read as boxes ({reason(error)}). Give a folder of YOLO's .txt "
+            "files, a .json file of COCO, or an .npy file of rows (image, class, cx, cy, w, h)."
+        ) from error
+
+
+def _yolo(path: Path) -> list[tuple[float, ...]]:
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(_bytes(path).decode().splitlines(), start=1):
+        if not line.strip():
+            continue
+        cells = line.split()
+        if len(cells) != COLUMNS - 1:
+            raise DataError(
+                f"{path}: line {number} has {len(cells)} numbers. Write class, cx, cy, w and h."
+            )
+        rows.append((*map(float, cells), 0.0))
+    return rows
+
+
+def _coco(path: Path, images: Sequence[Path]) -> Rows:
+    document = msgspec.json.decode(_bytes(path), type=_Coco)
+    classes = {one: i for i, one in enumerate(sorted({c.id for c in document.categories}))}
+    named = {Path(image.file_name).name: image for image in document.images}
+    found: dict[int | str, list[_Annotation]] = {}
+    for one in document.annotations:
+        if one.category_id not in classes:
+            raise ValueError(f"category {one.category_id} is not in its list")
+        found.setdefault(one.image_id, []).append(one)
+    rows = []
+    for image in images:
+        if image.name not in named:
+            raise DataError(f"{path}: has no image '{image.name}'. Give the file of these images.")
+        size = named[image.name]
+        rows.append(
+            [
+                (classes[one.category_id], *_relative(one.bbox, size), float(bool(one.iscrowd)))
+                for one in found.get(size.id, [])
+            ]
+        )
+    return rows
+
+
+def _relative(box: tuple[float, ...], image: _Image) -> tuple[float, ...]:
+    x, y, width, height = box
+    centre = (x + width / 2) / image.width, (y + height / 2) / image.height
+    return (*centre, width / image.width, height / image.height)
+
+
+def _table(path: Path, count: int) -> Rows:
+    check_readable(path, DataError)
+    table: NDArray[Any] = np.load(path, allow_pickle=False)
+    if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype.kind not in "iuf":
+        raise ValueError(f"it holds {table.dtype} of shape {table.shape}")
+    rows: Rows = [[] for _ in range(count)]
+    for image, *box in table.astype(np.float64).tolist():
+        if image not in range(count):
+            raise ValueError(f"it has a row of image {image:g}, and there are {count} images")
+        rows[int(image)].append((*box, 0.0))
+    return rows
+
+
+def _bytes(path: Path) -> bytes:
+    check_readable(path, DataError)
+    if path.stat().st_size > LARGEST:
+        raise ValueError("it has more than a gigabyte")
+    return path.read_bytes()
+
+
+def _padded(source: Path, rows: Rows) -> NDArray[np.float64]:
+    most = max((len(boxes) for boxes in rows), default=0)
+    if most > MOST:
+        raise ValueError(f"an image has {most} objects")
+    found = np.full((len(rows), max(most, 1), COLUMNS), NOTHING)
+    for index, boxes in enumerate(rows):
+        if boxes:
+            found[index, : len(boxes)] = boxes
+    given = np.concatenate([found[i, : len(boxes)] for i, boxes in enumerate(rows)])
+    classes = given[:, 0]
+    wrong = ~np.isfinite(given).all(axis=1) | (classes < 0) | (classes % 1 != 0)
+    wrong |= (given[:, 3:5] < 0).any(axis=1) | (np.abs(given[:, 1:5]) > 2).any(axis=1)
+    if wrong.any():
+        box = ", ".join(f"{value:g}" for value in given[wrong][0][:5])
+        raise DataError(
+            f"{source}: the box ({box}) is none. Store class, cx, cy, w and h, relative to the "
+            "image."
+        )
+    return found

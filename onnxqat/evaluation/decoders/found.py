@@ -1,0 +1,82 @@
+"""Which decoders there are, and which one the shapes of outputs speak for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from onnxqat.choices import check_choice, nearest
+from onnxqat.errors import ModelError, OptionError
+from onnxqat.evaluation.decoders import nanodet, yolo
+from onnxqat.evaluation.decoders.suppression import Candidates, Selection
+
+__all__ = ["DECODERS", "Decoder", "decoder_of", "read_decoder"]
+
+Array = NDArray[Any]
+Size = tuple[int, int]
+
+
+class Decoder(NamedTuple):
+    """From outputs to boxes.
+
+    Attributes
+    ----------
+    name : str
+        What users call it.
+    fits : callable
+        Whether outputs of an input of a height and width have its shapes.
+    candidates : callable
+        Returns the candidates of each image.
+    selection : Selection
+        Which of them become detections.
+    """
+
+    name: str
+    fits: Callable[[Sequence[Array], Size], bool]
+    candidates: Callable[[Sequence[Array], Size], list[Candidates]]
+    selection: Selection
+
+
+DECODERS = {
+    decoder.name: decoder
+    for decoder in (
+        Decoder("nanodet", nanodet.is_nanodet, nanodet.nanodet, nanodet.NANODET),
+        Decoder("yolov5", yolo.is_yolov5, yolo.yolov5, yolo.YOLOV5),
+        Decoder("yolov8", yolo.is_yolov8, yolo.yolov8, yolo.YOLOV8),
+        Decoder("yolox", yolo.is_yolox, yolo.yolox, yolo.YOLOX),
+    )
+}
+ALIASES = {"yolo11": "yolov8"}
+
+
+def read_decoder(name: str) -> Decoder:
+    """Return the decoder of a name.
+
+    Raises
+    ------
+    OptionError
+        There is none.
+    """
+    check_choice("--decode", name, [*DECODERS, *ALIASES], OptionError)
+    return DECODERS[ALIASES.get(name, name)]
+
+
+def decoder_of(outputs: Sequence[Array], size: Size) -> Decoder:
+    """Return the decoder whose shapes outputs have.
+
+    Raises
+    ------
+    ModelError
+        There is none.
+    """
+    for decoder in DECODERS.values():
+        if decoder.fits(outputs, size):
+            return decoder
+    shapes = ", ".join(str(output.shape) for output in outputs)
+    raise ModelError(
+        f"No decoder has outputs of the shapes {shapes} for an input of {size[0]} x {size[1]}. "
+        f"Name one with --decode. {nearest('', DECODERS)} Or measure boxes of your own by "
+        "--metric module:function."
+    )

@@ -1,0 +1,188 @@
+"""Compare the decoders of boxes with the post-processing of the packages they are written for.
+
+    python scripts/check_decoders.py write FILE
+    python scripts/check_decoders.py compare FILE --nanodet DIR --yolox DIR
+
+The first runs where onnxqat is installed: it writes random outputs and what we find in them. The
+second runs where torch, torchvision, yolov5 and ultralytics are; DIR are clones of RangiLyu/nanodet
+at v0.4.2 and of Megvii-BaseDetection/YOLOX. It exits with 1 where a box, score or class differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+
+SIZE = (96, 160)  # height and width of the input
+IMAGES, CLASSES, CELLS = 3, 6, (240, 60, 15)
+TOLERANCE = 1e-3  # pixels; scores: a thousandth of it
+
+
+def outputs_of(name: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return random outputs that overlap often and lie on both sides of every limit."""
+    total = sum(CELLS)
+
+    def scores(*shape: int) -> np.ndarray:
+        return rng.random(shape, np.float32) ** 4
+
+    if name == "nanodet":
+        logits = [2 * rng.normal(size=(IMAGES, n, 32)).astype(np.float32) for n in CELLS]
+        return [scores(IMAGES, n, CLASSES) for n in CELLS] + logits
+    if name == "yolox":
+        boxes = rng.normal(size=(IMAGES, total, 4)).astype(np.float32)
+        return [np.concatenate([boxes, scores(IMAGES, total, 1 + CLASSES)], axis=2)]
+    count = 3 * total if name == "yolov5" else total
+    centres = rng.random((IMAGES, count, 2), np.float32) * np.float32([SIZE[1], SIZE[0]])
+    sizes = 4 + 60 * rng.random((IMAGES, count, 2), np.float32)
+    rest = scores(IMAGES, count, CLASSES + (name == "yolov5"))
+    found = np.concatenate([centres, sizes, rest], axis=2)
+    return [found if name == "yolov5" else np.ascontiguousarray(found.transpose(0, 2, 1))]
+
+
+def write(path: str) -> None:
+    """Write outputs, and what our decoders find in them."""
+    from onnxqat.evaluation.decoders import DECODERS
+    from onnxqat.evaluation.decoders.suppression import selected
+
+    arrays: dict[str, np.ndarray] = {}
+    for seed, (name, decoder) in enumerate(sorted(DECODERS.items())):
+        outputs = outputs_of(name, np.random.default_rng(seed))
+        if not decoder.fits(outputs, SIZE):
+            raise SystemExit(f"{name}: the outputs do not fit")
+        for index, array in enumerate(outputs):
+            arrays[f"{name}/output/{index}"] = array
+        for image, candidates in enumerate(decoder.candidates(outputs, SIZE)):
+            one = selected(candidates, decoder.selection)
+            arrays[f"{name}/found/{image}"] = np.column_stack(
+                [one.corners, one.scores, one.classes]
+            )
+    np.savez(path, **arrays)
+
+
+def theirs(name: str, outputs: list[np.ndarray], given: argparse.Namespace) -> list[np.ndarray]:
+    """Return the rows (x1, y1, x2, y2, score, class) of each image that a package finds."""
+    import torch
+
+    tensors = [torch.from_numpy(array.copy()) for array in outputs]
+    finders: dict[str, Callable[[list[Any]], list[Any]]] = {
+        "yolov5": _yolov5,
+        "yolov8": _ultralytics,
+        "yolox": partial(_yolox, Path(given.yolox)),
+        "nanodet": partial(_nanodet, Path(given.nanodet)),
+    }
+    return [np.asarray(rows, np.float64).reshape(-1, 6) for rows in finders[name](tensors)]
+
+
+def _yolov5(tensors: list[Any]) -> list[Any]:
+    from yolov5.utils.general import non_max_suppression
+
+    return non_max_suppression(tensors[0], 0.001, 0.6, multi_label=True, max_det=300)
+
+
+def _ultralytics(tensors: list[Any]) -> list[Any]:
+    import torchvision  # noqa: F401  (is used where it is imported)
+    from ultralytics.utils.nms import non_max_suppression
+
+    return non_max_suppression(tensors[0], 0.001, 0.7, multi_label=True, max_det=300)
+
+
+def _yolox(clone: Path, tensors: list[Any]) -> list[Any]:
+    import torch
+
+    boxes = _file(clone / "yolox/utils/boxes.py")
+    demo = _file(clone / "yolox/utils/demo_utils.py")
+    decoded = torch.from_numpy(demo.demo_postprocess(tensors[0].numpy(), SIZE)).float()
+    rows = boxes.postprocess(decoded, CLASSES, 0.01, 0.65)
+    return [torch.cat([r[:, :4], r[:, 4:5] * r[:, 5:6], r[:, 6:7]], 1) for r in rows]
+
+
+def _nanodet(clone: Path, tensors: list[Any]) -> list[Any]:
+    import torch
+
+    sys.path.insert(0, str(clone))
+    for _ in range(100):
+        try:
+            from nanodet.model.head.gfl_head import GFLHead, Integral
+        except ModuleNotFoundError as error:  # of its training, which is not run
+            sys.modules[error.name or ""] = MagicMock()
+        else:
+            break
+
+    head = SimpleNamespace(
+        strides=[8, 16, 32], cls_out_channels=CLASSES, distribution_project=Integral(7)
+    )
+    head.get_single_level_center_point = GFLHead.get_single_level_center_point.__get__(head)
+    maps = [(-(-SIZE[0] // s), -(-SIZE[1] // s)) for s in head.strides]
+    found = []
+    for image in range(IMAGES):
+        scores = [
+            t[image].T.reshape(-1, *m).logit() for t, m in zip(tensors[:3], maps, strict=True)
+        ]
+        logits = [t[image].T.reshape(-1, *m) for t, m in zip(tensors[3:], maps, strict=True)]
+        boxes, labels = GFLHead.get_bboxes_single(head, scores, logits, SIZE, 1, "cpu")
+        found.append(torch.cat([boxes, labels[:, None]], 1))
+    return found
+
+
+def _file(path: Path) -> Any:
+    """Import one file, without the package that it lies in."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path}: cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def differing(ours: np.ndarray, other: np.ndarray) -> float | None:
+    """Return the largest difference of boxes in pixels; None where others are found."""
+    if ours.shape != other.shape or not np.array_equal(ours[:, 5], other[:, 5]):
+        return None
+    if not np.allclose(ours[:, 4], other[:, 4], atol=TOLERANCE / 1000, rtol=0):
+        return None
+    return float(np.abs(ours[:, :4] - other[:, :4]).max(initial=0))
+
+
+def compare(given: argparse.Namespace) -> int:
+    """Print how each decoder compares; return 1 where one differs."""
+    wrong = 0
+    with np.load(given.file) as stored:
+        for name in sorted({key.split("/")[0] for key in stored.files}):
+            count = sum(key.startswith(f"{name}/output/") for key in stored.files)
+            outputs = [stored[f"{name}/output/{index}"] for index in range(count)]
+            for image, rows in enumerate(theirs(name, outputs, given)):
+                ours = stored[f"{name}/found/{image}"]
+                largest = differing(ours, rows)
+                same = largest is not None and largest <= TOLERANCE
+                wrong += not same
+                said = f"largest difference {largest:.2g} pixels" if same else "DIFFERS"
+                print(f"{name} image {image}: {len(ours)} boxes, theirs {len(rows)}: {said}")
+    return int(wrong > 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("write", "compare"):
+        one = commands.add_parser(command)
+        one.add_argument("file")
+        one.add_argument("--nanodet", default="nanodet")
+        one.add_argument("--yolox", default="YOLOX")
+    given = parser.parse_args()
+    if given.command == "write":
+        write(given.file)
+    else:
+        sys.exit(compare(given))
+
+
+if __name__ == "__main__":
+    main()
