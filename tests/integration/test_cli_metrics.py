@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from onnxqat.quantized import load_model
 from tests.integration.test_cli import LENET, MODELS, NORM, document, error, run
@@ -123,4 +126,52 @@ def test_the_best_epoch_is_chosen_by_a_metric(work, monkeypatch):
     assert texts["after"]["f1"] >= texts["before"]["f1"]
     assert "nothing says which array" in error(
         *("finetune", "s.onnx", "texts.npz", "--select", "f1", "-o", "g.onnx")
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A network that always finds the same two boxes, and three images with labels beside them."""
+    folder = tmp_path_factory.mktemp("detector")
+    found = np.zeros((1, 6, 126), np.float32)  # YOLOv8's form: two classes, an input of 64 x 96
+    found[0, :, 0] = [48, 32, 48, 32, 0.9, 0]
+    found[0, :, 7] = [24, 16, 24, 16, 0, 0.8]
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1, 2, 3], keepdims=1),
+        helper.make_node("Reshape", ["mean", "shape"], ["flat"]),
+        helper.make_node("Mul", ["flat", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "found"], ["y"]),
+    ]
+    constants = {"shape": np.array([-1, 1, 1]), "zero": np.float32(0), "found": found}
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 64, 96])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 6, 126])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "d.onnx")
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for number in range(3):
+        Image.new("RGB", (120, 50)).save(folder / "images" / f"{number}.png")
+        lines = "0 0.5 0.5 0.5 0.5\n" + ("1 0.25 0.25 0.25 0.25\n" if number else "")
+        (folder / "labels" / f"{number}.txt").write_text(lines)
+    return folder
+
+
+def test_map_of_a_detector(detector, caplog):
+    pytest.importorskip("pycocotools")
+    words = ("evaluate", detector / "d.onnx", detector / "images", "--metric", "map")
+    with caplog.at_level("INFO"):
+        found = document(*words)
+    told = [record.message for record in caplog.records]
+
+    assert "The outputs are decoded as those of yolov8, by their shapes." in told
+    assert document(*words, "--decode", "yolo11")["metrics"] == found["metrics"]
+    # the second class: three found, the first of them, as sure as the others, in no label
+    assert found["metrics"]["map50"] == pytest.approx((1 + 2 / 3) / 2, abs=0.01)
+    assert "--decode yolox: the outputs have the shapes (3, 6, 126)" in error(
+        *words, "--decode", "yolox"
     )
