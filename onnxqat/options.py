@@ -281,7 +281,8 @@ training_options = _options(
               help="Train without quantization for the first STEPS steps (default 0)."),
     _training("--select", metavar="METRIC",
               help="Keep the epoch that is best by this figure or metric, or by your own "
-              "module:function (default: chosen by the data, and printed)."),
+              "module:function; as integer:METRIC, in the chip's integers (default: chosen by "
+              "the data, and printed)."),
     truth_options,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),

@@ -81,7 +81,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         place. None: they themselves.
     select : str or None
         The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
-        ``max_abs_diff`` or ``loss``, or a metric by name or ``module:function``. None: see
+        ``max_abs_diff`` or ``loss``, or a metric by name or ``module:function``; behind
+        ``integer:``, of the network in the integers of its chip. None: see
         `onnxqat.train.selection.selection_of`.
     decode : str or None
         How outputs become boxes, for a metric of boxes; None: by their shapes.

@@ -49,7 +49,7 @@ from onnxqat.train.losses import (
 )
 from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
-from onnxqat.train.selection import LOSS, metrics_of
+from onnxqat.train.selection import INTEGER, LOSS, metrics_of
 from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
@@ -167,6 +167,7 @@ def finetune(
             teacher=teaching,
             with_loss=with_loss or config.select == LOSS,
             metrics=metrics,
+            integer=selection.figure.startswith(INTEGER),
             whole=not rest.lost,
         ),
         parts=parts,

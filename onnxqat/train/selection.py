@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxqat.data.function import FUNCTION
 from onnxqat.errors import TrainingError
@@ -11,9 +11,20 @@ from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import BUILT_IN, Metric, read_metric
 from onnxqat.outputs import Output
 
-__all__ = ["FALLING", "LOSS", "Selection", "figures_of", "metrics_of", "score", "selection_of"]
+__all__ = [
+    "FALLING",
+    "INTEGER",
+    "LOSS",
+    "Selection",
+    "figures_of",
+    "metrics_of",
+    "score",
+    "selection_of",
+    "with_integer",
+]
 
 LOSS = "loss"
+INTEGER = "integer:"  # before a figure of the network in the integers of its chip
 FALLING = ("max_abs_diff", LOSS)  # the smaller the better
 WITHOUT_METRIC = ("top1", "top5", "agreement", *FALLING)  # every evaluation has them
 # A share p of n samples has the standard error sqrt(p (1 - p) / n), at most 1 / (2 sqrt(n)). Epochs
@@ -82,6 +93,7 @@ def metrics_of(select: str | None) -> tuple[Metric, ...]:
     DataError
         There is no such function of the user's, or importing it raised.
     """
+    select = None if select is None else select.removeprefix(INTEGER)
     if select is None or select in WITHOUT_METRIC:
         return ()
     if select in BUILT_IN or FUNCTION.fullmatch(select):
@@ -125,4 +137,19 @@ def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
         raise TrainingError(
             f"--select: no figure '{select}' comes of these data. One of {', '.join(found)}."
         )
-    return (-found[select] if select in FALLING else found[select], *default)
+    falling = select.removeprefix(INTEGER) in FALLING
+    return (-found[select] if falling else found[select], *default)
+
+
+def with_integer(figures: Evaluation, integer: Evaluation) -> Evaluation:
+    """Return the figures of a state, with those of its network in integers beside them."""
+    others = {
+        "agreement": integer.agreement,
+        "max_abs_diff": integer.max_abs_diff,
+    }
+    found = integer.metrics | {n: v for n, v in others.items() if v is not None} | integer.metrics
+    return replace(
+        figures,
+        metrics=figures.metrics | {f"{INTEGER}{name}": value for name, value in found.items()},
+        first=figures.first | {f"{INTEGER}{m}": f"{INTEGER}{f}" for m, f in integer.first.items()},
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -22,6 +23,7 @@ from onnxqat.train.batches import feeds_of
 from onnxqat.train.config import Config
 from onnxqat.train.engine import fix_batch
 from onnxqat.train.losses import Loss, add_loss
+from onnxqat.train.selection import with_integer
 
 __all__ = ["Validation", "check_labels"]
 
@@ -48,6 +50,8 @@ class Validation:
         Whether the data have what the loss reads.
     metrics : tuple of Metric
         What is measured besides.
+    integer : bool
+        Whether the network is run in the integers of its chip too.
     whole : bool
         Whether onnxruntime can run all of the model; the reference is what it can run.
     """
@@ -59,28 +63,33 @@ class Validation:
     teacher: ort.InferenceSession | None
     with_loss: bool = True
     metrics: tuple[Metric, ...] = ()
+    integer: bool = False
     whole: bool = True
 
     @property
     def batches(self) -> int:
         """How often ``progress`` is called."""
         size, count = self.config.samples, len(self.data)
-        return -(-count // size) + (max(count // size, 1) if self.with_loss else 0)
+        runs = 2 if self.integer else 1
+        return runs * -(-count // size) + (max(count // size, 1) if self.with_loss else 0)
 
     def __call__(self, model: QuantizedModel, progress: Callable[[], None]) -> Evaluation:
         """Return the figures of a Q/DQ model; ``progress`` is called after each batch."""
         threads = self.config.threads
         if not self.whole:
             model = computable(model).model
-        batches = self.data.batches(self.config.samples)
-        figures = evaluate(
+        run = partial(
+            evaluate,
             model,
-            batches,
             against=self.reference,
             metrics=self.metrics,
             threads=threads,
             progress=progress,
         )
+        figures = run(self.data.batches(self.config.samples))
+        if self.integer:
+            found = run(self.data.batches(self.config.samples), mode="integer")
+            figures = with_integer(figures, found)
         if not self.with_loss:
             return figures
         return replace(figures, loss=self._mean_loss(model, progress))

@@ -175,3 +175,17 @@ def test_map_of_a_detector(detector, caplog):
     assert "--decode yolox: the outputs have the shapes (3, 6, 126)" in error(
         *words, "--decode", "yolox"
     )
+
+
+def test_the_best_epoch_is_chosen_in_the_chip_s_integers(work):
+    words = ("finetune", work / "q.onnx", work / "digits.npz", "--val-data", work / "digits.npz",
+             "--threads", 1, "--epochs", 2)  # fmt: skip
+    found = document(*words, "--select", "integer:top1", "-o", work / "i.onnx")
+    integer = document("evaluate", work / "i.onnx", work / "digits.npz", "--mode", "integer")
+
+    assert found["chosen_by"]["figure"] == "integer:top1"
+    assert found["after"]["integer:top1"] == integer["metrics"]["top1"]
+    assert found["after"]["integer:top1"] >= found["before"]["integer:top1"]
+    assert "no figure 'integer:top7'" in error(
+        *words, "--select", "integer:top7", "-o", work / "j.onnx"
+    )

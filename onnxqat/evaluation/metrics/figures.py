@@ -25,7 +25,7 @@ def figure_text(name: str, value: float) -> str:
     >>> figure_text("top1", 0.5), figure_text("sqnr:boxes", 31.25), figure_text("cosine", 0.9999)
     ('50.00 %', '31.25 dB', '0.9999')
     """
-    kind = name.partition(":")[0]
+    kind = name.removeprefix("integer:").partition(":")[0]
     if kind in FRACTIONS:
         return f"{100 * value:.2f} %"
     if kind in RATIOS:
