@@ -19,6 +19,7 @@ __all__ = [
     "calibration_options",
     "checkpoint_options",
     "data_options",
+    "decode_option",
     "equalize_option",
     "export_options",
     "force_option",
@@ -242,15 +243,19 @@ truth_options = _options(
     _data("--boxes", metavar="PATH",
           help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy of "
           "rows (image, class, cx, cy, w, h) (default: labels beside images, if there is one)."),
-    _data("--decode", metavar="NAME",
-          help="Decode the outputs to boxes as nanodet, yolov5, yolov8, yolo11 or yolox does "
-          " (default: found by their shapes, and printed)."),
 )  # fmt: skip
+decode_option = _measure(
+    "--decode",
+    metavar="NAME",
+    help="Decode the outputs to boxes as nanodet, yolov5, yolov8, yolo11 or yolox does (default: "
+    "found by their shapes, and printed).",
+)
 metric_options = _options(
     _measure("--metric", "metrics", multiple=True, metavar="METRIC",
              help="Measure top1, top5, agreement, cosine, sqnr, mean-iou, psnr, exact-match, f1, "
              "map or your own module:function; repeatable."),
     truth_options,
+    decode_option,
 )  # fmt: skip
 training_options = _options(
     _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
@@ -284,6 +289,7 @@ training_options = _options(
               "module:function; as integer:METRIC, in the chip's integers (default: chosen by "
               "the data, and printed)."),
     truth_options,
+    decode_option,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
@@ -355,6 +361,7 @@ analysis_options = _options(
               help="What a layer costs: noise per signal of the outputs (error), or what a metric "
               "loses: any of evaluate's, or your own module:function."),
     truth_options,
+    decode_option,
     _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
               help="Run N samples, once for each layer and direction."),
 )  # fmt: skip
@@ -370,6 +377,7 @@ search_options = _options(
             help="What a model loses: any metric of evaluate, your own module:function, or noise "
             "in percent of the variance of the outputs (error)."),
     truth_options,
+    decode_option,
     _search("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
             help="Rank the weights on N samples."),
     _search("--val-data", metavar="DATA",

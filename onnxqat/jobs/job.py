@@ -16,7 +16,7 @@ from onnxqat.errors import JobError
 from onnxqat.jobs.file import Draft
 from onnxqat.jobs.rows import ROWS, Row
 from onnxqat.jobs.tables import OptionTable, converted, params_of
-from onnxqat.options import data_options, truth_option
+from onnxqat.options import data_options, truth_options
 
 __all__ = ["FAST_SAMPLES", "VARIANTS", "Job", "Order", "Tolerance", "json_schema", "make_job"]
 
@@ -172,7 +172,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def _tables() -> dict[str, OptionTable]:
     texts = {name: Annotated[Text, Meta(description=text)] for name, text in SPLITS.items()}
-    found = {"data": OptionTable("data", params_of([data_options, truth_option]), texts)}
+    found = {"data": OptionTable("data", params_of([data_options, truth_options]), texts)}
     return found | {row.name: _table(row) for row in ROWS}
 
 

@@ -107,7 +107,7 @@ class Work:
 
     def source(self, split: str) -> DataSource:
         """Return the data of a split."""
-        said = {name: self.job.data[name] for name in ("layout", "skip_broken", "truth")}
+        said = {name: self.job.data[name] for name in ("layout", "skip_broken", "truth", "boxes")}
         return DataSource(source=self.job.split(split), samples=self.job.samples, **said)
 
     def model(self, step: str | None) -> Path:
