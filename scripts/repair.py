@@ -215,7 +215,7 @@ def _line(*cells: str) -> str:
 
 
 def _cell(figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.1f}"
+    return "" if figure is None else f"{figure:.2f}"
 
 
 def main() -> None:
