@@ -215,6 +215,7 @@ def test_what_is_not_a_number_is_not_chosen():
     first, *_ = (w.tensor for w in found.free)
     costs = {w.tensor: {4: 1e-6} for w in found.free}
     costs[first] = {4: np.nan}
+    assert first not in {move.tensor for move in order_of(found, costs)}
     result = search(found, ranking(costs), Additive(found, costs), max_loss=0.5)
 
     assert result.chosen.bits == {**found.uniform(4), first: 8}
