@@ -95,7 +95,10 @@ def test_a_log_has_a_line_per_interval_and_epoch(model, data, tmp_path):
         result = finetune(model, data, config=config, report=log)
     lines = read(tmp_path / "l")
 
+    figures = lines[0].pop("metrics")
     assert lines[0] == {"event": "start", "schema": "onnxqat.log/1", "step": 0}
+    assert figures["loss"] == result.before.loss
+    assert figures["top1"] == result.before.metrics["top1"]
     assert [(line["event"], line["step"]) for line in lines[1:]] == [
         ("step", 5),
         ("step", 10),
