@@ -24,6 +24,7 @@ __all__ = [
     "export_options",
     "force_option",
     "json_option",
+    "keep_epochs_option",
     "log_options",
     "metric_options",
     "output_option",
@@ -331,6 +332,12 @@ checkpoint_options = _options(
               "never."),
     _progress("--resume", is_flag=True, help="Continue from the checkpoint."),
 )  # fmt: skip
+keep_epochs_option = _progress(
+    "--keep-epochs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Write the N best epochs beside the output too, as OUTPUT.epoch1.onnx and so on.",
+)
 log_options = _options(
     _progress("--log", metavar="FILE",
               help="Write losses, rates and figures to a .jsonl or .csv file."),

@@ -32,6 +32,7 @@ from onnxqat.options import (
     data_options,
     force_option,
     json_option,
+    keep_epochs_option,
     log_options,
     output_option,
     run_options,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from onnxqat.parallel import Workers
     from onnxqat.quantized import QuantizedModel
     from onnxqat.train import Checkpoints, Finetuned
+    from onnxqat.train.epochs import KeptEpochs
 
 __all__ = ["finetune"]
 
@@ -62,6 +64,7 @@ __all__ = ["finetune"]
 @teacher_option
 @training_options
 @checkpoint_options
+@keep_epochs_option
 @log_options
 @calibration_options
 @data_options
@@ -71,7 +74,7 @@ __all__ = ["finetune"]
 @force_option
 @json_option
 def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
-             checkpoint_every: dict[str, Any] | None, resume: bool,
+             checkpoint_every: dict[str, Any] | None, resume: bool, keep_epochs: int | None,
              log: str | None, tensorboard: str | None, log_every: int,
              output: str | None, force: bool, as_json: bool,
              **options: Any) -> None:  # fmt: skip
@@ -88,6 +91,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
     if workers.rank == 0:
         hold(target, kept, log, tensorboard)
     checkpoints = _checkpoints(kept, checkpoint_every, resume, force)
+    epochs = _kept_epochs(target, keep_epochs, force=force or resume)
     workers.any(False)  # all have looked before one writes
     logs = verbs.TrainingLogs(path=log, tensorboard=tensorboard, every=log_every)
     settings, source = take_settings(options), take_source(data, options)
@@ -103,14 +107,21 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
             calibration=calibration,
             logs=logs,
             checkpoints=checkpoints,
+            epochs=epochs,
             listener=listener_of(workers),
             stop=stop,
             workers=workers,
         )
     if workers.rank == 0:
         _finish(result.model, target, force, checkpoints)
-        _print_finetuned(result, target, as_json)
+        _print_finetuned(result, target, epochs.files if epochs else (), as_json)
     workers.leave()
+
+
+def _kept_epochs(target: str, count: int | None, *, force: bool) -> KeptEpochs | None:
+    from onnxqat.train.epochs import KeptEpochs
+
+    return None if count is None else KeptEpochs(target, count, force=force)
 
 
 @contextmanager
@@ -197,7 +208,9 @@ def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -
     return f"{kept}."
 
 
-def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
+def _print_finetuned(
+    result: Finetuned, target: str, epochs: tuple[str, ...], as_json: bool
+) -> None:
     from dataclasses import asdict
 
     def figures(evaluation: Any) -> dict[str, float | None]:
@@ -224,6 +237,7 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
         "best_epoch": result.best_epoch,
         "seconds": round(result.seconds, 1),
         "notes": list(result.notes),
+        "epoch_files": list(epochs),
         "output": target,
     }
     rows: list[tuple[str, Any]] = [
@@ -239,6 +253,7 @@ def _print_finetuned(result: Finetuned, target: str, as_json: bool) -> None:
         ("kept", f"{kept}, chosen by {result.selection.figure}"),
         ("seconds", document["seconds"]),
         *(("note", note) for note in result.notes),
+        *(("epoch file", path) for path in epochs),
         ("output", target),
     ]
     print_result(document, as_json, rows)

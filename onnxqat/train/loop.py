@@ -366,6 +366,7 @@ class Loop:
             scale_lr=self.factor * self.config.scale_lr,
             validation=figures,
             model=model,
+            score=score(figures, self.selection.figure) if model and figures else (),
             note=record.notes[-1] if record.notes else "",
             before=record.before,
         )

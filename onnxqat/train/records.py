@@ -32,6 +32,8 @@ class Progress:
         After an epoch,
     model : QuantizedModel or None
         and the Q/DQ model it is of.
+    score : tuple of float
+        After an epoch: what states are ordered by; that of the best one is the largest.
     note : str
         Something the user should read.
     before : Evaluation or None
@@ -47,6 +49,7 @@ class Progress:
     scale_lr: float
     validation: Evaluation | None = None
     model: QuantizedModel | None = None
+    score: tuple[float, ...] = ()
     note: str = ""
     before: Evaluation | None = None
 

@@ -23,6 +23,7 @@ from onnxqat.quantized import QuantizedModel, Stage
 from onnxqat.settings import Settings
 from onnxqat.train import Checkpoints, Config, DivergedError, Finetuned, Progress, TrainingLog
 from onnxqat.train import finetune as run
+from onnxqat.train.epochs import KeptEpochs
 from onnxqat.train.losses import parse_loss
 from onnxqat.train.selection import figures_of
 from onnxqat.verbs.calibrate import calibrate
@@ -65,6 +66,7 @@ def finetune(
     calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
     logs: TrainingLogs = TrainingLogs(),
     checkpoints: Checkpoints | None = None,
+    epochs: KeptEpochs | None = None,
     listener: Listener = Listener(),  # noqa: B008 (without state)
     stop: Callable[[], bool] = lambda: False,
     workers: Workers = Workers(),  # noqa: B008 (without state)
@@ -93,6 +95,8 @@ def finetune(
     checkpoints : Checkpoints, optional
         Where the state is saved, and whether to go on from there. The file is left behind, for the
         caller to remove when the result is safe.
+    epochs : KeptEpochs, optional
+        Writes several epochs, not only the best one.
     listener : Listener
         Is told what is done.
     stop : callable
@@ -128,6 +132,8 @@ def finetune(
             resume = checkpoints is not None and checkpoints.resume
             log = _log(loaded, held_out or training, config, logs, resume=resume)
             reports.append(stack.enter_context(log))
+        if workers.rank == 0 and epochs is not None:
+            reports.append(epochs)
         inputs = {"data": training.name}
         inputs |= {"val_data": held_out.name} if held_out else {}
         inputs |= {"teacher": taught_by.name} if taught_by else {}

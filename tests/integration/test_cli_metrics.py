@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -189,3 +191,30 @@ def test_the_best_epoch_is_chosen_in_the_chip_s_integers(work):
     assert "no figure 'integer:top7'" in error(
         *words, "--select", "integer:top7", "-o", work / "j.onnx"
     )
+
+
+def test_the_best_epochs_are_kept_as_files(work):
+    words = ("finetune", work / "q.onnx", work / "digits.npz", "--val-data", work / "digits.npz",
+             "--threads", 1, "--epochs", 3, "--select", "agreement", "--log", work / "k.jsonl",
+             "--keep-epochs", 2, "-o", work / "k.onnx")  # fmt: skip
+    found = document(*words)
+    rows = [json.loads(line) for line in (work / "k.jsonl").read_text().splitlines()]
+    by_epoch = {
+        row["epoch"]: row["metrics"]["agreement"]
+        for row in rows
+        if row.get("metrics") and row.get("epoch")
+    }
+    best = sorted(by_epoch, key=lambda epoch: -by_epoch[epoch])
+    files = sorted(path.name for path in work.glob("k.epoch*.onnx"))
+
+    assert len(by_epoch) == 3
+    assert len(files) == len(found["epoch_files"]) == 2
+    kept = [int(name.split("epoch")[1].split(".")[0]) for name in files]
+    assert min(by_epoch[e] for e in kept) >= by_epoch[best[1]]
+    for epoch in kept:
+        words_of = ("evaluate", work / f"k.epoch{epoch}.onnx", work / "digits.npz")
+        again = document(*words_of, "--against", LENET)
+        assert again["agreement"] == pytest.approx(by_epoch[epoch], abs=1e-6)
+    (work / "k.onnx").unlink()
+    (work / "k.jsonl").unlink()
+    assert "is there already. Pass --force" in error(*words)
