@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 AUGMENTATIONS = ("flip", "crop")
+SCOPES = (("network",), ("blocks",), ("blocks", "network"))
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -132,6 +133,15 @@ def _widths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
         raise click.BadParameter(f"'{value}' is not a list of widths such as 4,8") from error
 
 
+def _scope(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
+    """Read ``blocks,network``."""
+    chosen = tuple(part.strip() for part in value.split(","))
+    if chosen not in SCOPES:
+        known = ", ".join(map(",".join, SCOPES[:-1]))
+        raise click.BadParameter(f"'{value}' is none of {known} and {','.join(SCOPES[-1])}")
+    return chosen
+
+
 def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
     """Read ``200steps``, ``5min`` or ``never`` as what `onnxqat.train.Checkpoints` takes."""
     if value == "never":
@@ -151,6 +161,7 @@ _repair = under("Repair before training")
 _rule = under("Hardware rule")
 _loss = under("Loss")
 _training = under("Training")
+_blocks = under("Blocks")
 _optimizer = under("Optimizer")
 _progress = under("Checkpoints and logs")
 _measure = under("Measurement")
@@ -258,7 +269,28 @@ metric_options = _options(
     truth_options,
     decode_option,
 )  # fmt: skip
+_scope_options = _options(
+    _blocks("--scope", callback=_scope, default="network", show_default=True, metavar="SCOPE",
+            help="Train the network from end to end (network); its blocks, one after the other, to "
+            "compute the float model's tensors, without labels (blocks); or one after the other "
+            "(blocks,network)."),
+    _blocks("--block-epochs", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+            help="Train each block for N epochs."),
+    _blocks("--block-samples", type=click.IntRange(1), default=1024, show_default=True,
+            metavar="N", help="Train blocks on at most N samples of DATA."),
+    _blocks("--block-layers", type=click.IntRange(1), default=4, show_default=True, metavar="N",
+            help="Put N layers with a weight into a block; up to 2 N in a residual block, or where "
+            "branches run side by side."),
+    _blocks("--block-mix", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+            metavar="SHARE",
+            help="Take this share of the values at a block's inputs from the float model."),
+    _blocks("--block-memory", type=click.IntRange(0), default=1024, show_default=True,
+            metavar="MB",
+            help="Keep at most MB megabytes of the tensors between blocks in memory, the others in "
+            "temporary files."),
+)  # fmt: skip
 training_options = _options(
+    _scope_options,
     _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
               help="Start from a vendor's recommended settings: horizon. Other options win over "
               "it."),

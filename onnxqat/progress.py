@@ -187,7 +187,7 @@ class FinetuneReport:
         if last is None:
             return f"{self._stage}, {time_left(seconds, 0, 0)}"
         done, total = last.step - self.start, last.steps - self.start
-        where = f"step {last.step} of {last.steps}, epoch {last.epoch}/{last.epochs}"
+        where = f"step {last.step} of {last.steps}, {last.part} {last.epoch}/{last.epochs}"
         where += f", loss {last.loss:.4f}"
         where += f", {self._stage}" if self._stage else ""
         return f"{where}, {time_left(seconds, done, total)}"
@@ -195,11 +195,11 @@ class FinetuneReport:
     def __call__(self, progress: Any) -> None:
         """Take one report of `onnxqat.train.finetune`."""
         figures = f"loss {progress.loss:.4f}"
-        if self._last is None:
+        if self._last is None or self._last.part != progress.part:
             self._begin(progress, figures)
         self._last, self._stage = progress, ""
         self.start = min(self.start, progress.step - 1)  # training may start again
-        title = f"epoch {progress.epoch}/{progress.epochs}"
+        title = f"{progress.part} {progress.epoch}/{progress.epochs}"
         self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
         if progress.note != self.note:
             self.note = progress.note

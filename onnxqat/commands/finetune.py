@@ -213,13 +213,14 @@ def _print_finetuned(
 ) -> None:
     from dataclasses import asdict
 
+    from msgspec import to_builtins
+
     def figures(evaluation: Any) -> dict[str, float | None]:
         others = {} if evaluation.agreement is None else {"agreement": evaluation.agreement}
         return finite_figures(evaluation.metrics | others | evaluation.metrics)
 
     before, after = figures(result.before), figures(result.after)
     losses = {"before": result.before.loss, "after": result.after.loss}
-    kept = f"epoch {result.best_epoch}" if result.best_epoch else "start"
     document = {
         "schema": "onnxqat.finetune/1",
         "before": before,
@@ -227,7 +228,8 @@ def _print_finetuned(
         "loss": losses if result.after.loss is not None else None,
         "learned_from": [asdict(part) for part in result.parts],
         "chosen_by": asdict(result.selection),
-        "kept": kept,
+        "kept": result.kept,
+        "blocks": [to_builtins(block) for block in result.blocks],
         "outputs": {
             "before": output_documents(result.before),
             "after": output_documents(result.after),
@@ -249,11 +251,22 @@ def _print_finetuned(
     rows += [(f"loss {when}", f"{v:.6g}") for when, v in losses.items() if v is not None]
     rows += [
         ("held-out samples", result.after.samples),
-        ("epochs", f"{result.epochs}, best {result.best_epoch}"),
-        ("kept", f"{kept}, chosen by {result.selection.figure}"),
+        *_rows_of_training(result),
+        ("kept", f"{result.kept}, chosen by {result.selection.figure}"),
         ("seconds", document["seconds"]),
         *(("note", note) for note in result.notes),
         *(("epoch file", path) for path in epochs),
         ("output", target),
     ]
     print_result(document, as_json, rows)
+
+
+def _rows_of_training(result: Finetuned) -> list[tuple[str, Any]]:
+    """Return a row for each scope that was trained."""
+    rows: list[tuple[str, Any]] = []
+    if result.blocks:
+        kept = sum(block.kept for block in result.blocks)
+        rows.append(("blocks", f"{len(result.blocks)}, {kept} of them better than before"))
+    if result.epochs or not result.blocks:
+        rows.append(("epochs", f"{result.epochs}, best {result.best_epoch}"))
+    return rows

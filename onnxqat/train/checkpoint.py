@@ -39,15 +39,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SAMPLES = 64  # are read to tell whether data are the same
 RECORD = "record"  # the member of the file that is no array of the run
+BLOCKS = "blocks/"  # before the names of the arrays that the epochs began with
 
 # What must be the same for a run to go on, by the name a user knows it by.
 Identity = dict[str, Any]
 
 
-class _Document(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    schema: Literal["onnxqat.checkpoint/1"] = "onnxqat.checkpoint/1"
+class _Stage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     identity: Identity
     record: dict[str, Any]
+
+
+class _Document(_Stage, kw_only=True, forbid_unknown_fields=True):
+    schema: Literal["onnxqat.checkpoint/1"] = "onnxqat.checkpoint/1"
+    blocks: _Stage | None = None  # what the epochs began with
 
 
 class Checkpoints:
@@ -68,6 +73,8 @@ class Checkpoints:
     ----------
     written, finished : bool
         Whether the file is of this run, and whether it is of its end.
+    behind_blocks : bool
+        Whether the file that was loaded is of epochs behind tuned blocks.
     """
 
     def __init__(
@@ -80,7 +87,9 @@ class Checkpoints:
     ) -> None:
         self.path, self.resume = Path(path), resume
         self.steps, self.minutes = steps, minutes
-        self.written = self.finished = False
+        self.written = self.finished = self.behind_blocks = False
+        self._blocks: _Stage | None = None
+        self._block_arrays: dict[str, NDArray[Any]] = {}
         self._warned = False
         self._saved = time.monotonic()
 
@@ -108,9 +117,10 @@ class Checkpoints:
         finished : bool
             Whether the run is at its end.
         """
-        document = _Document(identity=identity, record=msgspec.to_builtins(record))
+        state = msgspec.to_builtins(record)
+        document = _Document(identity=identity, record=state, blocks=self._blocks)
         text = np.frombuffer(json.dumps(msgspec.to_builtins(document)).encode(), np.uint8)
-        members: dict[str, Any] = {RECORD: text, **arrays}
+        members: dict[str, Any] = {RECORD: text, **arrays, **self._block_arrays}
         try:
             with atomic_output(self.path, force=True) as temporary, temporary.open("wb") as file:
                 np.savez(file, **members)
@@ -125,6 +135,19 @@ class Checkpoints:
         self.written, self.finished = True, finished
         return True
 
+    def keep_blocks(
+        self, identity: Identity, record: msgspec.Struct, arrays: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Let every later checkpoint hold the end of block reconstruction too."""
+        self._blocks = _Stage(identity=identity, record=msgspec.to_builtins(record))
+        self._block_arrays = {f"{BLOCKS}{name}": array.copy() for name, array in arrays.items()}
+
+    def load_blocks(
+        self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]
+    ) -> T:
+        """Do what `load` does for block reconstruction, whether it is at its end or not."""
+        return self._load(identity, kind, arrays, of_blocks=True)
+
     def load(self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]) -> T:
         """Fill ``arrays`` from the file and return the record.
 
@@ -134,16 +157,31 @@ class Checkpoints:
             There is no such file, it is not a checkpoint, or of a run with other settings, model
             or data, of which the first is named.
         """
+        return self._load(identity, kind, arrays, of_blocks=False)
+
+    def _load(
+        self,
+        identity: Identity,
+        kind: type[T],
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        of_blocks: bool,
+    ) -> T:
         if not self.path.is_file():
             raise TrainingError(f"{self.path}: no such file. Leave out --resume to start.")
         try:
             with np.load(_uncompressed(self.path), allow_pickle=False) as stored:
                 text = stored[RECORD].tobytes()
                 document = msgspec.convert(json.loads(text), _Document)
-                self._compare(document.identity, identity)
-                record = msgspec.convert(document.record, kind)
+                self.behind_blocks = document.blocks is not None
+                stage: _Stage = document
+                prefix = ""
+                if of_blocks and document.blocks is not None:
+                    stage, prefix = document.blocks, BLOCKS
+                self._compare(stage.identity, identity)
+                record = msgspec.convert(stage.record, kind)
                 for name, array in arrays.items():
-                    _fill(array, stored[name], name)
+                    _fill(array, stored[f"{prefix}{name}"], name)
         except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
             raise TrainingError(
                 f"{self.path}: is no checkpoint of this version ({error}). Leave out --resume and "

@@ -20,6 +20,7 @@ Limit = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
+Scope: TypeAlias = Literal["blocks", "network"]
 Schedule: TypeAlias = Literal["cosine", "constant", "step", "one-cycle"]
 
 STEP = 16  # samples, where nothing else is said
@@ -36,6 +37,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     label_smoothing, ignore_index : float or None, int or None
         Settings of cross-entropy: the share of each label that is spread over all classes, and the
         label of positions that are ignored.
+    scope : tuple of {"blocks", "network"}
+        What is trained, in this order: one block of the graph after the other against the float
+        model's tensors, see `onnxqat.train.blocks`; the network from end to end.
+    block_epochs : int
+        How often a block sees its samples.
+    block_layers : int
+        How many layers with a weight a block has; twice as many where the graph can be cut
+        between them at several tensors only.
+    block_samples : int
+        How many training samples blocks are trained on, at most.
+    block_mix : float
+        Share of the values at a block's inputs that are the float network's; of the others, what
+        the blocks before compute.
+    block_memory : int
+        Megabytes of memory for the tensors between blocks; the others lie in temporary files.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int or None
@@ -103,6 +119,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     loss: str | None = None
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
     ignore_index: int | None = None
+    scope: tuple[Scope, ...] = ("network",)
+    block_epochs: Count = 10
+    block_layers: Count = 4
+    block_samples: Count = 1024
+    block_mix: Fraction = 0.5
+    block_memory: Annotated[int, Meta(ge=0)] = 1024
     epochs: Count | None = None
     batch_size: Count | None = None
     accumulate: Count | None = None

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import msgspec
 import onnxruntime as ort
 
-from onnxqat.choices import nearest
-from onnxqat.computable import computable
-from onnxqat.data import DataSet, split
+from onnxqat.computable import Computable, computable
+from onnxqat.data import DataSet
 from onnxqat.errors import TrainingError
-from onnxqat.evaluation.metrics import fitted
-from onnxqat.evaluation.run import model_session
+from onnxqat.evaluation.metrics import Metric, fitted
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan
-from onnxqat.quantized import QuantizedModel, weights_hash
-from onnxqat.repair import original
+from onnxqat.quantized import QuantizedModel
 from onnxqat.train.aim import (
     announcement,
     chosen_loss,
@@ -29,6 +26,7 @@ from onnxqat.train.aim import (
     readable,
 )
 from onnxqat.train.batches import TrainingBatches
+from onnxqat.train.blocks import Reconstructed, Reconstruction
 from onnxqat.train.checkpoint import (
     Checkpoints,
     Identity,
@@ -36,20 +34,23 @@ from onnxqat.train.checkpoint import (
     model_identity,
     settings_identity,
 )
-from onnxqat.train.config import STEP, Config
-from onnxqat.train.engine import StepSession
+from onnxqat.train.config import Config
+from onnxqat.train.engine import StepSession, fix_batch
 from onnxqat.train.form import TrainingForm, training_form
-from onnxqat.train.loop import Loop
-from onnxqat.train.losses import (
-    TENSOR,
-    Loss,
-    array_of,
-    teacher_input,
-    tensor_read,
+from onnxqat.train.given import (
+    batches_per_step,
+    check_enough,
+    divide,
+    in_batches_of,
+    teacher_of,
+    teaching_session,
+    with_arrays,
 )
+from onnxqat.train.loop import Loop
+from onnxqat.train.losses import Loss, Part, add_loss, tensor_read
 from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
-from onnxqat.train.selection import INTEGER, LOSS, metrics_of
+from onnxqat.train.selection import INTEGER, LOSS, Selection, metrics_of
 from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
@@ -57,6 +58,7 @@ __all__ = ["finetune"]
 # Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
 TARGET_STEPS = 2000
 MAX_EPOCHS = 10
+NOT_OF_BLOCKS = ("augment", "ema", "epochs", "patience", "quant_delay")
 
 
 def finetune(
@@ -113,16 +115,17 @@ def finetune(
         ``stop`` said so.
     """
     model.check_calibrated()
-    data = _in_batches_of(model, data)
+    _check_scope(config, workers)
+    data = in_batches_of(model, data)
     if validation is not None:
-        validation = _in_batches_of(model, validation)
+        validation = in_batches_of(model, validation)
     size = data.batch_size(config.batch_size, default=config.samples)
-    training, held_out = _divide(data, validation, config)
+    training, held_out = divide(data, validation, config)
     config = msgspec.structs.replace(
-        config, batch_size=size, accumulate=_batches_per_step(training, size, config, workers)
+        config, batch_size=size, accumulate=batches_per_step(training, size, config, workers)
     )
-    _check_enough(len(data), training, held_out, config, workers)
-    rest, reference = computable(model), _teacher_of(model, teacher)
+    check_enough(len(data), training, held_out, config, workers)
+    rest, reference = computable(model), teacher_of(model, teacher)
     if rest.lost:
         reference = computable(reference).model
         say(rest.note)
@@ -130,61 +133,219 @@ def finetune(
     loss, parts = chosen_loss(outputs, data, training, reference, config)
     with_loss = readable(loss, data, held_out)
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
-    config = msgspec.structs.replace(config, select=selection.figure)
     names = [output.name for output in outputs]
-    held_out, metrics = fitted(held_out, metrics_of(config.select), names, decode=config.decode)
-    read = tensor_read(loss, rest.model.floats)
-    asked = asked_for(config)
-    form = training_form(rest.model, method=config.method, read=read, asked=asked)
-    opened = partial(
-        StepSession, loss=loss, batch_size=config.samples, threads=config.threads, arrays=data
-    )
-    session = opened(form)
-    delayed = (
-        opened(_float_form(rest.model, form, read, asked), other=session)
-        if config.quant_delay
-        else None
-    )
-    training = _with_arrays(training, session.inputs, config)
-    teaching = _teaching_session(reference, session.inputs)
-    if with_loss or config.select == LOSS:
-        held_out = _with_arrays(held_out, session.inputs, config)
-    step_batches = TrainingBatches(
-        rest.model.floats, training, teaching, config, workers, session.classes
-    )
-    loop = Loop(
+    figure = selection.figure
+    held_out, metrics = fitted(held_out, metrics_of(figure), names, decode=config.decode)
+    run = _Run(
         model=model,
-        form=form,
-        session=session,
-        delayed=delayed,
-        step_batches=step_batches,
-        config=config,
-        validate=Validation(
-            data=held_out,
-            reference=reference,
-            config=config,
-            loss=loss,
-            teacher=teaching,
-            with_loss=with_loss or config.select == LOSS,
-            metrics=metrics,
-            integer=selection.figure.startswith(INTEGER),
-            whole=not rest.lost,
-        ),
+        rest=rest,
+        reference=reference,
+        data=data,
+        training=training,
+        held_out=held_out,
+        config=msgspec.structs.replace(config, select=selection.figure),
+        loss=loss,
         parts=parts,
         selection=selection,
-        epochs=config.epochs or min(math.ceil(TARGET_STEPS / step_batches.steps), MAX_EPOCHS),
+        with_loss=with_loss or selection.figure == LOSS,
+        metrics=metrics,
         report=report,
         stage=stage,
-        announcement=announcement(config, parts, selection),
         say=say,
         checkpoints=checkpoints,
-        identity=cache(
-            partial(_identity, model, reference, training, held_out, config, workers, loss)
-        ),
         stop=stop,
         workers=workers,
     )
-    return loop.run()
+    if "blocks" not in config.scope:
+        return run.network()
+    blocks = run.blocks()
+    if "network" not in config.scope:
+        return _of_blocks(blocks, run)
+    if checkpoints is not None:
+        checkpoints.resume = checkpoints.behind_blocks
+    tuned = replace(run, model=blocks.model, rest=computable(blocks.model)).network()
+    return replace(
+        tuned,
+        before=blocks.before,
+        seconds=blocks.seconds + tuned.seconds,
+        notes=(*blocks.notes, *tuned.notes),
+        blocks=blocks.blocks,
+        blocks_kept=blocks.better,
+    )
+
+
+def _check_scope(config: Config, workers: Workers) -> None:
+    """Refuse what block reconstruction cannot do, and settings that it would not heed."""
+    if "blocks" not in config.scope:
+        return
+    if workers.size > 1:
+        raise TrainingError(
+            "--scope blocks runs in one process. Start it without mpirun, and the network's "
+            "training behind it."
+        )
+    usual = Config()
+    given = [n for n in NOT_OF_BLOCKS if getattr(config, n) != getattr(usual, n)]
+    if given and "network" not in config.scope:
+        option = given[0].replace("_", "-")
+        raise TrainingError(
+            f"--{option} is of training from end to end. Leave it out, or pass --scope "
+            "blocks,network."
+        )
+
+
+def _of_blocks(blocks: Reconstructed, run: _Run) -> Finetuned:
+    """Return the outcome of a run without epochs."""
+    return Finetuned(
+        model=blocks.model,
+        before=blocks.before,
+        after=blocks.after,
+        epochs=0,
+        best_epoch=0,
+        seconds=blocks.seconds,
+        parts=run.parts,
+        selection=run.selection,
+        notes=blocks.notes,
+        blocks=blocks.blocks,
+        blocks_kept=blocks.better,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A fine-tuning, everything being settled that does not depend on its scope.
+
+    Parameters
+    ----------
+    model, rest, reference
+        What is trained, what onnxruntime can run of it, and the float model.
+    data, training, held_out
+        All samples, and what they were divided into.
+    config, loss, parts, selection, with_loss
+        How it is trained and judged; ``with_loss`` says whether the held-out loss is measured.
+    metrics : tuple of Metric
+        What is measured besides.
+    """
+
+    model: QuantizedModel
+    rest: Computable[QuantizedModel]
+    reference: Model
+    data: DataSet
+    training: DataSet
+    held_out: DataSet
+    config: Config
+    loss: Loss
+    parts: tuple[Part, ...]
+    selection: Selection
+    with_loss: bool
+    metrics: tuple[Metric, ...]
+    report: Callable[[Progress], None]
+    stage: Callable[[str, int, int], None]
+    say: Callable[[str], None]
+    checkpoints: Checkpoints | None
+    stop: Callable[[], bool]
+    workers: Workers
+
+    def blocks(self) -> Reconstructed:
+        """Tune one block after the other."""
+        proto = fix_batch(self.rest.model.to_proto(), set(), self.config.samples)
+        read = {value.name for value in add_loss(proto, self.loss, self.data).graph.input}
+        held_out = self._judging(read)
+        return Reconstruction(
+            model=self.model,
+            rest=self.rest.model,
+            reference=self.reference,
+            training=self.training,
+            held_out=held_out,
+            config=self.config,
+            validate=self._validation(held_out, teaching_session(self.reference, read)),
+            selection=self.selection,
+            report=self.report,
+            stage=self.stage,
+            say=self.say,
+            checkpoints=self.checkpoints,
+            identity=self._identity(self.training, held_out),
+            stop=self.stop,
+            last="network" not in self.config.scope,
+        ).run()
+
+    def network(self) -> Finetuned:
+        """Train from end to end."""
+        config, rest = self.config, self.rest.model
+        read = tensor_read(self.loss, rest.floats)
+        asked = asked_for(config)
+        form = training_form(rest, method=config.method, read=read, asked=asked)
+        opened = partial(
+            StepSession,
+            loss=self.loss,
+            batch_size=config.samples,
+            threads=config.threads,
+            arrays=self.data,
+        )
+        session = opened(form)
+        delayed = (
+            opened(_float_form(rest, form, read, asked), other=session)
+            if config.quant_delay
+            else None
+        )
+        training = with_arrays(self.training, session.inputs, config)
+        teaching = teaching_session(self.reference, session.inputs)
+        held_out = self._judging(session.inputs)
+        step_batches = TrainingBatches(
+            rest.floats, training, teaching, config, self.workers, session.classes
+        )
+        loop = Loop(
+            model=self.model,
+            form=form,
+            session=session,
+            delayed=delayed,
+            step_batches=step_batches,
+            config=config,
+            validate=self._validation(held_out, teaching),
+            parts=self.parts,
+            selection=self.selection,
+            epochs=config.epochs or min(math.ceil(TARGET_STEPS / step_batches.steps), MAX_EPOCHS),
+            report=self.report,
+            stage=self.stage,
+            announcement=announcement(config, self.parts, self.selection),
+            say=self.say,
+            checkpoints=self.checkpoints,
+            identity=self._identity(training, held_out),
+            stop=self.stop,
+            workers=self.workers,
+        )
+        return loop.run()
+
+    def _judging(self, read: set[str]) -> DataSet:
+        """Return the held-out data with what the loss reads of them."""
+        return with_arrays(self.held_out, read, self.config) if self.with_loss else self.held_out
+
+    def _validation(self, held_out: DataSet, teaching: ort.InferenceSession | None) -> Validation:
+        return Validation(
+            data=held_out,
+            reference=self.reference,
+            config=self.config,
+            loss=self.loss,
+            teacher=teaching,
+            with_loss=self.with_loss,
+            metrics=self.metrics,
+            integer=self.selection.figure.startswith(INTEGER),
+            whole=not self.rest.lost,
+        )
+
+    def _identity(self, training: DataSet, held_out: DataSet) -> Callable[[], Identity]:
+        """Return what says, when it is first asked, what must be the same to go on."""
+        return cache(
+            partial(
+                _identity,
+                self.model,
+                self.reference,
+                training,
+                held_out,
+                self.config,
+                self.workers,
+                self.loss,
+            )
+        )
 
 
 def _float_form(
@@ -219,91 +380,3 @@ def _identity(
         "the held-out data": data_identity(held_out),
     }
     return settings_identity(config) | files | others
-
-
-def _in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
-    """Return the data in the batches that the model is fixed to."""
-    for tensor in model.floats.graph.inputs:
-        length = tensor.shape[0] if tensor.shape else None
-        if isinstance(length, int) and tensor.name in data.sample_inputs:
-            return data.in_batches_of(length, tensor.name)
-    return data
-
-
-def _batches_per_step(data: DataSet, size: int, config: Config, workers: Workers) -> int:
-    """Return what was asked for; else, where the batch is fixed, as many as make usual steps."""
-    if config.accumulate is not None or data.fixed_batch is None:
-        return config.batches
-    at_once = size * workers.size
-    return max(1, min(math.ceil(STEP / at_once), len(data) // at_once))
-
-
-def _divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[DataSet, DataSet]:
-    """Return what is trained on, and what is held out: whole batches where they are fixed."""
-    if validation is not None:
-        return data, validation
-    count, fraction, unit = len(data), config.validation, data.fixed_batch or 1
-    if count < 2 * unit:
-        unit = 1
-    if 0 < fraction < 1:
-        fraction = min(max(round(count * fraction / unit), 1) * unit, count - 1) / count
-    trained, kept = split(count, fraction, config.seed)
-    return data.subset(trained), data.subset(kept)
-
-
-def _check_enough(
-    count: int, training: DataSet, held_out: DataSet, config: Config, workers: Workers
-) -> None:
-    size, batches = config.samples, config.batches * workers.size
-    if len(training) >= size * batches and len(held_out):
-        return
-    times = f"{batches} " if batches > 1 else ""
-    smaller = "" if training.fixed_batch else " or a smaller --batch-size"
-    raise TrainingError(
-        f"{count} samples are too few for {times}batches of {size} and a held-out slice. "
-        f"Give more data{smaller}."
-    )
-
-
-def _with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
-    """Return the data with the arrays that the loss reads."""
-    arrays = {name: array for name in sorted(inputs) if (array := array_of(name))}
-    for key, _ in arrays.values():
-        if config.augment and data.array(key).shape:
-            raise TrainingError(
-                f"--augment moves the images, and not the array '{key}' that the loss reads. "
-                "Leave --augment out."
-            )
-    return data.with_arrays(arrays) if arrays else data
-
-
-def _teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession | None:
-    """Return a session of the teacher with the tensors that the loss reads; None without any."""
-    read = {name for name in inputs if name.startswith(teacher_input(""))}
-    if not read:
-        return None
-    outputs = {tensor.name for tensor in reference.graph.outputs}
-    others = sorted(read - {teacher_input(output) for output in outputs})
-    wanted = [name.removeprefix(teacher_input(TENSOR)) for name in others]
-    teacher = reference.copy() if wanted else reference
-    tensors = teacher.graph.tensors()
-    for name in (name for name in wanted if name not in outputs):
-        if name not in tensors:
-            raise TrainingError(
-                f"{reference.name}: the teacher has no tensor '{name}'. "
-                f"{nearest(name, sorted(tensors))}"
-            )
-        teacher.graph.outputs.append(tensors[name])
-    return model_session(teacher, "float")
-
-
-def _teacher_of(model: QuantizedModel, teacher: Model | None) -> Model:
-    if teacher is not None:
-        return teacher
-    floats = original(model.floats)
-    if weights_hash(floats.graph) != model.source:
-        raise TrainingError(
-            f"{model.name}: its weights are not those of the float model any more, so that it "
-            "cannot teach itself. Pass the float model with --teacher."
-        )
-    return floats

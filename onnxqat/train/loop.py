@@ -13,12 +13,10 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
-from onnxqat.calibration import fit_bias_range
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
-from onnxqat.pairs import scale_name, zero_point_name
 from onnxqat.parallel import Workers
-from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
+from onnxqat.qparams import FloatArray
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.batches import Feeds, TrainingBatches
 from onnxqat.train.checkpoint import Checkpoints, Identity
@@ -39,6 +37,7 @@ from onnxqat.train.optimization.schedules import rate_factor
 from onnxqat.train.optimization.updater import Updater
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.selection import Selection, figures_of, score
+from onnxqat.train.state import with_values
 from onnxqat.train.validation import Validation, check_labels
 
 __all__ = ["Loop"]
@@ -107,8 +106,6 @@ class Loop:
         values = self.session.values
         self.best = Flat(values.views)
         self.factor = 0.0
-        points = self.model.plan.grid_points()
-        self.powers = {p.parameters for p in points if p.spec.power_of_two}
         self.kept = values if self.config.ema is None else Flat(values.views)
         self.tuned = self.model.floats.copy()  # takes the weights of one state after the other
         self._reset()
@@ -402,18 +399,10 @@ class Loop:
 
     def _written_back(self, views: Mapping[str, FloatArray]) -> QuantizedModel:
         """Return the model with trained weights and scales; the next call changes its weights."""
-        model, tensors = self.model, self.tuned.graph.tensors()
-        for name in self.form.weights:
-            tensors[name].values = views[name].copy()
-        params = {name: self._trained(name, views) for name in model.params}
-        fitted = fit_bias_range(model.plan, params, tensors)
-        return model.with_params(params, state="finetuned", plan=fitted, floats=self.tuned)
-
-    def _trained(self, name: str, views: Mapping[str, FloatArray]) -> QuantParams:
-        """Return a set of parameters as it was trained."""
-        scale, zero_point = views[scale_name(name)].copy(), self.model.params[name].zero_point
-        if name in self.powers:  # a moving average of powers of two is none
-            scale = nearest_power_of_two(scale)
-        if name in self.form.zero_points:
-            zero_point = np.rint(views[zero_point_name(name)]).astype(zero_point.dtype)
-        return QuantParams(scale=scale, zero_point=zero_point)
+        return with_values(
+            self.model,
+            self.tuned,
+            views,
+            weights=self.form.weights,
+            zero_points=self.form.zero_points,
+        )

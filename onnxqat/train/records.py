@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -13,7 +14,7 @@ from onnxqat.train.losses import Part
 from onnxqat.train.monitoring.divergence import LossHistory
 from onnxqat.train.selection import Selection
 
-__all__ = ["DivergedError", "Finetuned", "Progress", "Record", "StoppedError"]
+__all__ = ["BlockFigures", "DivergedError", "Finetuned", "Progress", "Record", "StoppedError"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Progress:
         Something the user should read.
     before : Evaluation or None
         Figures of the start.
+    part : {"epoch", "block"}
+        What ``epoch`` counts. The steps of blocks are counted by themselves.
     """
 
     step: int
@@ -52,6 +55,41 @@ class Progress:
     score: tuple[float, ...] = ()
     note: str = ""
     before: Evaluation | None = None
+    part: Literal["epoch", "block"] = "epoch"
+
+
+class BlockFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one block.
+
+    Attributes
+    ----------
+    layers : int
+        How many of its nodes have a weight.
+    outputs : tuple of str
+        The tensors that it was taught.
+    before, after : float or None
+        Squared error of these on held-out samples, by their variance; None where it was not
+        measured, or not finite.
+    kept : bool
+        Whether it holds what training found.
+    note : str
+        Why not.
+    """
+
+    layers: int
+    outputs: tuple[str, ...]
+    before: float | None = None
+    after: float | None = None
+    kept: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.before is None:
+            return f"stays as it was: {self.note}"
+        after = "not finite" if self.after is None else f"{self.after:.3g}"
+        kept = "" if self.kept else ", stays as it was"
+        return f"error {self.before:.3g} -> {after}{kept}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -79,6 +117,10 @@ class Finetuned:
         loss and accuracy disagree.
     tried : tuple of (int, Evaluation)
         Each epoch and its figures; a start with a smaller rate comes back to epoch 1.
+    blocks : tuple of BlockFigures
+        Of block reconstruction.
+    blocks_kept : bool
+        Whether the model, or what the epochs began with, has the tuned blocks.
     """
 
     model: QuantizedModel
@@ -91,11 +133,19 @@ class Finetuned:
     selection: Selection
     notes: tuple[str, ...] = ()
     tried: tuple[tuple[int, Evaluation], ...] = ()
+    blocks: tuple[BlockFigures, ...] = ()
+    blocks_kept: bool = False
+
+    @property
+    def kept(self) -> str:
+        """Which state the model is: ``epoch 3``, ``blocks`` or ``start``."""
+        if self.best_epoch:
+            return f"epoch {self.best_epoch}"
+        return "blocks" if self.blocks_kept else "start"
 
     def __repr__(self) -> str:
-        kept = f"epoch {self.best_epoch}" if self.best_epoch else "start"
         return (
-            f"Finetuned('{self.model.name}', {self.epochs} epochs, {kept} kept, "
+            f"Finetuned('{self.model.name}', {self.epochs} epochs, {self.kept} kept, "
             f"before {self.before!r}, after {self.after!r})"
         )
 

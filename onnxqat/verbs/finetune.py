@@ -216,7 +216,7 @@ def _recorded(
     if config.loss is not None:
         told["loss"] = _without_folders(config.loss)
     tried = ((0, result.before), *result.tried)
-    chosen = f"epoch {result.best_epoch}" if result.best_epoch else "the start"
+    chosen = "the start" if result.kept == "start" else result.kept
     stage = Stage(
         name="finetune",
         settings=told,
@@ -225,6 +225,7 @@ def _recorded(
         epochs=tuple({"epoch": float(n), **_finite(figures_of(e))} for n, e in tried),
         notes=(
             *(f"learns from: {part}" for part in result.parts),
+            *(f"block {n} of {len(result.blocks)}: {b}" for n, b in enumerate(result.blocks, 1)),
             f"{chosen} was chosen by {result.selection.figure}: {result.selection.reason}",
             *result.notes,
             *notes,

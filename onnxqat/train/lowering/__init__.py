@@ -38,7 +38,7 @@ from onnxqat.train.lowering.rearranging import (
     product_with_vector,
     space_to_depth,
 )
-from onnxqat.train.lowering.shapes import fixed_shapes
+from onnxqat.train.lowering.shapes import fixed_shapes, sample_shapes
 
 __all__ = [
     "FIRST_INPUT_ONLY",
@@ -49,6 +49,7 @@ __all__ = [
     "fixed_shapes",
     "handing_on",
     "lower",
+    "sample_shapes",
 ]
 
 NATIVE = frozenset(

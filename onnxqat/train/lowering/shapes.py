@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.model import Model
 from onnxqat.preparation.shapes import infer_shapes
 
-__all__ = ["fixed_shapes"]
+__all__ = ["fixed_shapes", "sample_shapes"]
 
 BATCHES = (2, 3)
 
@@ -40,3 +40,24 @@ def _shapes(model: Model, batch: int) -> dict[str, list[int | None]]:
         for name, tensor in graph.tensors().items()
         if tensor.shape is not None
     }
+
+
+def sample_shapes(model: Model) -> dict[str, tuple[int | str, ...]]:
+    """Return the shapes of the values that have one row for each sample along the first axis.
+
+    The first length is ``"N"``. Of a model that is fixed to a batch, every value counts whose
+    shape is known, and the first length is that of the batch.
+    """
+    firsts = [tensor.shape[0] for tensor in model.graph.inputs if tensor.shape]
+    fixed = all(isinstance(first, int) for first in firsts)
+    small, large = (_shapes(model, batch) for batch in BATCHES)
+    found: dict[str, tuple[int | str, ...]] = {}
+    for name, shape in small.items():
+        lengths, others = tuple(shape), tuple(large.get(name, ()))
+        if None in lengths or len(others) != len(lengths) or not lengths:
+            continue
+        if fixed and lengths == others:
+            found[name] = lengths  # type: ignore[assignment]
+        elif not fixed and (lengths[0], others[0]) == BATCHES and lengths[1:] == others[1:]:
+            found[name] = ("N", *lengths[1:])  # type: ignore[arg-type]
+    return found

@@ -83,17 +83,20 @@ class TrainingLog:
 
     def __call__(self, progress: Progress) -> None:
         """Take one report."""
-        step, epoch, loss = progress.step, progress.epoch, progress.loss
+        of_block = progress.part == "block"
+        step, epoch, loss = 0 if of_block else progress.step, progress.epoch, progress.loss
         if not self.begun:  # only now, so that a run that is refused leaves nothing behind
             self.begun = True
             self._each(lambda writer: writer.open())
             # the checkpoint is of the step before, or of the last of the epoch
-            before = step - (progress.validation is None)
+            before = max(step - (progress.validation is None), 0)
             start = Start(metrics=_metrics(progress.before))
             self._write(Resume(step=before) if self.resume else start)
         if progress.note != self.note:
             self.note = progress.note
             self._write(Note(step=step, note=progress.note))
+        if of_block:
+            return
         if progress.validation is None or progress.model is None:
             if step % self.every == 0:
                 rates = {"lr": progress.lr, "scale_lr": progress.scale_lr}

@@ -129,6 +129,8 @@ def parameter_rates(
     roles: Mapping[str, str],
     model: QuantizedModel,
     config: Config,
+    *,
+    part: bool = False,
 ) -> dict[str, Rates]:
     """Return how each parameter is trained.
 
@@ -142,6 +144,8 @@ def parameter_rates(
         The Q/DQ model, which says what the nodes read.
     config : Config
         Rates and groups.
+    part : bool
+        Whether the model is a part of another, in which a group may cover nothing.
 
     Raises
     ------
@@ -157,7 +161,7 @@ def parameter_rates(
         covered = [n for n in _covered(group, every, model) if n in parameters]
         if group.key == "weight_decay":
             covered = [n for n in covered if every[n] != "zero_point"]
-        if not covered:
+        if not covered and not part:
             raise TrainingError(f"'{group.text}' covers nothing that is trained.")
         for name in covered:
             setattr(rates[name], group.key, group.value)

@@ -20,7 +20,7 @@ https://arxiv.org/abs/1805.06085, section 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -51,6 +51,10 @@ class Updater:
         The Q/DQ model: the plan and the grids.
     config : Config
         Rates and optimizer.
+    part : bool
+        Whether the model is a part of another, see `parameter_rates`.
+    still : collection of str
+        Parameters that stay as they are.
 
     Attributes
     ----------
@@ -67,6 +71,9 @@ class Updater:
         gradients: Flat,
         model: QuantizedModel,
         config: Config,
+        *,
+        part: bool = False,
+        still: Collection[str] = (),
     ) -> None:
         self.values, self.gradients, self.config = values, gradients, config
         plan, params = model.plan, model.params
@@ -76,7 +83,9 @@ class Updater:
         self.scales = self._named("scale")
         self.zero_points = self._named("zero_point")
         self.lr = base_rate(config, model)
-        self.rates = self._rates(form, model)
+        self.rates = self._rates(form, model, part=part)
+        for name in self.rates.keys() & set(still):
+            self.rates[name].freeze_from = 0
         self.limits = _limits(plan, params)
         self.factors = _scale_gradient_factors(plan, params, self.limits, model)
         self.units = self._units(plan, model)
@@ -88,12 +97,12 @@ class Updater:
     def _named(self, role: str) -> list[str]:
         return [n for n in self.gradients.views if self.roles.get(n) == role]
 
-    def _rates(self, form: TrainingForm, model: QuantizedModel) -> dict[str, Rates]:
+    def _rates(self, form: TrainingForm, model: QuantizedModel, *, part: bool) -> dict[str, Rates]:
         """Return the rates of what learns; and of scales that follow, which have none to learn."""
         moved = dict(self.gradients.views)
         moved |= {n: self.values.views[n] for n in (scale_name(name) for name in form.observed)}
         roles = {n: role for n, role in self.roles.items() if n in moved}
-        return parameter_rates(moved, roles, model, self.config)
+        return parameter_rates(moved, roles, model, self.config, part=part)
 
     def _optimizer(self, size: int) -> Optimizer:
         if self.config.optimizer == "sgd":

@@ -1,0 +1,15 @@
+"""Block reconstruction: one part of the graph at a time, against the float model's tensors.
+
+====================  ============================================================================
+`cut`                 where the graph is cut into blocks
+`parts`               a block as a model of its own
+`activations`         tensors of the samples between the blocks, in memory and on disk
+`block`               the training of one block
+`run`                 all blocks, one after the other
+====================  ============================================================================
+"""
+
+from onnxqat.train.blocks.cut import Block, cut
+from onnxqat.train.blocks.run import BlockFigures, Reconstructed, Reconstruction
+
+__all__ = ["Block", "BlockFigures", "Reconstructed", "Reconstruction", "cut"]

@@ -1,0 +1,156 @@
+"""The training of one block: its weights and scales, by its outputs in the float model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxqat.parallel import Workers
+from onnxqat.qparams import FloatArray
+from onnxqat.quantized import QuantizedModel
+from onnxqat.train.blocks.samples import Samples
+from onnxqat.train.config import Config
+from onnxqat.train.engine import StepSession
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.losses import Loss, Term, teacher_input, variances
+from onnxqat.train.monitoring.divergence import RECENT_STEPS, not_finite
+from onnxqat.train.optimization.ranges import Ranges
+from onnxqat.train.optimization.schedules import rate_factor
+from onnxqat.train.optimization.updater import Updater
+
+__all__ = ["BlockTraining", "block_loss"]
+
+Feeds = dict[str, NDArray[Any]]
+
+
+def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
+    """Return the loss of a block: the squared error of each output, by the output's variance.
+
+    An output that holds no float32, or one value alone, teaches nothing; None where all do.
+    """
+    floats = [name for name in outputs if samples.floats[name].dtype == np.float32]
+    spreads = variances(
+        {(name, None, 0): value for name, value in taken.items()}
+        for taken in (samples.take(samples.floats, floats, rows) for rows in samples.batches())
+    )
+    found = {name: spread for (name, _, _), spread in spreads.items()}
+    terms = tuple(
+        Term(kind="mse", weight=1 / found[name], output=name)
+        for name in floats
+        if math.isfinite(found[name]) and found[name] > 0
+    )
+    return Loss(terms=terms, graphs={}) if terms else None
+
+
+class BlockTraining:
+    """One block in training.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        The block, see `onnxqat.train.blocks.parts.block_model`.
+    form : TrainingForm
+        Its training form.
+    loss : Loss
+        See `block_loss`.
+    config : Config
+        Optimizer, rates, batch size, steps; ``lr`` is set.
+    still : collection of str
+        Parameters that stay as they are: an earlier block has tuned them.
+    """
+
+    def __init__(
+        self,
+        model: QuantizedModel,
+        form: TrainingForm,
+        loss: Loss,
+        config: Config,
+        still: Collection[str],
+    ) -> None:
+        self.form, self.loss, self.config, self.still = form, loss, config, frozenset(still)
+        size, threads = config.samples, config.threads
+        self.session = StepSession(form, loss, batch_size=size, threads=threads)
+        session = self.session
+        self.updater = Updater(
+            form, session.values, session.gradients, model, config, part=True, still=still
+        )
+        self.ranges = Ranges(form, session.values, model, config.averaging_constant)
+
+    @property
+    def tuned(self) -> set[str]:
+        """Names of the parameters that training moves."""
+        return set(self.updater.rates) - self.still
+
+    @property
+    def values(self) -> Mapping[str, FloatArray]:
+        """The parameters as they are now, by name."""
+        return self.session.values.views
+
+    def feeds(self, samples: Samples, rows: NDArray[np.int64], inputs: Feeds) -> Feeds:
+        """Return what the session takes: inputs, and the outputs of the float model."""
+        read = [str(term.output) for term in self.loss.terms]
+        outputs = samples.take(samples.floats, read, rows)
+        return inputs | {teacher_input(name): value for name, value in outputs.items()}
+
+    def step(self, batches: Iterator[Feeds], factor: float, number: int) -> float:
+        """Take one step and return its loss; where that is not finite, nothing moves."""
+        session, gradients = self.session, self.session.gradients
+        self.ranges.begin()
+        losses = []
+        total = np.zeros_like(gradients.buffer)
+        for feeds in batches:
+            losses.append(session.run(feeds))
+            self.ranges.see(session.extremes())
+            total += gradients.buffer
+        np.divide(total, np.float32(len(losses)), out=gradients.buffer)
+        loss = float(np.mean(losses))
+        if not math.isfinite(loss) or not_finite(gradients.views, gradients.buffer):
+            return math.nan
+        self.updater.step(factor, number)
+        self.ranges.step(Workers(), lambda name: self._frozen(name, number))
+        return loss
+
+    def _frozen(self, name: str, number: int) -> bool:
+        return name in self.still or self.updater.frozen(name, number)
+
+    def error(self, samples: Samples) -> float:
+        """Return the mean loss over samples, all inputs being those of the quantized network."""
+        session, losses = self.session, []
+        inputs = [name for name in session.inputs if name in samples.quantized]
+        inputs += [name for name in session.inputs if name in samples.constants]
+        count = max(samples.count // samples.batch, 1)
+        order = np.resize(np.arange(samples.count), count * samples.batch)
+        for rows in order.reshape(count, samples.batch):
+            taken = samples.take(samples.quantized, inputs, rows)
+            losses.append(session.run(self.feeds(samples, rows, taken)))
+        return float(np.mean(losses))
+
+    def run(self, samples: Samples, steps: int, seed: tuple[int, ...]) -> Iterator[float]:
+        """Train, and yield the loss of each step."""
+        inputs = [n for n in self.session.inputs if n in (*samples.quantized, *samples.constants)]
+        inputs.sort()  # the draws follow their order
+        rng, parts = np.random.default_rng(seed), self.config.batches
+        order = self._order(samples, rng)
+
+        def batches() -> Iterator[Feeds]:
+            for _ in range(parts):
+                rows = next(order)
+                mixed = samples.mixed(inputs, rows, self.config.block_mix, rng)
+                yield self.feeds(samples, rows, mixed)
+
+        first = min(RECENT_STEPS, steps // 10)  # fill Adam's means, and change nothing
+        for number in range(steps):
+            factor = rate_factor(self.config, number, steps, first=first)
+            yield self.step(batches(), factor, number)
+
+    @staticmethod
+    def _order(samples: Samples, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        """Yield batches of rows, in another order each time all were seen."""
+        count = samples.count // samples.batch
+        while True:
+            chosen = rng.permutation(samples.count)[: count * samples.batch]
+            yield from chosen.reshape(count, samples.batch)
