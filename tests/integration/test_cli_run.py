@@ -20,6 +20,7 @@ from onnxqat.cli import main
 from onnxqat.jobs import plan_jobs
 from onnxqat.jobs.file import drafts
 from onnxqat.jobs.job import make_job
+from onnxqat.overrides import read_overrides
 
 MODELS = Path(__file__).parents[2] / "models"
 EXAMPLES = Path(__file__).parents[2] / "scripts/examples"
@@ -45,6 +46,9 @@ bias-correction = true
 epochs = 10
 batch-size = 8
 checkpoint-every = "1steps"
+
+[analyze]
+samples = 8
 
 [tolerance.tuned]
 top1 = 0.5
@@ -116,6 +120,8 @@ def test_a_job_ends_with_figures_and_what_leaves_for_the_chip(work, first):
     assert tables[0].read_bytes() != tables[1].read_bytes()
     assert (work / "runs/summary.html").read_text().count("<tr") == 2
     assert "| job | done | top1 |" in (work / "runs/summary.md").read_text()
+    assert json.loads((work / "runs/job/analysis.json").read_text())["layers"]
+    assert read_overrides(work / "runs/job/advice.toml")
     assert not list(work.glob("*.ran"))  # the job's folder holds modules that nobody named
 
 
@@ -145,8 +151,8 @@ def test_what_is_finished_is_not_run_again(here, first):
     [
         (("[tolerance.tuned]\ntop1 = 0.5", "[tolerance.tuned]\ntop1 = 0.4"), []),
         (("threads = 1", "threads = 2"), []),
-        (("epochs = 10", "epochs = 1"), ["evaluate.integer", "evaluate.tuned", "finetune.tuned",
-                                        "strip.tuned"]),
+        (("epochs = 10", "epochs = 1"), ["analyze.tuned", "evaluate.integer", "evaluate.tuned",
+                                         "finetune.tuned", "strip.tuned"]),
         (("samples = 32", "samples = 16"), None),
     ],
 )  # fmt: skip
@@ -279,6 +285,8 @@ def test_an_example_passes_the_fast_test(tmp_path):
     assert job["name"] == f"{name}.fast-test"
     assert record["figures"]["samples"] == 30
     assert job["tolerances"] == []
+    report = tmp_path / f"{name}.fast-test/report.html"
+    assert report.read_text().startswith("<!doctype html>")
     assert (tmp_path / f"{name}.fast-test/chip/model.onnx").is_file()
     assert {"float", "post-training", "tuned", "integer"} <= job["figures"].keys()
 
