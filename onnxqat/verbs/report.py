@@ -53,6 +53,7 @@ def report(
     analysis: str | Path | Analysis | None = None,
     rules: AnyRule | None = None,
     metrics: Sequence[AnyMetric] = (),
+    decode: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     threads: int = 0,
@@ -78,6 +79,8 @@ def report(
         Of the integers; the rule that the model was made with by default.
     metrics : sequence of str or callable
         What to measure on the data besides, see `onnxqat.evaluate`; the first says most.
+    decode : str, optional
+        How outputs become boxes, see `onnxqat.evaluate`.
     settings : Settings
         What becomes of the data, where the model does not remember it.
     batch_size : int, optional
@@ -117,7 +120,9 @@ def report(
             read_alike(loaded, other, settings)
         with opened(loaded, data, settings, listener, beside=reference) as samples:
             names = [tensor.name for tensor in loaded.floats.graph.outputs]
-            samples, wanted = fitted(samples, chosen, names, compared=floats is not None)
+            samples, wanted = fitted(
+                samples, chosen, names, compared=floats is not None, decode=decode
+            )
             size = samples.batch_size(batch_size)
             total = (len(others) + 2) * -(-len(samples) // size)
             with listener.batches("evaluating", total) as advance:

@@ -21,6 +21,7 @@ from onnxqat.cli import main
 from onnxqat.quantized import load_model
 from onnxqat.rules import HardwareRule, load_rule
 from onnxqat.train import validation
+from tests.contents import content
 from tests.networks import attention
 from tests.oracles import run_ort
 
@@ -150,7 +151,7 @@ def test_calibrating_later_gives_the_same_file_as_insert_with_data(work, tmp_pat
         "samples": 100,
         "output": str(tmp_path / "later.onnx"),
     }
-    assert (tmp_path / "later.onnx").read_bytes() == (tmp_path / "at-once.onnx").read_bytes()
+    assert content(tmp_path / "later.onnx") == content(tmp_path / "at-once.onnx")
 
 
 def test_calibrate_says_how_many_samples_there_were(work, tmp_path):
@@ -185,7 +186,7 @@ def test_another_teacher_is_learnt_from(work, tmp_path):
     for name, teacher in (("own", MOBILENET), ("other", LENET)):
         run(*words, "--teacher", teacher, "-o", tmp_path / f"{name}.onnx")
     run(*words, "-o", tmp_path / "default.onnx")
-    made = {p.stem: p.read_bytes() for p in tmp_path.iterdir()}
+    made = {p.stem: content(p) for p in tmp_path.iterdir()}
 
     assert made["own"] == made["default"]
     assert made["other"] != made["default"]
@@ -274,7 +275,7 @@ def test_the_same_seed_gives_the_same_bytes(work, tmp_path):
     def files(name):
         return [
             *(tmp_path / f"{name}.{state}.onnx" for state in ("qdq", "qat")),
-            *sorted((tmp_path / name).iterdir()),
+            *sorted((tmp_path / name).glob("model*")),
         ]
 
     same = [a.read_bytes() == b.read_bytes() for a, b in zip(files("a"), files("b"), strict=True)]
@@ -314,7 +315,7 @@ def test_diverged_training_keeps_the_best_state_and_fails(work, tmp_path, monkey
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"Written to {tmp_path / 'out.onnx'}." in result.stderr
-    assert (tmp_path / "out.onnx").read_bytes() == (work / "w4.qdq.onnx").read_bytes()
+    assert content(tmp_path / "out.onnx") == content(work / "w4.qdq.onnx")
 
 
 # --- what is said once ------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def test_options_without_data_are_stored_too(work, tmp_path):
     run("insert", LENET, *RULE, *NORM, "-o", tmp_path / "empty.onnx")
     run("calibrate", tmp_path / "empty.onnx", work / "train.npz", "-o", tmp_path / "out.onnx")
 
-    assert (tmp_path / "out.onnx").read_bytes() == (work / "lenet.qdq.onnx").read_bytes()
+    assert content(tmp_path / "out.onnx") == content(work / "lenet.qdq.onnx")
 
 
 def test_reference_brings_its_settings_to_a_float_model(work):

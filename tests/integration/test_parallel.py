@@ -31,6 +31,7 @@ from onnxqat.train.form import training_form
 from onnxqat.train.losses import read_loss
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.opening import opened
+from tests.contents import content
 
 MODELS = Path(__file__).parents[2] / "models"
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -83,16 +84,6 @@ def work(tmp_path_factory):
         result = onnxqat(folder, "insert", model, *rule, *words)
         assert result.returncode == 0, result.stderr
     return folder
-
-
-def content(path: Path) -> bytes:
-    """Return a file without its history, which names the options that make the runs one."""
-    model = onnx.load(path)
-    kept = [entry for entry in model.metadata_props if entry.key != "onnxqat.history"]
-    assert len(kept) == len(model.metadata_props) - 1
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    return model.SerializeToString(deterministic=True)
 
 
 def parameters(path: Path) -> dict[str, np.ndarray]:
