@@ -84,9 +84,13 @@ def _sums(node: gs.Node, window: Window | None) -> Callable[[Array], Int64Array]
     if window is not None:
         return lambda centered: window_sums(centered, window)
     keep = bool(node.attrs.get("keepdims", 1))
-    return lambda centered: np.asarray(
-        centered.sum(axis=_axes(node, centered), dtype=np.int64, keepdims=keep)
-    )
+
+    def sums(centered: Array) -> Int64Array:
+        axes = _axes(node, centered)
+        total = np.asarray(centered.sum(axis=axes, dtype=np.int64))
+        return np.expand_dims(total, axes) if keep else total
+
+    return sums
 
 
 def _axes(node: gs.Node, centered: Array) -> tuple[int, ...]:

@@ -205,11 +205,12 @@ def _floors(plan: QuantPlan, limits: dict[str, tuple[int, int]]) -> dict[str, np
 
 def _rms(values: FloatArray, axis: int | None) -> FloatArray:
     """Return the root mean square, of each channel where ``axis`` is given, never zero."""
-    axes = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
-    squares = np.mean(np.square(values, dtype=np.float64), axis=axes, keepdims=axis is not None)
-    whole = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
-    floor = 1e-3 * whole or 1e-6
-    root: FloatArray = np.maximum(np.sqrt(squares), floor).astype(np.float32)
+    squared = np.square(values, dtype=np.float64)
+    whole = np.asarray(np.mean(squared))
+    axes = tuple(i for i in range(values.ndim) if i != axis)
+    means = whole if axis is None else np.mean(squared, axis=axes, keepdims=True)
+    floor = 1e-3 * math.sqrt(float(whole)) or 1e-6
+    root: FloatArray = np.maximum(np.sqrt(means), floor).astype(np.float32)
     return root
 
 
