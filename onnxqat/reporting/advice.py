@@ -80,14 +80,13 @@ def _of_state(model: QuantizedModel) -> Iterator[Step]:
 
 
 def _of_run(run: Run) -> Iterator[Step]:
-    kept = int(run.kept.get("epoch") or 0)
     epochs = int(run.attempts[-1][-1].get("epoch") or 0)
-    if not kept:
+    if run.kept_name == "start":
         yield Step(
             text="The start was kept: no epoch was better. Try a smaller --lr, more data, or "
             "analyze, which says where the loss comes from."
         )
-    elif kept == epochs:
+    elif run.kept_name == f"epoch {epochs}":
         yield Step(text=f"The last epoch, {epochs}, was the best: more --epochs may gain more.")
 
 

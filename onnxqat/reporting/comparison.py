@@ -96,8 +96,7 @@ def comparison_of_run(run: Run, before: Sequence[Stage]) -> Comparison:
     start: Kind = "tuned" if tuned else "repaired" if repaired(before) else "post-training"
     rows = [Row(kind="float", file="the teacher", figures=run.floats)] if run.floats else []
     rows.append(Row(kind=start, file="the start", figures=_without_epoch(run.start)))
-    epoch = int(run.kept.get("epoch") or 0)
-    kept = f"epoch {epoch}" if epoch else "the start, which was kept"
+    kept = "the start, which was kept" if run.kept_name == "start" else run.kept_name
     rows.append(Row(kind="tuned", file=kept, figures=_without_epoch(run.kept)))
     return Comparison(data="held-out samples, which chose the epoch", samples=run.samples,
                       rows=tuple(rows))  # fmt: skip

@@ -70,6 +70,13 @@ class Run:
         return self.attempts[0][0]
 
     @property
+    def kept_name(self) -> str:
+        """What was kept: ``start``, ``blocks`` or ``epoch N``."""
+        if epoch := int(self.kept.get("epoch") or 0):
+            return f"epoch {epoch}"
+        return "blocks" if self.stage.figures.get("blocks_kept") else "start"
+
+    @property
     def floats(self) -> Figures:
         """The figures of the float model on the same samples."""
         return prefixed(self.stage.figures, "float.")

@@ -165,8 +165,8 @@ def _chart_of_figure(name: str, run: Run) -> Element | None:
     epoch = run.kept.get("epoch") or 0.0
     text = value_text(name, start)
     marks = [Mark(point=(0.0, start), text=f"start {text}", kind="start")]
-    if epoch:
-        said = f"kept: {value_text(name, kept)}"
+    if run.kept_name != "start":
+        said = f"{'blocks, ' if not epoch else ''}kept: {value_text(name, kept)}"
         marks.append(Mark(point=(epoch, kept), text=said, kind="kept"))
     else:
         marks = [Mark(point=(0.0, start), text=f"start {text}, kept", kind="kept")]

@@ -248,6 +248,8 @@ def _figures(result: Finetuned) -> dict[str, float | None]:
         "best_epoch": float(result.best_epoch),
         "held_out": float(result.before.samples),
     }
+    if result.kept == "blocks":
+        found["blocks_kept"] = 1.0
     found |= {f"float.{name}": value for name, value in _finite(result.before.reference).items()}
     for when, evaluation in (("before", result.before), ("after", result.after)):
         found |= {f"{when}.{name}": v for name, v in _finite(figures_of(evaluation)).items()}

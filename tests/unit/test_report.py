@@ -137,6 +137,16 @@ def test_a_start_that_was_kept_is_marked_and_said(bare):
     assert [r[0] for r in found.table("Figures on the held-out")[1:]] == ["start (kept)", "1"]
 
 
+def test_blocks_that_were_kept_are_not_the_start(bare):
+    figures = {"best_epoch": 0.0, "blocks_kept": 1.0, **when("before", START)}
+    figures |= when("after", SECOND)
+    stage = Stage(name="finetune", figures=figures, epochs=(START, FIRST))
+    found = page(replace(bare, state="finetuned", history=(stage,)))
+
+    assert {"start 25.00 %", "blocks, kept: 46.12 %"} <= set(found.chart("top-1").texts)
+    assert "The start was kept" not in found.text
+
+
 def test_a_start_with_a_smaller_rate_is_an_attempt_of_its_own(bare):
     worse = {"epoch": 1.0, "top1": 0.1, "agreement": 0.1, "loss": 9.0}
     stage = tuning(START, worse, FIRST, SECOND)
