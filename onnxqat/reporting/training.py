@@ -110,7 +110,8 @@ def shown_training(runs: Sequence[Run], log: Log | None) -> Element | None:
 
 
 def _shown_run(run: Run, log: Log | None) -> list[Child]:
-    charts = [c for name in _drawn_figures(run.start) if (c := _chart_of_figure(name, run))]
+    drawn = (_chart_of_figure(name, run) for name in _drawn_figures(run.start))
+    charts = [chart for chart in drawn if chart is not None]
     charts += _charts_of_steps(log) if log else []
     notes = [element("li", note) for note in run.stage.notes]
     parts: list[Child] = [element("div", *charts, class_="charts")]

@@ -83,8 +83,9 @@ def test_batches(pulses):
 
 def progress(step, epoch=1, validation=None):
     return SimpleNamespace(
-        step=step, steps=100, epoch=epoch, epochs=2, loss=0.5, note="", validation=validation
-    )
+        step=step, steps=100, part="epoch", epoch=epoch, epochs=2, loss=0.5, note="",
+        validation=validation,
+    )  # fmt: skip
 
 
 def test_a_fine_tuning(pulses, capfd):
