@@ -19,7 +19,7 @@ from onnxqat.commands.outputs import ARGUMENTS
 from onnxqat.commands.signals import noted_signals
 from onnxqat.environment import check_environment, check_packages
 from onnxqat.errors import OnnxQatError
-from onnxqat.terminal import guarded_streams, say, shown
+from onnxqat.terminal import UsageLineError, guarded_streams, say, shown
 from onnxqat.verbosity import shows_tracebacks, verbosity_options
 
 __all__ = ["main"]
@@ -28,12 +28,6 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # A graph is hundreds of thousands of objects that all live on: looking through them for garbage
 # after every 700 new ones took a third of `insert` on 5,000 nodes.
 GARBAGE_THRESHOLD = 200_000
-
-
-class _UsageLineError(click.ClickException):
-    """Wrong usage in one line, where click writes four."""
-
-    exit_code = 2
 
 
 class CommandGroup(click.Group):
@@ -72,7 +66,7 @@ class CommandGroup(click.Group):
                 raise
             path = error.ctx.command_path if error.ctx else ctx.command_path
             message = f"{shown(_one_line(error.format_message()))} See '{path} --help'."
-            raise _UsageLineError(message) from error
+            raise UsageLineError(message) from error
         except click.ClickException as error:
             raise click.ClickException(shown(error.message)) from error
         except MemoryError as error:

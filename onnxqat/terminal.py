@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 import click
 
-__all__ = ["LineFormatter", "guarded_streams", "say", "say_document", "shown"]
+__all__ = ["LineFormatter", "UsageLineError", "guarded_streams", "say", "say_document", "shown"]
 
 
 def shown(text: str) -> str:
@@ -44,6 +44,12 @@ def say(line: str, *, err: bool = False) -> None:
 def say_document(document: Any) -> None:
     """Print JSON, in ASCII."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+class UsageLineError(click.ClickException):
+    """Wrong usage in one line, where click writes four."""
+
+    exit_code = 2
 
 
 class LineFormatter(logging.Formatter):

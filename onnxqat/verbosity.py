@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import click
 
-from onnxqat.terminal import LineFormatter
+from onnxqat.terminal import LineFormatter, UsageLineError
 
 __all__ = ["VARIABLE", "is_quiet", "shows_tracebacks", "verbosity_options"]
 
@@ -17,12 +17,6 @@ LEVELS = ("error", "warning", "info", "debug")
 USUAL = LEVELS.index("warning")
 # Loggers of what is no detail, and said without -v: how right the float model is on the labels.
 ALWAYS_SAID = ("onnxqat.evaluation.decoders", "onnxqat.train.validation")
-
-
-class _LevelError(click.ClickException):
-    """Wrong usage in one line."""
-
-    exit_code = 2
 
 
 def verbosity_options() -> list[click.Option]:
@@ -52,7 +46,7 @@ def _usual() -> int:
     """Return the level that the environment asks for."""
     name = os.environ.get(VARIABLE, "").lower() or LEVELS[USUAL]
     if name not in LEVELS:
-        raise _LevelError(f"{VARIABLE}: '{name}' is none of {', '.join(LEVELS)}.")
+        raise UsageLineError(f"{VARIABLE}: '{name}' is none of {', '.join(LEVELS)}.")
     return LEVELS.index(name)
 
 
