@@ -60,10 +60,9 @@ class Facts:
 
     Attributes
     ----------
-    model : str
-        File name of the float model.
     files : mapping of str to str
-        File names of the calibration table and its companions, by kind.
+        File names of the float model (``model``), the calibration table and its companions, by
+        kind.
     inputs : tuple of Input
         In the order of the model.
     preprocessing : Preprocessing
@@ -74,12 +73,16 @@ class Facts:
         The largest width of the activations.
     """
 
-    model: str
     files: Mapping[str, str]
     inputs: tuple[Input, ...]
     preprocessing: Preprocessing
     target: str
     bits: int
+
+    @property
+    def model(self) -> str:
+        """File name of the float model."""
+        return self.files["model"]
 
     @property
     def images(self) -> list[Input]:
@@ -100,6 +103,14 @@ class Facts:
     def std(self) -> tuple[float, ...]:
         """One divisor per channel: 1 / scale."""
         return tuple(1 / value for value in self.scale)
+
+    @property
+    def normalization(self) -> str:
+        """What becomes of a pixel, in words."""
+        return (
+            f"Pixels: {self.pixels}, (pixel - mean) * scale with mean {numbers(self.mean)} and "
+            f"scale {numbers(self.scale)}"
+        )
 
     def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
         count = self.images[0].channels if self.images else 1
@@ -130,7 +141,6 @@ def facts_of(
     """
     activations = [p.spec.bits for p in model.plan.grid_points() if p.role == "activation"]
     return Facts(
-        model=files["model"],
         files=files,
         inputs=tuple(map(_input, input_specs(floats))),
         preprocessing=stored_settings(model).preprocessing(),

@@ -7,7 +7,7 @@ quantizer"): the encodings are given to the converter; the quantizer fills in wh
 
 from __future__ import annotations
 
-from onnxqat.handoff.facts import Facts, command, document, numbers
+from onnxqat.handoff.facts import Facts, command, document
 
 __all__ = ["qairt"]
 
@@ -30,8 +30,5 @@ def qairt(facts: Facts) -> dict[str, str]:
         "input_list.txt names raw float32 files of normalized inputs, one sample a line.",
     ]  # fmt: skip
     if facts.images:
-        paragraphs.append(
-            f"Pixels: {facts.pixels}, (pixel - mean) * scale with mean {numbers(facts.mean)} and "
-            f"scale {numbers(facts.scale)}."
-        )
+        paragraphs.append(f"{facts.normalization}.")
     return {"compile.txt": document(*paragraphs)}

@@ -6,7 +6,7 @@ quantization is deprecated from 10.1 on, where a Q/DQ model takes its place.
 
 from __future__ import annotations
 
-from onnxqat.handoff.facts import Facts, command, document, numbers
+from onnxqat.handoff.facts import Facts, command, document
 
 __all__ = ["trtexec"]
 
@@ -23,8 +23,5 @@ def trtexec(facts: Facts) -> dict[str, str]:
                 "--saveEngine=model.engine"),
     ]  # fmt: skip
     if facts.images:
-        paragraphs.append(
-            f"Pixels: {facts.pixels}, (pixel - mean) * scale with mean {numbers(facts.mean)} and "
-            f"scale {numbers(facts.scale)}, by your application."
-        )
+        paragraphs.append(f"{facts.normalization}, by your application.")
     return {"compile.txt": document(*paragraphs)}
