@@ -130,7 +130,8 @@ def search(
     names = [tensor.name for tensor in loaded.floats.graph.outputs]
     with (
         opened(loaded, data, settings, listener, beside=reference, labels=labels) as found,
-        opened(loaded, val_data or found, settings if val_data else Settings(), listener,
+        opened(loaded, found if val_data is None else val_data,
+               Settings() if val_data is None else settings, listener,
                beside=reference, labels=labels) as held,
     ):  # fmt: skip
         chosen, kept = _parts(found, None if held is found else held, samples, val_samples, seed)
