@@ -30,7 +30,6 @@ A TOML file says the same, one table per selector, in order::
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +37,10 @@ from typing import Any, Literal
 import msgspec
 
 from onnxqat.errors import RuleError
-from onnxqat.files import check_readable
 from onnxqat.qparams import WIDTHS
 from onnxqat.rules import RuleSpec
 from onnxqat.selectors import matches, parse_assignment
+from onnxqat.toml_files import read_toml
 
 __all__ = [
     "Override",
@@ -57,7 +56,6 @@ NOT_BY_HAND = ("fixed_range", "rounding", "min_scale")
 SPEC_KEYS = tuple(k for k in RuleSpec.__struct_fields__ if k not in NOT_BY_HAND)
 KEYS = (*SPEC_KEYS, "spec", "quantize")
 WEIGHT_OBSERVERS = ("mse", "minmax", "auto")
-MAX_FILE_BYTES = 2**20
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,17 +127,7 @@ def read_overrides(path: str | Path) -> list[Override]:
     RuleError
         The file cannot be read, is not TOML, or holds what `parse_override` refuses.
     """
-    check_readable(path, RuleError)
-    try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
-            raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not an overrides file.")
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RuleError(f"{path}: cannot be read ({error}).") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RuleError(f"{path}: not valid TOML: {error}.") from error
-    except RecursionError as error:
-        raise RuleError(f"{path}: nests too deep for an overrides file.") from error
+    tables = read_toml(path, kind="an overrides file", error=RuleError)
     overrides = []
     for selector, table in tables.items():
         if not isinstance(table, dict):

@@ -9,23 +9,20 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from onnxqat.choices import nearest
 from onnxqat.errors import JobError
-from onnxqat.files import check_readable
+from onnxqat.toml_files import Table, merged, read_toml
 
 __all__ = ["Draft", "drafts", "read_variable"]
 
-MAX_FILE_BYTES = 2**20
 MAX_EXTENDS = 8  # files
 MAX_JOBS = 1000  # of a matrix
 MAX_TEXT = 10_000  # characters of a value with its variables filled in
 MAX_NAME = 100  # characters of a job's name, which is that of its folder
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")  # $${x} stands for ${x} itself
-
-Table: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,32 +108,13 @@ def _read(path: Path, children: tuple[Path, ...]) -> Table:
     """Read a file, and the one that it extends."""
     if path.resolve() in children or len(children) >= MAX_EXTENDS:
         raise JobError(f"{path}: 'extends' goes round in a circle, or over {MAX_EXTENDS} files.")
-    check_readable(path, JobError)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise JobError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a job file.")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: cannot be read ({error}).") from error
-    except tomllib.TOMLDecodeError as error:
-        raise JobError(f"{path}: not valid TOML: {error}.") from error
-    except RecursionError as error:
-        raise JobError(f"{path}: nests too deep for a job file.") from error
+    table = read_toml(path, kind="a job file", error=JobError)
     parent = table.pop("extends", None)
     if parent is None:
         return table
     if not isinstance(parent, str):
         raise JobError(f"{path}: 'extends' is {parent!r}. Name one file.")
-    return _merged(_read(path.parent / parent, (*children, path.resolve())), table)
-
-
-def _merged(parent: Table, child: Table) -> Table:
-    """Return the parent's tables with the child's keys laid over them."""
-    merged = dict(parent)
-    for key, value in child.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+    return merged(_read(path.parent / parent, (*children, path.resolve())), table)
 
 
 def _taken(table: Table, name: str, file: Path) -> Table:
@@ -184,7 +162,7 @@ def _draft(
     file: Path, table: Table, variables: Table, stem: Any, chosen: Mapping[str, _Entry]
 ) -> Draft:
     for entry in chosen.values():
-        table = _merged(table, entry.changes)
+        table = merged(table, entry.changes)
     values = variables | {axis: entry.value for axis, entry in chosen.items()}
     filling = _Filling(file, values)
     filled = filling.fill(table)

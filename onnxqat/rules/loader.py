@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import msgspec
 
 from onnxqat.errors import RuleError
-from onnxqat.files import check_readable
 from onnxqat.rules.problems import Problem, find_problems, line_of
 from onnxqat.rules.schema import HardwareRule
+from onnxqat.toml_files import merged, parse_toml, read_text
 
 __all__ = ["bundled_rules", "load_rule", "validate_rule"]
 
-MAX_FILE_BYTES = 2**20
+KIND = "a rule file"
 MAX_EXTENDS = 8  # a longer chain is a loop
 
 
@@ -63,13 +62,7 @@ def _describe(name: str, problem: Problem) -> str:
 def _read(name: str, *, depth: int) -> dict[str, Any]:
     if depth > MAX_EXTENDS:
         raise RuleError(f"{name}: 'extends' goes round in a circle.")
-    text = _text(name)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RuleError(f"{name}: not valid TOML: {error}.") from error
-    except RecursionError as error:
-        raise RuleError(f"{name}: nests too deep for a rule file.") from error
+    table = parse_toml(_text(name), name, kind=KIND, error=RuleError)
     parent = table.pop("extends", None)
     if parent is None:
         return table
@@ -77,7 +70,7 @@ def _read(name: str, *, depth: int) -> dict[str, Any]:
         raise RuleError(f"{name}: 'extends' is {parent!r}. Name one rule.")
     if parent.endswith(".toml"):  # beside the file that names it
         parent = str(Path(name).parent / parent)
-    return _merge(_read(parent, depth=depth + 1), table)
+    return merged(_read(parent, depth=depth + 1), table)
 
 
 def _text(name: str) -> str:
@@ -87,20 +80,4 @@ def _text(name: str) -> str:
         close = difflib.get_close_matches(name, bundled_rules(), n=3, cutoff=0.3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "See 'onnxqat rules list'."
         raise RuleError(f"Unknown rule '{name}'. {hint} Or give the path of a .toml file.")
-    path = Path(name)
-    check_readable(path, RuleError)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RuleError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a rule file.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RuleError(f"{path}: cannot be read ({error}).") from error
-
-
-def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Return the parent's tables with the child's keys laid over them."""
-    merged = dict(parent)
-    for key, value in child.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return read_text(Path(name), kind=KIND, error=RuleError)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from onnxqat import toml_files
 from onnxqat.errors import JobError
-from onnxqat.jobs import file as job_file
 from onnxqat.jobs.file import drafts, read_variable
 
 
@@ -126,7 +126,7 @@ def test_hostile_files_take_neither_time_nor_memory(write, monkeypatch, tmp_path
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(JobError, match="not a regular file"):
         drafts(tmp_path / "pipe.toml")
-    monkeypatch.setattr(job_file, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(toml_files, "MAX_FILE_BYTES", 10)
     with pytest.raises(JobError, match="larger than 10 bytes"):
         drafts(write('model = "a.onnx"'))
 

@@ -14,6 +14,7 @@ ORDER = [
     "environment",
     "locks",
     "files",
+    "toml_files",
     "parallel",
     "qparams",
     "operators",
