@@ -38,7 +38,7 @@ def work(tmp_path_factory):
     for source, name, count in (("digits-train", "digits", 96), ("spans-train", "texts", 64)):
         with np.load(MODELS / f"{source}.npz") as arrays:
             np.savez(folder / f"{name}.npz", **{n: a[:count] for n, a in arrays.items()})
-    (folder / "my_metrics.py").write_text(MINE)
+    (folder / "margins.py").write_text(MINE)
     sets = ("--set", "weight.bits=3", "--set", "activation.bits=4")
     run(
         "insert",
@@ -74,12 +74,12 @@ def test_evaluate_prints_what_is_asked_for(work):
 def test_a_function_of_the_user(work, monkeypatch):
     monkeypatch.chdir(work)
     words = ("evaluate", "q.onnx", "digits.npz", "--against", LENET)
-    found = document(*words, "--metric", "my_metrics:margin")
+    found = document(*words, "--metric", "margins:margin")
 
     assert found["metrics"]["margin"] > found["metrics"]["least"] >= 0
     assert found["reference"]["margin"] != found["metrics"]["margin"]
-    assert "my_metrics:fails: raised ValueError (of mine)" in error(
-        *words, "--metric", "my_metrics:fails"
+    assert "margins:fails: raised ValueError (of mine)" in error(
+        *words, "--metric", "margins:fails"
     )
 
 
@@ -104,12 +104,12 @@ def test_layers_are_ranked_by_what_a_metric_loses(work, monkeypatch):
     found = document("analyze", "s.onnx", *texts, "--samples", 64, "--batch-size", 64)
     whole = document("evaluate", "s.onnx", *texts, "--against", SPANS)
     digits = ("analyze", "q.onnx", "digits.npz", "--samples", 32, "--threads", 1)
-    mine = run(*digits, "--metric", "my_metrics:margin").splitlines()
+    mine = run(*digits, "--metric", "margins:margin").splitlines()
 
     assert found["metric"] == "f1"
     lost = whole["reference"]["f1"] - whole["metrics"]["f1"]
     assert found["cost"] == pytest.approx(lost, abs=1e-9)
-    assert any(line.startswith("my_metrics:margin lost") for line in mine)
+    assert any(line.startswith("margins:margin lost") for line in mine)
     assert "--metric sqnr: 'error' is the same" in error(*digits, "--metric", "sqnr")
     assert "unknown. The nearest: 'error'" in error(*digits, "--metric", "eror")
 
@@ -117,10 +117,10 @@ def test_layers_are_ranked_by_what_a_metric_loses(work, monkeypatch):
 def test_the_best_epoch_is_chosen_by_a_metric(work, monkeypatch):
     monkeypatch.chdir(work)
     words = ("finetune", "q.onnx", "digits.npz", "--val-data", "digits.npz", "--threads", 1)
-    found = document(*words, "--epochs", 2, "--select", "my_metrics:margin", "-o", "m.onnx")
-    check = document("evaluate", "m.onnx", "digits.npz", "--metric", "my_metrics:margin")
+    found = document(*words, "--epochs", 2, "--select", "margins:margin", "-o", "m.onnx")
+    check = document("evaluate", "m.onnx", "digits.npz", "--metric", "margins:margin")
 
-    assert found["chosen_by"]["figure"] == "my_metrics:margin"
+    assert found["chosen_by"]["figure"] == "margins:margin"
     assert found["after"]["margin"] == pytest.approx(check["metrics"]["margin"], rel=1e-5)
     assert found["after"]["margin"] >= found["before"]["margin"]
     texts = document("finetune", "s.onnx", "texts.npz", "--val-data", "texts.npz", "--select", "f1",
