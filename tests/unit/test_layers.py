@@ -1,4 +1,4 @@
-"""A module imports only from modules above it in this list, which is the architecture."""
+"""A module imports only from the rooms above it in the table of docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -8,64 +8,20 @@ from pathlib import Path
 
 from onnxqat.formats import EXPORTS, FORMATS
 
-ORDER = [
-    "errors",
-    "choices",
-    "environment",
-    "locks",
-    "files",
-    "toml_files",
-    "parallel",
-    "qparams",
-    "operators",
-    "nodes",
-    "preserve",
-    "native_server",
-    "native",
-    "validate",
-    "external",
-    "versions",
-    "model",
-    "runtime",
-    "ends",
-    "gradients",
-    "rules",
-    "preparation",
-    "selectors",
-    "overrides",
-    "plan",
-    "pairs",
-    "check_pairs",
-    "quantized",
-    "computable",
-    "snap",
-    "fixed_shapes",
-    "outputs",
-    "foreign",
-    "data",
-    "settings",
-    "calibration",
-    "repair",
-    "evaluation",
-    "analysis",
-    "train",
-    "formats",
-    "handoff",
-    "deploy",
-    "terminal",
-    "reporting",
-    "verbs",
-    "verbosity",
-    "progress",
-    "help_text",
-    "options",
-    "arguments",
-    "jobs",
-    "commands",
-    "cli",
-    "__main__",
-]
-PACKAGE = Path(__file__).parents[2] / "onnxqat"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "onnxqat"
+
+
+def documented_order() -> list[str]:
+    """Return the rooms of docs/architecture.md: from row to row, and from left to right."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text.split("| room |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    found = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return [name.removesuffix("/").removesuffix(".py") for name in found]
+
+
+ORDER = documented_order()
 
 
 def room(path: Path) -> str:
@@ -77,6 +33,12 @@ def imported_rooms(path: Path) -> set[str]:
     names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     return {n.split(".")[1] for n in names if n.startswith("onnxqat.")}
+
+
+def test_every_room_is_documented_once():
+    rooms = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+
+    assert sorted(ORDER) == sorted(rooms)
 
 
 def test_modules_import_only_from_above():
