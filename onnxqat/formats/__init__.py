@@ -1,4 +1,4 @@
-"""What the deployment targets read: calibration tables, and models with integer weights."""
+"""Files for deployment targets: calibration tables, and models with integer weights."""
 
 from collections.abc import Callable, Mapping
 
@@ -33,7 +33,7 @@ __all__ = [
     "with_int4_weights",
 ]
 
-# Calibration tables, by the name that --format and the rules give them.
+# Calibration tables, by the name used in --format and in rule files.
 FORMATS: Mapping[str, Format] = {
     "amct": AMCT,
     "axera": AXERA,

@@ -7,16 +7,16 @@
       value {
         scale_d: 0.02
         offset_d: -12
-        scale_w: 0.001                  one for each channel: Conv only
+        scale_w: 0.001                  repeated for each channel (Conv only)
         offset_w: 0
       }
     }
 
 (CANN documentation atlasamct_16_0165; OpenPPL/ppq ``ppq/parser/ascend_export.py``, which adds
-fields of the Caffe variant.) Keys are names of nodes, with the escapes of that text form.
-``offset_d`` is the int8 zero_point, ``scale_d`` the scale of the layer's input: an op that reads
-two tensors at different scales has no record, and is listed. Floats are float32 in the prototype,
-and are written with all their digits. Format-checked.
+fields of the Caffe variant.) Keys are node names, escaped as protobuf's text form requires.
+``scale_d`` is the scale of the layer's input, ``offset_d`` its int8 zero_point. An op that reads
+two tensors at different scales cannot have a record, and is listed as left out. Floats are float32
+in the .proto file, and are written with all their digits. Format-checked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SKIPPED = ("shift_bit", "channels", "height", "width", "skip_fusion", "is_tenso
 
 @dataclass
 class _Record:
-    """What stands in one record."""
+    """The fields of one record."""
 
     scale_d: list[float] = field(default_factory=list)
     offset_d: list[float] = field(default_factory=list)
@@ -53,7 +53,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A node with quantized inputs, and the points of them."""
+    """A node with quantized inputs, and their points."""
 
     node: gs.Node
     inputs: tuple[QuantPoint, ...]
@@ -70,7 +70,7 @@ def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Layer]:
 
 
 def _write(source: Calibrated) -> Written:
-    refuse(_problems(source), "An AMCT record cannot say it; insert with the rule for Ascend")
+    refuse(_problems(source), "An AMCT record cannot hold it; insert with the rule for Ascend")
     texts, left_out, covered = [], [], set[str]()
     for layer in _layers(source.graph, source.plan):
         first, *others = (source.params(p) for p in layer.inputs)
@@ -97,7 +97,7 @@ def _problems(source: Calibrated) -> Iterator[str]:
     for layer in _layers(source.graph, source.plan):
         name, op = layer.node.name, layer.node.op
         if len(layer.weights) > 1 or not layer.inputs:
-            yield f"'{name}' ({op}) has no activation or two weights"
+            yield f"'{name}' ({op}) has no quantized activation, or two weights"
         for point in (*layer.inputs, *layer.weights):
             params = source.params(point)
             if point.spec.bits != 8 or not params.signed:
@@ -105,11 +105,11 @@ def _problems(source: Calibrated) -> Iterator[str]:
             if point.role == "weight" and np.any(params.zero_point):
                 yield f"weight '{point.tensor}' has a zero_point"
             if point.spec.axis is not None and op not in CONVOLUTIONS:
-                yield f"'{point.tensor}' is per-axis, '{name}' a {op}"
+                yield f"'{point.tensor}' is per-axis, but '{name}' is a {op}"
 
 
 class _Tokens:
-    """The words of a text, with the line each stands in."""
+    """The words of a text; ``line`` is the line of the current one."""
 
     def __init__(self, table: Table) -> None:
         self.name = table.name
@@ -186,7 +186,7 @@ def _parse_value(tokens: _Tokens) -> _Record:
         if name in _SKIPPED:
             continue
         if name not in vars(record):
-            raise tokens.error(f"'{name[:40]}' is no field of a record")
+            raise tokens.error(f"'{name[:40]}' is not a field of a record")
         vars(record)[name].append(_parse_number(text, tokens))
     if len(record.scale_d) != 1 or len(record.offset_d) > 1:
         raise tokens.error("a record needs one scale_d and one offset_d")
@@ -202,7 +202,7 @@ def _parse_number(text: str, tokens: _Tokens) -> float:
 
 
 def _named(graph: gs.Graph, plan: QuantPlan) -> set[str]:
-    """Return the parameters that have a record whatever their numbers: ops with one input grid."""
+    """Return the parameters that always have a record: those of ops with one input grid."""
     layers = [x for x in _layers(graph, plan) if len({p.parameters for p in x.inputs}) == 1]
     return {p.parameters for layer in layers for p in (*layer.inputs, *layer.weights)}
 
@@ -212,7 +212,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     for layer in _layers(graph, plan):
         name = layer.node.name
         record = records.pop(name, None)
-        if record is None:  # its points may stand in another record
+        if record is None:  # another record may have its points
             continue
         offset = record.offset_d[0] if record.offset_d else 0.0
         if offset != int(offset) or abs(offset) > 255:

@@ -2,10 +2,10 @@
 
 Pulsar2 reads an ONNX file with Q/DQ pairs (``"model_type": "QuantONNX"``; AXERA-TECH/QAT.axera
 ``pulsar2/config.json``, AXERA-TECH/pulsar2-docs-en ``source/``). Activations keep their pairs,
-weights become integers behind DequantizeLinear, biases stay float (``conv_bias_data_type`` FP32).
-It was reported to crash where the weight of a MatMul comes through DequantizeLinear: that stays
-float, on its grid, and its scales are listed. A ``layer_configs`` entry says U16 for a node that
-reads 16 bits. Format-checked.
+weights become integers followed by DequantizeLinear, biases stay float (``conv_bias_data_type``
+FP32). Pulsar2 was reported to crash when a DequantizeLinear feeds the weight input of a MatMul;
+such a weight is written as float, rounded to its grid, and its scales are listed as left out. A
+node that reads a 16-bit tensor gets a ``layer_configs`` entry with U16. Format-checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["AXERA"]
 
 
 def _in_matmul(source: Calibrated) -> set[str]:
-    """Return the weights that a MatMul reads."""
+    """Return the names of the weights that a MatMul reads."""
     ops = {node.name: node.op for node in source.graph.nodes}
     return {
         p.tensor
@@ -119,7 +119,7 @@ def _pairs(table: Table) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any
 
 
 def _stored(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    """Return a tensor that keeps its data in the file; others would be read from any path."""
+    """Return the tensor; refuse external data, which could point to any path."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         message = f"initializer '{tensor.name}' keeps its data outside of the file"
         raise ValueError(message)

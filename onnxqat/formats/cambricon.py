@@ -1,21 +1,22 @@
 """Scales of Cambricon's CATCH, and the configuration of MagicMind.
 
-CATCH keeps, in a module's state dict (Cambricon/catch
-``torch_mlu/core/quantized/modules/conv.py``), reciprocal scales ``127 / absmax``, here ``1 / s``::
+CATCH keeps reciprocal scales ``127 / absmax``, which is ``1 / s``, in a module's state dict
+(Cambricon/catch ``torch_mlu/core/quantized/modules/conv.py``)::
 
     {"conv1.scale": [64.0, 812.7], "conv1.quantized_mode": [1]}
     {"conv1.scale": [64.0, 0], "conv1.quantized_mode": [1],
      "conv1.quantized_by_channel": [1], "conv1.scale_weight_per_channel": [812.7, 790.1]}
 
-input, then weight; mode 1 is int8, 2 int16. A module goes by the name of its weight without
-``.weight``, as PyTorch exports it, otherwise by the name of the node. A module that is called twice
-has one scale of its input: where the two inputs have grids of their own, each call goes by the name
-of its node. The dict is written as JSON: a state dict itself is a pickle.
+``scale`` holds the scale of the input, then that of the weight. ``quantized_mode`` 1 is int8, 2 is
+int16. The name of a module is the name of its weight without ``.weight``, as PyTorch exports it;
+if the weight has no such name, it is the name of the node. CATCH has one input scale for each
+module. When a model calls a module twice and the two inputs have different grids, each call is
+written under the name of its node. The dict is written as JSON, since a state dict is a pickle.
 
 MagicMind's build (Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``) takes
 ranges by tensor, ``{"custom_ranges": {"input": {"max": [1.0], "min": [-1.0]}}}``, and a precision
-configuration. That ranges may be given by name is inferred: the code there has the default, an
-empty name, only. Format-checked.
+configuration. Ranges by tensor name are an inference: the code there only uses the default, an
+empty name. Format-checked.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Range(msgspec.Struct):
 
 
 class _Module(NamedTuple):
-    """What goes by one name: its input and its weight."""
+    """A module of the table: its name, and the points of its input and weight."""
 
     name: str
     input: QuantPoint
@@ -169,7 +170,7 @@ def _read_state(
             continue
         if state.get(f"{module}.quantized_mode") != [_MODES.get(x.spec.bits)]:
             raise FormatError(
-                f"{found.source}: '{module}.quantized_mode' is not that of {x.spec.bits} bits. "
+                f"{found.source}: '{module}.quantized_mode' does not stand for {x.spec.bits} bits. "
                 "Are --rules and --set those that the table was made with?"
             )
         weights = state.get(f"{module}.scale_weight_per_channel", scale[1:])

@@ -1,18 +1,20 @@
 """Quantization encodings, as AIMET writes them and SNPE's and QNN's converters read them.
 
-Two versions (quic/aimet ``aimet_onnx/qc_quantize_op.py``, and
-``Docs/api_docs/quantization_encoding_specification.rst``), for
-``--quantization_overrides``. 0.6.1 maps a tensor to its encodings, one for each channel::
+The converters' option ``--quantization_overrides`` takes either of two versions (quic/aimet
+``aimet_onnx/qc_quantize_op.py`` and ``Docs/api_docs/quantization_encoding_specification.rst``).
+Version 0.6.1 maps a tensor to its encodings, one for each channel::
 
     {"bitwidth": 8, "dtype": "int", "is_symmetric": "False",
      "max": 6.0, "min": 0.0, "offset": 0, "scale": 0.0235}
 
-1.0.0 is a list of ``{"name", "enc_type", "dtype", "bw", "is_sym", "scale": [], "offset": []}``.
+Version 1.0.0 is a list of
+``{"name", "enc_type", "dtype", "bw", "is_sym", "scale": [], "offset": []}``.
 
-The integers are unsigned there: ``offset = -zero_point`` of the unsigned grid, ``-128`` for signed
-symmetric ones; ``min = s * offset``, ``max = s * (offset + 2**bits - 1)``. A narrow range cannot be
-said: min and max are those of the full grid, since a converter makes the scale of them. Biases are
-for the converter to make. Format-checked.
+Encodings count unsigned integers: ``offset`` is minus the zero_point of the unsigned grid, thus
+``-128`` for a signed symmetric tensor of 8 bits; ``min = s * offset``,
+``max = s * (offset + 2**bits - 1)``. A narrow range cannot be expressed: a converter computes the
+scale from min and max, so these are always the ends of the full grid. The converter quantizes
+biases itself. Format-checked.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _ROLES = {"activation_encodings": "activation", "param_encodings": "weight"}
 
 
 class _Encoding(msgspec.Struct):
-    """One tensor, or one channel of it, in version 0.6.1."""
+    """A tensor, or one channel of a tensor, in version 0.6.1."""
 
     bitwidth: int
     offset: float
@@ -72,7 +74,7 @@ class _Document1(msgspec.Struct):
 
 
 def _lowest(bits: int, *, signed: bool) -> int:
-    """Return the integer that the unsigned grid counts from."""
+    """Return the lowest integer of the grid: the unsigned integers of the file count from it."""
     return -(2 ** (bits - 1)) if signed else 0
 
 
@@ -112,7 +114,7 @@ def _tensor(point: QuantPoint, params: QuantParams) -> dict[str, Any]:
 
 
 def _arguments(source: Calibrated) -> dict[str, Any]:
-    """Return what 0.6.1 says of the whole: the widest activation and weight."""
+    """Return the model-wide section of version 0.6.1: the widest activation and weight."""
     points = source.plan.grid_points()
     widths = {r: [p.spec.bits for p in points if p.role == r] for r in _ROLES.values()}
     return {
@@ -129,7 +131,7 @@ def _check(source: Calibrated) -> None:
     wrong = (p for p in source.plan.grid_points() if p.spec.bits not in _WIDTHS)
     refuse(
         (f"'{p.tensor}' has {p.spec.bits} bits" for p in wrong),
-        "Encodings hold 4 bits or more; insert again with them",
+        "Encodings hold 4 bits or more; insert again with such widths",
     )
 
 
@@ -154,14 +156,17 @@ _Entry = tuple[int, bool, list[float], list[float]]  # bits, symmetric, scales, 
 
 
 def _entries(table: Table) -> dict[str, _Entry]:
-    """Return the entries of a table of either version, by tensor."""
+    """Return the entries of a table by tensor, for either version."""
     version = read_json(table, _Version).version
     found: dict[str, _Entry] = {}
     if version.startswith("0."):
         old = read_json(table, _Document)
         for name, channels in (old.activation_encodings | old.param_encodings).items():
             if not channels or len({(c.bitwidth, c.is_symmetric) for c in channels}) > 1:
-                raise FormatError(f"{table.name}: '{name[:80]}' has no encoding, or unlike ones.")
+                raise FormatError(
+                    f"{table.name}: '{name[:80]}' has no encoding, or its channels differ in "
+                    "bitwidth or is_symmetric. Write the table again."
+                )
             first = channels[0]
             scales, offsets = [c.scale for c in channels], [c.offset for c in channels]
             found[name] = (first.bitwidth, first.is_symmetric == "True", scales, offsets)
@@ -170,8 +175,8 @@ def _entries(table: Table) -> dict[str, _Entry]:
         for e in (*new.activation_encodings, *new.param_encodings):
             if e.name in found or len(e.scale) != len(e.offset):
                 raise FormatError(
-                    f"{table.name}: '{e.name[:80]}' appears twice, or has unlike numbers of scales "
-                    "and offsets. Write the table again."
+                    f"{table.name}: '{e.name[:80]}' appears twice, or its numbers of scales and "
+                    "offsets differ. Write the table again."
                 )
             found[e.name] = (e.bw, e.is_sym, e.scale, [float(o) for o in e.offset])
     else:
@@ -197,10 +202,11 @@ def _put(found: Found, point: QuantPoint, entry: _Entry) -> None:
     if (bits, symmetric) != (point.spec.bits, point.spec.symmetric):
         raise FormatError(
             f"{place} has {bits} bits, symmetric {symmetric}; the plan has {point.spec.bits}, "
-            f"{point.spec.symmetric}. Are --rules and --set those of the table?"
+            f"{point.spec.symmetric}. Are --rules and --set those that the table was made with?"
         )
     if any(o != int(o) or abs(o) > 2**16 for o in offsets):
-        raise FormatError(f"{place} has an offset that is no 16-bit integer. Write it again.")
+        message = f"{place} has an offset that is not a 16-bit integer. Write the table again."
+        raise FormatError(message)
     signed = found.signed(point, point.tensor, lowest=not any(offsets))
     zero_points = _lowest(bits, signed=signed) - np.asarray(offsets, np.int64)
     found.put(point, scales, zero_points, signed=signed, name=point.tensor)

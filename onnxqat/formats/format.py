@@ -1,7 +1,7 @@
-"""What every format is made of: the model it writes, the file it reads, what it finds there.
+"""The parts that all formats share: the model to write, the table read, the parameters found.
 
-A format is a `Format`: ``write`` turns a calibrated model into files, ``read`` finds the
-parameters of a plan in one of these files. No format decides what is quantized: that is the plan.
+`Format.write` turns a calibrated model into files; `Format.read` finds the parameters of a plan in
+one of these files. A format never decides what is quantized: the plan does.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ LISTED = 5
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first few names, for a message."""
+    """Return the first few names as text, for a message."""
     return ", ".join(names[:LISTED]) + (" ..." if len(names) > LISTED else "")
 
 
 def refuse(problems: Iterable[str], advice: str) -> None:
-    """Raise FormatError with what is wrong, if anything is."""
+    """Raise FormatError if there are any problems; the message lists them."""
     found = list(problems)
     if found:
         raise FormatError(f"{listed(found)}. {advice}")
 
 
 class Calibrated:
-    """A calibrated model as a writer wants it.
+    """A calibrated model, as the writers of formats need it.
 
     Attributes
     ----------
     model : QuantizedModel
-        What is written.
+        The model to write.
     graph : onnx_graphsurgeon.Graph
-        Its float graph, with the names that the target sees; not to be changed.
+        Its float graph, with the names that the target sees. Must not be changed.
     plan : QuantPlan
-        What is quantized.
+        The plan of the model.
 
     Raises
     ------
@@ -83,13 +83,13 @@ class Calibrated:
         return ((p, self.params(p)) for p in self.plan.grid_points() if p.role == role)
 
     def others(self, covered: Set[str], *roles: str) -> dict[str, tuple[str, ...]]:
-        """Return the tensors whose parameters are not among ``covered``, as something left out."""
+        """Return the tensors whose parameters are not in ``covered``, for `Written.left_out`."""
         points = (p for p in self.plan.grid_points() if p.role in roles)
         names = tuple(p.tensor for p in points if p.parameters not in covered)
         return {"tensors of other ops": names} if names else {}
 
     def left_out(self, *kinds: str) -> dict[str, tuple[str, ...]]:
-        """Return the names of all biases and weights, for formats that cannot say them."""
+        """Return the names of all biases or weights, for formats that cannot hold them."""
         roles = {"biases": "bias", "weight scales": "weight"}
         found = {
             kind: tuple(p.tensor for p in self.plan.points if p.role == roles[kind])
@@ -105,14 +105,14 @@ def edges_of(plan: QuantPlan) -> dict[tuple[str, int], QuantPoint]:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a writer made.
+    """The result of a writer.
 
     Attributes
     ----------
     files : dict of str to str or bytes
         Contents by kind; the kinds are those of `Format.files`.
     left_out : dict of str to tuple of str
-        What the plan says and the format cannot, by what it is; names.
+        Names that the plan has and the format cannot hold, by kind (such as ``"biases"``).
     """
 
     files: Mapping[str, str | bytes]
@@ -126,9 +126,9 @@ class Table:
     Attributes
     ----------
     name : str
-        What errors call it, usually its path.
+        Name for error messages, usually the path.
     data : bytes
-        All of it.
+        The whole contents.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Table:
         Raises
         ------
         FormatError
-            It is not UTF-8.
+            The contents are not UTF-8.
         """
         try:
             return self.data.decode("utf-8")
@@ -157,7 +157,7 @@ _Named = TypeVar("_Named", bound=_HasTensor)
 
 
 class Found:
-    """What a table says of the points of a plan, checked as it comes in.
+    """The parameters that a table gives the points of a plan, each checked when it is added.
 
     Attributes
     ----------
@@ -166,9 +166,9 @@ class Found:
     missing : list of str
         Names that the plan needs and the table lacks.
     unsaid : list of str
-        Tensors of the plan that such a table has no name for: its target runs them in float.
+        Tensors of the plan that this format has no name for: its target runs them in float.
     unused : list of str
-        Names in the table that the plan does not ask for.
+        Names in the table that the plan does not need.
     """
 
     def __init__(self, source: str, graph: gs.Graph) -> None:
@@ -182,7 +182,7 @@ class Found:
     def entries(
         self, plan: QuantPlan, entries: Sequence[_Named]
     ) -> Iterator[tuple[QuantPoint, _Named]]:
-        """Yield the points of a plan with their entries; note what is missing and what is unused.
+        """Yield the points of a plan with their entries; record missing and unused names.
 
         Raises
         ------
@@ -209,21 +209,21 @@ class Found:
         signed: bool,
         name: str,
     ) -> None:
-        """Take in what stands under ``name`` for a point.
+        """Add the parameters that the table has under ``name`` for a point.
 
         Parameters
         ----------
         scale : float64 of shape () or (C,)
             Rounded to float32 here.
         zero_point : int of shape () or as ``scale``
-            In the dtype of the quantized tensor.
+            Counted in the integers of the quantized tensor.
         signed : bool
             Whether the integers are signed.
 
         Raises
         ------
         FormatError
-            Numbers that are no parameters, or that contradict others of the same group.
+            The numbers are not valid parameters, or differ from others of the same group.
         """
         place = f"{self.source}: '{name}'"
         scales = _float32(scale, place)
@@ -232,7 +232,7 @@ class Found:
         if scales.size != int(np.prod(wanted)):
             raise FormatError(
                 f"{place} has {scales.size} scales; its tensor takes {int(np.prod(wanted))}. "
-                "Is the rule the one the table was made for?"
+                "Is the rule the one that the table was made with?"
             )
         zeros = np.broadcast_to(np.asarray(zero_point, np.int64).reshape(-1), scales.shape)
         self._check_zero_points(point, zeros, signed=signed, place=place)
@@ -259,8 +259,8 @@ class Found:
             )
         if zeros.min() < qmin or zeros.max() > qmax:
             raise FormatError(
-                f"{place} has a zero_point outside of [{qmin}, {qmax}]. Is the rule the one the "
-                "table was made for?"
+                f"{place} has a zero_point outside of [{qmin}, {qmax}]. Is the rule the one that "
+                "the table was made with?"
             )
         if point.spec.symmetric and zeros.any():
             raise FormatError(
@@ -269,9 +269,9 @@ class Found:
             )
 
     def put_weights_by_absmax(self, plan: QuantPlan) -> None:
-        """Give the weights without an entry what compilers give them: absmax / 127.
+        """Give weights without an entry the scale that compilers compute: absmax / qmax.
 
-        Per channel where the plan has it so.
+        The scale is per channel where the plan is per-axis.
         """
         for point in plan.grid_points():
             if point.role == "weight" and point.parameters not in self.params:
@@ -281,12 +281,12 @@ class Found:
                 self.params[point.parameters] = choose_qparams(low, high, point.spec)
 
     def complete(self) -> dict[str, QuantParams]:
-        """Return the parameters of the plan, as far as such a table has them.
+        """Return all parameters of the plan that this format can hold.
 
         Raises
         ------
         FormatError
-            The table lacks some, or has none at all.
+            The table lacks some of them, or has none at all.
         """
         if self.missing:
             raise FormatError(
@@ -295,19 +295,19 @@ class Found:
             )
         if self.unsaid and not self.params:
             raise FormatError(
-                f"{self.source}: says nothing that the plan asks for. Is it the table of this "
+                f"{self.source}: has no entry for any tensor of the plan. Is it the table of this "
                 "model and rule?"
             )
         if self.unsaid:
             logger.warning(
-                "%s: says nothing of %d tensors, which stay float: %s.",
+                "%s: has no entries for %d tensors, which stay float: %s.",
                 self.source,
                 len(self.unsaid),
                 listed(self.unsaid),
             )
-        if self.unused:  # under the plan they came from, there are none
+        if self.unused:  # the plan that the table was written from leaves none
             logger.warning(
-                "%s: %d entries belong to nothing that the plan quantizes (%s). Are --rules and "
+                "%s: %d entries match no quantized tensor of the plan (%s). Are --rules and "
                 "--set those that the table was made with?",
                 self.source,
                 len(self.unused),
@@ -316,18 +316,18 @@ class Found:
         return self.params
 
     def signed(self, point: QuantPoint, name: str, *, lowest: bool | None = None) -> bool:
-        """Return the signedness of a point, for tables that do not say it.
+        """Return whether a point is signed, for tables that do not record it.
 
         Parameters
         ----------
         lowest : bool, optional
-            Where the table counts from another integer than the plan: whether 0.0 is the lowest
-            integer, as it is of a range without negative values.
+            Whether 0.0 is the lowest integer, as in a range without negative values. For tables
+            whose integers count from another origin than the plan's.
 
         Raises
         ------
         FormatError
-            Neither the table nor the plan says it.
+            Neither the table nor the plan determines it.
         """
         if point.parameters in self.params:
             return self.params[point.parameters].signed
@@ -335,7 +335,7 @@ class Found:
             return point.spec.signedness == "signed"
         if lowest is None:
             raise FormatError(
-                f"{self.source}: '{name}' may be signed or not, and the table does not say. "
+                f"{self.source}: '{name}' may be signed or unsigned, and the table does not say. "
                 f"Add --set 'tensor:{point.tensor}.signedness=signed' or =unsigned."
             )
         return not lowest
@@ -347,21 +347,21 @@ def _float32(scale: ArrayLike, place: str) -> np.ndarray[Any, np.dtype[np.float3
     with np.errstate(over="ignore", under="ignore"):
         scales = values.astype(np.float32)
     if not (scales.size and np.isfinite(scales).all() and (scales > 0).all()):
-        raise FormatError(f"{place} has a scale that is no positive float32. Calibrate again.")
+        raise FormatError(f"{place} has a scale that is not a positive float32. Calibrate again.")
     return scales
 
 
 class Key(NamedTuple):
-    """What a table looks an entry up by.
+    """The key of a table entry.
 
     Attributes
     ----------
     name : str
-        As it stands in the file.
+        Name as written in the file.
     parameters : str
-        What stands under it, a `QuantPoint.parameters`; empty for other things than numbers.
+        The `QuantPoint.parameters` of the entry; empty where the entry holds no numbers.
     section : str
-        Part of the file; the same name may stand in several.
+        Section of the file; the same name may appear in several.
     """
 
     name: str
@@ -384,16 +384,16 @@ class Format:
     Attributes
     ----------
     summary : str
-        One line: whose it is, and what for.
+        One line that names the target and the file.
     files : dict of str to str
-        Suffix of each kind of file it writes; ``table`` is the one that `read` is made for.
+        Suffix of each kind of file that `writer` makes; `read` reads the kind ``table``.
     writer : function
-        Calibrated -> Written. Raises FormatError for what the target needs and the plan lacks.
+        Calibrated -> Written. Raises FormatError if the plan lacks what the target needs.
     read : function
-        (Table, Graph, QuantPlan) -> Found. Raises FormatError for what is no such table.
+        (Table, Graph, QuantPlan) -> Found. Raises FormatError if the file is not such a table.
     keys : function
-        (Graph, QuantPlan) -> the keys that `writer` writes, where these are not the unique names of
-        tensors or nodes in a file that can say any name (JSON can).
+        (Graph, QuantPlan) -> the keys that `writer` writes. Needed only where names may collide or
+        the file cannot hold every name (JSON can).
     misread : function
         name -> why the target would not read it as one name, or None.
     """
@@ -406,7 +406,7 @@ class Format:
     misread: Callable[[str], str | None] = _any_name
 
     def name_problems(self, graph: gs.Graph, plan: QuantPlan) -> list[str]:
-        """Return what is wrong with the names of a model: no data or parameters are needed."""
+        """Return the problems of a model's names; the model need not be calibrated."""
         problems: dict[str, None] = {}
         known: dict[tuple[str, str], str] = {}
         for key in self.keys(graph, plan):
@@ -423,7 +423,7 @@ class Format:
         Raises
         ------
         FormatError
-            It has names, or a plan, that the target could not read.
+            The model has names or a plan that the target could not read.
         """
         refuse(self.name_problems(source.graph, source.plan), "Rename these in the model")
         return self.writer(source)

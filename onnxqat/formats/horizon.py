@@ -1,15 +1,15 @@
-"""Thresholds for Horizon's tools, by tensor, and the widths of nodes.
+"""Thresholds by tensor and bit widths by node, for Horizon's tools.
 
 Horizon documents no file of thresholds: its plugin keeps them in the attributes ``thresholds`` and
-``axis`` of HzCalibration nodes (HorizonRobotics/OE-Skills ``hbdk/j6-hbdk-compile/SKILL.md``). The
-file here lists such nodes, for a script of yours that sets them::
+``axis`` of HzCalibration nodes (HorizonRobotics/OE-Skills ``hbdk/j6-hbdk-compile/SKILL.md``). This
+file lists such nodes, so that a script of yours can set the attributes::
 
     {"schema": "onnxqat.horizon/1", "calibration_nodes": [
       {"tensor": "input", "nodes": ["conv1"], "qtype": "int8", "thresholds": [1.0], "axis": null}]}
 
-A threshold is ``127 * s`` (int16: ``32767 * s``): the scale is threshold / 127, inferred from the
-tool's printed column, where an input of scale 1 has 127.0. Beside it, ``quant_config`` of the J6
-(OE-Skills ``task-calibration-tuning.md``) says the width of each node. Format-checked.
+A threshold is ``127 * s`` (int16: ``32767 * s``). This is inferred from the column that the tool
+prints, where an input of scale 1 has the threshold 127.0. A second file, the J6's ``quant_config``
+(OE-Skills ``task-calibration-tuning.md``), sets the width of each node. Format-checked.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _write(source: Calibrated) -> Written:
             }
         )
         if point.role == "activation":
-            for name in readers:  # a node that reads one input of 16 bits runs in int16
+            for name in readers:  # a node with one 16-bit input runs in int16
                 widths[name] = max(point.spec.bits, widths.get(name, 0))
     config: dict[str, Any] = {
         "node_config": {name: {"qtype": f"int{bits}"} for name, bits in widths.items()}
@@ -87,7 +87,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 
 
 HORIZON = Format(
-    summary="thresholds as Horizon's HzCalibration nodes have them",
+    summary="thresholds for Horizon's HzCalibration nodes",
     files={"table": "hz_thresholds.json", "config": "quant_config.json"},
     writer=_write,
     read=_read,

@@ -1,7 +1,7 @@
-"""Store weights of 4 bits and fewer two to a byte, as ONNX's INT4 and UINT4 (opset 21).
+"""Store weights of at most 4 bits two to a byte, as ONNX's INT4 and UINT4 (opset 21).
 
-https://onnx.ai/onnx/technical/int4.html; DequantizeLinear takes them since opset 21. The values are
-those of the int8 export; only their storage changes.
+https://onnx.ai/onnx/technical/int4.html. DequantizeLinear takes these types since opset 21. The
+values are those of the int8 export; only the storage changes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ OPSET_OF_INT4 = 21
 
 
 def with_int4_weights(exported: Model, plan: QuantPlan) -> Model:
-    """Return an export whose weights of 4 bits and fewer are stored as 4 bits.
+    """Return the export with all weights of at most 4 bits stored as INT4 or UINT4.
 
     Parameters
     ----------
     exported : Model
-        With int8 or uint8 weights behind DequantizeLinear, see `onnxqat.formats.EXPORTS`.
+        Its int8 or uint8 weights feed DequantizeLinear nodes, see `onnxqat.formats.EXPORTS`.
     plan : QuantPlan
         Plan of the Q/DQ model that was exported.
 
@@ -37,7 +37,7 @@ def with_int4_weights(exported: Model, plan: QuantPlan) -> Model:
     FormatError
         No weight has 4 bits or fewer.
     ModelError
-        The model cannot be raised to opset 21 without changing its outputs.
+        The model cannot be upgraded to opset 21 without changing its outputs.
     """
     weights = (p for p in plan.grid_points() if p.role == "weight" and p.spec.bits <= 4)
     narrow = {node_name(point.tensor, "DequantizeLinear") for point in weights}

@@ -1,4 +1,4 @@
-"""Models with integer weights for runtimes that take Q/DQ with a few conditions of their own."""
+"""Models with integer weights for runtimes that restrict which Q/DQ pairs they take."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def openvino_model(model: QuantizedModel) -> Model:
     """Return the model for OpenVINO: integer weights, float biases.
 
     OpenVINO reads Q/DQ as FakeQuantize. A per-axis pair carries its ``axis``; a per-tensor one has
-    a scale of shape (). Its own quantizer keeps biases in float (openvinotoolkit/nncf
-    ``src/nncf/common/hardware/setups/``). A Clip between Q and DQ, which fewer than 8 bits of an
-    activation need, is not part of the pattern.
+    a scale of shape (). OpenVINO's own quantizer keeps biases in float (openvinotoolkit/nncf
+    ``src/nncf/common/hardware/setups/``). OpenVINO does not match a pair with a Clip between Q and
+    DQ, which an activation of fewer than 8 bits needs.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def openvino_model(model: QuantizedModel) -> Model:
 
 
 def tensorrt_model(model: QuantizedModel) -> Model:
-    """Return the model for TensorRT: int8 weights, float biases, zero points of 0.
+    """Return the model for TensorRT: int8 weights, float biases, every zero_point 0.
 
     NVIDIA TensorRT developer guide, Working with Quantized Types: symmetric int8 only, bias in
     float.
@@ -43,7 +43,8 @@ def tensorrt_model(model: QuantizedModel) -> Model:
     Raises
     ------
     FormatError
-        A zero point other than 0, unsigned integers, or other widths than 8 bits.
+        A zero point is not 0, integers are unsigned, an activation does not have 8 bits, or a
+        weight has more.
     """
     require_symmetric(Calibrated(model), "A model for TensorRT", weight_bits=range(2, 9))
     _refuse_clips(model, "TensorRT")
@@ -51,10 +52,11 @@ def tensorrt_model(model: QuantizedModel) -> Model:
 
 
 def qoperator_model(model: QuantizedModel) -> Model:
-    """Return the model with QLinearConv, QGemm and their like in place of Q/DQ pairs.
+    """Return the model with QLinearConv, QGemm and similar operators instead of Q/DQ pairs.
 
-    onnxruntime's own optimizer makes them, at the level that knows no hardware; what it leaves in
-    Q/DQ stays so. Besides ONNX's, the operators are of the domain ``com.microsoft``.
+    onnxruntime's optimizer replaces the pairs, at its extended level, which is independent of the
+    hardware. Pairs that it does not replace stay. Some of the operators are in the domain
+    ``com.microsoft``.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""JSON as tables are written in it: strict on the way in, exact on the way out.
+"""Strict reading and exact writing of JSON tables.
 
-Numbers are written by Python's shortest decimal of a float64, which reads back bit for bit; a
-float32 scale is a float64 as it stands.
+A number is written as the shortest decimal that reads back to the same float64. Every float32 scale
+is exactly a float64, so it survives bit for bit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _Type = TypeVar("_Type")
 
 
 def numbers(values: NDArray[Any]) -> list[Any]:
-    """Return an array of any shape as a flat list of Python numbers, exact."""
+    """Return the values of an array as a flat list of Python numbers, exactly."""
     return np.atleast_1d(values).ravel().tolist()
 
 
 def write_json(document: Any) -> str:
-    """Return a document as indented JSON; lists of numbers stand in one line."""
+    """Return a document as indented JSON, with each list of numbers on one line."""
     try:
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         text.encode()
@@ -58,12 +58,12 @@ def _finite(text: str) -> float:
 
 
 def read_json(table: Table, kind: type[_Type]) -> _Type:
-    """Read a JSON table into a type; an error says the line, or the path in the document.
+    """Read a JSON table into a type; errors name the line, or the path in the document.
 
     Raises
     ------
     FormatError
-        It is not JSON, a key appears twice, or a value has another type than expected.
+        The text is not JSON, a key appears twice, or a value has an unexpected type.
     """
     try:
         document = json.loads(

@@ -1,8 +1,8 @@
-"""Quantization parameters in MindSpore's terms, one object for each node.
+"""Quantization parameters under MindSpore's attribute names, one object for each node.
 
-MindSpore r1.5 puts them on its operators as attributes when it exports a MINDIR
-(mindspore-ai/mindspore ``mindspore/compression/export/quant_export.py``); it has no file of them.
-Here they stand in JSON under the same names, by node::
+MindSpore r1.5 sets them as attributes of its operators when it exports a MINDIR
+(mindspore-ai/mindspore ``mindspore/compression/export/quant_export.py``); it has no file for them.
+This file has them in JSON under the same names, by node::
 
     {"schema": "onnxqat.mindspore/1", "nodes": {"conv1": {
       "filter_maxq": [0.3, 0.2], "filter_minq": [-0.3, -0.2], "symmetric": true,
@@ -10,9 +10,10 @@ Here they stand in JSON under the same names, by node::
       "input_maxq": 6.0, "input_minq": 0.0, "input_narrow_range": false,
       "output_maxq": 2.5, "output_minq": 0.0, "output_narrow_range": false}}}
 
-``maxq``, ``minq`` are ends of the range in units of the tensor, ``(qmax - z) * s`` and ``(qmin -
-z) * s``; ``output`` is that of the fused layer. ``mean`` and ``std_dev``, which MindSpore has for
-the network's input, are not used: its range is calibrated here. Format-checked.
+``maxq`` and ``minq`` are the ends of the range in units of the tensor: ``(qmax - z) * s`` and
+``(qmin - z) * s``. ``output`` is the output of the fused layer. MindSpore's ``mean`` and
+``std_dev`` of the network's input are not written, since onnxqat calibrates that range.
+Format-checked.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ _SCHEMA = "onnxqat.mindspore/1"
 
 
 def _places(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[str, str, QuantPoint]]:
-    """Yield node, ``filter``, ``input`` or ``output``, and the point that stands there.
+    """Yield a node's name, ``filter``, ``input`` or ``output``, and the point at that place.
 
-    An input is named where the node has a weight. An output is named where the node, or the
-    chain it heads, has one, or where another node reads it: a pooling between two convolutions
-    has no parameters of its own.
+    An input gets an entry if its node has a weight. An output gets one if its node has a weight,
+    or if a node without a weight reads it. A pooling between two convolutions gets none.
     """
     edges = edges_of(plan)
     points = {p.tensor: p for p in plan.grid_points()}
@@ -60,7 +60,7 @@ def _places(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[str, str, QuantP
 
 
 def _ends(point: QuantPoint, params: QuantParams) -> tuple[Any, Any]:
-    """Return minq, maxq: exact in float64."""
+    """Return minq and maxq, exact in float64."""
     ends = quantized_range(point.spec, signed=params.signed)
     zero_point, scale = params.zero_point.astype(np.int64), params.scale.astype(np.float64)
     low, high = ((end - zero_point) * scale for end in ends)
@@ -71,14 +71,14 @@ def _write(source: Calibrated) -> Written:
     refuse(
         (f"'{p.tensor}' has {p.spec.bits} bits" for p, _ in source.points("activation")
          if p.spec.bits != 8),
-        "act_num_bits is 8 in MindSpore; insert again with it",
+        "act_num_bits is always 8 in MindSpore; insert again with 8 bits",
     )  # fmt: skip
     nodes: dict[str, dict[str, Any]] = {}
     covered = set()
     for name, place, point in _places(source.graph, source.plan):
         entry = nodes.setdefault(name, {"act_num_bits": 8})
         if f"{place}_maxq" in entry:
-            raise FormatError(f"'{name}' has two {place}s; MindSpore's layers have one.")
+            raise FormatError(f"'{name}' has two {place}s; a layer of MindSpore has one.")
         low, high = _ends(point, source.params(point))
         entry |= {f"{place}_minq": low, f"{place}_maxq": high}
         if place == "filter":
@@ -104,7 +104,8 @@ class _Document(msgspec.Struct):
 def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     document = read_json(table, _Document)
     if document.schema != _SCHEMA:
-        raise FormatError(f"{table.name}: schema is not '{_SCHEMA}'. Give the table of strip.")
+        message = f"{table.name}: schema is not '{_SCHEMA}'. Give a table that strip wrote."
+        raise FormatError(message)
     found = Found(table.name, graph)
     lacking = {p.parameters: p.tensor for p in plan.grid_points()}
     used = set()
@@ -120,8 +121,8 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
         wanted = (point.spec.bits, point.spec.narrow_range)
         if (bits, entry.get(_narrow(place))) != wanted:
             raise FormatError(
-                f"{table.name}: '{name}' has {place} of {bits} bits, narrow_range "
-                f"{entry.get(_narrow(place))}; the plan has {wanted[0]}, {wanted[1]}. "
+                f"{table.name}: '{name}' has {bits} bits, narrow_range {entry.get(_narrow(place))} "
+                f"for its {place}; the plan has {wanted[0]}, {wanted[1]}. "
                 "Are --rules and --set those that the table was made with?"
             )
         _put(found, point, (np.atleast_1d(low), np.atleast_1d(high)), f"{name}.{place}")
@@ -131,12 +132,13 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 
 
 def _put(found: Found, point: QuantPoint, ends: tuple[Any, Any], name: str) -> None:
-    """Take in the ends of ranges; undo `_ends`."""
+    """Add the parameters of a point from the ends of its ranges; the inverse of `_ends`."""
     signed = found.signed(point, name, lowest=not any(ends[0] < 0))
     qmin, qmax = quantized_range(point.spec, signed=signed)
     if ends[0].shape != ends[1].shape:
-        raise FormatError(f"{found.source}: '{name}' has unlike numbers of minq and maxq.")
-    with np.errstate(all="ignore"):  # `put` refuses what does not come out as a number
+        message = f"{found.source}: '{name}' has more or fewer minq than maxq. Write it again."
+        raise FormatError(message)
+    with np.errstate(all="ignore"):  # `put` refuses scales that are not finite
         scale = (ends[1] - ends[0]) / (qmax - qmin)
         levels = np.rint(qmin - ends[0] / scale)
     zero_point = np.where(np.abs(levels) < 2**17, levels, 2**17)

@@ -10,18 +10,19 @@
        "output": [{"name": "r1", "bits": 8, "scales": [0.05], "zeroPoint": 0,
                    "clampMin": -128, "clampMax": 127}]}]}}]}
 
-for the converter's ``--compressionParamsFile`` (alibaba/MNN
+The converter's option ``--compressionParamsFile`` takes the file (alibaba/MNN
 ``tools/converter/source/compression/MNN_compression.proto``, read by
 ``tools/converter/source/common/CommonUtils.cpp`` and ``FullQuantAndCoding.cpp``). A layer is a
-convolution or a matrix product. The converter looks it up by the name of its output, which of a
-convolution is the name behind the Relu or Clip that it fuses: both are written, with the same
-grids, and it ignores the one that it does not have. A layer needs all three grids. What has none
-stays float, and is listed: other ops, grouped convolutions, which it splits, and products that it
-fuses with what follows, under a name that it makes up.
+convolution or a matrix product. The converter looks a layer up by the name of its output. For a
+convolution that it fuses with a Relu or Clip, this is the output of the Relu or Clip. Entries with
+the same grids are written under both names, and the converter ignores the name that it does not
+find. A layer needs all three grids. Other nodes run in float and are listed as left out: other ops,
+grouped convolutions (the converter splits them), and matrix products that it fuses with the next
+op (it invents a name for the result).
 
-Activations are written where they are int8 with a zero_point of 0: MNN 3.6.1 takes zero points, but
-loses them where another op than a layer reads the tensor (measured: an addition 128 levels off),
-and fewer bits come out wrong. Weights have 2 to 8 bits, and one scale for each output channel.
+Activations must be int8 with zero_point 0. MNN 3.6.1 accepts other zero points, but loses them when
+an op that is not a layer reads the tensor (measured: an addition 128 levels off), and it computes
+wrong results with fewer bits. Weights have 2 to 8 bits and one scale for each output channel.
 Biases stay float.
 
 Checked with MNN 3.6.1 (``scripts/check_mnn.py``).
@@ -48,12 +49,12 @@ from onnxqat.qparams import QuantParams, quantized_range
 __all__ = ["MNN"]
 
 _FUSED = ("Relu", "Clip")
-_SCALED = ("Add", "Sub", "Mul", "Div")  # fused where one operand is a constant
+_SCALED = ("Add", "Sub", "Mul", "Div")  # fused if one operand is a constant
 _VERSION = "0.0.0"
 
 
 class _Grid(msgspec.Struct, rename="camel"):
-    """The parameters of one tensor; the defaults are the prototype's."""
+    """The parameters of one tensor; the defaults are those of the .proto file."""
 
     name: str
     scales: list[float]
@@ -84,7 +85,7 @@ class _Pipeline(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Written:
-    """A layer that can be written: its grids, the width of its output, the names it may have."""
+    """A layer that can be written: its node, its three points, and its possible names."""
 
     node: gs.Node
     points: dict[str, QuantPoint]  # input, weight, output
@@ -116,7 +117,7 @@ def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Written]:
 
 
 def _is_layer(node: gs.Node, chain: list[gs.Node]) -> bool:
-    """Return whether the converter keeps a node as one layer that ends where the chain does."""
+    """Return whether the converter keeps the chain as one layer with the same output."""
     if any(_is_fused(reader) for reader in chain[-1].outputs[0].outputs):
         return False
     if node.op != "Conv":
@@ -139,8 +140,8 @@ def _write(source: Calibrated) -> Written:
     layers = list(_layers(source.graph, source.plan))
     if not layers:
         raise FormatError(
-            "An MNN table needs the grids of a layer's input, weight and output; no layer of the "
-            "model has all three. Take a rule that quantizes outputs."
+            "An MNN table needs the input, weight and output of a layer quantized; no layer of the "
+            "model has all three. Insert with a rule that quantizes outputs."
         )
     entries = []
     for layer in layers:
@@ -181,7 +182,7 @@ def _grid(point: QuantPoint, params: QuantParams, count: int) -> dict[str, Any]:
 
 
 def _float_ops(source: Calibrated, layers: list[_Written]) -> dict[str, tuple[str, ...]]:
-    """Return the nodes that read quantized tensors and have no layer."""
+    """Return the nodes that read quantized tensors and do not belong to a layer."""
     written = {layer.node.name for layer in layers}
     readers = {node for node, _ in edges_of(source.plan)} - written
     names = tuple(node.name for node in source.graph.nodes if node.name in readers)
@@ -194,7 +195,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
         for entry in algorithm.quant_params.layer:
             if len(entry.output) != 1 or entry.output[0].name in entries:
                 raise FormatError(
-                    f"{table.name}: a layer has no output, or the output of another. "
+                    f"{table.name}: a layer has no output, or two layers have the same output. "
                     "Write the table again."
                 )
             entries[entry.output[0].name] = entry
@@ -213,7 +214,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 
 
 def _put(found: Found, layer: _Written, place: str, grids: list[_Grid]) -> None:
-    """Take in what an entry says of the input, the weight or the output of a layer."""
+    """Add the parameters of a layer's input, weight or output from a table entry."""
     point, name = layer.points[place], layer.names[-1]
     (grid,) = grids if len(grids) == 1 else (None,)
     if grid is None or grid.bits != point.spec.bits:
@@ -224,7 +225,7 @@ def _put(found: Found, layer: _Written, place: str, grids: list[_Grid]) -> None:
     limits = (grid.clamp_min, grid.clamp_max)
     if limits != quantized_range(point.spec, signed=True):
         raise FormatError(
-            f"{found.source}: '{name}' has the range [{limits[0]}, {limits[1]}] in its {place}; "
+            f"{found.source}: '{name}' has the range [{limits[0]}, {limits[1]}] for its {place}; "
             "the plan has another. Are --rules and --set those that the table was made with?"
         )
     scales = np.asarray(grid.scales)

@@ -2,17 +2,17 @@
 
 ::
 
-    conv1_param_0 83.2 91.7 ...         127 / absmax of each channel, that is 1 / scale
+    conv1_param_0 83.2 91.7 ...         127 / absmax of each channel, which is 1 / scale
     conv1 46.1                          1 / scale of its input
 
-one of each for a layer, by the name of its node (OpenPPL/ppq ``ppq/parser/ncnn_exporter.py``).
-ncnn2int8 (Tencent/ncnn ``tools/quantize/ncnn2int8.cpp``) reads names of 255 bytes, numbers by
-``%f`` into float32, and stops at an empty line. A convolution of several groups has one scale for
-each group: the largest of its channels, so that those with smaller ones get another grid than in
-training.
+Each layer has one line of each kind, by the name of its node (OpenPPL/ppq
+``ppq/parser/ncnn_exporter.py``). ncnn2int8 (Tencent/ncnn ``tools/quantize/ncnn2int8.cpp``) reads
+names of at most 255 bytes, reads numbers by ``%f`` into float32, and stops at an empty line. A
+grouped convolution has one scale for each group: the largest of the group's channels. The other
+channels of the group therefore get a coarser grid on the chip than in training.
 
-Printed are all digits of a float64, from which the float32 scale comes back bit for bit; ncnn
-itself multiplies by the float32 nearest to 1 / scale. ``%f``, six decimals, is what PPQ writes.
+Numbers are written with all digits of a float64, so that the float32 scale is recovered bit for
+bit; ncnn itself multiplies by the float32 nearest to 1 / scale. PPQ writes ``%f``, six decimals.
 Format-checked.
 """
 
@@ -35,11 +35,11 @@ __all__ = ["NCNN"]
 
 _TITLE = "An ncnn table"
 _LAYERS = {"Conv": "Convolution", "Gemm": "InnerProduct"}
-_WEIGHT = "_param_"  # a name with it is taken for a weight's
+_WEIGHT = "_param_"  # ncnn2int8 takes every name that contains this for a weight's
 
 
 def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[tuple[gs.Node, QuantPoint, QuantPoint]]:
-    """Yield the nodes that ncnn quantizes, with the points of input and weight."""
+    """Yield the nodes that ncnn quantizes, with the points of their input and weight."""
     edges = edges_of(plan)
     for node in graph.nodes:
         x, weight = (edges.get((node.name, i)) for i in (0, 1))
@@ -111,7 +111,7 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
 
 
 def _for_channels(node: gs.Node, point: QuantPoint, scales: NDArray[Any]) -> NDArray[Any]:
-    """Return a group's scale for each of its channels, one scale for a per-tensor grid."""
+    """Repeat each group's scale for its channels; return one scale for a per-tensor point."""
     if point.role == "weight" and scales.size == _count(node):
         if point.spec.axis is None:
             return scales[:1] if (scales == scales[0]).all() else scales

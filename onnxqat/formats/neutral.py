@@ -1,4 +1,4 @@
-"""Our own table: everything a plan and its parameters say, complete and exact, for any rule.
+"""onnxqat's own table: the whole plan and all its parameters, exact, for any rule.
 
 ::
 
@@ -10,9 +10,10 @@
                  "scale": [0.0002, 0.0004]}],
      "float": [{"node": "pool", "op_type": "MaxPool", "reason": "..."}]}
 
-``y = (clip(round_half_even(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``, float32;
-``axis`` null is per-tensor, with one scale. ``dtype`` is the ONNX type that holds the integers. The
-bias's scale is s_x * s_w in float32, its zero_point 0.
+A point is quantized by
+``y = (clip(round_half_even(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`` in float32.
+``axis`` null means per-tensor, with one scale. ``dtype`` is the ONNX type that holds the integers.
+A bias has the scale s_x * s_w in float32 and zero_point 0.
 """
 
 from __future__ import annotations
@@ -106,18 +107,22 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
             raise FormatError(
                 f"{table.name}: '{point.tensor}' has dtype, qmin, qmax, axis "
                 f"{entry.dtype}, {entry.qmin}, {entry.qmax}, {entry.axis}; the plan has "
-                f"{', '.join(map(str, wanted))}. Are --rules and --set those of the table?"
+                f"{', '.join(map(str, wanted))}. Are --rules and --set those that the table was "
+                "made with?"
             )
         if len(entry.zero_point) != len(entry.scale) or any(
             abs(z) > 2**16 for z in entry.zero_point
         ):
-            raise FormatError(f"{table.name}: '{point.tensor}' has wrong zero points.")
+            raise FormatError(
+                f"{table.name}: '{point.tensor}' needs one zero_point of at most 16 bits for each "
+                "scale. Write the table again."
+            )
         found.put(point, entry.scale, entry.zero_point, signed=signed, name=point.tensor)
     return found
 
 
 NEUTRAL = Format(
-    summary="all scales and zero points of any rule, exact",
+    summary="all scales and zero points, exact, for any rule",
     files={"table": "onnxqat.json"},
     writer=_write,
     read=_read,

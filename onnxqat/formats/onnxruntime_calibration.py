@@ -1,14 +1,14 @@
 """The calibration files that onnxruntime's TensorRT and QNN tools exchange.
 
 ``write_calibration_table`` (microsoft/onnxruntime 1.19.2
-``onnxruntime/python/tools/quantization/quant_utils.py``) writes two texts::
+``onnxruntime/python/tools/quantization/quant_utils.py``) writes two text files::
 
     {"input": [-1.0, 1.0]}              calibration.json: tensor, its range
     input 1.0                           calibration.cache: tensor, absmax
 
-and a FlatBuffers file with the content of the second, which that function makes from the first.
-The reader divides absmax by 127; ranges are ``[-127 * s, 127 * s]``. Weights are not in it.
-Format-checked.
+It also writes a FlatBuffers file with the content of the second, which onnxqat does not write:
+that function makes it from the first. The reader divides absmax by 127; ranges are
+``[-127 * s, 127 * s]``. The files have no weights. Format-checked.
 """
 
 from __future__ import annotations

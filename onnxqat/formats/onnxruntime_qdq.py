@@ -1,9 +1,9 @@
 """The Q/DQ model that onnxruntime runs with integer kernels.
 
-Weights become integer initializers behind DequantizeLinear, biases int32 initializers behind
-DequantizeLinear of scale ``s_x * s_w`` and zero_point 0, as onnxruntime's selectors want them
-(``onnxruntime/core/optimizer/qdq_transformer/selectors_actions``, release 1.19.2). Activations keep
-their pairs. The file is about a quarter of the float model.
+Weights become integer initializers followed by DequantizeLinear. Biases become int32 initializers
+followed by DequantizeLinear with scale ``s_x * s_w`` and zero_point 0, as onnxruntime's selectors
+require (``onnxruntime/core/optimizer/qdq_transformer/selectors_actions``, release 1.19.2).
+Activations keep their pairs. The file is about a quarter of the size of the float model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ __all__ = ["bias_scale", "integer_model", "quantize_bias"]
 def bias_scale(x: QuantParams, w: QuantParams, size: int) -> FloatArray:
     """Return the scale of a bias of ``size`` elements: s_x * s_w in float32, () or (N,).
 
-    A grouped ConvTranspose has one weight scale for the same channel of every group. A bias of one
-    element has a scale for each of the N channels that read it.
+    In a grouped ConvTranspose, channels at the same position in their groups share a weight scale,
+    so the scales are repeated for each group. A bias of one element gets a scale for each of the N
+    channels that read it.
     """
     scale: FloatArray = np.asarray(x.scale * w.scale, np.float32)
     return np.tile(scale, max(size // scale.size, 1)) if scale.ndim else scale
@@ -51,7 +52,7 @@ def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.
     if levels.size and (levels.min() < limits.min or levels.max() > limits.max):
         raise FormatError(
             f"Bias '{name}': bias / (s_x * s_w) reaches {np.abs(levels).max():.3g}, beyond int32. "
-            "Its weights are almost zero; calibrate again."
+            "The weights of this layer are almost zero; calibrate again."
         )
     return levels.astype(np.int32)
 
@@ -59,14 +60,14 @@ def quantize_bias(bias: FloatArray, scale: FloatArray, name: str) -> NDArray[np.
 def integer_model(
     model: QuantizedModel, *, biases: bool = True, float_weights: Set[str] = frozenset()
 ) -> Model:
-    """Return the export of a calibrated or fine-tuned Q/DQ model.
+    """Return a calibrated or fine-tuned Q/DQ model with integer weights and biases.
 
     Parameters
     ----------
     biases : bool
-        Whether biases become integers where the plan says so; they stay float otherwise.
+        Convert the biases that the plan quantizes to integers; otherwise all stay float.
     float_weights : set of str
-        Weights that stay float, on their grid, without Q/DQ.
+        Weights that stay float, rounded to their grid, without Q/DQ.
 
     Raises
     ------
@@ -105,7 +106,7 @@ def _store_integers(
     nodes: dict[str, gs.Node],
     tensors: dict[str, gs.Tensor],
 ) -> set[str]:
-    """Feed a weight's DequantizeLinear with integers; return the nodes that are left over."""
+    """Feed a weight's DequantizeLinear with integers; return the names of nodes to remove."""
     integers = quantize(tensors[point.tensor].values, params, point.spec)
     dequantize = nodes[node_name(point.tensor, "DequantizeLinear")]
     dequantize.inputs[0] = constant(f"{point.tensor}/integers", integers)
@@ -113,7 +114,7 @@ def _store_integers(
 
 
 def _store_floats(point: QuantPoint, nodes: dict[str, gs.Node]) -> set[str]:
-    """Let the readers of a weight read it, without its pair; return the nodes left over."""
+    """Connect a weight directly to its consumers; return the names of its pair, to be removed."""
     pair = {*node_names(point.tensor)} & nodes.keys()
     weight = nodes[node_name(point.tensor, "QuantizeLinear")].inputs[0]
     for edge in point.consumers:
@@ -131,14 +132,14 @@ def _store_bias(
 ) -> None:
     values: Any = tensors[bias.tensor].values
     edge = bias.consumers[0]
-    name = f"{edge.node}/bias"  # a bias may be shared; its scale is that of this node
+    name = f"{edge.node}/bias"  # by node, since nodes with different scales may share one bias
     reader = nodes[edge.node]
     weighted = biased_node(reader, edge.index)
     _, weight = bias.derived_from or ("", "")
     channels = bias_channels(weighted, tensors[weight].values.shape) if weighted else None
     if channels is None or not runs_along(values.shape, channels):
-        return  # a file of an earlier version; the bias stays float
-    values = along_channels(values, channels)  # the one shape that every kernel takes
+        return  # an earlier version of onnxqat wrote the file; the bias stays float
+    values = along_channels(values, channels)  # the only shape that every kernel takes
     scale = bias_scale(x, w, channels)
     integers = constant(f"{name}/integers", quantize_bias(values, scale, bias.tensor))
     zero_point = constant(zero_point_name(name), np.zeros(scale.shape, np.int32))

@@ -1,4 +1,4 @@
-"""The ``cali_table`` of Sophgo's compiler, tpu-mlir, as its QAT tool lays it out.
+"""The ``cali_table`` of Sophgo's compiler, tpu-mlir, in the layout of Sophgo's QAT tool.
 
 ::
 
@@ -10,7 +10,7 @@
     #weight_scale
     125_Relu_weight 2 0.01 0.02 0 0                 name N, N scales, N zero_points
 
-What the numbers mean (tpu-mlir ``lib/Support/Module.cpp``, ``getScale``), ``s`` being the scale:
+The threshold for a scale ``s`` (tpu-mlir ``lib/Support/Module.cpp``, ``getScale``):
 
 =========  ===============  =====================  =============
 bits       signed           unsigned               min, max
@@ -20,14 +20,14 @@ bits       signed           unsigned               min, max
 16         ``32767 * s``    ``65535 * s``          ``0, th``
 =========  ===============  =====================  =============
 
-Why not ``128 * s`` in seven decimals, as sophgo-mq writes: the compiler divides by 127, and with
-``%.7f`` weight scales 196 of the 270,256 int8 weights of a ResNet-20 came out different. A float32
-scale times any of these factors is exact in float64, and the shortest decimal that reads back to
-the same float64 keeps it, so the scale survives bit for bit. An exponent makes the compiler abort;
-none is written, and none is accepted.
+sophgo-mq writes ``128 * s`` with seven decimals. This module does not: the compiler divides by 127,
+and with ``%.7f`` weight scales 196 of the 270,256 int8 weights of a ResNet-20 came out different. A
+float32 scale times any of these factors is exact in float64, and numbers are written as the
+shortest decimal that reads back to the same float64, so the scale survives bit for bit. The
+compiler aborts on an exponent, so exponents are neither written nor accepted.
 
-Format-checked: tables of this layout were read by tpu-mlir 1.30.2; those written here were not yet
-put through the compiler.
+Compiler-checked: tpu-mlir 1.30.2 compiled models with the tables written here, and its simulator
+computed the integers of `onnxqat.evaluation.integer` (``scripts/check_tpu_mlir.py``).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ _COLUMNS = "# op_name    threshold    min    max"
 _INT4 = "#int4_th"
 _WEIGHTS = "#weight_scale"
 
-_MAX_SIZE = 256 * 2**20  # characters; the scales of a billion-parameter network take a tenth
-_MAX_SCALES = 2**20  # of one weight; no network has as many output channels
+_MAX_SIZE = 256 * 2**20  # characters; ten times what a billion-parameter network needs
+_MAX_SCALES = 2**20  # for one weight; no network has as many output channels
 _MAX_ZERO_POINT = 2**16 - 1
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
@@ -67,7 +67,7 @@ _Value = TypeVar("_Value")
 
 
 def _largest(bits: int, *, signed: bool) -> int:
-    """Return the level that the threshold stands for."""
+    """Return the integer that the threshold corresponds to."""
     if bits not in _BITS:
         raise FormatError(f"A Sophgo table holds 4, 8 or 16 bits, not {bits}. Change the rule.")
     return 2 ** (bits - 1) - 1 if signed else int(2**bits - 1)
@@ -88,7 +88,7 @@ def threshold(scale: float, bits: int, signed: bool) -> Threshold:
     Raises
     ------
     FormatError
-        The scale is not positive and finite, or the chip has no such width.
+        The scale is not positive and finite, or ``bits`` is another width.
 
     Examples
     --------
@@ -104,7 +104,7 @@ def threshold(scale: float, bits: int, signed: bool) -> Threshold:
 
 
 def scale_of(entry: Threshold, bits: int) -> tuple[np.float32, bool]:
-    """Return the scale and signedness that the compiler gives an entry; undo `threshold`.
+    """Return the scale and signedness that the compiler gives an entry: inverse of `threshold`.
 
     Parameters
     ----------
@@ -116,14 +116,14 @@ def scale_of(entry: Threshold, bits: int) -> tuple[np.float32, bool]:
     Returns
     -------
     scale : numpy.float32
-        Units of the tensor per level; bit for bit what `threshold` was given.
+        Units of the tensor per level; bit for bit the scale given to `threshold`.
     signed : bool
         Whether the integers are signed.
 
     Raises
     ------
     FormatError
-        The scale is not a positive float32, or the chip has no such width.
+        The scale is not a positive float32, or ``bits`` is another width.
 
     Examples
     --------
@@ -135,13 +135,13 @@ def scale_of(entry: Threshold, bits: int) -> tuple[np.float32, bool]:
     scale = entry.threshold / _largest(bits, signed=signed)
     if not scale <= float(np.finfo(np.float32).max) or not np.float32(scale) > 0:
         raise FormatError(
-            f"Threshold {entry.threshold} gives no positive float32 scale. Calibrate again."
+            f"Threshold {entry.threshold} does not give a positive float32 scale. Calibrate again."
         )
     return np.float32(scale), signed
 
 
 def _threshold_problem(entry: Threshold) -> str | None:
-    """Return what is wrong with an activation's numbers."""
+    """Return what is wrong with the numbers of an activation, or None."""
     if not all(math.isfinite(x) for x in (entry.threshold, entry.low, entry.high)):
         return "threshold, min or max is not finite. Calibrate again."
     if entry.threshold <= 0:
@@ -152,18 +152,18 @@ def _threshold_problem(entry: Threshold) -> str | None:
 
 
 def _scales_problem(entry: WeightScales) -> str | None:
-    """Return what is wrong with a weight's numbers."""
+    """Return what is wrong with the numbers of a weight, or None."""
     n = len(entry.scales)
     if not 1 <= n <= _MAX_SCALES:
         return f"{n} scales, expected 1 to {_MAX_SCALES}. Check the weight's axis."
     if len(entry.zero_points) != n:
-        return f"{n} scales but {len(entry.zero_points)} zero_points. Write as many of each."
+        return f"{n} scales but {len(entry.zero_points)} zero_points. Write as many of both."
     for scale in entry.scales:
         if not (math.isfinite(scale) and scale > 0):
             return f"weight scale {scale} is not positive and finite. Calibrate again."
     for zero_point in entry.zero_points:
         if abs(zero_point) > _MAX_ZERO_POINT:
-            return f"zero_point {zero_point} is no 16-bit integer. Calibrate again."
+            return f"zero_point {zero_point} is not a 16-bit integer. Calibrate again."
     return None
 
 
@@ -216,12 +216,12 @@ def write(table: CalibrationTable) -> str:
     Parameters
     ----------
     table : CalibrationTable
-        Its entries are written in their order.
+        The entries are written in the order of its dicts.
 
     Raises
     ------
     FormatError
-        A name or number that the compiler could not read, an unknown work mode.
+        The compiler could not read a name or number, or the work mode is unknown.
 
     Examples
     --------
@@ -246,7 +246,7 @@ def write(table: CalibrationTable) -> str:
 
 
 class _LineError(Exception):
-    """What is wrong with the line at hand; `read` adds where."""
+    """What is wrong with a line; `read` adds the name of the file and the line number."""
 
 
 def _parse_decimal(text: str) -> float:
@@ -261,7 +261,8 @@ def _parse_decimal(text: str) -> float:
 
 def _parse_integer(text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise _LineError(f"'{text[:40]}' is not a small integer. Write it without a point.")
+        message = f"'{text[:40]}' is not an integer of at most 9 digits. Write it without a point."
+        raise _LineError(message)
     return int(text)
 
 
@@ -325,7 +326,7 @@ def _parse_head(number: int, line: str) -> str | None:
 
 
 class _Reader:
-    """The sections read so far; one line goes in at a time."""
+    """The sections read so far; `take` adds one line."""
 
     def __init__(self) -> None:
         self.work_mode = ""
@@ -335,7 +336,7 @@ class _Reader:
         self.missing = [_INT4, _WEIGHTS]
 
     def take(self, number: int, line: str) -> None:
-        """Take in line ``number``, counted from 1."""
+        """Add line ``number``, counted from 1."""
         if number <= 2:
             self.work_mode = _parse_head(number, line) or self.work_mode
         elif line.startswith("#"):
@@ -357,24 +358,24 @@ class _Reader:
 
 
 def read(text: str, name: str) -> CalibrationTable:
-    """Read a ``cali_table`` as `write` lays it out; undo `write`.
+    """Read a ``cali_table`` in the layout of `write`: inverse of `write`.
 
-    Strict, since the compiler skips in silence what it does not understand. Blank lines and the
-    width of the gaps between fields are free.
+    Reading is strict, because the compiler silently skips lines that it does not understand. Blank
+    lines are skipped, and any white space separates fields.
 
     Parameters
     ----------
     text : str
         The whole table, at most 256 MiB.
     name : str
-        What errors call the table, usually its path.
+        Name of the table for error messages, usually its path.
 
     Raises
     ------
     FormatError
-        As ``name:line: what is wrong``: wrong number of fields, something that is not a plain
-        decimal, a threshold or scale that is not positive, a name given twice, an unknown or
-        missing section.
+        As ``name:line: what is wrong``: the number of fields is wrong, a number is not a plain
+        decimal, a threshold or scale is not positive, a name appears twice, or a section is unknown
+        or missing.
     """
     if len(text) > _MAX_SIZE:
         raise FormatError(f"{name}:1: larger than 256 MiB. This is not a calibration table.")

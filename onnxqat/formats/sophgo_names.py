@@ -1,11 +1,12 @@
-"""Which name Sophgo's compiler looks up for each tensor, and what stands under it.
+"""The names under which Sophgo's compiler looks up each tensor.
 
-tpu-mlir names an op ``<tensor>_<OpType>`` after the ONNX node that made its output
-(``python/transform/OnnxConverter.py``); graph inputs keep their bare name. After it fused
-Conv + Relu it looks up the Relu's line; the Conv's line says the same, so that either is found.
-A weight goes by ``<op>_weight``, the op being the last of its fused chain. The compiler's
-simplifier makes a Gemm of a two-dimensional MatMul and the Add behind it, and then looks up
-``<tensor of the Add>_Gemm``, or stops (seen with tpu-mlir 1.30.2): the Add stands under both names.
+tpu-mlir names an op ``<output tensor>_<OpType>``, after the ONNX node that computes the tensor
+(``python/transform/OnnxConverter.py``); graph inputs keep their names. After fusing Conv + Relu it
+looks up the Relu; the table has the same numbers under the Conv's name, so that both are found. The
+name of a weight is ``<op>_weight``, where the op is the last of the fused chain. The compiler's
+simplifier turns a two-dimensional MatMul and the Add that follows it into a Gemm, and then looks up
+``<output of the Add>_Gemm``; it stops if that is missing (seen with tpu-mlir 1.30.2). The table
+therefore has such an Add under both names.
 """
 
 from __future__ import annotations
@@ -50,20 +51,20 @@ class _Names:
         }
 
     def with_alias(self, name: str, suffix: str = "") -> Iterator[str]:
-        """Yield a name, and the one it goes by once the compiler made a Gemm of it."""
+        """Yield a name, and its second name if the compiler turns the op into a Gemm."""
         yield f"{name}{suffix}"
         if name in self.aliases:
             yield f"{self.aliases[name]}{suffix}"
 
     def is_alias(self, name: str) -> bool:
-        """Return whether a table may do without a name."""
+        """Return whether a name is only an alias, which a table need not contain."""
         return name.removesuffix("_weight") in self.aliases.values()
 
     def of_output(self, node: gs.Node, index: int = 0) -> str:
         return f"{node.outputs[index].name}_{node.op}"
 
     def activations(self) -> Iterator[tuple[str, QuantPoint]]:
-        """Yield every name an activation goes by, inner tensors of chains included."""
+        """Yield every name of every activation, inner tensors of chains included."""
         for tensor in self.graph.inputs:
             if tensor.name in self.points:
                 yield tensor.name, self.points[tensor.name]
@@ -76,10 +77,10 @@ class _Names:
                         yield name, self.points[source]
 
     def weights(self) -> Iterator[tuple[str, QuantPoint, int]]:
-        """Yield every name a weight goes by, one for each node that reads it, and its channels.
+        """Yield every name of every weight (one per consumer), its point and the scales needed.
 
-        The compiler quantizes a convolution per output channel always, and reads that many
-        scales: a per-tensor grid is the same scale again and again. 0: as many as the grid has.
+        The compiler always quantizes a convolution per output channel and reads that many scales,
+        so a per-tensor scale must be repeated. A count of 0 means as many scales as the grid has.
         """
         for point in self.plan.grid_points():
             if point.role == "weight":
@@ -89,9 +90,9 @@ class _Names:
                         yield name, point, _channels(self.nodes[edge.node])
 
     def floats(self) -> Iterator[gs.Node]:
-        """Yield the nodes that run in float: skipped ones, and those an override left off the grid.
+        """Yield the nodes that run in float: skipped nodes, and nodes with unquantized tensors.
 
-        A chain runs as one node; it is in float as soon as one of its nodes is.
+        A chain runs as one node; if one of its nodes is in float, the whole chain is.
         """
         skipped = {skip.node for skip in self.plan.skips}
         off = (n.name for n in self.graph.nodes if n.name in skipped or self._is_off_grid(n))
@@ -103,7 +104,7 @@ class _Names:
     def _is_off_grid(self, node: gs.Node) -> bool:
         """Return whether a node reads or writes data that are not quantized."""
         read = [t for i, t in enumerate(node.inputs) if takes_grid(node, i)]
-        if node.op not in WEIGHTED:  # a constant elsewhere is the rule's business
+        if node.op not in WEIGHTED:  # for other ops the rule may leave constants in float
             read = [t for t in read if not isinstance(t, gs.Constant)]
         written = [t for t in node.outputs if t.outputs or t.name in self.outputs]
         return any(
@@ -113,7 +114,7 @@ class _Names:
 
 
 def _channels(node: gs.Node) -> int:
-    """Return how many output channels a convolution has, 0 for other ops."""
+    """Return the number of output channels of a convolution; 0 for other ops."""
     return (output_channels(node, node.inputs[1].shape) or 0) if is_convolution(node) else 0
 
 
@@ -123,7 +124,7 @@ def table_of(model: QuantizedModel) -> CalibrationTable:
     Raises
     ------
     FormatError
-        The model has what the table cannot say: zero points, widths other than 8 and 4 bits.
+        The model has zero points other than 0 or widths other than 8 and 4 bits.
     """
     plan, params = model.plan, model.params
     names = _Names(model.floats.graph, plan)
@@ -135,7 +136,7 @@ def table_of(model: QuantizedModel) -> CalibrationTable:
         section = int4 if point.spec.bits == 4 else activations
         _add(section, name, _threshold(point, params[point.parameters]))
     for name, point, channels in names.weights():
-        # a grid narrower than 8 bits is a part of that of 8 bits, at the same scale
+        # a grid narrower than 8 bits is a part of the 8-bit grid with the same scale
         _check_sayable(point, params[point.parameters], range(2, 9))
         _add(weights, name, _scales(params[point.parameters], channels))
     mixed = any(p.spec.bits == 4 for p in plan.grid_points())
@@ -153,7 +154,7 @@ def _threshold(point: QuantPoint, params: QuantParams) -> Threshold:
 
 def _scales(params: QuantParams, channels: int) -> WeightScales:
     scales = np.atleast_1d(params.scale).astype(np.float64)
-    if channels:  # of a grouped ConvTranspose, each group has the scales anew
+    if channels:  # a grouped ConvTranspose repeats its scales for each group
         scales = np.tile(scales, channels // scales.size)
     return WeightScales(scales=tuple(scales.tolist()), zero_points=(0,) * scales.size)
 
@@ -167,7 +168,7 @@ def _check_sayable(point: QuantPoint, params: QuantParams, widths: Collection[in
     if point.spec.bits not in widths:
         raise FormatError(
             f"'{point.tensor}' has {point.spec.bits} bits; a Sophgo table holds 8 and 4 bits. "
-            "Insert again with one of them."
+            "Insert again with 8 or 4 bits."
         )
 
 
@@ -177,8 +178,8 @@ _Entry = TypeVar("_Entry", Threshold, WeightScales)
 def _add(section: dict[str, _Entry], name: str, entry: _Entry) -> None:
     if section.setdefault(name, entry) != entry:
         raise FormatError(
-            f"Two tensors go by '{name}' in a Sophgo table, at different scales. Rename one in "
-            "the model."
+            f"Two tensors with different scales have the name '{name}' in a Sophgo table. Rename "
+            "one of them in the model."
         )
 
 
@@ -209,25 +210,25 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
     if not all(p.spec.symmetric for p in plan.grid_points()):
         raise FormatError(
             f"{table.name}: cannot be read under the rule '{plan.rule}', which is asymmetric; a "
-            "Sophgo table holds symmetric ranges only. Name the rule it was made with by --rules."
+            "Sophgo table holds symmetric ranges only. Give --rules the rule it was made with."
         )
     return found_in(sophgo.read(table.text(), table.name), graph, plan, table.name)
 
 
 def found_in(table: CalibrationTable, graph: gs.Graph, plan: QuantPlan, source: str) -> Found:
-    """Find the parameters that a table gives the points of ``plan``; undo `table_of`.
+    """Find the parameters that a table gives the points of ``plan``: inverse of `table_of`.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        The float graph the plan was made for.
+        The float graph that the plan was made for.
     source : str
         Name of the table, for messages.
 
     Raises
     ------
     FormatError
-        Two lines that must agree do not, or a weight has another number of scales.
+        Two lines that must agree differ, or a weight has the wrong number of scales.
     """
     names, found = _Names(graph, plan), Found(source, graph)
     for name, point in names.activations():
@@ -249,13 +250,13 @@ def found_in(table: CalibrationTable, graph: gs.Graph, plan: QuantPlan, source: 
 
 
 def _put_weight(found: Found, point: QuantPoint, entry: WeightScales, name: str) -> None:
-    """Take in a weight's scales, which the table may repeat."""
+    """Add the scales of a weight; the table may repeat them."""
     axis = point.spec.axis
     count = 1 if axis is None else int(found.tensors[point.tensor].shape[axis])
     scales = np.asarray(entry.scales)
     if scales.size % count == 0 and (scales.reshape(-1, count) == scales[:count]).all():
         scales = scales[:count]
-    # a constant takes part in its group's signedness
+    # a constant has the signedness of its group
     shared = found.params.get(point.parameters)
     signed = shared.signed if shared is not None else point.spec.signedness != "unsigned"
     found.put(point, scales, entry.zero_points[: scales.size], signed=signed, name=name)

@@ -1,7 +1,6 @@
-"""What a calibration table holds, whatever text it is written as.
+"""The contents of Sophgo's calibration table, independent of its text.
 
-Pure data, in the terms of the Sophgo layout; each format's module says what the numbers mean to
-its compiler and refuses what it cannot write.
+`onnxqat.formats.sophgo` reads and writes the text, and defines what the numbers mean.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ class Threshold:
     Attributes
     ----------
     threshold : float
-        Value of the largest level, in units of the tensor; positive.
+        Value of the largest integer, in units of the tensor; positive.
     low, high : float
-        Clipping range in units of the tensor; ``low`` is 0 where the integers are unsigned.
+        Clipping range in units of the tensor; ``low`` is 0 if the integers are unsigned.
     """
 
     threshold: float
@@ -30,14 +29,14 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightScales:
-    """Grid of one weight, one entry per output channel, or a single one for the whole tensor.
+    """Grid of one weight: one scale per output channel, or a single one for the whole tensor.
 
     Attributes
     ----------
     scales : tuple of float
         Units of the weight per level; positive.
     zero_points : tuple of int
-        As many as scales.
+        One for each scale.
     """
 
     scales: tuple[float, ...]
@@ -53,11 +52,11 @@ class CalibrationTable:
     activations : dict of str to Threshold
         By the name that the compiler looks up.
     int4 : dict of str to Threshold
-        The same for tensors of 4 bits; a tensor read at both widths stands in both.
+        The same for tensors of 4 bits; a tensor read at both widths appears in both dicts.
     weights : dict of str to WeightScales
         By the name that the compiler looks up.
     work_mode : str
-        One of the words that the compiler knows.
+        One of `onnxqat.formats.sophgo.WORK_MODES`.
     """
 
     activations: dict[str, Threshold] = field(default_factory=dict)

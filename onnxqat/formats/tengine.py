@@ -1,10 +1,10 @@
 """Tengine's scale file: one line ``tensor scale zero_point`` for each activation.
 
-As ModelTC/MQBench ``mqbench/deploy/deploy_tengine.py`` writes ``<model>_for_tengine.scale``.
-Tengine fuses Conv + Relu and looks up the convolution's output, which takes the line of the
-chain's end. The file does not say the dtype: Tengine's option does (uint8 or int8). Weights are
-quantized by Tengine. Scales are printed with all digits of a float64, where MQBench has Python's
-too. Format-checked.
+The layout is that of MQBench's ``<model>_for_tengine.scale`` (ModelTC/MQBench
+``mqbench/deploy/deploy_tengine.py``). Tengine fuses Conv + Relu but looks up the convolution's
+output, so each inner tensor of a chain gets the numbers of the chain's output. The dtype (uint8 or
+int8) is an option of Tengine, not part of the file. Tengine quantizes weights itself. Scales are
+written with all digits of a float64, like MQBench's. Format-checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _write(source: Calibrated) -> Written:
             for point, _ in source.points("activation")
             if point.spec.bits != 8
         ),
-        "A Tengine scale file holds 8 bits; insert again with them",
+        "A Tengine scale file holds 8 bits; insert again with 8 bits",
     )
     signed = {params.signed for _, params in source.points("activation")}
     if len(signed) > 1:
@@ -56,7 +56,7 @@ def _keys(graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
 
 
 def _inner(graph: gs.Graph, plan: QuantPlan) -> dict[str, str]:
-    """Return the tensor that leaves the chain, for each tensor inside of one."""
+    """Map each inner tensor of a chain to the chain's output."""
     outputs = {node.name: node.outputs[0].name for node in graph.nodes}
     return {outputs[name]: outputs[chain[-1]] for chain in plan.chains for name in chain[:-1]}
 

@@ -1,22 +1,22 @@
-"""What TensorRT reads of an implicitly quantized model: calibration cache, dynamic ranges.
+"""The files that TensorRT reads for implicit quantization: calibration cache, dynamic ranges.
 
 The cache::
 
     TRT-8501-EntropyCalibration2
     input: 3c010a14                     tensor, scale as big-endian float32 in hexadecimal
 
-holds the scale itself, absmax / 127 (read by NVIDIA/TensorRT-Model-Optimizer
+holds the scale, absmax / 127 (read by NVIDIA/TensorRT-Model-Optimizer
 ``modelopt/onnx/quantization/calib_utils.py``, written by meituan/YOLOv6
 ``tools/qat/onnx_utils.py``). The dynamic ranges are MQBench's ``clip_ranges.json``
 (ModelTC/MQBench ``mqbench/deploy/deploy_linear.py``)::
 
     {"tensorrt": {"blob_range": {"input": 1.0}}}
 
-each set by ``set_dynamic_range(-x, x)``. MQBench writes ``128 * s`` there; TensorRT divides by 127,
-so ``127 * s`` is written here.
+A caller passes each to ``set_dynamic_range(-x, x)``. MQBench writes ``128 * s``; this module writes
+``127 * s``, since TensorRT divides by 127.
 
-Weights are quantized by TensorRT itself, per output channel by absmax / 127. A tensor without an
-entry stays in higher precision. Format-checked.
+TensorRT quantizes weights itself, per output channel by absmax / 127. A tensor without an entry
+stays in higher precision. Format-checked.
 """
 
 from __future__ import annotations

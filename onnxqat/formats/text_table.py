@@ -1,7 +1,6 @@
-"""Tables of lines ``name number number ...``, as several targets have them.
+"""Tables of lines ``name number number ...``, which several targets use.
 
-Numbers are decimal, with or without exponent, as C's ``%f`` reads them; a sign is refused only
-where a format has no negative numbers.
+Numbers are decimal, with or without an exponent, as C's ``%f`` reads them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{0,400})?([eE][-+]?[0-9]{1,3})?")
 
 
 def misread(name: str, *, longest: int = 2**16) -> str | None:
-    """Return why a name would not be read back as one field.
+    """Return why a name would not be read back as one field, or None.
 
     Parameters
     ----------
     longest : int
-        Bytes that the target's reader takes.
+        Length limit of the target's reader, in bytes of UTF-8.
 
     Examples
     --------
@@ -39,7 +38,7 @@ def misread(name: str, *, longest: int = 2**16) -> str | None:
 
 
 def rows(table: Table, counts: Container[int]) -> dict[str, tuple[float, ...]]:
-    """Return the numbers of each line, by its name.
+    """Return the numbers of each line, by name.
 
     Parameters
     ----------
@@ -61,7 +60,7 @@ def rows(table: Table, counts: Container[int]) -> dict[str, tuple[float, ...]]:
         if name in found:
             raise FormatError(f"{place}: '{name[:80]}' appears twice. Remove one of the lines.")
         if len(texts) not in counts:
-            raise FormatError(f"{place}: {len(texts)} numbers behind the name. Write it again.")
+            raise FormatError(f"{place}: {len(texts)} numbers after the name. Write it again.")
         found[name] = tuple(_number(text, place) for text in texts)
     return found
 

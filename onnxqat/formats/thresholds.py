@@ -1,8 +1,8 @@
 """Tables that give each activation one threshold: the value of the largest integer.
 
-Their targets divide it by 127 and quantize symmetrically to int8; weights they quantize
-themselves, by absmax / 127. A float32 scale times 127 is exact in float64, so that the scale
-survives bit for bit.
+The targets of these tables divide a threshold by 127 and quantize symmetrically to int8. They
+quantize weights themselves, by absmax / 127. A float32 scale times 127 is exact in float64, so the
+scale survives bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEFT_OUT = ("weight scales", "biases")
 
 
 def largest(bits: int) -> int:
-    """Return the largest signed integer of a width.
+    """Return the largest signed integer with this number of bits.
 
     Examples
     --------
@@ -43,19 +43,20 @@ def largest(bits: int) -> int:
 def require_symmetric(
     source: Calibrated, title: str, *, bits: tuple[int, ...] = (8,), weight_bits: Any = (8,)
 ) -> None:
-    """Refuse what a table of signed symmetric integers cannot say.
+    """Refuse a model that a table of signed symmetric integers cannot hold.
 
     Parameters
     ----------
     title : str
-        Names the table, for the message.
+        Name of the table for the message.
     bits, weight_bits : collection of int
-        Widths that it holds.
+        Widths that the table can hold, for activations and for weights.
 
     Raises
     ------
     FormatError
-        It names the tensors with zero points, unsigned integers or other widths.
+        Tensors have zero points other than 0, unsigned integers or other widths; the message
+        names them.
     """
     widths = {"activation": bits, "weight": weight_bits}
     problems = [
@@ -64,7 +65,7 @@ def require_symmetric(
         for point, params in source.points(role)
         if (wrong := _unsayable(point, params, held))
     ]
-    refuse(problems, f"{title} holds signed symmetric integers of its own widths only")
+    refuse(problems, f"{title} holds signed symmetric integers of certain widths only")
 
 
 def _unsayable(point: QuantPoint, params: QuantParams, widths: Any) -> str | None:
@@ -76,7 +77,7 @@ def _unsayable(point: QuantPoint, params: QuantParams, widths: Any) -> str | Non
 
 
 def activation_keys(_graph: gs.Graph, plan: QuantPlan) -> Iterator[Key]:
-    """Yield the keys of a table that names activations by their tensor."""
+    """Yield the keys of a table in which activations have the names of their tensors."""
     return (Key(p.tensor, p.parameters) for p in plan.grid_points() if p.role == "activation")
 
 
@@ -93,7 +94,7 @@ def thresholds(source: Calibrated, title: str) -> dict[str, float]:
 
 
 def put_thresholds(found: Found, plan: QuantPlan, table: Mapping[str, float]) -> None:
-    """Take in a table of thresholds; undo `thresholds`."""
+    """Add the parameters of a table of thresholds: inverse of `thresholds`."""
     tensors = [p for p in plan.grid_points() if p.role == "activation"]
     for point in tensors:
         if point.tensor in table:

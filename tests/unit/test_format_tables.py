@@ -400,7 +400,7 @@ def test_neutral_table_lists_biases_and_float_nodes():
 REFUSED = [
     ("amct", "tensorrt", ("weight.bits=4",), "'w1' is not int8"),
     ("amct", "openvino", (), "'input' is not int8"),
-    ("amct", "tensorrt", (), "'w5' is per-axis, 'n_output' a Gemm"),
+    ("amct", "tensorrt", (), "'w5' is per-axis, but 'n_output' is a Gemm"),
     ("cambricon", "openvino", (), "'input' has a zero_point other than 0"),
     ("cambricon", "cambricon-mlu", ("weight.bits=4",), "'w1' has 4 bits"),
     ("horizon", "openvino", (), "'input' has a zero_point other than 0"),
@@ -477,10 +477,10 @@ ENCODED = '{"version": "0.6.1", "activation_encodings": {"input": %s}, "param_en
         ("tensorrt", "input: 3c010a14\n", "tensorrt", "t:1: expected a header"),
         ("tensorrt", "TRT-1-X\na: 1\n\na: 1\n", "tensorrt", "t:4: 'a' appears twice"),
         ("tensorrt", "TRT-1-X\ninput: ff800000\n", "tensorrt", "t:2: scale -inf is not positive"),
-        ("ncnn", "n_c1 1.0\nn_c2\n", "ncnn", "t:2: 0 numbers behind the name"),
+        ("ncnn", "n_c1 1.0\nn_c2\n", "ncnn", "t:2: 0 numbers after the name"),
         ("ncnn", "n_c1 1.0\nn_c2 1,5\n", "ncnn", "t:2: '1,5' is not a decimal number"),
         ("ncnn", "n_c1_param_0 1 2 3 4 5\nn_c1 1\n", "ncnn", "has 5 scales; its tensor takes 6"),
-        ("ncnn", "n_c1_param_0 1 2 3 4 5 0\nn_c1 1\n", "ncnn", "no positive float32"),
+        ("ncnn", "n_c1_param_0 1 2 3 4 5 0\nn_c1 1\n", "ncnn", "not a positive float32"),
         ("amct", 'record {\n key: "a"\n value {\n scale_x: 1 } }', "ascend", "t:4: 'scale_x' is"),
         ("amct", 'record {\n key: "a"\n value {\n', "ascend", "t:4: expected ':', found the end"),
         ("amct", 'record { key: "n_c1" value { } }', "ascend", "t:1: a record needs one scale_d"),
@@ -493,7 +493,7 @@ ENCODED = '{"version": "0.6.1", "activation_encodings": {"input": %s}, "param_en
         ("axera", b"\x08\x01", "axera-ax650", "lacks 12 names"),
         ("mnn", '{"version": NaN}', "sophgo-cv183x", "NaN is not a number of JSON"),
         ("cambricon", '{"n_c1.scale": [1.0, 1.0], "n_c1.quantized_mode": [2]}', "cambricon-mlu",
-         "'n_c1.quantized_mode' is not that of 8 bits"),
+         "'n_c1.quantized_mode' does not stand for 8 bits"),
     ],
 )  # fmt: skip
 def test_wrong_tables_say_where_and_what(name, text, rule, message):
@@ -515,7 +515,7 @@ def test_wrong_tables_say_where_and_what(name, text, rule, message):
             "'input' has dtype, qmin, qmax, axis int8, .* uint8|'input' is signed",
         ),
         ("mindspore", "mindspore", "openvino", "lacks|differs"),
-        ("tengine", "axera-ax650", "sophgo-bm1684x", "may be signed or not"),
+        ("tengine", "axera-ax650", "sophgo-bm1684x", "may be signed or unsigned"),
     ],
 )
 def test_table_of_another_rule_is_refused(name, made_with, read_with, message):

@@ -136,7 +136,7 @@ def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
 
 @pytest.mark.parametrize("th", [1e-60, 1e300, 0.0])
 def test_a_threshold_outside_float32_is_refused(th: float) -> None:
-    with pytest.raises(FormatError, match="gives no positive float32 scale"):
+    with pytest.raises(FormatError, match="does not give a positive float32 scale"):
         scale_of(Threshold(threshold=th, low=-th, high=th), 8)
 
 
@@ -186,7 +186,7 @@ ONE = Threshold(threshold=1.0, low=0.0, high=1.0)
         ),
         (
             CalibrationTable(weights={"w": WeightScales(scales=(1.0,), zero_points=(70000,))}),
-            "zero_point 70000 is no 16-bit",
+            "zero_point 70000 is not a 16-bit",
         ),
         (CalibrationTable(work_mode="int3"), "Work mode 'int3' is unknown"),
     ],
@@ -218,12 +218,12 @@ def test_the_writer_refuses(table: CalibrationTable, match: str) -> None:
         ("weight 2 0.000000001 0.25", "weight 2 0.25", 8, "3 numbers after N = 2, expected 4"),
         ("weight 2 0.000000001", "weight 2 0.0000000", 8, "weight scale 0.0 is not positive"),
         ("weight 2 0.000000001", "weight 2 -0.1", 8, "weight scale -0.1 is not positive"),
-        ("0.25 0 -3", "0.25 0 0.5", 8, "'0.5' is not a small integer"),
-        ("0.25 0 -3", "0.25 0 99999", 8, "zero_point 99999 is no 16-bit"),
+        ("0.25 0 -3", "0.25 0 0.5", 8, "'0.5' is not an integer of at most 9 digits"),
+        ("0.25 0 -3", "0.25 0 99999", 8, "zero_point 99999 is not a 16-bit"),
         ("weight 2", "weight 0", 8, "0 scales, expected 1 to 1048576"),
         ("weight 2", "weight -2", 8, "-2 scales, expected 1 to 1048576"),
         ("weight 2", "weight 99999999", 8, "99999999 scales, expected 1 to 1048576"),
-        ("weight 2", f"weight {'9' * 5000}", 8, "is not a small integer"),
+        ("weight 2", f"weight {'9' * 5000}", 8, "is not an integer of at most 9"),
         ("out_Gemm_weight 1 0.1 0", "out_Gemm_weight", 9, "a name without numbers"),
         ("out_Gemm_weight", "125_Relu_weight", 9, "'125_Relu_weight' appears twice"),
         ("#int4_th\n", "", 6, "section '#weight_scale', expected '#int4_th'"),
