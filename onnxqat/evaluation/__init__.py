@@ -1,4 +1,4 @@
-"""Evaluation: a model over data, and the figures that come of it."""
+"""Evaluation: run a model on data and compute figures."""
 
 from onnxqat.evaluation.integer import IntegerProgram, PointDifference
 from onnxqat.evaluation.run import Evaluation, check_interface, evaluate

@@ -1,10 +1,10 @@
-"""How often a classifier is right, and whether labels that it hardly ever meets can be its own.
+"""Accuracy of a classifier, and a warning when the labels cannot be those of its own classes.
 
-A network that was trained is right more often than by chance, and about as often as it is sure.
-Where it is neither, the labels count other classes than its outputs do, or it does not get the
-images that it was trained with. Doubted is an accuracy whose 95 % upper bound (Wilson 1927) lies
+A trained network is right more often than chance, and its accuracy is close to its mean confidence.
+If neither holds, the labels number the classes differently than the outputs do, or the images are
+not preprocessed as in training. An accuracy is doubted if its 95 % upper bound (Wilson 1927) is
 
-- below 10 %, or twice chance where that is more, but no more than 10 % above chance, or
+- below 10 %, or below the smaller of twice chance and chance + 10 % where that is larger, or
 - below a quarter of the mean confidence.
 """
 
@@ -19,7 +19,7 @@ from onnxqat.errors import DataError
 
 __all__ = ["CAUSES", "Hits", "doubt"]
 
-FEWEST = 100  # labels; of fewer the bound says little
+FEWEST = 100  # labels; with fewer the bound is too wide to be useful
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 CAUSES = (
     "Check whether the labels are the indices of the model's own classes (--classes), "
@@ -33,9 +33,9 @@ class Hits:
     Attributes
     ----------
     samples, classes : int
-        How many; classes of the last batch.
+        Number of samples so far, and number of classes in the last batch.
     correct : dict of str to int
-        By the name of the metric.
+        Number of correct samples, by name of the metric.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Hits:
         Raises
         ------
         DataError
-            The scores are not of shape (N, classes), or a label is not one of these.
+            The scores are not of shape (N, classes), or a label is not one of the classes.
         """
         if scores.ndim != 2:
             raise DataError(
@@ -59,7 +59,7 @@ class Hits:
         self.classes = scores.shape[1]
         if labels.min(initial=0) < 0 or labels.max(initial=0) >= self.classes:
             raise DataError(
-                f"Labels reach from {labels.min()} to {labels.max()}; the model has "
+                f"Labels range from {labels.min()} to {labels.max()}; the model has "
                 f"{self.classes} classes, 0 to {self.classes - 1}. Check the labels."
             )
         values = scores.astype(np.float64)
@@ -73,18 +73,18 @@ class Hits:
 
     @property
     def fractions(self) -> dict[str, float]:
-        """The metrics; none where nothing was counted."""
+        """The metrics as fractions of one; empty before the first batch."""
         return {name: hits / self.samples for name, hits in self.correct.items()}
 
     @property
     def confidence(self) -> float | None:
-        """The mean of the largest probability; None where it is not a number."""
+        """The mean of the largest probability; None if it is not finite."""
         mean = self._confidence / self.samples if self.samples else math.nan
         return mean if math.isfinite(mean) else None
 
 
 def _confidences(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the largest probability of each row; the values may be probabilities already."""
+    """Return the largest probability of each row of scores or probabilities."""
     if values.size and values.min() >= 0 and values.max() <= 1:
         return np.asarray(values.max(axis=1))
     with np.errstate(all="ignore"):
@@ -93,22 +93,22 @@ def _confidences(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def doubt(accuracy: float, samples: int, classes: int, confidence: float | None) -> str | None:
-    """Return why labels cannot be those that a classifier was trained with, if it is plain.
+    """Return why the labels cannot be those that the classifier was trained with, or None.
 
     Parameters
     ----------
     accuracy, confidence : float
-        Fractions of one: how often the largest score is the label's, and its mean probability.
+        Top-1 accuracy and the mean of the largest probability, as fractions of one.
     samples, classes : int
-        Fewer than 100 samples are never doubted.
+        An accuracy over fewer than 100 samples is never doubted.
     """
     if samples < FEWEST or not classes:
         return None
     upper = _upper_bound(accuracy, samples)
     least = max(0.1, min(2 / classes, 1 / classes + 0.1))
-    found = f"is right on {accuracy:.2%} of {samples} labels (surely no more than {upper:.2%})"
+    found = f"is right on {accuracy:.2%} of {samples} labels (95 % upper bound {upper:.2%})"
     if upper < least:
-        return f"{found}, where a trained network of {classes} classes reaches {least:.0%}"
+        return f"{found}, and a trained network with {classes} classes reaches {least:.0%}"
     if confidence is not None and upper < confidence / 4:
         return f"{found}, and its mean confidence is {confidence:.2%}"
     return None

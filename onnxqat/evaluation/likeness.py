@@ -1,4 +1,4 @@
-"""How much one output of a model is like the same output of another."""
+"""Compare an output of a model with the same output of a reference model."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFigures:
-    """One output against the reference model's.
+    """Figures of one output, compared with the same output of the reference model.
 
     Attributes
     ----------
     output : str
-        Its name.
+        Name of the output.
     kind : {"classes", "integers", "values"}
-        What it holds, see `onnxqat.outputs`.
+        Kind of its values, see `onnxqat.outputs`.
     agreement : float or None
-        ``classes``: fraction of the positions where the largest score is that of the same class.
-        ``integers``: fraction of equal values. A mean over samples of the mean over a sample's
-        positions. None for other values.
+        ``classes``: fraction of the positions where both models have the largest score for the same
+        class. ``integers``: fraction of equal values. Averaged over the positions of each sample,
+        then over the samples. None for other values.
     relative_error : float or None
         Root mean square of the difference, divided by the standard deviation of the reference
-        model's values. None for integers, and where the reference is constant or not finite.
+        model's values. None for integers, and if the reference is constant or not finite.
     max_abs_diff : float or None
-        Largest difference, in the output's units; NaN if any is NaN. None where the two could not
-        be compared, because how many values there are depends on the values.
+        Largest difference, in the output's units; NaN if any is NaN. None if the two have different
+        shapes, which happens where the number of values depends on the data.
     classes, positions : int or None
-        How many classes the output tells apart, and at how many places of a sample; None where it
-        holds no classes.
+        Number of classes, and number of positions per sample; None if the output has no class
+        scores.
     """
 
     output: str
@@ -52,17 +52,17 @@ class OutputFigures:
 
     @property
     def meaning(self) -> str:
-        """What the agreement says, or else the relative error."""
+        """Text that follows the agreement, or the relative error where there is no agreement."""
         if self.kind == "integers":
-            return f"of the integers of '{self.output}' are those of the reference model"
+            return f"of the integers of '{self.output}' equal those of the reference model"
         if self.kind == "values":
             return f"root mean square error of '{self.output}', by its standard deviation"
         places = "samples"
         if self.positions not in (None, 1):
             places = f"positions ({self.positions} per sample)"
         return (
-            f"of the {places} have the largest of the {self.classes} class scores of "
-            f"'{self.output}' where the reference model has it"
+            f"of the {places} have the same top class of '{self.output}' ({self.classes} classes) "
+            "as the reference model"
         )
 
 
@@ -72,7 +72,7 @@ class Likeness:
     Parameters
     ----------
     output : Output
-        What its values mean.
+        The output, with the meaning of its values.
     """
 
     def __init__(self, output: Output) -> None:
@@ -86,12 +86,12 @@ class Likeness:
         self._integers = False
 
     def add(self, ours: Array, theirs: Array) -> None:
-        """Take one batch.
+        """Add one batch.
 
         Raises
         ------
         ModelError
-            The shapes differ where they do not depend on the data.
+            The shapes differ in an axis whose length does not depend on the data.
         """
         self._integers = theirs.dtype.kind in "iub"
         if ours.shape != theirs.shape:
@@ -107,13 +107,15 @@ class Likeness:
         self._spread(ours.astype(np.float64), theirs.astype(np.float64))
 
     def _check_dynamic(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
-        """Refuse shapes that differ in a length which is not free; it may follow from values."""
+        """Refuse shapes that differ in a fixed axis; a free axis may depend on the data."""
         shape = self.output.shape
         free = shape is not None and len(shape) == len(ours) == len(theirs)
         if not free or any(
             a != b and isinstance(n, int) for a, b, n in zip(ours, theirs, shape or (), strict=True)
         ):
-            raise ModelError(f"The outputs have shapes {ours} and {theirs}. They must be alike.")
+            raise ModelError(
+                f"The outputs have shapes {ours} and {theirs}. Give models with equal outputs."
+            )
 
     def _agree(self, ours: Array, theirs: Array) -> None:
         axis = self._axis(ours)
@@ -123,11 +125,11 @@ class Likeness:
             self._places = classes, ours[:1].size // classes
 
     def _axis(self, values: Array) -> int | None:
-        """Return the axis of classes of which one is the largest, None without any."""
+        """Return the axis of the classes if their scores compete, or None."""
         scores = self.output.scores
         if scores is None or values.ndim <= scores.axis or values.shape[scores.axis] < 2:
             return None
-        # independent scores at many places are mostly of nothing, where the largest is noise
+        # with independent scores most positions show no class, and their largest score is noise
         return None if scores.kind == "independent" and values.ndim > 2 else scores.axis
 
     def _spread(self, ours: Array, theirs: Array) -> None:
@@ -165,12 +167,12 @@ class Likeness:
 
 
 def _shares(same: Array) -> float:
-    """Return the sum over samples of the mean over a sample's positions."""
+    """Return the sum over the samples of the mean over each sample's positions."""
     return float(same.reshape(len(same), -1).mean(axis=1).sum()) if same.ndim else float(same)
 
 
 def _difference(a: Array, b: Array) -> float:
-    """Return the largest difference; infinities of one sign are equal, NaN is unequal to all."""
-    unequal = a != b  # in their own dtype: integers may be large
+    """Return the largest difference; equal infinities count as equal, NaN gives NaN."""
+    unequal = a != b  # compare before converting: large integers are not exact in float64
     difference = np.abs(a[unequal].astype(np.float64) - b[unequal].astype(np.float64))
     return float(np.max(difference, initial=0.0))

@@ -1,7 +1,7 @@
-"""Run a model over data, batch by batch, and count.
+"""Run a model over data batch by batch and compute figures.
 
-``float`` strips Q/DQ first; ``qdq`` runs the file node by node, as the rule describes it,
-without any fusion; ``integer`` runs it in the integers of the rule's chip.
+Mode ``float`` removes Q/DQ first. Mode ``qdq`` runs the file node by node without fusion, so that
+it computes exactly what the pairs say. Mode ``integer`` uses the integer arithmetic of the chip.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Samples(Protocol):
-    """What evaluation reads of a batch."""
+    """The part of a batch that evaluation reads."""
 
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
@@ -42,7 +42,7 @@ class Samples(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Class indices of shape (N,), if there are any."""
+        """Class indices of shape (N,), or None."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -52,32 +52,33 @@ class Evaluation:
     Attributes
     ----------
     samples : int
-        How many samples were run.
+        Number of samples.
     metrics : dict of str to float
-        With labels, ``top1`` and, from ten classes on, ``top5``: fractions. And the figures of the
-        metrics that were asked for.
+        With labels: ``top1`` and, for ten classes or more, ``top5``, as fractions. Also the figures
+        of the requested metrics.
     reference : dict of str to float
-        The same figures of the reference model, but for those that compare with it.
+        The same figures of the reference model, except those that compare with it.
     first : dict of str to str
-        The first figure of each metric that was asked for, by the name of the metric.
+        Name of the first figure of each requested metric, by name of the metric.
     agreement : float or None
-        That of the first output that has one, see `OutputFigures`. None without a reference, or
-        where no output holds classes.
+        Agreement of the first output that has one, see `OutputFigures`. None without a reference,
+        and if no output has class scores or integers.
     max_abs_diff : float or None
-        Largest difference of any output value from the reference model's, in its units; NaN if
-        any is NaN.
+        Largest difference between an output value and the reference model's, in the output's
+        units; NaN if any is NaN.
     outputs : tuple of OutputFigures
-        Each output against the reference model's.
+        Figures of each output, compared with the reference model.
     points : tuple of PointDifference
-        Each quantized tensor against the fake-quantized model's; only with ``mode="integer"``.
+        Differences of each quantized tensor from the fake-quantized model; only with
+        ``mode="integer"``.
     loss : float or None
-        What training lowers, where a state is chosen by it.
+        The training loss, if the best state is chosen by it.
     classes : int or None
-        How many the model tells apart; None without labels.
+        Number of classes; None without labels.
     confidence, reference_confidence : float or None
         Mean of the largest probability, of the model and the reference; None without labels.
     note : str
-        What stands for outputs that onnxruntime cannot compute; empty where it computes all.
+        Which tensors replace outputs that onnxruntime cannot compute; empty if it computes all.
     """
 
     samples: int
@@ -101,9 +102,9 @@ class Evaluation:
 
     @property
     def doubt(self) -> str | None:
-        """Why the labels cannot be the model's own, see `onnxqat.evaluation.labels`.
+        """Why the labels cannot be the model's own, or None; see `onnxqat.evaluation.labels`.
 
-        It is the reference that is judged, if there is one: it may be float.
+        With a reference, the figures of the reference are judged, since it may be the float model.
         """
         figures, confidence = self.metrics, self.confidence
         if self.reference:
@@ -114,7 +115,7 @@ class Evaluation:
 
 
 class _Runner(Protocol):
-    """What runs a model: a session, or a program."""
+    """A model that can run: an onnxruntime session or an `IntegerProgram`."""
 
     def run(self, names: None, inputs: dict[str, NDArray[Any]]) -> Any:
         """Return the model's outputs."""
@@ -123,7 +124,7 @@ class _Runner(Protocol):
 def model_session(
     model: AnyModel, mode: Literal["float", "qdq"], *, threads: int = 0
 ) -> ort.InferenceSession:
-    """Return a session of ``model`` in a mode; a float model is itself in both."""
+    """Return a session of ``model`` in a mode; both modes run a float model as it is."""
     if mode == "float":
         model = float_part(model)
     optimization: Optimization = "all"
@@ -146,23 +147,23 @@ def evaluate(
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Count how often a model is right, and how often it agrees with another.
+    """Run a model over data; return its accuracy, its metrics and its agreement with a reference.
 
     Parameters
     ----------
     model : Model
         Float or Q/DQ.
     batches : iterable of batches
-        With labels for ``metrics``.
+        Batches of data. Labels give ``top1`` and ``top5``.
     mode : {"float", "qdq", "integer"}
         How to run ``model``.
     against : Model, optional
-        Reference; a Q/DQ reference runs in its own arithmetic. With ``integer`` the model itself,
-        fake-quantized, by default.
+        Reference model. A Q/DQ reference runs with its pairs. The default with ``integer`` is
+        ``model`` itself with its pairs, with other modes no reference.
     rule : HardwareRule, optional
-        Whose arithmetic ``integer`` follows; the bundled rule the model was made with by default.
+        Rule whose arithmetic ``integer`` uses (default: the bundled rule of the model's plan).
     metrics : sequence of Metric
-        What else is measured; batches have the arrays that they name.
+        Further metrics; the batches must have the arrays that they need.
     progress : callable
         Called after each batch.
 
@@ -173,7 +174,7 @@ def evaluate(
     ModelError
         The reference has other inputs or outputs, or a model cannot run on the data.
     PlanError
-        A model whose Q/DQ pairs count is not calibrated.
+        A model that is run with its Q/DQ pairs is not calibrated.
     RuleError
         ``integer``: the arithmetic of the rule, or of an op, is not documented.
     """
@@ -201,7 +202,7 @@ def evaluate(
 def _runs(
     model: AnyModel, mode: Mode, against: AnyModel | None, rule: HardwareRule | None, threads: int
 ) -> tuple[IntegerProgram | None, list[tuple[_Runner, AnyModel]]]:
-    """Return the integer program, if it is one, and what runs the model and its reference."""
+    """Return the integer program, if any, and a runner for the model and for its reference."""
     integer = mode == "integer"
     program = IntegerProgram(require_quantized(model), rule, threads=threads) if integer else None
     against = model if program and against is None else against
@@ -220,12 +221,12 @@ def check_interface(model: AnyModel, other: AnyModel, *, output_names: bool = Fa
     Parameters
     ----------
     output_names : bool
-        Whether the names of the outputs must agree too, not their number alone.
+        Whether the names of the outputs must agree too, not only their number.
 
     Raises
     ------
     ModelError
-        They differ in the names of their inputs, or in their outputs.
+        The models differ in the names of their inputs, or in their outputs.
     """
     inputs, others = ({t.name for t in float_part(m).graph.inputs} for m in (model, other))
     if inputs != others:
@@ -246,7 +247,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _halved(inputs: dict[str, NDArray[Any]], model: AnyModel) -> dict[str, NDArray[Any]]:
-    """Return float32 inputs as float16 where the model, as a reference, takes float16."""
+    """Return the inputs; convert those to float16 that a reference model takes as float16."""
     halves = {t.name for t in float_part(model).graph.inputs if t.dtype == np.float16}
     return {n: v.astype(np.float16) if n in halves else v for n, v in inputs.items()}
 

@@ -1,4 +1,4 @@
-"""How much a signal is like another, from running sums in float64."""
+"""Similarity of two signals, from running sums in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Similarity", "decibels"]
 
 
 def decibels(ratio: float) -> float:
-    """Return ``10 log10(ratio)``; minus infinity of 0, infinity of infinity.
+    """Return ``10 log10(ratio)``; -inf for 0, inf for inf, NaN for negative ratios.
 
     Examples
     --------
@@ -23,14 +23,14 @@ def decibels(ratio: float) -> float:
 
 
 class Similarity:
-    """Running sums of a reference x and of y, which stands for it: four numbers, whatever comes."""
+    """Running sums of a reference x and its approximation y; the memory is constant."""
 
     def __init__(self) -> None:
         self.signal = self.noise = self.product = self.other = 0.0
         self.equal = True
 
     def add(self, x: NDArray[Any], y: NDArray[Any]) -> None:
-        """Take a part of both, of the same shape."""
+        """Add a part of both, of the same shape."""
         first, second = (np.asarray(v, np.float64).reshape(-1) for v in (x, y))
         with np.errstate(invalid="ignore", over="ignore"):
             difference = first - second
@@ -44,16 +44,16 @@ class Similarity:
     def sqnr(self) -> float:
         """Signal-to-quantization-noise ratio in dB, ``10 log10(sum x^2 / sum (x - y)^2)``.
 
-        Infinite where both are equal.
+        Infinite if both are equal.
         """
         if self.equal:
             return math.inf
-        # of values so small that their squares vanish, nothing can be said
+        # the squares of very small differences can underflow to 0: the ratio is then unknown
         return decibels(self.signal / self.noise) if self.noise else math.nan
 
     @property
     def cosine(self) -> float:
-        """``sum x y / sqrt(sum x^2 sum y^2)``: 1 where both are equal, NaN where one is zero."""
+        """``sum x y / sqrt(sum x^2 sum y^2)``; 1 if both are equal, NaN if one is all zero."""
         if self.equal:
             return 1.0
         size = math.sqrt(self.signal) * math.sqrt(self.other)

@@ -126,7 +126,7 @@ def test_the_best_epoch_is_chosen_by_a_metric(work, monkeypatch):
     texts = document("finetune", "s.onnx", "texts.npz", "--val-data", "texts.npz", "--select", "f1",
                      *TRUTH, "--epochs", 1, "--threads", 1, "-o", "f.onnx")  # fmt: skip
     assert texts["after"]["f1"] >= texts["before"]["f1"]
-    assert "nothing says which array" in error(
+    assert "the array of true values in" in error(
         *("finetune", "s.onnx", "texts.npz", "--select", "f1", "-o", "g.onnx")
     )
 
@@ -170,11 +170,11 @@ def test_map_of_a_detector(detector, caplog):
         found = document(*words)
     told = [record.message for record in caplog.records]
 
-    assert "The outputs are decoded as those of yolov8, by their shapes." in told
+    assert "The outputs are decoded as yolov8, chosen by their shapes." in told
     assert document(*words, "--decode", "yolo11")["metrics"] == found["metrics"]
     # the second class: three found, the first of them, as sure as the others, in no label
     assert found["metrics"]["map50"] == pytest.approx((1 + 2 / 3) / 2, abs=0.01)
-    assert "--decode yolox: the outputs have the shapes (3, 6, 126)" in error(
+    assert "--decode yolox: does not fit outputs of the shapes (3, 6, 126)" in error(
         *words, "--decode", "yolox"
     )
 

@@ -145,11 +145,11 @@ def test_boxes_in_pixels_of_the_file(rng):
 
 def test_what_cannot_be_decoded_is_said(rng):
     inputs = {"x": np.zeros((2, 3, *SIZE), np.float32)}
-    with pytest.raises(ModelError, match=r"No decoder has outputs of the shapes \(2, 10\)"):
+    with pytest.raises(ModelError, match=r"No decoder fits outputs of the shapes \(2, 10\)"):
         Detector()([np.zeros((2, 10))], inputs, None)
-    with pytest.raises(ModelError, match=r"--decode yolox: the outputs have the shapes"):
+    with pytest.raises(ModelError, match=r"--decode yolox: does not fit outputs of the shapes"):
         Detector(decoder=read_decoder("yolox"))(outputs_of("yolov5", rng), inputs, None)
-    with pytest.raises(ModelError, match="one image input, and this one has 0"):
+    with pytest.raises(ModelError, match="one image input; this one has 0"):
         Detector()(outputs_of("yolox", rng), {"x": np.zeros((2, 3))}, None)
     with pytest.raises(OptionError, match=r"--decode 'yolo' is unknown. The nearest"):
         read_decoder("yolo")

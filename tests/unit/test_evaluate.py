@@ -116,8 +116,8 @@ def test_agreement_is_a_mean_over_positions_along_the_axis_of_the_classes(rng):
     assert found.agreement == pytest.approx(np.mean(ours.argmax(1) == theirs.argmax(1)), abs=1e-15)
     assert (found.kind, found.classes, found.positions) == ("classes", 4, 15)
     assert found.meaning == (
-        "of the positions (15 per sample) have the largest of the 4 class scores of 'out' where "
-        "the reference model has it"
+        "of the positions (15 per sample) have the same top class of 'out' (4 classes) as the "
+        "reference model"
     )
 
 
@@ -150,7 +150,7 @@ def test_integers_agree_where_they_are_equal(rng):
 
     assert found.agreement == pytest.approx(np.mean(ours.argmax(1) == theirs.argmax(1)), abs=1e-15)
     assert (found.kind, found.relative_error) == ("integers", None)
-    assert found.meaning == "of the integers of 'out' are those of the reference model"
+    assert found.meaning == "of the integers of 'out' equal those of the reference model"
 
 
 def test_how_many_values_there_are_may_depend_on_them():

@@ -186,5 +186,5 @@ def test_shift_is_exact(rounding):
 
 
 def test_shift_of_another_ratio_is_an_error():
-    with pytest.raises(RuleError, match="is no power of two"):
+    with pytest.raises(RuleError, match="is not a power of two"):
         requantizer(Arithmetic(requantize="shift"), np.asarray(0.3), 32)

@@ -185,7 +185,7 @@ def test_shifted_add_needs_one_scale():
 
     expected = [rounded(Fraction(int(t), 2), "half-even") for t in total]
     assert add([a, a], y, SHIFT)(x, z).tolist() == expected
-    with pytest.raises(RuleError, match="operands of one scale"):
+    with pytest.raises(RuleError, match="operands of equal scale"):
         add([a, y], y, SHIFT)
 
 

@@ -323,7 +323,7 @@ def test_float_and_uncalibrated_models_are_refused():
 
 def test_wide_integers_are_refused():
     _, qdq = quantized(convnet(), overrides=("weight.bits=16",))
-    with pytest.raises(RuleError, match="covers widths up to 8 bits"):
+    with pytest.raises(RuleError, match="supports at most 8 bits"):
         IntegerProgram(qdq)
 
 

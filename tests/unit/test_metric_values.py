@@ -88,7 +88,7 @@ def test_cosine_and_sqnr_of_each_output(rng):
         )
     assert run("sqnr", {"a": a}, reference={"a": a}) == {"sqnr": math.inf}
     assert run("cosine", {"a": a}, reference={"a": a}) == {"cosine": 1.0}
-    with pytest.raises(DataError, match="its length depends on the values"):
+    with pytest.raises(DataError, match="its size depends on the data"):
         run("cosine", {"a": a[:, :5]}, reference={"a": a})
 
 
@@ -125,8 +125,8 @@ def test_mean_iou_over_all_pixels(rng, dtype):
     [
         ((3, 4, 2, 2), np.zeros((3, 2, 1), int), "has classes of shape"),
         ((3, 4, 2, 2), np.zeros((3, 2, 2)), "Store integer masks"),
-        ((3, 4, 2, 2), np.full((3, 2, 2), 4), "has the class 4, and the output 4 classes"),
-        ((3, 4, 2, 2), np.full((3, 2, 2), 255), "no pixel of the masks counts"),
+        ((3, 4, 2, 2), np.full((3, 2, 2), 4), "has the class 4, but the output has 4 classes"),
+        ((3, 4, 2, 2), np.full((3, 2, 2), 255), "all pixels of the masks are ignored"),
         ((3, 4), np.zeros((3, 4), int), "has the shape"),
     ],
 )
@@ -150,7 +150,7 @@ def test_psnr_is_the_mean_over_images(rng):
 
 @pytest.mark.parametrize(
     ("truth", "said"),
-    [(np.full((2, 3), 2.0), "reach from 2 to 2"), (np.zeros((2, 4)), "Store them in the output's")],
+    [(np.full((2, 3), 2.0), "range from 2 to 2"), (np.zeros((2, 4)), "Store them in the output's")],
 )
 def test_images_that_do_not_fit(truth, said):
     with pytest.raises(DataError, match=said):
@@ -204,9 +204,9 @@ def test_exact_match_and_f1_are_those_of_squad(rng):
 @pytest.mark.parametrize(
     ("first", "last", "said"),
     [
-        ([3, 1], [2, 1], "the first before the last"),
+        ([3, 1], [2, 1], "the first not after the last"),
         ([0, -1], [1, -1], "at least one pair"),
-        ([0, 1], [1, 4], "lie in 0 to 3"),
+        ([0, 1], [1, 4], "from 0 to 3"),
         ([0.0, 1.0], [1.0, 1.0], "Store integers"),
     ],
 )
@@ -214,7 +214,7 @@ def test_positions_that_do_not_fit(first, last, said):
     outputs = {name: np.zeros((2, 4), np.float32) for name in ("s", "e")}
     with pytest.raises(DataError, match=said):
         run("f1", outputs, truth={"s": np.array(first), "e": np.array(last)})
-    with pytest.raises(DataError, match="takes two outputs"):
+    with pytest.raises(DataError, match="needs two outputs"):
         run("f1", outputs, truth={"s": np.array([1, 2])})
 
 

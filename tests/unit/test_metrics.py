@@ -106,7 +106,10 @@ def test_one_iterator_cannot_run_ahead(model, images):
         list(outputs)
         return {"n": len(list(data))}
 
-    with opened(images) as data, pytest.raises(DataError, match=r"batch 0 has gone by.*zip\("):
+    with (
+        opened(images) as data,
+        pytest.raises(DataError, match=r"batch 0 is no longer available.*zip\("),
+    ):
         measured(model, data, behind)
 
 
@@ -154,12 +157,12 @@ def top1(outputs, data):
         (raises, r"test_metrics:raises: raised KeyError \('no\\nsuch'\)"),
         (ends, "raised SystemExit"),
         (raises_late, "raised ZeroDivisionError"),
-        (nothing, "returned dict. Return a dict of at least one"),
+        (nothing, "returned dict. Return a dict with at least one"),
         (listed, "returned list"),
         (text, "returned 'x' of type 'str'"),
         (true, "returned 'x' of type 'bool'"),
         (numbered, "returned 1 of type 'float'"),
-        (top1, "returned a figure 'top1', and another one is called so"),
+        (top1, "returned a figure 'top1', a name that is already taken"),
     ],
 )
 def test_what_a_function_does_wrong_is_one_line(model, images, function, said):
@@ -231,7 +234,7 @@ def test_what_the_data_lack_is_said_before_anything_runs(images):
         ]:
             with pytest.raises(DataError, match=said):
                 fitted(data, [read_metric(metric)], ["output"])
-        with pytest.raises(OptionError, match=r"--metric sqnr: compares.*--against"):
+        with pytest.raises(OptionError, match=r"--metric sqnr: needs a model to comp.*--against"):
             fitted(data, [read_metric("sqnr")], ["output"], compared=False)
 
 

@@ -1,4 +1,4 @@
-"""Decoders: from the raw outputs of a detector to boxes, as the package it comes from does it."""
+"""Decoders: compute boxes from a detector's raw outputs, as the detector's own package does."""
 
 from onnxqat.evaluation.decoders.detector import Detector, input_size
 from onnxqat.evaluation.decoders.found import DECODERS, decoder_of, read_decoder

@@ -1,4 +1,4 @@
-"""Boxes in the images that a batch was made of."""
+"""Detections in the pixels of the original image files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Array = NDArray[Any]
 
 @dataclass(kw_only=True)
 class Detector:
-    """Decodes outputs, and undoes the preprocessing.
+    """Decodes outputs to boxes, and maps the boxes back to the original images.
 
     Parameters
     ----------
     decoder : Decoder, optional
-        By default the one whose shapes the first outputs have; which one is told.
+        The default is chosen by the shapes of the first outputs; the choice is logged.
     preprocessing : Preprocessing
-        Of the images.
+        Preprocessing of the images.
     """
 
     decoder: Decoder | None = None
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    _once: Lock = field(default_factory=Lock, repr=False)  # two metrics may ask at a time
+    _once: Lock = field(default_factory=Lock, repr=False)  # two metrics may call at the same time
 
     def __call__(
         self, outputs: Sequence[Array], inputs: Mapping[str, Array], sizes: Array | None
@@ -48,28 +48,28 @@ class Detector:
         Parameters
         ----------
         outputs : sequence of array
-            Of the model, in its order.
+            Outputs of the model, in its order.
         inputs : mapping of str to array
-            What it was fed; one of them is images.
+            Inputs of the model; exactly one of them must be images.
         sizes : int of shape (n, 2), or None
-            Height and width of the files; without them boxes are in pixels of the input.
+            Height and width of the image files; without them, boxes are in pixels of the input.
 
         Raises
         ------
         ModelError
-            The outputs are not those of the decoder, or of none.
+            The shapes of the outputs fit no decoder, or not the given one.
         """
         seen = input_size(inputs)
         with self._once:
             if self.decoder is None:
                 self.decoder = decoder_of(outputs, seen)
                 name = self.decoder.name
-                logger.info("The outputs are decoded as those of %s, by their shapes.", name)
+                logger.info("The outputs are decoded as %s, chosen by their shapes.", name)
         if not self.decoder.fits(outputs, seen):
             shapes = ", ".join(str(output.shape) for output in outputs)
             raise ModelError(
-                f"--decode {self.decoder.name}: the outputs have the shapes {shapes}, for an input "
-                f"of {seen[0]} x {seen[1]}, which are not its own. Name another, or leave it out."
+                f"--decode {self.decoder.name}: does not fit outputs of the shapes {shapes} for an "
+                f"input of {seen[0]} x {seen[1]}. Name another decoder, or leave the option out."
             )
         found = [
             selected(candidates, self.decoder.selection)
@@ -93,13 +93,13 @@ def input_size(inputs: Mapping[str, Array]) -> tuple[int, int]:
     Raises
     ------
     ModelError
-        It has no image input, or several.
+        The model has no image input, or several.
     """
     images = [values.shape for values in inputs.values() if values.ndim == 4]
     if len(images) != 1:
         raise ModelError(
-            f"Boxes are decoded of a model with one image input, and this one has {len(images)}. "
-            "Measure them by --metric module:function."
+            f"Boxes can be decoded for models with one image input; this one has {len(images)}. "
+            "Measure boxes with a function of your own: --metric module:function."
         )
     shape = images[0]
     height, width = shape[1:3] if layout_of_shape(shape) == "nhwc" else shape[2:]

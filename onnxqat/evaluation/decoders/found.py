@@ -1,4 +1,4 @@
-"""Which decoders there are, and which one the shapes of outputs speak for."""
+"""The decoders by name, and the choice of one by the shapes of the outputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ Size = tuple[int, int]
 
 
 class Decoder(NamedTuple):
-    """From outputs to boxes.
+    """Functions that compute boxes from the outputs of one family of detectors.
 
     Attributes
     ----------
     name : str
-        What users call it.
+        Name in ``--decode``.
     fits : callable
-        Whether outputs of an input of a height and width have its shapes.
+        (outputs, (height, width) of the input) -> whether the outputs have the shapes of this
+        family.
     candidates : callable
-        Returns the candidates of each image.
+        (outputs, (height, width) of the input) -> the candidates of each image.
     selection : Selection
-        Which of them become detections.
+        How detections are selected from the candidates.
     """
 
     name: str
@@ -52,7 +53,7 @@ ALIASES = {"yolo11": "yolov8"}
 
 
 def read_decoder(name: str) -> Decoder:
-    """Return the decoder of a name.
+    """Return the decoder with a name.
 
     Raises
     ------
@@ -64,19 +65,19 @@ def read_decoder(name: str) -> Decoder:
 
 
 def decoder_of(outputs: Sequence[Array], size: Size) -> Decoder:
-    """Return the decoder whose shapes outputs have.
+    """Return the decoder that fits the shapes of the outputs.
 
     Raises
     ------
     ModelError
-        There is none.
+        No decoder fits.
     """
     for decoder in DECODERS.values():
         if decoder.fits(outputs, size):
             return decoder
     shapes = ", ".join(str(output.shape) for output in outputs)
     raise ModelError(
-        f"No decoder has outputs of the shapes {shapes} for an input of {size[0]} x {size[1]}. "
-        f"Name one with --decode. {nearest('', DECODERS)} Or measure boxes of your own by "
-        "--metric module:function."
+        f"No decoder fits outputs of the shapes {shapes} for an input of {size[0]} x {size[1]}. "
+        f"Name one with --decode. {nearest('', DECODERS)} Or measure boxes with a function of your "
+        "own: --metric module:function."
     )

@@ -1,4 +1,4 @@
-"""Cells of the maps that a detector predicts from, and boxes of centres and sizes."""
+"""Cells of a detector's output maps, and conversion of boxes from centre and size to corners."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 def cell_counts(size: tuple[int, int], strides: Sequence[int]) -> list[int]:
-    """Return how many cells each map has, of an input of a height and width."""
+    """Return the number of cells of each map, for an input of this (height, width)."""
     return [-(-size[0] // stride) * -(-size[1] // stride) for stride in strides]
 
 
@@ -26,6 +26,6 @@ def cells(size: tuple[int, int], stride: int) -> Array:
 
 
 def corners_of(boxes: Array) -> Array:
-    """Return the corners of boxes that are given as centre, width and height, shape (..., 4)."""
+    """Convert boxes (centre x, centre y, width, height) to corners, both of shape (..., 4)."""
     half = boxes[..., 2:4] / 2
     return np.concatenate([boxes[..., :2] - half, boxes[..., :2] + half], axis=-1)

@@ -1,10 +1,10 @@
 """NanoDet's outputs (RangiLyu/nanodet): generalized focal loss (Li et al. 2020).
 
-``nanodet`` has the class scores of three maps, (N, cells, classes), then of each the distances from
-a cell's centre to the left, top, right and bottom, as logits of a distribution over 0 to 7 strides,
-(N, cells, 4 * 8). Decoded and selected as ``nanodet/model/head/gfl_head.py: get_bboxes_single`` of
-version 0.4.2, the last one whose export has six outputs; ``scripts/check_decoders.py`` found the
-same boxes, within 2e-5 pixels.
+A model has six outputs for three maps: first the class scores of each map, (N, cells, classes),
+then its distances from the cell's centre to the left, top, right and bottom of the box, as logits
+of a distribution over 0 to 7 strides, (N, cells, 4 * 8). Decoding and selection follow
+``nanodet/model/head/gfl_head.py: get_bboxes_single`` of version 0.4.2, the last version whose
+export has six outputs. ``scripts/check_decoders.py`` found the same boxes, within 2e-5 pixels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Array = NDArray[Any]
 
 STRIDES = (8, 16, 32)
 BINS = 8
-MOST_OF_MAP = 1000  # cells that are looked at
+MOST_OF_MAP = 1000  # only the best cells of each map become candidates
 NANODET = Selection(min_score=0.05, max_overlap=0.6, most=100, candidates=10**6)
 
 
 def is_nanodet(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
-    """Return whether outputs have the shapes of one of an input of a height and width."""
+    """Return whether outputs have NanoDet's shapes for an input of this (height, width)."""
     counts = cell_counts(size, STRIDES)
     shapes = [output.shape for output in outputs]
     return (
@@ -41,7 +41,7 @@ def is_nanodet(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
 
 
 def nanodet(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
-    """Return the candidates of each image: the cells of each map that are the surest."""
+    """Return the candidates of each image: the cells of each map with the highest scores."""
     maps = list(zip(STRIDES, outputs[:3], outputs[3:], strict=True))
     return [
         _joined([_of_map(size, stride, scores[i], logits[i]) for stride, scores, logits in maps])

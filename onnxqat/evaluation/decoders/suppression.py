@@ -1,4 +1,4 @@
-"""What is left of candidate boxes: those above a score, and of overlapping ones the best."""
+"""Selection of detections: a minimum score, then non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 
 class Candidates(NamedTuple):
-    """Boxes of one image, each with a score of every class.
+    """Candidate boxes of one image, each with a score for every class.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Boxes that were found in one image, the surest first.
+    """Boxes that were found in one image, highest score first.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Detections(NamedTuple):
     scores : float of shape (n,)
         Probabilities.
     classes : int64 of shape (n,)
-        Indices.
+        Class indices.
     """
 
     corners: Array
@@ -48,20 +48,21 @@ class Detections(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which candidates become detections.
+    """How detections are selected from candidates.
 
     Attributes
     ----------
     min_score : float
-        Lower ones are left out, and equal ones.
+        Candidates with this score or a lower one are dropped.
     max_overlap : float
-        Intersection over union with a better box of the same class, above which a box is left out.
+        A box is dropped if its intersection over union with a better box of the same class is
+        larger than this.
     most : int
-        How many are kept of an image.
+        Maximum number of detections per image.
     candidates : int
-        How many of the best take part in it.
+        Maximum number of candidates, the best ones, that enter the suppression.
     best_class_only : bool
-        Whether a candidate can be of one class only.
+        Whether each candidate keeps only its best class.
     """
 
     min_score: float
@@ -91,7 +92,7 @@ def selected(found: Candidates, rule: Selection) -> Detections:
 
 
 def _suppressed(corners: Array, limit: float) -> list[int]:
-    """Return which boxes greedy non-maximum suppression keeps; the best come first."""
+    """Return the indices that greedy non-maximum suppression keeps; ``corners`` is best first."""
     area = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
     left, kept = np.arange(len(corners)), []
     while left.size:

@@ -1,18 +1,18 @@
-"""YOLO's outputs.
+"""Outputs of the YOLO detectors.
 
 ============  =====================================================================================
 ``yolov5``    (N, boxes, 5 + classes): centre and size in pixels, objectness, classes; the export of
               ultralytics/yolov5 (``export.py``), and the shapes of WongKinYiu/yolov7's.
-              Selected as ``utils/general.py: non_max_suppression`` does in ``val.py``.
+              Selection as in ``utils/general.py: non_max_suppression``, called by ``val.py``.
 ``yolov8``    (N, 4 + classes, boxes): centre and size in pixels, classes; the export of ultralytics
-              for YOLOv8 and YOLO11. Selected as ``non_max_suppression`` does in its validation.
+              for YOLOv8 and YOLO11. Selection as in ``non_max_suppression`` of its validation.
 ``yolox``     (N, cells, 5 + classes): centre and size in units of the map, objectness, classes; the
-              export of Megvii-BaseDetection/YOLOX (``tools/export_onnx.py``). Selected as
-              ``yolox/utils/boxes.py: postprocess`` does in ``tools/eval.py``.
+              export of Megvii-BaseDetection/YOLOX (``tools/export_onnx.py``). Selection as in
+              ``yolox/utils/boxes.py: postprocess``, called by ``tools/eval.py``.
 ============  =====================================================================================
 
 ``scripts/check_decoders.py`` found the same boxes, scores and classes as yolov5 7.0.14, ultralytics
-8.4.190 and YOLOX 6ddff48 do.
+8.4.190 and YOLOX 6ddff48.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Array = NDArray[Any]
 
 STRIDES = (8, 16, 32)
 FURTHER = 64  # stride of the fourth map of the larger models
-ANCHORS = 3  # boxes of a cell
+ANCHORS = 3  # boxes per cell
 YOLOV5 = Selection(min_score=0.001, max_overlap=0.6, most=300)
 YOLOV8 = Selection(min_score=0.001, max_overlap=0.7, most=300)
 YOLOX = Selection(min_score=0.01, max_overlap=0.65, most=10**6, candidates=10**6,
@@ -41,35 +41,35 @@ YOLOX = Selection(min_score=0.01, max_overlap=0.65, most=10**6, candidates=10**6
 
 
 def is_yolov5(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
-    """Return whether outputs have the shapes of one of an input of a height and width."""
+    """Return whether outputs have YOLOv5's shapes for an input of this (height, width)."""
     shape = outputs[0].shape
     counts = [ANCHORS * n for n in _totals(size)]
     return len(shape) == 3 and shape[2] > 5 and shape[1] in counts
 
 
 def is_yolov8(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
-    """Return whether outputs have the shapes of one of an input of a height and width."""
+    """Return whether outputs have YOLOv8's shapes for an input of this (height, width)."""
     shape = outputs[0].shape
     return len(outputs) == 1 and len(shape) == 3 and shape[1] > 4 and shape[2] in _totals(size)
 
 
 def is_yolox(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
-    """Return whether outputs have the shapes of one of an input of a height and width."""
+    """Return whether outputs have YOLOX's shapes for an input of this (height, width)."""
     shape = outputs[0].shape
     cells_there = sum(cell_counts(size, STRIDES))
     return len(outputs) == 1 and len(shape) == 3 and shape[2] > 5 and shape[1] == cells_there
 
 
 def _totals(size: tuple[int, int]) -> list[int]:
-    """Return how many cells three maps have together, and four."""
+    """Return the number of cells of the first three maps together, and of all four."""
     three = sum(cell_counts(size, STRIDES))
     return [three, three + sum(cell_counts(size, [FURTHER]))]
 
 
 def yolov5(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
-    """Return the candidates of each image: scores are objectness times class.
+    """Return the candidates of each image; a score is objectness times class probability.
 
-    Boxes whose objectness is not above the least score are left out, as there.
+    As in ``non_max_suppression``, boxes need an objectness above the minimum score.
     """
     del size
     found = []
@@ -87,7 +87,7 @@ def yolov8(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
 
 
 def yolox(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
-    """Return the candidates of each image: scores are objectness times class."""
+    """Return the candidates of each image; a score is objectness times class probability."""
     grid = np.concatenate([cells(size, stride) for stride in STRIDES])
     stride = np.repeat(np.array(STRIDES, np.float32), cell_counts(size, STRIDES))[:, None]
     found = []

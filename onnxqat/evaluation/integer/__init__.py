@@ -1,4 +1,4 @@
-"""The quantized network run in integers, as the rule says its chip runs it."""
+"""Run the quantized network in the integer arithmetic that the rule gives for its chip."""
 
 from onnxqat.evaluation.integer.compare import PointDifference
 from onnxqat.evaluation.integer.program import IntegerProgram

@@ -23,18 +23,21 @@ def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) ->
     Raises
     ------
     RuleError
-        It counts its padding in a way, or runs over axes, that no source documents.
+        No source documents the integer arithmetic for its padding or its float output.
     """
     node = group.nodes[0]
     source = operands[0]
     grid, target = context.grids[source.tensor], make_target(context, group)
     if target is None:
-        raise RuleError(f"Node '{node.name}': an average that leaves as floats is not documented.")
+        raise RuleError(
+            f"Node '{node.name}': the arithmetic of an average with a float output is unknown. "
+            "Evaluate with --mode qdq."
+        )
     window = _window(node) if node.op == "AveragePool" else None
     if context.arithmetic.requantize == "multiplier" and _counts_differ(node, window):
         raise RuleError(
-            f"Node '{node.name}': the arithmetic of an AveragePool that leaves its padding out of "
-            "the count is unknown. Evaluate with --mode qdq."
+            f"Node '{node.name}': the arithmetic of an AveragePool with count_include_pad = 0 is "
+            "unknown. Evaluate with --mode qdq."
         )
     sums = _sums(node, window)
     output, arithmetic = target.grid, context.arithmetic
@@ -48,7 +51,7 @@ def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) ->
 
 
 def is_spatial(node: gs.Node) -> bool:
-    """Whether an average runs over the axes from 2 on: as a pool does."""
+    """Return whether an average runs over all spatial axes (2 and above), like a pool."""
     if node.op != "ReduceMean":
         return True
     shape = node.inputs[0].shape
@@ -69,7 +72,7 @@ def _window(node: gs.Node) -> Window:
     rank = len(kernel)
     if node.attrs.get("ceil_mode", 0) or node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
         raise RuleError(
-            f"Node '{node.name}': integer evaluation covers neither ceil_mode nor auto_pad of an "
+            f"Node '{node.name}': integer evaluation does not support ceil_mode or auto_pad of an "
             "AveragePool. Evaluate with --mode qdq."
         )
     return Window(
@@ -102,12 +105,12 @@ def _axes(node: gs.Node, centered: Array) -> tuple[int, ...]:
 
 
 def _counts_differ(node: gs.Node, window: Window | None) -> bool:
-    """Whether windows at the border average fewer values than others."""
+    """Return whether windows at the border average fewer values than others."""
     return bool(window and any(window.pads) and not node.attrs.get("count_include_pad", 0))
 
 
 def _counts(node: gs.Node, window: Window | None, centered: Array) -> Int64Array | int:
-    """Return how many values each average is made of."""
+    """Return the number of values in each average."""
     if window is None:
         return int(np.prod([centered.shape[axis] for axis in _axes(node, centered)]))
     if not _counts_differ(node, window):

@@ -1,8 +1,8 @@
-"""Choose a step for everything that a chip runs as one.
+"""Choose a step for each node or chain that the chip runs as one operation.
 
-Nodes that the plan keeps in float, and nodes with an operand left float, run in float between
-DequantizeLinear and QuantizeLinear. The others run as the rule's ``[arithmetic]`` lists them; what
-it does not list is unknown, and refused.
+Nodes that the plan keeps in float, and nodes with an unquantized operand, run in float between
+DequantizeLinear and QuantizeLinear. Other nodes run as the rule's ``[arithmetic]`` table says; an
+operator that the table does not list is an error, since its arithmetic is unknown.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from onnxqat.rules import HardwareRule
 
 __all__ = ["build_steps"]
 
-KEEPS_SIZE = "Abs"  # |lowest integer| may lie one level above the range: the step cuts it
-# Ops that choose or move values.
+KEEPS_SIZE = "Abs"  # |qmin| may be qmax + 1: the step saturates it
+# Ops that move values or choose among them.
 MOVES = (*(op for op, facts in OPERATORS.items() if facts.movement), KEEPS_SIZE)
 MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 ELEMENTWISE = ("Add", "Sub", "Mul")
@@ -51,7 +51,7 @@ INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu")
 
 
 def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
-    """Return the program of a calibrated or fine-tuned Q/DQ model.
+    """Return the steps of a calibrated or fine-tuned Q/DQ model, in the order to run them.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
     if group.kind not in arithmetic.integer or group.kind not in INTEGER:
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
     if not has_only_limits(group):
-        _refuse(context, group, "what follows it in one kernel is not documented")
+        _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
     if group.kind in WEIGHTED:
         return build_product
     if group.kind in MEANS:
@@ -115,7 +115,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
 
 
 def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
-    """Whether an operand is data that the plan left in float: no parameter, no int32 bias."""
+    """Return whether an operand is unquantized data: not a parameter and not an int32 bias."""
     node = next(n for n in group.nodes if n.name == operand.node)
     if operand.grid is not None or not is_float(node.inputs[operand.index]):
         return False
@@ -123,7 +123,7 @@ def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
         return False
     if input_role(node, operand.index) in ("setting", "slope"):
         return False
-    # the constants of a pattern belong to its function
+    # the constants of a pattern are part of the function that it computes
     return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
 
 
@@ -135,7 +135,7 @@ def _refuse(context: Context, group: FusedOp, what: str) -> NoReturn:
 
 
 def _is_move(context: Context, group: FusedOp, quantized: Sequence[Operand]) -> bool:
-    """Whether a group only moves integers of one grid: that is exact."""
+    """Return whether a group only moves integers of one grid, which is exact."""
     node = group.nodes[0]
     outputs = group.outputs
     if len(group.nodes) > 1 or not (keeps_grid(node) or node.op == KEEPS_SIZE):
@@ -146,7 +146,7 @@ def _is_move(context: Context, group: FusedOp, quantized: Sequence[Operand]) -> 
 
 
 def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[str, NDArray[Any]]:
-    """Return the constants of a group by the name of the input, quantized ones on their grid."""
+    """Return the constants of a group by input name; quantized ones are rounded to their grid."""
     found: dict[str, NDArray[Any]] = {}
     for o in operands:
         if o.values is None:
@@ -194,7 +194,7 @@ def _table(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ste
     feeds = {dequantized_name(source.tensor): grid.dequantize(levels)}
     (values,) = step.session.run([target], feeds)
     if values.shape != levels.shape:
-        _refuse(context, group, "it is not a function of one value, and has no table")
+        _refuse(context, group, "it is not a function of a single value, so it has no table")
     table = context.grids[target].quantize(values, context.arithmetic.float_rounding)
     return TableStep(source=source.tensor, target=target, lowest=low, table=table)
 
@@ -224,11 +224,11 @@ def _elementwise(context: Context, group: FusedOp, operands: Sequence[Operand]) 
 def _with_constant(
     context: Context, pair: Sequence[Operand], target: Target, op: str
 ) -> ElementwiseStep:
-    """Return an Add, Sub or Mul whose constant was compiled into the scales."""
+    """Return the step of an Add, Sub or Mul whose constant the compiler folds into the scales."""
     fixed = 0 if pair[0].values is not None else 1
     source, constant, values = pair[1 - fixed].tensor, pair[fixed].tensor, pair[fixed].values
     assert values is not None
-    own = context.grids[constant]  # strip leaves constants on their grid
+    own = context.grids[constant]  # strip writes constants rounded to their grid
     values = np.asarray(own.dequantize(own.quantize(values, "half-even")))
     grid, arithmetic = context.grids[source], context.arithmetic
     if op == "Mul":

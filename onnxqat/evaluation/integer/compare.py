@@ -1,4 +1,4 @@
-"""How far a program is from the fake-quantized model, point by point."""
+"""Differences between an integer program and the fake-quantized model, by point."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["Counts", "PointDifference"]
 
 @dataclass(frozen=True, kw_only=True)
 class PointDifference:
-    """Integers of one tensor against those of the fake-quantized model.
+    """Differences of one tensor's integers from those of the fake-quantized model.
 
     Attributes
     ----------
     tensor : str
+        Name of the tensor.
     differing, max_levels : float, int
-        Share of the values that differ and the largest difference, where the node that writes
+        Fraction of the values that differ, and the largest difference, when the step that computes
         the tensor reads the integers of the fake-quantized model.
     bias_differing : float
-        Share of the values that the rounding of the bias alone changes.
+        Fraction of the values that differ only because the bias is rounded.
     end_differing, end_max_levels : float, int
-        The same at the end of the whole program, in which differences add up.
+        The same in a run of the whole program, where the differences of earlier steps add up.
     """
 
     tensor: str
@@ -47,7 +48,7 @@ class Counts:
     end_max_levels: int = 0
 
     def add(self, expected: NDArray[Any], alone: NDArray[Any], end: NDArray[Any]) -> None:
-        """Count one batch: the reference's integers, the node's own, and the program's."""
+        """Add one batch: integers of the reference, of the step alone, of the whole program."""
         self.total += expected.size
         for name, found in (("", alone), ("end_", end)):
             levels = np.abs(found.astype(np.int32) - expected.astype(np.int32))
@@ -57,7 +58,7 @@ class Counts:
             setattr(self, f"{name}differing", differing)
 
     def result(self, tensor: str) -> PointDifference:
-        """Return the shares."""
+        """Return the differences over all batches."""
         total = max(self.total, 1)
         return PointDifference(
             tensor=tensor,

@@ -1,4 +1,4 @@
-"""What building a program looks up: grids, edges, constants, and parts of the model as sessions."""
+"""Lookups for building a program: grids, edges, constants, and sessions for parts of the model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ __all__ = ["Context", "FusedOp", "Operand", "fused_ops", "make_context"]
 
 @dataclass(frozen=True)
 class Operand:
-    """What one input of a node reads.
+    """One input of a node.
 
     Attributes
     ----------
     node : str
+        Name of the node.
     index : int
+        Index of the input.
     tensor : str
+        Name of the tensor that it reads.
     grid : Grid or None
-        The grid of its integers; None where it is read as it is.
+        The grid of the tensor's integers; None if the input is not quantized.
     values : array or None
         The float values of a constant; None for other tensors.
     """
@@ -48,15 +51,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class FusedOp:
-    """Nodes that the chip runs as one.
+    """Nodes that the chip runs as one operation.
 
     Attributes
     ----------
     kind : str
-        Op type or pattern that comes first.
+        Op type or pattern at the start.
     nodes : tuple of Node
+        All nodes, in order.
     epilogue : tuple of Node
-        The nodes behind the first op or pattern.
+        The nodes after the first op or pattern.
     """
 
     kind: str
@@ -65,26 +69,26 @@ class FusedOp:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what leaves the group."""
+        """Names of the outputs of the last node."""
         return [t.name for t in self.nodes[-1].outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """A model, its plan and its rule, looked up by name.
+    """A model, its plan and its rule, with lookups by name.
 
     Attributes
     ----------
     grids : dict of str to Grid
         The grid of each quantized tensor.
     groups : dict of str to str
-        The name under which the parameters of a tensor go.
+        The `QuantPoint.parameters` of each quantized tensor.
     edges : frozenset of (str, int)
         Inputs of nodes that read integers.
     biases : frozenset of (str, int)
         Inputs of nodes that read an int32 bias.
     float_nodes : frozenset of str
-        What the plan keeps in float.
+        Names of the nodes that the plan keeps in float.
     """
 
     rule: HardwareRule
@@ -101,7 +105,7 @@ class Context:
     float_nodes: frozenset[str]
 
     def operands(self, group: FusedOp) -> list[Operand]:
-        """Return everything a group reads from outside."""
+        """Return all inputs of a group that it does not compute itself."""
         inner = {t.name for node in group.nodes for t in node.outputs}
         return [
             Operand(
@@ -119,13 +123,13 @@ class Context:
     def session(
         self, group: FusedOp, operands: Iterable[Operand], constants: Mapping[str, NDArray[Any]]
     ) -> ort.InferenceSession:
-        """Return a group as a session of its own, run node by node.
+        """Return a session that runs a group node by node.
 
         Parameters
         ----------
         constants : mapping of str to array
-            What the model has as constants, by name of the input; the others are fed. Operands
-            that are read as integers are named ``t/dequantized``.
+            Values of constant inputs, by input name; all other inputs must be fed. A quantized
+            operand ``t`` has the input name ``t/dequantized``.
         """
         protos = {n.name: onnx.NodeProto() for n in group.nodes}
         for name, proto in protos.items():
@@ -177,7 +181,7 @@ def make_context(
 
 
 def fused_ops(context: Context, chains: Sequence[Sequence[str]]) -> list[FusedOp]:
-    """Return all nodes in an order in which they can run, chains together."""
+    """Return all nodes in a valid order of execution; the nodes of a chain form one group."""
     kinds = [kind for kind in PATTERNS if kind not in context.rule.split]
     index = GraphIndex(context.graph, kinds)
     heads = {chain[-1]: chain for chain in chains}

@@ -1,4 +1,4 @@
-"""What follows a kernel within one op of the chip: a bias, a Relu, a Clip."""
+"""The ops that a chip fuses after a kernel: bias, Relu, Clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["float_limits", "has_only_limits", "make_target"]
 
 
 def has_only_limits(group: FusedOp) -> bool:
-    """Whether only a bias, Relu and Clip with constant limits follow the first op."""
+    """Return whether only a bias, Relu or Clip with constant limits follows the first op."""
     return all(
         node.op == "Relu" or is_bias_add(node) or (node.op == "Clip" and _has_constant_limits(node))
         for node in group.epilogue
@@ -27,7 +27,7 @@ def _has_constant_limits(node: gs.Node) -> bool:
 
 
 def float_limits(group: FusedOp) -> tuple[float, float]:
-    """Return between which floats the epilogue of an op lets values through."""
+    """Return the smallest and the largest float that the epilogue lets through."""
     low, high = -math.inf, math.inf
     for node in group.epilogue:
         if node.op == "Relu":
@@ -41,7 +41,7 @@ def float_limits(group: FusedOp) -> tuple[float, float]:
 
 
 def make_target(context: Context, group: FusedOp) -> Target | None:
-    """Return where the integers of a group go; None where its output is not quantized."""
+    """Return the target for the integers of a group; None if its output is not quantized."""
     (tensor,) = group.outputs
     if tensor not in context.grids:
         return None

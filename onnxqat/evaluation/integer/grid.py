@@ -1,4 +1,4 @@
-"""A tensor's integers and what they stand for."""
+"""Conversion between the integers of a tensor and their real values."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Grid:
         return quantized_range(self.spec, signed=self.params.signed)
 
     def centered(self, levels: NDArray[Any]) -> NDArray[np.int32]:
-        """Return the integers less the zero_point, int32."""
+        """Return the integers minus the zero_point, int32."""
         # only weights are per-axis, and they are symmetric
         zero_point = self.params.zero_point.astype(np.int32)
         return levels.astype(np.int32) - (zero_point if zero_point.ndim == 0 else 0)
 
     def saturate(self, centered: Int64Array) -> NDArray[Any]:
-        """Return the nearest integers of the grid to ``centered + zero_point``."""
+        """Return ``centered + zero_point``, saturated to the quantized range."""
         shifted = centered + np.int64(self.params.zero_point)
         levels: NDArray[Any] = np.clip(shifted, *self.limits).astype(self.params.zero_point.dtype)
         return levels
 
     def dequantize(self, levels: NDArray[Any]) -> FloatArray:
-        """Return float32 values."""
+        """Return the float32 values of integers."""
         return dequantize(levels, self.params, self.spec)
 
     def quantize(self, values: FloatArray, rounding: Rounding) -> NDArray[Any]:
@@ -62,5 +62,5 @@ class Grid:
         with np.errstate(over="ignore"):
             levels = values / self.scale
         low, high = self.limits
-        span = high - low + 1  # beyond it all is saturated anyway
+        span = high - low + 1  # clipping to twice this changes nothing: such values saturate anyway
         return self.saturate(round_levels(np.clip(levels, -2 * span, 2 * span), rounding))

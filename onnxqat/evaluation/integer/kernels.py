@@ -1,7 +1,8 @@
-"""Integer kernels: from the integers of a node's operands to the integers of its output.
+"""Integer kernels: compute the integers of a node's output from the integers of its operands.
 
-Each takes grids and the rule's arithmetic once, and integers then. Sources are named in the rule
-files; formulas that differ between ways of requantizing are named here.
+Each function here takes grids and the rule's arithmetic, and returns a kernel that takes integers.
+The rule files name the sources. A docstring gives the formulas where they depend on the way of
+requantizing.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ TFLITE_LEFT_SHIFT = 20  # tensorflow/lite/kernels/add.cc, for int8
 def add(
     operands: Sequence[Grid], output: Grid, arithmetic: Arithmetic, *, subtract: bool = False
 ) -> Kernel:
-    """Return a kernel for Add or Sub: two levels arrays -> centered output integers.
+    """Return a kernel for Add or Sub: two arrays of integers -> centered output integers.
 
-    ``float``: both operands times their ratio of scales (MLAS ``qladd.cpp``). ``multiplier``:
-    each operand rounded to the output's scale, then added, or added and then rounded where the
-    rule does not say ``rescaled_operands``. ``gemmlowp``: both at twice the larger scale with 20
-    extra bits (``reference/integer_ops/add.h``). ``shift``: operands of one scale are added.
+    ``float``: multiply both operands by their ratios of scales, add, round (MLAS ``qladd.cpp``).
+    ``multiplier`` with ``rescaled_operands``: round each operand to the output's scale, then add.
+    ``gemmlowp``: add at twice the larger scale with 20 extra bits, then round
+    (``reference/integer_ops/add.h``). ``shift``, and ``multiplier`` without ``rescaled_operands``:
+    add operands of equal scale, then round.
     """
     a, b = operands
     sign = -1 if subtract else 1
@@ -62,7 +64,10 @@ def add(
         rescale = [_rescaler(g, output, arithmetic) for g in (a, b)]
         return lambda x, y: rescale[0](x) + sign * rescale[1](y)
     if a.scale != b.scale:
-        raise RuleError("The rule adds operands of one scale, and theirs differ. Unify them.")
+        raise RuleError(
+            "The rule adds operands of equal scale, but their scales differ. Unify them in the "
+            "rule."
+        )
     requantize = requantizer(
         arithmetic, ratio(arithmetic, a.scale, divisor=output.scale), arithmetic.operand_bits
     )
@@ -72,7 +77,10 @@ def add(
 
 
 def _rescaler(grid: Grid, output: Grid, arithmetic: Arithmetic) -> Callable[[Levels], Int64Array]:
-    """``AddLowering::LoweringINT8`` of sophgo/tpu-mlir: shifts of an operand are not negative."""
+    """Return a function that rounds an operand to the output's scale.
+
+    As ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir, whose shifts are not negative.
+    """
     scale = ratio(arithmetic, grid.scale, divisor=output.scale)
     multiplier, shift = nearest_multiplier(scale, arithmetic.operand_bits, lowest_shift=0)
     return lambda x: shift_right(
@@ -105,8 +113,8 @@ def multiply(operands: Sequence[Grid], output: Grid, arithmetic: Arithmetic) -> 
 def mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | int) -> Kernel:
     """Return a kernel for averages: int64 sums of ``counts`` centered values each.
 
-    ``gemmlowp``: requantized, then divided (``reference/integer_ops/mean.h`` and ``pooling.h``).
-    Otherwise the count is part of M.
+    ``gemmlowp``: requantize, then divide by the count (``reference/integer_ops/mean.h`` and
+    ``pooling.h``). Otherwise the count is part of the multiplier M.
     """
     if arithmetic.requantize == "gemmlowp":
         multiplier = ratio(arithmetic, grid.scale, divisor=output.scale)
@@ -117,7 +125,7 @@ def mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | 
 
 
 def leaky_relu(grid: Grid, arithmetic: Arithmetic, alpha: float) -> Kernel:
-    """Return a kernel for LeakyRelu on one grid: negative integers times alpha, requantized."""
+    """Return a kernel for LeakyRelu with one grid: negative integers times alpha, requantized."""
     requantize = requantizer(arithmetic, np.asarray(alpha), arithmetic.operand_bits)
 
     def kernel(x: Levels) -> Int64Array:
@@ -129,14 +137,14 @@ def leaky_relu(grid: Grid, arithmetic: Arithmetic, alpha: float) -> Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Geometry of an AveragePool over the spatial axes, axis 2 and on.
+    """Geometry of an AveragePool over the spatial axes (2 and above).
 
     Attributes
     ----------
     kernel, strides, dilations : tuple of int
         One entry per spatial axis.
     pads : tuple of int
-        All begins, then all ends, as in ONNX.
+        Padding at the start of every axis, then at the end of every axis, as in ONNX.
     """
 
     kernel: tuple[int, ...]
@@ -146,7 +154,7 @@ class Window:
 
 
 def window_sums(values: NDArray[Any], window: Window) -> Int64Array:
-    """Return the int64 sums over the windows of (N, C, spatial...) integers, zero-padded."""
+    """Return the int64 sums of zero-padded (N, C, spatial...) integers over the windows."""
     rank = len(window.kernel)
     pads = [(0, 0), (0, 0), *zip(window.pads[:rank], window.pads[rank:], strict=True)]
     padded = np.pad(values, pads)
@@ -166,17 +174,18 @@ def add_constant(
     *,
     signs: tuple[int, int] = (1, 1),
 ) -> Kernel:
-    """Return a kernel for an operand and a constant, each rounded to the output's scale.
+    """Return a kernel that rounds an operand and a constant to the output's scale and adds them.
 
-    ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir rounds the constant to a scale of its own
-    first, ``SubLowering::LoweringINT8`` does not.
+    For an Add, the constant is first rounded to a scale of its own, as in
+    ``AddLowering::LoweringINT8`` of sophgo/tpu-mlir; for a Sub it is not, as in
+    ``SubLowering::LoweringINT8``.
 
     Parameters
     ----------
     values : array
         The constant, in float.
     signs : tuple of int
-        What the operand and the constant are multiplied by; a -1 makes it a Sub.
+        Factors 1 or -1 of the operand and of the constant; a Sub has one -1.
     """
     if signs == (1, 1):
         levels, scale = _compiled_constant(values)
@@ -196,8 +205,8 @@ def multiply_constant(
 ) -> Kernel:
     """Return a kernel for the product of centered integers and a constant.
 
-    ``MulConstLowering`` and ``MulLowering::LoweringINT8`` of sophgo/tpu-mlir: a single number is
-    part of M.
+    As ``MulLowering::LoweringINT8`` of sophgo/tpu-mlir; a single number becomes part of the
+    multiplier M, as in ``MulConstLowering``.
     """
     if values.size == 1:
         levels, scale = None, values.reshape(()).astype(np.float64)
@@ -216,7 +225,7 @@ def multiply_constant(
 def _compiled_constant(values: NDArray[Any]) -> tuple[Int64Array, NDArray[np.float64]]:
     """Return the integers and the scale that tpu-mlir gives a constant.
 
-    int8 of scale absmax / 127 where one is negative, uint8 of absmax / 255 otherwise.
+    int8 with scale absmax / 127 if a value is negative, else uint8 with scale absmax / 255.
     """
     top, low = (127, -128) if values.min(initial=0) < 0 else (255, 0)
     largest = np.abs(values).max(initial=0).astype(np.float64)

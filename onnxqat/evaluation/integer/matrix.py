@@ -21,11 +21,11 @@ from onnxqat.nodes import is_convolution, is_plain_product
 
 __all__ = ["build_product"]
 
-MAX_BITS = 8  # a sum of products of wider integers need not fit into int32
+MAX_BITS = 8  # sums of products of wider integers may overflow int32
 
 
 def build_product(context: Context, group: FusedOp, operands: Sequence[Operand]) -> ProductStep:
-    """Return the step of a Conv, ConvTranspose, Gemm or MatMul with what is fused to it."""
+    """Return the step of a Conv, ConvTranspose, Gemm or MatMul with its fused ops."""
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name and o.index < 2]
     grids = [context.grids[o.tensor] for o in pair]
@@ -56,19 +56,20 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
 def _check(node: gs.Node, grids: Sequence[Grid]) -> None:
     if any(g.spec.bits > MAX_BITS for g in grids):
         raise RuleError(
-            f"Node '{node.name}': integer evaluation covers widths up to {MAX_BITS} bits. "
+            f"Node '{node.name}': integer evaluation supports at most {MAX_BITS} bits. "
             "Evaluate with --mode qdq."
         )
     if not is_plain_product(node):
         raise RuleError(
-            f"Node '{node.name}': a Gemm with alpha or beta has no documented integer arithmetic."
+            f"Node '{node.name}': the integer arithmetic of a Gemm with alpha or beta is unknown. "
+            "Evaluate with --mode qdq."
         )
 
 
 def _spreader(
     node: gs.Node, pair: Sequence[Operand]
 ) -> Callable[[NDArray[Any], bool], NDArray[Any]]:
-    """Return the function that lays values per output channel along the channels of the sums."""
+    """Return a function that shapes per-channel values so that they broadcast to the sums."""
     group = int(node.attrs.get("group", 1)) if node.op == "ConvTranspose" else 1
     rank = len(pair[1].values.shape) if pair[1].values is not None else 0
     by_vector = node.inputs[1].shape is not None and len(node.inputs[1].shape) == 1
@@ -79,7 +80,7 @@ def _spreader(
         if is_convolution(node):
             repeated = np.tile(values, group) if of_weight else values
             return repeated.reshape(-1, *[1] * (rank - 2))
-        # a constant on the left: its rows, which are the last axis before a vector
+        # a constant on the left has a scale per row; with a vector the rows are the last axis
         return values if of_weight or by_vector else values.reshape(-1, 1)
 
     return spread
@@ -91,7 +92,7 @@ def _bias(
     scales: Sequence[NDArray[Any]],
     spread: Callable[[NDArray[Any], bool], NDArray[Any]],
 ) -> tuple[Int64Array | None, NDArray[np.float64] | None]:
-    """Return the int32 bias, laid along the channels, and what rounding added to it."""
+    """Return the int32 bias and its rounding error, both broadcastable to the sums."""
     found = [
         (node, tensor)
         for node in group.nodes
@@ -111,7 +112,8 @@ def _bias(
     if np.abs(exact).max(initial=0) >= limit:
         raise PlanError(
             f"Bias '{tensor.name}': bias / (s_x * s_w) reaches {np.abs(exact).max():.3g}, beyond "
-            f"{context.rule.bias_bits} bits. Its weights are almost zero; calibrate again."
+            f"{context.rule.bias_bits} bits. The weights of this layer are almost zero; calibrate "
+            "again."
         )
     integers = round_levels(exact, context.arithmetic.bias_rounding)
     return integers, integers - exact
@@ -127,7 +129,9 @@ def _sums(
     if is_convolution(node):
         weight = constants[1]
         if weight is None:
-            raise RuleError(f"Node '{node.name}': its kernel is no constant.")
+            raise RuleError(
+                f"Node '{node.name}': its kernel is not a constant. Evaluate with --mode qdq."
+            )
         low, high = grids[0].limits
         zero_point = int(grids[0].params.zero_point)
         largest = max(zero_point - low, high - zero_point)

@@ -1,8 +1,8 @@
-"""Exact integer sums of products, computed in floating point where nothing can be rounded.
+"""Exact integer sums of products, computed in floating point without rounding.
 
-A float32 sum of integers is exact, in whatever order it is made, while no partial sum passes
-2**24; a float64 sum while none passes 2**53. onnxruntime's float convolution (im2col or direct,
-no Winograd) then gives the integers that an int32 accumulator holds.
+A float32 sum of integers is exact in any order, as long as no partial sum exceeds 2**24 in
+magnitude; a float64 sum, as long as none exceeds 2**53. onnxruntime's float convolution (im2col or
+direct, no Winograd) then gives the same integers as an int32 accumulator.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ExactConvolution:
     Parameters
     ----------
     node : onnx.NodeProto
-        Its inputs are named afresh.
+        The node; its inputs are renamed in a copy.
     weight : int32
         Centered integers, in the layout of the node.
     largest : int
@@ -79,12 +79,15 @@ class ExactConvolution:
 def _exact_parts(
     weight: NDArray[np.int32], largest: int, axis: int, name: str
 ) -> list[NDArray[np.int32]]:
-    """Split a weight along its input channels so that no sum over a part passes 2**24."""
+    """Split a weight along its input channels so that no sum over a part exceeds 2**24."""
     other = tuple(i for i in range(weight.ndim) if i not in (axis, 1 - axis))
     magnitudes = np.abs(weight.astype(np.int64)).sum(axis=other)  # (O, I) or (I, O)
     per_channel = magnitudes.max(axis=1 - axis) * largest
     if per_channel.max(initial=0) > EXACT_FLOAT32:
-        raise ModelError(f"Node '{name}': its kernel is too large for exact integer sums.")
+        raise ModelError(
+            f"Node '{name}': its kernel is too large for exact integer sums. Evaluate with "
+            "--mode qdq."
+        )
     summed = np.concatenate(
         [np.zeros_like(magnitudes.take([0], axis)), magnitudes.cumsum(axis=axis)], axis
     )
@@ -104,5 +107,5 @@ def _exact_parts(
 
 
 def exact_matmul(a: NDArray[np.int32], b: NDArray[np.int32]) -> Int64Array:
-    """Return ``a @ b`` of integers of at most 16 bits as int64."""
+    """Return ``a @ b`` as int64, for integers of at most 16 bits."""
     return np.asarray(np.matmul(a.astype(np.float64), b.astype(np.float64))).astype(np.int64)

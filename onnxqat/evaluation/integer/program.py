@@ -1,4 +1,4 @@
-"""Run a quantized network as its chip does, and hold it against the fake-quantized model."""
+"""Run a network in the integers of its chip, and compare it with the fake-quantized model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class IntegerProgram:
     model : QuantizedModel
         Calibrated or fine-tuned.
     rule : HardwareRule, optional
-        The bundled rule the model was made with, by default.
+        The rule (default: the bundled rule of the model's plan).
 
     Raises
     ------
@@ -62,7 +62,7 @@ class IntegerProgram:
         self.counts: dict[str, Counts] = {}
 
     def run(self, _: None, inputs: Mapping[str, Array]) -> list[Array]:
-        """Return the model's outputs in float, and count the differences of one batch."""
+        """Return the model's outputs in float; count the differences of this batch."""
         reference = self.reference.run(inputs)
         values = Values(floats=dict(inputs))
         for step in self.steps:
@@ -73,9 +73,9 @@ class IntegerProgram:
         return [self._output(name, values) for name in self.outputs]
 
     def tensors(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return what every tensor of one batch stands for, in float, by the float model's names.
+        """Return the real values of every tensor for one batch, by name in the float model.
 
-        What lies within a step that the chip runs as one is not among them.
+        Tensors inside of a step are not included.
         """
         values = Values(floats=dict(inputs))
         for step in self.steps:
@@ -91,7 +91,7 @@ class IntegerProgram:
         return tuple(counts.result(tensor) for tensor, counts in self.counts.items())
 
     def _count(self, step: Step, reference: Values, values: Values) -> None:
-        """Run a step on the reference's tensors, and count."""
+        """Run a step on the tensors of the reference, and count its differences."""
         changed = 0
         if isinstance(step, ProductStep):
             sums = step.accumulate(reference)

@@ -1,7 +1,7 @@
-"""From the scale of a sum to the scale of an output, in the way a rule documents.
+"""Rescale integer sums to the scale of an output, in the way that a rule documents.
 
-With M = s_x * s_w / s_y, the sum of a convolution becomes ``round(sum * M)``. Chips do not
-multiply by M itself but by what these functions derive of it.
+With M = s_x * s_w / s_y, the sum of a convolution becomes ``round(sum * M)``. Chips replace the
+factor M by integers and shifts, which these functions compute.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ def nearest_multiplier(
 ) -> tuple[Int64Array, Int64Array]:
     """Return the integers for which ``multiplier / 2**shift`` is nearest to ``scale``.
 
-    ``get_scale_and_shift`` and ``get_scale_and_shift_positive`` of sophgo/tpu-mlir,
-    lib/Support/MathUtils.cpp: of the shifts up to 30 the first with the least error in float32,
-    with a multiplier of a smaller magnitude than ``2**(bits - 1) - 1``.
+    As ``get_scale_and_shift`` and ``get_scale_and_shift_positive`` of sophgo/tpu-mlir,
+    lib/Support/MathUtils.cpp: among the shifts up to 30 whose multiplier is smaller in magnitude
+    than ``2**(bits - 1) - 1``, the first with the least error in float32.
 
     Parameters
     ----------
     scale : float
-        Taken as float32, any shape.
+        Scale of any shape, rounded to float32.
+    bits : int
+        Width of the multiplier.
+    lowest_shift : int
+        Smallest shift.
 
     Returns
     -------
     multiplier, shift : int64
         Arrays of the shape of ``scale``. The error is at most ``2**-31``, or
-        ``scale * 2**-(bits - 2)`` where the width of the multiplier is what limits.
+        ``scale * 2**-(bits - 2)`` if the width of the multiplier is the limit.
     """
     wanted = np.asarray(scale, np.float32).astype(np.float64)
     least = np.full(wanted.shape, np.inf, np.float32)
@@ -58,7 +62,7 @@ def nearest_multiplier(
 def fixed_point(scale: Scale) -> tuple[Int64Array, Int64Array]:
     """Return ``multiplier`` of 31 bits and ``exponent``: scale = multiplier * 2**(exponent - 31).
 
-    ``QuantizeMultiplier`` of tensorflow/lite/kernels/internal/quantization_util.cc; the relative
+    As ``QuantizeMultiplier`` of tensorflow/lite/kernels/internal/quantization_util.cc; the relative
     error is at most ``2**-31``.
     """
     mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
@@ -71,7 +75,7 @@ def fixed_point(scale: Scale) -> tuple[Int64Array, Int64Array]:
 
 
 def ratio(arithmetic: Arithmetic, *scales: Scale, divisor: Scale) -> Scale:
-    """Return the product of ``scales`` over ``divisor``, in the precision the kernels use."""
+    """Return the product of ``scales`` divided by ``divisor``, in the precision of the kernels."""
     dtype = np.float32 if arithmetic.requantize == "float" else np.float64
     product = np.asarray(scales[0], dtype)
     for scale in scales[1:]:
@@ -85,14 +89,14 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
     Parameters
     ----------
     scale : float
-        M, broadcastable to the sums.
+        The factor M, broadcastable to the sums.
     bits : int
-        Width of the multiplier, where there is one.
+        Width of the multiplier, for ``requantize = "multiplier"``.
 
     Raises
     ------
     RuleError
-        The rule shifts, and ``scale`` is no power of two.
+        The rule requantizes by a shift, and ``scale`` is not a power of two.
     """
     rounding = arithmetic.rounding
     if arithmetic.requantize == "float":
@@ -106,18 +110,18 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
     mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
     if np.any(mantissa != 0.5):
         raise RuleError(
-            f"The rule requantizes by a shift, and the ratio of the scales, {scale.flat[0]:g}, is "
-            "no power of two. Make the scales powers of two."
+            f"The rule requantizes by a shift, but the ratio of the scales, {scale.flat[0]:g}, is "
+            "not a power of two. Make the scales powers of two."
         )
     places = 1 - exponent.astype(np.int64)
     return lambda sums: shift_right(sums, places, rounding)
 
 
 def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, arithmetic: Arithmetic) -> Requantizer:
-    """``MultiplyByQuantizedMultiplier`` of tensorflow/lite/kernels/internal/common.h.
+    """Return ``MultiplyByQuantizedMultiplier`` of tensorflow/lite/kernels/internal/common.h.
 
-    ``SaturatingRoundingDoublingHighMul`` rounds half up (its nudge of 1 - 2**30 for negative
-    products, and a division that truncates, amount to that).
+    Its ``SaturatingRoundingDoublingHighMul`` rounds half up: for negative products it adds a nudge
+    of 1 - 2**30 and truncates, which gives the same.
     """
     left, right = np.maximum(exponent, 0), np.maximum(-exponent, 0)
 

@@ -1,4 +1,4 @@
-"""Round integers and floats as a rule says: ties to even, away from zero, or up."""
+"""Rounding modes of the rules, for integers and floats: ties to even, away from zero, or up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Int64Array: TypeAlias = NDArray[np.int64]
 
 
 def round_levels(values: NDArray[Any], rounding: Rounding) -> Int64Array:
-    """Return the nearest integers of float32 or float64 ``values``, same shape."""
+    """Return float32 or float64 ``values`` rounded to the nearest integers, same shape."""
     if rounding == "half-even":
         return np.asarray(np.rint(values), np.int64)
     wide = values.astype(np.float64)
@@ -25,7 +25,7 @@ def round_levels(values: NDArray[Any], rounding: Rounding) -> Int64Array:
 
 
 def shift_right(values: Int64Array, shift: Int64Array | int, rounding: Rounding) -> Int64Array:
-    """Return ``values / 2**shift``, rounded; a negative shift goes left.
+    """Return ``values / 2**shift``, rounded; a negative shift shifts left.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Steps of an integer program: what runs as one, from the integers it reads to those it writes.
+"""Steps of an integer program. Each step computes the output of one operation of the chip.
 
-A step reads a `Values` and returns what it computed: integers by tensor, and floats by tensor
-where a reader takes them unquantized.
+A step reads tensors from a `Values` and returns its outputs in a new one: as integers, or as floats
+if the output is not quantized.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ Array = NDArray[Any]
 
 @dataclass
 class Values:
-    """Tensors of one batch: integers where they are quantized, floats where they are not."""
+    """Tensors of one batch by name: integers of quantized tensors, floats of the others."""
 
     levels: dict[str, Array] = field(default_factory=dict)
     floats: dict[str, Array] = field(default_factory=dict)
 
 
 class Step(Protocol):
-    """What runs as one."""
+    """One operation of the program."""
 
     def run(self, values: Values) -> Values:
-        """Return what the step writes."""
+        """Return the outputs of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeStep:
-    """A float tensor to its integers."""
+    """Quantizes a float tensor."""
 
     tensor: str
     grid: Grid
@@ -70,17 +70,18 @@ class QuantizeStep:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatStep:
-    """Nodes in float: integers are dequantized before them.
+    """Dequantizes integers and runs nodes in float.
 
     Attributes
     ----------
     session : InferenceSession
-        Its inputs are named like the tensors, dequantized ones ``t/dequantized``.
+        Its inputs have the names of the tensors; a dequantized tensor is ``t/dequantized``.
     grids : mapping of str to Grid
-        The grids of the tensors that enter as integers.
+        The grids of the quantized inputs.
     floats : tuple of str
-        Tensors that enter as they are.
+        Names of the other inputs.
     outputs : tuple of str
+        Names of the outputs.
     """
 
     session: ort.InferenceSession
@@ -101,7 +102,7 @@ class FloatStep:
 
 @dataclass(frozen=True, kw_only=True)
 class TableStep:
-    """One output integer for each input integer."""
+    """Looks up an output integer for each input integer."""
 
     source: str
     target: str
@@ -116,9 +117,9 @@ class TableStep:
 
 @dataclass(frozen=True, kw_only=True)
 class MoveStep:
-    """Nodes that move values, or choose among them: exact on integers.
+    """Runs nodes that move values or choose among them, which is exact on integers.
 
-    They run in float32 on centered integers, which it holds exactly.
+    The nodes run in float32 on centered integers; float32 represents these exactly.
     """
 
     session: ort.InferenceSession
@@ -143,14 +144,16 @@ class MoveStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a kernel's result goes.
+    """The quantized tensor that a kernel writes.
 
     Attributes
     ----------
     tensor : str
+        Name of the tensor.
     grid : Grid
+        Grid of the tensor.
     limits : tuple of int
-        What a Relu or a Clip behind the kernel lets through, in integers of the grid.
+        Smallest and largest integer that a Relu or Clip after the kernel lets through.
     """
 
     tensor: str
@@ -165,7 +168,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class ElementwiseStep:
-    """A kernel over the levels of its operands; a constant operand stands in it."""
+    """Runs a kernel on the integers of its operands; constant operands are stored here."""
 
     sources: tuple[str, ...]
     constants: Mapping[str, Array]
@@ -183,7 +186,7 @@ class ElementwiseStep:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanStep:
-    """Sums, and a kernel that divides them."""
+    """Computes sums, and runs a kernel that divides them."""
 
     source: str
     grid: Grid
@@ -199,13 +202,14 @@ class MeanStep:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatTarget:
-    """Where sums go that leave as floats: the dequantized accumulator.
+    """The float tensor that dequantized sums are written to.
 
     Attributes
     ----------
     tensor : str
+        Name of the tensor.
     limits : tuple of float
-        What a Relu or a Clip behind the kernel lets through.
+        Smallest and largest value that a Relu or Clip after the kernel lets through.
     """
 
     tensor: str
@@ -219,18 +223,19 @@ class ProductStep:
     Attributes
     ----------
     sources : tuple of str
-        One tensor, or two where both operands are activations.
+        Names of the operands that are activations: one or two.
     grids : tuple of Grid
-        Theirs.
+        Grids of the sources.
     sums : callable
         Returns the int64 sums of the centered operands.
     bias, bias_error : int64, float64 or None
-        Broadcastable to the sums: the bias, and what its rounding added to it.
+        The bias and its rounding error, broadcastable to the sums.
     scale : float64
         s_x * s_w, broadcastable to the sums.
     requantize : callable or None
-        None where the sums leave as floats.
+        Requantizes the sums; None if the output is float.
     target : Target or FloatTarget
+        The output.
     """
 
     sources: tuple[str, ...]
@@ -247,7 +252,7 @@ class ProductStep:
         return self.finish(self.accumulate(values))
 
     def finish(self, sums: Int64Array) -> Values:
-        """Return what the sums become."""
+        """Return the output for sums that include the bias."""
         if isinstance(self.target, FloatTarget):
             floats = np.clip(sums * self.scale, *self.target.limits).astype(np.float32)
             return Values(floats={self.target.tensor: floats})
@@ -255,7 +260,7 @@ class ProductStep:
         return self.target.write(self.requantize(sums))
 
     def accumulate(self, values: Values) -> Int64Array:
-        """Return the sums with their bias."""
+        """Return the sums, with the bias added."""
         operands = (
             grid.centered(values.levels[name])
             for name, grid in zip(self.sources, self.grids, strict=True)
@@ -264,7 +269,7 @@ class ProductStep:
         return sums if self.bias is None else sums + self.bias
 
     def changed_by_bias(self, sums: Int64Array) -> int:
-        """Return how many outputs the rounding of the bias changes, requantized by M itself."""
+        """Return how many outputs the rounding of the bias changes, with the exact factor M."""
         if self.bias_error is None or isinstance(self.target, FloatTarget):
             return 0
         grid = self.target.grid
@@ -275,7 +280,7 @@ class ProductStep:
 
 
 def limits_of(grid: Grid, ends: Sequence[tuple[float, float]]) -> tuple[int, int]:
-    """Return the integers between which all of the float ranges ``ends`` let values through."""
+    """Return the smallest and the largest integer that lie in all float ranges ``ends``."""
     low, high = grid.limits
     for start, stop in ends:
         found = grid.quantize(np.asarray([start, stop], np.float32), "half-even")

@@ -1,6 +1,6 @@
 """Metrics: functions of a model's outputs and the data that return numbers by name.
 
-Each built-in one is such a function in a file of its own; `named` says which there are.
+Built-in metrics lie one to a file; `onnxqat.evaluation.metrics.named` lists them.
 """
 
 from onnxqat.evaluation.metrics.batch import MetricBatch

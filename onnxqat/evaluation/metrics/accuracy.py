@@ -1,4 +1,4 @@
-"""How often a class is among the highest scores."""
+"""Top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["top1", "top5"]
 
 
 def top1(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the share of samples whose label has the highest score of the first output."""
+    """Return the fraction of samples whose label has the highest score in the first output."""
     return {"top1": _fractions("top1", outputs, data)["top1"]}
 
 
 def top5(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the share of samples whose label is among the five highest scores.
+    """Return the fraction of samples whose label is among the five highest scores.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How often a model says what another one says."""
+"""Agreement of a model with a reference model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["agreement"]
 
 
 def agreement(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the share of equal classes or integers: the mean over the outputs, then each.
+    """Return the fraction of equal classes or integers: the mean over outputs, then each output's.
 
     See `onnxqat.evaluation.likeness.OutputFigures`.
 

@@ -1,4 +1,4 @@
-"""What a metric reads: the outputs of a batch, and the samples that they are of."""
+"""The arguments of a metric: the outputs of a batch, and the samples of the batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Values: TypeAlias = Mapping[str, Array]  # by the name of the output
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MetricBatch:
-    """The samples of one batch, without those that only fill it.
+    """The samples of one batch, without padding.
 
     Attributes
     ----------
     inputs : mapping of str to array
-        What the model was fed, by its inputs.
+        The model's inputs, by name.
     labels : int64 of shape (n,), or None
         Class indices.
     indices : int64 of shape (n,)
@@ -33,11 +33,11 @@ class MetricBatch:
     arrays : mapping of str to array
         The other arrays of the data, first axis n, as they are stored.
     truth : mapping of str to array
-        Of them, what each output should be, by the name of the output.
+        The true values of each output, by the name of the output; taken from ``arrays``.
     reference : mapping of str to array, or None
-        Outputs of the model that is compared with; None without one.
+        Outputs of the reference model, by name; None without one.
     outputs : mapping of str to Output
-        What the values of each output mean.
+        The meaning of each output's values, by name.
     detector : Detector
         Decodes outputs to boxes.
     """
@@ -52,18 +52,18 @@ class MetricBatch:
     detector: Detector = field(default_factory=Detector)
 
     def detections(self, values: Values) -> list[Detections]:
-        """Return the boxes that outputs of this batch hold, of each image, in pixels of its file.
+        """Return the boxes in each image, decoded from outputs, in pixels of the image file.
 
         Raises
         ------
         ModelError
-            ``--decode`` does not name what decodes them, and their shapes do not say it.
+            The outputs do not fit the decoder, or no decoder fits their shapes.
         """
         return self.detector(list(values.values()), self.inputs, self.arrays.get("size"))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each image file; those of the model's input where none are known."""
+        """Height and width of each image file; if unknown, those of the model's input."""
         if "size" in self.arrays:
             return [(int(height), int(width)) for height, width in self.arrays["size"]]
         return [input_size(self.inputs)] * len(self.indices)

@@ -1,7 +1,7 @@
 """Mean average precision of boxes, as COCO's evaluation computes it (pycocotools).
 
-Lin et al. 2014 (https://arxiv.org/abs/1405.0312): the mean over the classes and over overlaps of
-0.50 to 0.95 of the area under the curve of precision over recall.
+Lin et al. 2014 (https://arxiv.org/abs/1405.0312): the area under the precision-recall curve,
+averaged over the classes and over the overlaps 0.50 to 0.95.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Size = tuple[int, int]
 def mean_average_precision(
     outputs: Iterator[Values], data: Iterator[MetricBatch]
 ) -> dict[str, float]:
-    """Return ``map`` over overlaps of 0.50 to 0.95, ``map50`` and ``map75``.
+    """Return ``map`` (mean over the overlaps 0.50 to 0.95), ``map50`` and ``map75``.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def mean_average_precision(
         if boxes.ndim != 3 or boxes.shape[2] not in (COLUMNS - 1, COLUMNS):
             raise DataError(
                 f"--metric map: array 'boxes' has samples of shape {boxes.shape[1:]}. Store rows "
-                "(class, cx, cy, w, h), -1 as the class where there are fewer."
+                "(class, cx, cy, w, h), and fill unused rows with class -1."
             )
         wanted += [one[one[:, 0] >= 0] for one in boxes]
         sizes += batch.sizes
@@ -55,7 +55,7 @@ def mean_average_precision(
 
 
 def require_pycocotools() -> None:
-    """Refuse to go on without it."""
+    """Raise OptionError if pycocotools is not installed."""
     try:
         import pycocotools  # noqa: F401
     except ImportError as error:
@@ -74,7 +74,7 @@ def _figures(found: list[Detections], wanted: list[Array], sizes: list[Size]) ->
     if not results:
         return dict.fromkeys(("map", "map50", "map75"), 0.0)
     labels = {one["category_id"] for one in truth} | {one["category_id"] for one in results}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
         coco.dataset = {
             "info": {},
@@ -109,7 +109,7 @@ def _annotations(wanted: list[Array], sizes: list[Size]) -> list[dict[str, Any]]
 
 
 def _scale(boxes: Array, height: int, width: int) -> Array:
-    """Return the factors of class, centre, width and height, and what follows."""
+    """Return the factor for each column: class, centre, width, height and the crowd flag."""
     return np.array([1, width, height, width, height, 1][: boxes.shape[1]], np.float64)
 
 

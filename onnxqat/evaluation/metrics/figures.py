@@ -1,4 +1,4 @@
-"""How figures are written: fractions as percentages, ratios in dB, the user's as they are."""
+"""Format figures: fractions as percentages, ratios in dB, figures of user functions unchanged."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["FRACTIONS", "OURS", "RATIOS", "figure_text"]
 
 FRACTIONS = {"top1", "top5", "agreement", "mean_iou", "exact_match", "f1", "map", "map50", "map75"}
 RATIOS = {"psnr", "sqnr"}
-# Names of figures that a user's function cannot have: others are called so.
+# Reserved names, which a user's function cannot return.
 OURS = FRACTIONS | RATIOS | {"cosine", "loss", "max_abs_diff"}
 
 
 def figure_text(name: str, value: float) -> str:
-    """Return a figure for people.
+    """Return a figure as text for people.
 
     Parameters
     ----------
     name : str
-        Its name; behind a ``:`` stands the output that it is of.
+        Name of the figure; may end in ``:`` and the name of an output.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What metrics read of the data, found before anything runs."""
+"""Find the arrays that metrics need in the data, before anything runs."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def fitted(
     compared: bool = True,
     decode: str | None = None,
 ) -> tuple[DataSet, tuple[Metric, ...]]:
-    """Return data whose batches have what metrics read, and metrics that know what that is.
+    """Return the data with the arrays that metrics need, and the metrics with the arrays' names.
 
     Parameters
     ----------
     data : DataSet
-        As it was opened.
+        Data as opened.
     metrics : sequence of Metric
-        As `read_metric` returns them.
+        Metrics as `read_metric` returns them.
     outputs : sequence of str
-        The names of the model's.
+        Names of the model's outputs.
     compared : bool
-        Whether there is a model to compare with.
+        Whether there is a reference model.
     decode : str, optional
-        Name of the decoder of boxes; by default the shapes of the outputs say it.
+        Name of the decoder of boxes (default: chosen by the shapes of the outputs).
 
     Raises
     ------
     DataError
-        The data lack what a metric reads.
+        The data lack an array that a metric needs.
     OptionError
-        A metric compares with another model, and there is none; there is no such decoder.
+        A metric needs a reference model and there is none, or the decoder is unknown.
     """
     decoder = None if decode is None else read_decoder(decode)
     detector = Detector(decoder=decoder, preprocessing=data.said.preprocessing)
@@ -65,7 +65,7 @@ def _fitted(data: DataSet, metric: Metric, outputs: Sequence[str], *, compared: 
         )
     if metric.needs == "reference" and not compared:
         raise OptionError(
-            f"--metric {metric.name}: compares with another model. Name it with --against."
+            f"--metric {metric.name}: needs a model to compare with. Name it with --against."
         )
     if metric.needs == "truth":
         truth = _truth(data, outputs) or _found_truth(data, outputs, metric.name)
@@ -78,7 +78,7 @@ def _fitted(data: DataSet, metric: Metric, outputs: Sequence[str], *, compared: 
 
 
 def _boxes(data: DataSet, metric: str) -> tuple[str, ...]:
-    """Return the arrays of the boxes, and of the sizes of image files where there are any."""
+    """Return the names of the array of boxes and, if there is one, of the array of image sizes."""
     require_pycocotools()
     if BOXES not in data.array_names:
         raise DataError(
@@ -89,7 +89,7 @@ def _boxes(data: DataSet, metric: str) -> tuple[str, ...]:
 
 
 def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:
-    """Return what the user said of the outputs."""
+    """Return the arrays that the user gave with ``--truth``, by output; check that they exist."""
     said = dict(data.said.truth or {})
     for output, array in said.items():
         if output not in outputs:
@@ -101,7 +101,7 @@ def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:
 
 
 def _found_truth(data: DataSet, outputs: Sequence[str], metric: str) -> dict[str, str]:
-    """Return the arrays that are called as outputs are; or the only array, of the only output."""
+    """Return the arrays named like outputs; else the only array, if there is only one output."""
     arrays = data.other_arrays
     named = {name: name for name in outputs if name in arrays}
     if named:
@@ -110,6 +110,6 @@ def _found_truth(data: DataSet, outputs: Sequence[str], metric: str) -> dict[str
         return {outputs[0]: arrays[0]}
     have = ", ".join(f"'{name}'" for name in arrays) or "none"
     raise DataError(
-        f"--metric {metric}: nothing says which array of '{data.name}' an output should equal; "
-        f"besides inputs and labels it has {have}. Give --truth {outputs[0]}=ARRAY."
+        f"--metric {metric}: the array of true values in '{data.name}' is not known; besides "
+        f"inputs and labels there are: {have}. Give --truth {outputs[0]}=ARRAY."
     )

@@ -17,15 +17,15 @@ BYTE = 255
 
 
 def psnr(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the mean over the samples of their PSNR in dB.
+    """Return the mean PSNR of the samples in dB.
 
-    The peak is 255 where the true images are uint8, else 1, in which range they have to lie. What
-    the output has outside of it is clipped, as it is when an image is written.
+    The peak is 255 if the true images are uint8, else 1. The true images must lie between 0 and the
+    peak; output values outside of this range are clipped, as they are when an image is saved.
 
     Raises
     ------
     DataError
-        The true images do not fit the output, or lie outside of their range.
+        The true images have another shape than the output, or values outside of their range.
     """
     found: list[float] = []
     for values, batch in zip(outputs, data, strict=True):
@@ -38,7 +38,7 @@ def psnr(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, fl
                 )
             if truth.min(initial=0) < 0 or truth.max(initial=0) > peak:
                 raise DataError(
-                    f"--metric psnr: the images for '{name}' reach from {truth.min():g} to "
+                    f"--metric psnr: the images for '{name}' range from {truth.min():g} to "
                     f"{truth.max():g}. Store floats from 0 to 1, or uint8."
                 )
             clipped = np.clip(values[name].astype(np.float64), 0, peak)

@@ -1,7 +1,7 @@
-"""A metric function at work, in a thread of its own.
+"""Run a metric function in a thread of its own.
 
-The function asks for batches, and whoever runs the models has them when they are ready. Both go on
-side by side: one batch is held for the function while the next one runs.
+The function pulls batches from iterators, while the evaluation pushes them as the models compute
+them. One batch is queued for the function while the models run the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Meter:
     Parameters
     ----------
     metric : Metric
-        Its function starts at once, and waits for the first batch.
+        The metric. Its function starts at once, and waits for the first batch.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -41,7 +41,7 @@ class Meter:
         self._thread.start()
 
     def add(self, values: Values, batch: MetricBatch) -> None:
-        """Hand over one batch; it returns when the function has asked for the one before.
+        """Queue one batch; wait until the function has taken the previous one.
 
         Raises
         ------
@@ -52,12 +52,12 @@ class Meter:
         self._stream.handed.put((values, batch))
 
     def result(self) -> dict[str, float]:
-        """Say that there are no more batches, and return the figures.
+        """Signal the end of the batches, and return the figures.
 
         Raises
         ------
         DataError
-            The function has raised, or returned anything but numbers by name.
+            The function has raised, or did not return a dict of numbers by name.
         """
         self._stream.handed.put(_END)
         self._thread.join()
@@ -65,7 +65,7 @@ class Meter:
         return _figures(self.metric.name, self._returned)
 
     def close(self) -> None:
-        """Let go of a function whose figures nobody wants any more."""
+        """End the function; its figures are no longer needed."""
         with suppress(Empty):
             self._stream.handed.get_nowait()
         self._stream.handed.put(_END)
@@ -87,7 +87,7 @@ class Meter:
 
 
 class _Stream:
-    """The batches as two iterators, of outputs and of samples, that go side by side."""
+    """The batches as two iterators, one of outputs and one of samples, read side by side."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -113,25 +113,25 @@ class _Stream:
                 return
             if done < self.count - 1:
                 raise DataError(
-                    f"{self.name}: batch {done} has gone by. Read outputs and data side by side: "
-                    "for values, batch in zip(outputs, data)."
+                    f"{self.name}: batch {done} is no longer available. Read outputs and data side "
+                    "by side: for values, batch in zip(outputs, data)."
                 )
             done += 1
             yield self.current[part]
 
 
 def _figures(name: str, returned: object) -> dict[str, float]:
-    """Return what a function returned as floats by name."""
+    """Return the figures of a function as floats by name; check their types."""
     if not isinstance(returned, Mapping) or not returned:
         raise DataError(
-            f"{name}: returned {type(returned).__name__}. Return a dict of at least one number "
-            "by its name."
+            f"{name}: returned {type(returned).__name__}. Return a dict with at least one number, "
+            "by name."
         )
     for key, value in returned.items():
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not isinstance(key, str) or not number:
             raise DataError(
-                f"{name}: returned {key!r} of type '{type(value).__name__}'. Return a number, as "
-                "float(...), by the name of each figure."
+                f"{name}: returned {key!r} of type '{type(value).__name__}'. Return a number for "
+                "each name, such as float(...)."
             )
     return {str(key): float(value) for key, value in returned.items()}

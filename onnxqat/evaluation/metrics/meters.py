@@ -1,4 +1,4 @@
-"""Several metrics at work on a model and on the one that it is compared with."""
+"""Run several metrics on a model and on its reference model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Measured", "Meters"]
 
 
 class Measured(NamedTuple):
-    """What metrics returned.
+    """The results of the metrics.
 
     Attributes
     ----------
     metrics, reference : dict of str to float
-        Figures of the model, and of the one that it is compared with.
+        Figures of the model and of the reference model.
     first : dict of str to str
-        The first figure of each metric, by the metric's name.
+        Name of the first figure of each metric, by name of the metric.
     """
 
     metrics: dict[str, float]
@@ -36,18 +36,18 @@ class Measured(NamedTuple):
 
 
 class Meters:
-    """Feeds every metric with a model's outputs, and with the other model's if there is one.
+    """Feeds the outputs of a model, and of its reference model if there is one, to every metric.
 
-    A context manager that lets go of functions whose figures nobody has asked for.
+    A context manager, which ends all functions that still run.
 
     Parameters
     ----------
     metrics : sequence of Metric
-        As `onnxqat.evaluation.metrics.fitted` returns them.
+        Metrics as `onnxqat.evaluation.metrics.fitted` returns them.
     outputs : sequence of Output
-        The model's.
+        Outputs of the model.
     compared : bool
-        Whether there is another model.
+        Whether there is a reference model.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Meters:
             meter.close()
 
     def add(self, batch: Any, ours: Sequence[Array], theirs: Sequence[Array] | None) -> None:
-        """Take one batch and what the models computed of it.
+        """Add one batch and the models' outputs for it.
 
         Raises
         ------
@@ -90,7 +90,7 @@ class Meters:
                 self._theirs[meter.metric.name].add(reference, samples)
 
     def _samples(self, batch: Any, metric: Metric, reference: Values | None) -> MetricBatch:
-        """Return what a metric reads of a batch: the samples that count."""
+        """Return the samples of a batch for a metric, without padding."""
         inputs, indices, held = dict(batch.inputs), None, {}
         if isinstance(batch, Batch):
             indices = batch.indices
@@ -115,7 +115,7 @@ class Meters:
         Raises
         ------
         DataError
-            A function raised or returned no figures, or two have figures of one name.
+            A function raised or returned no figures, or two figures have the same name.
         """
         metrics: dict[str, float] = {}
         reference: dict[str, float] = {}
@@ -125,8 +125,8 @@ class Meters:
             taken = set() if metric.built_in else metrics.keys() | OURS
             for name in found.keys() & taken:
                 raise DataError(
-                    f"{metric.name}: returned a figure '{name}', and another one is called so. "
-                    "Choose another name for it."
+                    f"{metric.name}: returned a figure '{name}', a name that is already taken. "
+                    "Choose another name."
                 )
             metrics |= found
             first[metric.name] = next(iter(found))

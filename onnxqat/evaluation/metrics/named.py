@@ -1,13 +1,14 @@
-"""Which metrics there are: built-in ones by name, others as ``module:function``.
+"""The metrics: built-in ones by name, functions of the user as ``module:function``.
 
-A metric is a function ``metric(outputs, data)`` that returns numbers by name, the first of which
-states and layers are compared by; more is better.
+A metric is a function ``metric(outputs, data)`` that returns numbers by name; more is better. The
+first number ranks training states and layers.
 
 - ``outputs`` iterates over batches; each is a mapping of arrays by the name of the output.
 - ``data`` iterates over the same batches side by side; each is a
   `onnxqat.evaluation.metrics.MetricBatch`.
 
-Neither can be read twice, and one cannot run ahead of the other: a function keeps what it needs.
+Both can be read only once, and must be read side by side. A function that needs earlier batches
+must keep them itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["BUILT_IN", "AnyMetric", "Metric", "Need", "read_metric"]
 Need: TypeAlias = Literal["labels", "truth", "boxes", "reference", "everything"]
 HERE = "onnxqat.evaluation.metrics"
 
-# Where each is, and what it reads besides the outputs.
+# By name: where the function is, and what it reads besides the outputs.
 BUILT_IN: dict[str, tuple[str, Need]] = {
     "top1": (f"{HERE}.accuracy:top1", "labels"),
     "top5": (f"{HERE}.accuracy:top5", "labels"),
@@ -49,15 +50,15 @@ class Metric:
     Attributes
     ----------
     name : str
-        As the user wrote it.
+        Name as the user gave it.
     function : callable
-        See above.
+        The metric function, see the module's docstring.
     needs : {"labels", "truth", "boxes", "reference", "everything"}
-        What it reads besides the outputs; a user's function gets everything there is.
+        What it reads besides the outputs; a function of the user gets everything.
     arrays : tuple of str
-        The arrays of the data that its batches have.
+        Names of the data's arrays that its batches contain.
     truth : mapping of str to str
-        Of them, the one that says what an output should be, by the name of the output.
+        Name of the array with an output's true values, by the name of the output.
     detector : Detector
         Decodes outputs to boxes.
     """
@@ -71,12 +72,12 @@ class Metric:
 
     @property
     def compares(self) -> bool:
-        """Whether it compares with another model, so that it has no value of that model's own."""
+        """Whether it compares with the reference model, which then has no value of its own."""
         return self.needs == "reference"
 
     @property
     def built_in(self) -> bool:
-        """Whether it is ours."""
+        """Whether it is not a function of the user."""
         return self.needs != "everything"
 
 
@@ -84,19 +85,19 @@ AnyMetric: TypeAlias = str | MetricFunction | Metric
 
 
 def read_metric(given: AnyMetric, more: Iterable[str] = ()) -> Metric:
-    """Return the metric of a name; that of a user is imported, the current directory first.
+    """Return a metric by name; import a function of the user, the current directory first.
 
     Parameters
     ----------
     given : str or callable
-        A key of `BUILT_IN`, or ``module:function``; or the function itself.
+        A key of `BUILT_IN`, or ``module:function``, or the function itself.
     more : iterable of str
-        Other words that the caller knows, for the message.
+        Further names that the caller accepts, for the error message.
 
     Raises
     ------
     OptionError
-        There is no metric of that name.
+        There is no metric with that name.
     DataError
         There is no such function, or importing it raised.
     """
@@ -111,6 +112,6 @@ def read_metric(given: AnyMetric, more: Iterable[str] = ()) -> Metric:
     if FUNCTION.fullmatch(given):
         return Metric(name=given, function=import_function(given), needs="everything")
     raise OptionError(
-        f"--metric '{given}' is unknown. {nearest(given, [*more, *BUILT_IN])} A function of yours "
-        "is named module:function."
+        f"--metric '{given}' is unknown. {nearest(given, [*more, *BUILT_IN])} For a function of "
+        "your own, give module:function."
     )

@@ -1,4 +1,4 @@
-"""Cosine and signal-to-quantization-noise ratio of each output, against another model's."""
+"""Cosine and signal-to-quantization-noise ratio of each output, against the reference model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["cosine", "sqnr"]
 
 
 def cosine(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the smallest cosine of an output, then that of each, over all values."""
+    """Return the smallest cosine of any output, then the cosine of each, over all values."""
     found = {name: one.cosine for name, one in _similarities(outputs, data).items()}
     return _with_each("cosine", found)
 
 
 def sqnr(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
-    """Return the smallest SQNR of an output in dB, then that of each, over all values."""
+    """Return the smallest SQNR of any output in dB, then the SQNR of each, over all values."""
     found = {name: one.sqnr for name, one in _similarities(outputs, data).items()}
     return _with_each("sqnr", found)
 
@@ -39,8 +39,8 @@ def _similarities(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dic
         for name, reference in batch.reference.items():
             if values[name].shape != reference.shape:
                 raise DataError(
-                    f"--metric cosine, sqnr: '{name}' has the shape {values[name].shape}, that of "
-                    f"the reference {reference.shape}: its length depends on the values. Give "
+                    f"--metric cosine, sqnr: '{name}' has the shape {values[name].shape}, in the "
+                    f"reference model {reference.shape}: its size depends on the data. Give "
                     "another metric."
                 )
             found.setdefault(name, Similarity()).add(reference, values[name])

@@ -1,10 +1,10 @@
 """Exact match and F1 of answers that are spans of a text, as SQuAD defines them.
 
-Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250), section 6.1: exact match is the share of
-the answers that equal a true one; F1 is the harmonic mean of precision and recall of the words, a
-mean over the questions of the largest over the true answers. Here the words are the positions of
-tokens. The predicted span is the one of the largest ``start_i + end_j`` with ``i <= j`` (Devlin et
-al. 2019, https://arxiv.org/abs/1810.04805, section 4.2).
+Rajpurkar et al. 2016 (https://arxiv.org/abs/1606.05250), section 6.1: exact match is the fraction
+of answers that equal a true answer. F1 is the harmonic mean of the precision and recall of the
+words; for each question the best true answer counts, and the questions are averaged. Here words are
+token positions. The predicted span is the one with the largest ``start_i + end_j``, ``i <= j``
+(Devlin et al. 2019, https://arxiv.org/abs/1810.04805, section 4.2).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Spans = NDArray[np.int64]  # first and last position, both inclusive
 def exact_match(outputs: Iterator[Values], data: Iterator[MetricBatch]) -> dict[str, float]:
     """Return exact match, then F1.
 
-    Two outputs (N, positions) have the scores of the first and of the last position, and an array
-    each the true ones: (N,), or (N, answers) where several are right, -1 where there are fewer.
+    Two outputs of shape (N, positions) have the scores of the first and of the last position. Two
+    arrays have the true positions, of shape (N,), or (N, answers) padded with -1.
 
     Raises
     ------
     DataError
-        There are not two such outputs, or the arrays do not fit them.
+        There are not two such outputs with arrays, or the arrays do not fit them.
     """
     exact, overlap = _scores(outputs, data)
     return {"exact_match": exact, "f1": overlap}
@@ -63,14 +63,14 @@ def _pair(values: Values, batch: MetricBatch) -> tuple[str, str]:
     shapes = {values[name].shape for name in names}
     if len(names) != 2 or len(shapes) != 1 or len(shapes.pop()) != 2:
         raise DataError(
-            "--metric f1, exact-match: takes two outputs (N, positions), of the first and the last "
-            "position. Give --truth START=ARRAY --truth END=ARRAY."
+            "--metric f1, exact-match: needs two outputs (N, positions), for the first and the "
+            "last position. Give --truth START=ARRAY --truth END=ARRAY."
         )
     return names[0], names[1]
 
 
 def _best(start: Array, end: Array) -> Spans:
-    """Return the span of the largest sum of scores of each sample, of shape (N, 2)."""
+    """Return the span with the largest sum of scores for each sample, of shape (N, 2)."""
     length = start.shape[1]
     sums = start.astype(np.float64)[:, :, None] + end.astype(np.float64)[:, None, :]
     sums[:, ~np.triu(np.ones((length, length), bool))] = -math.inf
@@ -84,7 +84,8 @@ def _wanted(batch: MetricBatch, start: str, end: str) -> Spans:
     if pair[0].shape != pair[1].shape or any(a.dtype.kind not in "iu" for a in pair):
         raise DataError(
             f"--metric f1, exact-match: the true positions are {pair[0].dtype} of shape "
-            f"{pair[0].shape} and {pair[1].dtype} of shape {pair[1].shape}. Store integers alike."
+            f"{pair[0].shape} and {pair[1].dtype} of shape {pair[1].shape}. Store integers of the "
+            "same shape."
         )
     spans = np.stack([array.astype(np.int64) for array in pair], axis=-1)
     return spans[:, None] if spans.ndim == 2 else spans
@@ -95,13 +96,13 @@ def _check(wanted: Spans, count: int, shape: tuple[int, ...]) -> None:
     fits = wanted.ndim == 3 and len(wanted) == count and np.any(there, axis=1).all()
     if not fits or wanted.max() >= shape[1] or (wanted[there][:, 0] > wanted[there][:, 1]).any():
         raise DataError(
-            f"--metric f1, exact-match: the true positions have to lie in 0 to {shape[1] - 1}, "
-            "the first before the last or equal, at least one pair for each sample. Check them."
+            f"--metric f1, exact-match: each sample needs at least one pair of true positions "
+            f"from 0 to {shape[1] - 1}, the first not after the last. Check the arrays."
         )
 
 
 def _overlap(found: Spans, wanted: Spans) -> NDArray[np.float64]:
-    """Return F1 of the positions of spans, of shape (N, answers); 0 for answers of -1."""
+    """Return the F1 of spans by their positions, of shape (N, answers); 0 for answers of -1."""
     first = np.maximum(found[..., 0], wanted[..., 0])
     last = np.minimum(found[..., 1], wanted[..., 1])
     common = np.maximum(last - first + 1, 0)
