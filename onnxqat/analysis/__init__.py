@@ -1,4 +1,4 @@
-"""Analysis: which tensors and layers of a quantized model differ most from the float one."""
+"""Analysis: which tensors and layers of a quantized model differ most from the float model."""
 
 from onnxqat.analysis.advice import Advice, overrides_file
 from onnxqat.analysis.biases import BiasFigures

@@ -1,4 +1,4 @@
-"""What to do about the layers that cost most, as overrides of the rule."""
+"""Advice for the layers that cost most: overrides of the rule."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from onnxqat.quantized import QuantizedModel
 
 __all__ = ["MOST", "Advice", "advise", "apart", "overrides_file"]
 
-MOST = 5  # layers; where more are bad, leaving some float is not the remedy
-ENOUGH = 0.5  # share of the cost that may be left
+MOST = 5  # layers; if more are bad, leaving layers float is not the remedy
+ENOUGH = 0.5  # fraction of the cost that may remain
 WIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to change.
+    """Overrides that reduce the cost of quantization.
 
     Attributes
     ----------
     layers : tuple of Layer
-        The fewest of the worst that leave less than half of the cost when they stay float; where
-        `MOST` do not, as many as leave the least. None where none helps.
+        The worst layers, as few as halve the cost when they stay float. If `MOST` layers do not
+        halve it, the number of worst layers with the least cost. Empty if none helps.
     cost : float
         Cost of the model with these layers float.
     tried : int
-        How many were left float together at most.
+        Largest number of layers that were left float together.
     overrides : tuple of Override
-        For ``insert``: they get 16 bits where the rule has these, and stay float elsewhere.
+        Overrides for ``insert``: the layers get 16 bits if the rule has them, else stay float.
     """
 
     layers: tuple[Layer, ...]
@@ -52,12 +52,12 @@ def advise(
     *,
     cost: float,
 ) -> Advice:
-    """Return what to change.
+    """Return overrides for the worst layers.
 
     Parameters
     ----------
     layers : sequence of LayerFigures
-        The worst first.
+        Figures of the layers, worst first.
     cost : float
         Cost of the whole model.
     """
@@ -83,7 +83,7 @@ def advise(
 
 
 def apart(override: Override, given: Sequence[Override]) -> Override:
-    """Return an override with a selector that none of those has, for a file of them all."""
+    """Return the override with a selector that is unique, so that one file can hold them all."""
     pattern, known = override.pattern, {(o.kind, o.pattern) for o in given}
     while (override.kind, pattern) in known:
         pattern = f"(?:{pattern})"
@@ -91,12 +91,12 @@ def apart(override: Override, given: Sequence[Override]) -> Override:
 
 
 def overrides_file(model: QuantizedModel, advice: Advice) -> str:
-    """Return the text of an overrides file: those the model was made with, then the advice.
+    """Return the text of an overrides file: the model's own overrides, then the advice.
 
     Raises
     ------
     RuleError
-        No file can say them in their order.
+        A file cannot hold the overrides in this order.
     """
     given = [parse_override(text) for text in model.plan.overrides]
     return overrides_text([*given, *advice.overrides])

@@ -1,4 +1,4 @@
-"""Biases in the integers of the chip: ``round(b / (s_x s_w))``, and which leave their range."""
+"""Biases as integers of the chip, ``round(b / (s_x s_w))``, and how many saturate."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class BiasFigures:
     Attributes
     ----------
     tensor, node, bits : str, str, int
-        Which one, who adds it, and how wide its integers are.
+        Name of the bias, name of the node that adds it, and width of its integers.
     sqnr : float
-        Signal to noise ratio of the rounded bias, in dB; infinite where rounding changes nothing.
+        Signal-to-noise ratio of the rounded bias, in dB; infinite if rounding changes nothing.
     values, saturated : int
-        How many values there are, and how many of them are cut off by the range.
+        Number of values, and how many of them saturate.
     """
 
     tensor: str
@@ -40,7 +40,7 @@ class BiasFigures:
 
 
 def look_at_biases(model: QuantizedModel) -> tuple[BiasFigures, ...]:
-    """Return the figures of each bias of the plan, in its order."""
+    """Return the figures of each bias, in the order of the plan."""
     points = {point.tensor: point for point in model.plan.grid_points()}
     tensors = model.floats.graph.tensors()
     return tuple(
@@ -75,9 +75,10 @@ def _figures(
 
 
 def _beside(values: NDArray[np.float64], step: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the values of a bias so that their scales broadcast along the last axis.
+    """Return the values of a bias in a shape whose last axis matches its scales.
 
-    The groups of a ConvTranspose share the scales between them; one value stands for all channels.
+    All groups of a ConvTranspose have the same scales. A bias of one value is repeated for all
+    channels.
     """
     flat = values.reshape(-1)
     if flat.size % step.size:

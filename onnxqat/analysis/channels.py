@@ -1,4 +1,4 @@
-"""The channels of a tensor, and which of them hold one value only."""
+"""The channels of a tensor, and the number of channels with a constant value."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["ChannelRanges", "channels_of"]
 
 
 def channels_of(graph: gs.Graph, point: QuantPoint) -> int | None:
-    """Return the axis of the channels of a point's tensor, None where it has none.
+    """Return the channel axis of a point's tensor, or None if it has none.
 
-    A weight's channels are its output channels. An activation has its channels along axis 1, except
-    one of rank 3 that no convolution wrote: there it is the last axis, as in transformers.
+    The channels of a weight are its output channels. The channel axis of an activation is axis 1;
+    for an activation of rank 3 that does not come from a convolution it is the last axis, as in
+    transformers.
     """
     tensor = graph.tensors()[point.tensor]
     rank = None if tensor.shape is None else len(tensor.shape)
@@ -32,7 +33,7 @@ def channels_of(graph: gs.Graph, point: QuantPoint) -> int | None:
 
 
 def _behind_convolution(tensor: gs.Tensor) -> bool:
-    """Whether a convolution wrote a tensor, with nothing behind it but ops of one input."""
+    """Return whether a tensor comes from a convolution through ops with one data input only."""
     while len(tensor.inputs) == 1:
         node = tensor.inputs[0]
         if is_convolution(node):
@@ -50,7 +51,7 @@ class ChannelRanges:
     Parameters
     ----------
     axis : int or None
-        Axis of the channels; None where there are none.
+        Axis of the channels, or None.
     """
 
     def __init__(self, axis: int | None) -> None:
@@ -59,7 +60,7 @@ class ChannelRanges:
         self._high: NDArray[Any] | None = None
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take a part of the tensor; where it has other channels than before, there are none."""
+        """Add a part of the tensor; if its number of channels changes, no figures are returned."""
         if self._axis is None or not values.size:
             return
         others = tuple(i for i in range(values.ndim) if i != self._axis)
@@ -73,17 +74,17 @@ class ChannelRanges:
 
     @property
     def count(self) -> int | None:
-        """How many channels there are."""
+        """Number of channels, or None."""
         return None if self._low is None else len(self._low)
 
     @property
     def constant(self) -> int | None:
-        """How many channels hold one value only."""
+        """Number of channels in which all values are equal, or None."""
         return None if self._low is None else int(np.count_nonzero(self._low == self._high))
 
     @property
     def zeros(self) -> int | None:
-        """How many channels hold zeros only."""
+        """Number of channels in which all values are zero, or None."""
         if self._low is None or self._high is None:
             return None
         return int(np.count_nonzero((self._low == 0) & (self._high == 0)))

@@ -1,4 +1,4 @@
-"""An analysis as JSON that scripts read: what ``onnxqat analyze --json`` prints."""
+"""The JSON document of an analysis, as ``onnxqat analyze --json`` prints it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from onnxqat.quantized import QuantizedModel
 
 __all__ = ["WORST", "analysis_document", "worst_points"]
 
-WORST = 10  # rows of a table, and tensors whose histograms are written
-DRAWN_LAYERS = 5  # whose weights and inputs have histograms too
+WORST = 10  # tensors in a table, and tensors with a histogram in the document
+DRAWN_LAYERS = 5  # layers whose weights and inputs get a histogram too
 
 
 def worst_points(points: Sequence[PointFigures]) -> list[PointFigures]:
-    """Return the points that their own grid holds worst; what is not a number before all."""
+    """Return the points with the lowest SQNR on their own grid; NaN comes first."""
     return sorted(points, key=lambda p: (not math.isnan(p.alone_sqnr), p.alone_sqnr))[:WORST]
 
 
 def analysis_document(result: Analysis, model: QuantizedModel) -> dict[str, Any]:
-    """Return an analysis as JSON has it: null where a number is not finite.
+    """Return an analysis as a JSON document; numbers that are not finite become None.
 
-    Histograms are those of the worst tensors, and of what the worst layers read.
+    Only the worst tensors, and the weights and inputs of the worst layers, have histograms.
 
     Parameters
     ----------
     result : Analysis
-        As `onnxqat.analysis.analyze` returns it.
+        The analysis that `onnxqat.analysis.analyze` returned.
     model : QuantizedModel
-        What was analyzed.
+        The analyzed model.
     """
     drawn = {point.tensor for point in worst_points(result.points)}
     for one in result.layers[:DRAWN_LAYERS]:
@@ -69,7 +69,7 @@ def _layer(one: LayerFigures) -> dict[str, Any]:
 
 
 def _point(point: PointFigures, drawn: set[str]) -> dict[str, Any]:
-    """Return the figures of a point, with its histogram where it is one of the worst."""
+    """Return the figures of a point; with its histogram, if it is one of ``drawn``."""
     found: dict[str, Any] = _json(point)
     return found if point.tensor in drawn else found | {"histogram": None}
 

@@ -1,15 +1,16 @@
-"""Dumps: the tensors of a few samples as files, and how much two dumps differ.
+"""Dumps: the tensors of a few samples as files, and the comparison of two dumps.
 
-A dump is a folder with ``dump.json``, which says what was run, and one folder for each sample,
-``0000`` and on, with a ``tensors.npz``. Its keys are the names of the tensors, in the order of the
-graph, as tpu-mlir's tools read them (sophgo/tpu-mlir, python/numpy_helper/npz_compare.py).
+A dump is a folder with ``dump.json``, which describes the run, and a folder ``0000``, ``0001`` ...
+for each sample. The folder of a sample holds ``tensors.npz``, whose keys are the names of the
+tensors in the order of the graph. tpu-mlir's tools can read it (sophgo/tpu-mlir,
+python/numpy_helper/npz_compare.py).
 
 =====  ===================================================================
-level  what is written of a tensor
+level  what is written for a tensor
 =====  ===================================================================
 0      its first values, at most `FIRST`
-1      two sums, float64: of all values, and of their magnitudes
-2      all of it
+1      two float64 sums: of all values, and of their magnitudes
+2      all values
 =====  ===================================================================
 """
 
@@ -53,24 +54,24 @@ FIRST = 10
 NOTE, TENSORS = "dump.json", "tensors.npz"
 SCHEMA = "onnxqat.dump/1"
 MAX_NOTE_BYTES = 2**16
-MAX_KEY_BYTES = 2**15  # a member's name in a .npz has 2 bytes for its length
+MAX_KEY_BYTES = 2**15  # a .npz stores the length of a name in 2 bytes
 
 
 class DumpNote(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``dump.json`` says.
+    """The contents of ``dump.json``.
 
     Attributes
     ----------
     schema : str
         `SCHEMA`.
     model : str
-        Name of the file that was run.
+        Name of the model file that was run.
     mode : str
         ``float``, ``qdq`` or ``integer``.
     level : int
-        See above.
+        Level of the dump, see the module's docstring.
     samples : int
-        How many.
+        Number of samples.
     """
 
     schema: str = SCHEMA
@@ -86,9 +87,9 @@ class DumpNote(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def key_of(tensor: str) -> str:
-    r"""Return the key of a tensor: its name, with what could lead out of a folder as ``%XX``.
+    r"""Return the key of a tensor: its name, with all parts that are unsafe in a path as ``%XX``.
 
-    Two names never have one key.
+    Different names always have different keys.
 
     Raises
     ------
@@ -105,7 +106,7 @@ def key_of(tensor: str) -> str:
     parts = ["%2E" * len(p) if p in (".", "..") else p for p in _escaped(tensor).split("/")]
     key = re.sub(r"\.npy$", "%2Enpy", "/".join(parts))
     if not key or len(key.encode()) > MAX_KEY_BYTES:
-        raise ModelError(f"'{tensor[:60]}...': is no name for an array of a .npz file. Rename it.")
+        raise ModelError(f"'{tensor[:60]}...': cannot be a name in a .npz file. Rename the tensor.")
     return key
 
 
@@ -123,13 +124,13 @@ def write_sample(folder: Path, index: int, tensors: Mapping[str, Array], level: 
     Parameters
     ----------
     folder : Path
-        That of the dump.
+        Folder of the dump.
     index : int
-        Which sample it is.
+        Index of the sample.
     tensors : dict of str to array
-        By name, in order.
+        Tensors by name, in the order to write them.
     level : {0, 1, 2}
-        How much of them, see above.
+        Level of the dump, see the module's docstring.
     """
     place = folder / f"{index:04}"
     place.mkdir()
@@ -155,31 +156,31 @@ def check_replaceable(folder: Path) -> None:
     Raises
     ------
     OnnxQatError
-        It holds something else.
+        The folder holds something else.
     """
     for entry in sorted(folder.rglob("*")):
         name = entry.relative_to(folder).as_posix()
         if not re.fullmatch(rf"{NOTE}|\d{{4,}}|\d{{4,}}/{TENSORS}", name) or entry.is_symlink():
             raise OnnxQatError(
-                f"{folder}: holds '{name}', which no dump wrote. Choose another output."
+                f"{folder}: holds '{name}', which is not part of a dump. Choose another output."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDifference:
-    """One tensor of a dump against the same one of the reference, over all samples.
+    """Difference of one tensor between a dump (a) and the reference (r), over all samples.
 
     Attributes
     ----------
     tensor : str
-        Its key.
+        Key of the tensor.
     cosine, sqnr, max_abs_diff : float
         ``sum a r / sqrt(sum a^2 sum r^2)``; ``10 log10(sum r^2 / sum (a - r)^2)`` in dB, infinite
-        where all are equal; largest difference in the tensor's units. NaN where the shapes differ.
+        if all values are equal; largest difference in the tensor's units. NaN if the shapes differ.
     shapes : tuple of tuple of int or None
-        Both shapes, where they differ.
+        Both shapes if they differ, else None.
     passed : bool
-        Whether it is within the tolerances.
+        Whether the differences are within the tolerances.
     """
 
     tensor: str
@@ -192,16 +193,16 @@ class TensorDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How much a dump differs from a reference.
+    """Differences of a dump from a reference.
 
     Attributes
     ----------
     samples : int
-        How many were compared.
+        Number of samples compared.
     tensors : tuple of TensorDifference
-        Those that both have, in the order of the reference.
+        Differences of the tensors in both dumps, in the order of the reference.
     missing, more : tuple of str
-        Keys that the reference has alone, and that the dump has alone.
+        Keys that only the reference has, and keys that only the dump has.
     """
 
     samples: int
@@ -239,7 +240,7 @@ class _Sums:
             nan = dict.fromkeys(("cosine", "sqnr", "max_abs_diff"), math.nan)
             return TensorDifference(tensor=key, **nan, shapes=self.shapes, passed=False)
         found = self.similarity
-        passed = (  # what is not a number is within nothing
+        passed = (  # NaN never passes
             (cosine is None or found.cosine >= cosine)
             and (sqnr is None or found.sqnr >= sqnr)
             and (max_diff is None or self.largest <= max_diff)
@@ -262,22 +263,22 @@ def compare_dumps(
     max_diff: float | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Compare two dumps, tensor by tensor; one tensor of both is in memory at a time.
+    """Compare two dumps tensor by tensor; one tensor of each is in memory at a time.
 
     Parameters
     ----------
     dump, reference : str or Path
-        Each the folder of a dump, or a ``.npz`` file.
+        Folder of a dump, or a ``.npz`` file.
     min_cosine, min_sqnr, max_diff : float, optional
-        What a tensor passes with; None asks for nothing. The cosine's default is that of tpu-mlir's
-        tool.
+        Tolerances that a tensor must meet to pass; None is no requirement. The default of the
+        cosine is the one of tpu-mlir's tool.
     progress : callable
         Called after each sample.
 
     Raises
     ------
     DataError
-        One of them cannot be read, they have other levels or samples, or no tensor in common.
+        A dump cannot be read, their levels or samples differ, or they have no tensor in common.
     """
     ours, theirs = _paths(Path(dump)), _paths(Path(reference))
     if ours.keys() != theirs.keys():
@@ -302,7 +303,9 @@ def compare_dumps(
             scratch.close()
         progress()
     if not sums:
-        raise DataError(f"{dump}: has no tensor of {reference}. Dump models of one origin.")
+        raise DataError(
+            f"{dump}: has no tensor in common with {reference}. Dump versions of the same model."
+        )
     return Comparison(
         samples=len(theirs),
         tensors=tuple(s.result(k, min_cosine, min_sqnr, max_diff) for k, s in sums.items()),
@@ -312,12 +315,12 @@ def compare_dumps(
 
 
 def _paths(source: Path) -> dict[str, Path]:
-    """Return the ``.npz`` file of each sample, by what two dumps must have in common.
+    """Return the ``.npz`` file of each sample, by sample and level, which two dumps must share.
 
     Raises
     ------
     DataError
-        It is neither a dump nor a file, or samples of it are not there.
+        The source is neither a dump nor a file, or samples of it are missing.
     """
     if not source.is_dir():
         return {"0 at level 2": source}
@@ -340,5 +343,5 @@ def _note_of(folder: Path) -> DumpNote:
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}). Dump again.") from error
     if note.schema != SCHEMA or note.samples < 1:
-        raise DataError(f"{path}: is of schema '{note.schema}', not '{SCHEMA}'. Dump again.")
+        raise DataError(f"{path}: has schema '{note.schema}', not '{SCHEMA}'. Dump again.")
     return note

@@ -1,4 +1,4 @@
-"""How a tensor's values lie on its integers: counts in bins of equal width, in bounded memory."""
+"""Histogram of a tensor's values over its integers, in bins of equal width and constant memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from onnxqat.qparams import FloatArray
 
 __all__ = ["Histogram", "LevelCounts"]
 
-INSIDE = 32  # bins of the quantized range at most
-BEYOND = 8  # bins on each side of it; the outermost ones count all that lies still further out
+INSIDE = 32  # maximum number of bins inside of the quantized range
+BEYOND = 8  # bins on each side of the range; the outermost bins also count all values beyond them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,13 @@ class Histogram:
     Attributes
     ----------
     first : int
-        First integer of the first bin, which also counts all smaller ones.
+        First integer of the first bin. The first bin also counts all smaller values.
     width : int
-        Integers of a bin.
+        Number of integers per bin.
     counts : tuple of int
-        Values of each bin; the last one also counts all larger ones.
+        Number of values in each bin. The last bin also counts all larger values.
     qmin, qmax : int
-        The quantized range; what lies outside is clipped.
+        The quantized range; values outside of it are clipped.
     """
 
     first: int
@@ -38,7 +38,7 @@ class Histogram:
 
 
 class LevelCounts:
-    """Counts on which integers the values of a tensor fall.
+    """Counts the values of a tensor by the integers they are rounded to.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class LevelCounts:
         self._counts = np.zeros(-(-levels // self._width) + 2 * BEYOND, np.int64)
 
     def add(self, levels: FloatArray) -> None:
-        """Count rounded values, of any shape; what is not a number counts nowhere."""
+        """Count rounded values of any shape; NaN is not counted."""
         last = len(self._counts) - 1
         places = (levels.reshape(-1) - self._first) / self._width
         if np.isnan(places).any():

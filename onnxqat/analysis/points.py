@@ -1,4 +1,4 @@
-"""Each tensor of a plan against the float model's, and what its values are like."""
+"""Compare each quantized tensor with the float model's, and describe its values."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ __all__ = ["PointFigures", "compare_points"]
 
 @dataclass(frozen=True, kw_only=True)
 class PointFigures:
-    """One quantized tensor against the same tensor of the float model.
+    """Figures of one quantized tensor, compared with the same tensor of the float model.
 
     Attributes
     ----------
     tensor, role, bits : str, {"weight", "activation"}, int
-        Which one it is.
+        Name, role and width of the tensor.
     sqnr, cosine : float
-        Signal to noise ratio (dB; infinite where both are equal) and cosine of the fake-quantized
-        model's tensor, in which the errors of all layers before it add up.
+        Signal-to-noise ratio (dB; infinite if both are equal) and cosine of the fake-quantized
+        model's tensor. The errors of all earlier layers are included.
     alone_sqnr, alone_cosine : float
-        The same of the float model's tensor, rounded by the parameters of this point alone.
+        The same for the float model's tensor when only this tensor is fake-quantized.
     clipped : float
-        Share of the float model's values whose integers lie outside of the range.
+        Fraction of the float model's values that are clipped.
     outlier : float
         Largest magnitude of the float model's values, divided by their root mean square.
     clipping_range, values : (float, float)
-        Ends of the range that the integers stand for, of the widest channel, and the smallest and
-        the largest of the float model's values, NaN where there are none.
+        Clipping range (of the widest channel), and the smallest and largest of the float model's
+        values (NaN if it has none).
     scales : int
-        1, or one for each channel.
+        Number of scales: 1, or one for each channel.
     histogram : Histogram
-        On which integers the float model's values fall.
+        Histogram of the float model's values over the integers.
     channels, dead_channels : int or None
-        How many there are, and how many hold one value in all samples; of a weight, only zeros.
-        None where the tensor has no known channels.
+        Number of channels, and number of dead ones: channels of an activation with the same value
+        in all samples, channels of a weight with only zeros. None if the channels are unknown.
     """
 
     tensor: str
@@ -94,11 +94,11 @@ class _Counts:
         self.ranges = ChannelRanges(axis)
 
     def add(self, x: FloatArray, y: FloatArray) -> None:
-        """Count values of the float model's tensor, and of the fake-quantized model's."""
+        """Add values of the float model's tensor (x) and the fake-quantized model's (y)."""
         if x.shape != y.shape:
             raise ModelError(
                 f"'{self.point.tensor}' has the shape {x.shape} in the float model and {y.shape} "
-                "in the quantized one. Give the float model that it was made from."
+                "in the quantized one. Give the float model that the quantized one was made from."
             )
         spec = self.point.spec
         levels = rounded_levels(x, self.params, spec)
@@ -143,17 +143,17 @@ def compare_points(
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[PointFigures, ...]:
-    """Return the figures of each weight and activation of the plan, in its order.
+    """Return the figures of each weight and activation, in the order of the plan.
 
-    Memory holds both models' tensors of one batch; what is kept between batches is a few numbers
-    of each tensor and two of each channel.
+    The tensors of one batch of both models are in memory at a time. Between batches, only a few
+    numbers for each tensor and two for each channel are kept.
 
     Parameters
     ----------
     model : QuantizedModel
         Calibrated or fine-tuned.
     floats : Model
-        The prepared float model that it is compared with, often ``model.floats``.
+        The prepared float model to compare with, often ``model.floats``.
 
     Raises
     ------
@@ -190,8 +190,8 @@ def _check_tensors(
         found = tensors.get(point.tensor)
         if found is None or is_constant(found) != is_constant(ours[point.tensor]):
             raise ModelError(
-                f"{floats.name}: has no such tensor as '{point.tensor}', which is quantized. Give "
-                "the float model that the quantized one was made from."
+                f"{floats.name}: lacks the quantized tensor '{point.tensor}'. Give the float model "
+                "that the quantized one was made from."
             )
 
 

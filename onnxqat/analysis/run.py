@@ -24,28 +24,28 @@ __all__ = ["Analysis", "analyze", "passes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Where a quantized model differs from the float one.
+    """The differences of a quantized model from the float model.
 
     Attributes
     ----------
     metric : str
-        What the costs are, see `onnxqat.analysis.sensitivity`.
+        Name of the metric that defines the cost, see `onnxqat.analysis.sensitivity`.
     cost : float
         Cost of the whole quantized model.
     evaluation : Evaluation
-        Its outputs against the float model's.
+        Comparison of its outputs with the float model's.
     points : tuple of PointFigures
-        Weights and activations, in the order of the plan.
+        Figures of weights and activations, in the order of the plan.
     biases : tuple of BiasFigures
-        In the order of the plan.
+        Figures of biases, in the order of the plan.
     layers : tuple of LayerFigures
-        The one that costs most alone first.
+        Figures of layers; the layer that costs most when quantized alone comes first.
     advice : Advice
         What to change.
     sessions : int
-        How many models were opened for the layers and the advice.
+        Number of onnxruntime sessions that were opened for the layers and the advice.
     data : str
-        What the samples were of.
+        Name of the data.
     """
 
     metric: str
@@ -60,7 +60,7 @@ class Analysis:
 
 
 def passes(model: QuantizedModel) -> int:
-    """Return how often an analysis reads the data, at most."""
+    """Return the maximum number of times that an analysis reads the data."""
     return 1 + 2 * len(layers_of(model)) + MOST
 
 
@@ -74,34 +74,34 @@ def analyze(
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Analysis:
-    """Say where a quantized model differs from the float one, and which layers cost most.
+    """Measure where a quantized model differs from the float model, and which layers cost most.
 
     Parameters
     ----------
     model : QuantizedModel
         Calibrated or fine-tuned.
     batches : callable
-        Returns the batches, each time anew; one is held at a time.
+        Returns a new iterator over the batches; one batch is in memory at a time.
     against : Model, optional
-        The float model that it was made from; by default its own float part, whose weights a
-        fine-tuned model has changed.
+        The float model that the quantized one was made from. The default is the quantized model
+        without its pairs; after fine-tuning its weights differ from the original float model's.
     metric : str, callable or Metric
-        What the cost of a layer is, see `onnxqat.analysis.sensitivity`.
+        Metric that defines the cost of a layer, see `onnxqat.analysis.sensitivity`.
     rule : HardwareRule, optional
-        The one that the model was made with; by default the bundled one of its name.
+        The rule that the model was made with (default: the bundled rule of that name).
     progress : callable
         Called after each batch of each of the `passes`.
 
     Raises
     ------
     DataError
-        There are no samples, or the metric does not fit model and data.
+        There are no samples, or the metric does not fit the model and the data.
     ModelError
-        The float model is another one, or onnxruntime cannot run the models.
+        ``against`` is not the float model of ``model``, or onnxruntime cannot run the models.
     PlanError
         The model is not calibrated.
     RuleError
-        There is no bundled rule of its name.
+        There is no bundled rule with the name in the model's plan.
     """
     model.check_calibrated()
     variants = Variants(model, rule or load_rule(model.plan.rule))
@@ -110,7 +110,7 @@ def analyze(
         floats = prepare(against, opset=model.floats.graph.opset)
     probe = Probe(floats, batches, metric=metric, threads=threads, progress=progress)
     whole = probe.evaluation(model)
-    cost = probe.cost(whole)  # a metric that does not fit is told now
+    cost = probe.cost(whole)  # raises early if the metric does not fit
     points = compare_points(model, batches(), floats=floats, threads=threads, progress=progress)
     layers = measure_layers(variants, probe)
     advice = advise(variants, layers, points, probe, cost=cost)

@@ -1,13 +1,14 @@
-"""Mixed precision: which weights get how many bits, within a budget.
+"""Mixed precision: choose the number of bits of each weight within a budget.
 
-1. Rank. Each weight in turn gets each narrower width while all others have the widest; what that
-   adds to the error of the outputs is its cost. Errors of different layers are nearly independent,
-   so that costs add up (Zhou et al. 2018, https://arxiv.org/abs/1712.01048).
-2. Order. The least total cost for a number of saved bits is a multiple-choice knapsack. Its
-   Lagrangian relaxation narrows weights in the order of added cost per saved bit, along the lower
-   convex hull of each weight (Shoham and Gersho 1988, https://doi.org/10.1109/29.90373).
-3. Verify. Models along this order are measured whole on samples that ranked nothing; so are the
-   models that have one width for all weights, and the best of all that were measured is chosen.
+1. Rank. Give one weight at a time each narrower width, while all others have the widest. The cost
+   is the error that this adds to the outputs. Errors of different layers are nearly independent, so
+   costs add up (Zhou et al. 2018, https://arxiv.org/abs/1712.01048).
+2. Order. Minimizing the total cost for a number of saved bits is a multiple-choice knapsack
+   problem. Its Lagrangian relaxation narrows weights in the order of added cost per saved bit,
+   along the lower convex hull of each weight's costs (Shoham and Gersho 1988,
+   https://doi.org/10.1109/29.90373).
+3. Verify. Measure whole models along this order, and the models with one width for all weights, on
+   samples that were not used for ranking. Choose the best of the measured models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
     "verifying_passes",
 ]
 
-TRIES = 8  # narrower weights that are measured beyond the first model that loses too much
+TRIES = 8  # single moves that are tried after the first model that loses too much
 Costs = Mapping[int, float]
 
 
@@ -49,7 +50,7 @@ class Found:
     average : float
         Mean width over the elements of all quantized weights.
     cost : float
-        What it loses, see `onnxqat.analysis.sensitivity`.
+        Cost of the model, see `onnxqat.analysis.sensitivity`.
     """
 
     bits: Mapping[str, int]
@@ -59,20 +60,20 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes
     ----------
     chosen : Found
-        The model within the budget.
+        The best model within the budget.
     uniform : dict of int to Found
-        The models that have one width for all weights that have a choice.
+        For each width, the model in which all weights with a choice have it.
     weights : tuple of Weight
         All quantized weights, in the order of the plan.
     overrides : tuple of Override
-        For ``insert``, those of the model first.
+        Overrides for ``insert``: the model's own, then those for the widths.
     measured : int
-        How many models were measured whole.
+        Number of whole models that were measured.
     """
 
     chosen: Found
@@ -84,7 +85,7 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One weight gets fewer bits."""
+    """A step of the order: one weight gets fewer bits."""
 
     tensor: str
     before: int
@@ -94,14 +95,15 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What each weight costs at each width.
+    """The cost of each weight at each width.
 
     Attributes
     ----------
     metric : str
-        What the costs are.
+        Name of the metric that defines the costs.
     costs : dict of str to dict of int to float
-        What each weight that has a choice adds at each width but the widest.
+        By weight and width: the cost that the weight adds at this width. Without the widest width,
+        and without weights that have no choice.
     """
 
     metric: str
@@ -109,15 +111,15 @@ class Ranking:
 
 
 def ranking_passes(widths: Widths) -> int:
-    """Return how many models `rank` measures."""
+    """Return the number of models that `rank` measures."""
     return 1 + len(widths.free) * (len(widths.widths) - 1)
 
 
 def rank(widths: Widths, probe: Probe) -> Ranking:
-    """Return what each weight adds to the cost at each width but the widest.
+    """Return the cost that each weight adds at each width, except the widest.
 
-    The cost is the error of the outputs, which a few samples tell apart, whatever the metric of
-    the probe; where no output has one, that metric.
+    The cost is the error of the outputs, because a few samples suffice to rank by it. The probe's
+    metric is used only if no output has an error.
     """
     wide = widths.uniform(widths.widths[-1])
     first = probe.evaluation(widths.at(wide))
@@ -134,7 +136,7 @@ def rank(widths: Widths, probe: Probe) -> Ranking:
 
 
 def order_of(widths: Widths, costs: Mapping[str, Costs]) -> list[Move]:
-    """Return the moves from the widest model to narrower ones, the cheapest per bit first."""
+    """Return the moves from the widest to the narrowest model, cheapest per saved bit first."""
     moves = [m for weight in widths.free for m in _hull(weight, widths, costs[weight.tensor])]
     return sorted(moves, key=lambda move: move.slope)  # stable: ties in the order of the plan
 
@@ -142,7 +144,8 @@ def order_of(widths: Widths, costs: Mapping[str, Costs]) -> list[Move]:
 def _hull(weight: Weight, widths: Widths, costs: Costs) -> Iterator[Move]:
     """Yield the moves of one weight along the lower convex hull of its costs.
 
-    A width that costs less than a wider one does so by chance: it counts as much as that.
+    A narrower width that seems to cost less than a wider one does so by chance, so it gets the cost
+    of the wider one.
     """
     known, least = {widths.widths[-1]: 0.0}, 0.0
     for bits in reversed(widths.widths[:-1]):
@@ -173,15 +176,15 @@ def search(
     Parameters
     ----------
     widths : Widths
-        The model, and what there is to choose from.
+        The model and its possible widths.
     ranking : Ranking
-        What `rank` returned.
+        The result of `rank`.
     probe : Probe
-        Measures whole models, on other samples than those of the costs.
+        Measures whole models; its samples must not be those of the ranking.
     max_loss : float
-        Find the fewest bits whose cost is at most this. Either this or ``bits`` is given.
+        Find the fewest bits with at most this cost. Give either ``max_loss`` or ``bits``.
     bits : float
-        Find the least cost whose average width is at most this.
+        Find the least cost with at most this average width.
 
     Raises
     ------
@@ -212,13 +215,13 @@ def search(
 
 
 def verifying_passes(widths: Widths, *, by_loss: bool) -> int:
-    """Return how many models are measured whole, at most."""
+    """Return the maximum number of whole models that a search measures."""
     moves = len(widths.free) * (len(widths.widths) - 1)
     return len(widths.widths) + (math.ceil(math.log2(moves + 1)) + TRIES if by_loss else 1)
 
 
 class _Measured:
-    """Measures models, each once, and keeps what it found."""
+    """Measures models and keeps the results; each model is measured once."""
 
     def __init__(self, widths: Widths, probe: Probe) -> None:
         self._widths, self._probe = widths, probe
@@ -235,14 +238,15 @@ class _Measured:
 
 
 def _after(widths: Widths, moves: Sequence[Move]) -> dict[str, int]:
-    """Return the widths after some moves from the widest model."""
+    """Return the widths after making these moves from the widest model."""
     return widths.uniform(widths.widths[-1]) | {move.tensor: move.bits for move in moves}
 
 
 def _filled(widths: Widths, moves: Sequence[Move], bits: float) -> dict[str, int]:
-    """Return the widths after the fewest moves that meet an average, less those it can do without.
+    """Return the widths after the fewest moves that meet the average, minus superfluous moves.
 
-    The last move may save more than was asked for; what it leaves undoes dear moves before it.
+    The last move may save more bits than needed. Earlier moves that the surplus allows are undone,
+    the most expensive first.
     """
     choice, taken = widths.uniform(widths.widths[-1]), list[Move]()
     for move in moves:
@@ -258,11 +262,11 @@ def _filled(widths: Widths, moves: Sequence[Move], bits: float) -> dict[str, int
 
 
 def _narrow(widths: Widths, moves: Sequence[Move], measured: _Measured, max_loss: float) -> None:
-    """Measure models along the order: by bisection to where one loses too much, and beyond it.
+    """Measure models along the order: find the last one within the loss by bisection, then go on.
 
-    Beyond it, moves are tried one by one; one that loses too much is left out.
+    After it, each further move is tried alone, and left out if the model loses too much.
     """
-    low, high = 0, len(moves) + 1  # the model after `low` moves is within, that after `high` not
+    low, high = 0, len(moves) + 1  # after `low` moves the loss is within, after `high` it is not
     while high - low > 1:
         middle = (low + high) // 2
         if measured(_after(widths, moves[:middle])).cost <= max_loss:
@@ -285,17 +289,17 @@ def _narrow(widths: Widths, moves: Sequence[Move], measured: _Measured, max_loss
 
 
 def _worst(cost: float) -> float:
-    """Return a cost that compares; what is not a number is worse than all."""
+    """Return the cost, or infinity for NaN, so that NaN counts as the worst."""
     return math.inf if math.isnan(cost) else cost
 
 
 def check_budget(widths: Widths, *, max_loss: float | None, bits: float | None) -> None:
-    """Refuse a budget that is none, or that no choice of widths keeps.
+    """Check a budget.
 
     Raises
     ------
     OptionError
-        See above.
+        Not exactly one budget is given, it is not valid, or no choice of widths meets it.
     """
     if (max_loss is None) == (bits is None):
         raise OptionError("search: give either --max-loss or --bits.")
@@ -312,7 +316,7 @@ def check_budget(widths: Widths, *, max_loss: float | None, bits: float | None) 
 def _check_reachable(wide: Found, widths: Widths, max_loss: float) -> None:
     if not wide.cost <= max_loss:
         raise OptionError(
-            f"--max-loss {100 * max_loss:g}: with {widths.widths[-1]} bits for all weights, "
+            f"--max-loss {100 * max_loss:g}: even with {widths.widths[-1]} bits for all weights, "
             f"{100 * wide.cost:.2f} points are lost. Repair the model first (insert --equalize, "
-            "another --observer), or allow more."
+            "another --observer), or allow a larger loss."
         )

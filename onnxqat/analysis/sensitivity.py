@@ -1,16 +1,16 @@
-"""What each layer costs: quantized alone, and left float alone.
+"""The cost of each layer: when only it is quantized, and when only it stays float.
 
-A cost is 0 where the outputs are those of the float model, and grows as they differ:
+A cost is 0 if the outputs equal those of the float model, and grows with the difference:
 
 ==============  ====================================================================
 metric          cost
 ==============  ====================================================================
-``error``       mean over the outputs of the squared error, divided by the variance
-                of the float model's values: noise per signal
-those that      1 - the figure: of ``agreement``, the mean over the outputs of
-compare         classes; of ``cosine``, the smallest
-any other       its first figure of the float model less that of the quantized one;
-                it may be a function of the user's
+``error``       squared error of an output divided by the variance of the float
+                model's values, averaged over the outputs (noise-to-signal ratio)
+``agreement``   1 - the mean agreement of the outputs
+``cosine``      1 - the smallest cosine of the outputs
+any other       the first figure of the metric for the float model, minus the same
+                figure for the quantized model; the metric may be a user function
 ==============  ====================================================================
 """
 
@@ -42,16 +42,16 @@ ERROR = "error"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFigures:
-    """What one layer costs.
+    """The costs of one layer.
 
     Attributes
     ----------
     layer : Layer
-        Which one.
+        The layer.
     alone : float
-        Cost of the model in which this layer alone is quantized.
+        Cost of the model in which only this layer is quantized.
     left_float : float
-        Cost of the model in which all but this layer are quantized.
+        Cost of the model in which all layers except this one are quantized.
     """
 
     layer: Layer
@@ -60,28 +60,30 @@ class LayerFigures:
 
 
 def error_of(result: Evaluation) -> float | None:
-    """Return noise per signal of the outputs; None where none holds float values that vary."""
+    """Return the mean noise-to-signal ratio of the outputs; None if no output has one."""
     errors = [one.relative_error for one in result.outputs if one.relative_error is not None]
     return math.fsum(e**2 for e in errors) / len(errors) if errors else None
 
 
 def metrics_of(metric: AnyMetric) -> tuple[Metric, ...]:
-    """Return what has to be measured for a cost; nothing of ``error``, which evaluation has.
+    """Return the metrics to measure for a cost; none for ``error``, which evaluation always has.
 
     Raises
     ------
     OptionError
-        There is no such metric, or its differences are no cost.
+        The metric is unknown, or its differences cannot be a cost.
     """
     if metric == ERROR:
         return ()
     if metric == "sqnr":
-        raise OptionError("--metric sqnr: 'error' is the same as a cost. Give --metric error.")
+        raise OptionError(
+            "--metric sqnr: cannot be a cost. Give --metric error, which measures the same noise."
+        )
     return (read_metric(metric, [ERROR]),)
 
 
 def cost_of(result: Evaluation, metric: Metric | None) -> float:
-    """Return the cost that a metric finds; without one, the error of the outputs.
+    """Return the cost by a metric; without a metric, the error of the outputs.
 
     Raises
     ------
@@ -92,7 +94,7 @@ def cost_of(result: Evaluation, metric: Metric | None) -> float:
         cost = error_of(result)
         if cost is None:
             raise DataError(
-                "--metric error: no output holds float values that vary. Give --metric agreement."
+                "--metric error: no output has float values that vary. Give --metric agreement."
             )
         return cost
     name = result.first[metric.name]
@@ -102,16 +104,17 @@ def cost_of(result: Evaluation, metric: Metric | None) -> float:
 class Probe:
     """Measures variants of a model on the same samples against the same reference.
 
-    Each takes a session of its own, whose making is a part of the price; one is held at a time.
+    Each variant needs a new onnxruntime session, and creating it is part of the run time. One
+    session exists at a time.
 
     Parameters
     ----------
     reference : Model
-        Float.
+        The float model.
     batches : callable
-        Returns the batches, each time anew.
+        Returns a new iterator over the batches.
     metric : str, callable or Metric
-        What the cost is, see above.
+        Metric that defines the cost, see the module's docstring.
     progress : callable
         Called after each batch.
     """
@@ -130,7 +133,7 @@ class Probe:
         self.threads, self.progress = threads, progress
 
     def evaluation(self, model: QuantizedModel) -> Evaluation:
-        """Return the figures of the fake-quantized model against the reference."""
+        """Compare a fake-quantized model with the reference; return the figures."""
         return evaluate(
             model,
             self.batches(),
@@ -142,16 +145,16 @@ class Probe:
 
     @property
     def metric(self) -> str:
-        """What the cost is, by name."""
+        """Name of the metric that defines the cost."""
         return self.measured.name if self.measured else ERROR
 
     def cost(self, result: Evaluation) -> float:
-        """Return the cost of a model whose figures these are.
+        """Return the cost of a model from its figures.
 
         Raises
         ------
         DataError
-            The metric is not one of this model and these data.
+            The metric does not fit the model and the data.
         """
         return cost_of(result, self.measured)
 
@@ -161,7 +164,7 @@ class Probe:
 
 
 def measure_layers(variants: Variants, probe: Probe) -> tuple[LayerFigures, ...]:
-    """Return what each layer costs, the one that costs most alone first."""
+    """Return the costs of each layer; the layer with the largest cost alone comes first."""
     found = []
     for layer in variants.layers:
         alone, left_float = variants.only([layer]), variants.left_float([layer])
@@ -170,7 +173,7 @@ def measure_layers(variants: Variants, probe: Probe) -> tuple[LayerFigures, ...]
 
 
 def ranked(layers: Sequence[LayerFigures]) -> tuple[LayerFigures, ...]:
-    """Return layers, the one that costs most alone first; what is not a number before all."""
+    """Return the layers by falling cost alone; NaN comes first."""
 
     def key(one: LayerFigures) -> tuple[bool, float, float]:
         return not math.isnan(one.alone), -one.alone, one.left_float

@@ -1,4 +1,4 @@
-"""Every tensor of a model for one batch, by the names of the float model."""
+"""Compute every tensor of a model for one batch, by its name in the float model."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ Run: TypeAlias = Callable[[Mapping[str, Array]], dict[str, Array]]
 def run_of(
     model: AnyModel, mode: Mode, *, rule: HardwareRule | None = None, threads: int = 0
 ) -> Run:
-    """Return what computes all tensors of a model from its inputs, in the order of the graph.
+    """Return a function that computes all tensors of a model from its inputs, in graph order.
 
-    A quantized tensor has the values that its integers stand for. Constants are left out, and what
-    is no array of numbers.
+    Quantized tensors are returned as real values. Constants, and values that are not arrays of
+    numbers, are left out.
 
     Parameters
     ----------
     model : Model or QuantizedModel
-        A float model is itself in modes ``float`` and ``qdq``.
+        The model. The modes ``float`` and ``qdq`` run a float model as it is.
     mode : {"float", "qdq", "integer"}
-        See `onnxqat.evaluation`.
+        How to run the model, see `onnxqat.evaluation.run`.
     rule : HardwareRule, optional
-        Whose arithmetic ``integer`` follows; the bundled rule that the model was made with by
-        default.
+        Rule whose arithmetic ``integer`` uses (default: the bundled rule of the model's plan).
 
     Raises
     ------
     ModelError
-        onnxruntime cannot run the model, or ``integer`` is asked of a float one.
+        onnxruntime cannot run the model, or the mode is ``integer`` and the model is float.
     PlanError
         The model is not calibrated.
     RuleError
@@ -96,7 +95,7 @@ def _run_of_pairs(model: QuantizedModel, names: list[str], threads: int) -> Run:
 
 
 def _computed(graph: gs.Graph) -> Iterator[str]:
-    """Yield the names of inputs and of what nodes write."""
+    """Yield the names of the graph's inputs and of the nodes' outputs."""
     yield from (tensor.name for tensor in graph.inputs)
     for node in graph.nodes:
         if node.op != "Constant":
@@ -104,7 +103,7 @@ def _computed(graph: gs.Graph) -> Iterator[str]:
 
 
 def _chosen(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the arrays of numbers among some tensors."""
+    """Return the tensors with these names that are arrays of numbers."""
     return {
         name: values[name]
         for name in names

@@ -1,8 +1,8 @@
-"""The layers of a quantized model, and the model with only some of them quantized.
+"""The layers of a quantized model, and variants of it with only some layers quantized.
 
-A layer is a node with a quantized weight, and what the chip runs as one with it. A variant has the
-pairs that ``insert`` makes with overrides which leave nodes float, so that what is measured of it
-is what such an override gives; its parameters are those of the whole model.
+A layer is a node with a quantized weight, together with the nodes that the chip fuses with it. A
+variant has the pairs that ``insert`` makes with overrides that leave nodes float, so that a user of
+such an override gets what was measured. The parameters are those of the whole model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Layer:
     Attributes
     ----------
     node, op_type : str
-        Which it is.
+        Name and operator of the node.
     weights, inputs : tuple of str
-        Its quantized weights, and the quantized activations that it reads.
+        Names of its quantized weights, and of the quantized activations that it reads.
     nodes : tuple of str
-        It, and the nodes that the chip runs as one with it.
+        Names of the node and of the nodes that the chip fuses with it.
     """
 
     node: str
@@ -46,29 +46,29 @@ class Layer:
 
     @property
     def pattern(self) -> str:
-        """The regular expression of the names of its nodes."""
+        """Regular expression that matches the names of its nodes."""
         return "|".join(map(re.escape, self.nodes))
 
 
 class Variants:
-    """Makes a model with only some of its layers quantized.
+    """Makes variants of a model in which only some layers are quantized.
 
     Parameters
     ----------
     model : QuantizedModel
-        The whole one.
+        The whole model.
     rule : HardwareRule
-        The one that it was made with.
+        The rule that it was made with.
 
     Raises
     ------
     ModelError
-        The model has other pairs than the rule makes.
+        The model has pairs that the rule does not make.
     """
 
     def __init__(self, model: QuantizedModel, rule: HardwareRule) -> None:
         self.model, self.rule = model, rule
-        # others say how a tensor is quantized, or which one is not: that the points say themselves
+        # other overrides change or drop single points, which the model's own points reflect already
         given = map(parse_override, model.plan.overrides)
         self._overrides = [o for o in given if o.key == "quantize" and o.selects_nodes]
         self.layers = layers_of(model)
@@ -81,11 +81,11 @@ class Variants:
                 )
 
     def left_float(self, layers: Iterable[Layer]) -> QuantizedModel:
-        """Return the model with all but these layers quantized."""
+        """Return the model with all layers quantized except these."""
         return self._variant("|".join(layer.pattern for layer in layers))
 
     def only(self, layers: Iterable[Layer]) -> QuantizedModel:
-        """Return the model with these layers quantized, and nothing else."""
+        """Return the model with only these layers quantized."""
         layers = tuple(layers)
         names = "|".join(layer.pattern for layer in layers)
         if not {n.name for n in self.model.floats.graph.nodes} - {
@@ -102,7 +102,7 @@ class Variants:
         override = Override(kind="name", pattern=pattern, key="quantize", value=False)
         try:
             planned = {p.tensor: p for p in self._planned([override]).points}
-        except EmptyPlanError:  # nothing is left
+        except EmptyPlanError:  # the override leaves everything float
             planned = {}
 
         def kept(point: QuantPoint) -> QuantPoint:

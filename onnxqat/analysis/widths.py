@@ -1,7 +1,7 @@
-"""A calibrated model with its weights at other widths, as ``insert`` would make it.
+"""A calibrated model with other widths for its weights, as ``insert`` would make it.
 
-The activations keep their parameters: they were measured on the float model, and do not depend on
-the width of a weight. The parameters of a weight are chosen anew from its values.
+Activations keep their parameters, which were calibrated on the float model and do not depend on the
+width of a weight. The parameters of a weight are chosen again from its values.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Weight:
     Attributes
     ----------
     tensor : str
-        Its name.
+        Name of the weight.
     node, op_type : str
-        What reads it; the first node where several do.
+        Name and operator of the first node that reads it.
     elements : int
-        How many values it has.
+        Number of values.
     bits : int
-        Its width in the model.
+        Width in the model.
     fixed : str
-        Why it keeps this width; empty where it has a choice.
+        Why it must keep this width; empty if it has a choice.
     """
 
     tensor: str
@@ -69,41 +69,42 @@ def average_bits(weights: Iterable[Weight], choice: Choice) -> float:
 
 
 def widths_of(rule: HardwareRule) -> tuple[int, ...]:
-    """Return the widths that the chip of a rule has for weights, the narrowest first.
+    """Return the weight widths of a rule's chip, the narrowest first.
 
     Raises
     ------
     OptionError
-        It has one.
+        The chip has only one.
     """
     if len(rule.weight_bits) > 1:
         return tuple(sorted(rule.weight_bits))
     only = "".join(map(str, rule.weight_bits))
     raise OptionError(
-        f"Rule {rule.name}: its chip has weights of {only} bits alone, so there is nothing to "
+        f"Rule {rule.name}: its chip has only weights of {only} bits, so there is nothing to "
         f"choose. Name other widths for study, as in --widths 4,{only}."
     )
 
 
 class Widths:
-    """Makes a model with some widths for its weights.
+    """Makes versions of a model with given widths of its weights.
 
-    A weight keeps its width where an override that names nodes or tensors gave it, where other
-    tensors share its parameters, and where another tool chose these.
+    A weight keeps its width if an override that names nodes or tensors set it, if it shares its
+    parameters with other tensors, or if another tool chose its parameters.
 
     Parameters
     ----------
     model : QuantizedModel
         Calibrated, not fine-tuned.
     rule : HardwareRule
-        The one that it was made with.
+        The rule that the model was made with.
     widths : iterable of int
-        To choose from.
+        The possible widths.
 
     Raises
     ------
     ModelError
-        The model is fine-tuned, has other weights than the rule makes, or its opset lacks a width.
+        The model is fine-tuned, its quantized weights are not those of the rule, or its opset lacks
+        a width.
     OptionError
         Fewer than two widths are given, or no weight has a choice.
     PlanError
@@ -122,11 +123,11 @@ class Widths:
         self.weights = tuple(self._weight(p) for p in model.plan.points if p.role == "weight")
         self.free = tuple(weight for weight in self.weights if not weight.fixed)
         self._check()
-        self._plan = model.plan  # the widest has the smallest scales: here a bias may not fit
+        self._plan = model.plan  # with the widest weights scales are smallest: a bias may not fit
         self._plan = self.at(self.uniform(self.widths[-1])).plan
 
     def uniform(self, bits: int) -> dict[str, int]:
-        """Return the choice of one width for all weights that have a choice."""
+        """Return the choice that gives all weights with a choice the same width."""
         return dict.fromkeys((weight.tensor for weight in self.free), bits)
 
     def average(self, choice: Choice) -> float:
@@ -145,7 +146,7 @@ class Widths:
         return self.model.with_params(params, state=self.model.state, plan=plan)
 
     def overrides(self, choice: Choice) -> tuple[Override, ...]:
-        """Return what makes ``insert`` give these widths: the model's overrides, then others."""
+        """Return overrides for ``insert`` that give these widths, after the model's own."""
         changed = [w for w in self.free if choice.get(w.tensor, w.bits) != w.bits]
         found = (
             Override(kind="tensor", pattern=re.escape(w.tensor), key="bits", value=choice[w.tensor])
@@ -169,7 +170,7 @@ class Widths:
         if point.group is not None:
             return f"shares the parameters of '{point.group}'"
         if point.parameters in self.model.taken:
-            return "its parameters are those of another tool"
+            return "its parameters come from another tool"
         for override in self._given:
             named = override.selects_nodes or override.kind == "tensor"
             if named and override.key in ("bits", "spec") and f", {override}" in point.reason:
@@ -188,26 +189,26 @@ class Widths:
         name = self.model.name
         if self.model.state == "finetuned":
             raise ModelError(
-                f"{name}: is fine-tuned, for the widths that it has. Search the file that "
-                "'onnxqat insert --data' wrote, and fine-tune what is found."
+                f"{name}: is fine-tuned for its present widths. Search the file that 'onnxqat "
+                "insert --data' wrote, and fine-tune the result."
             )
         self._check_widths()
         if not self.free:
-            raise OptionError(f"{name}: no weight has a choice of its width. Insert without --set.")
+            raise OptionError(f"{name}: no weight may change its width. Insert without --set.")
         narrow = self.uniform(self.widths[0])
         plan = make_plan(self.model.floats.graph, self.rule, self.overrides(narrow))
         found = {p.tensor: p.spec.bits for p in plan.points if p.role == "weight"}
         if found != {w.tensor: narrow.get(w.tensor, w.bits) for w in self.weights}:
             raise ModelError(
-                f"{name}: has other weights than rule '{self.rule.name}' makes. Give the model's "
-                "own rule by --rules, or insert again."
+                f"{name}: has other quantized weights than rule '{self.rule.name}' makes. Give the "
+                "model's own rule by --rules, or insert again."
             )
 
     def _check_widths(self) -> None:
         given = ", ".join(map(str, self.widths))
         if not set(self.widths) <= set(WIDTHS):
             known = ", ".join(map(str, WIDTHS))
-            raise OptionError(f"--widths {given}: not all are widths. There are {known}.")
+            raise OptionError(f"--widths {given}: not all are possible. Choose from {known}.")
         if len(self.widths) < 2:
             raise OptionError(f"--widths {given}: nothing to choose from. Give two or more.")
         if max(self.widths) > 8 and self.model.floats.graph.opset < OPSET_OF_16_BITS:
@@ -219,7 +220,8 @@ class Widths:
             for bits in self.widths if point.role == "weight" else ():
                 wrong = wrong_spec(msgspec.structs.replace(point.spec, bits=bits))
                 if wrong is not None:
-                    raise RuleError(f"{self.model.name}: '{point.tensor}' of {bits} bits: {wrong}")
+                    message = f"{self.model.name}: '{point.tensor}' with {bits} bits: {wrong}"
+                    raise RuleError(message)
 
 
 def _with_bits(point: QuantPoint, choice: Choice) -> QuantPoint:

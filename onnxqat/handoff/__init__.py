@@ -1,7 +1,8 @@
-"""The vendor's own commands for what is deployed, with everything filled in.
+"""Write the commands of the vendor's compiler for a deployed model, with all values filled in.
 
-One file per vendor, by the name of the calibration table. A script is written only where the tool
-was run with it; other files say in their first line that it was not.
+One module per vendor; `HANDOFFS` has them by the name of the calibration table. ``compile.sh`` is
+written only for tools that were run with such a script. ``compile.txt`` is not confirmed by a run,
+and its first line says so.
 """
 
 from __future__ import annotations
@@ -33,5 +34,5 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "sophgo": tpu_mlir,
     "tensorrt": trtexec,
 }
-# What they write; a file of an earlier model must not stay beside a new one.
+# All files that they write; `strip` removes those of an earlier model.
 HANDOFF_FILES = ("compile.sh", "compile.txt", AIPP, CONFIG)

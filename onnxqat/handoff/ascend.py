@@ -1,8 +1,9 @@
 """AMCT's and ATC's commands for an Ascend chip.
 
-``convert_qat_model`` of AMCT for ONNX takes a model with Q/DQ pairs and makes one for ATC, which
-compiles it (CANN documents, AMCT: "convert_qat_model"; ATC). AIPP normalizes the bytes of images on
-the chip: ``(pixel - mean_chn - min_chn) * var_reci_chn``; only ``min_chn`` may have a fraction.
+AMCT's ``convert_qat_model`` for ONNX converts a model with Q/DQ pairs into one that ATC compiles
+(CANN documents, AMCT: "convert_qat_model"; ATC). AIPP normalizes image bytes on the chip by
+``(pixel - mean_chn - min_chn) * var_reci_chn``. ``mean_chn`` must be an integer, so the mean is
+written as ``min_chn``.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def atc(facts: Facts) -> dict[str, str]:
         words.append(f"--insert_op_conf={AIPP}")
         files[AIPP] = _aipp(facts)
     steps = [
-        "In Python, with AMCT; model.qdq.onnx is the Q/DQ model that was stripped:",
+        "In Python, with AMCT; model.qdq.onnx stands for the Q/DQ model that you gave to strip:",
         convert,
         "Then compile:",
         command("atc", *words),
-        f"{facts.files['table']} has the same scales, for tools that take a record.",
+        f"{facts.files['table']} has the same scales, for tools that take a record file.",
     ]
     if facts.target == "CHIP":
         steps.append("CHIP: the name that 'npu-smi info' prints, with Ascend before it.")
@@ -49,7 +50,7 @@ def _aipp(facts: Facts) -> str:
         for i, (mean, scale) in enumerate(zip(facts.mean, facts.scale, strict=True))
     )
     return (
-        f"# {NOT_RUN}; the bytes come in the order of {facts.pixels}\n"
+        f"# {NOT_RUN}; the order of the colour channels is {facts.pixels}\n"
         "aipp_op {\n"
         "  aipp_mode: static\n"
         f"  input_format: {FORMATS[facts.pixels]}\n"

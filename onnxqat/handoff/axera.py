@@ -1,7 +1,7 @@
 """Pulsar2's command and build configuration for an Axera chip.
 
-Fields of the configuration: AXERA-TECH/pulsar2-docs-en ``source/user_guides_config/config.rst``.
-Its ``mean`` and ``std`` mean ``(pixel - mean) / std``.
+The fields of the configuration are documented in AXERA-TECH/pulsar2-docs-en
+``source/user_guides_config/config.rst``. It normalizes by ``(pixel - mean) / std``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["pulsar2"]
 
 
 def pulsar2(facts: Facts) -> dict[str, str]:
-    """Return the command, and the input processors that belong into its configuration."""
+    """Return the command, and the input processors to add to its configuration."""
     shapes = ";".join(f"{one.name}:{one.lengths('x')}" for one in facts.inputs)
     build = command(
         "pulsar2 build",
@@ -26,13 +26,13 @@ def pulsar2(facts: Facts) -> dict[str, str]:
         "--output_dir=axera",
     )
     paragraphs = [
-        "Compiles the Q/DQ model, whose scales Pulsar2 takes as they are (QuantONNX):",
+        "Compile the Q/DQ model; Pulsar2 uses its scales unchanged (QuantONNX):",
         build,
     ]
     if facts.images:
         processors = json.dumps({"input_processors": _processors(facts)}, indent=2)
         paragraphs += [
-            f'For images as bytes, put this beside "quant" into {facts.files["config"]}:',
+            f'For images as bytes, add this to {facts.files["config"]}, beside "quant":',
             processors,
         ]
     return {"compile.txt": document(*paragraphs)}

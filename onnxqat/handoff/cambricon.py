@@ -1,8 +1,8 @@
 """MagicMind's build configuration for a Cambricon MLU.
 
-``insert_bn_before_firstnode`` makes ``(pixel - mean) / sqrt(var)`` the first layer
-(Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``). For CATCH, the same are the
-mean and std of ``firstconv``.
+``insert_bn_before_firstnode`` inserts ``(pixel - mean) / sqrt(var)`` before the first layer
+(Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``). CATCH has the same as mean
+and std of ``firstconv``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ __all__ = ["magicmind"]
 
 
 def magicmind(facts: Facts) -> dict[str, str]:
-    """Return what belongs into the build configuration, and where the ranges go."""
+    """Return additions to the build configuration, and the purpose of each file."""
     steps = [
-        f"MagicMind: parse {facts.model} as ONNX, build it with {facts.files['config']}.",
+        f"MagicMind: parse {facts.model} as ONNX, and build it with {facts.files['config']}.",
         f"The ranges of the network are in {facts.files['ranges']}.",
         f"CATCH: {facts.files['table']} has the scales of each module.",
     ]

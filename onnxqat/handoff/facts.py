@@ -1,4 +1,4 @@
-"""What a vendor's command line needs to know of a deployment."""
+"""The values that a vendor's command line needs from a deployment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxqat.settings import input_specs, stored_settings
 
 __all__ = ["NOT_RUN", "Facts", "Input", "command", "document", "facts_of", "numbers"]
 
-NOT_RUN = "not run by us"  # the first line of what no tool here has confirmed
+NOT_RUN = "not run by us"  # first line of files that were not run with the vendor's tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,12 @@ class Input:
     Attributes
     ----------
     name : str
-        Its name in the model.
+        Name in the model.
     shape : tuple of int or str
-        A free batch is 1. Another free length is its name in capitals, for the user to fill in.
+        Shape with a free batch size set to 1. Another free length is given as its name in
+        capitals, for the user to fill in.
     layout : {"nchw", "nhwc"} or None
-        None where it is no image.
+        Layout of an image input; None for other inputs.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Input:
 
     @property
     def channels(self) -> int | str:
-        """How many channels an image has."""
+        """Number of channels of an image."""
         return self.shape[3 if self.layout == "nhwc" else 1]
 
     @property
@@ -56,21 +57,20 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What was written for the chip, and what becomes of its data.
+    """The files that were written for the chip, and the preprocessing of its data.
 
     Attributes
     ----------
     files : mapping of str to str
-        File names of the float model (``model``), the calibration table and its companions, by
-        kind.
+        File names by kind: the float model (``model``), the calibration table and its companions.
     inputs : tuple of Input
-        In the order of the model.
+        Inputs in the order of the model.
     preprocessing : Preprocessing
-        As the model was trained with.
+        Preprocessing that the model was trained with.
     target : str
-        What the vendor's tool calls the chip; a word in capitals where the rule does not say it.
+        Name of the chip in the vendor's tool; a word in capitals if the rule does not give it.
     bits : int
-        The largest width of the activations.
+        Largest width of the activations.
     """
 
     files: Mapping[str, str]
@@ -106,7 +106,7 @@ class Facts:
 
     @property
     def normalization(self) -> str:
-        """What becomes of a pixel, in words."""
+        """The normalization of a pixel, as text."""
         return (
             f"Pixels: {self.pixels}, (pixel - mean) * scale with mean {numbers(self.mean)} and "
             f"scale {numbers(self.scale)}"
@@ -126,18 +126,18 @@ class Facts:
 def facts_of(
     model: QuantizedModel, floats: Model, *, target: str | None, files: Mapping[str, str]
 ) -> Facts:
-    """Return what the hand-off of a deployed model needs.
+    """Return the values for the vendor's commands.
 
     Parameters
     ----------
     model : QuantizedModel
-        What was deployed.
+        The deployed model.
     floats : Model
         The float model that was written.
     target : str or None
-        The name of the chip, from the rule.
+        Name of the chip, from the rule.
     files : mapping of str to str
-        File names of ``model`` and of the table, by kind.
+        File names by kind: ``model``, ``table`` and the table's companions.
     """
     activations = [p.spec.bits for p in model.plan.grid_points() if p.role == "activation"]
     return Facts(
@@ -157,7 +157,7 @@ def _input(spec: InputSpec) -> Input:
 
 
 def numbers(values: tuple[float, ...], separator: str = ",") -> str:
-    """Return numbers as plain decimals, each the shortest that reads back to the same float64.
+    """Return numbers as text: the shortest plain decimals that read back to the same float64.
 
     Examples
     --------
@@ -168,12 +168,12 @@ def numbers(values: tuple[float, ...], separator: str = ",") -> str:
 
 
 def document(*paragraphs: str) -> str:
-    """Return a text file that no tool here has confirmed, which its first line says."""
+    """Return a text file of these paragraphs; its first line says that it was not run."""
     return "\n\n".join((NOT_RUN, *paragraphs)) + "\n"
 
 
 def command(*words: str) -> str:
-    """Return a command, its words quoted for a shell, with a line for each option."""
+    """Return a command with its words quoted for a shell and one option per line."""
     first, *others = words
     text = first
     for word in map(shlex.quote, others):

@@ -1,8 +1,8 @@
 """hb_mapper's configuration for a Horizon chip.
 
-Keys: D-Robotics/rdk_doc "PTQ principles and steps" (``hb_mapper makertbin``), which says that
-``mean_value`` and ``scale_value`` mean ``(pixel - mean) * scale``, and that calibration files of
-``cal_data_type: float32`` must be normalized already.
+The keys are documented in D-Robotics/rdk_doc "PTQ principles and steps" (``hb_mapper makertbin``):
+``mean_value`` and ``scale_value`` normalize by ``(pixel - mean) * scale``, and calibration files
+with ``cal_data_type: float32`` must already be normalized.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ CONFIG = "hb_mapper.yaml"
 
 
 def hb_mapper(facts: Facts) -> dict[str, str]:
-    """Return the configuration of ``hb_mapper makertbin``, and how it is called."""
+    """Return the configuration and the call of ``hb_mapper makertbin``."""
     lines = [
-        "hb_mapper finds its own thresholds from calibration files; it reads no table of another",
-        f"tool. {facts.files['table']} lists ours by tensor, for a script of yours that sets",
-        "them in the HzCalibration nodes, and to compare with those that hb_mapper prints.",
+        "hb_mapper calibrates thresholds itself, and cannot read a table of another tool.",
+        f"{facts.files['table']} lists onnxqat's thresholds by tensor. A script of yours can set",
+        "them in the HzCalibration nodes, or compare them with those that hb_mapper prints.",
     ]
     call = f"hb_mapper makertbin --config {CONFIG} --model-type onnx"
     return {
@@ -69,7 +69,7 @@ def _sections(facts: Facts) -> dict[str, dict[str, str | int | bool]]:
 
 
 def _yaml(sections: dict[str, dict[str, str | int | bool]]) -> str:
-    """Return sections as YAML; JSON's strings and booleans are YAML's."""
+    """Return sections as YAML; values are written as JSON, which is valid YAML."""
     lines = []
     for name, entries in sections.items():
         lines.append(f"{name}:")

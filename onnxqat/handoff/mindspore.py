@@ -1,7 +1,7 @@
-"""MindSpore's numbers for a quantized export.
+"""MindSpore's conversion command, and the numbers for its quantized export.
 
-``mindspore.export(net, ..., mean=, std_dev=)`` of r1.5 makes the scale of the first layer's input
-``1 / std_dev`` and its zero point ``round(mean)`` (mindspore-ai/mindspore
+``mindspore.export(net, ..., mean=, std_dev=)`` of r1.5 sets the scale of the first layer's input to
+``1 / std_dev`` and its zero point to ``round(mean)`` (mindspore-ai/mindspore
 ``mindspore/compression/export/quant_export.py``).
 """
 
@@ -15,7 +15,7 @@ __all__ = ["mindspore"]
 
 
 def mindspore(facts: Facts) -> dict[str, str]:
-    """Return how the float model is converted, and the numbers of the first layer."""
+    """Return the command that converts the float model, and the numbers of the first layer."""
     shapes = ";".join(f"{one.name}:{one.lengths(',')}" for one in facts.inputs)
     convert = command(
         "converter_lite",
@@ -25,10 +25,10 @@ def mindspore(facts: Facts) -> dict[str, str]:
         f"--inputShape={shapes}",
     )
     paragraphs = [
-        "Converts the float model:",
+        "Convert the float model:",
         convert,
-        f"{facts.files['table']}: ranges and widths of every layer, for a network in MindSpore.",
-        "converter_lite reads no such file.",
+        f"{facts.files['table']} has the ranges and widths of every layer, for MindSpore networks.",
+        "converter_lite does not read this file.",
     ]
     if facts.images:
         paragraphs.append(

@@ -1,8 +1,8 @@
 """Qualcomm's commands for a model with quantization overrides.
 
-``qairt-converter`` and ``qairt-quantizer`` of the AI Runtime, ``snpe-onnx-to-dlc`` and
-``snpe-dlc-quantize`` before them (docs.qualcomm.com 80-63442-10, "SNPE general tools" and "Qairt
-quantizer"): the encodings are given to the converter; the quantizer fills in what has none.
+The AI Runtime has ``qairt-converter`` and ``qairt-quantizer``; SNPE had ``snpe-onnx-to-dlc`` and
+``snpe-dlc-quantize`` (docs.qualcomm.com 80-63442-10, "SNPE general tools" and "Qairt quantizer").
+The converter takes the encodings; the quantizer quantizes tensors that have none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["qairt"]
 
 
 def qairt(facts: Facts) -> dict[str, str]:
-    """Return the calls of converter and quantizer, new and old."""
+    """Return the calls of converter and quantizer, of the AI Runtime and of SNPE."""
     model, table = facts.model, facts.files["table"]
     shapes = [word for one in facts.inputs for word in ("--input_dim", one.name, one.lengths(","))]
     lists = ["--input_dlc", "model.dlc", "--input_list", "input_list.txt"]
@@ -27,7 +27,7 @@ def qairt(facts: Facts) -> dict[str, str]:
                 "--quantization_overrides", table, "--output_path", "model.dlc"),
         command("snpe-dlc-quantize", *lists, "--override_params", "--output_dlc",
                 "model_quantized.dlc", "--act_bitwidth", str(facts.bits)),
-        "input_list.txt names raw float32 files of normalized inputs, one sample a line.",
+        "input_list.txt lists raw float32 files of normalized inputs, one sample per line.",
     ]  # fmt: skip
     if facts.images:
         paragraphs.append(f"{facts.normalization}.")

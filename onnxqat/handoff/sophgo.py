@@ -1,8 +1,8 @@
 """tpu-mlir's commands for a Sophgo chip, as a script.
 
-``model_transform.py`` and ``model_deploy.py`` of tpu-mlir (sophgo/tpu-mlir python/tools, its quick
-start and user guide): ``--mean`` and ``--scale`` mean ``(pixel - mean) * scale``, as here. The
-script was run with tpu-mlir 1.30.2 by ``scripts/check_tpu_mlir.py``.
+The script calls ``model_transform.py`` and ``model_deploy.py`` (sophgo/tpu-mlir python/tools, quick
+start and user guide). ``--mean`` and ``--scale`` normalize by ``(pixel - mean) * scale``, as in
+onnxqat. ``scripts/check_tpu_mlir.py`` ran the script with tpu-mlir 1.30.2.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def tpu_mlir(facts: Facts) -> dict[str, str]:
         deploy.insert(2, f"--quantize_table {shlex.quote(facts.files['qtable'])}")
     lines = [
         "#!/usr/bin/env bash",
-        "# Compiles the model with tpu-mlir (run with 1.30.2). Call it where tpu-mlir is",
-        "# installed. Further options go to model_deploy.py, such as --fuse_preprocess.",
+        "# Compiles the model with tpu-mlir (tested with 1.30.2). Run it where tpu-mlir is",
+        "# installed. Its arguments are passed to model_deploy.py, such as --fuse_preprocess.",
         "set -euo pipefail",
         'cd "$(dirname "$0")"',
         _command("model_transform.py", transform),

@@ -1,7 +1,7 @@
 """trtexec's command for a calibration cache.
 
-NVIDIA TensorRT developer guide, "trtexec": ``--int8 --calib=FILE`` reads a cache; implicit
-quantization is deprecated from 10.1 on, where a Q/DQ model takes its place.
+NVIDIA TensorRT developer guide, "trtexec": ``--int8 --calib=FILE`` reads a cache. Implicit
+quantization is deprecated since 10.1; a Q/DQ model replaces it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["trtexec"]
 
 
 def trtexec(facts: Facts) -> dict[str, str]:
-    """Return the call with the cache, and the one with a Q/DQ model."""
+    """Return the call with the cache, and the call with a Q/DQ model."""
     shapes = ",".join(f"{one.name}:{one.lengths('x')}" for one in facts.inputs)
     paragraphs = [
         "TensorRT below 10, with the calibration cache:",
@@ -23,5 +23,5 @@ def trtexec(facts: Facts) -> dict[str, str]:
                 "--saveEngine=model.engine"),
     ]  # fmt: skip
     if facts.images:
-        paragraphs.append(f"{facts.normalization}, by your application.")
+        paragraphs.append(f"{facts.normalization}, computed by your application.")
     return {"compile.txt": document(*paragraphs)}

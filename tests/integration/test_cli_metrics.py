@@ -110,7 +110,7 @@ def test_layers_are_ranked_by_what_a_metric_loses(work, monkeypatch):
     lost = whole["reference"]["f1"] - whole["metrics"]["f1"]
     assert found["cost"] == pytest.approx(lost, abs=1e-9)
     assert any(line.startswith("margins:margin lost") for line in mine)
-    assert "--metric sqnr: 'error' is the same" in error(*digits, "--metric", "sqnr")
+    assert "--metric sqnr: cannot be a cost" in error(*digits, "--metric", "sqnr")
     assert "unknown. The nearest: 'error'" in error(*digits, "--metric", "eror")
 
 

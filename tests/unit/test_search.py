@@ -262,7 +262,7 @@ def test_widths_are_those_of_the_chip():
     ("given", "error", "said"),
     [
         ((8,), OptionError, "Give two or more"),
-        ((8, 9), OptionError, "--widths 8, 9: not all are widths. There are 2, 3, 4"),
+        ((8, 9), OptionError, "--widths 8, 9: not all are possible. Choose from 2, 3, 4"),
         ((8, 16), ModelError, "16 bits need opset 21"),
     ],
 )
@@ -273,13 +273,13 @@ def test_widths_that_cannot_be_are_refused(given, error, said):
 
 def test_models_that_cannot_be_searched_are_refused():
     model = widths().model
-    with pytest.raises(ModelError, match="is fine-tuned, for the widths that it has"):
+    with pytest.raises(ModelError, match="is fine-tuned for its present widths"):
         Widths(replace(model, state="finetuned"), load_rule(RULE), (4, 8))
     fewer = widths(overrides=("op:Gemm.quantize=false",)).model
     fewer = replace(fewer, plan=msgspec.structs.replace(fewer.plan, overrides=()))
-    with pytest.raises(ModelError, match=f"has other weights than rule '{RULE}' makes"):
+    with pytest.raises(ModelError, match=f"has other quantized weights than rule '{RULE}' makes"):
         Widths(fewer, load_rule(RULE), (4, 8))
-    with pytest.raises(OptionError, match="no weight has a choice"):
+    with pytest.raises(OptionError, match="no weight may change its width"):
         widths(overrides=("op:Conv.bits=8", "op:Gemm.bits=8"))
 
 
