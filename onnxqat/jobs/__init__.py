@@ -1,4 +1,4 @@
-"""Jobs: files that say what is done to models for chips, and what runs them."""
+"""Jobs: read job files, which describe the work on a model for a chip, and run them."""
 
 from onnxqat.jobs.job import json_schema
 from onnxqat.jobs.run import Planned, Summary, plan_jobs, run_jobs

@@ -1,4 +1,4 @@
-"""What a run of jobs shows meanwhile: a live table on a terminal, lines elsewhere."""
+"""Display of running jobs: a live table on a terminal, single lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from onnxqat.verbosity import is_quiet
 
 __all__ = ["Board", "value_text"]
 
-EVERY = 10.0  # seconds between two lines of one job
+EVERY = 10.0  # seconds between two lines for one job
 ENDED = ("done", "missed", "failed", "stopped")
-MAX_ROWS = 40  # of the table; those at work first
+MAX_ROWS = 40  # of the table; running jobs come first
 
 
 def value_text(figure: str | None, value: float | None) -> str:
-    """Return a figure for people: a share in percent, other ones as they are."""
+    """Return a figure as text for people; "-" if there is none."""
     return "-" if value is None or figure is None else figure_text(figure, value)
 
 
 class Board:
-    """Shows where all jobs stand; a context manager.
+    """Shows the state of all jobs; a context manager.
 
     Parameters
     ----------
     outcomes : sequence of Outcome
         The jobs.
     jobs : int
-        How many run at a time.
+        Number of jobs that run at the same time.
     clock : callable
-        Seconds.
+        Returns the time in seconds.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Board:
     ) -> None:
         self._outcomes, self._jobs, self._clock = outcomes, jobs, clock
         self._lock = threading.Lock()
-        # when a step began what it does, and how far it was: a training may go on from a checkpoint
+        # by job, step and title: start time and first count, which is not 0 for a resumed training
         self._begun: dict[tuple[str, str, str], tuple[float, int]] = {}
-        self._said: dict[str, float] = {}  # when a line of a job was last written
+        self._said: dict[str, float] = {}  # time of the last line for a job
         console = Console(stderr=True)
         self._live = (
             Live(console=console, auto_refresh=False, transient=True)
@@ -74,7 +74,7 @@ class Board:
             self._live.stop()
 
     def hear(self, outcome: Outcome, step: StepState | None) -> None:
-        """Take a report: of a step, or of a job that began or ended."""
+        """Take a report about a step, or (without a step) about the start or end of a job."""
         with self._lock:
             if step is not None and step.state == "running":
                 begun = self._clock(), step.done
@@ -83,7 +83,7 @@ class Board:
                 self._say(outcome, step)
 
     def refresh(self) -> None:
-        """Show the table of the moment."""
+        """Redraw the table."""
         if self._live:
             with self._lock:
                 self._live.update(self.table(), refresh=True)
@@ -103,7 +103,7 @@ class Board:
             say(f"{outcome.name}: {self.progress(outcome)}", err=True)
 
     def progress(self, outcome: Outcome) -> str:
-        """Return what a job does at the moment, how far that is and how long it will take."""
+        """Return the current activity of a job, its progress, and the time left."""
         step = outcome.running
         if step is None:
             return ""
@@ -116,7 +116,7 @@ class Board:
         return f"{text}: {step.done} of {step.total}, {left}"
 
     def table(self) -> Table:
-        """Return the table of the moment."""
+        """Return the table of the current state."""
         table = Table(caption=self._caption(), caption_justify="left")
         for head in ("job", "status", *VARIANTS):
             table.add_column(head, overflow="fold")

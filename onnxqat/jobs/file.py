@@ -1,4 +1,4 @@
-"""Job files: TOML that may extend another file, has variables, and may be a matrix of jobs."""
+"""Job files in TOML. A file may extend another one, use variables, and define a matrix of jobs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from onnxqat.toml_files import Table, merged, read_toml
 
 __all__ = ["Draft", "drafts", "read_variable"]
 
-MAX_EXTENDS = 8  # files
-MAX_JOBS = 1000  # of a matrix
-MAX_TEXT = 10_000  # characters of a value with its variables filled in
-MAX_NAME = 100  # characters of a job's name, which is that of its folder
+MAX_EXTENDS = 8  # files in a row
+MAX_JOBS = 1000  # in a matrix
+MAX_TEXT = 10_000  # characters in a value after its variables are replaced
+MAX_NAME = 100  # characters in the name of a job and of its folder
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")  # $${x} stands for ${x} itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """One job as a file has it, its variables filled in.
+    """One job as read from its file, with variables replaced, not yet checked.
 
     Attributes
     ----------
     name : str
-        Of the job, and of the folder it works in.
+        Name of the job and of its folder.
     file : Path
         The job file.
     table : dict
-        What it says.
+        Contents of the file for this job.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A value of a matrix axis: that of the variable, and what it changes of the job."""
+    """An entry of a matrix axis: label for the job's name, value of the variable, other changes."""
 
     label: str
     value: Any
@@ -54,20 +54,20 @@ class _Entry:
 
 
 def drafts(path: str | Path, variables: Mapping[str, Any] | None = None) -> list[Draft]:
-    """Return the jobs of a file: one, or those of its matrix.
+    """Return the jobs of a file: one job, or all jobs of its matrix.
 
     Parameters
     ----------
     path : str or Path
         A TOML file.
     variables : mapping, optional
-        Values that replace those of the file's ``variables``.
+        Values that replace those in the file's ``variables``.
 
     Raises
     ------
     JobError
-        The file cannot be read, is not TOML or too large, extends itself, a variable is unknown,
-        or the matrix is wrong.
+        The file cannot be read, is not TOML, is too large or extends itself, a variable is unknown,
+        or the matrix is invalid.
     """
     file = Path(path)
     table = _read(file, ())
@@ -83,12 +83,12 @@ def drafts(path: str | Path, variables: Mapping[str, Any] | None = None) -> list
 
 
 def read_variable(text: str) -> tuple[str, Any]:
-    """Read ``NAME=VALUE``, where the value is one of TOML, or else a text.
+    """Read ``NAME=VALUE``. A value that is not valid TOML is a string.
 
     Raises
     ------
     JobError
-        It has another form.
+        The text has another form.
 
     Examples
     --------
@@ -105,9 +105,11 @@ def read_variable(text: str) -> tuple[str, Any]:
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> Table:
-    """Read a file, and the one that it extends."""
+    """Read a file and the files that it extends; return them merged."""
     if path.resolve() in children or len(children) >= MAX_EXTENDS:
-        raise JobError(f"{path}: 'extends' goes round in a circle, or over {MAX_EXTENDS} files.")
+        raise JobError(
+            f"{path}: 'extends' forms a circle, or a row of more than {MAX_EXTENDS} files."
+        )
     table = read_toml(path, kind="a job file", error=JobError)
     parent = table.pop("extends", None)
     if parent is None:
@@ -123,7 +125,9 @@ def _taken(table: Table, name: str, file: Path) -> Table:
         raise JobError(f"{file}: '{name}' is {found!r}. Write a table.")
     for key in found:
         if not NAME.fullmatch(key):
-            raise JobError(f"{file}: [{name}] '{key}' is no name. Use letters, digits, - and _.")
+            raise JobError(
+                f"{file}: [{name}] '{key}' is not a valid name. Use letters, digits, - and _."
+            )
     return found
 
 
@@ -135,7 +139,7 @@ def _axes(matrix: Table, file: Path) -> dict[str, list[_Entry]]:
         axes[axis] = [_entry(one, f"{file}: [matrix] '{axis}'") for one in entries]
     count = math.prod(len(entries) for entries in axes.values())
     if count > MAX_JOBS:
-        raise JobError(f"{file}: [matrix] makes {count} jobs. At most {MAX_JOBS} are run.")
+        raise JobError(f"{file}: [matrix] has {count} jobs. Define at most {MAX_JOBS}.")
     return axes
 
 
@@ -147,12 +151,12 @@ def _entry(entry: Any, where: str) -> _Entry:
             raise JobError(f"{where} has a table without a name. Add name = '...' to it.")
         return _Entry(name, name, changes)
     if not isinstance(entry, str | int | float):
-        raise JobError(f"{where} holds {entry!r}. Write texts, numbers or tables with a name.")
+        raise JobError(f"{where} holds {entry!r}. Write strings, numbers or tables with a name.")
     return _Entry(_label(str(entry)), entry, {})
 
 
 def _label(text: str) -> str:
-    """Return what a value adds to a job's name: of a path, its stem."""
+    """Return the part of a job's name for a value; for a path, its stem."""
     path = Path(text)
     is_path = "/" in text or path.suffix in (".onnx", ".toml")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem if is_path else text).strip("-.")
@@ -169,31 +173,34 @@ def _draft(
     for axis, entry in chosen.items():
         if not entry.changes and axis not in filling.used:
             raise JobError(
-                f"{file}: [matrix] '{axis}': no key uses it. Write ${{{axis}}} in the value of one."
+                f"{file}: [matrix] '{axis}': no key uses it. Write ${{{axis}}} in the value of a "
+                "key."
             )
     name = "-".join([str(filling.fill(stem)), *(entry.label for entry in chosen.values())])
     if not NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise JobError(
-            f"{file}: the job's name '{name[:MAX_NAME]}' is no name of a folder. Give name = '...' "
-            "of letters, digits, - and _."
+            f"{file}: the job's name '{name[:MAX_NAME]}' cannot be the name of a folder. Set "
+            "name = '...' to letters, digits, - and _."
         )
     return Draft(name=name, file=file, table=filled)
 
 
 class _Filling:
-    """Puts values in the place of variables, and notes which were used."""
+    """Replaces variables by their values, and records which were used."""
 
     def __init__(self, file: Path, variables: Table) -> None:
         self.file, self.used = file, set[str]()
         self.values: Table = {}
-        for name, value in variables.items():  # each may use those before it
+        for name, value in variables.items():  # a variable may use earlier ones
             if not isinstance(value, str | int | float):
-                raise JobError(f"{file}: variable '{name}' is {value!r}. Give a text or a number.")
+                raise JobError(
+                    f"{file}: variable '{name}' is {value!r}. Give a string or a number."
+                )
             self.values[name] = self.fill(value)
         self.used.clear()
 
     def fill(self, value: Any) -> Any:
-        """Return a value of the file with the variables in its texts filled in."""
+        """Return a value of the file with the variables in its strings replaced."""
         if isinstance(value, dict):
             return {key: self.fill(one) for key, one in value.items()}
         if isinstance(value, list):
@@ -210,7 +217,10 @@ class _Filling:
             parts.append(part)
             length += len(part)
             if length > MAX_TEXT:
-                raise JobError(f"{self.file}: '{text[:40]}...' is too long when it is filled in.")
+                raise JobError(
+                    f"{self.file}: '{text[:40]}...' is longer than {MAX_TEXT} characters after its "
+                    "variables are replaced."
+                )
         return "".join(parts)
 
     def _parts(self, text: str) -> Iterator[str]:
@@ -236,7 +246,7 @@ def _check_names(found: list[Draft]) -> None:
     for draft in found:
         if draft.name in seen:
             raise JobError(
-                f"{draft.file}: two jobs of the matrix are called '{draft.name}'. Write entries as "
-                "tables with names of their own."
+                f"{draft.file}: two jobs of the matrix have the name '{draft.name}'. Write the "
+                "entries as tables with different names."
             )
         seen[draft.name] = draft

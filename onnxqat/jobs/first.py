@@ -1,4 +1,4 @@
-"""Writes a first job file from what a model and its data show; guesses are marked as such."""
+"""Write a first job file from a model and its data; mark guesses by comments."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ SPLITS = {
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-# What training frameworks' tutorials do to pixels of 0 to 255: x = (pixel - mean) * scale.
+# Usual normalizations of pixels from 0 to 255: x = (pixel - mean) * scale.
 PREPROCESSINGS = {
     "none": Settings(),
     "0 to 1": Settings(scale=(1 / 255,)),
     "-1 to 1": Settings(mean=(127.5,), scale=(1 / 127.5,)),
     "-1 to 1 by 128": Settings(mean=(128.0,), scale=(1 / 128,)),
 }
-# torchvision's ImageNet normalization, of its models' documentation, times 255
+# ImageNet normalization from the documentation of torchvision's models, times 255
 IMAGENET = Settings(mean=(123.675, 116.28, 103.53), scale=(1 / 58.395, 1 / 57.12, 1 / 57.375))
 
 
 @dataclass(frozen=True)
 class FirstJob:
-    """What was written.
+    """A job file that was written.
 
     Attributes
     ----------
     path : Path
         The job file.
     guesses : tuple of str
-        What is guessed in it, and is to be checked.
+        The guesses in it, which the user should check.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class FirstJob:
 
 @dataclass(frozen=True)
 class _Pixels:
-    """What becomes of pixels, and how that was found."""
+    """Preprocessing settings, and how they were found."""
 
     settings: Settings
     comment: str
@@ -79,15 +79,15 @@ def write_first_job(
     model : str or Path
         The float model.
     data : str or Path
-        A file or a folder; splits beside or in it are looked for by their names.
+        A file or a folder. Splits are found by the names of files beside it or folders in it.
     rules : str
         A bundled rule, or a ``.toml`` file.
     output : str or Path
         The job file.
     force : bool
-        Replace an existing one.
+        Replace an existing file.
     listener : Listener
-        Is told what is done.
+        Receives messages and progress.
 
     Raises
     ------
@@ -110,21 +110,21 @@ def write_first_job(
 
 
 def _splits(source: Path) -> tuple[dict[str, Path], str]:
-    """Return the data of each split, and what is doubtful about them."""
+    """Return the data of each split, and how they were found."""
     found = _inside(source) if source.is_dir() else _beside(source)
     if "test" in found and "train" in found:
         return found, "by their names"
     if "train" in found and "validation" in found:
         found["test"] = found.pop("validation")
-        return found, "no test data were found; what chooses states elsewhere tests here"
+        return found, "no test data were found; the validation data are used as test data"
     return (
         {"train": source, "test": source},
-        "one set stands for both, so that the figures are too good; name data of their own",
+        "one set is used for training and test, so the figures are too good; name separate data",
     )
 
 
 def _inside(folder: Path) -> dict[str, Path]:
-    """Return folders and .npz files in a folder that are called like splits."""
+    """Return the folders and .npz files in a folder whose names are those of splits."""
     named = {
         path.stem.lower(): path
         for path in sorted(folder.iterdir())
@@ -136,7 +136,7 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 
 def _beside(file: Path) -> dict[str, Path]:
-    """Return the files beside one that differ from it in the name of the split."""
+    """Return the files beside a file whose names differ from it only by the split."""
     every = "|".join(word for words in SPLITS.values() for word in words)
     match = re.search(rf"(?i)(?<![a-z])({every})(?![a-z])", file.stem)
     if match is None:
@@ -151,7 +151,7 @@ def _beside(file: Path) -> dict[str, Path]:
 
 
 def _pixels(model: Model, data: Path, listener: Listener) -> _Pixels:
-    """Compare preprocessings by how often the float model is right with each."""
+    """Choose the preprocessing with the best top-1 accuracy of the float model."""
     tried: dict[str, float] = {}
     problem = ""
     for name, settings in _candidates(model).items():
@@ -168,14 +168,14 @@ def _pixels(model: Model, data: Path, listener: Listener) -> _Pixels:
             problem = problem or str(error)
             continue
         if "top1" not in result.metrics:
-            return _Pixels(IMAGENET, "the data have no labels to compare preprocessings by", False,
+            return _Pixels(IMAGENET, "without labels, preprocessings cannot be compared", False,
                            written=False)  # fmt: skip
         tried[name] = result.metrics["top1"]
     if not tried:
         return _Pixels(IMAGENET, f"the data could not be read: {problem}", False, written=False)
     best = max(tried, key=lambda name: tried[name])
     others = ", ".join(f"{n}: {100 * v:.1f} %" for n, v in tried.items() if n != best)
-    comment = f"top-1 of the float model on {MEASURED} samples at most: {100 * tried[best]:.1f} %"
+    comment = f"top-1 of the float model on up to {MEASURED} samples: {100 * tried[best]:.1f} %"
     return _Pixels(_candidates(model)[best], comment + (f" ({others})" if others else ""), True)
 
 
@@ -190,7 +190,7 @@ def _candidates(model: Model) -> dict[str, Settings]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out warnings about preprocessings that turn out to be wrong."""
+    """Suppress warnings about preprocessings that turn out to be wrong."""
     logger = logging.getLogger("onnxqat")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -201,34 +201,34 @@ def _quiet() -> Iterator[None]:
 
 
 class _Writer:
-    """Collects the lines of the file, and the guesses among them."""
+    """Collects the lines of the file and its guesses."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lines = folder, list[str]()
         self.guesses: list[str] = []
 
     def text(self) -> str:
-        """Return the file."""
+        """Return the contents of the file."""
         return "\n".join(self._lines) + "\n"
 
     def guess(self, what: str, why: str) -> None:
-        """Write a comment that what follows is a guess."""
+        """Write a comment that marks the next lines as a guess."""
         self.guesses.append(f"{what}: {why}")
         self._lines.append(f"# guess: {_one_line(why)}")
 
     def header(self, model: Model, path: str, passed: bool) -> None:
-        """Write which model it is, and what it takes."""
+        """Write the model and its inputs and outputs."""
         self._lines += ["# Written by onnxqat init. Run it with: onnxqat run THIS-FILE", "#"]
         for kind, tensors in (("input", model.graph.inputs), ("output", model.graph.outputs)):
             for tensor in tensors:
                 shape = " x ".join(map(str, tensor.shape or ())) or "no known shape"
                 self._lines.append(_one_line(f"# {kind} '{tensor.name}': {tensor.dtype}, {shape}"))
         if not passed:
-            self._lines.append("# The chip cannot run all of it: see 'onnxqat check'.")
+            self._lines.append("# The chip cannot run the whole model: see 'onnxqat check'.")
         self._lines.append(f"model = {self._path(Path(path))}")
 
     def data(self, splits: dict[str, Path], doubt: str, pixels: _Pixels) -> None:
-        """Write where the data are, and what becomes of them."""
+        """Write the paths of the data, and their preprocessing."""
         self._lines += ["", "[data]"]
         self.guess("splits", doubt)
         self._lines += [f"{name} = {self._path(path)}" for name, path in splits.items()]
@@ -240,10 +240,10 @@ class _Writer:
                 numbers = ", ".join(f"{value!r}" for value in values)
                 self._lines.append(f"{mark}{name} = [{numbers}]")
         if pixels.written and pixels.settings == Settings():
-            self._lines.append("# mean and scale: none, the model takes the data as they are")
+            self._lines.append("# no mean and scale: the model takes the data unchanged")
 
     def stages(self, rules: str, *, equalize: bool, labelled: bool) -> None:
-        """Write the stages, and what the result is held to."""
+        """Write the stages, and the tolerance of the result."""
         rule = self._path(Path(rules)) if rules.endswith(".toml") else _quoted(rules)
         self._lines += ["", "[insert]", f"rules = {rule}"]
         if equalize:
@@ -253,12 +253,12 @@ class _Writer:
         self._lines += [
             "",
             "[finetune]",
-            "# epochs = 1     # about 2,000 steps without, at most 10",
+            "# epochs = 1     # default: about 2,000 steps, at most 10 epochs",
         ]
         figure, limit = ("top1", 0.01) if labelled else ("agreement", 0.05)
         self._lines += ["", "[tolerance.tuned]"]
         self.guess(
-            "tolerance", "what the tuned model may lose against the float one, as a fraction"
+            "tolerance", "what the tuned model may lose against the float model, as a fraction"
         )
         self._lines.append(f"{figure} = {limit}")
 
@@ -267,9 +267,9 @@ class _Writer:
 
 
 def _quoted(text: str) -> str:
-    """Return a basic string of TOML."""
+    """Return a text as a basic string of TOML."""
     if not text.isprintable():
-        raise JobError(f"{text!r}: cannot stand in a job file. Rename it.")
+        raise JobError(f"{text!r}: cannot be written into a job file. Rename it.")
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -1,4 +1,4 @@
-"""One job: what its file says, checked, and the steps that follow from it."""
+"""A job: the checked contents of its file, and the JSON Schema of job files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from onnxqat.options import data_options, truth_options
 __all__ = ["FAST_SAMPLES", "VARIANTS", "Job", "Order", "Tolerance", "json_schema", "make_job"]
 
 VARIANTS = ("float", "post-training", "repaired", "tuned", "integer")
-FAST_SAMPLES = 30  # of a fast test
+FAST_SAMPLES = 30  # samples of each split in a fast test
 SPLITS = {
-    "train": "Samples to fine-tune on, and to calibrate on where nothing else is given.",
-    "calibration": "Samples to calibrate on.",
-    "validation": "Samples that choose the best state; a tenth of the training data by default.",
-    "test": "Samples that the figures are measured on; they choose nothing.",
+    "train": "Samples to fine-tune on.",
+    "calibration": "Samples to calibrate on (default: those of train).",
+    "validation": "Samples to choose the best state by (default: a tenth of train).",
+    "test": "Samples to measure the figures on; nothing is chosen by them.",
 }
 
 Tolerance: TypeAlias = dict[str, dict[str, float]]
@@ -35,24 +35,24 @@ Text: TypeAlias = Annotated[str, Meta(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is done to one model for one chip.
+    """The work on one model for one chip.
 
     Attributes
     ----------
     draft : Draft
-        The file, and what it says.
+        The file and its contents.
     model : str
-        The float model; relative paths begin at the folder of the file.
+        Path of the float model; relative paths start at the folder of the file.
     data : dict
-        Parsed ``[data]``: the options of the command line, and the splits.
+        Parsed ``[data]``: options of the command line, and the splits.
     options : dict of str to dict
-        Parsed options of each stage that runs, by its name.
+        Parsed options of each stage that runs, by name of the stage.
     tolerance : dict
-        By variant and figure, how far it may fall below the float model's.
+        By variant and figure: how far the figure may fall below that of the float model.
     threads : int
-        0 takes all cores.
+        Number of threads; 0 uses all cores.
     fast : bool
-        Whether only `FAST_SAMPLES` samples of each split are read.
+        Whether to read only `FAST_SAMPLES` samples of each split.
     """
 
     draft: Draft
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def base(self) -> Path:
-        """Where relative paths begin."""
+        """The folder that relative paths start at."""
         return self.draft.file.resolve().parent
 
     def runs(self, stage: str) -> bool:
@@ -79,24 +79,24 @@ class Job:
 
     @property
     def samples(self) -> int | None:
-        """How many samples of each split are read at most."""
+        """Maximum number of samples to read from each split; None reads all."""
         return FAST_SAMPLES if self.fast else None
 
     @property
     def repairs(self) -> bool:
-        """Whether something is done to the model between calibrating and fine-tuning it."""
+        """Whether the job equalizes the model or corrects its biases."""
         corrected = self.options["calibrate"]["bias_correction"]
         return bool(corrected or self.options["insert"]["equalize"])
 
     @property
     def last(self) -> str:
-        """The variant that leaves for the chip."""
+        """The variant that is deployed to the chip."""
         if self.runs("finetune"):
             return "tuned"
         return "repaired" if self.repairs else "post-training"
 
     def split(self, name: str) -> str:
-        """Return the data of a split, or those that stand in for it."""
+        """Return the data of a split, or of the training split where that is its default."""
         given = self.data.get(name)
         if given is None and name in ("calibration", "validation"):
             given = self.data.get("train")
@@ -106,21 +106,22 @@ class Job:
 
 
 def make_job(draft: Draft, *, threads: int = 0, fast: bool = False) -> Job:
-    """Check what a file says, and return the job.
+    """Check the contents of a job file, and return the job.
 
     Parameters
     ----------
     draft : Draft
-        As `onnxqat.jobs.file.drafts` gives it.
+        A job from `onnxqat.jobs.file.drafts`.
     threads : int
-        Where the file does not say.
+        Number of threads if the file does not set it.
     fast : bool
         See `Job`.
 
     Raises
     ------
     JobError
-        A key is unknown, a value wrong, or something missing; it names file, table and key.
+        A key is unknown, a value is wrong, or something is missing. The message names file, table
+        and key.
     """
     where = str(draft.file)
     tables = {name: value for name, value in draft.table.items() if name in _tables()}
@@ -154,14 +155,14 @@ def make_job(draft: Draft, *, threads: int = 0, fast: bool = False) -> Job:
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A draft, and how it is run, as the process of a job is told; see `Job`."""
+    """The message that starts the process of a job: a draft and how to run it; see `Job`."""
 
     name: str
     file: str
     table: dict[str, Any]
     threads: int = 0
     fast: bool = False
-    again: bool = False  # also what is finished
+    again: bool = False  # also run finished steps
 
     def job(self) -> Job:
         """Return the job."""
@@ -182,18 +183,18 @@ def _table(row: Row) -> OptionTable:
 
 @functools.cache
 def _plain() -> type[msgspec.Struct]:
-    """Return the struct of what a job file says outside of the tables of options."""
+    """Return the struct of a job file's keys outside of the tables of options."""
     optional = tuple(row.name for row in ROWS if row.name not in ("insert", "calibrate"))
     quantized = VARIANTS[1:]
     limits = dict[str, Annotated[float, Meta(ge=0)]]
     said: dict[str, tuple[Any, str]] = {
         "model": (Text, "The float ONNX model."),
         "skip": (tuple[Literal[optional], ...], "Stages that do not run."),  # type: ignore[valid-type]
-        "seed": (Annotated[int, Meta(ge=0)], "Of every random choice (default 0)."),
-        "threads": (Annotated[int, Meta(ge=0)], "0: all cores (default)."),
+        "seed": (Annotated[int, Meta(ge=0)], "Seed of every random choice (default 0)."),
+        "threads": (Annotated[int, Meta(ge=0)], "Number of threads (default 0: all cores)."),
         "tolerance": (
             dict[Literal[quantized], limits],  # type: ignore[valid-type]
-            "By variant and figure: how far it may fall below the float model's.",
+            "By variant and figure: how far the figure may fall below that of the float model.",
         ),
     }
     fields = [
@@ -208,10 +209,10 @@ def json_schema() -> dict[str, Any]:
     anything = dict[str, Any]
     entries = Annotated[list[str | int | float | anything], Meta(min_length=1)]
     said: list[tuple[str, Any, str]] = [
-        ("name", str, "Of the job; the file's by default."),
-        ("extends", str, "Job file beside this one, that this one changes."),
-        ("variables", dict[str, str | int | float | bool], "Values of ${NAME} in texts."),
-        ("matrix", dict[str, entries], "Lists of values of variables: a job for each choice."),
+        ("name", str, "Name of the job (default: that of the file)."),
+        ("extends", str, "Job file that this one changes; the path is relative to this file."),
+        ("variables", dict[str, str | int | float | bool], "Values that replace ${NAME}."),
+        ("matrix", dict[str, entries], "Values of variables: one job for each combination."),
     ]
     fields: list[Any] = [
         (name, Annotated[kind, Meta(description=text)] | UnsetType, UNSET)
@@ -228,7 +229,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _or_variable(kind: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a value that may be a variable, too."""
+    """Return the schema of a value that may also be a variable."""
     if kind.get("type") not in ("integer", "number", "boolean") and "enum" not in kind:
         return kind
     described = {"description": kind.pop("description", "")}

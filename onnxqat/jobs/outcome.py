@@ -1,4 +1,4 @@
-"""How far a job is, and what came of it."""
+"""The state of a job and its results."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from onnxqat.jobs.job import Tolerance
 __all__ = ["Outcome", "StepState", "Verdict"]
 
 Status = Literal["waiting", "running", "done", "missed", "failed", "stopped"]
-# figures of which less is better; their tolerance is the largest value itself
+# figures where smaller is better; their tolerance is the largest permitted value
 ERRORS = ("error",)
-# figures that compare with the float model, whose own would be 1
+# figures that compare with the float model; the float model's own value would be 1
 LIKENESS = ("agreement", "cosine")
 
 
 @dataclass
 class StepState:
-    """How far a step is.
+    """The progress of a step.
 
     Attributes
     ----------
     name : str
-        Of the step.
+        Name of the step.
     state : {"waiting", "running", "cached", "done"}
-        ``cached``: done by an earlier run.
+        ``cached``: an earlier run did it.
     title : str
-        What it does at the moment.
+        Current activity.
     done, total : int
-        Batches or steps of that.
+        Progress of this activity, in batches or training steps.
     seconds : float
-        How long it took, also in an earlier run.
+        Time that it took, in this run or an earlier one.
     notes : list of str
-        What people should know.
+        Remarks for the user.
     """
 
     name: str
@@ -49,16 +49,17 @@ class StepState:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One tolerance, and whether it was held.
+    """A tolerance, and whether the job met it.
 
     Attributes
     ----------
     variant, figure : str
-        What is judged.
+        The variant and its figure.
     limit : float
-        How far below the float model's it may be; of errors, the largest value.
+        How far the figure may fall below that of the float model; for errors, the largest value.
     value : float or None
-        How far it is; None where it was not measured, which misses it.
+        How far it fell, or the error. None if it was not measured, which does not meet the
+        tolerance.
     """
 
     variant: str
@@ -68,7 +69,7 @@ class Verdict:
 
     @property
     def held(self) -> bool:
-        """Whether the tolerance was held."""
+        """Whether the tolerance was met."""
         return self.value is not None and self.value <= self.limit
 
     def __str__(self) -> str:
@@ -81,26 +82,26 @@ class Verdict:
 
 @dataclass
 class Outcome:
-    """A job: waiting, at work or ended.
+    """The state of a job, and its results so far.
 
     Attributes
     ----------
     name, file : str
-        Of the job, and its file.
+        Name of the job, and path of its file.
     folder : Path
-        Where its results are.
+        Folder of its results.
     tolerance : dict
         See `Job`.
     judged : bool
-        Whether the tolerances are looked at.
+        Whether to check the tolerances.
     status : str
-        ``missed``: it is done, and does not hold a tolerance.
+        State of the job. ``missed``: it is done, but does not meet a tolerance.
     message : str
         Why it failed or was stopped.
     steps : dict of str to StepState
-        By name, in order.
+        Steps by name, in order.
     figures : dict of str to dict
-        Of the evaluation, by variant.
+        Figures of the evaluation, by variant.
     """
 
     name: str
@@ -116,11 +117,11 @@ class Outcome:
     seconds: float = 0.0
 
     def begin(self) -> None:
-        """Note that the job's process starts."""
+        """Record the start of the job's process."""
         self.status, self.started = "running", time.monotonic()
 
     def end(self, status: Status, message: str) -> None:
-        """Note how it ended; the tolerances decide whether one that is done is as it should be."""
+        """Record the end of the job; one that is done but misses a tolerance becomes ``missed``."""
         self.message = message
         if self.started is not None:
             self.seconds = time.monotonic() - self.started
@@ -128,12 +129,12 @@ class Outcome:
         self.status = "missed" if missed else status
 
     def take(self, document: dict[str, Any]) -> StepState | None:
-        """Take what the job's process tells; return the step that it tells of.
+        """Record a message from the job's process; return the step that it is about, or None.
 
         Parameters
         ----------
         document : dict
-            See `onnxqat.jobs.process`.
+            A message of `onnxqat.jobs.process`.
         """
         if "status" in document:
             self.end(document["status"], document["message"])
@@ -151,25 +152,25 @@ class Outcome:
 
     @property
     def running(self) -> StepState | None:
-        """The step at work."""
+        """The running step, or None."""
         if self.status != "running":
             return None
         return next((step for step in self.steps.values() if step.state == "running"), None)
 
     @property
     def notes(self) -> list[str]:
-        """What people should know of all steps, each once."""
+        """The notes of all steps, without repetitions."""
         return list(dict.fromkeys(note for step in self.steps.values() for note in step.notes))
 
     @property
     def figure(self) -> str | None:
-        """The figure that a table shows: the first metric, or else how like the float model."""
+        """Name of the figure to show in a table: the first one that was measured, or None."""
         shown = (self.figures.get(variant, {}) for variant in ("float", "tuned", "post-training"))
         return next((name for figures in shown for name in figures), None)
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """The tolerances, and what was measured."""
+        """The tolerances with their measured values."""
         if not self.judged:
             return []
         return [
@@ -182,6 +183,6 @@ class Outcome:
         value = self.figures.get(variant, {}).get(figure)
         if value is None or figure in ERRORS:
             return value
-        alike = figure.partition(":")[0] in LIKENESS  # behind it stands an output
+        alike = figure.partition(":")[0] in LIKENESS  # the part after ":" is an output
         usual = 1.0 if alike else self.figures.get("float", {}).get(figure)
         return None if usual is None else usual - value

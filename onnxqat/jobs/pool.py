@@ -1,4 +1,4 @@
-"""Runs jobs side by side, each in a process of its own."""
+"""Run jobs in parallel, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from onnxqat.jobs.outcome import Outcome, StepState
 __all__ = ["Hear", "run_side_by_side"]
 
 REFRESH = 0.25  # seconds
-WAIT = 70.0  # seconds that a process has to end, its training saved
+WAIT = 70.0  # seconds that a process may take to save its training and end
 
 Hear: TypeAlias = Callable[[Outcome, StepState | None], None]
 
@@ -29,16 +29,16 @@ Hear: TypeAlias = Callable[[Outcome, StepState | None], None]
 def run_side_by_side(
     work: Sequence[tuple[Order, Outcome]], jobs: int, hear: Hear, refresh: Callable[[], None]
 ) -> None:
-    """Run jobs until all have ended; an interruption ends them first.
+    """Run jobs until all have ended; if interrupted, end them and wait for that.
 
     Parameters
     ----------
     work : sequence of (Order, Outcome)
-        What to run, and who is told what came of it.
+        The jobs to run, and the objects that record their results.
     jobs : int
-        How many run at a time.
+        Number of jobs to run at the same time.
     hear : callable
-        Called after each report, by the threads that wait for the processes.
+        Called after each report, in the threads that wait for the processes.
     refresh : callable
         Called a few times a second.
     """
@@ -52,7 +52,7 @@ def run_side_by_side(
             processes.end()
             raise
     for future in futures:
-        future.result()  # a defect of ours is raised
+        future.result()  # raises unexpected errors
 
 
 def _wait(futures: Iterable[Future[None]], refresh: Callable[[], None]) -> None:
@@ -75,8 +75,8 @@ class _Processes:
         """Run one job to its end."""
         try:
             self._run(order, outcome, hear)
-        except OSError as error:  # no process, or no room for the log
-            outcome.end("failed", f"Its process cannot be run ({error.strerror}).")
+        except OSError as error:  # the process cannot start, or the log cannot be written
+            outcome.end("failed", f"The job's process cannot be run ({error.strerror}).")
             hear(outcome, None)
 
     def _run(self, order: Order, outcome: Outcome, hear: Hear) -> None:
@@ -108,7 +108,7 @@ class _Processes:
                 return None
             outcome.begin()
             reading, writing = os.pipe()
-            # -P: what lies in the current folder must not be imported in the place of a package
+            # -P: do not import modules from the current folder instead of installed packages
             module = [sys.executable, "-P", "-m", "onnxqat.jobs.process"]
             process = subprocess.Popen(
                 [*module, str(outcome.folder), str(writing)],
@@ -116,18 +116,18 @@ class _Processes:
                 stdout=log,
                 stderr=log,
                 pass_fds=(writing,),
-                process_group=0,  # a terminal sends Ctrl-C to the whole group of ours
+                process_group=0,  # else Ctrl-C in the terminal would reach it too
             )
             self._running.append(process)
         os.close(writing)
         assert process.stdin is not None
-        with suppress(OSError):  # it is gone, which its end tells
+        with suppress(OSError):  # the process ended already; its exit code is read later
             process.stdin.write(msgspec.json.encode(order) + b"\n")
             process.stdin.flush()
         return process, os.fdopen(reading, "rb")
 
     def end(self) -> None:
-        """Ask all to end, and wait for that."""
+        """Ask all processes to end, and wait for them."""
         with self._lock:
             self._ending = True
             running = list(self._running)
@@ -141,7 +141,7 @@ class _Processes:
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
-    """Close the pipe that a process reads; one that runs is asked to end by that."""
+    """Close the pipe that a process reads, which asks a running process to end."""
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
@@ -149,4 +149,4 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(code: int) -> str:
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    return f"Its process {ended}. Run it again to go on; job.log may say why."
+    return f"The job's process {ended}. See job.log for the cause; run the job again to continue."

@@ -1,8 +1,8 @@
 """The process of one job: ``python -P -m onnxqat.jobs.process FOLDER FD``.
 
-The first line of stdin is the job; the end of stdin says that the run is over, and the process
-ends as soon as a training has saved its state. What happens is written to the file descriptor, one
-JSON document a line. What people read goes to stderr, which is the job's log.
+The first line of stdin is the job. At the end of stdin the process ends, as soon as a training has
+saved its state. Reports are written to the file descriptor, one JSON document per line. Messages
+for people go to stderr, which is the job's log.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = ["run_job"]
 
 logger = logging.getLogger("onnxqat.jobs")
 
-PATIENCE = 60.0  # seconds that a training has to save its state
+PATIENCE = 60.0  # seconds that a training may take to save its state
 STDIN = 0
-GARBAGE_THRESHOLD = 200_000  # as for the command line
+GARBAGE_THRESHOLD = 200_000  # the same as in the command line
 
 
 def run_job(
@@ -53,11 +53,11 @@ def run_job(
     order : Order
         The job.
     folder : Path
-        Where its results go.
+        Folder of its results.
     tell : callable
-        Takes what happens, one document after the other.
+        Called with each report, a document for JSON.
     ending : Ending
-        Whether to stop.
+        Tells whether to stop.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def run_job(
 
 @contextmanager
 def _claimed_soon(path: Path) -> Iterator[None]:
-    """Keep other runs off a job; one whose run was killed may still save its state."""
+    """Lock a job against other runs; wait while the process of a killed run saves its state."""
     until = time.monotonic() + PATIENCE
     with ExitStack() as stack:
         while True:
@@ -94,14 +94,14 @@ def _claimed_soon(path: Path) -> Iterator[None]:
 
 
 def _record_of(work: Work, step: Step, *, again: bool, tell: Tell) -> Record:
-    """Return the record of a step: that of an earlier run, or of this one."""
+    """Return the record of a step from an earlier run; else run it and return its record."""
     key = work.keys[step.name]
     found = None if again else read_record(work.folder, step, key)
     if found is not None:
-        logger.info("%s: as before", step.name)
+        logger.info("%s: already done by an earlier run", step.name)
         tell({"step": step.name, "state": "cached"})
         return found
-    logger.info("%s: begins", step.name)
+    logger.info("%s: started", step.name)
     tell({"step": step.name, "state": "running"})
     started = time.monotonic()
     result = step.row.run(work, step)
@@ -120,7 +120,7 @@ def _record_of(work: Work, step: Step, *, again: bool, tell: Tell) -> Record:
 
 
 def main() -> None:
-    """Run the job that stdin gives."""
+    """Run the job from stdin."""
     folder, events = Path(sys.argv[1]), int(sys.argv[2])
     order = msgspec.json.decode(_first_line(), type=Order)
     gc.set_threshold(GARBAGE_THRESHOLD)
@@ -131,7 +131,7 @@ def main() -> None:
     threading.Thread(target=_follow, args=(ending,), daemon=True).start()
 
     def tell(document: dict[str, Any]) -> None:
-        with suppress(OSError):  # who listened is gone; a training still saves its state
+        with suppress(OSError):  # the parent is gone; go on, since a training must save its state
             os.write(events, json.dumps(document).encode() + b"\n")
 
     status, message = "done", ""
@@ -142,7 +142,7 @@ def main() -> None:
     except (OnnxQatError, DivergedError) as error:
         status, message = "failed", str(error)
     except MemoryError:
-        status, message = "failed", "Out of memory. Try a smaller batch-size."
+        status, message = "failed", "Out of memory. Set a smaller batch-size."
     except Exception as error:
         traceback.print_exc()
         status, message = "failed", f"{type(error).__name__}: {error}. See job.log."
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _first_line() -> bytes:
-    """Read stdin up to the end of a line; the file object of Python would read on."""
+    """Read one line from stdin; Python's file object would read beyond it."""
     line = b""
     while not line.endswith(b"\n") and (part := os.read(STDIN, 1 << 16)):
         line += part
@@ -160,9 +160,9 @@ def _first_line() -> bytes:
 
 
 def _follow(ending: Ending) -> None:
-    """Wait for the end of stdin: whoever started the process is gone, or wants it to end.
+    """Wait for the end of stdin, then end: the parent is gone or asks this process to end.
 
-    A training saves its state first. What is written otherwise is whole or absent at any time.
+    A training saves its state first. All other files are whole or absent at any time.
     """
     while os.read(STDIN, 1 << 16):
         pass

@@ -1,7 +1,8 @@
-"""What a finished step leaves behind, so that it is not run again for the same inputs.
+"""Records of finished steps, so that a step is not run again on the same inputs.
 
-A step's key is a hash of onnxqat's version, the stage, its options, what is in the files it reads,
-and the keys of the steps before it. Threads are no part of it: they change the order of sums alone.
+The key of a step is a hash of onnxqat's version, the stage, its options, the contents of the files
+that it reads, and the keys of the steps that it depends on. The number of threads is not part of
+the key: it only changes the order of sums.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ if TYPE_CHECKING:
 __all__ = ["Record", "key_of_step", "read_record", "write_record"]
 
 MAX_RECORD_BYTES = 2**22
-NOT_KEYED = ("threads", "checkpoint_every", "log_every")  # they change no result
+NOT_KEYED = ("threads", "checkpoint_every", "log_every")  # these do not change results
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A finished step.
+    """The record of a finished step.
 
     Attributes
     ----------
     key : str
-        See the module.
+        Key of the step, see the module's docstring.
     seconds : float
-        How long it took.
+        Time that it took.
     figures : dict of str to float or None
-        What was measured.
+        Measured figures.
     notes : tuple of str
-        What people should know.
+        Remarks for the user.
     files : dict of str to str
-        SHA-256 by path, relative to the job's folder.
+        SHA-256 of each written file, by path relative to the job's folder.
     """
 
     schema: Literal["onnxqat.step/1"] = "onnxqat.step/1"
@@ -64,16 +65,16 @@ def key_of_step(job: Job, step: Step, keys: Mapping[str, str]) -> str:
     Parameters
     ----------
     job : Job
-        Whose step it is.
+        The job.
     step : Step
         The step.
     keys : mapping of str to str
-        Those of the steps before it.
+        Keys of the earlier steps, by name.
 
     Raises
     ------
     OnnxQatError
-        A file that it reads is missing.
+        A file that the step reads is missing.
     """
     tables = {name: job.options[name] for name in (step.row.name, *step.row.also)}
     told: dict[str, Any] = {
@@ -117,7 +118,7 @@ def _rule(job: Job) -> str:
 
 
 def _texts(told: Any) -> Iterator[str]:
-    """Yield the texts among options, and what a sum such as ``kl+0.5*my-loss.onnx`` consists of."""
+    """Yield the strings in options, and the parts of sums such as ``kl+0.5*my-loss.onnx``."""
     if isinstance(told, dict):
         for value in told.values():
             yield from _texts(value)
@@ -131,12 +132,12 @@ def _texts(told: Any) -> Iterator[str]:
 def _is_file(job: Job, text: str) -> bool:
     try:
         return bool(text) and (job.base / text).is_file()
-    except (OSError, ValueError):  # no path
+    except (OSError, ValueError):  # the text cannot be a path
         return False
 
 
 def _digest(job: Job, source: str) -> str:
-    """Return what tells whether a file, a folder or a function's module has changed."""
+    """Return a text that changes when a file, a folder or the module of a function changes."""
     path = job.base / source
     if path.is_dir():
         return _listing(path)
@@ -150,19 +151,19 @@ def _digest(job: Job, source: str) -> str:
 
 
 def _data_of(path: Path) -> list[Path]:
-    """Return the weights beside a model, as exporters and we name them."""
+    """Return the files of external weights beside a model, by the usual names."""
     beside = path.parent.glob(f"{path.name}*.data") if path.suffix == ".onnx" else ()
     return sorted(beside)
 
 
 def _listing(folder: Path) -> str:
-    """Return a hash of the names, sizes and times of what lies in a folder."""
+    """Return a hash of the names, sizes and modification times of all files in a folder."""
     digest = hashlib.sha256()
     for path, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
             file = Path(path, name)
-            with suppress(OSError):  # a link to nothing
+            with suppress(OSError):  # a broken link
                 status = file.stat()
                 line = f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
                 digest.update(os.fsencode(line))
@@ -170,7 +171,7 @@ def _listing(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read once for each time it was changed."""
+    """Return the SHA-256 of a file; cached while its size and modification time stay the same."""
     status = path.stat()
     return _file_digest(path, status.st_size, status.st_mtime_ns)
 
@@ -187,7 +188,7 @@ def _path(folder: Path, step: Step) -> Path:
 
 
 def read_record(folder: Path, step: Step, key: str) -> Record | None:
-    """Return the record of a step with this key, where its files are as it wrote them."""
+    """Return the record of a step if it has this key and its files are unchanged, else None."""
     path = _path(folder, step)
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
@@ -202,7 +203,7 @@ def read_record(folder: Path, step: Step, key: str) -> Record | None:
 
 
 def write_record(folder: Path, step: Step, record: Record) -> None:
-    """Write the record of a step, which says that it is finished."""
+    """Write the record of a step, which marks it as finished."""
     path = _path(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, msgspec.json.encode(record).decode(), force=True)

@@ -1,4 +1,4 @@
-"""The stages of a job, one row each: a stage that joins is one more row."""
+"""The stages of a job, one row each; a new stage is a new row."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _tuned(job: Job) -> tuple[str, ...]:
 
 
 def _leaving(job: Job) -> tuple[str, ...]:
-    """Return what leaves for the chip; the post-training baseline beside what became of it."""
+    """Return the variants to deploy: the last one, and the post-training baseline."""
     return (job.last,) if job.last == "post-training" else (job.last, "post-training")
 
 
@@ -71,23 +71,23 @@ class Row:
     Attributes
     ----------
     name : str
-        Of the stage, and of its table in a job file.
+        Name of the stage and of its table in a job file.
     run : callable
-        Calls the verb, and writes what it gives.
+        Calls the verb and writes its result.
     options : tuple
-        Decorators of `onnxqat.options`: the keys of the table.
+        Decorators of `onnxqat.options` that define the keys of the table.
     without : tuple of str
-        Options that are none of its keys: the job sees to them, or they stand in ``[data]``.
+        Options that are not keys of the table: the job sets them, or they belong to ``[data]``.
     also : tuple of str
-        Other tables whose options it reads.
+        Names of other tables whose options it reads.
     variants : callable
-        Which variants of the model a job runs it on.
+        Job -> the variants of the model that the stage runs on.
     reads : str or None
-        Split of the data.
+        Split of the data that it reads.
     makes : bool
-        Whether it gives a model, for the stages behind it.
+        Whether it writes a model for later stages.
     always : bool
-        Whether it runs without a table, too.
+        Whether it runs even if the file has no table for it.
     """
 
     name: str
@@ -103,20 +103,20 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A stage of one variant.
+    """A stage applied to one variant.
 
     Attributes
     ----------
     row : Row
         The stage.
     variant : str
-        Of the model; empty where there is one for all.
+        Variant of the model; empty if the stage runs once for all variants.
     source : str or None
-        The step whose model it takes; None for the float model.
+        Name of the step whose model it reads; None for the float model.
     after : tuple of str
-        The steps whose results it depends on.
+        Names of the steps whose results it depends on.
     beside : tuple of str
-        The steps whose models it compares with, of earlier variants.
+        Names of the steps whose models it compares with.
     """
 
     row: Row
@@ -212,14 +212,14 @@ ROWS = (
 def steps_of(job: Job) -> list[Step]:
     """Return the steps of a job, in order."""
     steps: list[Step] = []
-    latest: dict[str, str] = {}  # the step that gave a variant's model so far
+    latest: dict[str, str] = {}  # by variant: the last step so far that wrote its model
     for row in (row for row in ROWS if job.runs(row.name)):
         for variant in row.variants(job):
             given = latest.get(variant)
             if given is None and variant in ("tuned", "integer"):
                 given = latest.get(job.last) or latest[_quantized(job)[-1]]
             others = tuple(name for name in latest.values() if name != given)
-            whole = row.name == "report"  # it is about all that was done
+            whole = row.name == "report"  # it covers all earlier steps
             after = tuple(step.name for step in steps) if whole else (given,) if given else ()
             beside = others if whole else ()
             steps.append(step := Step(row=row, variant=variant, source=given, after=after,

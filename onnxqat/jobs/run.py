@@ -1,4 +1,4 @@
-"""Jobs from their files to a summary."""
+"""Run jobs from job files, and summarize their results."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["Planned", "Summary", "plan_jobs", "run_jobs"]
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of jobs.
+    """The results of a run of jobs.
 
     Attributes
     ----------
     outcomes : tuple of Outcome
-        Of each job, in order.
+        Results of each job, in order.
     fast : bool
-        Whether only some samples were read, and no tolerance looked at.
+        Whether only a few samples were read and tolerances were not checked.
     files : tuple of Path
-        The written summaries.
+        The summary files.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -41,17 +41,17 @@ class Summary:
 
     @property
     def passed(self) -> bool:
-        """Whether all jobs are done and hold their tolerances."""
+        """Whether all jobs are done and meet their tolerances."""
         return all(one.status == "done" for one in self.outcomes)
 
     @property
     def document(self) -> dict[str, Any]:
-        """The summary as JSON that scripts read."""
+        """The summary as a JSON document."""
         return document_of(self.outcomes, fast=self.fast)
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The summary as a table, its heads first."""
+        """The summary as rows of a table, headings first."""
         return rows_of(self.outcomes)
 
 
@@ -62,7 +62,7 @@ class Planned:
     Attributes
     ----------
     job, step : str
-        Their names.
+        Names of the job and the step.
     state : {"run", "done"}
         ``done``: an earlier run did it on the same inputs.
     """
@@ -83,8 +83,8 @@ def run_jobs(
 ) -> Summary:
     """Run job files, as ``onnxqat run`` does: each job in a process of its own.
 
-    Steps that an earlier run finished on the same inputs are not run again. A job that fails, or
-    whose file is wrong, does not keep the others from running.
+    Steps that an earlier run finished on the same inputs are not run again. If a job fails or its
+    file is invalid, the other jobs still run.
 
     Parameters
     ----------
@@ -93,18 +93,18 @@ def run_jobs(
     output : str or Path
         Folder of the results: a folder for each job, and the summary.
     jobs : int
-        How many run at a time.
+        Number of jobs to run at the same time.
     variables : mapping, optional
         Values that replace those of the files' variables.
     fast : bool
-        Read only a few samples, through every stage; no tolerance is looked at.
+        Run every stage on a few samples only, and do not check tolerances.
     again : bool
-        Also run what is finished.
+        Also run finished steps.
 
     Raises
     ------
     JobError
-        There is no job, or two have the same name.
+        There is no job, or two jobs have the same name.
     OnnxQatError
         Nothing can be written to ``output``.
     """
@@ -139,7 +139,7 @@ def run_jobs(
 
 
 def _accept(order: Order, outcome: Outcome) -> bool:
-    """Check a job, and make its folder; note what is wrong with it."""
+    """Check a job and create its folder; on an error, record it and return False."""
     try:
         job = order.job()
         outcome.name, outcome.tolerance, outcome.judged = job.name, job.tolerance, not job.fast
@@ -153,7 +153,7 @@ def _accept(order: Order, outcome: Outcome) -> bool:
 def _read_all(
     files: Iterable[str | Path], variables: Mapping[str, Any] | None
 ) -> Iterable[tuple[str, Path, Draft | None, str]]:
-    """Yield the jobs of all files, and files that are wrong with what is wrong."""
+    """Yield the jobs of all files; for an invalid file, yield the error instead of a job."""
     seen: dict[str, Path] = {}
     for file in map(Path, files):
         try:
@@ -164,7 +164,7 @@ def _read_all(
         for draft in found:
             if draft.name in seen:
                 raise JobError(
-                    f"{file}: a job of {seen[draft.name]} is called '{draft.name}', too. Give "
+                    f"{file}: a job of {seen[draft.name]} also has the name '{draft.name}'. Set "
                     "name = '...' in one of them."
                 )
             seen[draft.name] = file
@@ -178,7 +178,7 @@ def plan_jobs(
     variables: Mapping[str, Any] | None = None,
     fast: bool = False,
 ) -> list[Planned]:
-    """Return what `run_jobs` would do, as ``onnxqat run --dry-run`` says.
+    """Return the steps that `run_jobs` would run, as ``onnxqat run --dry-run`` prints them.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def plan_jobs(
     Raises
     ------
     OnnxQatError
-        A job file is wrong, or a file that it names is missing.
+        A job file is invalid, or a file that it names is missing.
     """
     planned: list[Planned] = []
     for _, _, draft, problem in _read_all(files, variables):
@@ -207,24 +207,24 @@ def _planned(job: Job, root: Path) -> Iterable[Planned]:
 
 
 def _folder(path: Path) -> Path:
-    """Make a folder for results.
+    """Create a folder for results.
 
     Raises
     ------
     OnnxQatError
-        It cannot be made.
+        The folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OnnxQatError(
-            f"{path}: cannot be made ({error.strerror}). Choose another --output."
+            f"{path}: cannot be created ({error.strerror}). Choose another --output."
         ) from error
     return path
 
 
 def _threads(jobs: int) -> int:
-    """Return the threads of a job, so that all together take the cores there are."""
+    """Return the threads for each of ``jobs`` jobs, so that together they use all cores."""
     if jobs == 1:
         return 0
     return max(1, (os.cpu_count() or 1) // jobs)

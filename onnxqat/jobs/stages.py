@@ -1,4 +1,4 @@
-"""What each stage of a job does: it calls the verb of its name, and writes what that gives."""
+"""The functions of the stages: each calls the verb of its name and writes the result."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = [
     "strip",
 ]
 
-NAMED = 3  # nodes of a message
+NAMED = 3  # nodes that a message names
 LOG, ANALYSIS = "finetune.jsonl", "analysis.json"
 
 
 def check(work: Work, step: Step) -> Result:
-    """Refuse a model that the chip cannot run, or that cannot be fine-tuned where it is to be."""
+    """Refuse a model that the chip cannot run, or that cannot be fine-tuned as the job asks."""
     del step
     insert, train = work.options("insert"), work.options("check")["train"]
     found = verbs.check(
@@ -53,7 +53,7 @@ def check(work: Work, step: Step) -> Result:
     if wrong:
         more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise JobError(
-            f"{work.job.model}: rule '{found.plan.rule}' does not take it: "
+            f"{work.job.model}: does not fit rule '{found.plan.rule}': "
             f"{'; '.join(wrong[:NAMED])}{more}. See 'onnxqat check'."
         )
     figures = {
@@ -65,7 +65,7 @@ def check(work: Work, step: Step) -> Result:
 
 
 def insert(work: Work, step: Step) -> Result:
-    """Insert the pairs; of the repaired variant after equalizing, where that is asked for."""
+    """Insert the pairs; equalize the repaired variant first, if the job asks for it."""
     options = work.options("insert")
     strip_format = work.options("strip")["format_name"] if work.job.runs("strip") else None
     made = work.made(step)
@@ -83,7 +83,7 @@ def insert(work: Work, step: Step) -> Result:
 
 
 def calibrate(work: Work, step: Step) -> Result:
-    """Measure the scales, and correct the biases of the repaired variant where asked for."""
+    """Calibrate; correct the biases of the repaired variant, if the job asks for it."""
     options = work.options("calibrate")
     if step.variant != "repaired":
         options["bias_correction"] = None
@@ -100,17 +100,17 @@ def calibrate(work: Work, step: Step) -> Result:
 
 
 def finetune(work: Work, step: Step) -> Result:
-    """Fine-tune, from the checkpoint where a run of the same settings was stopped."""
+    """Fine-tune; continue from the checkpoint of a stopped run with the same settings."""
     options = work.options("finetune")
-    # a repaired model need not be the same function any more
+    # a repaired model may compute a different function than the float model
     teacher = options.pop("teacher") or (work.job.model if work.job.repairs else None)
     every, log_every = options.pop("checkpoint_every"), options.pop("log_every")
     made, log = work.made(step), work.folder / LOG
-    run = f"{work.keys[step.name][:16]}.{options['threads']}"  # whose sums have one order
+    run = f"{work.keys[step.name][:16]}.{options['threads']}"  # threads change the order of sums
     kept = made.with_suffix(f".{run}.checkpoint")
     resume = kept.is_file()
     for other in made.parent.glob(f"{made.stem}.*.checkpoint"):
-        if other != kept:  # of other settings
+        if other != kept:  # it belongs to other settings
             other.unlink()
     if not resume:
         log.unlink(missing_ok=True)
@@ -135,9 +135,9 @@ def finetune(work: Work, step: Step) -> Result:
 
 
 def evaluate(work: Work, step: Step) -> Result:
-    """Measure a variant on the test data, against the float model."""
+    """Measure a variant on the test data, and compare it with the float model."""
     variant, options = step.variant, work.options("evaluate")
-    if variant == "float":  # compared with nothing
+    if variant == "float":  # it has no reference
         options["metrics"] = [m for m in options["metrics"] if not read_metric(m).compares]
     modes: dict[str, Any] = {"float": "float", "integer": "integer"}
     rules = work.options("insert")["rules"]
@@ -161,7 +161,7 @@ def evaluate(work: Work, step: Step) -> Result:
 
 
 def _figures(found: Evaluation) -> dict[str, float | None]:
-    """Return what a variant is judged by: metrics, and how like the float model it is."""
+    """Return the figures of a variant: its metrics, and its agreement and error."""
     errors = [one.relative_error for one in found.outputs if one.relative_error is not None]
     figures: dict[str, float | None] = dict(found.metrics)
     if found.agreement is not None:
@@ -176,7 +176,7 @@ def _finite(value: Any) -> Any:
 
 
 def analyze(work: Work, step: Step) -> Result:
-    """Write which layers cost most, and the overrides that are advised."""
+    """Write the analysis, and an overrides file with its advice."""
     options = work.options("analyze")
     if work.job.samples is not None:
         options["samples"] = min(options["samples"], work.job.samples)
@@ -213,14 +213,14 @@ def strip(work: Work, step: Step) -> Result:
 
 
 def export(work: Work, step: Step) -> Result:
-    """Write the model with integer weights beside what strip wrote."""
+    """Write the model with integer weights into the folder for the chip."""
     made = work.chip(step) / "model.int8.onnx"
     verbs.export(work.model(step.source), **work.options("export")).save(made, force=True)
     return Result(files=_model_files(made))
 
 
 def report(work: Work, step: Step) -> Result:
-    """Write a page about what leaves for the chip, beside what it was before."""
+    """Write a page about the deployed variant, which compares it with the earlier ones."""
     options, rules = work.options("report"), work.options("insert")["rules"]
     log, found = work.folder / LOG, work.folder / ANALYSIS
     page = work.folder / "report.html"
@@ -241,5 +241,5 @@ def report(work: Work, step: Step) -> Result:
 
 
 def _model_files(path: Path) -> tuple[Path, ...]:
-    """Return a model and its data beside it."""
+    """Return the path of a model and those of its external data."""
     return (path, *sorted(path.parent.glob(f"{path.name}.*.data")))

@@ -1,4 +1,4 @@
-"""What came of a run of jobs: as JSON for scripts, Markdown and HTML for people."""
+"""The summary of a run of jobs: JSON for scripts, Markdown and HTML for people."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STYLE = (
 
 
 def document_of(outcomes: Sequence[Outcome], *, fast: bool) -> dict[str, Any]:
-    """Return the summary as JSON that scripts read."""
+    """Return the summary as a JSON document."""
     return {
         "schema": "onnxqat.run/1",
         "version": importlib.metadata.version("onnxqat"),
@@ -65,7 +65,7 @@ def _job(one: Outcome) -> dict[str, Any]:
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """Return a table of one row for each job, its heads first."""
+    """Return a table with a row for each job, headings first."""
     rows: list[tuple[str, ...]] = [HEADS]
     for one in outcomes:
         figure = one.figure
@@ -76,7 +76,7 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str]]:
-    """Yield what else is to be said of each job."""
+    """Yield the message, tolerances and notes of each job, with the job's name."""
     for one in outcomes:
         yield from ((one.name, text) for text in (one.message,) if text)
         yield from ((one.name, str(verdict)) for verdict in one.verdicts)
@@ -84,7 +84,7 @@ def _remarks(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str]]:
 
 
 def write_summary(root: Path, outcomes: Sequence[Outcome], *, fast: bool) -> list[Path]:
-    """Write ``summary.json``, ``summary.md`` and ``summary.html``; return where they are."""
+    """Write ``summary.json``, ``summary.md`` and ``summary.html``; return their paths."""
     document = json.dumps(document_of(outcomes, fast=fast), indent=2, allow_nan=False)
     texts = {
         "summary.json": document + "\n",
@@ -108,7 +108,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text that Markdown takes as it is: names may hold its marks, or those of HTML."""
+    """Escape a text for a Markdown cell: names may contain Markdown or HTML characters."""
     return html.escape(shown(text), quote=False).replace("|", "\\|").replace("`", "\\`")
 
 

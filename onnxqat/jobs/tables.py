@@ -1,7 +1,7 @@
-"""Tables of a job file whose keys are options of the command line.
+"""Tables of a job file, whose keys are options of the command line.
 
-The options are those of `onnxqat.options`: their types make the structs that a table is checked
-with, and click itself reads the values, so that a key means exactly what the option does.
+The options come from `onnxqat.options`. Their types define the structs that a table is checked
+with. click parses the values, so that a key means exactly the same as the option.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Scalar: TypeAlias = str | int | float
 
 
 def params_of(options: Iterable[Options], *, without: Iterable[str] = ()) -> list[click.Option]:
-    """Return the options that decorators add to a command, but for some, named as keys."""
+    """Return the options that decorators add to a command, except the keys ``without``."""
 
     def nothing() -> None:
         pass
@@ -32,7 +32,7 @@ def params_of(options: Iterable[Options], *, without: Iterable[str] = ()) -> lis
     command = nothing
     for decorate in options:
         decorate(command)
-    # a decorator of several options adds the last one first
+    # a decorator with several options adds the last one first
     found = list(getattr(command, "__click_params__", ()))
     return [param for param in found if key_of(param) not in without]
 
@@ -48,11 +48,11 @@ class OptionTable:
     Parameters
     ----------
     name : str
-        Of the table in the file.
+        Name of the table in the file.
     params : sequence of click.Option
         The options, see `params_of`.
     more : mapping of str to type
-        Keys that are none of them.
+        Further keys that are not options.
 
     Attributes
     ----------
@@ -76,27 +76,27 @@ class OptionTable:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys there may be."""
+        """The permitted keys."""
         return (*self.more, *map(key_of, self.params))
 
     def parse(
         self, given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the values as a command gets them, by the names of its parameters.
+        """Return the values as a command receives them, by parameter name.
 
         Parameters
         ----------
         given : mapping
             The table in the file.
         where : str
-            The file, for messages.
+            Path of the file, for messages.
         defaults : mapping, optional
-            Values of options that the table does not give.
+            Values for options that the table does not set.
 
         Raises
         ------
         JobError
-            A key is unknown, or a value is not what the option takes.
+            A key is unknown, or the option does not accept a value.
         """
         where = f"{where}: [{self.name}]"
         table = converted(given, self.kind, self.keys, where)
@@ -104,7 +104,7 @@ class OptionTable:
         known = set(map(key_of, self.params))
         usual = {k: v for k, v in (defaults or {}).items() if k in known}
         words = self._words(usual | own)
-        # no option is required of a table that may be left out; the stage says what it needs
+        # no option is required, since the whole table is optional; the stage checks what it needs
         command = click.Command(self.name, params=list(self.params))
         try:
             with command.make_context(self.name, words) as context:
@@ -121,19 +121,19 @@ class OptionTable:
 def converted(
     given: Any, kind: type[msgspec.Struct], keys: Iterable[str], where: str
 ) -> dict[str, Any]:
-    """Return a table as the struct has it, without what is not given.
+    """Check a table against a struct; return the keys that it sets.
 
     Raises
     ------
     JobError
-        It is no table, a key is unknown (the nearest right one is named), or a value is of another
-        type.
+        It is not a table, a key is unknown (the message suggests the nearest known one), or a value
+        has the wrong type.
     """
     if not isinstance(given, Mapping):
         raise JobError(f"{where} is {given!r}. Write a table.")
     for key in given:
         if key not in keys:
-            raise JobError(f"{where} '{key}' is no key of it. {nearest(key, keys)}")
+            raise JobError(f"{where} has no key '{key}'. {nearest(key, keys)}")
     try:
         found: dict[str, Any] = msgspec.to_builtins(msgspec.convert(given, kind))
     except msgspec.ValidationError as error:
@@ -142,7 +142,7 @@ def converted(
 
 
 def _explained(error: msgspec.ValidationError) -> str:
-    """Return msgspec's message behind the key it is about."""
+    """Return msgspec's message, with the key in front of it."""
     text, _, place = str(error).partition(" - at `$")
     key = place.strip("`.")
     text = text.replace("`", "'").replace("|", " or ")
@@ -156,7 +156,7 @@ def _wrong(error: click.ClickException) -> str:
 
 
 def _type_of(param: click.Option) -> Any:
-    """Return what a value in a file may be, with the option's help as its description."""
+    """Return the type of an option's value in a file, with the option's help as description."""
     kind, described = param.type, Meta(description=param.help or "")
     if param.is_flag:
         return Annotated[bool, described]
@@ -170,7 +170,7 @@ def _type_of(param: click.Option) -> Any:
     plain = {click.INT: int, click.FLOAT: float}.get(kind)
     if plain is not None:
         return Annotated[plain, described]
-    if param.callback is not None:  # a text that the option itself reads, such as 1,2,3
+    if param.callback is not None:  # the option parses a text itself, such as 1,2,3
         return Annotated[Scalar | tuple[Scalar, ...], described]
     return Annotated[str, described]
 

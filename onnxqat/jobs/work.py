@@ -1,4 +1,4 @@
-"""What the stages of a running job share: where things are, and who is told how far they are."""
+"""Context of a running job for its stages: paths, options, and reports of progress."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a step gave.
+    """The result of a step.
 
     Attributes
     ----------
     figures : dict of str to float or None
-        What was measured; None where it is not finite.
+        Measured figures; None if a figure is not finite.
     notes : tuple of str
-        What people should know.
+        Remarks for the user.
     files : tuple of Path
-        What was written.
+        Written files.
     """
 
     figures: dict[str, float | None] = field(default_factory=dict)
@@ -49,14 +49,14 @@ class Result:
 
 
 class Ending:
-    """Whether a job is to end.
+    """A request to end a job.
 
     Attributes
     ----------
     asked : Event
-        Set when it is.
+        Set when the job must end.
     saves : bool
-        Whether a training runs, which saves its state before.
+        Whether a training runs, which must save its state first.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Ending:
 
     @contextmanager
     def saving(self) -> Iterator[Callable[[], bool]]:
-        """Yield what says whether to stop; the process lives on until the block is left."""
+        """Yield a function that tells whether to stop; the process does not end in the block."""
         self.saves = True
         try:
             yield self.asked.is_set
@@ -73,32 +73,32 @@ class Ending:
 
 
 class Work:
-    """A job at work; relative paths begin at the current directory, which is the job file's.
+    """A running job. The current directory must be that of the job file, for relative paths.
 
     Parameters
     ----------
     job : Job
-        What to do.
+        The job.
     folder : Path
-        Where its results go.
+        Folder of its results.
     tell : callable
-        Takes the progress of the running step: ``done`` of ``total``.
+        Called with the progress of the running step: ``title``, ``done``, ``total``.
     ending : Ending
-        Whether to stop.
+        Tells whether to stop.
     """
 
     def __init__(self, job: Job, folder: Path, tell: Tell, ending: Ending) -> None:
         self.job, self.folder, self.tell, self.ending = job, folder, tell, ending
-        self.keys: dict[str, str] = {}  # of the steps so far, see `onnxqat.jobs.records`
+        self.keys: dict[str, str] = {}  # keys of the steps so far, see `onnxqat.jobs.records`
 
     @property
     def listener(self) -> Listener:
-        """Who is told what a verb does."""
+        """The listener for verbs, which reports their progress."""
         return _Teller(self.tell)
 
     @property
     def settings(self) -> Settings:
-        """What is said about the data, for the model to remember."""
+        """Settings of the data, which the model's file stores."""
         return take_settings(dict(self.job.data))
 
     def options(self, stage: str) -> dict[str, Any]:
@@ -111,17 +111,17 @@ class Work:
         return DataSource(source=self.job.split(split), samples=self.job.samples, **said)
 
     def model(self, step: str | None) -> Path:
-        """Return where the model of a step lies; the float one without a step."""
+        """Return the path of a step's model; without a step, that of the float model."""
         return Path(self.job.model) if step is None else self.folder / "models" / f"{step}.onnx"
 
     def made(self, step: Step) -> Path:
-        """Return where a step writes its model, in a folder that is there."""
+        """Return the path for a step's model; create its folder."""
         path = self.model(step.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def chip(self, step: Step) -> Path:
-        """Return the folder of what leaves for the chip, made where it is missing."""
+        """Return the folder of a variant's files for the chip; create it."""
         name = "chip" if step.variant == self.job.last else f"chip-{step.variant}"
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class Work:
 
 
 class _Teller(Listener):
-    """Tells how far a verb is, and logs its notes."""
+    """Reports the progress of a verb, and logs its notes."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._told = tell, 0.0
@@ -138,7 +138,7 @@ class _Teller(Listener):
         logger.info("%s", text)
 
     def progress(self, title: str, done: int, total: int) -> None:
-        """Tell, unless that was done a moment ago."""
+        """Report progress, at most every `EVERY` seconds."""
         now = time.monotonic()
         if done >= total or now - self._told >= EVERY:
             self._told = now
@@ -165,7 +165,7 @@ class _Teller(Listener):
 
 
 class _TrainingTeller:
-    """Tells how a fine-tuning goes."""
+    """Reports the progress of a fine-tuning."""
 
     def __init__(self, teller: _Teller) -> None:
         self._teller = teller

@@ -92,18 +92,18 @@ def test_a_matrix_is_a_job_for_each_choice(write):
     [
         ("model = ", "not valid TOML"),
         ('extends = ["a"]', "'extends' is ['a']. Name one file."),
-        ('extends = "job.toml"', "'extends' goes round in a circle"),
+        ('extends = "job.toml"', "'extends' forms a circle"),
         ('extends = "none.toml"', "none.toml: no such file."),
         ("variables = 1", "'variables' is 1. Write a table."),
-        ('variables = {a = ["x"]}', "variable 'a' is ['x']. Give a text or a number."),
+        ('variables = {a = ["x"]}', "variable 'a' is ['x']. Give a string or a number."),
         ('model = "${nett}"\nvariables = {net = "a"}', "'nett' is unknown. The nearest: 'net'."),
         ("[matrix]\nbits = 4", "[matrix] 'bits' is 4. Write a list of values."),
         ("[matrix]\nbits = [4, 8]", "[matrix] 'bits': no key uses it. Write ${bits}"),
         ("[matrix]\nbits = [{data = {}}]", "has a table without a name"),
         ("[matrix]\nbits = [[1]]", "'bits' holds [1]"),
-        ('model = "${m}"\nmatrix = {m = ["a/x", "b/x"]}', "two jobs of the matrix are called"),
-        ('name = "../up"', "the job's name '../up' is no name of a folder"),
-        ('name = ".."', "the job's name '..' is no name of a folder"),
+        ('model = "${m}"\nmatrix = {m = ["a/x", "b/x"]}', "two jobs of the matrix have the name"),
+        ('name = "../up"', "the job's name '../up' cannot be the name of a folder"),
+        ('name = ".."', "the job's name '..' cannot be the name of a folder"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_file(write, text, said):
@@ -116,10 +116,10 @@ def test_what_is_wrong_is_named_with_the_file(write, text, said):
 
 def test_hostile_files_take_neither_time_nor_memory(write, monkeypatch, tmp_path):
     doubling = "\n".join(f'v{i} = "${{v{i - 1}}}${{v{i - 1}}}"' for i in range(1, 60))
-    with pytest.raises(JobError, match="too long when it is filled in"):
+    with pytest.raises(JobError, match="longer than 10000 characters after"):
         drafts(write(f'model = "${{v59}}"\n[variables]\nv0 = "xxxxxxxx"\n{doubling}'))
     axes = "\n".join(f"a{i} = [{', '.join(map(str, range(50)))}]" for i in range(8))
-    with pytest.raises(JobError, match="At most 1000 are run"):
+    with pytest.raises(JobError, match="Define at most 1000"):
         drafts(write(f"[matrix]\n{axes}"))
     with pytest.raises(JobError, match=r"nests too deep|not valid TOML"):
         drafts(write(f"a = {'[' * 5000}{']' * 5000}"))

@@ -88,14 +88,14 @@ def test_every_key_is_an_option_of_the_command(name):
 @pytest.mark.parametrize(
     ("tables", "said"),
     [
-        ({"finetune": {"epoch": 1}}, "[finetune] 'epoch' is no key of it. The nearest: 'epochs'"),
+        ({"finetune": {"epoch": 1}}, "[finetune] has no key 'epoch'. The nearest: 'epochs'"),
         ({"finetun": {}}, "'finetun' is unknown. The nearest: 'finetune'"),
         ({"finetune": {"epochs": "many"}}, "[finetune] 'epochs': expected 'int', got 'str'."),
         ({"finetune": {"epochs": 0}}, "[finetune] 'epochs': expected 'int' >= 1."),
         ({"finetune": {"method": "lqs"}}, "[finetune] 'method': invalid enum value 'lqs'."),
         ({"finetune": {"augment": "flap"}}, "[finetune] 'augment': unknown 'flap'"),
         ({"finetune": {"preset": "none"}}, "[finetune] 'preset': No preset 'none'"),
-        ({"finetune": {"resume": True}}, "[finetune] 'resume' is no key of it"),
+        ({"finetune": {"resume": True}}, "[finetune] has no key 'resume'"),
         ({"finetune": 3}, "[finetune] is 3. Write a table."),
         ({"data": {"mean": "x", "train": "a", "test": "b"}}, "[data] 'mean': 'x' is not a list"),
         ({"data": {"train": "a"}}, "[data] 'test' is missing. Name the data."),
