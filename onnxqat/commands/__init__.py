@@ -1,6 +1,6 @@
-"""The commands: parse the options, call the verb, print the result.
+"""The commands of the command line: parse the options, call the verb, print the result.
 
-Heavy modules are imported inside of the commands, so that ``--help`` answers at once.
+Heavy modules are imported inside of the functions, so that ``--help`` is fast.
 """
 
 from onnxqat.commands.analyze import analyze

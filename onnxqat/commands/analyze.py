@@ -1,4 +1,4 @@
-"""The command that says where quantization hurts."""
+"""The command ``analyze``: measure which layers and tensors lose most."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ WORST = 10  # rows of a table
 @under("Analysis")(
     "--against", metavar="MODEL", help="Compare with this float model (default: the one in MODEL)."
 )
-@under("Analysis")("--rules", metavar="FILE", help="Your rule file, if MODEL was made with one.")
+@under("Analysis")(
+    "--rules", metavar="FILE", help="Use this rule file (default: the bundled rule of MODEL)."
+)
 @analysis_options
 @data_options
 @run_options(32)
@@ -55,7 +57,7 @@ WORST = 10  # rows of a table
 @json_option
 def analyze(model: str, data: str, output: str | None, force: bool, as_json: bool,
             **options: Any) -> None:  # fmt: skip
-    """Say which tensors and layers of a Q/DQ MODEL differ most from the float one on DATA."""
+    """Show which tensors and layers of a Q/DQ MODEL differ most from the float model on DATA."""
     import time
 
     from onnxqat import verbs
@@ -108,10 +110,10 @@ def _print_analysis(
         _print_advice(result, cost, output)
 
 
-# what a cost is called where it is printed, and what it says
+# the printed name of a cost, and its meaning
 MEANINGS = {
-    "error": ("SQNR", "signal per noise of the outputs; more is better"),
-    "agreement": ("differing", "of the classes are others than the float model's"),
+    "error": ("SQNR", "signal-to-noise ratio of the outputs; more is better"),
+    "agreement": ("differing", "of the classes differ from the float model's"),
 }
 
 
@@ -120,7 +122,7 @@ def _meaning(metric: str) -> tuple[str, str]:
 
 
 def _cost_format(result: Analysis) -> Callable[[float], str]:
-    """Return what writes a cost: the error in dB, other ones as the figure is written."""
+    """Return a function that formats a cost: the error in dB, others like their figure."""
     from onnxqat.evaluation.metrics import figure_text
     from onnxqat.evaluation.similarity import decibels
 
@@ -134,7 +136,7 @@ def _decibels(value: float) -> str:
 
 
 def _print_layers(result: Analysis, cost: Callable[[float], str]) -> None:
-    """Print the layers that cost most, and how well their weights and inputs fit their grids."""
+    """Print the layers that cost most, with the SQNR of their weights and inputs alone."""
     points = {point.tensor: point for point in result.points}
 
     def row(one: LayerFigures) -> tuple[str, ...]:
@@ -163,18 +165,18 @@ def _print_points(points: Sequence[PointFigures]) -> None:
     ]  # fmt: skip
     heads = ("tensor", "role", "bits", "alone", "together", "cosine", "clipped", "max/rms")
     say("")
-    say(f"the {len(rows)} of {len(points)} tensors that their own grid holds worst:")
+    say(f"the {len(rows)} of {len(points)} tensors with the largest error of their own:")
     print_table(heads, rows, 2)
 
 
 def _print_findings(result: Analysis) -> None:
-    """Print channels that hold nothing, and biases that their integers cannot hold."""
+    """Print the tensors with dead channels, and the biases that saturate."""
     dead = {
         p.tensor: f"{p.dead_channels} of {p.channels}" for p in result.points if p.dead_channels
     }
     cut = {b.tensor: f"{b.saturated} of {b.values}" for b in result.biases if b.saturated}
-    _print_counts("dead channels (one value in all samples)", dead)
-    _print_counts("biases beyond their integers", cut)
+    _print_counts("dead channels (same value in all samples)", dead)
+    _print_counts("biases that saturate", cut)
 
 
 def _print_counts(title: str, counts: Mapping[str, str]) -> None:
@@ -189,7 +191,7 @@ def _print_advice(result: Analysis, cost: Callable[[float], str], output: str | 
     advice = result.advice
     say("")
     if not advice.layers:
-        say("advice: none, leaving the worst layers float gains nothing")
+        say("advice: none; leaving the worst layers float does not help")
         return
     count = "1 layer" if len(advice.layers) == 1 else f"{len(advice.layers)} layers"
     name = _meaning(result.metric)[0]

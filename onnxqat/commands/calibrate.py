@@ -1,4 +1,4 @@
-"""The command that measures scales."""
+"""The command ``calibrate``: measure scales."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def calibrate(model: str, data: str, output: str | None, force: bool, as_json: b
     check_apart({"output": target})
     check_writable(target, force=force)
     hold(target if workers.rank == 0 else None)
-    workers.any(False)  # all have looked before one writes
+    workers.any(False)  # wait until all processes have checked the files
     result = verbs.calibrate(
         model,
         take_source(data, options),

@@ -1,4 +1,4 @@
-"""The command that says what a chip cannot run."""
+"""The command ``check``: find what a chip cannot run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["check"]
 @trainable_option
 @json_option
 def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) -> None:
-    """Say what of MODEL the chip cannot run, or runs in float, and why."""
+    """Show which nodes of MODEL the chip cannot run or runs in float, and why."""
     from onnxqat import verbs
 
     found = verbs.check(model, rules=rules, overrides=take_overrides(options), train=train)
@@ -40,12 +40,12 @@ def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) ->
         )
     if found.names:
         raise click.ClickException(
-            f"{len(found.names)} names cannot stand in the table '{found.table}'. Rename them, or "
-            "give insert and strip --format onnxqat."
+            f"The table '{found.table}' cannot hold {len(found.names)} names. Rename them, or give "
+            "insert and strip --format onnxqat."
         )
     if found.untrainable:
         count = len(found.untrainable)
-        raise click.ClickException(f"{count} nodes keep it from being fine-tuned.")
+        raise click.ClickException(f"The model cannot be fine-tuned because of {count} nodes.")
 
 
 def _document(found: Check, *, train: bool) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _print_lines(found: Check, *, train: bool) -> None:
 
 
 def _print_skips(skips: Iterable[Skip]) -> None:
-    """Print one line for each op type and reason, the unsupported ones first."""
+    """Print one line for each op type and reason, unsupported ones first."""
     groups: dict[tuple[bool, str, str], list[str]] = {}
     for skip in skips:
         groups.setdefault((not skip.unsupported, skip.op_type, skip.reason), []).append(skip.node)

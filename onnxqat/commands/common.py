@@ -1,4 +1,4 @@
-"""What several commands do on the way: show progress, print the result."""
+"""Functions that several commands share: show progress, print results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def join() -> Workers:
-    """Join the processes that work together; the first one speaks for all."""
+    """Join the processes that work together; only the first one prints messages."""
     from onnxqat.parallel import join_workers
 
     workers = join_workers()
@@ -44,7 +44,7 @@ def join() -> Workers:
 
 
 def listener_of(workers: Workers) -> Listener:
-    """Return what shows on the terminal how far the running verb is; the first worker speaks."""
+    """Return a listener that shows the progress of a verb; only the first worker prints notes."""
     from onnxqat.progress import FinetuneReport, progress_bar
     from onnxqat.verbs import Listener
 
@@ -63,13 +63,13 @@ def listener_of(workers: Workers) -> Listener:
 
 
 def counts(plan: QuantPlan) -> dict[str, int]:
-    """Return how many weights and activations a plan quantizes."""
+    """Return the numbers of weights and activations that a plan quantizes."""
     roles = {"weights": "weight", "activations": "activation"}
     return {name: sum(p.role == role for p in plan.points) for name, role in roles.items()}
 
 
 def plan_document(plan: QuantPlan) -> dict[str, Any]:
-    """Return a plan as JSON that scripts read."""
+    """Return a plan as a JSON document."""
     document: dict[str, Any] = json.loads(plan.to_json())
     unsupported = [skip for skip in document["skips"] if skip["unsupported"]]
     return {"schema": "onnxqat.insert/1", **document, "unsupported": unsupported}
@@ -86,7 +86,7 @@ def print_result(document: dict[str, Any], as_json: bool, rows: list[tuple[str, 
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> None:
-    """Print a table whose first columns are text."""
+    """Print a table; the first ``texts`` columns are text and left-aligned, others are numbers."""
     table = [heads, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
     for row in table:
@@ -98,21 +98,21 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int)
 
 
 def figure_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Return a row for each figure."""
+    """Return a row (name, text) for each figure."""
     from onnxqat.evaluation.metrics import figure_text
 
     return [(name, figure_text(name, value)) for name, value in metrics.items()]
 
 
 def finite_figures(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Return figures as JSON has them: null where one is not finite."""
+    """Return figures for JSON; those that are not finite become None."""
     import math
 
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def output_documents(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the figures of each output as JSON that scripts read; null where not finite."""
+    """Return the figures of each output for JSON; those that are not finite become None."""
     import math
     from dataclasses import asdict
 
@@ -123,7 +123,7 @@ def output_documents(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def output_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Return a row for each output that was compared: what the figure is, and what it means."""
+    """Return a row for each output that was compared: name of the figure, value and meaning."""
     rows = []
     for one in evaluation.outputs:
         if one.agreement is not None:
@@ -131,13 +131,13 @@ def output_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         elif one.relative_error is not None:
             rows.append(("error", f"{100 * one.relative_error:.2f} %  {one.meaning}"))
         elif one.max_abs_diff is None:
-            reason = "its length depends on the values, and differs"
-            rows.append(("agreement", f"none of '{one.output}': {reason}"))
+            reason = "its size depends on the data, and differs between the models"
+            rows.append(("agreement", f"not measured for '{one.output}': {reason}"))
     return rows
 
 
 def renamed(path: str, word: str) -> str:
-    """Return ``model.onnx`` -> ``model.<word>.onnx``; an earlier stage's word is replaced."""
+    """Return ``model.<word>.onnx`` for ``model.onnx``; replace the word of an earlier stage."""
     name = Path(path)
     stem = name.stem
     for earlier in (".qdq", ".calibrated"):

@@ -1,4 +1,4 @@
-"""The commands that write the tensors of a model, and compare them."""
+"""The commands ``dump`` and ``compare-dumps``: write and compare the tensors of a model."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = ["compare_dumps", "dump"]
     type=click.Choice(["float", "qdq", "integer"]),
     default="qdq",
     show_default=True,
-    help="Run the model without Q/DQ (float), by the file's arithmetic, nothing fused (qdq), or "
-    "in the chip's integers (integer).",
+    help="Run the model without Q/DQ (float), with its Q/DQ and nothing fused (qdq), or in the "
+    "chip's integer arithmetic (integer).",
 )
 @under("Dump")(
     "--level",
     type=click.Choice(["0", "1", "2"]),
     default="2",
     show_default=True,
-    help="Write the first values of each tensor (0), two sums (1), or all of it (2).",
+    help="Write the first values of each tensor (0), two sums (1), or all values (2).",
 )
 @under("Dump")(
     "--samples",
@@ -102,10 +102,13 @@ def dump(model: str, data: str, output: str, level: str, force: bool, as_json: b
     type=click.FloatRange(-1, 1),
     default=0.99,
     show_default=True,
-    help="Exit with 1 if the cosine of a tensor is lower.",
+    help="Exit with 1 if the cosine of a tensor is lower than this.",
 )
 @under("Tolerances")(
-    "--min-sqnr", type=float, metavar="DB", help="Exit with 1 if the SQNR of a tensor is lower."
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Exit with 1 if the SQNR of a tensor is lower than this.",
 )
 @under("Tolerances")(
     "--max-diff",
@@ -129,20 +132,20 @@ def compare_dumps(dump: str, reference: str, as_json: bool, **tolerances: Any) -
     }
     rows = [
         ("samples", found.samples),
-        ("tensors", f"{len(found.tensors)} compared, {len(failed)} past the tolerances"),
+        ("tensors", f"{len(found.tensors)} compared, {len(failed)} outside the tolerances"),
     ]
     print_result(document, as_json, rows)
     if not as_json:
         _print_tensors(found)
     if failed:
         raise click.ClickException(
-            f"{len(failed)} of {len(found.tensors)} tensors are past the tolerances, the first one "
-            f"is '{failed[0].tensor}'."
+            f"{len(failed)} of {len(found.tensors)} tensors are outside the tolerances; the first "
+            f"one is '{failed[0].tensor}'."
         )
 
 
 def _finite(one: TensorDifference) -> dict[str, Any]:
-    """Return a difference as JSON; null where a figure is not finite."""
+    """Return a difference for JSON; figures that are not finite become None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(one).items()
@@ -150,7 +153,7 @@ def _finite(one: TensorDifference) -> dict[str, Any]:
 
 
 def _print_tensors(found: Comparison) -> None:
-    """Print each tensor, and what one of the two lacks."""
+    """Print the difference of each tensor, and the tensors that only one dump has."""
 
     def row(one: TensorDifference) -> tuple[str, ...]:
         verdict = "" if one.passed else "FAILED"

@@ -1,4 +1,4 @@
-"""The command that lets channels have ranges alike."""
+"""The command ``equalize``: equalize the ranges of channels."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def _print_equalized(result: Equalized, target: str, as_json: bool) -> None:
         max((getattr(one, when) for one in result.spreads), default=0.0)
         for when in ("before", "after")
     )
-    rows = [("channels", f"at most {before:.1f}, now {after:.1f} octaves below the largest")]
+    rows = [("channels", f"before up to {before:.1f}, now {after:.1f} octaves below the largest")]
     rows += [("done", line) for line in told(result)]
     rows += [("left alone", f"{skip.node}: {skip.reason}") for skip in result.skips]
     print_result(document, as_json, [*rows, ("output", target)])
 
 
 def _documents(found: Iterable[Difference]) -> list[dict[str, Any]]:
-    """Return differences as JSON has them: null where a figure is not finite."""
+    """Return differences for JSON; figures that are not finite become None."""
     return [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         for entry in map(asdict, found)

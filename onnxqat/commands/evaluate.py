@@ -1,4 +1,4 @@
-"""The command that measures accuracy."""
+"""The command ``evaluate``: measure accuracy."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ __all__ = ["evaluate"]
     type=click.Choice(["float", "qdq", "integer"]),
     default="qdq",
     show_default=True,
-    help="Run the model without Q/DQ (float), by the file's arithmetic, nothing fused (qdq), or "
-    "in the chip's integers (integer).",
+    help="Run the model without Q/DQ (float), with its Q/DQ and nothing fused (qdq), or in the "
+    "chip's integer arithmetic (integer).",
 )
 @under("Measurement")(
     "--rules",
@@ -125,9 +125,9 @@ WORST = 10
 
 
 def _print_points(points: Sequence[PointDifference]) -> None:
-    """Print the points that differ most, on identical inputs and at the end."""
+    """Print the points that differ most, on identical inputs and in the whole program."""
     say("")
-    say(f"against the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
+    say(f"differences from the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
     ranked = sorted(points, key=lambda p: (-p.max_levels, -p.differing))[:WORST]
     width = max((len(p.tensor) for p in ranked), default=0)
     heads = ("alone", "levels", "by bias", "at the end", "levels")

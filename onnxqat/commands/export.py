@@ -1,4 +1,4 @@
-"""The command that writes integer weights."""
+"""The command ``export``: write a model with integer weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def export(model: str, format_name: str, int4: bool, output: str | None, force: 
     from onnxqat.files import check_writable
 
     if int4 and format_name == "qoperator":
-        raise click.UsageError("--int4 needs Q/DQ; QLinear operators have no 4 bits.")
+        raise click.UsageError(
+            "--int4 needs a format with Q/DQ; QLinear operators do not take 4 bits."
+        )
     target = output or renamed(model, "int8")
     check_apart({"output": target})
     check_writable(target, force=force)

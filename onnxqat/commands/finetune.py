@@ -1,4 +1,4 @@
-"""The command that trains: finetune."""
+"""The command ``finetune``: train weights and scales."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ __all__ = ["finetune"]
 @under("Data")(
     "--val-data",
     metavar="DATA",
-    help="Choose the best epoch on this data (default: on 10 % of DATA, held out of training).",
+    help="Choose the best epoch on this data (default: 10 % of DATA, held out of training).",
 )
 @teacher_option
 @training_options
@@ -92,7 +92,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
         hold(target, kept, log, tensorboard)
     checkpoints = _checkpoints(kept, checkpoint_every, resume, force)
     epochs = _kept_epochs(target, keep_epochs, force=force or resume)
-    workers.any(False)  # all have looked before one writes
+    workers.any(False)  # wait until all processes have checked the files
     logs = verbs.TrainingLogs(path=log, tensorboard=tensorboard, every=log_every)
     settings, source = take_settings(options), take_source(data, options)
     calibration = take_calibration(options)
@@ -128,7 +128,7 @@ def _kept_epochs(target: str, count: int | None, *, force: bool) -> KeptEpochs |
 def _ending_well(
     workers: Workers, target: str, force: bool, checkpoints: Checkpoints | None
 ) -> Iterator[Callable[[], bool]]:
-    """Yield what says whether to stop; turn a stop or a diverged loss into the command's end."""
+    """Yield a function that tells whether to stop; end the command on a stop or divergence."""
     from onnxqat.train import DivergedError, StoppedError
 
     with noted_signals() as received:
@@ -138,7 +138,7 @@ def _ending_well(
             if workers.rank == 0:
                 say(str(error), err=True)
             workers.leave()
-            number = received[0] if received else signal.SIGINT  # another worker's
+            number = received[0] if received else signal.SIGINT  # another worker got the signal
             click.get_current_context().exit(128 + number)
         except DivergedError as error:
             if workers.rank == 0:
@@ -149,7 +149,7 @@ def _ending_well(
 def _checkpoints(
     path: str, every: dict[str, Any] | None, resume: bool, force: bool
 ) -> Checkpoints | None:
-    """Return where to save the state, after refusing what could be a mistake."""
+    """Return the checkpoints; refuse to overwrite those of an interrupted run."""
     from onnxqat.errors import TrainingError
     from onnxqat.files import check_writable
     from onnxqat.train import Checkpoints
@@ -158,14 +158,15 @@ def _checkpoints(
         return Checkpoints(path, **(every or {}), resume=True)
     if Path(path).is_file() and not force:
         raise TrainingError(
-            f"{path}: a run was interrupted. Pass --resume to go on, or --force to start again."
+            f"{path}: is left from an interrupted run. Pass --resume to continue it, or --force to "
+            "start again."
         )
     check_writable(path, force=force)
     return None if every is None else Checkpoints(path, **every)
 
 
 def _check_logs(log: str | None, tensorboard: str | None, *, force: bool) -> None:
-    """Refuse logs that could not be written."""
+    """Raise early if a log could not be written."""
     from onnxqat.files import check_writable
     from onnxqat.train import check_event_folder
 
@@ -178,7 +179,7 @@ def _check_logs(log: str | None, tensorboard: str | None, *, force: bool) -> Non
 def _finish(
     model: QuantizedModel, target: str, force: bool, checkpoints: Checkpoints | None
 ) -> None:
-    """Write the result; only then is the checkpoint not needed any more."""
+    """Write the result, then remove the checkpoint."""
     from onnxqat.errors import OnnxQatError
 
     try:
@@ -190,21 +191,21 @@ def _finish(
 
 
 def _kept(model: QuantizedModel, target: str, checkpoints: Checkpoints | None) -> str:
-    """Say where a result is that could not be written to its place."""
+    """Save a result elsewhere that could not be written to its place; return where it is."""
     from onnxqat.errors import OnnxQatError
 
     options = ("--resume", "--force") if Path(target).exists() else ("--resume",)
     again = f"with: {command_line(*options)}"
     if checkpoints and checkpoints.finished and checkpoints.path.is_file():
-        return f"The finished training is kept in {checkpoints.path}. Then write it {again}"
+        return f"The finished training is kept in {checkpoints.path}. Write the result {again}"
     try:
         place = Path(tempfile.mkdtemp(prefix="result-of-onnxqat-")) / Path(target).name
         model.save(place)
         kept = f"The result is kept in {place}. Move it to where you want it"
     except (OSError, OnnxQatError) as error:
-        kept = f"Nor could the result be kept elsewhere ({error})"
+        kept = f"The result could not be kept elsewhere either ({error})"
     if checkpoints and checkpoints.written and checkpoints.path.is_file():
-        return f"{kept}, or go on from the last checkpoint {again}"
+        return f"{kept}, or continue from the last checkpoint {again}"
     return f"{kept}."
 
 
@@ -262,11 +263,11 @@ def _print_finetuned(
 
 
 def _rows_of_training(result: Finetuned) -> list[tuple[str, Any]]:
-    """Return a row for each scope that was trained."""
+    """Return rows about the training of blocks and of the whole network."""
     rows: list[tuple[str, Any]] = []
     if result.blocks:
         kept = sum(block.kept for block in result.blocks)
-        rows.append(("blocks", f"{len(result.blocks)}, {kept} of them better than before"))
+        rows.append(("blocks", f"{len(result.blocks)} trained, {kept} improved"))
     if result.epochs or not result.blocks:
         rows.append(("epochs", f"{result.epochs}, best {result.best_epoch}"))
     return rows

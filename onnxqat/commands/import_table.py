@@ -1,4 +1,4 @@
-"""The command that reads a calibration table."""
+"""The command ``import-table``: read a calibration table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that writes a first job file."""
+"""The command ``init``: write a first job file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _rule = under("Hardware rule")
 @force_option
 @json_option
 def init(model: str, data: str, rules: str, output: str | None, force: bool, as_json: bool) -> None:
-    """Write a first job file for MODEL and DATA; what is guessed is marked in it."""
+    """Write a first job file for MODEL and DATA, with comments that mark guesses."""
     from onnxqat.commands.common import listener_of
     from onnxqat.jobs.first import write_first_job
     from onnxqat.parallel import Workers

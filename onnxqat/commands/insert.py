@@ -1,4 +1,4 @@
-"""The command that inserts Q/DQ pairs."""
+"""The command ``insert``: insert Q/DQ pairs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ __all__ = ["insert"]
     "--data", metavar="DATA", help="Calibrate on DATA (default: leave placeholder scales)."
 )
 @under("Hardware rule")(
-    "--plan-only", is_flag=True, help="Print what would be quantized and why, and write nothing."
+    "--plan-only",
+    is_flag=True,
+    help="Print which tensors would be quantized, and why; write nothing.",
 )
 @equalize_option
 @relu6_option
@@ -65,7 +67,7 @@ __all__ = ["insert"]
 def insert(model: str, rules: str, data: str | None, plan_only: bool, equalize: bool, relu6: Any,
            format_name: str | None, output: str | None, force: bool, as_json: bool,
            **options: Any) -> None:  # fmt: skip
-    """Insert Q/DQ pairs into MODEL as the rule says."""
+    """Insert Q/DQ pairs into MODEL according to a hardware rule."""
     from onnxqat import verbs
     from onnxqat.files import check_writable
     from onnxqat.parallel import Workers
@@ -78,7 +80,7 @@ def insert(model: str, rules: str, data: str | None, plan_only: bool, equalize: 
         check_apart({"output": target})
         check_writable(target, force=force)
         hold(target if workers.rank == 0 else None)
-    workers.any(False)  # all have looked before one writes
+    workers.any(False)  # wait until all processes have checked the files
     overrides, settings = take_overrides(options), take_settings(options)
     if plan_only:
         plan = verbs.plan(
@@ -111,7 +113,7 @@ def insert(model: str, rules: str, data: str | None, plan_only: bool, equalize: 
 
 
 def _refuse_given(needed: str, given: Any, *names: str) -> None:
-    """Refuse options that do nothing without another one."""
+    """Refuse options that have no effect without another option."""
     ctx = click.get_current_context()
     for name in () if given else names:
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
@@ -131,7 +133,7 @@ def _print_inserted(model: QuantizedModel, target: str, as_json: bool) -> None:
     rows = [
         ("rule", plan.rule),
         *counts(plan).items(),
-        ("left float", f"{len(plan.skips)} nodes (--plan-only says which, and why)"),
+        ("left float", f"{len(plan.skips)} nodes (--plan-only lists them, with reasons)"),
         ("state", state),
         ("output", target),
     ]

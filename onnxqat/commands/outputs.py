@@ -1,4 +1,4 @@
-"""What a command writes: never what it reads, and nothing that another run is writing."""
+"""Checks on output paths: not an input of the command, not written by another run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ARGUMENTS = "onnxqat.arguments"  # where a context keeps the words of the comman
 
 
 def check_apart(outputs: Mapping[str, str | None]) -> None:
-    """Refuse outputs that are inputs of the running command, or one another.
+    """Refuse outputs that would overwrite an input of the command or another output.
 
     Parameters
     ----------
     outputs : mapping of str to str
-        Paths by the parameter that named them, or by any other word.
+        Paths by the name of their parameter, or by another word for the message.
 
     Raises
     ------
     OnnxQatError
-        One would overwrite another file, by whatever path it is named.
+        An output is the same file as an input or another output, even under another path.
     """
     from onnxqat.errors import OnnxQatError
     from onnxqat.locks import same_file
@@ -45,12 +45,12 @@ def check_apart(outputs: Mapping[str, str | None]) -> None:
 
 
 def hold(*paths: str | None) -> None:
-    """Keep other runs off these outputs while the running command lives.
+    """Lock output paths against other runs until the command ends.
 
     Raises
     ------
     OnnxQatError
-        Another run is writing one.
+        Another run is writing one of them.
     """
     from onnxqat.locks import claimed
 
@@ -60,7 +60,7 @@ def hold(*paths: str | None) -> None:
 
 
 def command_line(*more: str) -> str:
-    """Return the command line that runs, with more options, for a shell."""
+    """Return the current command line with further options, quoted for a shell."""
     words: list[str] = list(click.get_current_context().meta.get(ARGUMENTS, ()))
     end = words.index("--") if "--" in words else len(words)
     words[end:end] = [option for option in more if option not in words]
@@ -68,12 +68,12 @@ def command_line(*more: str) -> str:
 
 
 def _inputs(ctx: click.Context, outputs: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
-    """Yield the files and folders there are among a command's arguments, but for the outputs."""
+    """Yield a command's arguments that are existing files or folders, except the outputs."""
     for param in ctx.command.params:
         given = ctx.params.get(param.name or "")
         for value in given if isinstance(given, tuple) else (given,):
             if param.name not in outputs and isinstance(value, str):
-                with suppress(OSError, ValueError):  # it is no path
+                with suppress(OSError, ValueError):  # the value cannot be a path
                     if Path(value).exists():
                         yield _label(ctx, param.name or ""), Path(value)
 
@@ -86,7 +86,7 @@ def _label(ctx: click.Context, name: str) -> str:
 
 
 def _is_sample(path: Path, folder: Path) -> bool:
-    """Return whether a file lies in a folder of data, as one of them."""
+    """Return whether a file is a sample (an image or .npz file) in a folder of data."""
     from onnxqat.data.images import is_image
 
     if not (path.is_file() and folder.is_dir() and path.resolve().is_relative_to(folder.resolve())):

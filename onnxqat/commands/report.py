@@ -1,4 +1,4 @@
-"""The command that writes a page about a Q/DQ model."""
+"""The command ``report``: write a page about a Q/DQ model."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ __all__ = ["report"]
 @under("Contents")(
     "--log",
     metavar="FILE",
-    help="Draw training loss and learning rate from what finetune --log FILE.jsonl wrote.",
+    help="Plot training loss and learning rate from this log of finetune --log.",
 )
 @under("Contents")(
     "--analysis",
     metavar="FILE",
-    help="Show layers, tensors and histograms from what analyze --json printed.",
+    help="Show layers, tensors and histograms from this output of analyze --json.",
 )
 @under("Contents")(
     "--against",
     metavar="MODEL",
-    help="Compare with this float model on DATA (default: the one inside a Q/DQ model whose "
-    "weights are still its own).",
+    help="Compare with this float model on DATA (default: the float part of MODEL, if training and "
+    "repair left its weights unchanged).",
 )
 @under("Contents")(
     "--beside",
     multiple=True,
     metavar="MODEL",
-    help="Compare with this Q/DQ model on DATA too, as before repair or training (repeatable).",
+    help="Compare with this Q/DQ model on DATA too, such as the one before training (repeatable).",
 )
 @under("Contents")(
     "--rules",
     metavar="FILE",
-    help="Use this rule file for the integers on DATA (default: the bundled rule of MODEL).",
+    help="Use this rule file for the integer mode on DATA (default: the bundled rule of MODEL).",
 )
 @metric_options
 @data_options
@@ -66,10 +66,10 @@ __all__ = ["report"]
 def report(model: str, data: str | None, log: str | None, analysis: str | None,
            against: str | None, beside: tuple[str, ...], rules: str | None,
            output: str | None, force: bool, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Write a page about a Q/DQ MODEL: what was done, reached and lost, and what to do next.
+    """Write an HTML page about a Q/DQ MODEL: its history, accuracy, losses and next steps.
 
-    Its history has the figures of its fine-tuning. On DATA the float model, MODEL and its integers
-    are compared.
+    The figures of fine-tuning come from the history in MODEL. With DATA, the float model, MODEL and
+    its integer mode are compared.
     """
     from onnxqat import verbs
     from onnxqat.files import check_writable

@@ -1,4 +1,4 @@
-"""The commands that show and validate hardware rules."""
+"""The commands ``rules list``, ``show``, ``validate`` and ``schema``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rules_list(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def rules_show(name: str, as_json: bool) -> None:
-    """Print what a rule says, and where it was read."""
+    """Print a rule and its sources."""
     import msgspec
 
     from onnxqat.rules import describe_rule, load_rule
@@ -55,7 +55,7 @@ def rules_show(name: str, as_json: bool) -> None:
 @click.argument("file")
 @json_option
 def rules_validate(file: str, as_json: bool) -> None:
-    """Say everything that is wrong in a rule FILE: line, key and advice."""
+    """List all errors in a rule FILE, with line, key and advice."""
     from onnxqat.rules import validate_rule
 
     problems = validate_rule(file)

@@ -1,4 +1,4 @@
-"""The command that runs job files."""
+"""The command ``run``: run job files."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _run, _output = under("Run"), under("Output")
     type=click.IntRange(1, 256),
     default=1,
     show_default=True,
-    help="Run so many jobs at a time, each in a process of its own.",
+    help="Run this many jobs at the same time, each in a process of its own.",
 )
 @_run(
     "--var",
     "variables",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set a variable of the job files; repeatable.",
+    help="Set a variable of the job files (repeatable).",
 )
-@_run("--dry-run", is_flag=True, help="Say what would run, and what is done already.")
+@_run("--dry-run", is_flag=True, help="Print which steps would run and which are done; run none.")
 @_run(
     "--fast-test",
     is_flag=True,
-    help="Send 30 samples through every stage, into folders of their own; judge no tolerance.",
+    help="Run every stage on 30 samples, in separate folders; do not check tolerances.",
 )
 @_output("-o", "--output", default="runs", show_default=True, help="Write the results here.")
-@_output("--force", is_flag=True, help="Run all stages again, also those that are done.")
-@_output("--schema", is_flag=True, help="Print the JSON Schema of job files, and end.")
+@_output("--force", is_flag=True, help="Run all stages again, even finished ones.")
+@_output("--schema", is_flag=True, help="Print the JSON Schema of job files, and exit.")
 @json_option
 def run(files: tuple[str, ...], jobs: int, output: str, variables: tuple[str, ...], dry_run: bool,
         fast_test: bool, force: bool, schema: bool, as_json: bool) -> None:  # fmt: skip
-    """Run job files: from a float model to what the chip's compiler reads.
+    """Run job files: from a float model to the files for the chip's compiler.
 
-    A finished stage is not run again, unless its model, data or options have changed.
+    A finished stage is not run again unless its model, data or options have changed.
     """
     from onnxqat.jobs import json_schema, plan_jobs, run_jobs
     from onnxqat.jobs.file import read_variable

@@ -1,4 +1,4 @@
-"""The command that gives each weight a width, within a budget."""
+"""The command ``search``: choose a width for each weight within a budget."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ __all__ = ["search"]
 @under("Search")(
     "--against", metavar="MODEL", help="Compare with this float model (default: the one in MODEL)."
 )
-@under("Search")("--rules", metavar="FILE", help="Your rule file, if MODEL was made with one.")
+@under("Search")(
+    "--rules", metavar="FILE", help="Use this rule file (default: the bundled rule of MODEL)."
+)
 @search_options
 @data_options
 @run_options(32)
@@ -47,7 +49,7 @@ __all__ = ["search"]
 @json_option
 def search(model: str, data: str, val_data: str | None, output: str | None, force: bool,
            as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Give each weight of a calibrated Q/DQ MODEL its own width, within a budget."""
+    """Choose a width for each weight of a calibrated Q/DQ MODEL, within a budget."""
     import time
     from dataclasses import replace
 
@@ -64,7 +66,7 @@ def search(model: str, data: str, val_data: str | None, output: str | None, forc
         check_writable(output, force=force)
         hold(output)
     loaded = quantized_model(model)
-    if output is not None:  # what no file can say is told now
+    if output is not None:  # raises early if a file cannot hold the overrides
         overrides_text([parse_override(text) for text in loaded.plan.overrides])
     source = take_source(data, options)
     started = time.monotonic()
@@ -116,7 +118,7 @@ def _print(result: Searched, rule: str, metric: str, seconds: float, output: str
     }
     rows = [
         ("samples", f"{result.samples} ranked the weights, {result.val_samples} measured models"),
-        *((f"all of {width} bits", _described(one, metric))
+        *((f"all {width} bits", _described(one, metric))
           for width, one in sorted(found.uniform.items())),
         ("found", _described(found.chosen, metric)),
         ("models", f"{result.models} in {seconds:.1f} s"),
@@ -140,7 +142,7 @@ def _bits_of(found: Search, weight: Weight) -> int:
 
 
 def _print_weights(found: Search, ranking: Ranking) -> None:
-    """Print each weight, its width, and what each width costs."""
+    """Print each weight, its width, and its cost at each width."""
     widths = sorted(found.uniform)[:-1]
 
     def row(weight: Weight) -> tuple[str, ...]:
@@ -150,7 +152,7 @@ def _print_weights(found: Search, ranking: Ranking) -> None:
         return (weight.tensor, weight.op_type, f"{weight.elements:,}", bits, *shown)
 
     say("")
-    say(f"weights, and what each alone costs at fewer bits (points of {ranking.metric}):")
+    say(f"weights, and the cost of each alone at fewer bits (points of {ranking.metric}):")
     heads = ("weight", "op", "elements", "bits", *(f"at {width}" for width in widths))
     print_table(heads, map(row, found.weights), 2)
 
@@ -158,7 +160,7 @@ def _print_weights(found: Search, ranking: Ranking) -> None:
 def _print_overrides(found: Search, output: str | None) -> None:
     say("")
     if output is not None:
-        say(f"next: insert --overrides {output}, which has the overrides of MODEL too")
+        say(f"next: insert --overrides {output}, which also has the overrides of MODEL")
         return
     say("next: insert with")
     for override in found.overrides:

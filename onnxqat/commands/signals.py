@@ -1,4 +1,4 @@
-"""Signals that ask a command to end, held back until it has saved its state."""
+"""Record signals that ask a command to end, so that it can save its state first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["noted_signals"]
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Yield the list that a signal to end is noted in; a second one acts as usual.
+    """Yield a list to which the first signal is added; a second signal acts as usual.
 
-    The signals are those of Ctrl-C, of kill, and of a terminal that goes away; what the caller
-    ignores, as nohup does, stays ignored.
+    The signals are SIGINT (Ctrl-C), SIGTERM (kill) and SIGHUP (the terminal is closed). Signals
+    that the caller ignores stay ignored, as under nohup.
     """
     received: list[int] = []
     usual: dict[signal.Signals, Any] = {}

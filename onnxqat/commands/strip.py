@@ -1,4 +1,4 @@
-"""The command that gives back the float model, and the calibration table."""
+"""The command ``strip``: write the float model and the calibration table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["strip"]
 @force_option
 @json_option
 def strip(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
-    """Write the float model.onnx and the chip's calibration table of a Q/DQ MODEL."""
+    """Write the float model.onnx of a Q/DQ MODEL, and the calibration table for the chip."""
     from onnxqat import verbs
     from onnxqat.deploy import MODEL_NAME, deployed_names
 
@@ -45,6 +45,6 @@ def strip(model: str, output: str, force: bool, as_json: bool, **options: Any) -
         rows.append(("left out", ", ".join(counts)))
     if result.regridded:
         rows.append(
-            ("regridded", f"{len(result.regridded)} weights: the table does not say their grid")
+            ("regridded", f"{len(result.regridded)} weights: the table does not hold their grid")
         )
     print_result(document, as_json, rows)

@@ -80,7 +80,9 @@ def test_the_tables_are_ranked(found, work):
     lines = result.splitlines()
     start = lines.index("the 5 of 5 layers that cost most:") + 2
     worst = min(found["points"], key=lambda p: p["alone_sqnr"])
-    tensors = next(i for i, line in enumerate(lines) if "own grid holds worst" in line) + 2
+    tensors = (
+        next(i for i, line in enumerate(lines) if "with the largest error of their own" in line) + 2
+    )
 
     assert [line.split()[0] for line in lines[start : start + 5]] == [
         layer["node"] for layer in found["layers"]

@@ -38,7 +38,7 @@ def test_check_says_what_keeps_a_model_from_being_fine_tuned(tmp_path):
 
     assert result.exit_code == 1
     assert "untrainable  LSTM" in result.stdout
-    assert "Error: 1 nodes keep it from being fine-tuned." in result.stderr
+    assert "Error: The model cannot be fine-tuned because of 1 nodes." in result.stderr
     assert document("check", LENET, "--train")["untrainable"] == []
 
 

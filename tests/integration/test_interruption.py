@@ -69,7 +69,7 @@ def test_a_signal_saves_and_says_how_to_go_on(work, number, code):
         command(*TUNE, "-o", output), cwd=work, capture_output=True, text=True, check=False
     )
     assert again.returncode == 1
-    assert "Pass --resume to go on, or --force to start again" in again.stderr
+    assert "Pass --resume to continue it, or --force to start again" in again.stderr
     subprocess.run(
         command(*TUNE, "-o", output, "--resume"), cwd=work, check=True, capture_output=True
     )

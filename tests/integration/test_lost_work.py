@@ -113,8 +113,8 @@ def test_a_full_disk_after_a_checkpoint_keeps_it_and_says_so(here, meanwhile, li
     command = shlex.split(line.partition(" with: ")[2])
 
     assert "out.onnx: cannot be written (File too large)." in line
-    assert "Nor could the result be kept elsewhere" in line
-    assert "or go on from the last checkpoint with: onnxqat finetune" in line
+    assert "The result could not be kept elsewhere either" in line
+    assert "or continue from the last checkpoint with: onnxqat finetune" in line
     assert invoke(*command[1:]).exit_code == 0
     assert (here / "out.onnx").read_bytes() == (here / "whole.onnx").read_bytes()
 

@@ -200,4 +200,4 @@ def test_insert_refuses_what_strip_could_not_write(tmp_path):
     checked = CliRunner().invoke(main, ["check", str(source), "--rules", "sophgo-bm1684x"])
     assert checked.exit_code == 1
     assert "name  'my r1_Relu' has white space" in checked.output
-    assert "names cannot stand in the table 'sophgo'" in checked.output
+    assert "The table 'sophgo' cannot hold" in checked.output
