@@ -2,9 +2,9 @@
 
     python scripts/accuracy.py --models DIR --data DIR --work DIR [--cases NAME,...]
 
-DIR of the models and data are those of the development set (five trained networks, CIFAR-10 and
-ImageNet images). Every figure comes from ``onnxqat evaluate --json`` on the whole test set with
-the default hyper-parameters; results are kept in WORK/results.json and not measured twice.
+The models and data are those of the development set (five trained networks, CIFAR-10 and ImageNet
+images). Every figure comes from ``onnxqat evaluate --json`` on the whole test set with the default
+hyper-parameters. Results are kept in WORK/results.json, so that nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """How the case is asked for, and named in the results."""
+        """Name of the case in --cases and in the results."""
         return f"{self.model}/{self.rule}/{self.label}"
 
 
@@ -64,7 +64,7 @@ def cases() -> list[Case]:
 
 
 def onnxqat(*arguments: str) -> dict:
-    """Run a command of ours and return its JSON document."""
+    """Run a command of onnxqat and return its JSON document."""
     command = [sys.executable, "-c", "from onnxqat.cli import main; main()", *arguments, "--json"]
     result = subprocess.run(command, check=True, capture_output=True)
     return json.loads(result.stdout)
@@ -92,7 +92,7 @@ def measure(case: Case, models: Path, data: Path, work: Path) -> dict:
         if found > post:
             post, best = found, observer
     started = time.monotonic()
-    loss = ["--loss", "kl"] if case.model.startswith("mobilenet") else []  # labels unused
+    loss = ["--loss", "kl"] if case.model.startswith("mobilenet") else []  # without labels
     tuned = onnxqat("finetune", qdq, train, *loss, "-o", f"{stem}.qat.onnx", "--force")
     return {
         "float": onnxqat("evaluate", model, test, *norm)["metrics"]["top1"],

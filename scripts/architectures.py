@@ -1,6 +1,6 @@
 """Networks that `export_graphs.py` exports, each in its usual size and in a tiny one.
 
-The classifiers are torchvision's, BERT is of transformers; U-Net and the detector are written
+The classifiers come from torchvision, BERT from transformers; U-Net and the detector are defined
 here. Nothing is downloaded: weights are random, and `settle` makes them look trained.
 """
 
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 __all__ = ["FAMILIES", "Family", "settle"]
 
-SETTLING_BATCHES, SETTLING_SIZE = 3, 16  # what batch normalization takes its statistics from
+SETTLING_BATCHES, SETTLING_SIZE = 3, 16  # batches for the statistics of batch normalization
 
 
 def _torchvision_models() -> ModuleType:
-    """Import torchvision beside a torch that cannot load its compiled operators.
+    """Import torchvision with a torch that cannot load its compiled operators.
 
-    The registry's torchvision is built for CUDA; beside a CPU build of torch its operators (nms,
-    roi_align) do not exist, and their fake kernels cannot be registered. Classifiers use none.
+    The usual torchvision package is built for CUDA. With a CPU build of torch its operators (nms,
+    roi_align) do not exist, and registering their fake kernels fails. Classifiers do not use them.
     """
     register = torch.library.register_fake
 
@@ -50,9 +50,9 @@ class Family:
     Attributes
     ----------
     full, small : callable
-        Make the network, freshly initialized.
+        Return the network, freshly initialized, in its usual and its tiny size.
     inputs : callable
-        From the batch size and whether the small network is meant to example inputs by name.
+        (batch size, whether for the small network) -> example inputs by name.
     outputs : tuple of str
         Names of the graph outputs.
     """
@@ -64,10 +64,10 @@ class Family:
 
 
 def settle(model: nn.Module, inputs: Callable[[int], dict[str, Tensor]]) -> None:
-    """Make freshly initialized weights look trained, and leave ``model`` in evaluation mode.
+    """Make freshly initialized weights look trained, and put ``model`` into evaluation mode.
 
-    Parameters that start out constant (biases, scales of normalizations, zeroed heads) get
-    noise, and batch normalization gathers its statistics from a few random batches.
+    Constant parameters (biases, scales of normalizations, zeroed heads) get noise, and batch
+    normalization collects its statistics from a few random batches.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def settle(model: nn.Module, inputs: Callable[[int], dict[str, Tensor]]) -> None
 
 @contextmanager
 def narrowed(factor: int) -> Iterator[None]:
-    """Divide the channels of the layers made meanwhile by ``factor``, images and classes apart."""
+    """Divide the channels of layers created inside by ``factor``, except images and classes."""
 
     def narrow(channels: int) -> int:
         return channels // factor if channels > 10 else channels
@@ -139,7 +139,7 @@ def small_efficientnet() -> nn.Module:
 def small_vgg() -> nn.Module:
     with narrowed(16):
         model = models.vgg16_bn(num_classes=10)
-    model.avgpool = nn.AdaptiveAvgPool2d(1)  # one pixel of a small image is left here
+    model.avgpool = nn.AdaptiveAvgPool2d(1)  # a small image has only one pixel here
     model.classifier = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
     return model
 
@@ -297,7 +297,7 @@ class YoloV5(nn.Module):
         super().__init__()
         c1, c2, c3, c4, c5 = (width << level for level in range(5))
         self.stem = nn.Sequential(ConvSiLU(3, c1, 6, 2), ConvSiLU(c1, c2, 3, 2), C3(c2, c2, 1))
-        self.stem[0][0].padding = (2, 2)  # of an even kernel
+        self.stem[0][0].padding = (2, 2)  # the kernel size is even
         self.stage3 = nn.Sequential(ConvSiLU(c2, c3, 3, 2), C3(c3, c3, 2))
         self.stage4 = nn.Sequential(ConvSiLU(c3, c4, 3, 2), C3(c4, c4, 3))
         self.stage5 = nn.Sequential(ConvSiLU(c4, c5, 3, 2), C3(c5, c5, 1), SPPF(c5))
@@ -332,7 +332,7 @@ def _image(
 
     def inputs(batch: int, is_small: bool) -> dict[str, Tensor]:
         side = small_size if is_small else size
-        # a colour cast on each image: pixels alone average out, and no two would look different
+        # each image has a colour cast: averages of random pixels alone would all be alike
         return {"input": torch.randn(batch, 3, side, side) + torch.randn(batch, 3, 1, 1)}
 
     return Family(full=full, small=small, inputs=inputs)

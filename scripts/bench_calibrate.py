@@ -2,15 +2,15 @@
 
     python scripts/bench_calibrate.py [--images 512] [--batch-size 32] [--threads 1]
 
-The network is made here, with random weights, and so are the images. Ours: `calibrate` under the
-rule onnxruntime-cpu with the observers `minmax`, `mse` and `percentile`. Theirs: the MinMax,
-Percentile and Entropy calibrators with their own defaults, over the tensors around Conv, Add,
-MaxPool and Gemm; fed batch by batch, since one `collect_data` holds every tensor of all its images.
+The network with random weights and the images are generated. Ours: `calibrate` under the rule
+onnxruntime-cpu with the observers `minmax`, `mse` and `percentile`. Theirs: the MinMax, Percentile
+and Entropy calibrators with their defaults, on the tensors around Conv, Add, MaxPool and Gemm. They
+are fed batch by batch, because a call of `collect_data` keeps every tensor of all its images.
 
-Each has a process of its own, and they take the batches in turn, so that other work on the machine
-slows all of them alike. Printed are seconds, CPU seconds (of all threads) and the peak memory of
-the process from the first batch on. Making the model and the images is not counted, and of theirs
-the session is not either; finding the ranges after the last batch is.
+Each kind runs in a process of its own. The processes take batches in turn, so that other load on
+the machine slows them equally. The script prints seconds, CPU seconds (of all threads) and the peak
+memory of the process from the first batch on. The times do not include generating the model and the
+images, nor (for theirs) creating the session; they include finding the ranges after the last batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OP_TYPES = ("Conv", "Add", "MaxPool", "Gemm")
 
 
 class ResNet18:
-    """resnet18 as exporters write it, batch normalization folded (He et al. 2016, table 1)."""
+    """resnet18 with folded batch normalization, as exporters write it (He et al. 2016, table 1)."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -64,7 +64,7 @@ class ResNet18:
         return name
 
     def weight(self, *shape: int) -> str:
-        """Return a weight that keeps the variance of what passes a Relu (He et al. 2015)."""
+        """Return a weight that preserves the variance through a Relu (He et al. 2015)."""
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1000
         values = self.rng.normal(scale=(2 / fan_in) ** 0.5, size=shape).astype(np.float32)
         self.weights.append(numpy_helper.from_array(values, f"w{len(self.weights)}"))
@@ -104,12 +104,12 @@ class ResNet18:
 
 
 def say(text: str) -> None:
-    """Answer the parent."""
+    """Send a line to the parent process."""
     print(text, file=sys.__stdout__, flush=True)
 
 
 class Clock:
-    """Seconds and CPU seconds, less those spent on waiting and on making images."""
+    """Measures seconds and CPU seconds, without waiting and generating images."""
 
     def __init__(self) -> None:
         self.away = np.zeros(2)
@@ -120,7 +120,7 @@ class Clock:
         return np.array([time.perf_counter(), time.process_time()])
 
     def batches(self, images: int, size: int) -> Iterator[np.ndarray]:
-        """Yield the images, each batch when the parent says that it is this process's turn."""
+        """Yield batches of images; before each, wait until the parent gives this process a turn."""
         rng = np.random.default_rng(1)
         for first in range(0, images, size):
             left = self._now()
@@ -133,14 +133,14 @@ class Clock:
             yield batch
 
     def stop(self) -> None:
-        """Say how long it took, and the peak memory in GB."""
+        """Send the times and the peak memory in GB to the parent."""
         seconds, cpu = self._now() - self.start - self.away
         peak = getrusage(RUSAGE_SELF).ru_maxrss / 2**20
         say(json.dumps([seconds, cpu, peak]))
 
 
 class Reader(CalibrationDataReader):
-    """One batch, as theirs are fed."""
+    """One batch for onnxruntime's calibrators."""
 
     def __init__(self, batch: np.ndarray) -> None:
         self.feeds = [{"input": batch}]
@@ -164,7 +164,7 @@ def theirs(method: str, threads: int) -> Callable[[Iterator[np.ndarray]], object
         onnx.save(ResNet18().model(), path)
         kind = CalibrationMethod[method]
         calibrator = create_calibrator(path, OP_TYPES, str(augmented), kind)
-        options = ort.SessionOptions()  # theirs, but for the threads
+        options = ort.SessionOptions()  # their defaults, except the number of threads
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         calibrator.infer_session = ort.InferenceSession(
@@ -180,14 +180,14 @@ def theirs(method: str, threads: int) -> Callable[[Iterator[np.ndarray]], object
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Be one of the processes."""
+    """Run as one of the processes."""
     kind = arguments.work
     run = (ours if kind in OURS else theirs)(kind, arguments.threads)
-    sys.stdin.readline()  # until all are ready
+    sys.stdin.readline()  # wait until all processes are ready
     say("done")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts here
     clock = Clock()
-    with redirect_stdout(sys.stderr):  # theirs print
+    with redirect_stdout(sys.stderr):  # onnxruntime's calibrators print
         run(clock.batches(arguments.images, arguments.batch_size))
     clock.stop()
 
@@ -225,8 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1, help="of the sessions of both")
-    parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="fewer than all")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every session")
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], help="measure these only")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:

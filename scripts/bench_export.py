@@ -1,9 +1,9 @@
-"""Time an export with integer weights next to its float model, in turn, in one process.
+"""Time an export with integer weights against its float model, in turn, in one process.
 
     python scripts/bench_export.py onnxruntime|openvino FLOAT.onnx EXPORT.onnx [--batch 1]
 
-Run it with the Python of an environment that has the runtime and numpy; it needs nothing else.
-Printed are the medians of 30 runs each, in milliseconds, and the sizes of the files.
+Run it with the Python of an environment that has the runtime and numpy; it needs nothing else. It
+prints the median time of 30 runs of each in milliseconds, and the sizes of the files.
 """
 
 from __future__ import annotations

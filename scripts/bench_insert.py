@@ -1,11 +1,11 @@
-"""Time `insert` on transformers of 1,250 to 10,000 nodes, beside onnxruntime.quantization.
+"""Time `insert` against onnxruntime.quantization on transformers of 1,250 to 10,000 nodes.
 
     python scripts/bench_insert.py [--repeat 3]
 
-Ours: prepare, plan and insert (no calibration), the median. The peer: `quantize_model` of
-onnxruntime.quantization's QDQQuantizer, its graph rewriting alone, with ranges given; it takes
-minutes from 5,000 nodes on, so it runs once, and not beyond. Both start from the model in
-memory and run in turn in this process.
+Ours: prepare, plan and insert without calibration; the median time counts. The peer:
+`quantize_model` of onnxruntime.quantization's QDQQuantizer, that is its graph rewriting with given
+ranges. The peer takes minutes for 5,000 nodes, so it runs once and not on larger graphs. Both start
+from the model in memory and run in turn in this process.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
     repeat = parser.parse_args().repeat
-    gc.set_threshold(GARBAGE_THRESHOLD)  # as the command line does; for both
+    gc.set_threshold(GARBAGE_THRESHOLD)  # as in the command line; applies to both
     print(f"{'nodes':>6}  {'ours, s':>8}  {'nodes out':>9}  {'peer, s':>8}  {'nodes out':>9}")
     for size in (1250, 2500, 5000, 10000):
         proto = _Transformer(size).model()

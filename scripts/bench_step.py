@@ -1,18 +1,18 @@
-"""Time one training step next to PyTorch's, float and quantized, in turn, on two threads.
+"""Time one training step against PyTorch's, float and quantized, in turn, on two threads.
 
     python scripts/bench_step.py --python TORCH_PYTHON [--plain PYTHON] [--repeat 15]
 
-TORCH_PYTHON has torch, torchvision and onnx; PYTHON has this package with another onnxruntime, so
-that a training build and a plain one are timed in turn. Ours: the step of `finetune` under the rule
-onnxruntime-cpu with per-tensor weights, cross-entropy, sgd; LSQ learns weights and scales. The
-peer: `bench_step_peer.py`. BatchNormalization is folded in ours, as in every fine-tuning of an
+TORCH_PYTHON has torch, torchvision and onnx. PYTHON has this package with another onnxruntime, so
+that a training build and a plain build are timed in turn. Ours: the step of `finetune` under the
+rule onnxruntime-cpu with per-tensor weights, cross-entropy and sgd; LSQ learns weights and scales.
+The peer: `bench_step_peer.py`. Ours has BatchNormalization folded, as in every fine-tuning of an
 exported model; PyTorch trains it.
 
-Each model has a process of its own. Printed are medians over the steps of seconds
-and of CPU seconds (of all threads: other people's load disturbs them less), the peak memory of the
-process while it steps, and of our LSQ step the share of the time that is spent in anything but
-kernels of convolutions and matrix products: fake-quantize with the products that sum its scale's
-gradient, copies, the optimizer, and what a session does between kernels.
+Each model has a process of its own. The script prints the median seconds and CPU seconds of a step
+(CPU seconds count all threads, and other load on the machine disturbs them less), and the peak
+memory of the process during the steps. For our LSQ step it also prints the fraction of time spent
+outside of convolution and matrix product kernels: in fake-quantize (with the products that sum the
+gradient of its scale), copies, the optimizer, and the session between kernels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SUMS = "FakeQuantize"  # in the names of the products that sum the gradient of a
 
 
 def prepared(path: Path, kind: str, inputs: np.ndarray) -> Model:
-    """Return the Q/DQ model, or that without any points for ``float``."""
+    """Return the Q/DQ model; for ``float`` a model without points."""
     floats = prepare(load_model(path))
     per_tensor = [parse_override("weight.axis=none")]
     plan = make_plan(floats.graph, load_rule("onnxruntime-cpu"), per_tensor)
@@ -119,7 +119,7 @@ def print_share(path: Path, case: int) -> None:
 
 
 def started(commands: dict[str, list[str]]) -> dict[str, subprocess.Popen[str]]:
-    """Return processes that are ready to step; they prepare side by side."""
+    """Start the processes in parallel; return them when all are ready to step."""
     pipe = subprocess.PIPE
     processes = {
         kind: subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
@@ -160,7 +160,7 @@ def measured(commands: dict[str, list[str]], repeat: int) -> dict[str, list[floa
 
 
 def compare(case: int, python: str, plain: str | None, repeat: int) -> None:
-    """Print the lines of one network."""
+    """Measure one network and print its lines."""
     name, size, batch = CASES[case]
     peer = [python, str(Path(__file__).with_name("bench_step_peer.py")), name, str(size)]
     with tempfile.TemporaryDirectory() as folder:
@@ -184,11 +184,11 @@ def compare(case: int, python: str, plain: str | None, repeat: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", help="of an environment with torch")
-    parser.add_argument("--plain", help="of an environment with another onnxruntime")
+    parser.add_argument("--python", help="Python of an environment with torch")
+    parser.add_argument("--plain", help="Python of an environment with another onnxruntime")
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one network alone")
-    for hidden in ("--model", "--work"):  # what a process of one model is told
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="measure only this one")
+    for hidden in ("--model", "--work"):  # options for the process of one model
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:

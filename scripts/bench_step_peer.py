@@ -3,7 +3,7 @@
     python bench_step_peer.py NAME SIZE BATCH export FILE
     python bench_step_peer.py NAME SIZE BATCH float|qat
 
-Started by that script with the Python of an environment that has torch, torchvision and onnx.
+`bench_step.py` starts it with the Python of an environment that has torch, torchvision and onnx.
 ``qat`` is FX graph-mode QAT with learnable fake-quantize (torch.ao.quantization), 8 bits,
 per-tensor.
 """
@@ -53,7 +53,7 @@ def quantized(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     qconfig = QConfig(
         activation=learnable(0, 255, torch.quint8), weight=learnable(-128, 127, torch.qint8)
     )
-    # an embedding takes weights per row alone
+    # an embedding only takes weights with a scale per row
     mapping = QConfigMapping().set_global(qconfig).set_object_type(nn.Embedding, None)
     model = prepare_qat_fx(model, mapping, example_inputs=(inputs,))
     for module in model.modules():

@@ -1,12 +1,12 @@
-"""Measure block reconstruction next to training from end to end; print a table.
+"""Compare block reconstruction with end-to-end training; print a table.
 
     python scripts/blocks.py --models DIR --data DIR --work DIR [--cases NAME,...] [--seeds N]
         [--scopes blocks,network,both] [--options "--block-layers 6 ..."]
 
-DIR of the models and data are those of the development set. NanoDet needs ``pip install
-pycocotools`` beside onnxqat. ``both`` is ``--scope blocks,network``. No labels are used; the
-options are passed to every ``onnxqat finetune``. A figure is kept in WORK/blocks.json under its
-case, scope, options and seed, and not measured twice.
+The models and data are those of the development set. NanoDet also needs ``pip install
+pycocotools``. ``both`` stands for ``--scope blocks,network``. No labels are used. The options are
+passed to every ``onnxqat finetune``. Results are kept in WORK/blocks.json by case, scope, options
+and seed, so that nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COCO = ("coco128/train", "coco128/val")
 
 
 class Case(NamedTuple):
-    """What is quantized how, and how it is trained."""
+    """A network, its quantization, and its training."""
 
     name: str
     model: str
@@ -45,7 +45,7 @@ def cases() -> list[Case]:
     mobilenet, shufflenet = "mobilenetv1-025-imagenet", "shufflenetv2-x05-cifar10"
     per_tensor = [*IMAGENET_NORM, *sets(PER_TENSOR)]
     esp32 = [*IMAGENET_NORM, "--rules", "esp32-p4"]
-    kl = ["--loss", "kl"]  # labels unused
+    kl = ["--loss", "kl"]  # without labels
     found = [
         Case("mobilenet/W8A8 per-tensor", mobilenet, IMAGENET, per_tensor, kl, []),
         Case("mobilenet/equalized", mobilenet, IMAGENET, [*per_tensor, "--equalize"], kl, []),
@@ -64,7 +64,7 @@ def cases() -> list[Case]:
 
 
 def figure(case: Case, path: str, data: Path) -> float:
-    """Return top-1, or mAP of the detector, in points."""
+    """Return top-1 (for the detector mAP) in points."""
     if case.data == COCO:
         from detection import mean_precision
 
@@ -74,7 +74,7 @@ def figure(case: Case, path: str, data: Path) -> float:
 
 
 def started(case: Case, models: Path, data: Path, work: Path) -> str:
-    """Return the calibrated Q/DQ file, made once."""
+    """Return the path of the calibrated Q/DQ file; make it if needed."""
     path = work / f"{case.name.replace('/', '_').replace(' ', '_')}.onnx"
     if not path.exists():
         words = case.inserted
@@ -88,7 +88,7 @@ def started(case: Case, models: Path, data: Path, work: Path) -> str:
 
 
 def tuned(case: Case, start: str, scope: str, seed: int, options: list[str], data: Path) -> Any:
-    """Fine-tune with one seed; return what came of it."""
+    """Fine-tune with one seed; return the results."""
     path, began = start.replace(".onnx", f".{scope}.{seed}.onnx"), time.monotonic()
     words = case.trained + ([] if scope == "blocks" else case.epochs)
     document = onnxqat("finetune", start, str(data / case.data[0]), "--scope", SCOPES[scope],
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--cases", default="", help="comma-separated parts of case names")
     parser.add_argument("--scopes", default=",".join(SCOPES))
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
-    parser.add_argument("--options", default="", help="of onnxqat finetune")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, starting with 0")
+    parser.add_argument("--options", default="", help="options for onnxqat finetune")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / "blocks.json"

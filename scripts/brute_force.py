@@ -1,11 +1,11 @@
-"""Compare the layers that analyze ranks first with those that cost most top-1 on test data.
+"""Compare the layers that analyze ranks first with those that cost most top-1 on the test data.
 
     python scripts/brute_force.py QDQ TRAIN TEST --results FILE.json [--samples N]
 
-QDQ is a calibrated model whose file remembers its preprocessing. ``analyze`` ranks its layers on 64
+QDQ is a calibrated model whose file stores its preprocessing. ``analyze`` ranks its layers on 64
 samples of TRAIN. Brute force runs all samples of TEST, or the first N, through the float model and
-through each model that has one layer quantized. Figures are kept in FILE.json, so that a run that
-was stopped goes on. CPU seconds are those of the process: of all threads.
+through each model with one quantized layer. Figures are kept in FILE.json, so that a stopped run
+can continue. CPU seconds count all threads of the process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
 
     def measured(name: str, run: Callable[[], object]) -> dict:
-        """Return what was found, and the CPU seconds it took; from the file where it is there."""
+        """Return the result and its CPU seconds, from the file if it is there."""
         if name not in known:
             started = time.process_time()
             found = run()
@@ -76,12 +76,12 @@ def main() -> None:
 
 
 def ranking(model: oq.QuantizedModel, train: Path) -> list[str]:
-    """Return the layers as analyze ranks them."""
+    """Return the names of the layers in the order of analyze."""
     return [one.layer.node for one in oq.analyze(model, train).layers]
 
 
 def settings(model: oq.QuantizedModel) -> dict[str, object]:
-    """Return what a model remembers of its data, as open_data takes it."""
+    """Return the preprocessing stored in a model, as arguments for open_data."""
     from onnxqat.settings import settle
 
     stored = settle(model, oq.Settings())

@@ -1,11 +1,12 @@
-"""Compare the decoders of boxes with the post-processing of the packages they are written for.
+"""Compare the box decoders with the post-processing of the detectors' own packages.
 
     python scripts/check_decoders.py write FILE
     python scripts/check_decoders.py compare FILE --nanodet DIR --yolox DIR
 
-The first runs where onnxqat is installed: it writes random outputs and what we find in them. The
-second runs where torch, torchvision, yolov5 and ultralytics are; DIR are clones of RangiLyu/nanodet
-at v0.4.2 and of Megvii-BaseDetection/YOLOX. It exits with 1 where a box, score or class differs.
+The first command runs in an environment with onnxqat: it writes random outputs and the boxes that
+onnxqat finds in them. The second runs in an environment with torch, torchvision, yolov5 and
+ultralytics; DIR are clones of RangiLyu/nanodet at v0.4.2 and of Megvii-BaseDetection/YOLOX. It
+exits with 1 if a box, score or class differs.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import numpy as np
 
 SIZE = (96, 160)  # height and width of the input
 IMAGES, CLASSES, CELLS = 3, 6, (240, 60, 15)
-TOLERANCE = 1e-3  # pixels; scores: a thousandth of it
+TOLERANCE = 1e-3  # of boxes, in pixels; that of scores is a thousandth of it
 
 
 def outputs_of(name: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return random outputs that overlap often and lie on both sides of every limit."""
+    """Return random outputs with many overlaps and with values on both sides of every limit."""
     total = sum(CELLS)
 
     def scores(*shape: int) -> np.ndarray:
@@ -49,7 +50,7 @@ def outputs_of(name: str, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def write(path: str) -> None:
-    """Write outputs, and what our decoders find in them."""
+    """Write outputs, and the boxes that onnxqat's decoders find in them."""
     from onnxqat.evaluation.decoders import DECODERS
     from onnxqat.evaluation.decoders.suppression import selected
 
@@ -112,7 +113,7 @@ def _nanodet(clone: Path, tensors: list[Any]) -> list[Any]:
     for _ in range(100):
         try:
             from nanodet.model.head.gfl_head import GFLHead, Integral
-        except ModuleNotFoundError as error:  # of its training, which is not run
+        except ModuleNotFoundError as error:  # a module that only training needs
             sys.modules[error.name or ""] = MagicMock()
         else:
             break
@@ -134,7 +135,7 @@ def _nanodet(clone: Path, tensors: list[Any]) -> list[Any]:
 
 
 def _file(path: Path) -> Any:
-    """Import one file, without the package that it lies in."""
+    """Import one file without its package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{path}: cannot be imported")
@@ -144,7 +145,7 @@ def _file(path: Path) -> Any:
 
 
 def differing(ours: np.ndarray, other: np.ndarray) -> float | None:
-    """Return the largest difference of boxes in pixels; None where others are found."""
+    """Return the largest difference of boxes in pixels; None if the boxes do not match."""
     if ours.shape != other.shape or not np.array_equal(ours[:, 5], other[:, 5]):
         return None
     if not np.allclose(ours[:, 4], other[:, 4], atol=TOLERANCE / 1000, rtol=0):
@@ -153,7 +154,7 @@ def differing(ours: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def compare(given: argparse.Namespace) -> int:
-    """Print how each decoder compares; return 1 where one differs."""
+    """Print the comparison of each decoder; return 1 if one differs."""
     wrong = 0
     with np.load(given.file) as stored:
         for name in sorted({key.split("/")[0] for key in stored.files}):

@@ -2,9 +2,9 @@
 
     python scripts/check_exactness.py QDQ DATA [QDQ DATA ...]
 
-For each Q/DQ model: the training form's forward pass, and the model rebuilt from the stripped
-float model and its Sophgo table (where the rule has one), against the file in onnxruntime with
-optimizations off, on the first 256 samples. Exits with 1 if any value differs.
+Run each Q/DQ file in onnxruntime with optimizations off, on the first 256 samples. Compare with it
+the forward pass of the training form, and (if the rule has a Sophgo table) the model rebuilt from
+the stripped float model and its table. Exits with 1 if any value differs.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SAMPLES, BATCH = 256, 32
 
 
 def rebuilt(model: Model) -> Model | None:
-    """Return the Q/DQ model that the stripped model and its table make."""
+    """Return the Q/DQ model that is rebuilt from the stripped model and its table."""
     plan = model.plan
     with tempfile.TemporaryDirectory() as folder:
         try:
             files = write_deployment(model, folder, table="sophgo").files
         except FormatError:
-            return None  # zero points: not a Sophgo rule
+            return None  # it has zero points, so the rule is not a Sophgo rule
         floats = prepare(load_model(files["model"]))
         overrides = [parse_override(text) for text in plan.overrides]
         again, params = read_table(

@@ -4,16 +4,16 @@
 
 For each model, on the CPU and with random inputs:
 
-1. prepared, calibrated (8 bits, min-max) and turned into the training form: the gradients of all
-   weights and scales must be finite;
-2. the float model's training form, without fake-quantization: for some weights the derivative of
-   the loss along a random direction near the gradient is compared with central differences of
-   float32 forward passes, at several step sizes, the best of which counts.
+1. Prepare the model, calibrate it (8 bits, min-max) and build the training form. The gradients of
+   all weights and scales must be finite.
+2. Build the training form of the float model, without fake-quantization. For some weights, compare
+   the derivative of the loss along a random direction near the gradient with central differences of
+   float32 forward passes. Several step sizes are tried, and the best one counts.
 
-In a model published without its weights, ConstantOfShape stands for them: they are replaced by
-random ones (He et al. 2015), and a Softmax at the end, which they saturate, is left out. The loss
-is the mean squared difference from random targets. Exits with 1 if a model is refused, a gradient
-is not finite, or a derivative is off by more than 2 %.
+Some models are published without weights, with ConstantOfShape in their place. They get random
+weights (He et al. 2015), and a Softmax at the end, which random weights saturate, is removed. The
+loss is the mean squared difference from random targets. Exits with 1 if a model is refused, a
+gradient is not finite, or a derivative is off by more than 2 %.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from onnxqat.train.form import training_form
 from onnxqat.train.losses import read_loss, teacher_input
 
 TOLERANCE = 0.02
-FEW = 64  # elements; a model that stores a larger constant has its weights
+FEW = 64  # elements; a model with a larger constant was published with its weights
 PARAMETERS = 5
-# Of the loss. Large ones cross kinks, small ones drown in float32 rounding.
+# Relative to the loss. Large steps cross kinks; small ones are lost in float32 rounding.
 CHANGES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -73,7 +73,7 @@ def random_inputs(graph, batch, rng):
 
 
 def fill_in_weights(graph, rng):
-    """Give a model without weights random ones; vectors may be variances: positive."""
+    """Give a model without weights random ones; vectors are positive, as they may be variances."""
     stored = (constant_values(tensor) for tensor in graph.tensors().values())
     empty = [n for n in graph.nodes if n.op == "ConstantOfShape"]
     if not empty or max(values.size for values in stored if values is not None) > FEW:
@@ -84,7 +84,7 @@ def fill_in_weights(graph, rng):
         values = rng.normal(scale=size, size=shape) if size else rng.uniform(0.5, 1.5, shape)
         replace_input(target, constant(target.name, values.astype(np.float32)))
     remove_nodes(graph, empty)
-    graph.ir_version = max(graph.ir_version, 4)  # from which on weights need not be inputs
+    graph.ir_version = max(graph.ir_version, 4)  # below 4, weights must also be inputs
     last = graph.outputs[0].inputs[0]
     if last.op == "Softmax":
         logits = last.inputs[0]
@@ -111,7 +111,7 @@ def step(form, feeds, batch):
 
 
 def worst_derivative(form, feeds, batch, rng):
-    """Return the largest relative error over some weights."""
+    """Return the largest relative error of the derivatives of some weights."""
     gradients, targets, session, _ = step(form, feeds, batch)
     values = feeds | {name: value.copy() for name, value in form.parameters.items()}
 
@@ -176,7 +176,7 @@ def table(rows):
 
 
 def distribution():
-    """Return the distribution of onnxruntime, and its version."""
+    """Return the installed distribution of onnxruntime, and its version."""
     name = metadata.packages_distributions()["onnxruntime"][0]
     return f"{name} {metadata.version(name)}"
 

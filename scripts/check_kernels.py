@@ -2,10 +2,10 @@
 
     python scripts/check_kernels.py MODEL.onnx...
 
-Each float model is quantized under the rule onnxruntime-cpu, calibrated on random inputs,
-exported, and optimized by onnxruntime itself (extended level). Printed are the integer kernels it
-chose, and every Conv, Gemm, MatMul, Add or pool that is left float. Exit code 1 if there is one
-that the plan does not explain.
+Each float model is quantized under the rule onnxruntime-cpu, calibrated on random inputs, exported,
+and optimized by onnxruntime (extended level). The script prints the integer kernels that
+onnxruntime chose, and every Conv, Gemm, MatMul, Add or pooling that stays float. Exits with 1 if
+the plan does not explain why one of them stays float.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def quantized(path: str) -> tuple[Model, QuantPlan]:
 
 
 def optimized(model: Model) -> onnx.ModelProto:
-    """Return the graph that onnxruntime runs."""
+    """Return the graph that onnxruntime runs after its optimization."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3

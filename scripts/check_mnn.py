@@ -1,20 +1,20 @@
-"""Compare a model and its table in MNN with the Q/DQ model in our onnxruntime.
+"""Compare a model with its table in MNN against the Q/DQ model in onnxruntime.
 
     ONNXQAT_MNN=PYTHON python scripts/check_mnn.py QDQ DATA [SAMPLES]
 
-PYTHON is the interpreter of an environment of its own with MNN 3.6.1. QDQ is a calibrated or
-fine-tuned model of int8 activations with zero points of 0, of the rule sophgo-cv183x say. It is
-stripped, converted with the table that strip writes for MNN, and run by MNN's interpreter on the
-CPU. Without the environment variable nothing is done, and the script says so.
+PYTHON is the interpreter of a separate environment with MNN 3.6.1. QDQ is a calibrated or
+fine-tuned model with int8 activations and zero points of 0, for example of the rule sophgo-cv183x.
+The script strips it, converts it with the table that strip writes for MNN, and runs it in MNN's
+interpreter on the CPU. Without the environment variable it prints a message and does nothing.
 
-Prints one JSON document: of the whole model on SAMPLES samples (500), the predictions that agree,
-with the table and without it; of each layer that the table has, alone, on identical inputs, the
-share of values that differ, and by how many levels. Exits with 1 where a layer is more than one
-level or more than 1 % of its values off, fewer than 99 % of the predictions agree, or the table
-changes nothing.
+Prints one JSON document. For the whole model on SAMPLES samples (500): the fraction of predictions
+that agree, with the table and without it. For each layer in the table, run alone on identical
+inputs: the fraction of values that differ, and by how many levels. Exits with 1 if a layer is off
+by more than one level or in more than 1 % of its values, if fewer than 99 % of the predictions
+agree, or if the table has no effect.
 
-Only MNN's converter and interpreter are called, from Python, with a ``pip`` on the path that
-refuses: MNN's own commands update packages when they start.
+MNN's own commands update packages when they start. Therefore only its converter and interpreter are
+called, from Python, with a ``pip`` on the path that always fails.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.onnx")):
 
 
 def run_in_mnn(python: str, folder: Path, table: Path) -> None:
-    """Convert and run every model of a folder, on the samples beside it."""
+    """Convert and run every model in a folder on the samples beside it."""
     refusing = folder / "bin"
     refusing.mkdir()
     for name in ("pip", "pip3"):
@@ -94,13 +94,13 @@ def run_in_mnn(python: str, folder: Path, table: Path) -> None:
 
 
 def layer_names(table: Path) -> set[str]:
-    """Return the names of the outputs that a table has."""
+    """Return the names of all outputs in a table."""
     (algorithm,) = json.loads(table.read_text())["algo"]
     return {layer["output"][0]["name"] for layer in algorithm["quantParams"]["layer"]}
 
 
 def compare(model: Model, feeds: Feeds, python: str) -> dict[str, Any]:
-    """Return what MNN computes otherwise than the Q/DQ model."""
+    """Return the differences between MNN and the Q/DQ model."""
     trained = model.to_proto()
     ((name, samples),) = feeds.items()
     few = {name: samples[:LAYER_SAMPLES]}

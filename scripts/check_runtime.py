@@ -1,12 +1,12 @@
-"""Compare an exported model in another runtime with the Q/DQ model in our onnxruntime.
+"""Compare an exported model in another runtime with the Q/DQ model in the installed onnxruntime.
 
     python scripts/check_runtime.py openvino|onnxruntime QDQ DATA [--python OTHER]
 
-The runtime is no dependency of this project, or a newer release than ours: OTHER is the Python of
-an environment that has it. Compared are, on the samples of DATA, the classes of the whole model;
-and each layer between two quantized tensors alone, on identical inputs, in levels of its output.
-Exits with 1 if a layer is more than one level off, the classes agree on less than 99 %, or a
-convolution or matrix product does not run in 8 bits.
+OTHER is the Python of an environment with the runtime: OpenVINO, or another release of onnxruntime.
+The script compares the predicted classes of the whole model on the samples of DATA. It also runs
+each layer between two quantized tensors alone, on identical inputs, and compares its output in
+levels. Exits with 1 if a layer is more than one level off, fewer than 99 % of the classes agree, or
+a convolution or matrix product does not run in 8 bits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load(path):
     return lambda name, part: session.run(None, {name: part})[0], kinds
 """,
 }
-# What a heavy node is called where it does not run in 8 bits.
+# Names of convolutions and matrix products that do not run in 8 bits.
 FLOAT_LAYER = r"(Conv|Gemm|MatMul|Convolution (?![iu]8).*|FullyConnected (?![iu]8).*)"
 
 
@@ -98,7 +98,7 @@ def feeds_of(model: AnyModel, source: str) -> Feeds:
 
 
 def layers_of(model: QuantizedModel) -> Iterator[tuple[str, str, float]]:
-    """Yield input, output and output scale of the layers between two quantized tensors."""
+    """Yield input, output and output scale of each layer between two quantized tensors."""
     plan, params = model.plan, model.params
     points = {p.tensor: p for p in plan.grid_points() if p.role == "activation"}
     nodes = {n.name: n for n in model.floats.graph.nodes}
@@ -115,7 +115,7 @@ def layers_of(model: QuantizedModel) -> Iterator[tuple[str, str, float]]:
 
 
 def values_of(model: onnx.ModelProto, names: set[str], feeds: Feeds) -> Feeds:
-    """Return what tensors of a model hold."""
+    """Return the values of tensors of a model."""
     found = {name: feeds[name] for name in names & feeds.keys()}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -130,7 +130,7 @@ def values_of(model: onnx.ModelProto, names: set[str], feeds: Feeds) -> Feeds:
 
 
 def in_other(folder: str, runtime: str, python: str) -> dict[str, Any]:
-    """Run every model of a folder; return version and layers of the whole one."""
+    """Run every model in a folder; return the runtime's version and the whole model's layers."""
     code = LOOP.format(prepare=RUNNERS[runtime])
     result = subprocess.run([python, "-c", code, folder], capture_output=True, text=True)
     if result.returncode:

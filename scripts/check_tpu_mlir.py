@@ -2,15 +2,16 @@
 
     ONNXQAT_TPU_MLIR=PYTHON python scripts/check_tpu_mlir.py QDQ DATA [TENSOR_SAMPLES [SAMPLES]]
 
-PYTHON is the interpreter of an environment with the wheel tpu_mlir 1.30.2 and what it needs (a
-Python 3.10; docs/integer.md says how one is made). QDQ is a calibrated or fine-tuned model of
-a Sophgo rule. It is stripped, compiled to int8 by the script that strip writes, and run in
-tpu-mlir's simulator. Without the environment variable nothing is done, and the script says so.
+PYTHON is the interpreter of a Python 3.10 environment with tpu_mlir 1.30.2 and its dependencies
+(docs/integer.md describes how to make it). QDQ is a calibrated or fine-tuned model of a Sophgo
+rule. The script strips it, compiles it to int8 with the script that strip writes, and runs it in
+tpu-mlir's simulator. Without the environment variable it prints a message and does nothing.
 
-Prints one JSON document: weights and biases that differ from ours, values that differ by tensor on
-TENSOR_SAMPLES samples (32), predictions that agree on SAMPLES samples (500). Exits with 1 where a
-weight differs, an activation differs by more than one level or in more than 0.1 % of the values, or
-fewer than 99.5 % of the predictions agree.
+Prints one JSON document: the number of weights and biases that differ from onnxqat's, the fraction
+of values that differ for each tensor on TENSOR_SAMPLES samples (32), and the fraction of
+predictions that agree on SAMPLES samples (500). Exits with 1 if a weight differs, if an activation
+differs by more than one level or in more than 0.1 % of its values, or if fewer than 99.5 % of the
+predictions agree.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ np.savez("outputs.npz", **{name: np.concatenate(v) for name, v in found.items()}
 
 
 def environment(python: str) -> dict[str, str]:
-    """Return the variables that the compiler's tools read."""
+    """Return the environment variables for the compiler's tools."""
     code = (
         "import importlib.util as u; print(u.find_spec('tpu_mlir').submodule_search_locations[0])"
     )
@@ -74,7 +75,7 @@ def compiled(model: Model, python: str, folder: Path) -> str:
     files = write_deployment(model, folder / "chip", table="sophgo").files
     variables = environment(python)
     tools = Path(variables["TPUC_ROOT"]) / "python/tools"
-    for tool in ("model_transform.py", "model_deploy.py"):  # by the interpreter of the environment
+    for tool in ("model_transform.py", "model_deploy.py"):  # run them with the given interpreter
         call = folder / tool
         call.write_text(f'#!/bin/sh\nexec "{python}" "{tools / tool}" "$@"\n')
         call.chmod(0o755)
@@ -91,7 +92,7 @@ def compiled(model: Model, python: str, folder: Path) -> str:
 def simulated(
     name: str, python: str, folder: Path, inputs: dict[str, Any], count: int
 ) -> dict[str, Any]:
-    """Return what the simulator computes: tensors of ``count`` samples, outputs of all."""
+    """Return results of the simulator: all tensors for ``count`` samples, outputs for all."""
     np.savez(folder / "inputs.npz", **inputs)
     words = [python, "-c", SIMULATE, str(count), name]
     variables = environment(python)
@@ -101,7 +102,7 @@ def simulated(
 
 
 def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
-    """Count the integers of the weights, and those that differ."""
+    """Return the number of integer weights, and how many of them differ."""
     (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
     params, tensors = model.params, model.floats.graph.tensors()
     counts = {"weights": 0, "weights_differing": 0, "weights_not_found": 0}
@@ -137,7 +138,7 @@ def compare_tensors(
         values.levels |= result.levels
         values.floats |= result.floats
         for tensor, levels in result.levels.items():
-            if tensor in inputs:  # the simulator shows them in float
+            if tensor in inputs:  # the simulator returns inputs in float
                 continue
             names = [k for k in theirs if k == tensor or k.rsplit("_", 1)[0] == tensor]
             same = [k for k in names if theirs[k].size == levels.size]

@@ -2,10 +2,10 @@
 
     python scripts/compare_engines.py --models DIR --data DIR --work DIR --other PYTHON
 
-PYTHON has onnxqat and another onnxruntime; DIR of the models and data are those of the development
-set. Each case is inserted and calibrated once, then fine-tuned from the same file on both engines
-with three seeds: CIFAR-10 networks for one epoch of 4,800 images, MobileNet by the defaults.
-Results are kept in WORK/engines.json and not measured twice.
+PYTHON has onnxqat and another onnxruntime. The models and data are those of the development set.
+Each case is inserted and calibrated once, then fine-tuned from the same file on both engines with
+three seeds: CIFAR-10 networks for one epoch of 4,800 images, MobileNet with the defaults. Results
+are kept in WORK/engines.json, so that nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CASES = {  # name: model, overrides, options of finetune
 
 
 def onnxqat(python: str, *arguments: str) -> dict:
-    """Run a command in an environment, and return its JSON document."""
+    """Run a command of onnxqat in an environment, and return its JSON document."""
     command = [python, "-c", "from onnxqat.cli import main; main()", *arguments, "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def training_images(source: Path, work: Path) -> Path:
-    """Write the first images of an array file; leave a folder as it is."""
+    """Return a file with the first images of an array file; return a folder unchanged."""
     if source.is_dir():
         return source
     path = work / "train.npz"
@@ -64,7 +64,7 @@ def measure(name: str, python: str, seed: int, paths: argparse.Namespace) -> flo
 
 
 def row(name: str, results: dict[str, float]) -> str:
-    """Return a line of the table: every seed on both engines, and the difference of the means."""
+    """Return a line of the table: each seed on both engines, and the difference of the means."""
     first, other = ([results[f"{name} {e} {s}"] for s in SEEDS] for e in ("ours", "other"))
     cells = [", ".join(f"{value:.2f}" for value in values) for values in (first, other)]
     difference = statistics.mean(other) - statistics.mean(first)

@@ -1,21 +1,22 @@
-"""Compare fine-tuning with PyTorch's QAT, and with itself without labels, and print the tables.
+"""Compare fine-tuning with PyTorch's QAT, and with labels against without; print the tables.
 
     python scripts/convergence.py --models DIR --data DIR --work DIR --python TORCH_PYTHON
         [--cases PART,...] [--tools ours,peer,labels,kl,defaults] [--threads N]
 
-DIR of the models and data are those of the development set; TORCH_PYTHON has torch, torchvision,
-onnx and onnx2torch. What a tool gave is kept in WORK and not measured twice; several of these
-commands may share WORK, if no two measure the same.
+The models and data are those of the development set. TORCH_PYTHON has torch, torchvision, onnx and
+onnx2torch. Results are kept in WORK, so that nothing is measured twice. Several of these commands
+may share WORK if they measure different cases or tools.
 
-``ours`` and ``peer`` (`convergence_peer.py`) train the same network on the same images for as many
-epochs, quantized at the same tensors with the same bits: rule onnxruntime-cpu, in which a MatMul
-and the Add of its bias are one, as they are in PyTorch; weights per-tensor, but MobileNet's at 4
-bits. Cross-entropy on the labels, of MobileNet KL to the float network. Each tries five learning
-rates with seed 0, takes the one with the least loss on a fifth of the test images, and runs two
-seeds more. Training images would not do: the float networks have learned them by heart. The state
-after the last step counts, on the other test images. ``kl`` and ``labels`` repeat ours at that
-rate with the loss that it did not use. ``defaults`` is ``onnxqat finetune`` without any option but
---seed, the state it keeps, trained on 20,000 images and tested on all test images.
+``ours`` and ``peer`` (`convergence_peer.py`) train the same network on the same images for the same
+number of epochs, with the same tensors quantized to the same bits. The rule is onnxruntime-cpu,
+changed so that a MatMul and the Add of its bias are fused, as in PyTorch. Weights are per-tensor,
+except MobileNet's at 4 bits. The loss is cross-entropy on the labels, for MobileNet KL to the float
+network. Each tool tries five learning rates with seed 0, chooses the one with the least loss on a
+fifth of the test images, and runs two more seeds. (Training images would not do for this choice:
+the float networks have memorized them.) The state after the last step is measured on the other test
+images. ``kl`` and ``labels`` repeat ``ours`` at the same rate with the other loss. ``defaults`` is
+``onnxqat finetune`` with no option except --seed, trained on 20,000 images; the state that it keeps
+is measured on all test images.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from onnxqat.train import Config, Progress, finetune
 
 TOOLS = ("ours", "peer", "labels", "kl", "defaults")
 LABELS = "cross-entropy"
-LOSSES = {"labels": LABELS, "kl": "kl"}  # of the tools that repeat ours with another
+LOSSES = {"labels": LABELS, "kl": "kl"}  # losses of the tools that repeat ``ours``
 RATES = {  # by tool and bits
     ("ours", 4): (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     ("ours", 8): (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
     ("peer", 4): (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     ("peer", 8): (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
 }
-SCALE_RATE = 4e-3  # of both: of 0.001, 0.004 and 0.02 the best on ResNet-8 at 4 bits
+SCALE_RATE = 4e-3  # for both tools; the best of 0.001, 0.004 and 0.02 on ResNet-8 at 4 bits
 SEEDS = (0, 1, 2)
 CALIBRATION, BATCH = 512, 32
 TRAIN_CIFAR, EPOCHS_CIFAR = 4800, 1
@@ -63,7 +64,7 @@ FUSED = '    ["MatMul", "Add", "Relu"],\n    ["MatMul", "Add"],\n'
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One network at one number of bits, and where its files are."""
+    """One network with one number of bits, and the paths of its files."""
 
     model: str
     bits: int
@@ -89,12 +90,12 @@ class Case:
         return EPOCHS_IMAGENET if self.imagenet else EPOCHS_CIFAR
 
     def result(self, tool: str) -> Path:
-        """Where what a tool gave is kept."""
+        """Return the path of a tool's results."""
         return self.work / f"{tool}-{self.model}-{self.bits}.json"
 
     @property
     def per_channel(self) -> bool:
-        """Whether weights have a scale per channel; with one, this network stays at chance."""
+        """Whether weights have a scale per channel; per-tensor, this network stays at chance."""
         return self.imagenet and self.bits == 4
 
     @property
@@ -102,7 +103,7 @@ class Case:
         return self.models / f"{self.model}.onnx"
 
     def source(self, part: str) -> Path:
-        """Return the images of a part, both tools' alike, made when first asked for."""
+        """Return the images of a part, the same for both tools; write them if needed."""
         (train, test), _ = MODELS[self.model]
         if part.startswith("all"):
             return self.data / (train if part == "all-train" else test)
@@ -126,7 +127,7 @@ class Case:
 
     @cached_property
     def quantized(self) -> Model:
-        """The calibrated Q/DQ model that ours starts with."""
+        """The calibrated Q/DQ model that ``ours`` starts with."""
         path = self.work / f"{self.model}-{self.bits}.qdq.onnx"
         if not path.exists():
             granularity = [] if self.per_channel else PER_TENSOR
@@ -155,7 +156,7 @@ class Case:
         return evaluate(model, batches, threads=self.threads).metrics["top1"]
 
     def ours(self) -> dict[str, Any]:
-        """Fine-tune at every rate, then with the other seeds at the best."""
+        """Fine-tune at every rate, then with the other seeds at the best rate."""
         found = {lr: self._tuned(self.loss, lr, 0) for lr in RATES["ours", self.bits]}
         best = min(found, key=lambda lr: found[lr][0])
         models = [found[best][1], *(self._tuned(self.loss, best, s)[1] for s in SEEDS[1:])]
@@ -167,12 +168,12 @@ class Case:
         }
 
     def other(self, loss: str) -> dict[str, Any]:
-        """Fine-tune by another loss, at the rate that ours found."""
+        """Fine-tune with another loss, at the rate that ``ours`` found."""
         lr = json.loads(self.result("ours").read_text())["lr"]
         return {"tuned": [self.top1(self._tuned(loss, lr, seed)[1]) for seed in SEEDS]}
 
     def _tuned(self, loss: str, lr: float, seed: int) -> tuple[float, Model]:
-        """Return the held-out loss after the last step, and the state."""
+        """Fine-tune; return the held-out loss after the last step, and the state."""
         config = Config(loss=loss, lr=lr, scale_lr=SCALE_RATE, seed=seed, epochs=self.epochs,
                         batch_size=BATCH, select="loss", threads=self.threads)  # fmt: skip
         states: list[Progress] = []
@@ -181,7 +182,7 @@ class Case:
         return states[-1].validation.loss, states[-1].model
 
     def defaults(self) -> dict[str, Any]:
-        """Fine-tune with nothing set, with the next seed; the state that it chooses counts."""
+        """Fine-tune with the default settings and the next seed; measure the state it keeps."""
         path = self.result("defaults")
         known = json.loads(path.read_text()) if path.exists() else {"tuned": [], "notes": []}
         loss, seed = "kl" if self.imagenet else None, SEEDS[len(known["tuned"])]
@@ -194,7 +195,7 @@ class Case:
         }
 
     def peer(self, python: str) -> dict[str, Any]:
-        """Let PyTorch do the same as `ours`."""
+        """Fine-tune with PyTorch in the same way as `ours`."""
         words = MODELS[self.model][1]
         norm = dict(zip(words[::2], words[1::2], strict=True))
         job = {
@@ -229,14 +230,14 @@ def arrays(source: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean(values: list[float], base: float = 0.0) -> str:
-    """Return the mean of fractions in points, and the spread around it."""
+    """Return the mean of fractions in points, and their standard deviation."""
     points = [100 * (v - base) for v in values]
     spread = f" ± {statistics.pstdev(points):.2f}" if len(points) > 1 else ""
     return f"{statistics.mean(points):.2f}{spread}"
 
 
 def comparison(results: dict[tuple[str, str], dict]) -> str:
-    """Return the table of both tools, top-1 in points."""
+    """Return the table that compares both tools, top-1 in points."""
     lines = [
         "| case | float | start | ours | rate | PyTorch start | PyTorch | rate | ours - PyTorch |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -253,9 +254,9 @@ def comparison(results: dict[tuple[str, str], dict]) -> str:
 
 
 def without_labels(results: dict[tuple[str, str], dict]) -> str:
-    """Return what distillation (``kl``) regains of what labels regain; ``ours`` is one of them.
+    """Return a table of the gain by distillation as a share of the gain by labels.
 
-    What labels teach beyond the float network was not lost, and does not count.
+    ``ours`` is one of ``labels`` and ``kl``. Gains beyond the float network do not count.
     """
     lines = [
         "| case | float | start | with labels | without | share |",
@@ -276,7 +277,7 @@ def without_labels(results: dict[tuple[str, str], dict]) -> str:
 
 
 def with_defaults(results: dict[tuple[str, str], dict]) -> str:
-    """Return what fine-tuning gives when nothing is set."""
+    """Return a table of fine-tuning with the default settings."""
     lines = ["| case | start | tuned | seeds | least gain | kept |", "|---|---|---|---|---|---|"]
     for (tool, name), found in results.items():
         if tool == "defaults":
@@ -289,7 +290,7 @@ def with_defaults(results: dict[tuple[str, str], dict]) -> str:
 
 
 def measure(case: Case, tool: str, python: str) -> None:
-    """Run a tool on a case unless its result is there."""
+    """Run a tool on a case, unless its result exists."""
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "ours": case.ours,
         "labels": lambda: case.other(LOSSES["labels"]),
@@ -298,7 +299,7 @@ def measure(case: Case, tool: str, python: str) -> None:
         "defaults": case.defaults,
     }
     if case.loss == LOSSES.get(tool):
-        return  # that is what ours is
+        return  # ``ours`` is the same
     path = case.result(tool)
     while not (path.exists() and len(json.loads(path.read_text())["tuned"]) == len(SEEDS)):
         found = runs[tool]()
@@ -313,9 +314,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--python", required=True, help="of an environment with torch")
+    parser.add_argument("--python", required=True, help="Python of an environment with torch")
     parser.add_argument("--cases", default="", help="comma-separated parts of case names")
-    parser.add_argument("--tools", default=",".join(TOOLS), help="comma-separated; none: tables")
+    parser.add_argument("--tools", default=",".join(TOOLS), help="comma-separated (none: print)")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)

@@ -2,26 +2,26 @@
 
     TORCH_PYTHON scripts/convergence_peer.py JOB.json
 
-Started by that script with the Python of an environment that has torch, torchvision, onnx and
-onnx2torch. It reads the ONNX file into torch, tells its float top-1, and fine-tunes it:
+`convergence.py` starts it with the Python of an environment that has torch, torchvision, onnx and
+onnx2torch. It converts the ONNX file to torch, reports its float top-1, and fine-tunes it:
 
-- Convolutions, linear layers (a MatMul of a constant, with its Add, is made one), additions,
-  concatenations, pooling and the two products of attention are quantized: weights symmetric,
-  per-tensor or with a scale for each output channel, activations per-tensor and asymmetric.
+- Convolutions, linear layers (a MatMul with a constant and its Add become one), additions,
+  concatenations, pooling and the two products of attention are quantized. Weights are symmetric,
+  per-tensor or with a scale for each output channel; activations are per-tensor and asymmetric.
   BatchNormalization is fused for QAT; its averages are fixed, its scale and offset are trained.
-  With 4 bits, the weights and the inputs of the first and the last layer have 8.
-- `HistogramObserver`s set scales on the calibration images, with as many bins as the grid has
-  levels (those of channels are minimum and maximum); then scales and zero points are learned
+  With 4 bits, the weights and inputs of the first and the last layer have 8 bits.
+- `HistogramObserver`s with as many bins as the grid has levels set the scales on the calibration
+  images; per-channel scales come from minimum and maximum. Then scales and zero points are learned
   (`_LearnableFakeQuantize`).
-- FX quantizes what a Reshape, a Transpose, a Split or a Pad passes on once more, with a scale of
-  its own. These are taken out: the values lie on a grid already, as in the other tool.
-- AdamW without weight decay, 5 % warm-up, cosine. The rate is that of weights; one for all is no
-  good for scales, which are small: theirs is relative to their size after calibration, that of
-  zero points to the grid.
+- FX quantizes the output of a Reshape, Transpose, Split or Pad again, with a scale of its own.
+  These are removed, as in the other tool: the values are on a grid already.
+- AdamW without weight decay, 5 % warm-up, cosine. The learning rate is that of the weights. It
+  would not suit scales, which are small: their rate is relative to their size after calibration,
+  and the rate of zero points is relative to the grid.
 
-These were chosen by held-out figures at 4 bits: histograms for weights and activations were the
-best of four pairs before training on ResNet-20 and ShuffleNetV2 (for ResNet-8's weights, minimum
-and maximum were 5 points better); averages that move gave ResNet-20 a larger loss.
+These settings were chosen by held-out figures at 4 bits. Histograms for weights and activations
+were the best of four pairs before training on ResNet-20 and ShuffleNetV2 (for ResNet-8's weights,
+minimum and maximum were 5 points better). Moving averages gave ResNet-20 a larger loss.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def learnable(bits: int, *, weight: bool, channels: int = -1) -> Callable[..., n
 
 
 class Relative(nn.Module):
-    """A scale as a multiple of what it is now, so that one rate suits all."""
+    """Parametrizes a scale as a multiple of its initial value, so that one rate suits all."""
 
     def __init__(self, size: torch.Tensor) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Relative(nn.Module):
 
 
 class ExpandToBatch(nn.Module):
-    """Repeats a tensor for every image, as one operation for FX."""
+    """Repeats a tensor for every image; a module of its own, so that FX sees one operation."""
 
     def forward(self, token: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return token.expand(images.shape[0], -1, -1)

@@ -2,9 +2,9 @@
 
     python scripts/detection.py --models DIR --data DIR --work DIR [--cases NAME,...] [--seeds N]
 
-Needs ``pip install pycocotools`` beside onnxqat. DIR of the models and data are those of the
-development set (``nanodet-m-416.onnx`` and ``coco128``). What trains sees the 128 training images
-alone, without their boxes: the float model teaches. Results are kept in WORK/results.json and not
+Also needs ``pip install pycocotools``. The models and data are those of the development set
+(``nanodet-m-416.onnx`` and ``coco128``). Training uses only the 128 training images, without their
+boxes: the float model is the teacher. Results are kept in WORK/results.json, so that nothing is
 measured twice.
 """
 
@@ -39,7 +39,7 @@ MEAN, SCALE = (103.53, 116.28, 123.675), (0.0174292, 0.017507, 0.0171248)  # blu
 
 
 class Case(NamedTuple):
-    """What is quantized how, and how it is trained."""
+    """A quantization of the network, and its training."""
 
     name: str
     overrides: tuple[str, ...]
@@ -64,9 +64,9 @@ PREPROCESSING = (
 def decoded(outputs: list[Array]) -> tuple[Array, Array]:
     """Return boxes (N, 4) as x, y of two corners in pixels of the input, and scores (N, 80).
 
-    Outputs are the scores of three maps, then for each the distances from a cell's centre to the
-    left, top, right and bottom, in strides, as logits of a distribution over 0 to 7 (generalized
-    focal loss: Li et al. 2020, https://arxiv.org/abs/2006.04388; RangiLyu/nanodet,
+    The outputs are the scores of three maps, then the distances of each map: from a cell's centre
+    to the left, top, right and bottom of the box, in strides, as logits of a distribution over 0 to
+    7 (generalized focal loss: Li et al. 2020, https://arxiv.org/abs/2006.04388; RangiLyu/nanodet,
     nanodet/model/head/gfl_head.py: get_bboxes_single). The ``CANDIDATES`` best cells of each map
     are kept.
     """
@@ -111,7 +111,7 @@ def detections(outputs: list[Array]) -> list[tuple[int, float, Array]]:
 
 
 def out_of_letterbox(corners: Array, width: int, height: int) -> list[float]:
-    """Return x, y, width and height in pixels of the image, which lies in the input's middle."""
+    """Return x, y, width and height in pixels of the image, which is centred in the input."""
     factor = SIZE / max(width, height)
     margin = (SIZE - np.floor(np.array([width, height]) * factor + 1e-9)) // 2
     low, high = (np.clip((c - margin) / factor, 0, (width, height)) for c in np.split(corners, 2))
@@ -122,7 +122,7 @@ def out_of_letterbox(corners: Array, width: int, height: int) -> list[float]:
 
 
 def truth(folder: Path, boxes: Path) -> COCO:
-    """Return the boxes of a folder's images, stored relative to them, as pycocotools wants."""
+    """Return the true boxes of a folder's images for pycocotools."""
     sizes = [Image.open(path).size for path in sorted(folder.iterdir())]
     annotations = []
     for number, (image, label, *box) in enumerate(np.load(boxes).astype(np.float64), start=1):
@@ -149,7 +149,7 @@ def truth(folder: Path, boxes: Path) -> COCO:
 
 
 def mean_precision(path: Path, data: Path) -> float:
-    """Return mAP at overlaps of 0.50 to 0.95 on the validation images, in the file's arithmetic."""
+    """Return mAP at overlaps of 0.50 to 0.95 on the validation images, with the file's Q/DQ."""
     model = load_model(path)
     settings = settle(
         model, Settings(mean=MEAN, scale=SCALE, pixel_format="bgr", keep_aspect_ratio=True)
@@ -181,7 +181,7 @@ def mean_precision(path: Path, data: Path) -> float:
 
 
 def onnxqat(*arguments: str | Path) -> dict[str, Any]:
-    """Run a command of ours and return its JSON document."""
+    """Run a command of onnxqat and return its JSON document."""
     command = [sys.executable, "-c", "from onnxqat.cli import main; main()", *arguments, "--json"]
     result = subprocess.run([str(word) for word in command], check=True, capture_output=True)
     document: dict[str, Any] = json.loads(result.stdout)
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--cases", default="", help="comma-separated parts of case names")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, starting with 0")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / "results.json"

@@ -3,8 +3,8 @@
     python scripts/export_graphs.py OUT_DIR --small
     python scripts/drop_weights.py tests/graphs OUT_DIR/swin_t-dynamo.onnx ...
 
-Initializers of more than 64 elements keep their type and shape only; `tests/exported.py` draws them
-again from a seed. Documentation and the exporter's notes are dropped.
+Initializers of more than 64 elements keep only their type and shape; `tests/exported.py` fills them
+with random values from a seed. Documentation and the exporter's notes are removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Transformer encoders that `bench_step.py` times, in code that both FX and ONNX can trace."""
+"""Transformer encoders for `bench_step.py`, in code that both FX and ONNX exporters can trace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; normalized before each part as in ViT, or after it as in BERT."""
+    """One layer, with normalization before each part as in ViT, or after it as in BERT."""
 
     def __init__(self, width: int, heads: int, *, before: bool) -> None:
         super().__init__()

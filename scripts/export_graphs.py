@@ -1,14 +1,14 @@
-"""Export the graphs that real exporters write, so that preparing and planning are tried on them.
+"""Export graphs with real exporters, to test preparation and planning on them.
 
-Needs what the package does not depend on, so run it from an environment of its own::
+Needs packages that onnxqat does not depend on, so run it in a separate environment::
 
     pip install torch==2.13.0 torchvision==0.28.0 onnx onnxscript transformers
     python scripts/export_graphs.py OUT_DIR [--small] [--only NAME ...]
 
-Every network of `architectures.py` is exported by PyTorch's TorchScript exporter and by its
-dynamo exporter, with random weights and a dynamic batch dimension. TensorFlow's way of writing
-comes from `tensorflow_graphs.py`, and the ``light`` models, which compute their weights, from the
-onnx package. An export that fails is reported, the others go on, and the script exits with 1.
+Every network of `architectures.py` is exported by PyTorch's TorchScript exporter and by its dynamo
+exporter, with random weights and a dynamic batch dimension. `tensorflow_graphs.py` builds graphs in
+TensorFlow's style. The ``light`` models, which compute their weights, come from the onnx package.
+If an export fails, the script reports it, continues with the others, and exits with 1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from architectures import FAMILIES, settle
 from tensorflow_graphs import TENSORFLOW_GRAPHS
 
 SEED = 0
-TRACED_BATCH = 2  # one would be taken for a constant
-TORCHSCRIPT_OPSET, DYNAMO_OPSET = 17, 18  # the lowest that dynamo writes is 18
+TRACED_BATCH = 2  # exporters would take 1 for a constant
+TORCHSCRIPT_OPSET, DYNAMO_OPSET = 17, 18  # dynamo does not write lower opsets than 18
 
 
 def export_torch(family_name: str, exporter: str, path: Path, *, small: bool) -> None:
-    """Write one network by one of PyTorch's exporters."""
+    """Export one network with one of PyTorch's exporters."""
     family = FAMILIES[family_name]
     torch.manual_seed(SEED)
     model = family.small() if small else family.full()
@@ -54,17 +54,17 @@ def export_torch(family_name: str, exporter: str, path: Path, *, small: bool) ->
 
 
 def export_tensorflow(name: str, path: Path, *, small: bool) -> None:
-    """Write one graph as TensorFlow's converter does."""
+    """Write one graph in the style of TensorFlow's converter."""
     onnx.save(TENSORFLOW_GRAPHS[name](small=small), path)
 
 
 def copy_light(source: Path, path: Path) -> None:
-    """Copy a model of the onnx package."""
+    """Copy a model from the onnx package."""
     shutil.copyfile(source, path)
 
 
 def jobs(*, small: bool) -> dict[str, tuple[str, Callable[[Path], None]]]:
-    """Return the exporter and the writer of every graph, by name."""
+    """Return the exporter's name and a function that writes the file, for every graph by name."""
     found: dict[str, tuple[str, Callable[[Path], None]]] = {}
     for name in FAMILIES:
         for exporter in ("torchscript", "dynamo"):
@@ -79,16 +79,16 @@ def jobs(*, small: bool) -> dict[str, tuple[str, Callable[[Path], None]]]:
 
 
 def run(name: str, exporter: str, write: Callable[[Path], None], path: Path) -> bool:
-    """Write one graph, print its line, and return whether that worked."""
+    """Write one graph, print its line, and return whether it succeeded."""
     temporary = path.with_suffix(".part")
-    output = io.StringIO()  # exporters print progress, and not to one place
+    output = io.StringIO()  # exporters print progress to stdout and stderr
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             write(temporary)
         model = onnx.load(temporary, format="protobuf")
         onnx.checker.check_model(str(temporary))
         temporary.replace(path)
-    except Exception as error:  # an exporter raises whatever it likes
+    except Exception as error:  # an exporter may raise anything
         temporary.unlink(missing_ok=True)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"{name:<28} {exporter:<12} FAILED: {type(error).__name__}: {first}", flush=True)
@@ -103,14 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for NAME.onnx")
     parser.add_argument("--small", action="store_true", help="tiny versions, for fast tests")
-    parser.add_argument("--only", nargs="+", default=["*"], help="names; * stands for any text")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names (* matches any text)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     found = jobs(small=arguments.small)
     for pattern in arguments.only:
         if not fnmatch.filter(found, pattern):
-            parser.error(f"no graph is called '{pattern}'; there are {', '.join(found)}")
+            parser.error(f"no graph has the name '{pattern}'; choose from {', '.join(found)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(f"{'name':<28} {'exporter':<12} {'nodes':>6} {'opset':>6} {'kB':>12}")
     results = [

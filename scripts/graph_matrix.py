@@ -1,16 +1,16 @@
-"""Try every hardware rule on every graph, and print what came of it.
+"""Try every hardware rule on every graph, and print the results.
 
     python scripts/graph_matrix.py GRAPHS_DIR... [--rules R ...] [--markdown OUT] [--json OUT]
 
-Of each graph and rule: how many points the plan has and which nodes stay float; whether the
-model with Q/DQ passes ONNX's checker (``full_check``), loads and runs in onnxruntime; whether
-stripping it gives the prepared model back, byte for byte; whether every node is accounted for;
-and the signal to quantization noise ratio of its outputs (dB, the worst output) on the random
-inputs that it was calibrated on. A node is accounted for when a point lies on one of its inputs or
-outputs, when it is part of a chain, or when the plan names it as skipped.
+For each graph and rule the script reports: the number of points in the plan, and the nodes that
+stay float; whether the model with Q/DQ passes ONNX's checker (``full_check``), and loads and runs
+in onnxruntime; whether stripping it gives the prepared model again, byte for byte; whether every
+node is accounted for; and the signal-to-quantization-noise ratio of the worst output in dB, on the
+random inputs of the calibration. A node is accounted for if one of its inputs or outputs is a
+point, if it is part of a chain, or if the plan names it as skipped.
 
-Each graph runs in a process of its own, so that one which kills its process costs one cell.
-Exits with 1 if a check fails. ``export_graphs.py`` makes graphs for this.
+Each graph runs in a process of its own, so that a crash costs only one cell. Exits with 1 if a
+check fails. ``export_graphs.py`` makes graphs for this script.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def try_graph(arguments: argparse.Namespace) -> None:
 
 
 def run_graph(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Try one graph in a process of its own, and in another one behind a rule that kills it."""
+    """Try one graph in a process of its own; if a rule kills it, start another for the rest."""
     row: dict[str, Any] = {"graph": path.stem, "path": str(path), "cells": {}}
     rules = list(arguments.rules)
     while rules:
@@ -107,8 +107,8 @@ def cell_line(row: dict[str, Any], cell: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]], rules: list[str], observer: str) -> str:
     """Return the table, then the failures, the low ratios and the nodes left float."""
     lines = [
-        f"Points, and SQNR of the outputs (W8A8, observer `{observer}`, random inputs). Of the",
-        "prepared model: SQNR against the file's outputs, where they are not the same.",
+        f"Points, and SQNR of the outputs (W8A8, observer `{observer}`, random inputs). Column",
+        "prepared: SQNR of the prepared model against the original one, if outputs differ.",
         "",
         f"| graph | nodes | opset | prepare s | prepared | {' | '.join(rules)} |",
         f"|---|---|---|---|---|{'---|' * len(rules)}",
@@ -161,7 +161,7 @@ def refused_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def low_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Return one line per graph: how many rules are low, and where the lowest loses most."""
+    """Return one line per graph: how many rules have low SQNR, and where the worst loses it."""
     lines = []
     for row in rows:
         found = [(cell["sqnr_db"], rule) for rule, cell in row["cells"].items() if is_low(cell)]
@@ -183,7 +183,7 @@ def is_low(cell: dict[str, Any]) -> bool:
 
 
 def skip_lines(rows: list[dict[str, Any]], rules: list[str]) -> list[str]:
-    """Return one line per rule and reason, with the op types and how many nodes of each."""
+    """Return one line per rule and reason, with the number of nodes of each op type."""
     lines = []
     for rule in rules:
         by_reason: dict[str, Counter[str]] = {}
@@ -201,7 +201,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("graphs", type=Path, nargs="+", help="folders of .onnx files, or files")
     parser.add_argument("--rules", nargs="+", default=list(onnxqat.bundled_rules()))
-    parser.add_argument("--samples", type=int, default=8, help="to calibrate on; 0: no SQNR")
+    parser.add_argument("--samples", type=int, default=8, help="calibration samples (0: no SQNR)")
     parser.add_argument("--observer", default="minmax")
     parser.add_argument("--markdown", type=Path, metavar="OUT")
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -220,7 +220,7 @@ def main() -> None:
         for path in (sorted(given.glob("*.onnx")) if given.is_dir() else [given])
     ]
     if not paths:
-        sys.exit("There is no .onnx file in these folders.")
+        sys.exit("These folders contain no .onnx file.")
     rows = [run_graph(path, arguments) for path in paths]
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))

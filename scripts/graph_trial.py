@@ -1,4 +1,4 @@
-"""One graph, prepared and run once, then quantized by one rule after the other and checked."""
+"""Prepare and run one graph, then quantize and check it under one rule after the other."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Batch = dict[str, np.ndarray]
 Step = tuple[str, str, float, float]
 
 SEED = 0
-DYNAMIC_BATCH, DYNAMIC_SIDE = 4, 64  # what a dimension without a number becomes
-MAX_TOKEN = 100  # where no embedding tells the vocabulary
-NOTHING = "quantizes nothing"  # a rule for convolutions has no say in a graph without them
-LOW_DB = 20.0  # W8A8 below this wants an explanation
+DYNAMIC_BATCH, DYNAMIC_SIDE = 4, 64  # replace dimensions without a number
+MAX_TOKEN = 100  # if no embedding shows the size of the vocabulary
+NOTHING = "quantizes nothing"  # for example a rule for convolutions in a graph without any
+LOW_DB = 20.0  # a lower SQNR at W8A8 needs an explanation
 FINE_DB = 40.0
 WORST_STEPS = 3
 FLOAT = onnx.TensorProto.FLOAT
@@ -63,7 +63,7 @@ def random_input(tensor: gs.Tensor, rng: np.random.Generator) -> np.ndarray:
     dtype = np.dtype(tensor.dtype)
     if dtype.kind == "f":
         values = rng.normal(size=shape)
-        if len(shape) == 4:  # pixels alone average out: no two images would look different
+        if len(shape) == 4:  # averages of random pixels alone would be alike for all images
             values += rng.normal(size=(*shape[:2], 1, 1))
         return values.astype(dtype)
     if dtype.kind == "b" or "mask" in tensor.name:
@@ -73,7 +73,7 @@ def random_input(tensor: gs.Tensor, rng: np.random.Generator) -> np.ndarray:
 
 
 def embedding_rows(tensor: gs.Tensor) -> int:
-    """Return the rows of the smallest table that is indexed by ``tensor``."""
+    """Return the number of rows of the smallest table that ``tensor`` indexes."""
     rows, waiting = [MAX_TOKEN + 1], list(tensor.outputs)
     while waiting:
         node = waiting.pop()
@@ -95,7 +95,7 @@ def outputs_of(
 
 
 def sqnr(expected: list[np.ndarray], found: list[np.ndarray]) -> float | None:
-    """Return the worst 10 log10(sum x^2 / sum (x - y)^2) of the float outputs; None: no error."""
+    """Return the worst 10 log10(sum x^2 / sum (x - y)^2) of the float outputs; None if equal."""
     ratios = []
     for x, y in zip(expected, found, strict=True):
         if x.dtype.kind != "f":
@@ -107,7 +107,7 @@ def sqnr(expected: list[np.ndarray], found: list[np.ndarray]) -> float | None:
         noise = np.sum((x - y) ** 2)
         if noise != 0:
             ratios.append(10 * np.log10(np.sum(x**2) / noise))
-    return float(np.min(ratios)) if ratios else None  # Python's own can lose a NaN
+    return float(np.min(ratios)) if ratios else None  # Python's own min can lose a NaN
 
 
 def first_line(error: BaseException) -> str:
@@ -122,9 +122,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 class GraphTrial:
-    """One graph: prepared once and run once in float, then tried with every rule.
+    """One graph, prepared and run in float once, to be tried with every rule.
 
-    Rules with 16-bit points try it at the opset that has them.
+    Rules with 16-bit points upgrade it to the opset that has them.
     """
 
     def __init__(self, path: Path, samples: int, observer: str, opset: int = 13) -> None:
@@ -136,14 +136,14 @@ class GraphTrial:
         self.bytes = self.proto.SerializeToString(deterministic=True)
         rng = np.random.default_rng(SEED)
         self.calibration = random_batches(self.prepared.graph, samples, rng)
-        # the same, so that what is lost is lost to rounding, not to values never seen before
+        # the same inputs as in calibration, so that only rounding causes errors
         self.evaluation = self.calibration or random_batches(self.prepared.graph, 1, rng)
         self.expected = outputs_of(self.proto, self.evaluation)
         before = outputs_of(original.to_proto(), self.evaluation)
         self.prepared_sqnr = sqnr(before, self.expected)
 
     def facts(self) -> dict[str, Any]:
-        """Return what holds for all rules; ``prepared_sqnr_db`` is against the file's outputs."""
+        """Return facts for all rules; ``prepared_sqnr_db`` compares with the original file."""
         return {
             "nodes": len(self.prepared.graph.nodes),
             "opset": self.prepared.graph.opset,
@@ -152,7 +152,7 @@ class GraphTrial:
         }
 
     def cell(self, rule_name: str) -> dict[str, Any]:
-        """Return what a rule makes of the graph; failures are in its ``checks``."""
+        """Quantize the graph by a rule; return facts and the results of its ``checks``."""
         cell: dict[str, Any] = {"rule": rule_name, "checks": {}}
         try:
             rule = onnxqat.load_rule(rule_name)
@@ -181,7 +181,7 @@ class GraphTrial:
     def _checks(
         self, quantized: QuantizedModel, cell: dict[str, Any]
     ) -> Iterator[tuple[str, Callable[[], str]]]:
-        """Yield the checks by name; each returns "" or what is wrong."""
+        """Yield the checks by name; each returns an error, or "" if it passes."""
 
         def checker() -> str:
             onnx.checker.check_model(quantized.to_proto(), full_check=True)
@@ -209,7 +209,7 @@ class GraphTrial:
             yield "sqnr", noise
 
     def _noise(self, quantized: QuantizedModel) -> tuple[float | None, list[Step]]:
-        """Return the SQNR of the outputs after calibration and, if low, where it was lost."""
+        """Return the SQNR of the outputs after calibration and, if it is low, where it is lost."""
         calibrated = calibrate(quantized, self.calibration, observer=self.observer)
         found = sqnr(self.expected, outputs_of(calibrated.to_proto(), self.evaluation))
         return found, self._steps(calibrated) if found is not None and found < LOW_DB else []
@@ -217,7 +217,7 @@ class GraphTrial:
     def _steps(self, calibrated: QuantizedModel) -> list[Step]:
         """Return the nodes that lose most: (node, op type, dB of its worst input, of its output).
 
-        An exact input counts as `FINE_DB`, which is what eight bits give.
+        An exact input counts as `FINE_DB`, the usual SQNR with eight bits.
         """
         nodes = self.prepared.graph.nodes
         names = [t.name for n in nodes for t in n.outputs if is_float(t)]
@@ -247,7 +247,7 @@ def is_float(tensor: gs.Tensor) -> bool:
 
 
 def with_outputs(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
-    """Return a model whose outputs are these float tensors too."""
+    """Return a model that also has these float tensors as outputs."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     present = {value.name for value in proto.graph.output}
@@ -258,7 +258,7 @@ def with_outputs(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
 
 
 def accounted(prepared: Model, plan: onnxqat.QuantPlan) -> str:
-    """Return "" if every node is quantized around, in a chain or skipped, else which are not."""
+    """Return "" if every node touches a point, is in a chain or is skipped; else name others."""
     tensors = {point.tensor for point in plan.points}
     known = {edge.node for point in plan.points for edge in point.consumers}
     known |= {name for chain in plan.chains for name in chain}

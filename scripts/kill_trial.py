@@ -1,17 +1,18 @@
-"""Kill commands at random times and at exact system calls; see that nothing is lost or mixed.
+"""Kill commands at random times and at exact system calls; check that nothing is lost or mixed.
 
     python scripts/kill_trial.py [--random 30] [--exact 40] [--seed 0]
 
 Each trial prepares a folder with the outputs A of an earlier run, starts a command with --force
-that replaces them by B, and kills it (SIGKILL). Then, whatever the moment:
+that replaces them by B, and kills it (SIGKILL). Then these conditions must hold, at any moment:
 
-- each output is that of A or that of B, byte for byte, and readable; a table may be missing;
-- a table lies beside the model that it belongs to, and so do external data;
-- the same command, with --resume where a checkpoint is left, ends with B byte for byte;
-- no temporary file is left after that, beside outputs or in TMPDIR.
+- Each output is that of A or that of B, byte for byte, and readable; a table may be missing.
+- A table or external data belong to the model beside them.
+- The same command (with --resume if there is a checkpoint) ends with B, byte for byte.
+- After that no temporary file is left, neither beside the outputs nor in TMPDIR.
 
-Exact kills: strace kills at the entry of one chosen call of those that change a folder or a file's
-end (rename, unlink, mkdir, rmdir, fsync, ftruncate), counted in a first run without a kill.
+Exact kills: strace kills the command at the start of one chosen system call. Candidates are the
+calls that change a folder or the end of a file (rename, unlink, mkdir, rmdir, fsync, ftruncate); a
+first run without a kill counts them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 
 MODELS = Path(__file__).parents[1] / "models"
 CALLS = "rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,fsync,ftruncate"
-# A model counts as too large for one file, so that external data are killed too.
+# Lower the size limits, so that models have external data, which are then tested too.
 LARGE = "import onnxqat.model as m; m.MAX_PROTOBUF_BYTES = 2**24; m.MAX_INLINE_ELEMENTS = 64\n"
 START = "from onnxqat.cli import main; main()"
 NORM = ("--mean", "128", "--scale", "0.0078125")
@@ -40,7 +41,7 @@ NORM = ("--mean", "128", "--scale", "0.0078125")
 
 @dataclass(frozen=True)
 class Job:
-    """One command whose outputs go into ``out/``; A and B are what it makes of two inputs."""
+    """One command that writes into ``out/``; A and B are its outputs for two inputs."""
 
     name: str
     words: tuple[str, ...]  # {0} is the letter of the input
@@ -70,7 +71,7 @@ JOBS = (
 
 
 class Trial:
-    """A folder, and what the jobs make there."""
+    """A folder with the inputs and outputs of the jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.out, self.temporary = folder, folder / "out", folder / "tmp"
@@ -79,7 +80,7 @@ class Trial:
         with np.load(MODELS / "digits-train.npz") as digits:
             images, labels = digits["images"][:120], digits["label"][:120]
         np.savez_compressed(folder / "train.npz", images=images, label=labels)
-        for letter, bits in (("A", 8), ("B", 6)):  # so that weights differ, and tables
+        for letter, bits in (("A", 8), ("B", 6)):  # so that weights and tables differ
             model = str(MODELS / "mobilenet-digits.onnx")
             words = ("--rules", "sophgo-bm1684x", "--data", "train.npz", *NORM)
             more = ("--set", f"weight.bits={bits}", "-o", f"{letter}.onnx")
@@ -99,7 +100,7 @@ class Trial:
         return self.outputs()
 
     def outputs(self) -> dict[str, bytes]:
-        """Return what the folder of outputs holds, but for the log, which tells times."""
+        """Return the files in the folder of outputs, except the log, which contains times."""
         return {
             str(path.relative_to(self.out)): path.read_bytes()
             for path in sorted(self.out.rglob("*"))
@@ -114,7 +115,7 @@ class Trial:
             (self.out / name).write_bytes(content)
 
     def check(self, job: Job) -> str:
-        """Return what the kill left: A, B, or one without its table; raise where it is mixed."""
+        """Return what the kill left: A, B, or one without its table; raise if they are mixed."""
         left = {n: b for n, b in self.outputs().items() if not n.startswith(".onnxqat-")}
         left.pop("m.onnx.checkpoint", None)
         a, b = self.expected[job.name, "A"], self.expected[job.name, "B"]
@@ -124,35 +125,35 @@ class Trial:
         whole = a if letter == "A" else b
         others = b if letter == "A" else a
         for name, content in left.items():
-            if name.endswith(".data") and name not in whole:  # nobody reads it yet, or any more
+            if name.endswith(".data") and name not in whole:  # no model refers to it
                 assert content == others[name] or letter == "A"
                 continue
-            assert content == whole[name], f"mixed: {name} is not of model {letter}"
+            assert content == whole[name], f"mixed: {name} does not belong to model {letter}"
         for name in whole:
             if name.endswith(".data"):
-                assert name in left, f"lost: data of model {letter}"
+                assert name in left, f"lost: external data of model {letter}"
         missing = sorted(name for name in whole if name not in left)
         return letter + "".join(f" without {name}" for name in missing)
 
     def finish(self, job: Job) -> None:
-        """Run the command again; see that it ends with B, and leaves nothing else."""
+        """Run the command again; check that it ends with B and leaves nothing else."""
         resume = ("--resume",) if (self.out / "m.onnx.checkpoint").exists() else ()
         self.run(job.command("B", *resume))
         found, wanted = self.outputs(), self.expected[job.name, "B"]
         assert found.keys() == wanted.keys(), f"left: {sorted(found.keys() ^ wanted.keys())}"
-        assert found == wanted, "other bytes after going on"
+        assert found == wanted, "the repeated command wrote other bytes"
         assert not list(self.out.glob(".onnxqat-*"))
         assert not list(self.temporary.glob("onnxqat-*")), "left in TMPDIR"
 
     def calls(self, job: Job) -> list[str]:
-        """Return the chosen calls of the command's main thread, by name, in order."""
+        """Return the names of the relevant calls of the command's main thread, in order."""
         self.fresh("A", job)
         trace = self.folder / "trace"
         self.run(["strace", "-qq", "-o", str(trace), "-e", f"trace={CALLS}", *job.command("B")])
         return [line.partition("(")[0] for line in trace.read_text().splitlines()]
 
     def killed_at_call(self, job: Job, calls: list[str], index: int) -> bool:
-        """Kill the command when it enters a call; strace counts those of one name."""
+        """Kill the command at the start of a call; strace counts calls by name."""
         self.fresh("A", job)
         name, number = calls[index], calls[: index + 1].count(calls[index])
         inject = f"inject={name}:signal=KILL:when={number}"
@@ -199,7 +200,7 @@ def main() -> None:
                     where = f"{calls[job.name][index]}, call {index + 1} of {len(calls[job.name])}"
                 else:
                     killed = False
-                    while not killed:  # one that ended before was no trial
+                    while not killed:  # repeat if the command ended before the kill
                         after = rng.uniform(0.2, 1.0) * seconds[job.name]
                         killed = trial.killed_after(job, after)
                     where = f"after {after:.2f} s"

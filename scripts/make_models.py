@@ -1,6 +1,6 @@
 """Make the bundled data and train the bundled models.
 
-Needs what the package does not depend on, so run it from an environment of its own::
+Needs packages that onnxqat does not depend on, so run it in a separate environment::
 
     pip install torch==2.13.0 onnx onnxruntime scikit-learn numpy
     python scripts/make_models.py --out models
@@ -32,8 +32,8 @@ MEAN, SCALE = 128.0, 0.0078125  # x = (pixel - MEAN) * SCALE, about [-1, 1]
 TEST_ORIGINALS = 600  # of the 1797 digits; their variants are the test split
 TRAIN_COPIES, TEST_COPIES = 5, 2  # variants drawn from each original
 BATCH = 64
-WEAK_EVERY, WEAK = 16, 2.0**-7  # which channels `unbalance` makes weak, and how weak
-CALIBRATION = 512  # training images that the ranges of the naive check are taken from
+WEAK_EVERY, WEAK = 16, 2.0**-7  # `unbalance` scales every 16th channel by this factor
+CALIBRATION = 512  # training images for the ranges of the naive check
 
 
 class Split(NamedTuple):
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
 
 def normalise(images: NDArray[np.uint8]) -> Tensor:
-    """Return what the networks take: float32 N x 1 x H x W."""
+    """Return images as input for the networks: float32 N x 1 x H x W."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) * SCALE
 
 
@@ -70,7 +70,7 @@ def variants(digits: Tensor, rng: np.random.Generator) -> NDArray[np.uint8]:
     source = torch.from_numpy(noisy * contrast / 16.0).float()
     grid = functional.affine_grid(torch.from_numpy(theta).float(), [n, 1, SIZE, SIZE], False)
     picture = functional.grid_sample(source, grid, mode="bicubic", align_corners=False)
-    # 32 grey levels: no harder to read, and half the size once compressed.
+    # 32 grey levels are as readable, and compress to half the size.
     levels = (picture.clamp(0.0, 1.0) * 31.0).round() * (255.0 / 31.0)
     return levels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -194,7 +194,7 @@ def train(net: nn.Module, data: Split, epochs: int) -> None:
 
 @torch.no_grad()
 def top1(net: nn.Module, data: Split) -> float:
-    """Return the share of right answers."""
+    """Return the top-1 accuracy as a fraction."""
     right = net(normalise(data.images)).argmax(1).numpy() == data.label
     return float(right.mean())
 
@@ -203,13 +203,13 @@ def top1(net: nn.Module, data: Split) -> float:
 def unbalance(net: MobileNet) -> None:
     """Make a few channels of the last block weak, and their depthwise filters strong.
 
-    Relu passes a positive factor through, so what batch normalisation loses before it, the
-    depthwise filter behind it can gain: by a power of two, the network's function stays the
-    same to the last bit. Real MobileNets have such filters once their batch normalisation is
-    folded: one scale for all filters is then too coarse for most. A minute's training on small
-    data does not bring them about by itself, hence this step.
+    Relu passes a positive factor through. So the batch normalisation before it can be divided by a
+    power of two, and the depthwise filter after it multiplied, and the network's function stays the
+    same to the last bit. Real MobileNets have such filters after their batch normalisation is
+    folded, and one scale for all filters is too coarse for most of them. A minute of training on
+    small data does not produce them, so this function does.
     """
-    block: Any = net.blocks[-1]  # torch declares no types for what is inside a Sequential
+    block: Any = net.blocks[-1]  # torch declares no types for the modules of a Sequential
     factor = torch.ones(block.expand.bn.num_features)
     factor[::WEAK_EVERY] = WEAK
     block.expand.bn.weight.mul_(factor)
@@ -217,11 +217,11 @@ def unbalance(net: MobileNet) -> None:
     block.depthwise.conv.weight.div_(factor.reshape(-1, 1, 1, 1))
 
 
-# --- naive post-training quantization, to see what there is to win back ----------------------
+# --- naive post-training quantization, to see how much accuracy it loses ----------------------
 
 
 class Scheme(NamedTuple):
-    """Bits of weights and activations; one weight scale per tensor or per output channel."""
+    """Bits of weights and activations; whether weights have a scale per output channel."""
 
     name: str
     weight_bits: int
@@ -238,7 +238,7 @@ SCHEMES = [
 
 
 def round_weight(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
-    """Round onto the symmetric grid that reaches to the largest magnitude."""
+    """Round to the symmetric grid whose end is the largest magnitude."""
     limit = 2 ** (bits - 1) - 1
     dims = tuple(range(int(per_channel), weight.dim()))
     scale = (weight.abs().amax(dims, keepdim=True) / limit).clamp_min(1e-12)
@@ -246,7 +246,7 @@ def round_weight(weight: Tensor, bits: int, *, per_channel: bool) -> Tensor:
 
 
 class RangeHook:
-    """Forward hook: records the range of a tensor, or rounds the tensor onto a grid over it."""
+    """Forward hook that records the range of a tensor, or rounds the tensor to a grid over it."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -254,7 +254,7 @@ class RangeHook:
         self.watching = True
 
     def __call__(self, _module: nn.Module, _inputs: object, x: Tensor) -> Tensor:
-        """Return what replaces the module's output."""
+        """Return the replacement for the module's output."""
         if self.watching:
             self.low, self.high = min(self.low, x.min().item()), max(self.high, x.max().item())
             return x
@@ -265,7 +265,7 @@ class RangeHook:
 
 
 def folded(net: nn.Module) -> nn.Sequential:
-    """Return a copy with its batch normalisation folded, behind an Identity for the input."""
+    """Return a copy with folded batch normalisation and an Identity for the input in front."""
     net = copy.deepcopy(net)
     for part in net.modules():
         if isinstance(part, ConvBn):
@@ -290,7 +290,7 @@ def activation_points(net: nn.Sequential) -> list[nn.Module]:
 
 @torch.no_grad()
 def naive_top1(net: nn.Module, data: Split, test: Split, scheme: Scheme) -> float:
-    """Return the accuracy after plain rounding; the first and the last layer have 8 bits."""
+    """Return the accuracy after naive quantization; the first and the last layer have 8 bits."""
     rounded = folded(net)
     layers = [part for part in rounded.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
     for layer in layers:
@@ -319,10 +319,10 @@ def report(title: str, net: nn.Module, data: Split, test: Split) -> None:
 
 
 def export(net: nn.Module, path: Path) -> None:
-    """Write the ONNX file with its batch normalisation as it is, and check it."""
+    """Write the ONNX file without folding batch normalisation, and check it."""
     with warnings.catch_warnings():
-        # The exporter that needs no further package is the old one, which says that it is old;
-        # PRESERVE keeps batch normalisation unfolded, and makes it warn of constant folding.
+        # The old exporter needs no further package, but warns that it is old. PRESERVE keeps batch
+        # normalisation unfolded, and makes the exporter warn about constant folding.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             net,
@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models"), help="directory to write to")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # sums are split by thread: more threads, other last digits
+    torch.set_num_threads(1)  # the number of threads changes the last digits of sums
     torch.use_deterministic_algorithms(True)
 
     data, test = make_data(out)

@@ -1,6 +1,6 @@
-"""Make the bundled question-answering data and train the bundled model that answers.
+"""Make the bundled question-answering data and train the bundled model for it.
 
-Needs what the package does not depend on, so run it from an environment of its own::
+Needs packages that onnxqat does not depend on, so run it in a separate environment::
 
     pip install torch==2.13.0 onnx onnxruntime numpy
     python scripts/make_spans.py --out models
@@ -24,17 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-LENGTH, WORDS, MARKERS = 24, 32, 4  # tokens of a text; kinds of tokens, the first are markers
-LOST = 0.15  # share of the marks that noise replaces by another word
+LENGTH, WORDS, MARKERS = 24, 32, 4  # tokens per text; kinds of tokens; how many are markers
+LOST = 0.15  # fraction of the markers that noise replaces by another word
 WIDTH, HEADS, HIDDEN = 32, 4, 64
 STEPS, BATCH = 1000, 64
-LOUD_FROM, LOUD_EVERY, LOUD = 5, 16, 2.0**6  # which channels `unbalance` makes loud, and how loud
+LOUD_FROM, LOUD_EVERY, LOUD = 5, 16, 2.0**6  # channels that `unbalance` scales, and the factor
 
 Integers = NDArray[np.int64]
 
 
 class Split(NamedTuple):
-    """Texts of shape (N, LENGTH), and where their answers start and end, both inclusive."""
+    """Texts of shape (N, LENGTH), and the first and last positions of their answers, inclusive."""
 
     tokens: Integers
     starts: Integers
@@ -42,10 +42,11 @@ class Split(NamedTuple):
 
 
 def texts(count: int, seed: int) -> Split:
-    """Draw texts: the question is the first token, a marker; what lies between two is the answer.
+    """Draw random texts with questions and answers.
 
-    Another marker stands twice in the text too. Noise may have replaced any mark, so that some
-    answers can only be guessed.
+    The first token is the question, a marker. The answer is the text between the two later
+    occurrences of this marker. Another marker also occurs twice. Noise may replace any marker, so
+    some answers can only be guessed.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(MARKERS, WORDS, (count, LENGTH))
@@ -53,7 +54,7 @@ def texts(count: int, seed: int) -> Split:
     for text, span in zip(tokens, ends, strict=True):
         asked, other = rng.choice(MARKERS, 2, replace=False)
         places = np.zeros(4, np.int64)
-        while abs(places[0] - places[1]) < 2:  # with something between them
+        while abs(places[0] - places[1]) < 2:  # at least one token must be between them
             places = rng.permutation(np.arange(1, LENGTH))[:4]
         text[0] = asked
         text[places] = asked, asked, other, other
@@ -67,7 +68,7 @@ def texts(count: int, seed: int) -> Split:
 
 
 class Block(nn.Module):
-    """A transformer's block, normalised before attention and before the two linear layers."""
+    """A transformer block with normalisation before attention and before the two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Reader(nn.Module):
 
 
 def train(net: Reader) -> None:
-    """Train on texts that never come again, with AdamW and one cycle of the learning rate."""
+    """Train on new random texts in each step, with AdamW and one cycle of the learning rate."""
     data = [torch.from_numpy(part) for part in texts(STEPS * BATCH, seed=1)]
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-3, total_steps=STEPS)
@@ -125,12 +126,12 @@ def train(net: Reader) -> None:
 
 @torch.no_grad()
 def unbalance(net: Reader) -> None:
-    """Make two channels loud before the matrices of each block, which read them the more softly.
+    """Multiply two channels before the matrices of each block, and divide the matrices' columns.
 
-    By a power of two, the network's function stays the same to the last bit. Trained transformers
-    have such channels behind their normalisation (Xiao et al. 2022,
-    https://arxiv.org/abs/2211.10438, section 3): one scale cannot hold them together with the
-    others. A minute's training on small data does not bring them about by itself, hence this step.
+    The factor is a power of two, so the network's function stays the same to the last bit. Trained
+    transformers have such channels after their normalisation (Xiao et al. 2022,
+    https://arxiv.org/abs/2211.10438, section 3), and one scale is too coarse for the other
+    channels. A minute of training on small data does not produce them, so this function does.
     """
     factor = torch.ones(WIDTH)
     factor[LOUD_FROM::LOUD_EVERY] = LOUD
@@ -147,7 +148,7 @@ def unbalance(net: Reader) -> None:
 
 @torch.no_grad()
 def right(net: Reader, data: Split) -> float:
-    """Return the share of texts whose start and end are both right."""
+    """Return the fraction of texts whose start and end are both right."""
     start, end = (logits.argmax(1).numpy() for logits in net(torch.from_numpy(data.tokens)))
     return float(((start == data.starts) & (end == data.ends)).mean())
 
@@ -157,7 +158,7 @@ def export(net: Reader, path: Path, data: Split) -> None:
     tokens = torch.from_numpy(data.tokens)
     names = ["tokens", "start", "end"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this exporter says that it is old
+        warnings.simplefilter("ignore")  # the exporter warns that it is old
         torch.onnx.export(
             net,
             (tokens[:1],),
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models"), help="directory to write to")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # sums are split by thread: more threads, other last digits
+    torch.set_num_threads(1)  # the number of threads changes the last digits of sums
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(1)
 

@@ -1,7 +1,7 @@
-"""Broken and odd inputs, made from sound ones: models, Q/DQ files, external data, data, options.
+"""Make broken and odd inputs from valid ones: models, Q/DQ files, external data, data, options.
 
-Every function takes a `random.Random` and returns what it did in a few words. They know the
-structure of what they change, so that most mutants get past the parser.
+Every function takes a `random.Random` and returns a short description of its change. The functions
+respect the structure of what they change, so that most mutants get past the parser.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def change_domain(model: onnx.ModelProto, rng: Random) -> str:
 def change_node_name(model: onnx.ModelProto, rng: Random) -> str:
     node = node_of(model, rng)
     node.name = rng.choice(NAMES) if rng.random() < 0.5 else rng.choice(model.graph.node).name
-    return f"a {node.op_type} is called {node.name[:40]!r}"
+    return f"renamed a {node.op_type} to {node.name[:40]!r}"
 
 
 def change_attribute(model: onnx.ModelProto, rng: Random) -> str:
@@ -158,7 +158,7 @@ def change_attribute(model: onnx.ModelProto, rng: Random) -> str:
     else:
         node.attribute.remove(attribute)
         node.attribute.append(helper.make_attribute(name, random_value(rng)))
-    return f"'{name}' of a {node.op_type} is another"
+    return f"changed '{name}' of a {node.op_type}"
 
 
 def random_value(rng: Random) -> Any:
@@ -325,7 +325,7 @@ def rename_everywhere(model: onnx.ModelProto, rng: Random) -> str:
     for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         if item.name == old:
             item.name = new
-    return f"'{old[:40]}' is called {new[:40]!r}"
+    return f"renamed '{old[:40]}' to {new[:40]!r}"
 
 
 def add_cycle(model: onnx.ModelProto, rng: Random) -> str:
@@ -336,7 +336,7 @@ def add_cycle(model: onnx.ModelProto, rng: Random) -> str:
 
 
 def add_bomb(model: onnx.ModelProto, rng: Random) -> str:
-    """Nodes that compute much of little."""
+    """Add nodes that compute very large tensors from small ones."""
     kind = rng.choice(("concat", "range", "expand", "tile", "functions", "pad", "subgraphs"))
     graph = model.graph
     size = helper.make_tensor("bomb.n", TensorProto.INT64, [1], [2 ** rng.choice((20, 30, 40))])
@@ -419,7 +419,7 @@ def change_model(model: onnx.ModelProto, rng: Random) -> str:
 
 
 def change_bytes(data: bytes, rng: Random) -> tuple[bytes, str]:
-    """Change the bytes of a file: cut it, or put others in, text that is no UTF-8 among them."""
+    """Change the bytes of a file: cut it, or insert bytes, also some that are not UTF-8."""
     if not data or rng.random() < 0.2:
         length = rng.randrange(len(data) + 1)
         return data[:length], f"cut to {length} bytes"
@@ -430,7 +430,7 @@ def change_bytes(data: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def change_metadata(model: onnx.ModelProto, rng: Random) -> str:
-    """Change what a Q/DQ file says of itself: text, or one value somewhere in its JSON."""
+    """Change the metadata of a Q/DQ file: the text, or one value somewhere in its JSON."""
     entry = rng.choice(model.metadata_props or [model.metadata_props.add(key="onnxqat.plan")])
     draw = rng.random()
     if draw < 0.15:
@@ -465,7 +465,7 @@ def _replace_somewhere(document: Any, rng: Random) -> str:
 
 
 def change_external(model: onnx.ModelProto, rng: Random) -> str:
-    """Change where tensors say that their data lie."""
+    """Change the location of tensors' external data."""
     tensors = [t for t in model.graph.initializer if t.external_data]
     tensor = rng.choice(tensors)
     entry = rng.choice(tensor.external_data)
@@ -501,7 +501,7 @@ def change_external(model: onnx.ModelProto, rng: Random) -> str:
 
 
 def change_arrays(path: Path, rng: Random) -> str:
-    """Change an .npz file: its bytes, the header of a member, an array, or which there are."""
+    """Change an .npz file: its bytes, the header of a member, an array, or the set of arrays."""
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
     name = rng.choice(list(arrays))
@@ -560,7 +560,7 @@ def change_images(folder: Path, rng: Random) -> str:
     if draw < 0.85:
         name = rng.choice([n for n in NAMES if n and "/" not in n and len(n) < 200])
         image.rename(image.with_name(f"{name}{rng.choice(('.png', '.jpg', '.gif', '.txt', ''))}"))
-        return f"{image.name} is called {name!r}"
+        return f"renamed {image.name} to {name!r}"
     target = folder / rng.choice(("train", "0", "x y", "val", "n01440000", "-1", "99999999999"))
     if not target.exists():
         image.parent.rename(target)
@@ -583,7 +583,7 @@ VALUES = (
     "[",
     "a=b",
 )
-# Values that make sense, by option.
+# Valid values, by option.
 OPTIONS = {
     "--mean": ("128", "1,2,3", "0"),
     "--scale": ("0.0078125", "1", "0.01,0.02,0.03"),
@@ -647,7 +647,7 @@ KEYS = {
 
 
 def random_options(rng: Random, *, training: bool) -> list[str]:
-    """Return one to three options with values that may or may not make sense."""
+    """Return one to three options with values that may or may not be valid."""
     words: list[str] = []
     known = TRAINING if training else OPTIONS
     for _ in range(rng.randint(1, 3)):

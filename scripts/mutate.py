@@ -1,12 +1,13 @@
-"""Feed broken and odd inputs to the command line, and see that each ends well.
+"""Feed broken and odd inputs to the command line, and check that each command ends well.
 
     python scripts/mutate.py [--count N] [--seed S] [--jobs J] [--work DIR] [--only INDEX]
 
-Each mutant is made from the bundled models and test graphs by `mutants`, and goes to ``insert`` in
-a child forked from a warmed parent; one in ten goes on to ``finetune``. A mutant ends well if the
-exit code is 0, 1 or 2, an error has one line and no traceback, no signal ended a process, and it
-took at most 20 s and 4 GB. What did not is listed, with its files in DIR. A mutant depends on the
-seed and its index alone: ``--only`` makes one again and prints what the commands say.
+`mutants` makes each mutant from the bundled models and test graphs. ``insert`` runs on it in a
+child process, forked from a parent that has imported everything; one mutant in ten also goes to
+``finetune``. A mutant ends well if the exit code is 0, 1 or 2, an error has one line and no
+traceback, no signal ended a process, and the command took at most 20 s and 4 GB. The others are
+listed, and their files are kept in DIR. A mutant depends only on the seed and its index: ``--only``
+makes one again and prints the output of its commands.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))  # the tests' graphs
 from tests.exported import EXPORTED, exported  # noqa: E402
 
 SECONDS, BYTES = 20, 4 * 2**30
-GUARD_BYTES = 16 * 2**30  # of address space: what protects the machine
+GUARD_BYTES = 16 * 2**30  # limit of address space, to protect the machine
 SAMPLES = 40
 RULES = (
     *("onnxruntime-cpu", "sophgo-bm1684x", "tensorrt", "qnn-htp", "esp32-p4", "horizon-bayes"),
@@ -63,7 +64,7 @@ class Outcome(NamedTuple):
     """How one command ended."""
 
     words: list[str]
-    verdict: str  # "" where it ended well
+    verdict: str  # "" if it ended well
     code: int
     seconds: float
     bytes: int
@@ -71,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 BUNDLED = ("lenet5", "mobilenet-digits", "spans")
-# What the others lack: branches, loops, functions, recurrent layers.
+# A graph with constructs that the others lack: branches, loops, functions, recurrent layers.
 RARE = """
 <ir_version: 8, opset_import: ["" : 17, "ours" : 1]>
 rare (float[N, 8] x) => (float[N, 8] y)
@@ -98,7 +99,7 @@ twice (x) => (y) { y = Add(x, x) }
 
 
 def sound_models() -> dict[str, onnx.ModelProto]:
-    """Return what is mutated, by name."""
+    """Return the valid models to mutate, by name."""
     rare = onnx.parser.parse_model(RARE)
     rng = np.random.default_rng(0)
     for tensor in rare.graph.initializer:
@@ -135,7 +136,7 @@ def write_images(folder: Path) -> None:
 
 
 class Trial:
-    """Makes one mutant after the other, and runs it."""
+    """Makes mutants, and runs the commands on them."""
 
     def __init__(self, work: Path, seed: int, seconds: float, *, show: bool) -> None:
         self.work, self.seed, self.seconds, self.show = work, seed, seconds, show
@@ -143,7 +144,7 @@ class Trial:
         self.names: list[str] = []
 
     def prepare(self) -> None:
-        """Write what mutants start from: Q/DQ files of the bundled models, images, data."""
+        """Write the valid inputs for mutants: Q/DQ files of the bundled models, images, data."""
         self.parts.mkdir(parents=True, exist_ok=True)
         write_images(self.parts / "images")
         for name, model in sound_models().items():
@@ -161,7 +162,7 @@ class Trial:
                 raise SystemExit(f"mutate: {outcome.stderr}")
 
     def mutant(self, index: int) -> tuple[str, list[Outcome]]:
-        """Make mutant ``index`` in a folder of its own and run it; return what it was."""
+        """Make mutant ``index`` in a new folder and run it; return its description and outcomes."""
         rng = random.Random(f"{self.seed}/{index}")
         folder = self.work / f"{index:06}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,7 +251,7 @@ class Trial:
         return stem, model, str(self.parts / f"{stem}.npz")
 
     def run(self, words: list[str], folder: Path) -> Outcome:
-        """Run one command in a child; judge how it ended."""
+        """Run one command in a child process; return its outcome."""
         started = time.monotonic()
         log = folder / "stderr"
         child = os.fork()
@@ -272,7 +273,7 @@ class Trial:
 
 
 def _become_command(words: list[str], folder: Path, log: Path) -> None:
-    """In the child: run the command line, and never return."""
+    """Run the command line in the child process; never return."""
     code = 70
     try:
         os.setsid()
@@ -304,7 +305,7 @@ def _become_command(words: list[str], folder: Path, log: Path) -> None:
 
 
 def _ended(child: int, seconds: float) -> bool:
-    """Wait for a child, at most so long."""
+    """Wait at most this long for a child; return whether it ended."""
     descriptor = os.pidfd_open(child)
     try:
         import select
@@ -334,7 +335,7 @@ def _verdict(code: int, peak: int, stderr: str) -> str:
 
 
 def warm() -> None:
-    """Import what the commands import, so that a child need not."""
+    """Import everything that the commands need, so that a child need not."""
     import onnxqat.calibration
     import onnxqat.cli
     import onnxqat.data
@@ -349,7 +350,7 @@ def warm() -> None:
 
 
 def drive(trial: Trial, indices: range, results: Path) -> None:
-    """Run some mutants, one line of JSON each."""
+    """Run some mutants; write one line of JSON for each."""
     with results.open("w") as file:
         for index in indices:
             try:
@@ -362,7 +363,7 @@ def drive(trial: Trial, indices: range, results: Path) -> None:
 
 
 def report(work: Path, seconds: float) -> int:
-    """Print what came out; return how many mutants ended badly."""
+    """Print the results; return the number of mutants that ended badly."""
     rows = [json.loads(line) for p in sorted(work.glob("results-*")) for line in p.open()]
     ends: collections.Counter[str] = collections.Counter()
     bad = []
@@ -398,7 +399,7 @@ def main() -> int:
         "--seconds", type=float, default=SECONDS, help=f"limit of a command (default {SECONDS})"
     )
     parser.add_argument("--work", type=Path, help="folder for mutants (default: a temporary one)")
-    parser.add_argument("--only", type=int, help="make this mutant alone, and keep it")
+    parser.add_argument("--only", type=int, help="make only this mutant, and keep it")
     given = parser.parse_args()
     work = given.work or Path(tempfile.mkdtemp(prefix="mutants-"))
     work = work.resolve()

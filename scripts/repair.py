@@ -1,12 +1,12 @@
-"""Measure what repair without training recovers, and what fine-tuning adds; print two tables.
+"""Measure how much accuracy repair without training recovers, and how much fine-tuning adds.
 
     python scripts/repair.py --models DIR --data DIR --work DIR [--only TEXT,...] [--images N]
         [--minutes N] [--seeds N]
 
-DIR of the models and data are those of the development set (six trained networks, CIFAR-10,
-ImageNet and COCO images); NanoDet needs ``pip install pycocotools``. Each figure is kept in
-WORK/repair.json as soon as it is known, and not measured twice: the run can be made in pieces, with
-``--minutes`` or by interrupting it. ``--seeds 0``, the default, leaves out fine-tuning.
+Prints two tables. The models and data are those of the development set (six trained networks,
+CIFAR-10, ImageNet and COCO images). NanoDet needs ``pip install pycocotools``. Each figure is
+written to WORK/repair.json as soon as it is known, so a run can be split with ``--minutes`` or by
+interrupting it. ``--seeds 0``, the default, leaves out fine-tuning.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ COLUMNS: dict[str, tuple[dict[str, Any], str | None]] = {
     "analytic instead": ({"equalize": True}, "analytic"),
 }
 TUNED = "+ fine-tuning"
-EPOCHS = ("--loss", "kl")  # the labels are of 150 classes, the network knows 1,000
+EPOCHS = ("--loss", "kl")  # the labels number 150 classes, the outputs 1,000
 
 
 class Row(NamedTuple):
@@ -69,12 +69,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the row is asked for, and named in the results."""
+        """Name of the row in --only and in the results."""
         return "/".join(self)
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What is changed of the rule."""
+        """Overrides of the rule."""
         return (*WIDTHS[self.width], *AXES.get(self.axis, ()))
 
 
@@ -84,7 +84,7 @@ TUNED_ROWS.append(Row(MOBILENET, "esp32-p4", "W8A8", "the rule's"))
 
 
 class Results:
-    """Figures by name, on disk as soon as they are known."""
+    """Figures by name, written to disk as soon as they are known."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -99,7 +99,7 @@ class Results:
 
 
 class Measurement:
-    """Where models and data lie, and how long there is to measure."""
+    """The measurement: paths of models and data, and its time limit."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.models, self.data, self.work = given.models, given.data, given.work
@@ -148,17 +148,18 @@ class Measurement:
         return self._metric(row, path)
 
     def _metric(self, row: Row, path: Path) -> float:
-        """Return top-1 or mAP in percent, in the file's arithmetic."""
+        """Return top-1 or mAP in percent, with the file's Q/DQ."""
         if row.model == NANODET:
             from detection import mean_precision
 
             return mean_precision(path, self.data)
         (_, test), settings = MODELS[row.model]
-        settings = settings if path == self._path(row) else oq.Settings()  # the file remembers
+        # a Q/DQ file stores its settings
+        settings = settings if path == self._path(row) else oq.Settings()
         return 100 * oq.evaluate(path, self._test(test), settings=settings).metrics["top1"]
 
     def _test(self, name: str) -> Path:
-        """Return the test data, or the first images of them."""
+        """Return the test data, or a file with their first images."""
         path = self.data / name
         if not self.images or path.suffix != ".npz":
             return path
@@ -169,7 +170,7 @@ class Measurement:
         return part
 
     def _tuned(self, row: Row, seed: int) -> float | None:
-        """Fine-tune what was repaired with the default settings; None where time is up before."""
+        """Fine-tune the repaired model with the default settings; None if the time is up."""
         (train, _), _ = MODELS[row.model]
         start, target = self._file(row, "+ bias correction"), self._file(row, f"tuned-{seed}")
         if not start.exists():
@@ -181,7 +182,7 @@ class Measurement:
         try:
             code = process.wait(timeout=max(self.deadline - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGINT)  # it keeps a checkpoint
+            os.kill(process.pid, signal.SIGINT)  # it saves a checkpoint
             process.wait()
             return None
         if code:
@@ -224,9 +225,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", default="", help="comma-separated parts of names, as printed")
-    parser.add_argument("--images", type=int, default=0, help="of CIFAR-10's test data, 0: all")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start nothing new after them")
-    parser.add_argument("--seeds", type=int, default=0, help="of fine-tuning, from 0 on")
+    parser.add_argument("--images", type=int, default=0, help="CIFAR-10 test images (0: all)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after this time")
+    parser.add_argument("--seeds", type=int, default=0, help="number of fine-tunings per row")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     measurement = Measurement(given)

@@ -1,4 +1,4 @@
-"""One training step for each line on stdin: what both sides of `bench_step.py` answer."""
+"""Run a training step for each line on stdin; used by both sides of `bench_step.py`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def serve(step: Callable[[], object]) -> None:
-    """Print ``ready``, then the seconds and the CPU seconds of each step, at last the peak GB.
+    """Print ``ready``, then the seconds and CPU seconds of each step, and the peak GB at the end.
 
-    The peak is that of the steps and of what they need: the kernel's mark is set back (proc(5),
-    clear_refs) after the preparation.
+    The peak memory does not include the preparation: the kernel's mark is reset after it (proc(5),
+    clear_refs).
     """
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     print("ready", flush=True)

@@ -1,8 +1,8 @@
 """Graphs as TensorFlow's ONNX converter (tf2onnx) writes them, built by hand.
 
-TensorFlow keeps images as NHWC and pads by ``SAME``. The converter puts a Transpose on either
-side of a convolution and keeps ``auto_pad``; without its optimizer it also leaves the weights as
-they were stored, and turns them into ONNX's layout inside of the graph.
+TensorFlow stores images as NHWC and pads by ``SAME``. The converter puts a Transpose before and
+after each convolution and keeps ``auto_pad``. Without its optimizer it also keeps the weights in
+TensorFlow's layout, and the graph transposes them to ONNX's layout.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from onnx import TensorProto, helper, numpy_helper
 __all__ = ["TENSORFLOW_GRAPHS"]
 
 TO_NCHW, TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
-TO_OIHW = [3, 2, 0, 1]  # of a filter stored as HWIO
+TO_OIHW = [3, 2, 0, 1]  # permutation for a filter stored as HWIO
 BN_EPSILON = 1e-3  # Keras
 OPSET = 13
 
 
 class _Graph:
-    """Collects nodes and random weights; every value is named as TensorFlow names it."""
+    """Collects nodes and random weights; values have names in TensorFlow's style."""
 
     def __init__(self, pads: str, stored: Literal["initializer", "computed"]) -> None:
         self.rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ class _Graph:
 def _mobilenet(
     *, small: bool, pads: str, stored: Literal["initializer", "computed"]
 ) -> onnx.ModelProto:
-    """Return a small MobileNet-like classifier; an odd image side makes ``SAME`` uneven."""
+    """Return a small MobileNet-like classifier; an odd image size makes ``SAME`` uneven."""
     width, side, blocks = (8, 33, 2) if small else (32, 225, 5)
     graph = _Graph(pads, stored)
     x = graph.relu6(graph.conv("input:0", "stem", 3, 3, width, 2), "stem/Relu6")
