@@ -1,4 +1,4 @@
-"""Calibration: observers of clipping ranges, and the streaming run that feeds them."""
+"""Calibration: observers, which choose clipping ranges, and the run that feeds them batches."""
 
 from onnxqat.calibration.arriving import unlike_training
 from onnxqat.calibration.biases import fit_bias_range, without_large_biases

@@ -1,9 +1,10 @@
-"""Whether the data reach a network as they did in training.
+"""Check whether the data reach a network with the same statistics as in training.
 
-`onnxqat.preparation.statistics` knows what the first BatchNormalization saw. Of the channels there,
-two figures are compared: by how many standard deviations the mean is off (the third quartile, as
-a filter that sums to zero does not see the mean of an image), and by what factor the deviation
-differs (the median). docs/usage.md says what both are under right and wrong settings.
+`onnxqat.preparation.statistics` reads the mean and deviation that the first BatchNormalization saw
+in training. Two figures compare its channels with the data: by how many standard deviations the
+means differ (third quartile of the channels, because a filter that sums to zero does not depend on
+the mean of an image), and by what factor the deviations differ (median of the channels).
+docs/usage.md has both figures for right and wrong settings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 __all__ = ["unlike_training"]
 
 SAMPLES = 64
-FEWEST = 8  # of fewer the figures say little
+FEWEST = 8  # with fewer samples the figures are too noisy
 MAX_SHIFT = 0.75
 MAX_FACTOR = 2.0
 
@@ -31,21 +32,22 @@ MAX_FACTOR = 2.0
 def unlike_training(
     model: AnyModel, data: DataSet, *, batch_size: int | None = None, threads: int = 0
 ) -> str | None:
-    """Return in what the data differ from those a network was trained with, if it is plain.
+    """Return how the data differ from the training data of a network, if they clearly do.
 
     Parameters
     ----------
     model : Model
         Float or Q/DQ; its float network is run up to the first BatchNormalization.
     data : DataSet
-        Up to 64 samples of it are read, or one batch.
+        The data. At most 64 samples are read, or one batch.
 
     Returns
     -------
     str or None
-        None also where the model remembers nothing, or does not run.
+        The difference. None if there is no clear difference, if the model has no statistics, or if
+        it does not run.
     """
-    quantized = isinstance(model, QuantizedModel)  # prepared, so that nothing is left to change
+    quantized = isinstance(model, QuantizedModel)  # its float network is prepared already
     seen = statistics_of(float_part(model), in_place=quantized)
     if seen is None or len(data) < FEWEST:
         return None
@@ -56,13 +58,13 @@ def unlike_training(
         chosen = np.linspace(0, len(data) - 1, wanted).astype(np.int64)
         batches = data.batches(size, indices=chosen)
         values = [batch.counting(reader.run(batch.inputs)[seen.tensor]) for batch in batches]
-    except ModelError:  # is told by whoever needs the whole network to run
+    except ModelError:  # the caller runs the whole network and reports the error
         return None
     return _difference(np.concatenate(values), seen)
 
 
 def _reader(model: AnyModel, tensor: str, threads: int) -> TensorReader:
-    """Return what runs the float network as far as a tensor."""
+    """Return a reader that runs the float network up to a tensor."""
     graph = float_part(model).copy().graph
     tensors = graph.tensors()
     if tensor not in tensors:
@@ -72,7 +74,7 @@ def _reader(model: AnyModel, tensor: str, threads: int) -> TensorReader:
     remove_unused(graph)
     read = {t.name for node in graph.nodes for t in node.inputs}
     graph.inputs = [t for t in graph.inputs if t.name in read]
-    graph.outputs = []  # the reader adds it: graphsurgeon's need a type, which may not be known
+    graph.outputs = []  # the reader adds it; graphsurgeon would need its type, perhaps unknown
     return TensorReader(gs.export_onnx(graph), [tensor], optimization="basic", threads=threads)
 
 
@@ -90,5 +92,5 @@ def _difference(values: NDArray[np.float32], seen: Statistics) -> str | None:
         return None
     return (
         f"at '{seen.tensor}' the data have {factor:.3g} times the standard deviation that the "
-        f"network saw in training, and their mean is off by {shift:.3g} of it"
+        f"network saw in training, and their mean is off by {shift:.3g} standard deviations"
     )

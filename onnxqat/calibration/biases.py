@@ -1,7 +1,7 @@
-"""Integer biases: the weight scales that make them fit, and which of them stay float.
+"""Make integer biases fit their range: raise weight scales, or leave biases float.
 
-A bias is stored as ``round(b / (s_x * s_w))``. Where x was hardly seen to move, or a weight is
-almost zero, the product of the scales is so small that this leaves its integers.
+A bias is stored as ``round(b / (s_x * s_w))``. If x hardly varies in the calibration data, or the
+weights are almost zero, the product of the scales is so small that this integer overflows.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ def fit_bias_range(
     *,
     kept: Collection[str] = (),
 ) -> QuantPlan:
-    """Raise weight scales where an integer bias would overflow; changes ``params``.
+    """Raise weight scales whose integer bias would overflow; change ``params`` in place.
 
-    A folded channel of almost zero weights has a tiny scale but an ordinary bias. Its weights
-    carry nothing at a coarser scale either. So the scale of a channel whose weights are below
-    `DEAD` of the largest weight is raised up to the largest scale, and that of zeros as far as
-    needed. No other one is: weights that count would be rounded away.
+    After BN folding, a channel with almost zero weights has a tiny scale but an ordinary bias. Its
+    weights have no effect at a coarser scale either. Therefore the scale of a channel whose weights
+    are all below `DEAD` times the largest weight may be raised up to the largest scale, and the
+    scale of an all-zero channel as far as needed. Other scales are not raised, because that would
+    round relevant weights away.
 
     Parameters
     ----------
     kept : collection of str
-        Parameters that are not changed.
+        Names of parameters that must not change.
 
     Returns
     -------
     QuantPlan
-        Without the biases that do not fit: they stay float.
+        The plan without the biases that still do not fit; these stay float.
     """
     points = {p.tensor: p for p in plan.grid_points()}
     for bias in plan.points:
@@ -67,7 +68,7 @@ def _raise_scale(
 ) -> None:
     weight, old = tensors[w.tensor].values, params[w.parameters]
     scale = old.scale
-    # half of the range leaves room for training to move it
+    # use half of the range, so that training can change the bias
     limit = 2.0 ** (bias.spec.bits - 2)
     with np.errstate(over="ignore"):
         needed = _magnitudes(tensors[bias.tensor].values, scale) / (float(x.scale) * limit)
@@ -87,9 +88,9 @@ def _raise_scale(
 
 
 def _magnitudes(bias: FloatArray, scale: FloatArray) -> NDArray[np.float64]:
-    """Return the largest magnitude of a bias under each scale of its weight, same shape.
+    """Return the largest magnitude of a bias for each scale of its weight, in the scale's shape.
 
-    The groups of a ConvTranspose share the scales between them.
+    All groups of a ConvTranspose have the same scales.
     """
     values = np.abs(np.asarray(bias, np.float64)).reshape(-1)
     if values.size % scale.size:  # one value for all channels
@@ -100,7 +101,7 @@ def _magnitudes(bias: FloatArray, scale: FloatArray) -> NDArray[np.float64]:
 def without_large_biases(
     plan: QuantPlan, params: Mapping[str, QuantParams], tensors: Mapping[str, gs.Tensor]
 ) -> QuantPlan:
-    """Return the plan without the biases that their integers cannot hold, and say which."""
+    """Return the plan without the biases that overflow their integers; log their names."""
     points = {p.tensor: p for p in plan.grid_points()}
     large: dict[str, QuantPoint] = {}
     for bias in plan.points:

@@ -1,4 +1,4 @@
-"""What may be said about a calibration."""
+"""The settings of a calibration."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ BIAS_CORRECTIONS = ("empirical", "analytic")
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """How ranges are measured, and on which samples.
+    """Settings of a calibration.
 
     Attributes
     ----------
     observer : ObserverName
-        How a clipping range is chosen, where neither the rule nor an override says; a name in
+        Observer that chooses clipping ranges, unless the rule or an override names one; a name in
         `OBSERVERS`.
     samples : int
-        How many samples calibrate: so many of the data, chosen at random, or all there are.
+        Number of samples, chosen at random; all samples if the data have fewer.
     batch_size : int or None
-        Samples at a time. None: what the model is fixed to, and 32 where it takes any number.
+        Samples per batch (default: the model's fixed batch size, or 32 if it takes any).
     seed : int
-        Seed of the choice of samples.
+        Seed of the random choice of samples.
     threads : int
-        0 takes all cores.
+        Number of threads; 0 uses all cores.
     bias_correction : {"empirical", "analytic"} or None
-        Then take off each bias what quantization adds to the mean of its layer: measured on the
-        data, or computed from what BatchNormalizations remember. None: not.
+        Subtract from each bias the error that quantization adds to the mean of its layer. It is
+        measured on the data (``empirical``), or computed from the statistics of
+        BatchNormalizations (``analytic``). None: no correction.
 
     Raises
     ------

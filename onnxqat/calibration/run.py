@@ -1,4 +1,4 @@
-"""Measure clipping ranges over data and turn them into parameters, one batch at a time."""
+"""Measure clipping ranges on data, one batch at a time, and choose parameters from them."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def calibrate(
 ) -> QuantizedModel:
     """Return a Q/DQ model with parameters measured on data.
 
-    Parameters that were taken over from another tool stay.
+    Parameters that come from another tool are kept.
 
     Parameters
     ----------
     model : QuantizedModel
-        As `insert` made it, not fine-tuned.
+        A model that is not fine-tuned.
     batches : iterable of Batch, or of mapping of str to array
-        Batches of the data, or model inputs by name. One batch is held at a time.
+        Batches of the data, or model inputs by name. One batch is in memory at a time.
     observer : str
-        A name in `OBSERVERS`, for the points whose spec has none. Weights take the range of least
-        squared error with ``mse`` and ``auto``, their extremes with all others.
+        A name in `OBSERVERS`, for the points whose spec has none. With ``mse`` and ``auto``,
+        weights get the range with the least squared error; with others, their extremes.
     progress : callable
         Called after each batch.
     workers : Workers
-        The processes that calibrate together, see `onnxqat.parallel`. All call this function with
-        their share of the batches, that of a lower rank coming first, and all return the model
-        that one process with all batches returns.
+        The processes that calibrate together, see `onnxqat.parallel`. Each process calls this
+        function with its share of the batches; the shares are in the order of the ranks. All
+        processes return the model that a single process with all batches would return.
 
     Raises
     ------
     ModelError
-        The model is fine-tuned: its scales are trained, not measured.
+        The model is fine-tuned, so calibration would replace trained scales.
     DataError
-        A tensor holds NaN or infinity, or there is no data.
+        A tensor contains NaN or infinity, or there are no data.
     """
     check_choice("observer", observer, OBSERVERS)
     if model.state == "finetuned":
@@ -90,7 +90,7 @@ def calibrate(
 
 
 def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
-    """Return parameters without data: weights by magnitude, scale 1 for every activation."""
+    """Return parameters without data: weights by their extremes, activations with scale 1."""
     params = _weight_params(plan, model.graph.tensors(), "minmax")
     for point in plan.grid_points():
         if point.role == "activation":
@@ -121,10 +121,10 @@ def _observe(
     progress: Callable[[], None],
     workers: Workers,
 ) -> tuple[dict[str, Observer], dict[str, Range]]:
-    """Show every activation of the float model to the observer of its parameters.
+    """Feed every activation of the float model to the observer of its parameters.
 
-    Worker 0 returns the observers of all batches, the others those of their own; and likewise the
-    smallest and the largest value of each activation.
+    Return the observers, and the smallest and largest value of each activation. In worker 0 they
+    cover all batches, in other workers only their own batches.
     """
     points = [p for p in plan.grid_points() if p.role == "activation" or p.group]
     watched: dict[str, Observer] = {}
@@ -135,7 +135,7 @@ def _observe(
     tensors = floats.graph.tensors()
     activations = []
     for point in points:
-        if isinstance(tensors[point.tensor], gs.Constant):  # in a group; it is seen once
+        if isinstance(tensors[point.tensor], gs.Constant):  # part of a group; observe it once
             if workers.rank == 0:
                 watched[point.parameters].update(tensors[point.tensor].values)
         elif point.observed:
@@ -160,27 +160,27 @@ def _observe(
 
 
 def _widen(ranges: dict[str, Range], seen: Mapping[str, Range]) -> None:
-    """Widen the ranges by others, which may be of other tensors."""
+    """Widen the ranges by those in ``seen``; add the tensors that are new."""
     for name, (low, high) in seen.items():
         known = ranges.get(name, (low, high))
         ranges[name] = min(known[0], low), max(known[1], high)
 
 
 def _range_of(observer: Observer, *, empty: bool) -> tuple[FloatArray, FloatArray]:
-    """Return what was observed; of an empty tensor, such as a cache at the start, the point 0."""
+    """Return the observed range; (0, 0) for a tensor that was always empty, such as a cache."""
     if empty and observer.saw_nothing:
         return np.zeros((), np.float32), np.zeros((), np.float32)
     return observer.range()
 
 
 def _warn_of_constants(ranges: Mapping[str, Range]) -> None:
-    """Name the activations whose data say nothing of the values they may take."""
+    """Warn about activations that had a single value, or none, in all of the data."""
     constants = [f"'{name}' ({low:g})" for name, (low, high) in ranges.items() if low == high]
     constants += [f"'{name}' (empty)" for name, (low, high) in ranges.items() if low > high]
     if constants:
         logger.warning(
-            "%d activations had one value in all of the calibration data: %s. Their scales fit no "
-            "other value. Give data in which they vary, or keep them float "
+            "%d activations had only one value in all of the calibration data: %s. Their scales "
+            "do not fit other values. Give data in which they vary, or keep them float "
             "(--set tensor:NAME.quantize=false).",
             len(constants),
             ", ".join(constants),
@@ -190,7 +190,7 @@ def _warn_of_constants(ranges: Mapping[str, Range]) -> None:
 def _opened(
     batch: Batch | Mapping[str, NDArray[Any]],
 ) -> tuple[Mapping[str, NDArray[Any]], Callable[[NDArray[Any]], NDArray[Any]]]:
-    """Return model inputs, and what takes from a tensor the samples that count."""
+    """Return the model inputs of a batch, and a function that removes padding from a tensor."""
     if isinstance(batch, Batch):
         return batch.inputs, batch.counting
     return batch, lambda values: values
@@ -204,7 +204,7 @@ def _merged(own: Observer, workers: Workers) -> Observer:
 
 
 def resolved_plan(plan: QuantPlan, params: Mapping[str, QuantParams]) -> QuantPlan:
-    """Return the plan with the signedness that the parameters have."""
+    """Return the plan with ``from_range`` replaced by the signedness of the parameters."""
 
     def resolve(point: QuantPoint) -> QuantPoint:
         if point.spec.signedness != "from_range":

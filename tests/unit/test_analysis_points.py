@@ -270,7 +270,7 @@ def test_a_float_model_without_the_tensors_is_refused():
     _, model = quantized(convnet(), "sophgo-bm1684x")
     other, _ = quantized(attention(), "sophgo-bm1684x")
 
-    with pytest.raises(ModelError, match="which is quantized"):
+    with pytest.raises(ModelError, match="lacks the quantized tensor"):
         compare_points(model, batches(samples(convnet(), 5)), floats=other)
 
 

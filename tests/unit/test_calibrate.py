@@ -247,7 +247,8 @@ def test_every_constant_activation_is_named_and_no_other(caplog):
     x[:] = 0.5
     calibrate(uncalibrated(convnet()), [{"input": x}, {"input": x}])
     assert (
-        "1 activations had one value in all of the calibration data: 'input' (0.5)" in caplog.text
+        "1 activations had only one value in all of the calibration data: 'input' (0.5)"
+        in caplog.text
     )
     caplog.clear()
     calibrate(uncalibrated(convnet()), [{"input": x}, {"input": 2 * x}])

@@ -230,7 +230,7 @@ def test_what_the_data_lack_is_said_before_anything_runs(images):
     with opened(images, a=np.zeros(10), b=np.zeros(10)) as data:
         for metric, said in [
             ("top1", "--metric top1: needs class labels"),
-            ("psnr", r"it has 'a', 'b'. Give --truth output=ARRAY"),
+            ("psnr", r"there are: 'a', 'b'. Give --truth output=ARRAY"),
         ]:
             with pytest.raises(DataError, match=said):
                 fitted(data, [read_metric(metric)], ["output"])

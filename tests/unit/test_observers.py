@@ -90,7 +90,7 @@ def test_non_finite_values_are_refused_and_leave_no_trace(
     one, other = observer(SPEC, name="conv1"), observer(SPEC)
     expected = seen(other, normal(1000))
     one.update(normal(1000))
-    with pytest.raises(DataError, match=r"^conv1: holds nan or infinity"):
+    with pytest.raises(DataError, match=r"^conv1: contains NaN or infinity"):
         one.update(np.append(normal(100_000, seed=2), np.float32(bad)))
     assert expected == seen(one)
 

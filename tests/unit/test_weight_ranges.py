@@ -82,7 +82,7 @@ def test_weight_errors(method: str) -> None:
         weight_range(np.ones((0, 2), np.float32), QuantSpec(), method)  # type: ignore[arg-type]
     for bad in (np.nan, np.inf):
         w = np.float32([[1, 2], [3, bad]])
-        with pytest.raises(DataError, match="holds nan or infinity"):
+        with pytest.raises(DataError, match="contains NaN or infinity"):
             weight_range(w, QuantSpec(axis=0), method)  # type: ignore[arg-type]
 
 

@@ -1,18 +1,18 @@
-"""Clipping ranges from data: what each observer keeps of a tensor, and the range it picks.
+"""Observers: choose the clipping range of a tensor from its values.
 
-Pure numpy; knows no graph and no runtime. An observer is fed batch by batch, and keeps no sample.
-Several observers may share the batches between them: merged in the order of the batches, they
-pick the range that one would have picked, bit for bit.
+Pure numpy, without graphs or runtimes. An observer is fed batch by batch, and does not keep
+samples. Several observers may each see a part of the batches: merged in the order of the batches,
+they choose the same range as a single observer, bit for bit.
 
 ==================  ====================================================================
 `extremes`          smallest and largest values: of all data, or averaged over batches
-`percentile`        all but a share of the values
+`percentile`        range without a fraction of the values at each end
 `squared_error`     least mean squared quantization error
 `divergence`        least Kullback-Leibler divergence of the histograms
 `analytic`          least error under a Gaussian or a Laplace density (ACIQ)
-`auto`              whichever of these leaves the least squared error
-`weights`           the range of a weight, which is known whole
-`histogram`         counts in bins that widen, for the observers that need a shape
+`auto`              the range of these with the least squared error
+`weights`           ranges of weights
+`histogram`         the histogram of values that several observers use
 ==================  ====================================================================
 """
 

@@ -1,23 +1,23 @@
 """Ranges from the moments of a tensor: ACIQ, Banner et al. 2019, https://arxiv.org/abs/1810.05723.
 
-The values are taken to follow a known density about a centre. Clipping at a distance ``a`` from it,
-with ``L`` levels on either side and so steps of ``a / L``, costs on average (section 3, the sum of
-clipping and rounding)::
+The values are assumed to follow a known density around a centre. With clipping at a distance ``a``
+from the centre and ``L`` levels on each side (so steps of ``a / L``), the mean squared error of
+clipping and rounding is (section 3)::
 
     Laplace    2 b² exp(-a / b) + a² / (12 L²)
     Gauss      (a² + s²) erfc(a / (√2 s)) - √(2/π) a s exp(-a² / (2 s²)) + a² / (12 L²)
 
 Here ``b`` is the mean absolute deviation, and ``s`` the standard deviation.
 
-``L`` is 2^(M - 1) for M bits, or 2^M for a tensor without negative values: as half of a density
-about 0, whose other half a Relu made exact zeros. Its zeros are then left out of the moments.
-With t = a / b and t = a / s, the derivatives are zero where::
+``L`` is 2^(M - 1) for M bits, or 2^M for a tensor without negative values. Such a tensor is treated
+as one half of a density around 0, whose other half a Relu turned into exact zeros; these zeros are
+left out of the moments. With t = a / b and t = a / s, the derivatives are zero where::
 
     Laplace    t exp(t) = 12 L²
     Gauss      2 t erfc(t / √2) - 2 √(2/π) exp(-t² / 2) + t / (6 L²) = 0
 
-The centre is 0 for a symmetric spec, else the mean. The moments are those of a histogram's bin
-centres, so that mean and deviations are off by at most one bin: 1/4096 of the largest magnitude.
+The centre is 0 for a symmetric spec, else the mean. The moments are computed from the bin centres
+of a histogram, so mean and deviations are off by at most one bin: 1/4096 of the largest magnitude.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from onnxqat.calibration.observers.base import Observer, Range, Seen, levels_abo
 
 __all__ = ["GaussObserver", "LaplaceObserver"]
 
-LARGEST = 64.0  # t exp(t) is beyond 12 * 2**32 there, and a Gaussian has no values
+LARGEST = 64.0  # t exp(t) exceeds 12 * 2**32 there, and a Gaussian density is 0
 
 
 class Moments(NamedTuple):
-    """Of the values of a tensor, in its units: absolute and quadratic deviation from a centre."""
+    """Centre of a tensor's values, and their mean absolute and quadratic deviation from it."""
 
     centre: float
     absolute: float
@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 
 
 def _moments(seen: Seen, *, about_zero: bool) -> Moments:
-    """Return the moments; of a tensor without negative values those of the positive ones."""
+    """Return the moments; for a tensor without negative values, without its zeros."""
     edges, counts = seen.histogram.occupied()
     values, weights = (edges[:-1] + edges[1:]) / 2, counts.astype(np.float64)
     if seen.low < 0:
@@ -60,7 +60,7 @@ def _moments(seen: Seen, *, about_zero: bool) -> Moments:
 
 
 def root(f: Callable[[float], float]) -> float:
-    """Return where an increasing function is zero between 0 and `LARGEST`, by bisection."""
+    """Return the zero of an increasing function between 0 and `LARGEST`, by bisection."""
     below, above = 0.0, LARGEST
     while below < (middle := (below + above) / 2) < above:
         below, above = (middle, above) if f(middle) < 0 else (below, middle)
@@ -68,7 +68,7 @@ def root(f: Callable[[float], float]) -> float:
 
 
 class _AnalyticObserver(Observer):
-    """What the two densities share."""
+    """The common part of the observers for the two densities."""
 
     keeps_histogram = True
 
@@ -77,18 +77,18 @@ class _AnalyticObserver(Observer):
         moments = _moments(seen, about_zero=self._spec.symmetric)
         reach = self._reach(moments, levels_above_zero(self._spec, seen.low))
         centre = moments.centre
-        if not self._spec.symmetric:  # it is that of bins
+        if not self._spec.symmetric:  # computed from bins, it may lie just outside the range
             centre = min(max(centre, seen.low), seen.high)
         return max(seen.low, centre - reach), min(seen.high, centre + reach)
 
     @abstractmethod
     def _reach(self, moments: Moments, levels: int) -> float:
-        """Return how far from the centre to clip."""
+        """Return the distance from the centre at which to clip."""
 
 
 @final
 class LaplaceObserver(_AnalyticObserver):
-    """The range of least error if the values follow a Laplace density."""
+    """Chooses the range with the least error for values with a Laplace density."""
 
     def _reach(self, moments: Moments, levels: int) -> float:
         wanted = math.log(12 * levels**2)
@@ -97,7 +97,7 @@ class LaplaceObserver(_AnalyticObserver):
 
 @final
 class GaussObserver(_AnalyticObserver):
-    """The range of least error if the values follow a Gaussian density."""
+    """Chooses the range with the least error for values with a Gaussian density."""
 
     def _reach(self, moments: Moments, levels: int) -> float:
         def slope(t: float) -> float:

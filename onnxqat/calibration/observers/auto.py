@@ -1,4 +1,4 @@
-"""For each tensor, whichever of several ranges leaves the least error."""
+"""Choose the range with the least error from those of all other observers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ CANDIDATES: tuple[type[Observer], ...] = (
 
 @final
 class AutoObserver(Observer):
-    """The range of least mean squared quantization error out of those of all other observers.
+    """Chooses the range of any other observer with the least mean squared quantization error.
 
-    The error is that of `SquaredError`, which `MseObserver` searches: the range is never worse
-    than that one's. Of equal errors the first in the order of `CANDIDATES` is taken.
+    The error is computed by `SquaredError`, as in `MseObserver`, so the range is never worse than
+    that of `MseObserver`. If errors are equal, the first in the order of `CANDIDATES` is chosen.
     """
 
     keeps_batches = True
     keeps_histogram = True
 
     def pick(self, seen: Seen) -> Range:
-        """Return the range of least squared error."""
+        """Return the range with the least squared error."""
         ranges = [kind(self._spec, name=self._name).pick(seen) for kind in CANDIDATES]
         error = SquaredError(seen.histogram, self._spec)
         return ranges[int(np.argmin([error.of(*ends) for ends in ranges]))]

@@ -1,4 +1,4 @@
-"""What every observer is: fed batch by batch, it keeps no sample, and picks a range at the end."""
+"""The base class of observers: fed batch by batch, it picks a range at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ Range: TypeAlias = tuple[float, float]
 
 
 class Seen:
-    """What is known of a tensor's values after some batches; memory does not grow with them.
+    """Summary of a tensor's values so far.
+
+    Memory does not grow with the size of batches; `batches` grows by two numbers per batch.
 
     Parameters
     ----------
@@ -27,11 +29,11 @@ class Seen:
     Attributes
     ----------
     low, high : float
-        Smallest and largest value; infinity and minus infinity where there was none.
+        Smallest and largest value; infinity and minus infinity if there was no value.
     batches : list of (float, float)
-        Smallest and largest value of each batch that was not empty, in order; empty if not kept.
+        Smallest and largest value of each non-empty batch, in order; empty if not kept.
     histogram : Histogram
-        Of all values; empty if not kept.
+        Histogram of all values; empty if not kept.
     """
 
     def __init__(self, *, batches: bool, histogram: bool) -> None:
@@ -41,17 +43,17 @@ class Seen:
         self.histogram = Histogram()
 
     def add(self, x: FloatArray) -> Range:
-        """Take in a batch that is not empty, and return its smallest and largest value.
+        """Add a non-empty batch; return its smallest and largest value.
 
-        It is read once, in chunks that stay in the cache. If one of these two is not finite, the
-        batch leaves no trace.
+        The batch is read once, in chunks that fit the cache. If its smallest or largest value is
+        not finite, the batch is not added.
         """
         flat = x.reshape(-1)
         low, high = np.inf, -np.inf
         counted = Histogram()
         for start in range(0, flat.size, CHUNK):
             chunk = flat[start : start + CHUNK]
-            # both are nan where any element is
+            # both are NaN if any element is NaN
             chunk_low, chunk_high = float(chunk.min()), float(chunk.max())
             if not (np.isfinite(chunk_low) and np.isfinite(chunk_high)):
                 return chunk_low, chunk_high
@@ -66,31 +68,31 @@ class Seen:
         return low, high
 
     def merge(self, other: Seen) -> None:
-        """Take in what ``other`` saw after this one."""
+        """Add the values of ``other``, whose batches come after those of this one."""
         self.batches += other.batches
         if self._keeps_histogram:
             self.histogram.merge(other.histogram)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def cut(self, threshold: float) -> Range:
-        """Return the observed range without what lies beyond ``-threshold`` and ``threshold``."""
+        """Return the observed range, clipped to ``-threshold`` and ``threshold``."""
         return max(self.low, -threshold), min(self.high, threshold)
 
 
 class Observer(ABC):
-    """Sees the values of one tensor, or of a group that shares parameters, and picks a range.
+    """Picks a range from the values of one tensor, or of a group that shares parameters.
 
     Parameters
     ----------
     spec : QuantSpec
-        How the tensor is quantized; per-tensor. ``fixed_range`` wins over the data.
+        How the tensor is quantized; per-tensor. Its ``fixed_range`` overrides the data.
     name : str
-        What error messages call the tensor.
+        Name of the tensor for error messages.
 
     Raises
     ------
     PlanError
-        ``spec`` is per-axis: activations have one range.
+        ``spec`` is per-axis, but an activation has one range.
     """
 
     keeps_batches: ClassVar[bool] = False
@@ -108,46 +110,46 @@ class Observer(ABC):
 
     @final
     def update(self, x: FloatArray) -> Range:
-        """Take in one batch, and return its smallest and largest value.
+        """Add one batch; return its smallest and largest value.
 
-        An empty one changes nothing, and has the range from infinity down to minus infinity.
+        An empty batch changes nothing; infinity and minus infinity are returned for it.
 
         Parameters
         ----------
         x : float32 of any shape
-            Not changed, and not kept.
+            The values; neither changed nor kept.
 
         Raises
         ------
         DataError
-            ``x`` holds nan or infinity. The observer is then as it was before.
+            ``x`` contains NaN or infinity. The observer is then unchanged.
         """
         if x.size == 0:
             return np.inf, -np.inf
         low, high = self._seen.add(x)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError(
-                f"{self._name}: holds nan or infinity (min {low}, max {high}). "
+                f"{self._name}: contains NaN or infinity (min {low}, max {high}). "
                 "Check the preprocessing, and the float model on this batch."
             )
         return low, high
 
     @final
     def merge(self, other: Observer) -> None:
-        """Take in what ``other``, of the same kind and spec, saw after this one."""
+        """Add the values of ``other``, an observer of the same kind and spec for later batches."""
         self._seen.merge(other._seen)
 
     @property
     def saw_nothing(self) -> bool:
-        """Whether there was no value, be it that every batch was empty."""
+        """Whether there was no value at all, for example because every batch was empty."""
         return self._seen.low > self._seen.high
 
     @final
     def range(self) -> tuple[FloatArray, FloatArray]:
         """Return the clipping range ``(low, high)``, each float32 of shape ().
 
-        Zero need not lie within; `choose_qparams` widens the range to hold it. What was picked is
-        multiplied by the ``range_factor`` of the spec.
+        The picked range is multiplied by the ``range_factor`` of the spec. It may not contain zero;
+        `choose_qparams` widens it then.
 
         Raises
         ------
@@ -165,16 +167,18 @@ class Observer(ABC):
 
     @abstractmethod
     def pick(self, seen: Seen) -> Range:
-        """Return the range for what was seen, which is at least one value.
+        """Return the range for ``seen``, which has at least one value.
 
-        Reads of ``seen`` what ``keeps_batches`` and ``keeps_histogram`` ask for.
+        Its ``batches`` and ``histogram`` are only filled if ``keeps_batches`` and
+        ``keeps_histogram`` are set.
         """
 
 
 def levels_above_zero(spec: QuantSpec, low: float) -> int:
-    """Return how many levels there are for magnitudes: all for a tensor without negative values.
+    """Return the number of levels for magnitudes.
 
-    Half of them where there are negative values too, and where the spec is symmetric and signed.
+    All levels for a tensor without negative values. Half of them if the tensor has negative values,
+    or if the spec is symmetric and signed.
     """
     signed = spec.signedness == "signed" and spec.symmetric
     return 1 << (spec.bits - 1 if signed or low < 0 else spec.bits)

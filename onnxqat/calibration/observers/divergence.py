@@ -1,10 +1,11 @@
-"""Ranges that keep the distribution of magnitudes: least Kullback-Leibler divergence.
+"""Ranges that preserve the distribution of magnitudes: least Kullback-Leibler divergence.
 
-A threshold ``t`` turns the histogram of ``|x|`` into two distributions: P, in which what lies
-beyond ``t`` is added to the last bin below it, and Q, in which the occupied bins of a quantization
-level share what is in them. The threshold of least ``KL(P || Q) = sum P log(P / Q)`` is picked
-(Migacz, "8-bit inference with TensorRT", 2017). The tools that made it popular differ in the bins
-and in the candidates, hence two observers. Exact zeros are in no bin.
+For a threshold ``t``, the histogram of ``|x|`` gives two distributions. In P, the counts beyond
+``t`` are added to the last bin below ``t``. In Q, the counts of each quantization level are spread
+evenly over the occupied bins of the level. The threshold with the least
+``KL(P || Q) = sum P log(P / Q)`` is chosen (Migacz, "8-bit inference with TensorRT", 2017). The
+tools that use this method differ in bins and candidates, therefore there are two observers. Exact
+zeros are not counted in any bin.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from onnxqat.calibration.observers.base import Observer, Range, Seen, levels_abo
 __all__ = ["TensorrtDivergenceObserver", "TpuMlirDivergenceObserver"]
 
 BINS = 2048
-FIRST = 128  # bins of the smallest candidate of TensorRT's form
-TIED = 1e-9  # divergences are equal within this, in nats; rounding makes no more than 1e-12
-SMALLEST = 1e-30  # is added to probabilities before their logarithm is taken, as tpu-mlir does
+FIRST = 128  # bins of the smallest candidate in TensorRT's method
+TIED = 1e-9  # divergences closer than this count as equal, in nats; rounding is below 1e-12
+SMALLEST = 1e-30  # added to probabilities before taking the logarithm, as in tpu-mlir
 
 
 @final
 class TensorrtDivergenceObserver(Observer):
-    """TensorRT's form, as NVIDIA's pytorch-quantization has it: every threshold from bin 128 on.
+    """TensorRT's method, as in NVIDIA's pytorch-quantization: try every threshold from bin 128 on.
 
-    Of the thresholds with the least divergence the largest is picked; the first bin counts as many
-    as the second (NVIDIA/TensorRT, tools/pytorch-quantization/pytorch_quantization/calib/
-    histogram.py, ``_compute_amax_entropy``). There the first batch settles the width of a bin. Here
-    it is the power of two at which the largest magnitude lies in one of the bins 1,025 to 2,048,
-    so that the order of the data does not matter, and the bins are exact.
+    If several thresholds have the least divergence, the largest one is chosen. The count of the
+    first bin is set to that of the second (NVIDIA/TensorRT,
+    tools/pytorch-quantization/pytorch_quantization/calib/histogram.py, ``_compute_amax_entropy``).
+    There the first batch determines the width of a bin. Here the width is the power of two for
+    which the largest magnitude lies in one of the bins 1,025 to 2,048. The order of the data
+    therefore does not matter, and the bins are exact.
     """
 
     keeps_histogram = True
 
     def pick(self, seen: Seen) -> Range:
-        """Return the observed range, cut at the threshold of least divergence."""
+        """Return the observed range, clipped at the threshold with the least divergence."""
         width, counts = seen.histogram.magnitudes(BINS)
         if counts.size < 2:
             return seen.low, seen.high
@@ -53,12 +55,12 @@ class TensorrtDivergenceObserver(Observer):
 
 
 class _Sums:
-    """Running sums over bins, from which the divergence of a candidate is read per level.
+    """Running sums over bins, which give the divergence of a candidate in one step per level.
 
     Parameters
     ----------
     counts : int64 of shape (n,)
-        Of the bins.
+        Counts of the bins.
     """
 
     def __init__(self, counts: NDArray[np.int64]) -> None:
@@ -70,14 +72,15 @@ class _Sums:
         self._entropy = _running(self._counts * logs)
 
     def divergence(self, bins: int, levels: int) -> float:
-        """Return ``KL(P || Q)`` in nats of the candidate whose range is the first ``bins``.
+        """Return ``KL(P || Q)`` in nats for the candidate with the first ``bins`` bins as range.
 
-        Level m has the bins from ``ceil(bins * m / levels)`` on; its occupied ones share its count.
+        Level m has the bins from ``ceil(bins * m / levels)`` on. Its count is spread evenly over
+        its occupied bins.
         """
         total, inside = self._inside[-1], self._inside[bins]
         beyond, last = total - inside, self._counts[bins - 1]
         if inside == 0 or (last == 0 and beyond > 0):
-            return np.inf  # P is where Q is not
+            return np.inf  # P is positive where Q is zero
         ends = -(-bins * np.arange(levels + 1) // levels)
         count, occupied = np.diff(self._inside[ends]), np.diff(self._occupied[ends])
         share = count[count > 0] / occupied[count > 0]
@@ -99,19 +102,19 @@ def _x_log_x(x: float) -> float:
 
 @final
 class TpuMlirDivergenceObserver(Observer):
-    """tpu-mlir's form: 2,048 bins, and as candidates the multiples of one bin per level.
+    """tpu-mlir's method: 2,048 bins; in each candidate all levels have the same number of bins.
 
-    Bin j holds the magnitudes nearest to ``j * width``, with ``width = absmax / 2047``; at 8 bits
-    there are 16 candidates of 128, 256, ... 2,048 bins, and the first of the best is picked
-    (sophgo/tpu-mlir, bindings/kld/calibration_math.cpp, ``kl_calc_thread``). The bins are made from
-    those of a histogram which are at most half as wide: what lies in one that a border divides is
-    taken to be spread evenly over it.
+    Bin j holds the magnitudes nearest to ``j * width``, with ``width = absmax / 2047``. At 8 bits
+    there are 16 candidates of 128, 256, ... 2,048 bins, and the first of the best is chosen
+    (sophgo/tpu-mlir, bindings/kld/calibration_math.cpp, ``kl_calc_thread``). The bins are computed
+    from a histogram with bins of at most half the width; the count of a bin that a border divides
+    is assumed to be spread evenly over it.
     """
 
     keeps_histogram = True
 
     def pick(self, seen: Seen) -> Range:
-        """Return the observed range, cut at the threshold of least divergence."""
+        """Return the observed range, clipped at the threshold with the least divergence."""
         largest = max(-seen.low, seen.high)
         if largest == 0:
             return seen.low, seen.high
@@ -124,7 +127,7 @@ class TpuMlirDivergenceObserver(Observer):
 
 
 def _nearest_bins(seen: Seen, width: float) -> NDArray[np.float64]:
-    """Return the counts of shape (2048,) of the magnitudes nearest to multiples of ``width``."""
+    """Return how many magnitudes are nearest to each multiple of ``width``, of shape (2048,)."""
     finer, counts = seen.histogram.magnitudes()
     edges = np.arange(counts.size + 1) * finer
     borders = np.append((np.arange(BINS) - 0.5) * width, np.inf)
@@ -132,7 +135,7 @@ def _nearest_bins(seen: Seen, width: float) -> NDArray[np.float64]:
 
 
 def _divergence(counts: NDArray[np.float64], bins: int, levels: int) -> float:
-    """Return ``KL(P || Q)`` in decimal digits; each level has ``bins / levels`` bins."""
+    """Return ``KL(P || Q)`` with logarithms to base 10; each level has ``bins / levels`` bins."""
     inside = counts[:bins]
     p = inside.copy()
     p[-1] += counts[bins:].sum()

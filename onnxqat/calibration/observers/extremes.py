@@ -13,7 +13,7 @@ __all__ = ["AverageObserver", "MinMaxObserver", "MovingAverageObserver"]
 
 @final
 class MinMaxObserver(Observer):
-    """The smallest and the largest value seen."""
+    """Chooses the smallest and the largest value."""
 
     def pick(self, seen: Seen) -> Range:
         """Return the extremes of all data."""
@@ -22,11 +22,11 @@ class MinMaxObserver(Observer):
 
 @final
 class MovingAverageObserver(Observer):
-    """Exponential moving average of the minimum and maximum of each batch.
+    """Chooses exponential moving averages of the minimum and maximum of each batch.
 
-    ``m += constant * (batch_min - m)``, and the same for the maximum: PyTorch's
-    ``MovingAverageMinMaxObserver`` and Horizon's default. The first batch is taken as it is. Every
-    call of `update` counts as one batch, also where several tensors of a group feed one observer.
+    ``m += constant * (batch_min - m)``, and the same for the maximum, starting from the first
+    batch. This is PyTorch's ``MovingAverageMinMaxObserver`` and Horizon's default. Every call of
+    `update` counts as one batch, even if several tensors of a group feed the observer.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class MovingAverageObserver(Observer):
     Raises
     ------
     PlanError
-        ``constant`` lies outside.
+        ``constant`` is not in (0, 1].
     """
 
     keeps_batches = True
@@ -45,7 +45,7 @@ class MovingAverageObserver(Observer):
         super().__init__(spec, name=name)
         if not 0 < constant <= 1:
             raise PlanError(
-                f"{name}: averaging constant {constant} is not in (0, 1]. Choose one that is."
+                f"{name}: averaging constant {constant} is not in (0, 1]. Choose another one."
             )
         self._constant = constant
 
@@ -60,12 +60,12 @@ class MovingAverageObserver(Observer):
 
 @final
 class AverageObserver(Observer):
-    """Mean of the minimum and maximum of each batch, in which the first batch counts twice.
+    """Chooses the means of the minimum and maximum of each batch; the first batch counts twice.
 
     This is ``use_avg`` of Cambricon's CATCH, which updates ``m = (m * n + batch_min) / (n + 1)``
     from the second batch on with n = 2, 3, ... (Cambricon/catch,
-    torch_mlu/core/quantized/observer.py). There a batch is most often one image. Its
-    ``data_scale`` is the ``range_factor`` of the spec.
+    torch_mlu/core/quantized/observer.py). In CATCH a batch is usually one image. CATCH's
+    ``data_scale`` corresponds to the ``range_factor`` of the spec.
     """
 
     keeps_batches = True

@@ -1,4 +1,4 @@
-"""Ranges that leave out a share of the values."""
+"""Ranges that leave out a fraction of the values at each end."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["PercentileObserver"]
 
 @final
 class PercentileObserver(Observer):
-    """Leaves out the same share of elements at either end.
+    """Leaves out the same fraction of values at each end.
 
-    Exact to one bin of the histogram: 1/4096 of the largest magnitude, or finer. Where so few
-    elements differ from zero that both ends fall on zero, the whole observed range is taken,
-    since a range of no width would turn every value into zero. TensorRT's percentile calibration
-    takes ``|x|`` instead, which wastes levels on one-sided tensors.
+    The ends are exact to one bin of the histogram: 1/4096 of the largest magnitude, or finer. If so
+    few values differ from zero that both ends would be zero, the whole observed range is chosen,
+    because a range of zero width would turn every value into zero. TensorRT's percentile
+    calibration uses ``|x|`` instead, which wastes levels on one-sided tensors.
 
     Parameters
     ----------
     percentile : float
-        Percent of the elements that do not lie above ``high``, and likewise below ``low``;
+        Percentage of the values that are at most ``high``, and of those that are at least ``low``;
         above 50 and at most 100.
 
     Raises
     ------
     PlanError
-        ``percentile`` lies outside.
+        ``percentile`` is not in (50, 100].
     """
 
     keeps_histogram = True
@@ -38,7 +38,7 @@ class PercentileObserver(Observer):
         super().__init__(spec, name=name)
         if not 50 < percentile <= 100:
             raise PlanError(
-                f"{name}: percentile {percentile} is not in (50, 100]. Choose one that is."
+                f"{name}: percentile {percentile} is not in (50, 100]. Choose another one."
             )
         self._fraction = percentile / 100
 

@@ -1,4 +1,4 @@
-"""Ranges of least mean squared quantization error, clipping and rounding together.
+"""Ranges with the least mean squared quantization error, from clipping and rounding together.
 
 Nagel et al. 2021, https://arxiv.org/abs/2106.08295, section 2.3.1, equation 11.
 """
@@ -26,19 +26,20 @@ _FINE = 2.0 ** (np.arange(-16, 17) / 256)  # one coarse step to either side, 0.3
 
 @final
 class MseObserver(Observer):
-    """The range whose quantization error, clipping and rounding together, is least.
+    """Chooses the range with the least quantization error, from clipping and rounding together.
 
-    Searched over the histogram with the very parameters that `choose_qparams` gives each
-    candidate: first ``[low, high]`` of the data cut to ``[-t, t]`` for 128 thresholds ``t``, then
-    33 around the best; for an asymmetric spec then each end alone, coarse and fine, twice. What
-    lies in a bin is taken to be spread evenly over it, and the error integrated exactly, so that
-    a step finer than a bin still costs its ``step² / 12``. Exact zeros cost nothing.
+    Candidates are evaluated on the histogram with the parameters that `choose_qparams` gives them.
+    First the range ``[low, high]`` of the data is clipped to ``[-t, t]`` for 128 thresholds ``t``,
+    then for 33 thresholds around the best one. For an asymmetric spec, each end is then searched
+    alone, coarse and fine, twice. Values are assumed to be spread evenly over their bin, and the
+    error is integrated exactly, so that a step smaller than a bin still costs ``step² / 12``. Exact
+    zeros have no error.
     """
 
     keeps_histogram = True
 
     def pick(self, seen: Seen) -> Range:
-        """Return the range of least error that the search finds."""
+        """Return the range with the least error that the search finds."""
         low, high = min(seen.low, 0.0), max(seen.high, 0.0)
         magnitude = max(-low, high)
         if magnitude == 0:
@@ -56,16 +57,16 @@ class MseObserver(Observer):
 
 
 class SquaredError:
-    """The squared quantization error of ranges, over what a histogram holds.
+    """The squared quantization error of ranges for the values in a histogram.
 
-    It is that of the parameters which `choose_qparams` gives a range in float32. What lies in a bin
-    is taken to be spread evenly over it; exact zeros have no error.
+    A range gets the parameters that `choose_qparams` returns for it in float32. Values are assumed
+    to be spread evenly over their bin; exact zeros have no error.
 
     With ``u = x / scale``, ``k = clip(round(u), qmin - z, qmax - z)`` and ``d = u - k``, the
-    integral of ``d²`` from 0 to ``u`` is ``k / 12 + d³ / 3``: every whole cell passed adds 1/12,
-    and beyond the last level ``d`` simply keeps growing, which is the clipping error. The error is
-    the sum over bins of their count times the difference of that integral between their edges; so
-    it is a sum over edges, each with the difference of the counts to either side.
+    integral of ``d²`` from 0 to ``u`` is ``k / 12 + d³ / 3``: every whole cell adds 1/12, and
+    beyond the last level ``d`` keeps growing, which is the clipping error. The error of a bin is
+    its count times the difference of this integral between its edges. Summed over all bins, this is
+    a sum over edges, each weighted by the difference of the counts on its two sides.
     """
 
     def __init__(self, histogram: Histogram, spec: QuantSpec) -> None:
@@ -77,14 +78,14 @@ class SquaredError:
         self._below = _Tail(-self._edges[::-1], counts[::-1], self._width)
 
     def least(self, lows: Doubles, highs: Doubles) -> int:
-        """Return the index of the range of least error, of equal ones the first.
+        """Return the index of the range with the least error; the first if several are equal.
 
-        A range is not looked at if what it clips alone costs more than the best so far.
+        A range is skipped if its clipping error alone exceeds the least error so far.
 
         Parameters
         ----------
         lows, highs : float64 of shape (n,)
-            In the units of the tensor.
+            Ends of the ranges, in the units of the tensor.
         """
         scales, lowest, highest = self._grids(lows, highs)
         clipped = self._above.errors(highest * scales) + self._below.errors(-lowest * scales)
@@ -102,7 +103,7 @@ class SquaredError:
         return self._error(scales[0], lowest[0], highest[0])
 
     def _grids(self, lows: Doubles, highs: Doubles) -> tuple[Doubles, Doubles, Doubles]:
-        """Return the scales of ranges, and their outermost levels counted from zero."""
+        """Return the scales of ranges, and their lowest and highest levels minus the zero_point."""
         low, high = lows.astype(np.float32), highs.astype(np.float32)
         params = choose_qparams(low, high, self._spec)
         qmin, qmax = quantized_range(self._spec, signed=params.signed)
@@ -120,21 +121,21 @@ class SquaredError:
         cube *= 4
         cube += k
         cube *= self._steps
-        # no dot product: a threaded BLAS makes it slow and its rounding depend on the machine
+        # not a dot product: a threaded BLAS is slow here, and its rounding depends on the machine
         return float(cube.sum() * (scale / self._width) * (scale * scale))
 
 
 class _Tail:
-    """Sums from which the clipping error above a threshold is read.
+    """Running sums that give the clipping error above a threshold.
 
     Parameters
     ----------
     edges : float64 of shape (n + 1,)
-        Evenly spaced, ascending.
+        Edges of the bins, evenly spaced, ascending.
     counts : int64 of shape (n,)
-        Of the bins between them.
+        Counts of the bins.
     width : float
-        Of a bin.
+        Width of a bin.
     """
 
     def __init__(self, edges: Doubles, counts: NDArray[np.int64], width: float) -> None:
@@ -148,17 +149,17 @@ class _Tail:
         ]
 
     def errors(self, thresholds: Doubles) -> Doubles:
-        """Return the sums of ``(x - t)²`` over the bins that lie above ``t`` as a whole."""
+        """Return the sum of ``(x - t)²`` over the bins entirely above ``t``, for each threshold."""
         at = np.searchsorted(self._starts, thresholds)
         counts, firsts, seconds = (sums[at] for sums in self._sums)
         return np.asarray(seconds - 2 * thresholds * firsts + thresholds * thresholds * counts)
 
 
 def _search(candidates: Candidates, error: SquaredError) -> Range:
-    """Return the candidate of least error over a coarse grid of factors, then a fine one.
+    """Return the candidate with the least error over a coarse grid of factors, then a fine one.
 
-    The factor 1 comes first and only a smaller error replaces the best, so that the result is
-    never worse than the range the search starts from.
+    The factor 1 is tried first, and only a smaller error replaces the best one. The result is
+    therefore never worse than the range that the search starts from.
     """
 
     def least(factors: Doubles) -> Doubles:
@@ -172,7 +173,7 @@ def _search(candidates: Candidates, error: SquaredError) -> Range:
 
 
 def _search_ends(best: Range, error: SquaredError) -> Range:
-    """Move the high end alone, then the low end alone, towards zero."""
+    """Search the high end alone, then the low end alone, both towards zero."""
     low, high = best
     low, high = _search(lambda factors: (np.full_like(factors, low), high * factors), error)
     return _search(lambda factors: (low * factors, np.full_like(factors, high)), error)

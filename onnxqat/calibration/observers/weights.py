@@ -1,4 +1,4 @@
-"""The clipping range of a weight, which is known whole: per tensor, or per axis."""
+"""The clipping range of a weight, from all its values: per tensor or per axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FACTORS = np.arange(100, 19, -1) / 100  # 1.0 down to 0.2
 
 
 def weight_method(spec: QuantSpec, observer: str) -> WeightMethod:
-    """Return how the range of a weight is chosen where a run has this observer."""
+    """Return the method for the range of a weight in a calibration with this observer."""
     return "mse" if (spec.observer or observer) in ("mse", "auto") else "minmax"
 
 
@@ -33,25 +33,25 @@ def weight_range(
     Parameters
     ----------
     w : float32 of any shape
-        Not changed.
+        The weight; not changed.
     spec : QuantSpec
-        ``axis`` says per which axis, None for per-tensor; what is chosen is multiplied by
-        ``range_factor``.
+        How the weight is quantized: ``axis`` is None for per-tensor. The chosen range is multiplied
+        by ``range_factor``.
     method : {"minmax", "mse"}
-        ``mse`` shrinks minimum and maximum by the factor out of 1.00, 0.99, ... 0.20 whose
-        squared quantization error is least, each channel by its own (Nagel et al. 2021,
-        https://arxiv.org/abs/2106.08295, section 2.3.1). The error is that of `fake_quantize`
-        itself, and never above that of ``minmax``.
+        ``mse`` multiplies minimum and maximum of each channel by one of the factors 1.00, 0.99,
+        ... 0.20, the one with the least squared quantization error (Nagel et al. 2021,
+        https://arxiv.org/abs/2106.08295, section 2.3.1). The error is that of `fake_quantize`; it
+        is never larger than with ``minmax``.
 
     Returns
     -------
     low, high : float32 of shape () or (C,)
-        In the units of the weight.
+        Ends of the range, in the units of the weight.
 
     Raises
     ------
     DataError
-        The weight is empty, or holds nan or infinity.
+        The weight is empty, or contains NaN or infinity.
     PlanError
         The weight has no such axis.
     """
@@ -65,7 +65,7 @@ def weight_range(
         raise PlanError(f"Weight of shape {w.shape} has no axis {spec.axis}. Choose another axis.")
     low, high = rows.min(axis=1), rows.max(axis=1)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise DataError("Weight holds nan or infinity. Repair the model first.")
+        raise DataError("Weight contains NaN or infinity. Repair the model first.")
     if method == "mse":
         low, high = _shrunk(rows, low, high, spec)
     low, high = (end * np.float32(spec.range_factor) for end in (low, high))
@@ -77,13 +77,13 @@ def _shrunk(
 ) -> tuple[FloatArray, FloatArray]:
     """Shrink the range of each row of ``rows``, of shape (C, n), to its least squared error.
 
-    Of equal errors the larger range is kept. A row is done with when its extremes, cut off by the
-    next range and all smaller ones, alone cost more than its least error.
+    If errors are equal, the larger range is kept. The search of a row ends as soon as the clipping
+    error of its extremes alone, which grows for smaller ranges, exceeds the least error so far.
     """
     spec = msgspec.structs.replace(spec, axis=0)
     factors = np.ones_like(low)
     best = np.full(low.shape, np.inf)
-    left = np.arange(low.size)  # the rows that are not done
+    left = np.arange(low.size)  # the rows whose search has not ended
     for candidate in _FACTORS.astype(np.float32):
         params = choose_qparams(low[left] * candidate, high[left] * candidate, spec)
         errors = _squared_errors(rows, params, spec)
@@ -98,9 +98,9 @@ def _shrunk(
 
 
 def _squared_errors(rows: FloatArray, params: QuantParams, spec: QuantSpec) -> Doubles:
-    """Return the sum of the squared errors that `fake_quantize` makes in each row, of shape (C,).
+    """Return the sum of the squared errors of `fake_quantize` in each row, of shape (C,).
 
-    A few rows are taken at a time, so that the temporaries stay in the cache.
+    A few rows are computed at a time, so that the temporaries fit the cache.
     """
     errors = np.empty(len(rows))
     step = max(1, _CHUNK // rows.shape[1])
@@ -122,7 +122,7 @@ def _squared_errors(rows: FloatArray, params: QuantParams, spec: QuantSpec) -> D
 
 
 def _cut_off(low: FloatArray, high: FloatArray, params: QuantParams, spec: QuantSpec) -> Doubles:
-    """Return the squared error of the larger extreme, or less, under this and all smaller ranges.
+    """Return a lower bound of the squared error of an extreme, for this and all smaller ranges.
 
     Rounding of range, scale and zero_point moves the ends of a grid by less than two steps.
     """
