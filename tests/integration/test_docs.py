@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.losses import check_loss
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
 SAMPLES = {"digits-train.npz": 400}  # 22 steps of 16: more than the --quant-delay of a page
-PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -51,21 +52,62 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def started(models, tmp_path_factory):
+    """The folder in which the first page was followed; other pages go on from its files."""
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "models").symlink_to(models)
+    with contextlib.chdir(folder):
+        run_commands("docs/index.md")
+    return folder
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_of_a_page_run_in_order(page, models, tmp_path, monkeypatch):
+def test_commands_of_a_page_run_in_order(page, models, started, tmp_path, monkeypatch):
     (tmp_path / "models").symlink_to(models)
+    if page == "docs/index.md":
+        assert (started / "chip/model.onnx").exists()
+        return
+    if " digits.qdq.onnx " in (ROOT / page).read_text(encoding="utf-8"):
+        shutil.copy(started / "digits.qdq.onnx", tmp_path)
     shutil.copytree(ROOT / "scripts/examples", tmp_path / "scripts/examples")
     for text in blocks(page, "toml")[:1]:  # the rule file that the page writes
         (tmp_path / "my-chip.toml").write_text(text)
     if page == "docs/metrics.md":
         (tmp_path / "my_metrics.py").write_text(blocks(page, "python")[0])
     monkeypatch.chdir(tmp_path)
+    run_commands(page)
+
+
+def run_commands(page: str) -> None:
     for command in commands(page):
         program, *words = shlex.split(command)
         result = CliRunner().invoke(main, words)
 
         assert program == "onnxqat"
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+        if "--json" in words:
+            check_keys(json.loads(result.stdout))
+
+
+def documented_keys() -> dict[str, set[str]]:
+    """Return the keys of each JSON document, as its page lists them."""
+    text = (ROOT / "docs/json.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(onnxqat\.[\w/-]+)` \|[^|]*\| (.*) \|$", text, flags=re.MULTILINE)
+    return {schema: set(re.findall(r"`(\w+)`", keys)) for schema, keys in rows}
+
+
+def check_keys(document: dict[str, Any]) -> None:
+    assert document.keys() - {"schema"} <= documented_keys()[document["schema"]]
+
+
+def test_every_json_document_is_on_its_page():
+    schema = re.compile(r'"(onnxqat\.[\w-]+/\d+)"')
+    sources = [*(ROOT / "onnxqat/commands").glob("*.py"), ROOT / "onnxqat/jobs/summary.py"]
+    sources.append(ROOT / "onnxqat/analysis/document.py")
+    written = {name for path in sources for name in schema.findall(path.read_text("utf-8"))}
+
+    assert documented_keys().keys() == written
 
 
 def test_every_observer_is_on_its_page_and_the_overrides_there_are_read(tmp_path):
@@ -94,14 +136,6 @@ def test_overrides_file_in_the_docs_is_read(tmp_path):
         "weight.bits=4",
         "name:/classifier/.*.quantize=false",
     ]
-
-
-def test_python_in_the_readme_runs(models, tmp_path):
-    (tmp_path / "models").symlink_to(models)
-    code = blocks("README.md", "python")[0]
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-
-    assert (tmp_path / "chip" / "model.onnx").exists()
 
 
 def test_the_loss_in_the_docs_is_one(tmp_path, monkeypatch):

@@ -188,16 +188,16 @@ def test_what_a_console_shows_is_one_line(work):
     assert repr(inserted().plan).startswith("QuantPlan(rule 'sophgo-bm1684x', ")
 
 
-# --- the README --------------------------------------------------------------------------------
+# --- the page about Python ----------------------------------------------------------------------
 
 
 def script():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     (found,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     return found
 
 
-def test_the_script_of_the_readme_runs_and_its_file_has_the_same_figures(tmp_path):
+def test_the_script_of_the_page_runs_and_its_file_has_the_same_figures(tmp_path):
     (tmp_path / "models").mkdir()
     for name in ("digits-train.npz", "digits-test.npz"):
         with np.load(ROOT / "models" / name) as arrays:
@@ -218,7 +218,7 @@ def test_the_script_of_the_readme_runs_and_its_file_has_the_same_figures(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_script_of_the_readme_is_typed(tmp_path):
+def test_the_script_of_the_page_is_typed(tmp_path):
     (tmp_path / "script.py").write_text(script())
     words = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "script.py"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
