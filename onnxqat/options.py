@@ -284,6 +284,10 @@ _scope_options = _options(
     _blocks("--block-mix", type=click.FloatRange(0, 1), default=0.5, show_default=True,
             metavar="SHARE",
             help="Take this share of the values at a block's inputs from the float model."),
+    _blocks("--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest",
+            show_default=True,
+            help="Train the weights of a block, and round them to the nearest level (nearest), or "
+            "leave them, and learn which level each is rounded to (adaround)."),
     _blocks("--block-memory", type=click.IntRange(0), default=1024, show_default=True,
             metavar="MB",
             help="Keep at most MB megabytes of the tensors between blocks in memory, the others in "

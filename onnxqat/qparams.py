@@ -35,6 +35,7 @@ __all__ = [
     "QuantSpec",
     "Rounding",
     "Signedness",
+    "aligned",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
@@ -267,7 +268,7 @@ def nearest_power_of_two(scale: FloatArray) -> FloatArray:
     return power_of_two(np.asarray(scale * np.float32(0.5**0.5), np.float32))
 
 
-def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
+def aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
     """Reshape per-axis values of shape (C,) so that they broadcast along ``axis``."""
     if axis is None or values.ndim == 0:
         return values
@@ -278,8 +279,8 @@ def _aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
 
 def rounded_levels(x: FloatArray, params: QuantParams, spec: QuantSpec) -> FloatArray:
     """Return ``round_half_even(x / s) + z``, same shape, float32, before it is clipped."""
-    scale = _aligned(params.scale, x.ndim, spec.axis)
-    zero_point = _aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
+    scale = aligned(params.scale, x.ndim, spec.axis)
+    zero_point = aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
     with np.errstate(over="ignore"):  # infinity is clipped like any other large value
         levels: FloatArray = np.rint(x / scale) + zero_point
     return levels
@@ -295,8 +296,8 @@ def quantize(x: FloatArray, params: QuantParams, spec: QuantSpec) -> NDArray[Any
 
 def dequantize(q: NDArray[Any], params: QuantParams, spec: QuantSpec) -> FloatArray:
     """Return the float32 values of the integers ``q``, same shape."""
-    scale = _aligned(params.scale, q.ndim, spec.axis)
-    zero_point = _aligned(params.zero_point, q.ndim, spec.axis).astype(np.int32)
+    scale = aligned(params.scale, q.ndim, spec.axis)
+    zero_point = aligned(params.zero_point, q.ndim, spec.axis).astype(np.int32)
     values: FloatArray = (q.astype(np.int32) - zero_point).astype(np.float32) * scale
     return values
 

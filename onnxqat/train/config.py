@@ -21,6 +21,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 Optimizer: TypeAlias = Literal["adamw", "adam", "sgd"]
 Scope: TypeAlias = Literal["blocks", "network"]
+BlockRounding: TypeAlias = Literal["nearest", "adaround"]
 Schedule: TypeAlias = Literal["cosine", "constant", "step", "one-cycle"]
 
 STEP = 16  # samples, where nothing else is said
@@ -52,6 +53,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         the blocks before compute.
     block_memory : int
         Megabytes of memory for the tensors between blocks; the others lie in temporary files.
+    rounding : {"nearest", "adaround"}
+        How the weights of a block learn: they and their scales move, and are rounded to the nearest
+        level; or they and their scales stay, and it is learned which level they are rounded to,
+        see `onnxqat.train.adaround`.
     epochs : int or None
         None: enough for about 2,000 steps, at most 10.
     batch_size : int or None
@@ -125,6 +130,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     block_samples: Count = 1024
     block_mix: Fraction = 0.5
     block_memory: Annotated[int, Meta(ge=0)] = 1024
+    rounding: BlockRounding = "nearest"
     epochs: Count | None = None
     batch_size: Count | None = None
     accumulate: Count | None = None
@@ -174,6 +180,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
     "optimizer": get_args(Optimizer),
+    "rounding": get_args(BlockRounding),
     "schedule": get_args(Schedule),
 }
 

@@ -177,7 +177,16 @@ def finetune(
 def _check_scope(config: Config, workers: Workers) -> None:
     """Refuse what block reconstruction cannot do, and settings that it would not heed."""
     if "blocks" not in config.scope:
+        if config.rounding != "nearest":
+            raise TrainingError(
+                f"--rounding {config.rounding} is of blocks. Pass --scope blocks, or leave it out."
+            )
         return
+    if config.rounding != "nearest" and config.optimizer == "sgd":
+        raise TrainingError(
+            f"--rounding {config.rounding} needs --optimizer adamw or adam: how far a variable of "
+            "rounding moves must not depend on the size of its gradient."
+        )
     if workers.size > 1:
         raise TrainingError(
             "--scope blocks runs in one process. Start it without mpirun, and the network's "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from onnxqat.pairs import dequantized_name, float_name, node_name, scale_name, z
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, quantized_range
 from onnxqat.quantized import QuantizedModel, insert_pairs
+from onnxqat.train.adaround import AdaRound
 from onnxqat.train.fake_quantize import DOMAIN, FakeQuantize
 from onnxqat.train.lowering import (
     CustomOp,
@@ -55,7 +56,8 @@ class TrainingForm:
     proto : onnx.ModelProto
         Inputs: the data, then weights and scales by name. Outputs: those of the model.
     weights : dict of str to float32 array
-        What is trained besides scales: weights, biases, normalisation parameters.
+        What is trained besides scales: weights, biases, normalisation parameters. Of a weight whose
+        rounding is learned, the variables of that.
     scales : dict of str to float32 array
         By `QuantPoint.parameters`; its input is named ``<parameters>/scale``.
     zero_points : dict of str to float32 array
@@ -64,6 +66,8 @@ class TrainingForm:
         The inputs that have gradients.
     observed : dict of str to tuple of str
         The activations that move a clipping range, by `QuantPoint.parameters`; none of a weight.
+    roundings : dict of str to AdaRound
+        The weights whose rounding is learned, by name.
     """
 
     proto: onnx.ModelProto
@@ -72,6 +76,7 @@ class TrainingForm:
     zero_points: dict[str, FloatArray]
     learned: frozenset[str]
     observed: dict[str, tuple[str, ...]]
+    roundings: dict[str, AdaRound] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, FloatArray]:
@@ -87,6 +92,7 @@ def training_form(
     method: Method = "lsq",
     read: str | None = None,
     asked: Collection[str] = (),
+    adaround: bool = False,
 ) -> TrainingForm:
     """Return the training form of a Q/DQ model.
 
@@ -100,13 +106,16 @@ def training_form(
         A tensor that the loss reads; the first output by default.
     asked : collection of str
         Constants to train whatever they are, see `onnxqat.train.trained`.
+    adaround : bool
+        Whether weights that nobody reads but their Q/DQ pair learn how they are rounded, and no
+        scale, see `onnxqat.train.adaround`.
 
     Raises
     ------
     TrainingError
         An op on the way from a parameter to an output has no right gradient.
     """
-    work, weights, builder = _build(model, method=method, read=read, asked=asked)
+    work, weights, builder = _build(model, method=method, read=read, asked=asked, adaround=adaround)
     if builder.refused:
         raise TrainingError(_refusal(builder.refused))
     work.metadata = {}
@@ -118,13 +127,16 @@ def training_form(
         proto.opset_import.append(helper.make_opsetid(domain, 1))
     made = TrainingForm(
         proto=proto,
-        weights=weights,
-        scales={name: p.scale for name, p in builder.params.items()},
+        weights=weights | {name: r.start() for name, r in builder.roundings.items()},
+        scales={
+            name: p.scale for name, p in builder.params.items() if name not in builder.roundings
+        },
         zero_points={
             name: builder.params[name].zero_point.astype(np.float32) for name in builder.moving
         },
         learned=frozenset({*weights, *builder.learned}),
         observed={name: tuple(tensors) for name, tensors in builder.observed.items()},
+        roundings=builder.roundings,
     )
     for name, value in made.parameters.items():
         if name not in weights:
@@ -177,6 +189,7 @@ def _build(
     method: Method = "lsq",
     read: str | None = None,
     asked: Collection[str] = (),
+    adaround: bool = False,
 ) -> tuple[Model, dict[str, FloatArray], _Builder]:
     """Return the Q/DQ model with the graph of its training form, and its weights.
 
@@ -189,6 +202,7 @@ def _build(
         work = model.qdq()
         weights = _make_inputs(work.graph, names)
         builder = _Builder(work.graph, model, set(weights), method, read)
+        builder.rounded = weights if adaround else {}
         builder.run()
         before = _before(model.floats.graph, builder.refused) - {p.tensor for p in plan.points}
         if before.isdisjoint(names):
@@ -250,6 +264,8 @@ class _Builder:
         self.observed: dict[str, list[str]] = {}
         self.dead: set[int] = set()
         self.ceilings: dict[str, float] = {}  # tensors whose point has the mask of their op too
+        self.rounded: dict[str, FloatArray] = {}  # weights that may learn their rounding
+        self.roundings: dict[str, AdaRound] = {}  # those that do
         self.reaching = reaching(graph, read)
 
     def run(self) -> None:
@@ -339,6 +355,11 @@ class _Builder:
                         reader.inputs[i] = source
             return []
         self.grid[target.name] = point.parameters
+        if self._learns_rounding(point, source):
+            rounding = AdaRound.of(self.rounded[source.name], self.params[source.name], point.spec)
+            self.roundings[source.name] = rounding
+            self.trained.add(target.name)
+            return rounding.nodes(source, target)
         variant = self._variant(point, source)
         gradient = variant.gradient_function(self.graph.opset)
         functions = [variant.function(self.graph.opset), *([gradient] if gradient else [])]
@@ -353,6 +374,11 @@ class _Builder:
         name = f"{point.tensor}/{variant.op_type}"
         inputs = [formal[i] for i in variant.inputs]
         return [gs.Node(variant.op_type, name, {}, inputs, [target], domain=DOMAIN)]
+
+    def _learns_rounding(self, point: QuantPoint, source: gs.Tensor) -> bool:
+        """Return whether the weight of a pair that was taken out learns its rounding."""
+        read = source.outputs or any(source is tensor for tensor in self.graph.outputs)
+        return source.name in self.rounded and point.group is None and not read
 
     def _method(self, point: QuantPoint) -> Method:
         """Return how the scale of a point moves.

@@ -30,6 +30,7 @@ FAST = {
     "threads": 1,
 }
 BOTH = FAST | {"scope": ("blocks", "network"), "epochs": 1}
+ROUNDED = FAST | {"rounding": "adaround", "block_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_blocks_that_do_not_help_are_not_kept(coarse, data):
     assert "the blocks were not kept: loss" in found.notes[-1]
 
 
-@pytest.mark.parametrize("settings", [FAST, BOTH], ids=["blocks", "both"])
+@pytest.mark.parametrize("settings", [FAST, BOTH, ROUNDED], ids=["blocks", "both", "adaround"])
 def test_a_stopped_run_goes_on_bit_for_bit(coarse, data, tmp_path, settings):
     """Stopped again and again, within blocks, between them and behind them."""
     config, path, stops = Config(**settings), tmp_path / "c", 0
@@ -227,7 +228,9 @@ def test_one_step_of_a_block_is_what_numpy_says(coarse):
         tensors = [("quantized", x_name, x), ("floats", x_name, x), ("floats", y_name, target)]
         found = Given(store, 8, tensors).samples
         loss = block_loss(found, [y_name])
-        training = BlockTraining(block, training_form(block, method="ste"), loss, config, ())
+        training = BlockTraining(
+            block, training_form(block, method="ste"), loss, config, still=(), steps=1
+        )
         feeds = training.feeds(found, np.arange(8), {x_name: x})
         value = training.step(iter([feeds]), 1.0, 0)
 
@@ -281,9 +284,9 @@ def test_parameters_of_an_earlier_block_stay(coarse):
         tensors = [("quantized", x_name, x), ("floats", x_name, x), ("floats", y_name, target)]
         found = Given(store, 8, tensors).samples
         loss = block_loss(found, [y_name])
-        training = BlockTraining(block, training_form(block), loss, config, {w_name})
+        training = BlockTraining(block, training_form(block), loss, config, still={w_name}, steps=5)
         before = {name: value.copy() for name, value in training.values.items()}
-        list(training.run(found, 5, (0, 0)))
+        list(training.run(found, (0, 0), error=1.0))
 
     np.testing.assert_array_equal(training.values[w_name], before[w_name])
     assert not np.array_equal(training.values[b_name], before[b_name])

@@ -5,6 +5,7 @@
 `parts`               a block as a model of its own
 `activations`         tensors of the samples between the blocks, in memory and on disk
 `block`               the training of one block
+`rounding`            the rounding of its weights, where that is learned
 `run`                 all blocks, one after the other
 ====================  ============================================================================
 """

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray
 from onnxqat.quantized import QuantizedModel
+from onnxqat.train.blocks.rounding import LearnedRounding
 from onnxqat.train.blocks.samples import Samples
 from onnxqat.train.config import Config
 from onnxqat.train.engine import StepSession
@@ -61,6 +62,8 @@ class BlockTraining:
         Optimizer, rates, batch size, steps; ``lr`` is set.
     still : collection of str
         Parameters that stay as they are: an earlier block has tuned them.
+    steps : int
+        How many are taken.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class BlockTraining:
         loss: Loss,
         config: Config,
         still: Collection[str],
+        steps: int,
     ) -> None:
         self.form, self.loss, self.config, self.still = form, loss, config, frozenset(still)
+        self.steps = steps
         size, threads = config.samples, config.threads
         self.session = StepSession(form, loss, batch_size=size, threads=threads)
         session = self.session
@@ -79,6 +84,7 @@ class BlockTraining:
             form, session.values, session.gradients, model, config, part=True, still=still
         )
         self.ranges = Ranges(form, session.values, model, config.averaging_constant)
+        self.rounding = LearnedRounding(form, session, self.updater, steps)
 
     @property
     def tuned(self) -> set[str]:
@@ -87,8 +93,8 @@ class BlockTraining:
 
     @property
     def values(self) -> Mapping[str, FloatArray]:
-        """The parameters as they are now, by name."""
-        return self.session.values.views
+        """The parameters as they are now, by name; weights as they are rounded."""
+        return self.session.values.views | self.rounding.weights()
 
     def feeds(self, samples: Samples, rows: NDArray[np.int64], inputs: Feeds) -> Feeds:
         """Return what the session takes: inputs, and the outputs of the float model."""
@@ -110,6 +116,7 @@ class BlockTraining:
         loss = float(np.mean(losses))
         if not math.isfinite(loss) or not_finite(gradients.views, gradients.buffer):
             return math.nan
+        self.rounding.press(number)
         self.updater.step(factor, number)
         self.ranges.step(Workers(), lambda name: self._frozen(name, number))
         return loss
@@ -119,6 +126,10 @@ class BlockTraining:
 
     def error(self, samples: Samples) -> float:
         """Return the mean loss over samples, all inputs being those of the quantized network."""
+        with self.rounding.decided():
+            return self._error(samples)
+
+    def _error(self, samples: Samples) -> float:
         session, losses = self.session, []
         inputs = [name for name in session.inputs if name in samples.quantized]
         inputs += [name for name in session.inputs if name in samples.constants]
@@ -129,8 +140,17 @@ class BlockTraining:
             losses.append(session.run(self.feeds(samples, rows, taken)))
         return float(np.mean(losses))
 
-    def run(self, samples: Samples, steps: int, seed: tuple[int, ...]) -> Iterator[float]:
-        """Train, and yield the loss of each step."""
+    def run(self, samples: Samples, seed: tuple[int, ...], error: float) -> Iterator[float]:
+        """Train, and yield the loss of each step.
+
+        Parameters
+        ----------
+        seed : tuple of int
+            Of the order of samples, and of what is mixed in.
+        error : float
+            That of the block before, see `error`.
+        """
+        self.rounding.error = error
         inputs = [n for n in self.session.inputs if n in (*samples.quantized, *samples.constants)]
         inputs.sort()  # the draws follow their order
         rng, parts = np.random.default_rng(seed), self.config.batches
@@ -142,9 +162,9 @@ class BlockTraining:
                 mixed = samples.mixed(inputs, rows, self.config.block_mix, rng)
                 yield self.feeds(samples, rows, mixed)
 
-        first = min(RECENT_STEPS, steps // 10)  # fill Adam's means, and change nothing
-        for number in range(steps):
-            factor = rate_factor(self.config, number, steps, first=first)
+        first = min(RECENT_STEPS, self.steps // 10)  # fill Adam's means, and change nothing
+        for number in range(self.steps):
+            factor = rate_factor(self.config, number, self.steps, first=first)
             yield self.step(batches(), factor, number)
 
     @staticmethod

@@ -299,7 +299,7 @@ class Reconstruction:
         before, steps = training.error(judges), self._steps()
         seed, finite = (self.config.seed, number), True
         recent: list[float] = []
-        for step, value in enumerate(training.run(samples, steps, seed), start=1):
+        for step, value in enumerate(training.run(samples, seed, before), start=1):
             finite = finite and math.isfinite(value)
             recent = [*recent, value][-RECENT_STEPS:]
             self.loss = float(np.mean(recent))
@@ -322,10 +322,18 @@ class Reconstruction:
         if loss is None:
             return None
         read = loss.terms[0].output
-        form = training_form(model, method=self.config.method, read=read, asked=self.asked)
+        form = training_form(
+            model,
+            method=self.config.method,
+            read=read,
+            asked=self.asked,
+            adaround=self.config.rounding == "adaround",
+        )
         if not form.learned - {*self.record.tuned}:
             return None
-        return BlockTraining(model, form, loss, self.config, self.record.tuned)
+        return BlockTraining(
+            model, form, loss, self.config, still=self.record.tuned, steps=self._steps()
+        )
 
     def _tell(self, number: int, step: int, steps: int, loss: float) -> None:
         total = len(self.network.blocks)

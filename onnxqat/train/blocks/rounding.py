@@ -1,0 +1,93 @@
+"""The rounding of a block's weights in training, see `onnxqat.train.adaround`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from onnxqat.qparams import FloatArray
+from onnxqat.train.adaround import regularizer_gradient
+from onnxqat.train.engine import StepSession
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.optimization.updater import Updater
+
+__all__ = ["LearnedRounding"]
+
+TRAVEL = 10.0  # how far a variable can move in all steps together; h = 0 and h = 1 lie 4.8 apart
+# The pressure to decide: none at first, then beta falls, and it reaches from the variables that
+# nearly have decided to all of them (Nagel et al. 2020, section 3.3).
+FREE_STEPS = 0.2  # share of the steps without
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+PRESSURE = 100.0  # weight of the regularizer, per unit of the block's error with nearest rounding
+
+
+class LearnedRounding:
+    """The variables of rounding of one block.
+
+    Parameters
+    ----------
+    form : TrainingForm
+        Says which they are.
+    session : StepSession
+        Has their values and gradients.
+    updater : Updater
+        Moves them; their rates are set.
+    steps : int
+        How many are taken.
+
+    Attributes
+    ----------
+    moving : dict of str to AdaRound
+        The weights whose rounding moves: neither frozen, nor without a way to the loss.
+    error : float
+        That of the block before training, in units of its loss.
+    """
+
+    def __init__(
+        self, form: TrainingForm, session: StepSession, updater: Updater, steps: int
+    ) -> None:
+        self.roundings, self.steps, self.error = form.roundings, steps, 0.0
+        self.values, self.gradients = session.values.views, session.gradients.views
+        rates = updater.rates
+        self.moving = {
+            name: rounding
+            for name, rounding in self.roundings.items()
+            if name in rates and not rates[name].frozen(0)
+        }
+        for name in self.moving:
+            updater.units[name] = 1.0
+            rates[name].weight_decay = 0.0  # its weight stays
+            if rates[name].lr == updater.lr:  # no group says otherwise
+                rates[name].lr = TRAVEL / steps
+        for name in self.roundings.keys() - self.moving.keys():
+            self.values[name][...] = self.roundings[name].decided(self.values[name])
+
+    def press(self, number: int) -> None:
+        """Add the gradient of the regularizer to those of the variables, for step ``number``."""
+        done = (number / self.steps - FREE_STEPS) / (1 - FREE_STEPS)
+        if done < 0:
+            return
+        beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * done
+        weight = np.float32(PRESSURE * self.error)
+        for name in self.moving:
+            self.gradients[name] += weight * regularizer_gradient(self.values[name], beta)
+
+    @contextmanager
+    def decided(self) -> Iterator[None]:
+        """Let weights be rounded as they would be if training ended now."""
+        variables = {name: self.values[name].copy() for name in self.moving}
+        try:
+            for name, rounding in self.moving.items():
+                self.values[name][...] = rounding.decided(self.values[name])
+            yield
+        finally:
+            for name, values in variables.items():
+                self.values[name][...] = values
+
+    def weights(self) -> dict[str, FloatArray]:
+        """Return the weights, on their grid where their rounding moves."""
+        found = {name: rounding.weight for name, rounding in self.roundings.items()}
+        moved = {name: r.rounded(self.values[name]) for name, r in self.moving.items()}
+        return found | moved
