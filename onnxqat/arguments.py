@@ -6,6 +6,7 @@ leaves the rest.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = [
     "take_source",
 ]
 
+TEXT = ("tokenizer", "text_fields", "max_tokens")
+
 
 def take_settings(options: dict[str, Any]) -> Settings:
     """Take what is stored about the data out of a command's arguments."""
@@ -37,10 +40,18 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 def take_source(source: str | None, options: dict[str, Any]) -> Any:
     """Take the data, and what is said of them alone, out of a command's arguments."""
+    from onnxqat.data import Text
+    from onnxqat.errors import OptionError
     from onnxqat.verbs import DataSource
 
-    names = ("layout", "skip_broken", "truth", "boxes")
+    names = ("layout", "skip_broken", "truth", "boxes", "masks", "split")
     said = {name: options.pop(name) for name in names if name in options}
+    said["samples"] = options.pop("data_samples", None)
+    tokenizer, fields, length = (options.pop(name, None) for name in TEXT)
+    if tokenizer is not None:
+        said["text"] = Text(tokenizer=Path(tokenizer), fields=fields or (), length=length)
+    elif fields is not None or length is not None:
+        raise OptionError("--text, --max-tokens: need --tokenizer.")
     return None if source is None else DataSource(source=source, **said)
 
 

@@ -31,18 +31,20 @@ __all__ = [
     "relu6_option",
     "rule_options",
     "run_options",
+    "samples_option",
     "search_options",
     "seed_option",
     "shape_options",
     "table_option",
     "teacher_option",
+    "train_samples_option",
     "trainable_option",
     "training_options",
     "truth_options",
     "weights_option",
 ]
 
-AUGMENTATIONS = ("flip", "crop")
+AUGMENTATIONS = ("flip", "crop", "resized-crop", "jitter")
 SCOPES = (("network",), ("blocks",), ("blocks", "network"))
 
 
@@ -119,8 +121,18 @@ def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | No
     chosen = tuple(part.strip() for part in value.split(","))
     for name in chosen:
         if name not in AUGMENTATIONS:
-            raise click.BadParameter(f"unknown '{name}'; {' and '.join(AUGMENTATIONS)} exist")
+            raise click.BadParameter(f"unknown '{name}'; {', '.join(AUGMENTATIONS)} exist")
     return chosen
+
+
+def _fields(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
+    """Read ``question,context``."""
+    if value is None:
+        return None
+    names = tuple(part.strip() for part in value.split(","))
+    if len(names) > 2 or not all(names):
+        raise click.BadParameter(f"'{value}' is not one field, nor two such as question,context")
+    return names
 
 
 def _widths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
@@ -155,6 +167,7 @@ def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
 
 _images = under("Preprocessing")
 _data = under("Data")
+_text = under("Text")
 _running = under("Running")
 _calibration = under("Calibration")
 _repair = under("Repair before training")
@@ -176,6 +189,8 @@ data_options = _options(
             help="Multiply by this scale after the mean, one number per channel."),
     _images("--resize-dims", metavar="H,W", callback=_size,
             help="Resize images to this height and width."),
+    _images("--resize-by", type=click.Choice(["pillow", "opencv"]),
+            help="Resize bilinearly as this package does (default pillow)."),
     _images("--crop", metavar="H,W", callback=_size,
             help="Cut this height and width from the middle of each image."),
     _images("--keep-aspect-ratio", is_flag=True, default=None,
@@ -185,6 +200,9 @@ data_options = _options(
     _images("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"]),
             help="Order of the colour channels that the model expects (default rgb). --mean and "
             "--scale are given in this order."),
+    _data("--split", type=click.Choice(["train", "val", "test"]),
+          help="Read this part of a folder that is divided into parts (default: train where a "
+          "command learns, val where it measures)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
           help="Layout of image arrays; needed only where their shape fits both."),
     _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",
@@ -194,7 +212,15 @@ data_options = _options(
           help="Read the class index of each folder name from FILE: one name a line, JSON, or CSV "
           "of name and index."),
     _data("--skip-broken", is_flag=True,
-          help="Skip images that cannot be read, and name each one."),
+          help="Skip files that cannot be read, and name each one."),
+    _text("--tokenizer", metavar="FILE",
+          help="Turn the texts of .jsonl data into tokens by this tokenizer.json."),
+    _text("--text", "text_fields", callback=_fields, metavar="FIELD,...",
+          help="Read the text from this field, or from two (default: text, question,context and "
+          "other usual names)."),
+    _text("--max-tokens", type=click.IntRange(1), metavar="N",
+          help="Pad or cut each sample to N tokens (default: the model's own length where it is "
+          "fixed, else that of the longest sample, at most 512)."),
 )  # fmt: skip
 
 
@@ -255,7 +281,24 @@ truth_options = _options(
     _data("--boxes", metavar="PATH",
           help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy of "
           "rows (image, class, cx, cy, w, h) (default: labels beside images, if there is one)."),
+    _data("--masks", metavar="DIR",
+          help="Folder with a mask of each image: an image file or .npy with the class of each "
+          "pixel (default: masks beside images, if there is one)."),
 )  # fmt: skip
+samples_option = _data(
+    "--samples",
+    "data_samples",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Read N samples, spread evenly over DATA (default: all).",
+)
+train_samples_option = _training(
+    "--train-samples",
+    "data_samples",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train on N samples, spread evenly over DATA (default: all).",
+)
 decode_option = _measure(
     "--decode",
     metavar="NAME",
@@ -330,7 +373,8 @@ training_options = _options(
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
-              help="Change training images at random: flip, crop or flip,crop (default: none)."),
+              help="Change training images at random, and their boxes and masks along: flip, crop, "
+              "resized-crop, jitter or several (default: none)."),
     _training("--ema", type=click.FloatRange(0, 1, max_open=True), metavar="DECAY",
               help="Evaluate and keep the moving average of weights and scales with this decay "
               "(default: no average)."),

@@ -46,6 +46,7 @@ class Settings(
     scale: tuple[float, ...] | None = None
     resize_dims: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    resize_by: Literal["pillow", "opencv"] | None = None
     keep_aspect_ratio: bool | None = None
     pad_value: float | None = None
     pixel_format: Literal["rgb", "bgr", "gray"] | None = None

@@ -24,6 +24,7 @@ from onnxqat.options import (
     output_option,
     relu6_option,
     run_options,
+    samples_option,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = ["equalize"]
     "--data", metavar="DATA", help="Compare the outputs on DATA (default: on random values)."
 )
 @relu6_option
+@samples_option
 @data_options
 @run_options(32)
 @output_option("Write the float model here (default: MODEL with .equalized before its suffix).")

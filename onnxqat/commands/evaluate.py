@@ -19,7 +19,7 @@ from onnxqat.commands.common import (
     print_result,
 )
 from onnxqat.help_text import command, under
-from onnxqat.options import data_options, json_option, metric_options, run_options
+from onnxqat.options import data_options, json_option, metric_options, run_options, samples_option
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ __all__ = ["evaluate"]
     help="Exit with 1 if top-1 is lower than that of --against by more than this fraction.",
 )
 @metric_options
+@samples_option
 @data_options
 @run_options(32)
 @json_option

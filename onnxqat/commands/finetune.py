@@ -38,6 +38,7 @@ from onnxqat.options import (
     run_options,
     seed_option,
     teacher_option,
+    train_samples_option,
     training_options,
 )
 from onnxqat.terminal import say
@@ -62,6 +63,7 @@ __all__ = ["finetune"]
     help="Choose the best epoch on this data (default: 10 % of DATA, held out of training).",
 )
 @teacher_option
+@train_samples_option
 @training_options
 @checkpoint_options
 @keep_epochs_option
@@ -100,7 +102,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
         result = verbs.finetune(
             model,
             source,
-            validation=None if val_data is None else replace(source, source=val_data),
+            validation=None if val_data is None else _validation(source, val_data),
             teacher=teacher,
             settings=settings,
             config=take_config(options),
@@ -116,6 +118,11 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
         _finish(result.model, target, force, checkpoints)
         _print_finetuned(result, target, epochs.files if epochs else (), as_json)
     workers.leave()
+
+
+def _validation(source: Any, data: str) -> Any:
+    """Return validation data, of which the same is said as of DATA but for its size and part."""
+    return replace(source, source=data, samples=None, split=None)
 
 
 def _kept_epochs(target: str, count: int | None, *, force: bool) -> KeptEpochs | None:
@@ -239,6 +246,7 @@ def _print_finetuned(
         "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "seconds": round(result.seconds, 1),
+        "waiting_for_data": result.waiting,
         "notes": list(result.notes),
         "epoch_files": list(epochs),
         "output": target,
@@ -255,11 +263,18 @@ def _print_finetuned(
         *_rows_of_training(result),
         ("kept", f"{result.kept}, chosen by {result.selection.figure}"),
         ("seconds", document["seconds"]),
+        *_waiting_row(result),
         *(("note", note) for note in result.notes),
         *(("epoch file", path) for path in epochs),
         ("output", target),
     ]
     print_result(document, as_json, rows)
+
+
+def _waiting_row(result: Finetuned) -> list[tuple[str, Any]]:
+    if result.waiting is None:
+        return []
+    return [("waiting for data", f"{100 * result.waiting:.0f} % of the time of the steps")]
 
 
 def _rows_of_training(result: Finetuned) -> list[tuple[str, Any]]:

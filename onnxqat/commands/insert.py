@@ -72,7 +72,9 @@ def insert(model: str, rules: str, data: str | None, plan_only: bool, equalize: 
     from onnxqat.files import check_writable
     from onnxqat.parallel import Workers
 
-    _refuse_given("data", data, "observer", "samples", "layout", "skip_broken", "bias_correction")
+    _refuse_given(
+        "data", data, "observer", "samples", "layout", "split", "skip_broken", "bias_correction"
+    )
     _refuse_given("equalize", equalize, "relu6")
     target = output or renamed(model, "qdq")
     workers = join() if data and not plan_only else Workers()

@@ -86,9 +86,9 @@ def _label(ctx: click.Context, name: str) -> str:
 
 
 def _is_sample(path: Path, folder: Path) -> bool:
-    """Return whether a file is a sample (an image or .npz file) in a folder of data."""
-    from onnxqat.data.images import is_image
+    """Return whether a file is a sample (an image or an array) in a folder of data."""
+    from onnxqat.data.sample_files import is_sample
 
     if not (path.is_file() and folder.is_dir() and path.resolve().is_relative_to(folder.resolve())):
         return False
-    return is_image(path) or path.suffix.lower() == ".npz"
+    return is_sample(path) or path.suffix.lower() == ".npz"

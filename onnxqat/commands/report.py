@@ -18,6 +18,7 @@ from onnxqat.options import (
     metric_options,
     output_option,
     run_options,
+    samples_option,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = ["report"]
     help="Use this rule file for the integer mode on DATA (default: the bundled rule of MODEL).",
 )
 @metric_options
+@samples_option
 @data_options
 @run_options(32)
 @output_option("Write the HTML page here (default: MODEL with the suffix .html).")

@@ -73,7 +73,7 @@ def search(model: str, data: str, val_data: str | None, output: str | None, forc
     result = verbs.search(
         loaded,
         source,
-        val_data=None if val_data is None else replace(source, source=val_data),
+        val_data=None if val_data is None else replace(source, source=val_data, split=None),
         settings=take_settings(options),
         listener=listener_of(Workers()),
         **options,

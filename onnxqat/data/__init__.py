@@ -6,19 +6,24 @@ Knows nothing of ONNX graphs: a model is here a list of `InputSpec`.
 from __future__ import annotations
 
 from onnxqat.data.arrays import BrokenError
-from onnxqat.data.augmentation import augment
+from onnxqat.data.augmentation import Augmentation, augment
+from onnxqat.data.batch import Batch
 from onnxqat.data.classes import check_count, read_classes
-from onnxqat.data.dataset import Batch, DataSet, split
+from onnxqat.data.dataset import DataSet
+from onnxqat.data.division import split
 from onnxqat.data.feeds import InputSpec, check_preprocessing
 from onnxqat.data.loader import open_data
 from onnxqat.data.preprocess import Preprocessing
+from onnxqat.data.request import Text
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "BrokenError",
     "DataSet",
     "InputSpec",
     "Preprocessing",
+    "Text",
     "augment",
     "check_count",
     "check_preprocessing",

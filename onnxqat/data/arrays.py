@@ -59,6 +59,9 @@ class Source(Protocol):
     keys: tuple[str, ...]
     classes: Mapping[str, int] | None
     broken: Set[int]  # samples that turned out to be unreadable, and may be left out
+    decoded: Set[str]  # arrays of decoded images: NHWC, resized and cropped already
+    extras: Set[str]  # arrays that are neither inputs nor labels, unless they are named
+    moved: Set[str]  # arrays of places in the images, which augmentation moves along
 
     def count(self, keys: Sequence[str]) -> int:
         """Return the number of samples, once the arrays that will be read are found sound."""
@@ -125,6 +128,9 @@ class ArraySource:
 
     classes: Mapping[str, int] | None = None
     broken: Set[int] = frozenset()
+    decoded: Set[str] = frozenset()
+    extras: Set[str] = frozenset()
+    moved: Set[str] = frozenset()
 
     def __init__(self, name: str, parts: Sequence[Part], scratch: Scratch) -> None:
         self.name, self.keys = name, parts[0].keys

@@ -29,7 +29,7 @@ from onnxqat.data.arrays import reason
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 
-__all__ = ["COLUMNS", "labels_beside", "read_boxes"]
+__all__ = ["COLUMNS", "coco_images", "labels_beside", "read_boxes"]
 
 COLUMNS = 6  # class, cx, cy, w, h, crowd
 NOTHING = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -73,13 +73,13 @@ def labels_beside(folder: Path) -> Path | None:
     return None
 
 
-def read_boxes(source: Path, images: Sequence[Path]) -> NDArray[np.float64]:
+def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float64]:
     """Return the boxes of each image.
 
     Parameters
     ----------
-    source : Path
-        See above.
+    source : Path or None
+        See above; None: ``labels`` beside the folder of each image.
     images : sequence of Path
         In the order of the samples.
 
@@ -94,23 +94,32 @@ def read_boxes(source: Path, images: Sequence[Path]) -> NDArray[np.float64]:
     DataError
         The source cannot be read, or a box is none.
     """
+    where = "labels" if source is None else source
     try:
-        if source.is_dir():
-            rows = [_yolo(source / f"{image.stem}.txt") for image in images]
+        if source is None:
+            rows = [_yolo(labels, image.stem) for labels, image in _labels_of(images)]
+        elif source.is_dir():
+            rows = [_yolo(source, image.stem) for image in images]
         elif source.suffix.lower() == ".json":
             rows = _coco(source, images)
         else:
             rows = _table(source, len(images))
-        return _padded(source, rows)
+        return _padded(where, rows)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         raise DataError(
-            f"{source}: cannot be read as boxes ({reason(error)}). Give a folder of YOLO's .txt "
+            f"{where}: cannot be read as boxes ({reason(error)}). Give a folder of YOLO's .txt "
             "files, a .json file of COCO, or an .npy file of rows (image, class, cx, cy, w, h)."
         ) from error
 
 
-def _yolo(path: Path) -> list[tuple[float, ...]]:
-    if not path.exists():
+def _labels_of(images: Sequence[Path]) -> list[tuple[Path | None, Path]]:
+    """Return the folder of labels beside that of each image, if there is one, and the image."""
+    found = {folder: labels_beside(folder) for folder in {image.parent for image in images}}
+    return [(found[image.parent], image) for image in images]
+
+
+def _yolo(folder: Path | None, stem: str) -> list[tuple[float, ...]]:
+    if folder is None or not (path := folder / f"{stem}.txt").exists():
         return []
     rows = []
     for number, line in enumerate(_bytes(path).decode().splitlines(), start=1):
@@ -126,7 +135,7 @@ def _yolo(path: Path) -> list[tuple[float, ...]]:
 
 
 def _coco(path: Path, images: Sequence[Path]) -> Rows:
-    document = msgspec.json.decode(_bytes(path), type=_Coco)
+    document = _coco_document(path)
     classes = {one: i for i, one in enumerate(sorted({c.id for c in document.categories}))}
     named = {Path(image.file_name).name: image for image in document.images}
     found: dict[int | str, list[_Annotation]] = {}
@@ -146,6 +155,30 @@ def _coco(path: Path, images: Sequence[Path]) -> Rows:
             ]
         )
     return rows
+
+
+def _coco_document(path: Path) -> _Coco:
+    return msgspec.json.decode(_bytes(path), type=_Coco)
+
+
+def coco_images(path: Path) -> list[str]:
+    """Return the file names of a COCO file's images, in their order.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, or has none.
+    """
+    try:
+        names = [image.file_name for image in _coco_document(path).images]
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        raise DataError(
+            f"{path}: cannot be read as COCO's instances ({reason(error)}). Give a file with "
+            "images, annotations and categories."
+        ) from error
+    if not names:
+        raise DataError(f"{path}: has no images. Check how it was written.")
+    return names
 
 
 def _relative(box: tuple[float, ...], image: _Image) -> tuple[float, ...]:
@@ -174,7 +207,7 @@ def _bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _padded(source: Path, rows: Rows) -> NDArray[np.float64]:
+def _padded(where: str | Path, rows: Rows) -> NDArray[np.float64]:
     most = max((len(boxes) for boxes in rows), default=0)
     if most > MOST:
         raise ValueError(f"an image has {most} objects")
@@ -189,7 +222,7 @@ def _padded(source: Path, rows: Rows) -> NDArray[np.float64]:
     if wrong.any():
         box = ", ".join(f"{value:g}" for value in given[wrong][0][:5])
         raise DataError(
-            f"{source}: the box ({box}) is none. Store class, cx, cy, w and h, relative to the "
+            f"{where}: the box ({box}) is none. Store class, cx, cy, w and h, relative to the "
             "image."
         )
     return found

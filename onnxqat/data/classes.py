@@ -188,18 +188,20 @@ def refuse_splits(folder: Path, found: Sequence[str], known: Mapping[str, int] |
 
 
 def class_indices(
-    folder: Path, found: Sequence[str], classes: Classes
+    where: Path, found: Sequence[str], classes: Classes, kind: str = "folders"
 ) -> tuple[list[int], dict[str, int] | None]:
-    """Return the class index of each folder, and the index of each name where names count.
+    """Return the class index of each name, and the index of each name where names count.
 
     Parameters
     ----------
-    folder : Path
-        What holds the folders.
+    where : Path
+        The folder that holds the folders, or the list that holds the names.
     found : sequence of str
-        Their names, sorted.
+        The names, sorted.
     classes : Classes
-        A list, if there is one, and how many classes the model has.
+        A list of classes, if there is one, and how many the model has.
+    kind : str
+        What has the names, in the plural.
 
     Raises
     ------
@@ -210,15 +212,15 @@ def class_indices(
     known, count = classes.known, classes.count
     numeric = all(name.isascii() and name.isdecimal() for name in found)
     if known is not None and (not numeric or any(name.isdecimal() for name in known)):
-        return [_looked_up(folder, name, known) for name in found], dict(known)
+        return [_looked_up(where, name, known) for name in found], dict(known)
     if numeric:
-        return _numbers(folder, found, count), None
+        return _numbers(where, found, count), None
     if len(found) != count:
         has = "the number of the model's classes is not known"
         if count is not None:
             has = f"the model has {count} classes"
         raise DataError(
-            f"{folder}: has {len(found)} folders ({names(found[:3])}, ...), and {has}, so that "
+            f"{where}: has {len(found)} {kind} ({names(found[:3])}, ...), and {has}, so that "
             "their order does not say which class each is. Give --classes FILE with a name for "
             "each index, or --label none."
         )
@@ -248,7 +250,7 @@ def _looked_up(folder: Path, name: str, known: Mapping[str, int]) -> int:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0)
     raise DataError(
         f"{folder / name}: is not in the list of {len(known)} classes; the nearest name is "
-        f"{names(near)}. Rename the folder, or give --classes FILE with its name."
+        f"{names(near)}. Rename it, or give --classes FILE with its name."
     )
 
 

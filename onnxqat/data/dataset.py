@@ -2,86 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from onnxqat.data.ahead import prefetched
 from onnxqat.data.arrays import BrokenError, Header, Source, names
+from onnxqat.data.batch import Batch
 from onnxqat.data.batching import Batching, Value
 from onnxqat.data.feeds import Feed, InputSpec
 from onnxqat.data.preprocess import Preprocessing, Said
 from onnxqat.errors import DataError
 
-__all__ = ["Batch", "DataSet", "Intake", "split"]
+__all__ = ["DataSet", "Intake"]
 
-T = TypeVar("T")
 DEFAULT_SIZE = 32  # of a batch, where neither the model nor the user says
-# Of a tensor's largest magnitude: what two equal samples of one batch may differ by.
-EQUAL = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class Batch:
-    """Samples ready to feed.
-
-    Attributes
-    ----------
-    inputs : dict of str to array
-        By model input, in its dtype and layout, C-contiguous. The first axis of inputs that take
-        samples has length ``size``.
-    labels : int64 of shape (n,), or None
-        Class indices, 0 or above.
-    indices : int64 of shape (n,)
-        Positions of the samples in the `DataSet` that gave the batch.
-    size : int
-        How many samples the model is fed: n, or more where it takes a fixed number. The samples
-        from n on repeat the first ones, and do not count.
-    arrays : dict of str to array
-        Those that `DataSet.with_arrays` asked for, ``size`` samples too.
-    """
-
-    inputs: dict[str, NDArray[Any]]
-    labels: NDArray[np.int64] | None
-    indices: NDArray[np.int64]
-    size: int
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-    def counting(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return what a tensor of the model holds of the samples that count.
-
-        The axis that the samples lie along is the first whose last entries repeat the first ones,
-        as the samples do. A tensor that has none is returned whole.
-
-        Parameters
-        ----------
-        values : array
-            What the model computed for `inputs`.
-        """
-        count, size = len(self.indices), self.size
-        if count == size:
-            return values
-        for axis, length in enumerate(values.shape):
-            if length % size == 0:
-                ordered = np.moveaxis(values, axis, 0)
-                samples = ordered.reshape(size, length // size, *ordered.shape[1:])
-                if _equal(samples[count:], samples[np.arange(size - count) % count]):
-                    counted = ordered[: count * (length // size)]
-                    return np.ascontiguousarray(np.moveaxis(counted, 0, axis))
-        return values
-
-
-def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if a.dtype.kind != "f":
-        return np.array_equal(a, b)
-    return np.allclose(
-        a, b, rtol=0, atol=EQUAL * float(np.max(np.abs(b), initial=0)), equal_nan=True
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +129,22 @@ class DataSet:
         """
         chosen = self._indices[_checked_indices(indices, len(self))]
         return self._view(chosen, self._arrays)
+
+    @property
+    def moved_arrays(self) -> Set[str]:
+        """The arrays of places in the images, which augmentation moves along."""
+        return self._source.moved
+
+    @property
+    def pixels(self) -> dict[str, Preprocessing | None]:
+        """By input, what makes its values of pixels from 0 to 255; None where they are none."""
+        return {
+            feed.spec.name: feed.preprocessing if self._of_pixels(feed) else None
+            for feed in self._intake.feeds
+        }
+
+    def _of_pixels(self, feed: Feed) -> bool:
+        return feed.data_layout is not None and self.array(feed.key).dtype == np.uint8
 
     @property
     def array_names(self) -> tuple[str, ...]:
@@ -318,6 +273,7 @@ class DataSet:
         indices: NDArray[np.int64] | None = None,
         drop_last: bool = False,
         full: bool = False,
+        change: Callable[[int, Batch], Batch] | None = None,
     ) -> Iterator[Batch]:
         """Yield batches, the next one being prepared in a thread meanwhile.
 
@@ -334,6 +290,9 @@ class DataSet:
             What is done about samples that cannot be read, where that is no error: others of the
             batch take their place, for a training that needs so many; by default the batch has
             fewer, or is left out.
+        change : callable, optional
+            Takes the number of a batch, from 0, and the batch; what it returns takes its place. It
+            runs ahead, in other threads.
 
         Raises
         ------
@@ -344,10 +303,21 @@ class DataSet:
         size = self.batch_size(batch_size)
         order = np.arange(len(self)) if indices is None else _checked_indices(indices, len(self))
         stop = len(order) - len(order) % size if drop_last else len(order)
-        return _prefetched(
-            partial(self._read, order[start : start + size], self.fixed_batch, full=full)
-            for start in range(0, stop, size)
+        return prefetched(
+            partial(self._prepared, number, order[start : start + size], full=full, change=change)
+            for number, start in enumerate(range(0, stop, size))
         )
+
+    def _prepared(
+        self,
+        number: int,
+        positions: NDArray[np.int64],
+        *,
+        full: bool,
+        change: Callable[[int, Batch], Batch] | None,
+    ) -> Batch | None:
+        batch = self._read(positions, self.fixed_batch, full=full)
+        return batch if batch is None or change is None else change(number, batch)
 
     def broken(self, indices: ArrayLike) -> int:
         """Return how many of the samples at ``indices`` turned out to be unreadable."""
@@ -418,56 +388,3 @@ def _checked_indices(indices: ArrayLike, count: int) -> NDArray[np.int64]:
     if array.min() < 0 or array.max() >= count:
         raise IndexError(f"indices must lie in [0, {count})")
     return array.astype(np.int64)
-
-
-def _prefetched(jobs: Iterable[Callable[[], T | None]]) -> Iterator[T]:
-    """Yield what the jobs return, the next one running in a thread while a result is used.
-
-    What is None is left out.
-    """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnxqat-data")
-    try:
-        ahead: Future[T | None] | None = None
-        for job in jobs:
-            current, ahead = ahead, pool.submit(job)
-            if current is not None and (result := current.result()) is not None:
-                yield result
-        if ahead is not None and (result := ahead.result()) is not None:
-            yield result
-    finally:  # also when the caller gives up, or a job failed
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def split(count: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide samples at random.
-
-    Parameters
-    ----------
-    count : int
-        Number of samples.
-    fraction : float
-        Share to hold out, in [0, 1); the number is rounded to the nearest.
-    seed : int
-        The same seed gives the same division.
-
-    Returns
-    -------
-    train, held_out : int64 of shape (n,)
-        Sorted; together every index below ``count`` once.
-
-    Raises
-    ------
-    DataError
-        The fraction is out of range.
-
-    Examples
-    --------
-    >>> train, held_out = split(10, 0.2, seed=0)
-    >>> len(train), len(held_out)
-    (8, 2)
-    """
-    if not 0 <= fraction < 1:
-        raise DataError(f"held-out fraction: {fraction} is not in [0, 1). Give 0.1, for instance.")
-    order = np.random.default_rng(seed).permutation(count)
-    held_out = round(count * fraction)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -14,19 +14,18 @@ from onnxqat.data.batching import batching, make_value
 from onnxqat.data.classes import Classes, check_count, read_classes
 from onnxqat.data.dataset import DataSet, Intake
 from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
-from onnxqat.data.function import FUNCTION, open_arrays, open_function
-from onnxqat.data.images import BOXES, SIZE, ImageFolder, is_image
-from onnxqat.data.npz import open_npz
+from onnxqat.data.folders import LABEL_NAMES
+from onnxqat.data.function import open_arrays
 from onnxqat.data.preprocess import Preprocessing, Said
+from onnxqat.data.request import Request, Text
+from onnxqat.data.sources import open_source
 from onnxqat.errors import DataError
-from onnxqat.files import check_readable
 
 __all__ = ["open_data"]
 
 Arrays: TypeAlias = Mapping[str, ArrayLike]
 
 IN_PYTHON = "the data"  # what messages call data that have no name
-LABEL_NAMES = ("label", "labels", "y")
 NO_LABELS = "none"  # as a label's name, unless an array is called so
 
 
@@ -43,19 +42,22 @@ def open_data(
     skip_broken: bool = False,
     truth: Mapping[str, str] | None = None,
     boxes: str | Path | None = None,
+    masks: str | Path | None = None,
+    split: str | None = None,
+    text: Text | None = None,
 ) -> DataSet:
     """Open data for a model.
 
     Parameters
     ----------
     source : str, Path, mapping of str to array, or iterable of such mappings
-        An ``.npz`` file, a directory of them (joined in sorted order), a folder of images, or
-        ``module:function`` (which is imported and called). Or arrays by name as such a file has
-        them, whole or batch by batch: the latter are written to temporary files once.
+        A path, see `onnxqat.data.sources`, or ``module:function`` (which is imported and called).
+        Or arrays by name as an ``.npz`` file has them, whole or batch by batch: the latter are
+        written to temporary files once.
     inputs : sequence of InputSpec
         The model's inputs. Each takes the array of its name; a single input also takes the
-        only array that is not the labels. An image folder has the arrays ``image`` and
-        ``label``.
+        only array that is not the labels. Folders and lists of images have the arrays ``image``
+        and ``label``, and those of `onnxqat.data.beside`; of ``.npy`` files ``array``.
     preprocessing : Preprocessing
         Applied to image inputs (rank 4, float or uint8), mean and scale to float ones only.
     label : str, optional
@@ -74,7 +76,13 @@ def open_data(
     truth : mapping of str to str, optional
         Array that says what an output should be, by the name of the output, for metrics.
     boxes : str or Path, optional
-        The objects in a folder of images, see `onnxqat.data.boxes`.
+        The objects in images, see `onnxqat.data.boxes`.
+    masks : str or Path, optional
+        Folder with the class of each pixel of images, see `onnxqat.data.masks`.
+    split : str, optional
+        Part of a folder to read: ``train``, ``val`` or ``test``, see `onnxqat.data.splits`.
+    text : Text, optional
+        How the texts of a ``.jsonl`` file become numbers, see `onnxqat.data.text`.
 
     Raises
     ------
@@ -88,14 +96,24 @@ def open_data(
     if not inputs:
         raise DataError(f"{where}: the model has no inputs to feed. Choose another model.")
     folders = Classes(known, class_count, labels) if label != NO_LABELS else None
+    request = Request(
+        inputs=inputs,
+        preprocessing=preprocessing,
+        classes=folders,
+        input_map=input_map or {},
+        skip_broken=skip_broken,
+        boxes=None if boxes is None else Path(boxes),
+        masks=None if masks is None else Path(masks),
+        split=split,
+        text=text,
+    )
     opened = (
-        _open_source(where, inputs, preprocessing, folders, boxes, skip_broken=skip_broken)
+        open_source(where, request)
         if isinstance(source, str | Path)
         else open_arrays(source, where)
     )
     try:
-        taken = set((truth or {}).values())
-        taken |= {BOXES, SIZE} if isinstance(opened, ImageFolder) else set()
+        taken = {*(truth or {}).values(), *opened.extras}
         keys, label_key = _match_arrays(
             opened, inputs, label, input_map or {}, taken, labels=labels
         )
@@ -131,7 +149,6 @@ def _intake(
     count = source.count(list(dict.fromkeys(needed)))
     if count == 0:
         raise DataError(f"{source.name}: holds no samples. Check how it was saved.")
-    decoded = isinstance(source, ImageFolder)
     feeds = (
         make_feed(
             spec,
@@ -139,78 +156,11 @@ def _intake(
             source.sample(keys[spec.name]),
             source.name,
             preprocessing,
-            decoded=decoded,
+            decoded=keys[spec.name] in source.decoded,
         )
         for spec in rows
     )
     return Intake(feeds=tuple(feeds), values=tuple(values), batching=taken), count
-
-
-def _open_source(
-    name: str,
-    inputs: Sequence[InputSpec],
-    preprocessing: Preprocessing,
-    classes: Classes | None,
-    boxes: str | Path | None,
-    *,
-    skip_broken: bool,
-) -> Source:
-    path = Path(name)
-    if path.is_dir():
-        return _open_directory(path, inputs, preprocessing, classes, boxes, skip_broken=skip_broken)
-    if boxes is not None:
-        raise DataError(f"--boxes: are of a folder of images, and '{name}' is none. Leave it out.")
-    if path.exists():
-        check_readable(path, DataError)
-        if path.suffix.lower() != ".npz":
-            raise DataError(
-                f"{name}: is not an .npz file. Give one, a directory of them or of images."
-            )
-        return open_npz(name, [path])
-    if FUNCTION.fullmatch(name):
-        return open_function(name)
-    raise DataError(f"{name}: no such file or directory. Check the path.")
-
-
-def _open_directory(
-    path: Path,
-    inputs: Sequence[InputSpec],
-    preprocessing: Preprocessing,
-    classes: Classes | None,
-    boxes: str | Path | None,
-    *,
-    skip_broken: bool,
-) -> Source:
-    try:
-        entries = sorted(path.iterdir())
-        arrays = [
-            entry
-            for entry in entries
-            if entry.suffix.lower() == ".npz" and not entry.name.startswith(".")
-        ]
-        images = [entry for entry in entries if is_image(entry)]
-        if arrays and images:
-            raise DataError(
-                f"{path}: holds arrays ('{arrays[0].name}') and images ('{images[0].name}'). "
-                "Keep them in different directories."
-            )
-        if arrays:
-            return open_npz(str(path), arrays)
-        if len(inputs) != 1:
-            raise DataError(
-                f"{path}: images feed one input, but the model has "
-                f"{names([spec.name for spec in inputs])}. Give .npz files."
-            )
-        return ImageFolder(
-            path,
-            inputs[0],
-            preprocessing,
-            classes,
-            skip_broken=skip_broken,
-            boxes=None if boxes is None else Path(boxes),
-        )
-    except OSError as error:
-        raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
 
 
 def _match_arrays(

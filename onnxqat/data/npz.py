@@ -6,20 +6,19 @@ whose size was checked against the archive and the free space before.
 
 from __future__ import annotations
 
-import io
 import math
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from onnxqat.data.arrays import ArraySource, Header, reason
+from onnxqat.data.npy import read_header
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 from onnxqat.locks import Scratch
@@ -29,8 +28,6 @@ __all__ = ["NpzPart", "open_npz"]
 # Deflate codes at most 258 bytes in 2 bits, so that a member cannot grow by more than this.
 MAX_INFLATION = 1032
 CHUNK = 1 << 20
-MAX_HEADER = 1 << 14  # numpy takes 10,000 bytes
-MAX_EMPTY = 10**7  # samples that hold nothing, of which a file may claim any number
 
 
 def open_npz(name: str, paths: list[Path]) -> ArraySource:
@@ -100,7 +97,9 @@ class NpzPart:
             with self._archive() as archive:
                 self._check_size(key, member)
                 with archive.open(member) as stream:
-                    self._headers[key] = self._parse(key, member, stream)
+                    where = f"{self.name}: array {key!r}"
+                    size, again = member.file_size, "numpy.savez_compressed"
+                    self._headers[key] = read_header(where, stream, size, again)
         return self._headers[key]
 
     def _check_size(self, key: str, member: zipfile.ZipInfo) -> None:
@@ -116,31 +115,6 @@ class NpzPart:
                 f"{self.name}: array {key!r} claims {member.file_size} bytes, packed into "
                 f"{packed}, which is impossible. Save it again with numpy.savez_compressed."
             )
-
-    def _parse(self, key: str, member: zipfile.ZipInfo, stream: IO[bytes]) -> Header:
-        # version 3 exists for structured dtypes alone
-        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        # numpy reads a header whole before it looks at its length, which may be 4 GB
-        stream = io.BytesIO(stream.read(MAX_HEADER))
-        version = npy.read_magic(stream)
-        if version not in readers:
-            raise ValueError(f"array {key!r} has format version {version}")
-        shape, _, dtype = readers[version](stream)
-        if dtype.kind not in "biuf":
-            what = "Python objects, which are never unpickled" if dtype.hasobject else str(dtype)
-            raise DataError(f"{self.name}: array {key!r} holds {what}. Save it as numbers.")
-        size = stream.tell() + math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size != member.file_size:
-            raise DataError(
-                f"{self.name}: array {key!r} claims shape {shape}, {size} bytes, but holds "
-                f"{member.file_size}. Save it again with numpy.savez_compressed."
-            )
-        if math.prod(shape) == 0 and max(shape) > MAX_EMPTY:
-            raise DataError(
-                f"{self.name}: array {key!r} claims shape {shape}, which takes no bytes. "
-                "Save it again with numpy.savez_compressed."
-            )
-        return Header(shape, dtype)
 
     def load(self, key: str) -> NDArray[Any]:
         """Unpack an array and return it memory-mapped, read-only.

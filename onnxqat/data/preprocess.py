@@ -3,23 +3,23 @@
 One definition for decoded image files and for arrays of pixels, so that a data set gives the
 same batches whichever way it is stored::
 
-    resize_dims (pillow's bilinear filter, letterboxed with keep_aspect_ratio)
+    resize_dims (bilinearly, as resize_by says, letterboxed with keep_aspect_ratio)
     -> crop (centre) -> y = (float32(x) - float32(mean)) * float32(scale)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from onnxqat.choices import check_choice
+from onnxqat.data.resize import RESIZES, ResizeBy, nearest
 from onnxqat.errors import DataError
 
 __all__ = [
@@ -27,6 +27,9 @@ __all__ = [
     "Preprocessing",
     "Said",
     "boxes_in_image",
+    "boxes_in_input",
+    "fit_mask",
+    "inner_size",
     "normalize",
     "output_size",
     "resize_and_crop",
@@ -49,6 +52,8 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         the size of the model's input, if that is fixed; arrays keep theirs.
     crop : (int, int), optional
         Height and width of the centre crop after the resize.
+    resize_by : {"pillow", "opencv"}
+        Whose bilinear resize it is, see `onnxqat.data.resize`.
     keep_aspect_ratio : bool
         The resized image fits into ``resize_dims`` undistorted, centred, the rest padded.
     pad_value : float
@@ -70,6 +75,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     scale: tuple[float, ...] = (1.0,)
     resize_dims: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    resize_by: ResizeBy = "pillow"
     keep_aspect_ratio: bool = False
     pad_value: float = 0.0
     pixel_format: PixelFormat = "rgb"
@@ -77,6 +83,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         check_choice("pixel_format", self.pixel_format, get_args(PixelFormat), DataError)
+        check_choice("resize_by", self.resize_by, get_args(ResizeBy), DataError)
         check_choice("layout", self.layout or "nchw", get_args(Layout), DataError)
         for name, values in (("mean", self.mean), ("scale", self.scale)):
             _check_channels(name, values, gray=self.pixel_format == "gray")
@@ -176,19 +183,60 @@ def resize_and_crop(image: NDArray[Any], preprocessing: Preprocessing) -> NDArra
     Parameters
     ----------
     image : array of shape (height, width, channels)
-        Pixels; uint8 stays uint8 (rounded, as pillow does), all else becomes float32.
+        Pixels; uint8 stays uint8 (rounded, as the package does that ``resize_by`` names), all else
+        becomes float32.
     """
+    return _fitted(image, preprocessing, RESIZES[preprocessing.resize_by], preprocessing.pad_value)
+
+
+def fit_mask(mask: NDArray[Any], preprocessing: Preprocessing, void: int) -> NDArray[Any]:
+    """Bring a mask to the size of its image, moved as that is.
+
+    Parameters
+    ----------
+    mask : integers of shape (height, width)
+        Classes. Each pixel takes that of the nearest one.
+    preprocessing : Preprocessing
+        That of the image.
+    void : int
+        What a letterbox is padded with.
+    """
+    return _fitted(mask[:, :, None], preprocessing, nearest, void)[:, :, 0]
+
+
+def _fitted(
+    image: NDArray[Any],
+    preprocessing: Preprocessing,
+    resize: Callable[[NDArray[Any], int, int], NDArray[Any]],
+    pad: float,
+) -> NDArray[Any]:
     if preprocessing.resize_dims is not None:
         height, width = preprocessing.resize_dims
         if preprocessing.keep_aspect_ratio:
-            image = _letterbox(image, height, width, preprocessing.pad_value)
+            inner = resize(image, *inner_size(image.shape[:2], height, width))
+            image = _padded(inner, height, width, pad)
         else:
-            image = _resize(image, height, width)
+            image = resize(image, height, width)
     if preprocessing.crop is not None:
         height, width = preprocessing.crop
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         image = image[top : top + height, left : left + width]
     return image
+
+
+def boxes_in_input(
+    corners: NDArray[np.float64],
+    image: tuple[int, int],
+    seen: tuple[int, int],
+    preprocessing: Preprocessing,
+) -> NDArray[np.float64]:
+    """Return boxes in pixels of what a model sees of an image, of boxes in pixels of its file.
+
+    The inverse of `boxes_in_image`, with the same parameters. What lies beyond the input stays.
+    """
+    shift, factor = _moved(image, seen, preprocessing)
+    found: NDArray[np.float64] = corners / factor - shift
+    return found
 
 
 def boxes_in_image(
@@ -213,46 +261,39 @@ def boxes_in_image(
     float64 of shape (n, 4)
         Clipped to the image.
     """
-    frame = preprocessing.resize_dims or (image if preprocessing.crop else seen)
-    inner = _inner_size(image, *frame) if preprocessing.keep_aspect_ratio else frame
-    # what lies left of and above the input: cropped off, or padded where it is below 0
-    cut = [(outer - end) // 2 for outer, end in zip(frame, seen, strict=True)]
-    margin = [(outer - within) // 2 for outer, within in zip(frame, inner, strict=True)]
-    shift = np.array([cut[1] - margin[1], cut[0] - margin[0]] * 2, np.float64)
-    factor = np.array([image[1] / inner[1], image[0] / inner[0]] * 2)
+    shift, factor = _moved(image, seen, preprocessing)
     limits = np.array([image[1], image[0]] * 2, np.float64)
     found: NDArray[np.float64] = np.clip((corners + shift) * factor, 0, limits)
     return found
 
 
-def _letterbox(image: NDArray[Any], height: int, width: int, pad: float) -> NDArray[Any]:
-    inner = _inner_size(image.shape[:2], height, width)
-    image = _resize(image, *inner)
-    exact = image.dtype == np.uint8 and pad in range(256)
-    canvas = np.full((height, width, image.shape[2]), pad, dtype=np.uint8 if exact else np.float32)
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    canvas[top : top + inner[0], left : left + inner[1]] = image
+def _moved(
+    image: tuple[int, int], seen: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return shift and factor of x, y, x, y, from the input to the image."""
+    frame = preprocessing.resize_dims or (image if preprocessing.crop else seen)
+    inner = inner_size(image, *frame) if preprocessing.keep_aspect_ratio else frame
+    # what lies left of and above the input: cropped off, or padded where it is below 0
+    cut = [(outer - end) // 2 for outer, end in zip(frame, seen, strict=True)]
+    margin = [(outer - within) // 2 for outer, within in zip(frame, inner, strict=True)]
+    shift = np.array([cut[1] - margin[1], cut[0] - margin[0]] * 2, np.float64)
+    factor = np.array([image[1] / inner[1], image[0] / inner[0]] * 2)
+    return shift, factor
+
+
+def _padded(inner: NDArray[Any], height: int, width: int, pad: float) -> NDArray[Any]:
+    """Return an image in the middle of a canvas."""
+    exact = inner.dtype.kind in "iu" and pad in range(256)
+    canvas = np.full((height, width, inner.shape[2]), pad, inner.dtype if exact else np.float32)
+    top, left = (height - inner.shape[0]) // 2, (width - inner.shape[1]) // 2
+    canvas[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return canvas
 
 
-def _inner_size(size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+def inner_size(size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
     """Return the size of an image that is enlarged until it touches two sides of its frame."""
     rows, columns = size
     # exact integers: rows * (height / rows) in floating point may fall one short of height
     if height * columns <= width * rows:
         return height, max(1, columns * height // rows)
     return max(1, rows * width // columns), width
-
-
-def _resize(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    if image.shape[:2] == (height, width):
-        return image
-    if image.dtype != np.uint8:
-        with np.errstate(over="ignore"):
-            image = image.astype(np.float32)
-    bilinear = Image.Resampling.BILINEAR
-    if image.dtype == np.uint8 and image.shape[2] == 3:
-        pixels = Image.fromarray(np.ascontiguousarray(image))
-        return np.asarray(pixels.resize((width, height), bilinear))
-    planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0))
-    return np.stack([np.asarray(plane.resize((width, height), bilinear)) for plane in planes], -1)

@@ -173,7 +173,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def _tables() -> dict[str, OptionTable]:
     texts = {name: Annotated[Text, Meta(description=text)] for name, text in SPLITS.items()}
-    found = {"data": OptionTable("data", params_of([data_options, truth_options]), texts)}
+    # each split is named by itself
+    params = params_of([data_options, truth_options], without=["split"])
+    found = {"data": OptionTable("data", params, texts)}
     return found | {row.name: _table(row) for row in ROWS}
 
 

@@ -13,13 +13,14 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from onnxqat.data.sources import read_besides
 from onnxqat.errors import JobError
 from onnxqat.files import write_text
 from onnxqat.rules import load_rule
@@ -90,6 +91,11 @@ def key_of_step(job: Job, step: Step, keys: Mapping[str, str]) -> str:
         "model": _digest(job, job.model),
         "rule": _rule(job),
         "files": [_digest(job, text) for text in _texts(told) if _is_file(job, text)],
+        "folders": [
+            _digest(job, job.data[name])
+            for name in ("boxes", "masks")
+            if job.data[name] and (job.base / job.data[name]).is_dir()
+        ],
         "data": [_digest(job, job.split(name)) for name in _read(job, step)],
         "samples": job.samples,
     }
@@ -140,9 +146,10 @@ def _digest(job: Job, source: str) -> str:
     """Return a text that changes when a file, a folder or the module of a function changes."""
     path = job.base / source
     if path.is_dir():
-        return _listing(path)
+        return "".join(map(_listing, (path, *read_besides(path))))
     if path.is_file():
-        return "".join(map(file_digest, (path, *_data_of(path))))
+        whole = "".join(map(file_digest, (path, *_data_of(path))))
+        return whole + _statuses(path.parent, read_besides(path))
     module, colon, _ = source.partition(":")
     if colon:
         code = job.base / f"{module.replace('.', '/')}.py"
@@ -158,15 +165,21 @@ def _data_of(path: Path) -> list[Path]:
 
 def _listing(folder: Path) -> str:
     """Return a hash of the names, sizes and modification times of all files in a folder."""
+    walked = sorted(os.walk(folder))
+    return _statuses(
+        folder, (Path(path, name) for path, _, names in walked for name in sorted(names))
+    )
+
+
+def _statuses(folder: Path, files: Iterable[Path]) -> str:
+    """Return a hash of the names, sizes and modification times of files."""
     digest = hashlib.sha256()
-    for path, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            file = Path(path, name)
-            with suppress(OSError):  # a broken link
-                status = file.stat()
-                line = f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
-                digest.update(os.fsencode(line))
+    for file in files:
+        with suppress(OSError, ValueError):  # a broken link, or what is no path
+            status = file.stat()
+            name = os.path.relpath(file, folder)
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 

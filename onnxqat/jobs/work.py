@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxqat.arguments import take_settings
+from onnxqat.arguments import take_settings, take_source
 from onnxqat.settings import Settings
 from onnxqat.train import Progress
 from onnxqat.verbs import DataSource, Listener, TrainingListener
@@ -107,8 +107,8 @@ class Work:
 
     def source(self, split: str) -> DataSource:
         """Return the data of a split."""
-        said = {name: self.job.data[name] for name in ("layout", "skip_broken", "truth", "boxes")}
-        return DataSource(source=self.job.split(split), samples=self.job.samples, **said)
+        found: DataSource = take_source(self.job.split(split), dict(self.job.data))
+        return replace(found, samples=self.job.samples)
 
     def model(self, step: str | None) -> Path:
         """Return the path of a step's model; without a step, that of the float model."""

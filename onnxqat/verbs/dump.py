@@ -14,7 +14,7 @@ from onnxqat.files import atomic_folder
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model
-from onnxqat.verbs.opening import AnyData, opened
+from onnxqat.verbs.opening import TO_MEASURE, AnyData, opened
 from onnxqat.verbs.planning import AnyRule, rule_of
 
 __all__ = ["dump"]
@@ -83,7 +83,7 @@ def dump(
         raise OptionError("rules: are of mode 'integer'. Leave them out.")
     loaded = any_model(model)
     with (
-        opened(loaded, data, settings, listener, labels=False) as found,
+        opened(loaded, data, settings, listener, labels=False, parts=TO_MEASURE) as found,
         atomic_folder(output, force=force, check=check_replaceable) as folder,
     ):
         run = run_of(loaded, mode, rule=None if rules is None else rule_of(rules), threads=threads)

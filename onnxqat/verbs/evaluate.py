@@ -16,7 +16,7 @@ from onnxqat.quantized import AnyModel, QuantizedModel, float_part
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model
-from onnxqat.verbs.opening import AnyData, opened, read_alike, warn_if_unlike_training
+from onnxqat.verbs.opening import TO_MEASURE, AnyData, opened, read_alike, warn_if_unlike_training
 from onnxqat.verbs.planning import AnyRule, rule_of
 
 __all__ = ["evaluate"]
@@ -82,7 +82,7 @@ def evaluate(
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
     read_alike(loaded, reference, settings)
-    with opened(loaded, data, settings, listener, beside=reference) as samples:
+    with opened(loaded, data, settings, listener, beside=reference, parts=TO_MEASURE) as samples:
         if labelled and not samples.has_labels:
             raise DataError(f"{samples.name}: needs labels, and has none. Name them with --label.")
         size = samples.batch_size(batch_size)

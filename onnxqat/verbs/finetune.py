@@ -29,7 +29,7 @@ from onnxqat.train.selection import figures_of
 from onnxqat.verbs.calibrate import calibrate
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model, quantized_model
-from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
+from onnxqat.verbs.opening import TO_CHOOSE, TO_LEARN, AnyData, opened, warn_if_unlike_training
 
 __all__ = ["TrainingLogs", "finetune"]
 
@@ -118,12 +118,12 @@ def finetune(
     taught_by = None if teacher is None else _teacher(teacher, loaded)
     with ExitStack() as stack:
 
-        def from_source(source: AnyData) -> DataSet:
-            context = opened(loaded, source, settings, listener, beside=taught_by)
+        def from_source(source: AnyData, *parts: str) -> DataSet:
+            context = opened(loaded, source, settings, listener, beside=taught_by, parts=parts)
             return stack.enter_context(context)
 
-        training = from_source(data)
-        held_out = None if validation is None else from_source(validation)
+        training = from_source(data, *TO_LEARN)
+        held_out = None if validation is None else from_source(validation, *TO_CHOOSE)
         loaded = _calibrated(loaded, training, config, calibration, listener, workers)
         speaker = listener if workers.rank == 0 else Listener()
         heard = stack.enter_context(speaker.training())

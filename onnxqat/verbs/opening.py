@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,16 +13,32 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from onnxqat.calibration import unlike_training
-from onnxqat.data import DataSet, open_data
+from onnxqat.data import DataSet, Text, open_data
 from onnxqat.data.preprocess import Layout
+from onnxqat.data.splits import usual_part
 from onnxqat.errors import OptionError
 from onnxqat.quantized import AnyModel
 from onnxqat.settings import Settings, adopt, class_count, input_specs, settings_of, settle
 from onnxqat.verbs.listener import Listener
 
-__all__ = ["AnyData", "DataSource", "opened", "read_alike", "warn_if_unlike_training"]
+__all__ = [
+    "TO_CHOOSE",
+    "TO_LEARN",
+    "TO_MEASURE",
+    "AnyData",
+    "DataSource",
+    "opened",
+    "read_alike",
+    "warn_if_unlike_training",
+]
 
 logger = logging.getLogger(__name__)
+
+# The parts of divided data that a verb reads where the user names none, the best first. What is
+# measured on the test data chooses nothing.
+TO_LEARN = ("train",)
+TO_CHOOSE = ("val",)
+TO_MEASURE = ("val", "test")
 Arrays: TypeAlias = Mapping[str, ArrayLike]
 
 
@@ -43,7 +59,13 @@ class DataSource:
     samples : int, optional
         Read so many at most, spread evenly over the data.
     boxes : str or Path, optional
-        The objects in a folder of images, see `onnxqat.data.boxes`.
+        The objects in images, see `onnxqat.data.boxes`.
+    masks : str or Path, optional
+        Folder with the class of each pixel of images, see `onnxqat.data.masks`.
+    split : {"train", "val", "test"}, optional
+        Part to read of a folder that is divided; by default what suits the verb.
+    text : Text, optional
+        How the texts of a ``.jsonl`` file become numbers.
     """
 
     source: str | Path | Arrays | Iterable[Arrays]
@@ -52,6 +74,9 @@ class DataSource:
     truth: Mapping[str, str] | None = None
     samples: int | None = None
     boxes: str | Path | None = None
+    masks: str | Path | None = None
+    split: str | None = None
+    text: Text | None = None
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet
@@ -79,6 +104,7 @@ def opened(
     *,
     beside: AnyModel | None = None,
     labels: bool = True,
+    parts: Sequence[str] = TO_LEARN,
 ) -> Iterator[DataSet]:
     """Yield data for a model, and store what was said about them in the model.
 
@@ -94,6 +120,8 @@ def opened(
         What runs on the same batches.
     labels : bool
         Whether any are read.
+    parts : sequence of str
+        Which part to read of a folder that is divided, the best first.
 
     Raises
     ------
@@ -107,6 +135,9 @@ def opened(
         yield source
         return
     this = source if isinstance(source, DataSource) else DataSource(source=source)
+    if this.split is None and (part := usual_part(this.source, parts)) is not None:
+        listener.note(f"{this.source}: is divided into parts; '{part}' is read.")
+        this = replace(this, split=part)
     with _open(model, this, given, listener, beside, labels=labels) as data:
         yield _thinned(data, this.samples)
 
@@ -140,6 +171,9 @@ def _open(
         skip_broken=this.skip_broken,
         truth=this.truth,
         boxes=this.boxes,
+        masks=this.masks,
+        split=this.split,
+        text=this.text,
     )
     if data.classes is None:
         return data

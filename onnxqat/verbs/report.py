@@ -36,7 +36,7 @@ from onnxqat.settings import Settings
 from onnxqat.train import read_log
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model, quantized_model
-from onnxqat.verbs.opening import AnyData, opened, read_alike
+from onnxqat.verbs.opening import TO_MEASURE, AnyData, opened, read_alike
 from onnxqat.verbs.planning import AnyRule, rule_of
 from onnxqat.verbs.repairing import repairs
 
@@ -118,7 +118,9 @@ def report(
             one.check_calibrated()
         for other in (*others, reference):
             read_alike(loaded, other, settings)
-        with opened(loaded, data, settings, listener, beside=reference) as samples:
+        with opened(
+            loaded, data, settings, listener, beside=reference, parts=TO_MEASURE
+        ) as samples:
             names = [tensor.name for tensor in loaded.floats.graph.outputs]
             samples, wanted = fitted(
                 samples, chosen, names, compared=floats is not None, decode=decode

@@ -21,7 +21,7 @@ from onnxqat.rules import load_rule
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, float_model, quantized_model
-from onnxqat.verbs.opening import AnyData, opened, read_alike, warn_if_unlike_training
+from onnxqat.verbs.opening import TO_CHOOSE, AnyData, opened, read_alike, warn_if_unlike_training
 from onnxqat.verbs.planning import AnyRule, rule_of, warn_of_widths
 
 __all__ = ["Searched", "search"]
@@ -132,7 +132,7 @@ def search(
         opened(loaded, data, settings, listener, beside=reference, labels=labels) as found,
         opened(loaded, found if val_data is None else val_data,
                Settings() if val_data is None else settings, listener,
-               beside=reference, labels=labels) as held,
+               beside=reference, labels=labels, parts=TO_CHOOSE) as held,
     ):  # fmt: skip
         chosen, kept = _parts(found, None if held is found else held, samples, val_samples, seed)
         size = found.batch_size(batch_size)

@@ -69,7 +69,7 @@ def as_coco(folder):
 @pytest.mark.parametrize("written", [as_npy, as_yolo, as_coco])
 def test_all_files_give_the_same_boxes(images, written):
     with open_data(images, [SPEC], boxes=written(images)) as data:
-        assert data.array_names == ("image", "boxes", "size")
+        assert data.array_names == ("image", "boxes", "size", "targets", "targets_count")
         wanted = {name: (name, str(data.array(name).dtype)) for name in ("boxes", "size")}
         batch = next(data.subset([2, 0, 1]).with_arrays(wanted).batches(3))
     boxes = batch.arrays["boxes"]
@@ -89,7 +89,7 @@ def test_labels_beside_images_are_found(images):
     assert labels_beside(images) is None
     labels = as_yolo(images)
     with open_data(images, [SPEC]) as data:
-        assert data.array_names == ("image", "boxes", "size")
+        assert data.array_names == ("image", "boxes", "size", "targets", "targets_count")
     assert labels_beside(images) == labels
 
 

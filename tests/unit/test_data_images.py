@@ -200,7 +200,7 @@ def test_a_size_that_is_not_the_models(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_clear(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no images and no \.npz files"):
+    with pytest.raises(DataError, match=r"holds no images and no \.npz or \.npy files"):
         open_data(tmp_path, [RGB])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="its folders 'empty' hold no images"):
@@ -209,7 +209,7 @@ def test_folders_that_are_not_clear(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="deep: is a folder within a class folder"):
         open_data(tmp_path, [RGB])
     save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"holds images \('.*a\.png'\) beside folders \('empty'\)"):
+    with pytest.raises(DataError, match=r"holds samples \('.*a\.png'\) beside folders \('empty'\)"):
         open_data(tmp_path, [RGB])
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
     with pytest.raises(DataError, match=r"holds arrays \('a\.npz'\) and images \('a\.png'\)"):
@@ -297,13 +297,13 @@ def test_an_image_that_vanishes_ends_no_run_that_may_skip_it(tmp_path: Path) -> 
 def test_without_any_readable_image_nothing_is_opened(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxqat.data.images.MAX_NAMED", 3)
+    monkeypatch.setattr("onnxqat.data.columns.MAX_NAMED", 3)
     for n in range(9):
         (tmp_path / f"{n}.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="none of its 9 images can be read"):
         open_data(tmp_path, [RGB], skip_broken=True)
     assert caplog.text.count(".png: cannot be decoded") == 3
-    assert caplog.text.count("more images") == 1
+    assert caplog.text.count("more files") == 1
 
 
 def test_only_regular_files_are_data(tmp_path: Path) -> None:

@@ -175,3 +175,34 @@ def test_the_schema_knows_variables_and_helps():
     (option,) = (p for p in main.commands["finetune"].params if p.name == "lr")
     assert lr["description"] == option.help
     assert msgspec.json.encode(schema)
+
+
+def test_what_a_list_names_and_what_lies_beside_images_is_part_of_the_data(tmp_path):
+    """So that a step runs again when they change."""
+    from onnxqat.jobs.records import _digest
+
+    job = make_job(
+        Draft(
+            name="job",
+            file=tmp_path / "job.toml",
+            table={"model": "a.onnx", "data": {"train": "list.txt", "test": "images"}},
+        )
+    )
+    for name in ("images/a.png", "labels/a.txt", "masks/a.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("1")
+    (tmp_path / "list.txt").write_text("images/a.png 3\n")
+
+    def seen():
+        return [_digest(job, job.split(name)) for name in ("train", "test")]
+
+    first = seen()
+    assert seen() == first
+    (tmp_path / "labels/a.txt").write_text("22")
+    second = seen()
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True, False]
+    (tmp_path / "masks/a.png").write_text("22")
+    third = seen()
+    assert [a == b for a, b in zip(second, third, strict=True)] == [True, False]
+    (tmp_path / "images/a.png").write_text("22")
+    assert [a == b for a, b in zip(third, seen(), strict=True)] == [False, False]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from onnxqat.choices import nearest
 from onnxqat.data import DataSet
-from onnxqat.data.images import BOXES, SIZE
+from onnxqat.data.beside import BOXES, SIZE, TARGETS, TARGETS_COUNT
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation.decoders import Detector, read_decoder
 from onnxqat.evaluation.metrics.detection import require_pycocotools
@@ -102,7 +102,8 @@ def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:
 
 def _found_truth(data: DataSet, outputs: Sequence[str], metric: str) -> dict[str, str]:
     """Return the arrays named like outputs; else the only array, if there is only one output."""
-    arrays = data.other_arrays
+    boxes = {BOXES, SIZE, TARGETS, TARGETS_COUNT} if TARGETS in data.moved_arrays else set()
+    arrays = [name for name in data.other_arrays if name not in boxes]  # no output equals boxes
     named = {name: name for name in outputs if name in arrays}
     if named:
         return named
