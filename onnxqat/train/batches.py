@@ -6,7 +6,10 @@ follow from the seed, the epoch and the step alone, so that a run can go on anyw
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,12 +17,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.data import Batch, DataSet, augment
+from onnxqat.data import Augmentation, Batch, DataSet
+from onnxqat.data.beside import MASK, TARGETS, TARGETS_COUNT
 from onnxqat.errors import DataError
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.train.config import Config
-from onnxqat.train.losses import LABELS, TENSOR, teacher_input
+from onnxqat.train.losses import LABELS, TENSOR, array_input, array_of, teacher_input
 
 __all__ = ["Feeds", "TrainingBatches", "feeds_of"]
 
@@ -79,6 +83,12 @@ class TrainingBatches:
         self.classes = ({LABELS: (shape[1], None)} if counted else {}) | dict(classes or {})
         self.steps = len(data) // (config.samples * config.batches * workers.size)
         self._shuffles, self._shuffled = np.random.default_rng(config.seed), 0
+        self._waited = self._seconds = 0.0
+
+    @property
+    def waiting(self) -> float | None:
+        """Share of their time that the steps so far waited for data; None before the first."""
+        return self._waited / self._seconds if self._seconds else None
 
     def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
         """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
@@ -93,17 +103,44 @@ class TrainingBatches:
         numbers = np.arange(self.steps * workers.size * parts)
         mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
         order = self._order(epoch)[: len(numbers) * size].reshape(-1, size)[mine].reshape(-1)
-        for index, batch in zip(
-            mine, self.data.batches(size, indices=order, full=True), strict=True
-        ):
-            feeds = dict(batch.inputs)
-            if self.config.augment:
-                rng = np.random.default_rng((self.config.seed, epoch, int(index)))
-                moved = {n: feeds[n] for n in self.data.sample_inputs}
-                feeds |= {n: augment(v, self.config.augment, rng) for n, v in moved.items()}
-            feeds = feeds_of(batch, feeds, self.teacher)
+        change = partial(self._augmented, epoch, mine) if self.config.augment else None
+        begun = time.monotonic()
+        for batch in self.data.batches(size, indices=order, full=True, change=change):
+            waited = time.monotonic() - begun
+            feeds = feeds_of(batch, batch.inputs, self.teacher)
             self._check_labels(feeds)
             yield feeds
+            self._waited += waited
+            self._seconds += time.monotonic() - begun
+            begun = time.monotonic()
+
+    def _augmented(
+        self, epoch: int, numbers: NDArray[np.int64], position: int, batch: Batch
+    ) -> Batch:
+        """Return a batch with other images, and what lies in them moved along."""
+        rng = np.random.default_rng((self.config.seed, epoch, int(numbers[position])))
+        images = {name: batch.inputs[name] for name in self.data.sample_inputs}
+        changes = Augmentation(images, self.config.augment, rng)
+        inputs = batch.inputs | changes.images(self.data.pixels)
+        arrays = {
+            name: self._moved(changes, name, values, batch) for name, values in batch.arrays.items()
+        }
+        return replace(batch, inputs=inputs, arrays=arrays)
+
+    def _moved(
+        self, changes: Augmentation, name: str, values: NDArray[Any], batch: Batch
+    ) -> NDArray[Any]:
+        """Return an array that a loss reads, moved as the images are."""
+        key, _ = array_of(name) or (name, "")
+        if key not in self.data.moved_arrays:
+            return values
+        if key == MASK:
+            return changes.masks(values)
+        if key == TARGETS:
+            return changes.targets(values)
+        assert key == TARGETS_COUNT
+        left = changes.targets(batch.arrays[array_input(TARGETS, "float32")])
+        return np.asarray((left[:, :, 0] >= 0).sum(axis=1, dtype=values.dtype))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the order of an epoch: what the seed's generator gives at that turn."""

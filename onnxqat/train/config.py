@@ -110,7 +110,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     patience : int or None
         Training ends after so many epochs without a better state.
     augment : tuple of str
-        Random changes of the training images: ``flip``, ``crop``.
+        Random changes of the training images, see `onnxqat.data.augmentation`.
     validation : float
         Fraction of the training data held out where no validation data are given.
     force_labels : bool

@@ -8,6 +8,7 @@ import onnxruntime as ort
 
 from onnxqat.choices import nearest
 from onnxqat.data import DataSet, split
+from onnxqat.data.beside import TARGETS, TARGETS_COUNT
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
@@ -15,7 +16,7 @@ from onnxqat.parallel import Workers
 from onnxqat.quantized import QuantizedModel, weights_hash
 from onnxqat.repair import original
 from onnxqat.train.config import STEP, Config
-from onnxqat.train.losses import TENSOR, array_of, teacher_input
+from onnxqat.train.losses import TENSOR, array_input, array_of, teacher_input
 
 __all__ = [
     "batches_per_step",
@@ -76,8 +77,12 @@ def check_enough(
 def with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
     """Return the data with the arrays that the loss reads."""
     arrays = {name: array for name in sorted(inputs) if (array := array_of(name))}
+    moved = data.moved_arrays
+    if config.augment and TARGETS_COUNT in moved & {key for key, _ in arrays.values()}:
+        # what is left of these is counted
+        arrays |= {array_input(TARGETS, "float32"): (TARGETS, "float32")}
     for key, _ in arrays.values():
-        if config.augment and data.array(key).shape:
+        if config.augment and data.array(key).shape and key not in moved:
             raise TrainingError(
                 f"--augment moves the images, and not the array '{key}' that the loss reads. "
                 "Leave --augment out."

@@ -137,6 +137,7 @@ class Loop:
             selection=selection,
             notes=(*record.notes, *said),
             tried=tuple(record.tried),
+            waiting=self.step_batches.waiting,
         )
 
     def _check_delay(self) -> None:

@@ -121,6 +121,8 @@ class Finetuned:
         Of block reconstruction.
     blocks_kept : bool
         Whether the model, or what the epochs began with, has the tuned blocks.
+    waiting : float or None
+        Share of their time that the steps of this process waited for data; None without steps.
     """
 
     model: QuantizedModel
@@ -135,6 +137,7 @@ class Finetuned:
     tried: tuple[tuple[int, Evaluation], ...] = ()
     blocks: tuple[BlockFigures, ...] = ()
     blocks_kept: bool = False
+    waiting: float | None = None
 
     @property
     def kept(self) -> str:

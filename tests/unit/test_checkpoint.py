@@ -58,7 +58,7 @@ def stopped(model, data, path, count, config, **options):
     params=[
         {},
         {"optimizer": "sgd", "lr": 1e-4},
-        {"method": "ste", "augment": ("crop", "flip"), "seed": 5},
+        {"method": "ste", "augment": ("crop", "flip", "resized-crop"), "seed": 5},
         {"ema": 0.8, "accumulate": 2, "groups": ("weight.freeze_from=7",), "augment": ("crop",)},
     ],
 )

@@ -8,7 +8,7 @@ from onnxqat.train.losses.add import add_loss
 from onnxqat.train.losses.default import Key, Part, default_loss, pieces, variances
 from onnxqat.train.losses.graph import tensor_read
 from onnxqat.train.losses.terms import KINDS, Loss, Term, parse_loss, read_loss
-from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_of, teacher_input
+from onnxqat.train.losses.values import LABELS, TENSOR, Arrays, array_input, array_of, teacher_input
 
 __all__ = [
     "KINDS",
@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "Term",
     "add_loss",
+    "array_input",
     "array_of",
     "default_loss",
     "parse_loss",

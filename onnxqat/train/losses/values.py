@@ -15,7 +15,17 @@ from onnxqat.data.arrays import Header
 from onnxqat.errors import TrainingError
 from onnxqat.pairs import dequantized_name
 
-__all__ = ["LABELS", "TENSOR", "Arrays", "NoArrays", "Value", "Values", "array_of", "teacher_input"]
+__all__ = [
+    "LABELS",
+    "TENSOR",
+    "Arrays",
+    "NoArrays",
+    "Value",
+    "Values",
+    "array_input",
+    "array_of",
+    "teacher_input",
+]
 
 LABELS = "onnxqat/labels"
 ARRAY = "onnxqat/data/"
@@ -28,6 +38,11 @@ Shape = tuple[int | str | None, ...]
 def teacher_input(output: str) -> str:
     """Return the name of the input that takes the teacher's value of ``output``."""
     return f"onnxqat/{TEACHER}{output}"
+
+
+def array_input(array: str, dtype: str) -> str:
+    """Return the name of the input that takes an array of the data as ``dtype``."""
+    return f"{ARRAY}{dtype}/{array}"
 
 
 def array_of(name: str) -> tuple[str, str] | None:
@@ -161,7 +176,7 @@ class Values:
                 f"--loss: array '{name}' has samples of shape {header.shape}; {tuple(shape[1:])} "
                 "is wanted. Name another array."
             )
-        source = f"{ARRAY}{dtype.name}/{name}"
+        source = array_input(name, dtype.name)
         return self._input(Value(name=source, elem_type=elem_type, shape=found))
 
     def find(self, name: str, elem_type: int) -> Value | None:

@@ -1,0 +1,76 @@
+"""How fast image files become batches, and how long training waits for them.
+
+    python scripts/data_speed.py [MODEL --size HEIGHT WIDTH --batch-size N]
+
+Writes 2,000 photos-like JPEG files into a temporary folder, reads them all in batches, by Pillow's
+and by OpenCV's resize, and fine-tunes MODEL on them for one epoch, against the float model. The
+last figure is the share of the steps' time that they waited for data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+import onnxqat as oq
+from onnxqat.data import DataSet, Preprocessing, open_data
+from onnxqat.data.resize import RESIZES
+from onnxqat.settings import input_specs
+
+COUNT = 2000
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def write_photos(folder: Path, height: int, width: int) -> None:
+    """Write blurred noise, whose files have about the size of photos."""
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        small = rng.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
+        photo = Image.blend(image, noise.filter(ImageFilter.GaussianBlur(1)), 0.2)
+        photo.save(folder / f"{number:04}.jpg", quality=90)
+
+
+def images_per_second(data: DataSet, batch_size: int) -> float:
+    started = time.perf_counter()
+    count = sum(len(batch.indices) for batch in data.batches(batch_size))
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=str(MODELS / "mobilenet-digits.onnx"))
+    parser.add_argument("--size", nargs=2, type=int, default=(375, 500))
+    parser.add_argument("--batch-size", type=int, default=16)
+    args = parser.parse_args()
+    model = oq.load_model(args.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photos(folder, *args.size)
+        size = sum(path.stat().st_size for path in folder.iterdir()) / COUNT / 1024
+        print(f"{COUNT} JPEG files of {args.size[0]} x {args.size[1]} pixels, {size:.0f} KiB each")
+        for resize in RESIZES:
+            given = Preprocessing(resize_by=resize)
+            with open_data(folder, input_specs(model), preprocessing=given) as data:
+                rate = images_per_second(data, args.batch_size)
+            print(f"read and resized as {resize}: {rate:.0f} images per second")
+        calibrated = oq.insert(
+            model, data=folder, calibration=oq.Calibration(samples=64), settings=oq.Settings()
+        )
+        config = oq.Config(epochs=1, batch_size=args.batch_size)
+        result = oq.finetune(calibrated, folder, config=config)
+    waiting = 100 * (result.waiting or 0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"fine-tuned in {result.seconds:.0f} s, waiting for data {waiting:.1f} % of the steps")
+    print(f"largest memory of the process: {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
