@@ -76,6 +76,8 @@ def test_commands_of_a_page_run_in_order(page, models, started, tmp_path, monkey
     if page == "docs/metrics.md":
         (tmp_path / "my_metrics.py").write_text(blocks(page, "python")[0])
     monkeypatch.chdir(tmp_path)
+    if page == "docs/data.md":
+        exec(blocks(page, "python")[0], {})
     run_commands(page)
 
 
