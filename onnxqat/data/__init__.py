@@ -1,6 +1,6 @@
-"""Data the user names on the command line, turned into batches for a model.
+"""Open the data that the user names, and turn them into batches for a model.
 
-Knows nothing of ONNX graphs: a model is here a list of `InputSpec`.
+Independent of ONNX graphs: here a model is a list of `InputSpec`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,7 @@ T = TypeVar("T")
 
 
 def prefetched(jobs: Iterable[Callable[[], T | None]]) -> Iterator[T]:
-    """Yield what the jobs return, the next one running in a thread while a result is used.
-
-    What is None is left out.
-    """
+    """Yield the results of jobs, except None; the next job runs in a thread meanwhile."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="onnxqat-data")
     try:
         ahead: Future[T | None] | None = None
@@ -25,5 +22,5 @@ def prefetched(jobs: Iterable[Callable[[], T | None]]) -> Iterator[T]:
                 yield result
         if ahead is not None and (result := ahead.result()) is not None:
             yield result
-    finally:  # also when the caller gives up, or a job failed
+    finally:  # also if the caller stops iterating, or a job fails
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Named arrays of samples: what every kind of data looks like to the rest of the package.
+"""Named arrays of samples: the common interface of all kinds of data.
 
-A source has arrays by name, one sample per index of the first axis, and reads the rows it is
-asked for. `ArraySource` joins the arrays of several parts (files) without copying them.
+A source has arrays by name, with one sample per index of the first axis, and reads the requested
+rows. `ArraySource` joins the arrays of several parts (files) without copying them.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Header(NamedTuple):
 
 
 class BrokenError(DataError):
-    """Samples cannot be read, and the user wants to do without them."""
+    """Samples cannot be read, and the user wants to skip such samples."""
 
 
 class Part(Protocol):
-    """Arrays that lie together, in one file for instance."""
+    """Arrays that are stored together, for instance in one file."""
 
     name: str
     keys: tuple[str, ...]
@@ -49,7 +49,7 @@ class Part(Protocol):
         """Return shape and dtype of a whole array, without reading it."""
 
     def load(self, key: str) -> NDArray[Any]:
-        """Return the array; memory is taken when rows of it are."""
+        """Return the array; it may be memory-mapped."""
 
 
 class Source(Protocol):
@@ -58,22 +58,22 @@ class Source(Protocol):
     name: str
     keys: tuple[str, ...]
     classes: Mapping[str, int] | None
-    broken: Set[int]  # samples that turned out to be unreadable, and may be left out
+    broken: Set[int]  # samples that turned out to be unreadable, and are skipped
     decoded: Set[str]  # arrays of decoded images: NHWC, resized and cropped already
-    extras: Set[str]  # arrays that are neither inputs nor labels, unless they are named
-    moved: Set[str]  # arrays of places in the images, which augmentation moves along
+    extras: Set[str]  # arrays that are neither inputs nor labels, unless the user names them
+    moved: Set[str]  # arrays of positions in the images, which augmentation moves too
 
     def count(self, keys: Sequence[str]) -> int:
-        """Return the number of samples, once the arrays that will be read are found sound."""
+        """Check the arrays that will be read, and return the number of samples."""
 
     def header(self, key: str) -> Header:
-        """Return shape and dtype of a whole array, of the first file where there are several."""
+        """Return shape and dtype of a whole array; with several files, of the first one's."""
 
     def sample(self, key: str) -> Header:
         """Return shape and dtype of the first sample."""
 
     def parts(self, key: str) -> list[NDArray[Any]]:
-        """Return a whole array, as each file has it."""
+        """Return a whole array, one part for each file."""
 
     def read(self, key: str, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Return the samples at ``indices``, stacked along the first axis; a new array.
@@ -81,7 +81,7 @@ class Source(Protocol):
         Raises
         ------
         BrokenError
-            Some have just joined ``broken``. Ask for the others.
+            Some samples could not be read, and were added to ``broken``. Read without them.
         """
 
     def origin(self, key: str, index: int) -> str:
@@ -92,7 +92,7 @@ class Source(Protocol):
 
 
 class MemoryPart:
-    """Arrays that are there already, or memory-mapped by whoever made them."""
+    """Arrays in memory, or memory-mapped arrays."""
 
     def __init__(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
         self.name = name
@@ -109,16 +109,16 @@ class MemoryPart:
 
 
 class ArraySource:
-    """The arrays of several parts, one behind the other.
+    """The arrays of several parts, joined along the first axis.
 
     Parameters
     ----------
     name : str
-        What the user called the data.
+        Name of the data, for messages.
     parts : sequence of Part
-        At least one.
+        The parts, at least one.
     scratch : Scratch
-        Where parts keep temporary files; closed with the source.
+        Folder of the parts' temporary files; closed with the source.
 
     Raises
     ------
@@ -151,7 +151,7 @@ class ArraySource:
         Raises
         ------
         DataError
-            An array has no samples axis, or lengths, shapes or dtypes disagree.
+            An array has no samples axis, or lengths, shapes or dtypes differ.
         """
         lengths = []
         for part in self._parts:
@@ -161,7 +161,7 @@ class ArraySource:
                 if length not in (None, header.shape[0]):
                     raise DataError(
                         f"{part.name}: array {key!r} has {header.shape[0]} samples, array "
-                        f"{first!r} has {length}. Store one of each per sample."
+                        f"{first!r} has {length}. Store one row per sample in each array."
                     )
                 length = header.shape[0]
             lengths.append(length or 0)
@@ -180,7 +180,7 @@ class ArraySource:
             raise DataError(
                 f"{part.name}: samples of array {key!r} are {header.dtype} of shape "
                 f"{header.shape[1:]}, but in '{self._parts[0].name}' {expected.dtype} of shape "
-                f"{expected.shape[1:]}. Make them alike."
+                f"{expected.shape[1:]}. Store the same dtype and shape in all files."
             )
         return header
 
@@ -209,7 +209,7 @@ class ArraySource:
         return rows
 
     def _load(self, owner: int, key: str) -> NDArray[Any]:
-        with self._lock:  # a training and a validation iterator may ask at the same time
+        with self._lock:  # a training and a validation iterator may read at the same time
             if self._closed:
                 raise ValueError(f"{self.name}: read after close")
             if (owner, key) not in self._loaded:
@@ -223,7 +223,7 @@ class ArraySource:
         return f"{self._parts[owner].name}: sample {row} of array {key!r}"
 
     def close(self) -> None:
-        """Let go of the arrays and remove temporary files."""
+        """Release the arrays and remove temporary files."""
         with self._lock:
             self._closed = True
             self._loaded.clear()
@@ -231,12 +231,12 @@ class ArraySource:
 
 
 def names(keys: Sequence[str]) -> str:
-    """Return the names quoted and joined, for messages."""
+    """Return the names, quoted and joined, for messages."""
     return ", ".join(repr(key) for key in keys) or "none"
 
 
 def reason(error: BaseException) -> str:
-    """Return what an exception says, on one line of bounded length."""
+    """Return the message of an exception, on one line of bounded length."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split())
     return (text[:200] or type(error).__name__).rstrip(".")

@@ -53,18 +53,19 @@ def augment(
     Parameters
     ----------
     images : array of shape (n, channels, height, width) or (n, height, width, channels)
-        As a `Batch` has them; told apart as the inputs of a model are. Not changed.
+        Images of a `Batch`; their layout follows from the shape, see `layout_of_shape`. Not
+        changed.
     kinds : sequence of {"flip", "crop", "resized-crop", "jitter"}
         See above. Their order makes no difference.
     rng : numpy.random.Generator
-        Draws; the same state gives the same result.
+        Source of random numbers; the same state gives the same result.
     pixels : Preprocessing, optional
         What made the images of pixels from 0 to 255; ``jitter`` needs it.
 
     Raises
     ------
     DataError
-        An unknown kind, an array that is no batch of images, or no pixels.
+        A kind is unknown, the array is not a batch of images, or jitter gets no pixels.
     """
     return Augmentation({"": images}, kinds, rng).images({"": pixels})[""]
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Batch"]
 
-# Of a tensor's largest magnitude: what two equal samples of one batch may differ by.
+# Two samples of a batch count as equal if they differ by less than this, relative to the tensor's
+# largest magnitude.
 EQUAL = 1e-5
 
 
@@ -21,17 +22,17 @@ class Batch:
     Attributes
     ----------
     inputs : dict of str to array
-        By model input, in its dtype and layout, C-contiguous. The first axis of inputs that take
-        samples has length ``size``.
+        Array for each model input, in its dtype and layout, C-contiguous. The first axis of inputs
+        that take samples has length ``size``.
     labels : int64 of shape (n,), or None
         Class indices, 0 or above.
     indices : int64 of shape (n,)
         Positions of the samples in the `DataSet` that gave the batch.
     size : int
-        How many samples the model is fed: n, or more where it takes a fixed number. The samples
-        from n on repeat the first ones, and do not count.
+        Number of samples that the model is fed: n, or more if its batch size is fixed. The samples
+        from n on are padding: they repeat the first ones, and do not count.
     arrays : dict of str to array
-        Those that `DataSet.with_arrays` asked for, ``size`` samples too.
+        The arrays requested by `DataSet.with_arrays`, also with ``size`` samples.
     """
 
     inputs: dict[str, NDArray[Any]]
@@ -41,15 +42,15 @@ class Batch:
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def counting(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Return what a tensor of the model holds of the samples that count.
+        """Return a tensor of the model without padding.
 
-        The axis that the samples lie along is the first whose last entries repeat the first ones,
-        as the samples do. A tensor that has none is returned whole.
+        The samples axis is the first axis whose last entries repeat the first ones, as the padding
+        does. A tensor without such an axis is returned unchanged.
 
         Parameters
         ----------
         values : array
-            What the model computed for `inputs`.
+            A tensor that the model computed from `inputs`.
         """
         count, size = len(self.indices), self.size
         if count == size:

@@ -1,9 +1,9 @@
-"""Which model inputs take samples, which one value for all of them, and how long a batch is.
+"""Find which model inputs take samples, which take one value for all samples, and the batch size.
 
 The first dimension of an input that takes samples is the batch. An input without a batch axis (a
 sampling rate, the size of an image, the empty cache of a decoder) takes one value for all samples.
-The two are told apart by the model's shapes and, where these leave it open, by the arrays: one that
-has the whole shape of its input is one value, unless it holds one row of each sample.
+The model's shapes decide which is which. Where they leave it open, the arrays decide: an array with
+the whole shape of its input is one value, unless it has one row for each sample.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Batching:
     Attributes
     ----------
     samples : tuple of str
-        The inputs that take one row of each sample.
+        Names of the inputs that take one row per sample.
     length : int or None
-        Length of the batch that the model is fixed to; None where it takes any.
+        Fixed batch size of the model; None if it takes any.
     fixed_by : str
-        The first input that says so; empty where none does.
+        Name of the first input that fixes the batch size; empty if none does.
     symbols : frozenset of str
-        The names that the model has for the length of the batch.
+        Names of dimensions in the model that stand for the batch size.
     """
 
     samples: tuple[str, ...]
@@ -47,16 +47,16 @@ class Batching:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """What an input without a batch axis is fed for every batch.
+    """The value that an input without a batch axis gets in every batch.
 
     Attributes
     ----------
     name : str
         Name of the input.
     array : array
-        As the data have it, in the model's dtype.
+        The value from the data, in the model's dtype.
     axes : tuple of int
-        Those of length 1 that the model wants as long as the batch: there it is repeated.
+        Axes of length 1 that must be as long as the batch; the value is repeated along them.
     """
 
     name: str
@@ -64,33 +64,34 @@ class Value:
     axes: tuple[int, ...]
 
     def repeated(self, size: int) -> NDArray[Any]:
-        """Return it for a batch of ``size`` samples."""
+        """Return the value for a batch of ``size`` samples."""
         array = self.array
         for axis in self.axes:
             array = np.repeat(array, size, axis)
-        return np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays one
+        return np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays a scalar
 
 
 def batching(
     where: str, specs: Sequence[InputSpec], arrays: Mapping[str, Header], labels: int | None
 ) -> Batching:
-    """Settle which inputs take samples.
+    """Find which inputs take samples.
 
     Parameters
     ----------
     where : str
-        What the user called the data.
+        Name of the data, for messages.
     specs : sequence of InputSpec
         The model's inputs.
     arrays : mapping of str to Header
-        The whole array of each input, as the first file has it.
+        Shape and dtype of each input's whole array in the first file.
     labels : int or None
-        How many labels that file has.
+        Number of labels in this file.
 
     Raises
     ------
     DataError
-        No input takes samples, two are fixed to batches of different length, or it is not clear.
+        No input takes samples, two inputs are fixed to different batch sizes, or the shapes leave
+        open which inputs take samples.
     """
     ranked = [spec for spec in specs if spec.shape]
     several = [spec for spec in ranked if not _is_one_sample(spec, arrays[spec.name].shape)]
@@ -102,7 +103,7 @@ def batching(
         count = arrays[sure[0]].shape[0] if sure else labels
         sure += _rows(where, either, count)
     samples = tuple(spec.name for spec in several if spec.name in {*sure, *free})
-    if not samples:  # whose shape then is found wrong
+    if not samples:  # their shapes are wrong, which is reported later
         samples = tuple(spec.name for spec in ranked)
     if not samples:
         raise DataError(
@@ -116,7 +117,7 @@ def batching(
 
 
 def _is_one_sample(spec: InputSpec, shape: tuple[int, ...]) -> bool:
-    """Whether an array holds the same sample for all: it has no samples axis, or an empty one."""
+    """Return whether an array holds one sample for all: no samples axis, or an empty value."""
     empty = 0 in shape[1:] and shape[0] == 1 and fits(shape[1:], spec.shape[1:])
     return fits(shape, spec.shape[1:]) or empty
 
@@ -126,14 +127,14 @@ def _same_rank(spec: InputSpec, array: Header) -> bool:
 
 
 def _fixed_length(where: str, firsts: Mapping[str, int | str | None]) -> tuple[str, int | None]:
-    """Return the input that fixes the batch, and to what; by the first dimensions of inputs."""
+    """Return the input that fixes the batch size, and this size, from the first dimensions."""
     fixed = {name: first for name, first in firsts.items() if isinstance(first, int)}
     if len(set(fixed.values())) > 1:
         text = ", ".join(f"{name!r} of {length}" for name, length in fixed.items())
         raise DataError(
-            f"{where}: the model's inputs take batches of different length: {text}. Export it with "
-            "one batch for all inputs; an input without a batch axis takes one array of its whole "
-            "shape for all samples."
+            f"{where}: the model's inputs take batches of different sizes: {text}. Export it with "
+            "one batch size for all inputs. For an input without a batch axis, store one array of "
+            "its whole shape."
         )
     by, length = next(iter(fixed.items()), ("", None))
     if length is not None and length < 1:
@@ -142,12 +143,12 @@ def _fixed_length(where: str, firsts: Mapping[str, int | str | None]) -> tuple[s
 
 
 def _rows(where: str, either: Sequence[InputSpec], count: int | None) -> list[str]:
-    """Return which inputs, whose arrays could be one value too, have a row of each sample."""
+    """Return which of these inputs have one row per sample, not one value for all samples."""
     lengths = {spec.name: spec.shape[0] for spec in either}
     if count is None and len(set(lengths.values())) > 1:
         raise DataError(
-            f"{where}: each of the arrays of {names(list(lengths))} could hold the samples. Give "
-            "more samples than fill one batch, or labels."
+            f"{where}: it is not clear which of the arrays for {names(list(lengths))} holds the "
+            "samples. Give more samples than one batch, or labels."
         )
     return [name for name, length in lengths.items() if count in (None, length)]
 
@@ -159,34 +160,34 @@ def make_value(
     parts: Sequence[NDArray[Any]],
     taken: Batching,
 ) -> Value:
-    """Return what an input without a batch axis is fed.
+    """Return the value for an input without a batch axis.
 
     Parameters
     ----------
     where : str
-        What the user called the data.
+        Name of the data, for messages.
     spec : InputSpec
         The model's input.
     key : str
-        The array.
+        Name of the array.
     parts : sequence of array
-        What each file has of it: the value, or as many equal rows as there are samples.
+        The array in each file: the value itself, or one equal row per sample.
     taken : Batching
         How the model takes samples.
 
     Raises
     ------
     DataError
-        Shape or dtype are others, or there are several values.
+        Shape or dtype do not fit, or there are different values.
     """
     where = f"{where}: array {key!r}"
     check_dtype(spec, Header(parts[0].shape, parts[0].dtype), where)
     first, *others = [value for part in parts for value in _values(where, spec, part, taken)]
     if not all(np.array_equal(first, other) for other in others):
         raise DataError(
-            f"{where} has several values; model input {spec.name!r} of shape {spec.shape} has no "
-            "batch axis, and takes one for all samples. Store one, or export the model with a "
-            "batch axis there."
+            f"{where} has different values; model input {spec.name!r} of shape {spec.shape} has no "
+            "batch axis, and takes one value for all samples. Store one value, or export the model "
+            "with a batch axis for this input."
         )
     plain = Feed(spec=spec, key=key, preprocessing=Preprocessing(), data_layout=None)
     array = plain.convert(first[None], lambda _: where)[0]
@@ -196,23 +197,23 @@ def make_value(
 
 
 def _is_batch(length: int | str | None, axis: int, taken: Batching) -> bool:
-    """Whether a dimension of the model is as long as the batch."""
+    """Return whether a dimension of the model is as long as the batch."""
     if isinstance(length, int):
         return axis == 0 and length == taken.length
     return axis == 0 or length in taken.symbols
 
 
 def _values(where: str, spec: InputSpec, part: NDArray[Any], taken: Batching) -> list[NDArray[Any]]:
-    """Return the different values that one file has."""
+    """Return the value in one file; a second one only if there are different values."""
     if spec.shape and _is_batch(spec.shape[0], 0, taken) and _is_one_sample(spec, part.shape):
         return [part.reshape(1, *part.shape[part.ndim - len(spec.shape) + 1 :])]
     if fits(part.shape, spec.shape):
         return [part]
-    if part.size == 1 and spec.shape in ((), (1,)):  # two ways to write one number
+    if part.size == 1 and spec.shape in ((), (1,)):  # both shapes hold one number
         return [part.reshape(spec.shape)]
     if len(part.shape) and len(part) and fits(part.shape[1:], spec.shape):
         return [part[0]] if (part == part[0]).all() else [part[0], part[1:]]
     raise DataError(
         f"{where} has shape {part.shape}, but model input {spec.name!r} has {spec.shape}. Store "
-        "one value of that shape for all samples, or a row of each sample along the first axis."
+        "one value of that shape for all samples, or one row per sample along the first axis."
     )

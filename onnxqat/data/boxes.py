@@ -1,18 +1,18 @@
-"""Boxes of objects in images, from the files in which people have them.
+"""Boxes of objects in images, read from common file formats.
 
 ===========================  ====================================================================
-what is named                what it holds
+source                       contents
 ===========================  ====================================================================
 a folder, or ``labels``      YOLO's layout: for ``name.jpg`` a file ``name.txt`` with a line
-beside ``images``            ``class cx cy w h`` for each object; without a file there is none
-a ``.json`` file             COCO's instances: ``images``, ``annotations``, ``categories``, whose
-                             identifiers in rising order are the classes 0, 1, ...
-a ``.npy`` file              rows (image, class, cx, cy, w, h); images are counted in the order of
-                             their names
+beside ``images``            ``class cx cy w h`` for each object; no file if there is no object
+a ``.json`` file             COCO's instances: ``images``, ``annotations``, ``categories``. The
+                             category ids in rising order become the classes 0, 1, ...
+a ``.npy`` file              rows (image, class, cx, cy, w, h); images are numbered in the order
+                             of their names
 ===========================  ====================================================================
 
-Centre, width and height are relative to the image. COCO's pixels are divided by the size that the
-file says; crowds are marked.
+Centre, width and height are relative to the image. COCO's pixels are divided by the image size in
+the file; crowds are marked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["COLUMNS", "coco_images", "labels_beside", "read_boxes"]
 COLUMNS = 6  # class, cx, cy, w, h, crowd
 NOTHING = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 MOST = 2**16  # objects in an image
-LARGEST = 2**30  # bytes of a file
+LARGEST = 2**30  # bytes in a file
 
 Rows = list[list[tuple[float, ...]]]
 
@@ -64,7 +64,10 @@ class _Coco(msgspec.Struct):
 
 
 def labels_beside(folder: Path) -> Path | None:
-    """Return ``labels/val`` of ``images/val``, if there is such a folder; the last one counts."""
+    """Return the folder ``labels/val`` for ``images/val`` if it exists, else None.
+
+    If the path has several parts ``images``, the last one is replaced.
+    """
     parts = folder.absolute().parts
     for position in reversed(range(len(parts))):
         if parts[position] == "images":
@@ -79,20 +82,21 @@ def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float6
     Parameters
     ----------
     source : Path or None
-        See above; None: ``labels`` beside the folder of each image.
+        Folder or file with the boxes, see the module's docstring. None: ``labels`` beside the
+        folder of each image.
     images : sequence of Path
-        In the order of the samples.
+        Paths of the images, in the order of the samples.
 
     Returns
     -------
     float64 of shape (N, most, 6)
-        Class, centre, width and height, and 1 for a crowd; -1 as the class where an image has
-        fewer than the most.
+        Class, centre x and y, width, height, and 1 for a crowd. Images with fewer boxes than
+        ``most`` are padded with class -1.
 
     Raises
     ------
     DataError
-        The source cannot be read, or a box is none.
+        The source cannot be read, or a box is invalid.
     """
     where = "labels" if source is None else source
     try:
@@ -141,12 +145,14 @@ def _coco(path: Path, images: Sequence[Path]) -> Rows:
     found: dict[int | str, list[_Annotation]] = {}
     for one in document.annotations:
         if one.category_id not in classes:
-            raise ValueError(f"category {one.category_id} is not in its list")
+            raise ValueError(f"category {one.category_id} is not in its 'categories'")
         found.setdefault(one.image_id, []).append(one)
     rows = []
     for image in images:
         if image.name not in named:
-            raise DataError(f"{path}: has no image '{image.name}'. Give the file of these images.")
+            raise DataError(
+                f"{path}: does not list the image '{image.name}'. Give the file for these images."
+            )
         size = named[image.name]
         rows.append(
             [
@@ -195,7 +201,7 @@ def _table(path: Path, count: int) -> Rows:
     rows: Rows = [[] for _ in range(count)]
     for image, *box in table.astype(np.float64).tolist():
         if image not in range(count):
-            raise ValueError(f"it has a row of image {image:g}, and there are {count} images")
+            raise ValueError(f"it has a row for image {image:g}, but there are {count} images")
         rows[int(image)].append((*box, 0.0))
     return rows
 
@@ -222,7 +228,7 @@ def _padded(where: str | Path, rows: Rows) -> NDArray[np.float64]:
     if wrong.any():
         box = ", ".join(f"{value:g}" for value in given[wrong][0][:5])
         raise DataError(
-            f"{where}: the box ({box}) is none. Store class, cx, cy, w and h, relative to the "
+            f"{where}: the box ({box}) is invalid. Store class, cx, cy, w and h, relative to the "
             "image."
         )
     return found

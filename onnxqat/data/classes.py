@@ -1,12 +1,13 @@
-"""Which class index a folder of images has.
+"""Find the class index of each folder of images.
 
-Names that are all numbers are the index. Others get it from a list, in one of these forms:
+If all folder names are numbers, these are the indices. Otherwise a list gives the index of each
+name, in one of these forms:
 
 ==============  =======================================================================
-lines of text   one name a line; the first has index 0
-``.csv``        name and index in each row, in either order; a first row of titles is skipped
-``.json``       a list of names; ``{"name": index}``; ``{"index": "name"}``, where in place of a
-                name a list may give several for one class
+lines of text   one name per line; the first has index 0
+``.csv``        name and index in each row, in either order; a title row is skipped
+``.json``       a list of names; ``{"name": index}``; ``{"index": "name"}``. A list in place of a
+                name gives several names for one class
 ==============  =======================================================================
 """
 
@@ -34,21 +35,21 @@ SPLITS = frozenset(
 MAX_BYTES = 2**24
 MAX_INDEX = 2**31 - 1
 
-Rows = list[tuple[Any, list[Any]]]  # index and the names that have it
+Rows = list[tuple[Any, list[Any]]]  # an index, and the names of its class
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What is known about the classes of a model.
+    """The classes of a model, as far as they are known.
 
     Attributes
     ----------
     known : mapping of str to int, or None
-        Index by name.
+        Index of each class name.
     count : int or None
-        How many there are.
+        Number of classes.
     needed : bool
-        Whether it is an error that the class of a folder cannot be told.
+        Whether it is an error if the class of a folder is not known.
     """
 
     known: Mapping[str, int] | None = None
@@ -62,7 +63,7 @@ def read_classes(path: str | Path) -> dict[str, int]:
     Raises
     ------
     DataError
-        The file cannot be read, or gives a name or an index twice.
+        The file cannot be read, or has a name or an index twice.
     """
     text = _text(Path(path))
     try:
@@ -70,8 +71,8 @@ def read_classes(path: str | Path) -> dict[str, int]:
         return _joined(read(text))
     except (ValueError, RecursionError, csv.Error) as error:
         raise DataError(
-            f"{path}: is no list of classes ({reason(error)}). Give one name a line, or JSON or "
-            "CSV of names and indices."
+            f"{path}: is not a list of classes ({reason(error)}). Give one name per line, or JSON "
+            "or CSV with names and indices."
         ) from error
 
 
@@ -84,7 +85,7 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     if len(content) > MAX_BYTES:
         raise DataError(
-            f"{path}: has more than {MAX_BYTES} bytes. Give a list of class names alone."
+            f"{path}: has more than {MAX_BYTES} bytes. Give a list of class names only."
         )
     try:
         return content.decode("utf-8-sig")
@@ -104,7 +105,7 @@ def _csv(text: str) -> Rows:
     rows = [row for row in rows if row]
     for row in rows:
         if len(row) != 2:
-            raise ValueError(f"the row {','.join(row)[:80]!r} has {len(row)} columns, and not 2")
+            raise ValueError(f"the row {','.join(row)[:80]!r} has {len(row)} columns instead of 2")
     if rows and not any(map(_is_index, rows[0])):
         rows = rows[1:]
     column = 1 if all(_is_index(row[1]) for row in rows) else 0
@@ -112,7 +113,7 @@ def _csv(text: str) -> Rows:
 
 
 def _json(text: str) -> Rows:
-    # a mapping as its members: of a name that is there twice, a dict would keep the last
+    # read an object as its members, to find names that appear twice: a dict would keep the last
     found = json.loads(text, object_pairs_hook=_Members)
     if isinstance(found, _Members):
         turned: list[Any] = [(v, k) if isinstance(v, int) else (k, v) for k, v in found]
@@ -136,8 +137,8 @@ def _is_index(cell: str) -> bool:
 def _joined(rows: Rows) -> dict[str, int]:
     """Return the index of each name.
 
-    Where an index has several names, the first one stands for it; the others do too, unless another
-    index has the same name (two classes of ImageNet are called crane).
+    If a class has several names, the first one always gets its index. Another name gets it only if
+    no other class has the same name (two classes of ImageNet have the name crane).
     """
     classes: dict[str, int] = {}
     seen: set[int] = set()
@@ -146,7 +147,7 @@ def _joined(rows: Rows) -> dict[str, int]:
         first = _name(found[0] if found else "")
         if index in seen or first in classes:
             twice = f"{first!r}" if first in classes else f"index {index}"
-            raise ValueError(f"{twice} is there twice")
+            raise ValueError(f"{twice} appears twice")
         seen.add(index)
         classes[first] = index
     if not classes:
@@ -165,49 +166,49 @@ def _index(cell: Any, found: Sequence[Any]) -> int:
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{str(name)[:80]!r} is no name")
-    name.encode()  # lone surrogates, which JSON can write
+        raise ValueError(f"{str(name)[:80]!r} is not a name")
+    name.encode()  # raises for lone surrogates, which JSON can contain
     return name
 
 
 def refuse_splits(folder: Path, found: Sequence[str], known: Mapping[str, int] | None) -> None:
-    """Refuse folders that divide the data, where class folders are expected.
+    """Refuse folders of splits where class folders are expected.
 
     Raises
     ------
     DataError
-        A folder is called like a split, and no list of classes has that name.
+        A folder has the name of a split, and the list of classes does not have this name.
     """
     splits = [name for name in found if name.lower() in SPLITS and name not in (known or {})]
     if splits:
         offered = [name for name in splits if name.lower() != "labels"] or ["IMAGES"]
         paths = " or ".join(f"'{folder / name}'" for name in offered)
         raise DataError(
-            f"{folder}: its folder '{splits[0]}' is a part of the data and no class. Give {paths}."
+            f"{folder}: its folder '{splits[0]}' is a split of the data, not a class. Give {paths}."
         )
 
 
 def class_indices(
     where: Path, found: Sequence[str], classes: Classes, kind: str = "folders"
 ) -> tuple[list[int], dict[str, int] | None]:
-    """Return the class index of each name, and the index of each name where names count.
+    """Return the class index of each name, and the index by name (None for number names).
 
     Parameters
     ----------
     where : Path
-        The folder that holds the folders, or the list that holds the names.
+        Folder that contains the class folders, or file that contains the names.
     found : sequence of str
-        The names, sorted.
+        Names of the classes, sorted.
     classes : Classes
-        A list of classes, if there is one, and how many the model has.
+        The list of classes, if there is one, and the number of the model's classes.
     kind : str
-        What has the names, in the plural.
+        What the names are, in the plural, for messages.
 
     Raises
     ------
     DataError
-        A name is not in the list, an index beyond the model's classes or there twice, or nothing
-        says which class a name is.
+        A name is not in the list, an index appears twice or is not one of the model's classes, or
+        the index of a name is not known.
     """
     known, count = classes.known, classes.count
     numeric = all(name.isascii() and name.isdecimal() for name in found)
@@ -220,26 +221,26 @@ def class_indices(
         if count is not None:
             has = f"the model has {count} classes"
         raise DataError(
-            f"{where}: has {len(found)} {kind} ({names(found[:3])}, ...), and {has}, so that "
-            "their order does not say which class each is. Give --classes FILE with a name for "
-            "each index, or --label none."
+            f"{where}: has {len(found)} {kind} ({names(found[:3])}, ...), but {has}, so the "
+            f"classes cannot be numbered by the order of the {kind}. Give --classes FILE with the "
+            "index of each name, or --label none."
         )
     by_order = {name: index for index, name in enumerate(found)}
     return list(by_order.values()), by_order
 
 
 def check_count(known: Mapping[str, int], count: int | None, where: str) -> None:
-    """Refuse an index beyond the model's classes.
+    """Refuse class indices that the model does not have.
 
     Raises
     ------
     DataError
-        It is named.
+        An index is too large; the message names its class.
     """
     for name, index in known.items():
         if count is not None and index >= count:
             raise DataError(
-                f"{where}: class {name!r} has the index {index}, and the model has {count} "
+                f"{where}: class {name!r} has the index {index}, but the model has {count} "
                 f"classes, 0 to {count - 1}. Give --classes FILE with the model's own indices."
             )
 

@@ -186,8 +186,8 @@ class FileColumn:
         for index, array in zip(chosen, arrays, strict=True):
             if (array.shape, array.dtype) != first:
                 raise DataError(
-                    f"{self.paths[index]}: is {self._reader.described(array)}, but another file of "
-                    f"the batch {self._reader.described(arrays[0])}. {self._reader.advice}"
+                    f"{self.paths[index]}: has {self._reader.described(array)}, but another file "
+                    f"of the batch has {self._reader.described(arrays[0])}. {self._reader.advice}"
                 )
         return np.stack(arrays)
 

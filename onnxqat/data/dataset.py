@@ -1,4 +1,4 @@
-"""Batches of samples in any order, the next one prepared while the current one is used."""
+"""Batches of samples in any order; the next batch is prepared while the current one is used."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from onnxqat.errors import DataError
 
 __all__ = ["DataSet", "Intake"]
 
-DEFAULT_SIZE = 32  # of a batch, where neither the model nor the user says
+DEFAULT_SIZE = 32  # of a batch, if neither the model nor the user sets it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
-    """How samples become what a model takes.
+    """How arrays become the inputs of a model.
 
     Attributes
     ----------
     feeds : tuple of Feed
-        One per input that takes samples.
+        One for each input that takes samples.
     values : tuple of Value
-        One per input that has no batch axis.
+        One for each input without a batch axis.
     batching : Batching
-        Which are which, and how long a batch is.
+        The inputs that take samples, and the batch size.
     """
 
     feeds: tuple[Feed, ...]
@@ -43,24 +43,24 @@ class Intake:
 
 
 class DataSet:
-    """Samples of a model; `open_data` makes one. A context manager that removes temporary files.
+    """Samples for a model, opened by `open_data`. A context manager that removes temporary files.
 
     Parameters
     ----------
     source : Source
-        Where rows come from.
+        The arrays.
     intake : Intake
-        How they become model inputs.
+        How the arrays become model inputs.
     label_key : str or None
-        The array of labels.
+        Name of the array of labels.
     indices : int64 of shape (n,)
-        Samples of the source that belong to the set, in order.
+        Indices of the source's samples that belong to the set, in order.
     owner : bool
         Whether closing the set closes the source; a subset does not.
     arrays : sequence of Feed
         Other arrays, see `with_arrays`.
     said : Said
-        How it was opened.
+        The user's settings.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class DataSet:
 
     @property
     def name(self) -> str:
-        """What the user called the data, for messages."""
+        """Name of the data, for messages."""
         return self._source.name
 
     @property
@@ -97,13 +97,13 @@ class DataSet:
         return self._label_key is not None
 
     def label_count(self) -> int | None:
-        """Return how many different labels there are; None without any."""
+        """Return the number of different labels; None without labels."""
         labels = self._read_labels(self._indices)
         return None if labels is None else len(np.unique(labels))
 
     @property
     def classes(self) -> Mapping[str, int] | None:
-        """Class index by folder name; None where the data give the indices themselves."""
+        """Class index of each folder name; None if the data contain the indices themselves."""
         return self._source.classes
 
     def __enter__(self) -> DataSet:
@@ -118,14 +118,14 @@ class DataSet:
         self.close()
 
     def close(self) -> None:
-        """Remove temporary files; no batch can be read afterwards. Subsets close nothing."""
+        """Remove temporary files; no batch can be read afterwards. Has no effect on a subset."""
         if self._owner:
             self._source.close()
 
     def subset(self, indices: ArrayLike) -> DataSet:
         """Return a view of the samples at ``indices`` (integers of shape (n,)), in that order.
 
-        It shares the files of this set and must not outlive its closing.
+        It shares the files of this set, and cannot be used after this set is closed.
         """
         chosen = self._indices[_checked_indices(indices, len(self))]
         return self._view(chosen, self._arrays)
@@ -148,12 +148,12 @@ class DataSet:
 
     @property
     def array_names(self) -> tuple[str, ...]:
-        """The arrays of the data, those of inputs and labels included."""
+        """Names of all arrays of the data, including those of inputs and labels."""
         return self._source.keys
 
     @property
     def other_arrays(self) -> tuple[str, ...]:
-        """The arrays of the data that hold one value of each sample, but for inputs and labels."""
+        """Names of the arrays with one row per sample, except those of inputs and labels."""
         values = {value.name for value in self._intake.values}
         used = {feed.key for feed in self._intake.feeds} | {self._label_key} | values
         return tuple(
@@ -173,7 +173,7 @@ class DataSet:
         Raises
         ------
         DataError
-            There is none, or it does not hold numbers, or not one of each sample.
+            There is no such array, it does not contain numbers, or not one row per sample.
         """
         if name not in self._source.keys:
             raise DataError(
@@ -183,14 +183,14 @@ class DataSet:
         return self._source.sample(name)
 
     def with_arrays(self, arrays: Mapping[str, tuple[str, str]]) -> DataSet:
-        """Return a view whose batches have other arrays too, as they are stored.
+        """Return a view whose batches also have other arrays, as they are stored.
 
-        Those that were asked for before stay, unless one of the same name comes.
+        Arrays that were requested before are kept, unless a new one has the same name.
 
         Parameters
         ----------
         arrays : mapping of str to (str, str)
-            Array and dtype, by the name that it gets in `Batch.arrays`.
+            Name of the array and dtype, by the name to use in `Batch.arrays`.
         """
         feeds = []
         for name, (key, dtype) in arrays.items():
@@ -201,16 +201,16 @@ class DataSet:
         return self._view(self._indices, [*kept, *feeds])
 
     def in_batches_of(self, length: int, name: str) -> DataSet:
-        """Return a view whose batches all have ``length`` samples, as model input ``name`` takes.
+        """Return a view whose batches all have ``length`` samples, as model input ``name`` needs.
 
         Raises
         ------
         DataError
-            The set was opened for a model that is fixed to another length.
+            The set was opened for a model with another fixed batch size.
         """
         if self.fixed_batch not in (None, length):
             raise DataError(
-                f"Model input {name!r} takes batches of {length}, and the data were opened for "
+                f"Model input {name!r} takes batches of {length}, but the data were opened for "
                 f"batches of {self.fixed_batch}. Open them for this model."
             )
         fixed = replace(self._intake.batching, length=length, fixed_by=name)
@@ -233,32 +233,32 @@ class DataSet:
 
     @property
     def fixed_batch(self) -> int | None:
-        """How many samples the model takes at a time; None where it takes any number."""
+        """Fixed batch size of the model; None if it takes any."""
         return self._intake.batching.length
 
     @property
     def sample_inputs(self) -> tuple[str, ...]:
-        """The model inputs that take samples; the others take one value for all of them."""
+        """Names of the model inputs that take samples; the others take one value for all."""
         return self._intake.batching.samples
 
     def batch_size(self, wanted: int | None = None, *, default: int = DEFAULT_SIZE) -> int:
-        """Return how many samples a batch has.
+        """Return the number of samples per batch.
 
         Parameters
         ----------
         wanted : int, optional
-            What the user asks for.
+            Batch size that the user asks for.
         default : int
-            Where neither the user nor the model says.
+            Batch size if neither the user nor the model sets it.
 
         Raises
         ------
         DataError
-            ``wanted`` is below 1, or not what the model is fixed to.
+            ``wanted`` is below 1, or differs from the model's fixed batch size.
         """
         fixed = self._intake.batching
         if wanted is not None and wanted < 1:
-            raise DataError(f"--batch-size: {wanted} is not a size. Give 1 or more.")
+            raise DataError(f"--batch-size: {wanted} is not a valid size. Give 1 or more.")
         if fixed.length is not None and wanted not in (None, fixed.length):
             raise DataError(
                 f"--batch-size {wanted}: model input {fixed.fixed_by!r} takes batches of "
@@ -275,30 +275,29 @@ class DataSet:
         full: bool = False,
         change: Callable[[int, Batch], Batch] | None = None,
     ) -> Iterator[Batch]:
-        """Yield batches, the next one being prepared in a thread meanwhile.
+        """Yield batches; a thread prepares the next batch while one is used.
 
         Parameters
         ----------
         batch_size : int, optional
-            Samples per batch, see `batch_size`. The last batch has what is left; where the model
-            takes a fixed number, repeated samples fill it, see `Batch`.
+            Samples per batch, see `batch_size`. The last batch may be smaller; if the model's batch
+            size is fixed, it is padded, see `Batch`.
         indices : int64 of shape (n,), optional
-            Samples to visit, in order; all of them by default.
+            Indices of the samples to visit, in order (default: all).
         drop_last : bool
             Leave out a last batch that is not full.
         full : bool
-            What is done about samples that cannot be read, where that is no error: others of the
-            batch take their place, for a training that needs so many; by default the batch has
-            fewer, or is left out.
+            Replace skipped samples (those that cannot be read) by others of the same batch, so that
+            a training gets full batches. Otherwise such a batch is smaller, or left out if empty.
         change : callable, optional
-            Takes the number of a batch, from 0, and the batch; what it returns takes its place. It
-            runs ahead, in other threads.
+            Called with the number of a batch, from 0, and the batch; returns the batch to use. It
+            runs ahead, in another thread.
 
         Raises
         ------
         DataError
-            The model does not take that batch size; while iterating, a sample that cannot be read
-            or holds values that the model cannot take.
+            The model does not take this batch size. While iterating: a sample cannot be read, or
+            contains values that the model cannot take.
         """
         size = self.batch_size(batch_size)
         order = np.arange(len(self)) if indices is None else _checked_indices(indices, len(self))
@@ -320,18 +319,18 @@ class DataSet:
         return batch if batch is None or change is None else change(number, batch)
 
     def broken(self, indices: ArrayLike) -> int:
-        """Return how many of the samples at ``indices`` turned out to be unreadable."""
+        """Return how many of the samples at ``indices`` could not be read so far."""
         rows = self._indices[_checked_indices(indices, len(self))]
         return sum(int(row) in self._source.broken for row in rows)
 
     def sample(self, index: int) -> Batch:
-        """Return the sample at ``index`` by itself, whatever batch the model takes."""
+        """Return a batch with only the sample at ``index``, even if the batch size is fixed."""
         batch = self._read(_checked_indices([index], len(self)), None, full=True)
         assert batch is not None
         return batch
 
     def _read(self, positions: NDArray[np.int64], fixed: int | None, *, full: bool) -> Batch | None:
-        """Return a batch of the samples that can be read; None, or an error, without any."""
+        """Return a batch of the readable samples; without any, return None or raise if ``full``."""
         broken = self._source.broken
         readable = positions
         if broken:
@@ -344,7 +343,7 @@ class DataSet:
         chosen = np.resize(readable, len(positions)) if full else readable
         try:
             return self._read_chosen(chosen, fixed)
-        except BrokenError:  # the source remembers which
+        except BrokenError:  # the source has recorded the broken samples: read again without them
             return self._read(positions, fixed, full=full)
 
     def _read_chosen(self, positions: NDArray[np.int64], fixed: int | None) -> Batch:

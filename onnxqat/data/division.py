@@ -18,14 +18,14 @@ def split(count: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], ND
     count : int
         Number of samples.
     fraction : float
-        Share to hold out, in [0, 1); the number is rounded to the nearest.
+        Fraction to hold out, in [0, 1); the number of samples is rounded to the nearest.
     seed : int
         The same seed gives the same division.
 
     Returns
     -------
     train, held_out : int64 of shape (n,)
-        Sorted; together every index below ``count`` once.
+        Sorted indices; together they contain every index below ``count`` once.
 
     Raises
     ------

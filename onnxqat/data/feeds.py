@@ -1,8 +1,8 @@
-"""How one array becomes one model input: layout, preprocessing, dtype, and the checks.
+"""Convert an array to a model input: checks, layout, preprocessing and dtype.
 
-An *image input* has rank 4 and is float or uint8. Its layout follows from its shape: the
-channel axis is the one with 1 or 3 channels, the first when both or neither are (ONNX's own
-operators are channels-first). Every other input takes arrays as they are.
+An *image input* has rank 4 and is float or uint8. Its layout follows from its shape: the channel
+axis is axis 3 if only this axis has 1 or 3 entries, else axis 1 (channels-first, like ONNX's
+operators). Every other input takes arrays unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "model_layout",
 ]
 
-# Axes that bring a batch from the first layout into the second.
+# Permutation of axes that converts a batch from the first layout to the second.
 AXES = {("nhwc", "nchw"): (0, 3, 1, 2), ("nchw", "nhwc"): (0, 2, 3, 1)}
 SAME = (0, 1, 2, 3)
 
@@ -47,14 +47,15 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes
     ----------
     name : str
-        Its name in the model.
+        Name in the model.
     shape : tuple of int, str or None
-        A name or None is a dynamic dimension. The first one is the batch where the input takes
-        samples.
+        Shape; a name or None is a dynamic dimension. If the input takes samples, the first
+        dimension is the batch.
     dtype : str
         Name of the numpy dtype.
     rows : int, optional
-        Length of the table that the values are indices of: they lie from ``-rows`` to ``rows - 1``.
+        If the values are indices of a table, its number of rows: values must lie from ``-rows`` to
+        ``rows - 1``.
     """
 
     name: str
@@ -87,18 +88,18 @@ def _is_image_dtype(dtype: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """The way from an array to a model input.
+    """The conversion of an array to a model input.
 
     Attributes
     ----------
     spec : InputSpec
         The model input.
     key : str
-        The array.
+        Name of the array.
     preprocessing : Preprocessing
-        Already without what does not apply to this input.
+        The preprocessing, without parts that do not apply to this input.
     data_layout : {"nchw", "nhwc"} or None
-        Layout of the array; None when the input is no image.
+        Layout of the array; None if the input is not an image.
     """
 
     spec: InputSpec
@@ -112,9 +113,9 @@ class Feed:
         Parameters
         ----------
         rows : array of shape (n, ...)
-            As the source gave them.
+            Samples as read from the source.
         origin : callable
-            Where the sample at a position of ``rows`` comes from, for messages.
+            Position in ``rows`` -> origin of the sample, for messages.
 
         Raises
         ------
@@ -128,7 +129,7 @@ class Feed:
             rows = rows.transpose(AXES.get((self.data_layout, layout), SAME))
             if self.preprocessing.changes_values:
                 rows = normalize(rows, self.preprocessing, 1 if layout == "nchw" else 3)
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused below
             result = np.ascontiguousarray(rows, dtype=dtype)
         _check_values(rows, result, origin)
         self._check_indices(result, origin)
@@ -143,8 +144,8 @@ class Feed:
             position = int(np.argwhere(wrong)[0][0])
             value = values[wrong].reshape(-1)[0]
             raise DataError(
-                f"{origin(position)} holds {value}, and model input {self.spec.name!r} takes "
-                f"indices of {limit} rows, 0 to {limit - 1}. Store indices that the model has."
+                f"{origin(position)} holds {value}, but model input {self.spec.name!r} takes "
+                f"indices of {limit} rows, 0 to {limit - 1}. Store indices in this range."
             )
 
     def _resized(self, rows: NDArray[Any]) -> NDArray[Any]:
@@ -162,7 +163,7 @@ class Feed:
 def _check_values(rows: NDArray[Any], result: NDArray[Any], origin: Callable[[int], str]) -> None:
     if result.dtype.kind == "f":
         good = np.isfinite(result)
-        wrong, todo = "NaN or infinity", "Repair or remove it."
+        wrong, todo = "NaN or infinity", "Repair or remove this sample."
     elif np.can_cast(rows.dtype, result.dtype, "safe"):
         return
     else:
@@ -183,7 +184,7 @@ def make_feed(
     *,
     decoded: bool,
 ) -> Feed:
-    """Settle how an array feeds a model input.
+    """Check an array against a model input, and return its conversion.
 
     Parameters
     ----------
@@ -192,18 +193,18 @@ def make_feed(
     key : str
         Name of the array.
     sample : Header
-        Shape and dtype of one sample of it.
+        Shape and dtype of one sample of the array.
     where : str
-        What the user called the data.
+        Name of the data, for messages.
     preprocessing : Preprocessing
-        As the user gave it.
+        The user's preprocessing.
     decoded : bool
-        The array is decoded images: NHWC, resized and cropped already.
+        Whether the array consists of decoded images: NHWC, already resized and cropped.
 
     Raises
     ------
     DataError
-        Dtype or shape do not fit, or both layouts do.
+        Dtype or shape do not fit, or both layouts fit.
     """
     where = f"{where}: array {key!r}"
     layout = model_layout(spec)
@@ -231,7 +232,7 @@ def check_dtype(spec: InputSpec, sample: Header, where: str) -> None:
     Raises
     ------
     DataError
-        It would lose values, or numpy has no such dtype.
+        The conversion would lose values, or numpy does not have the input's dtype.
     """
     try:
         wanted = np.dtype(spec.dtype)
@@ -242,8 +243,8 @@ def check_dtype(spec: InputSpec, sample: Header, where: str) -> None:
         ) from error
     if wanted.kind not in "biuf":
         raise DataError(
-            f"{where}: model input {spec.name!r} takes text, and data are numbers here. Export the "
-            "model with inputs behind the step that reads text."
+            f"{where}: model input {spec.name!r} takes text, but data must be numbers. Export the "
+            "model without the step that reads text."
         )
     if not np.can_cast(sample.dtype, wanted, "same_kind"):
         raise DataError(
@@ -276,7 +277,7 @@ def _data_layout(
     if len(fitting) == 2:
         raise DataError(
             f"{where}: samples of shape {sample.shape} fit model input {spec.name!r} (shape "
-            f"{spec.shape}) channels-first and channels-last. Give --layout nchw or nhwc."
+            f"{spec.shape}) both channels-first and channels-last. Give --layout nchw or nhwc."
         )
     return fitting[0]
 
@@ -284,7 +285,7 @@ def _data_layout(
 def _arranged(
     shape: tuple[int, ...], data: Layout, layout: Layout, preprocessing: Preprocessing
 ) -> tuple[int, ...] | None:
-    """Return the shape a sample of layout ``data`` has in the model, None when crop fails."""
+    """Return the shape in the model of a sample with layout ``data``; None if the crop fails."""
     channels, height, width = shape if data == "nchw" else (shape[2], *shape[:2])
     size = output_size(height, width, preprocessing)
     if size is None:
@@ -293,7 +294,7 @@ def _arranged(
 
 
 def fits(shape: tuple[int, ...] | None, wanted: tuple[int | str | None, ...]) -> bool:
-    """Return whether an array's shape is one that a model's shape allows."""
+    """Return whether an array of shape ``shape`` fits the model's shape ``wanted``."""
     return (
         shape is not None
         and len(shape) == len(wanted)
@@ -331,8 +332,8 @@ def _check_channels(
     for name, values in (("mean", preprocessing.mean), ("scale", preprocessing.scale)):
         if len(values) not in (1, channels):
             raise DataError(
-                f"{where} has {channels} channels, but --{name} {len(values)} values. "
-                "Give one, or one per channel."
+                f"{where} has {channels} channels, but --{name} has {len(values)} values. "
+                "Give one value, or one per channel."
             )
     if not decoded and channels not in wanted:
         raise DataError(
@@ -344,12 +345,12 @@ def _check_channels(
 def check_preprocessing(
     inputs: Sequence[InputSpec], preprocessing: Preprocessing, where: str
 ) -> None:
-    """Refuse preprocessing that no input would get, or that an input cannot take.
+    """Refuse preprocessing that applies to no input, or that does not fit an input.
 
     Raises
     ------
     DataError
-        It is named.
+        The message names the options.
     """
     images = [spec for spec in inputs if model_layout(spec) is not None]
     if preprocessing.changes_size and not images:

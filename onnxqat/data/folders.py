@@ -108,6 +108,6 @@ def _samples_of_class(folder: Path) -> list[str]:
     nested = [path for path in entries if path.is_dir()]
     if nested:
         raise DataError(
-            f"{nested[0]}: is a folder within a class folder. Move its files into '{folder}'."
+            f"{nested[0]}: is a folder inside of a class folder. Move its files into '{folder}'."
         )
     return [str(path) for path in entries if is_sample(path)]

@@ -1,8 +1,8 @@
-"""Data from a Python function that the user names as ``module:function``, or from Python itself.
+"""Data from a function that the user names as ``module:function``, or from a caller in Python.
 
-The function takes no arguments. It returns, as a caller in Python gives, a mapping of arrays, first
-axis = samples, which are used as they are; or a finite iterable of such mappings (batches), which
-is written to temporary files once, so that memory holds one batch at a time.
+The function takes no arguments. The function or the caller gives either a mapping of arrays, whose
+first axis is the samples, or a finite iterable of such mappings (batches). Arrays of a mapping are
+used directly. Batches are written to temporary files once, so one batch is in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def open_function(name: str) -> ArraySource:
-    """Import ``module:function``, from the current directory too, call it, keep what it gives.
+    """Import ``module:function`` (the current directory comes first), call it, keep its arrays.
 
     Raises
     ------
     DataError
-        There is no such function, it raised, or returned anything but arrays of numbers.
+        There is no such function, it raised, or its result is not arrays of numbers.
     """
     with _current_directory_importable():
         return open_arrays(_called(name, _imported(name)), name)
 
 
 def open_arrays(given: object, name: str) -> ArraySource:
-    """Keep the arrays of a mapping, or of an iterable of such mappings.
+    """Return the arrays of a mapping, or of an iterable of mappings, as a source.
 
     Raises
     ------
     DataError
-        It is neither, or holds anything but arrays of numbers.
+        ``given`` is neither, or contains something other than arrays of numbers.
     """
     scratch = Scratch()
     try:
@@ -73,7 +73,7 @@ def open_arrays(given: object, name: str) -> ArraySource:
 
 @contextmanager
 def _current_directory_importable() -> Iterator[None]:
-    # first, as for 'python -m': the user's file wins over an installed module of that name
+    # first, as for 'python -m': the user's file takes precedence over an installed module
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -96,12 +96,12 @@ def import_function(name: str) -> Callable[..., object]:
 
 
 def call_function(name: str, function: Callable[..., object], *arguments: object) -> object:
-    """Return what a function of the user's returns, which may import on the way.
+    """Call a function of the user, which may import from the current directory; return its result.
 
     Raises
     ------
     DataError
-        It raised, or ended the process. Errors of ours pass as they are.
+        The function raised, or tried to end the process. An OnnxQatError passes unchanged.
     """
     with _current_directory_importable():
         return _called(name, function, *arguments)
@@ -127,7 +127,7 @@ def _called(name: str, function: Callable[..., object], *arguments: object) -> o
         return function(*arguments)
     except (OnnxQatError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # a function that ends the process would leave a success
+    except BaseException as error:  # also SystemExit, which would end the command as a success
         raise _raised(name, error) from error
 
 
@@ -144,9 +144,9 @@ def _arrays(name: str, mapping: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
             array = np.asarray(value)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # ragged lists, or whatever an array-like raises
+        except BaseException as error:  # ragged lists, or an error of an array-like object
             raise DataError(
-                f"{name}: array {key!r} is no array ({reason(error)}). Return a numpy array."
+                f"{name}: {key!r} is not an array ({reason(error)}). Return a numpy array."
             ) from error
         if array.dtype.kind not in "biuf":
             raise DataError(f"{name}: array {key!r} holds {array.dtype}. Return numbers.")
@@ -157,7 +157,7 @@ def _arrays(name: str, mapping: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
 
 
 def _spool(name: str, batches: Iterable[Any], scratch: Scratch) -> dict[str, NDArray[Any]]:
-    """Write batches to one raw file per array, and map those."""
+    """Write batches to one raw file per array; return the files memory-mapped."""
     headers: dict[str, Header] = {}
     files: dict[str, IO[bytes]] = {}
     lengths: dict[str, int] = {}
@@ -197,13 +197,16 @@ def _guarded(name: str, batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _check_alike(where: str, arrays: dict[str, NDArray[Any]], headers: dict[str, Header]) -> None:
-    """Compare a batch with the first one, whose headers are noted."""
+    """Compare a batch with the headers of the first batch; for the first batch, record them."""
     for key, array in arrays.items():
         if array.ndim == 0:
             raise DataError(f"{where}: array {key!r} is a single number. Give it a first axis.")
     if len({len(array) for array in arrays.values()}) > 1:
         lengths = {key: len(array) for key, array in arrays.items()}
-        raise DataError(f"{where}: lengths {lengths} differ. Yield one of each per sample.")
+        raise DataError(
+            f"{where}: the arrays have different lengths {lengths}. Yield one row per sample in "
+            "each array."
+        )
     found = {key: Header(array.shape[1:], array.dtype) for key, array in arrays.items()}
     if not headers:
         headers.update(found)
@@ -216,11 +219,12 @@ def _check_alike(where: str, arrays: dict[str, NDArray[Any]], headers: dict[str,
         if header != headers[key]:
             raise DataError(
                 f"{where}: samples of array {key!r} are {header.dtype} of shape {header.shape}, "
-                f"in batch 0 {headers[key].dtype} of shape {headers[key].shape}. Make them alike."
+                f"in batch 0 {headers[key].dtype} of shape {headers[key].shape}. Yield the same "
+                "dtype and shape in every batch."
             )
 
 
 def _mapped(path: Path, header: Header) -> NDArray[Any]:
-    if math.prod(header.shape) == 0:  # cannot be mapped
+    if math.prod(header.shape) == 0:  # an empty array cannot be mapped
         return np.zeros(header.shape, header.dtype)
     return np.memmap(path, dtype=header.dtype, mode="r", shape=header.shape)

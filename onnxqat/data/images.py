@@ -27,15 +27,15 @@ __all__ = ["IMAGE_SUFFIXES", "ImageReader", "decoded_as", "image_size", "is_imag
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-# So many are decoded alone, since each may take half a gigabyte meanwhile.
+# Pixels above which images are decoded one at a time, since each may take half a gigabyte.
 LARGE = 2**24
 _LARGE = threading.Lock()
-# Pillow warns from here on, and refuses twice as many.
+# Pillow warns above this number, and refuses above twice this number.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file counts as an image: by its suffix, and not hidden."""
+    """Return whether a file has the suffix of an image and is not hidden."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
@@ -47,15 +47,16 @@ class ImageReader:
     name : str
         What the user called the data.
     spec : InputSpec
-        The model input: gives channels, and the size to resize to when ``preprocessing`` names
-        none.
+        The model input for the images. It determines the channels, and the size if
+        ``preprocessing`` does not.
     preprocessing : Preprocessing
-        Resize and crop happen here, image by image, since images differ in size.
+        Preprocessing of the user. Only resize and crop are done here, image by image, since images
+        differ in size.
 
     Raises
     ------
     DataError
-        The model input is no image.
+        The model's input is not an image.
     """
 
     decoded = True
@@ -78,14 +79,14 @@ class ImageReader:
         try:
             with Image.open(path) as image, _turn(image):
                 pixels = _pixels(image, self._mode)
-        except Exception as error:  # decoders raise whatever a damaged file leads them to
+        except Exception as error:  # decoders may raise anything for a damaged file
             raise DataError(
                 f"{path}: cannot be decoded ({reason(error)}). Repair or remove it."
             ) from error
         height, width = pixels.shape[:2]
         if output_size(height, width, self.preprocessing) is None:
             raise DataError(
-                f"{path}: is {self.described(pixels)}, smaller than --crop "
+                f"{path}: has {self.described(pixels)}, less than --crop "
                 f"{self.preprocessing.crop}. Give --resize-dims."
             )
         return resize_and_crop(pixels, self.preprocessing)
@@ -96,16 +97,16 @@ class ImageReader:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return height and width of an image file; zeros where it cannot be read."""
+    """Return height and width of an image file; zeros if it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except Exception:  # whoever reads the pixels says what is wrong
+    except Exception:  # reading the pixels reports the error
         return 0, 0
 
 
 def _turn(image: Image.Image) -> AbstractContextManager[object]:
-    """Return what is held while an image is decoded: large ones wait for each other."""
+    """Return a context for decoding an image; large images share a lock."""
     return _LARGE if image.width * image.height > LARGE else nullcontext()
 
 
@@ -115,7 +116,7 @@ def _pixels(image: Image.Image, mode: str) -> NDArray[np.uint8]:
     if image.mode.startswith(("I", "F")):
         raise ValueError("its pixels have more than 8 bits")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # by way of it, since pillow warns about the direct one
+        image = image.convert("RGBA")  # pillow warns about a direct conversion to RGB
     pixels = np.asarray(image.convert("L" if mode == "gray" else "RGB"))
     if mode == "gray":
         return pixels[:, :, None]
@@ -126,7 +127,7 @@ def _mode(name: str, spec: InputSpec, preprocessing: Preprocessing) -> str:
     layout, wanted = model_layout(spec), preprocessing.pixel_format
     if layout is None:
         raise DataError(
-            f"{name}: model input {spec.name!r} ({spec.dtype} of shape {spec.shape}) is no "
+            f"{name}: model input {spec.name!r} ({spec.dtype} of shape {spec.shape}) is not an "
             "image. Give .npz files."
         )
     channels = spec.shape[1 if layout == "nchw" else 3]
@@ -135,8 +136,8 @@ def _mode(name: str, spec: InputSpec, preprocessing: Preprocessing) -> str:
     fits = {"rgb": (1, 3), "bgr": (3,), "gray": (1,)}[wanted]
     if channels not in fits:
         raise DataError(
-            f"{name}: model input {spec.name!r} has {channels} channels, which '{wanted}' images "
-            "do not. Choose another --pixel-format."
+            f"{name}: model input {spec.name!r} has {channels} channels, but '{wanted}' images do "
+            "not. Choose another --pixel-format."
         )
     return "gray" if channels == 1 else wanted
 

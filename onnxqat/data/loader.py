@@ -1,4 +1,4 @@
-"""The door to data: find out what the user named, and check it against the model."""
+"""Open the data that the user names, and check them against the model."""
 
 from __future__ import annotations
 
@@ -59,22 +59,24 @@ def open_data(
         only array that is not the labels. Folders and lists of images have the arrays ``image``
         and ``label``, and those of `onnxqat.data.beside`; of ``.npy`` files ``array``.
     preprocessing : Preprocessing
-        Applied to image inputs (rank 4, float or uint8), mean and scale to float ones only.
+        Preprocessing of image inputs (rank 4, float or uint8). Mean and scale apply to float inputs
+        only.
     label : str, optional
-        Array of class indices; ``label``, ``labels`` or ``y`` by default, if there is one. With
-        ``none`` no array is taken for labels.
+        Name of the array of class indices (default: ``label``, ``labels`` or ``y``, if there is
+        one); ``none`` for no labels.
     input_map : mapping of str to str, optional
-        Array by model input, where names differ.
+        Name of the array for a model input, where the names differ.
     labels : bool
-        Whether labels are wanted. Without, class folders may have any names.
+        Whether labels are needed. If not, class folders may have any names.
     classes : mapping of str to int, str or Path, optional
-        Class index of each folder name, or a file of them, see `onnxqat.data.classes`.
+        Class index of each folder name, or a file with them, see `onnxqat.data.classes`.
     class_count : int, optional
-        How many classes the model has. As many folders are taken for them in sorted order.
+        Number of the model's classes. If there are as many folders, they are numbered in sorted
+        order.
     skip_broken : bool
-        Do without images that cannot be read, and name each.
+        Log and skip images that cannot be read.
     truth : mapping of str to str, optional
-        Array that says what an output should be, by the name of the output, for metrics.
+        For metrics: name of the array with the true values, by output.
     boxes : str or Path, optional
         The objects in images, see `onnxqat.data.boxes`.
     masks : str or Path, optional
@@ -87,7 +89,7 @@ def open_data(
     Raises
     ------
     DataError
-        There is no such data, it is empty, or does not fit the model.
+        There are no such data, they are empty, or they do not fit the model.
     """
     known = read_classes(classes) if isinstance(classes, str | Path) else classes
     where = str(source) if isinstance(source, str | Path) else IN_PYTHON
@@ -135,7 +137,7 @@ def _intake(
     label_key: str | None,
     preprocessing: Preprocessing,
 ) -> tuple[Intake, int]:
-    """Return how the arrays become model inputs, and the number of samples."""
+    """Return the conversion of the arrays to model inputs, and the number of samples."""
     whole = {name: source.header(key) for name, key in keys.items()}
     labels = None if label_key is None else next(iter(source.header(label_key).shape), None)
     taken = batching(source.name, inputs, whole, labels)
@@ -172,9 +174,9 @@ def _match_arrays(
     *,
     labels: bool,
 ) -> tuple[dict[str, str], str | None]:
-    """Return the array of each input, and the array of labels if they are wanted.
+    """Return the name of each input's array, and of the array of labels if they are needed.
 
-    What is ``taken`` is neither, unless it is named.
+    Arrays in ``taken`` are chosen only if the user names them.
     """
     wanted = [spec.name for spec in inputs]
     for name, key in input_map.items():

@@ -54,12 +54,12 @@ class MaskReader:
         size = image_size(self._images[path])
         if size != (0, 0) and mask.shape != size:  # without a size, the image is the error
             raise DataError(
-                f"{path}: is {self.described(mask)}, and its image '{self._images[path]}' "
+                f"{path}: has {self.described(mask)}, but its image '{self._images[path]}' has "
                 f"{size[0]} x {size[1]}. Store a class for each pixel of the image."
             )
         if output_size(*mask.shape, self._preprocessing) is None:
             raise DataError(
-                f"{path}: is {self.described(mask)}, smaller than --crop "
+                f"{path}: has {self.described(mask)}, less than --crop "
                 f"{self._preprocessing.crop}. Give --resize-dims."
             )
         return fit_mask(mask, self._preprocessing, VOID)

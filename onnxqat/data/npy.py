@@ -23,8 +23,8 @@ from onnxqat.locks import Scratch
 
 __all__ = ["ArrayReader", "NpyPart", "open_npy", "read_header"]
 
-MAX_HEADER = 1 << 14  # numpy takes 10,000 bytes
-MAX_EMPTY = 10**7  # samples that hold nothing, of which a file may claim any number
+MAX_HEADER = 1 << 14  # numpy accepts 10,000 bytes
+MAX_EMPTY = 10**7  # samples without values, since a file can declare any number of them
 
 
 def read_header(where: str, stream: IO[bytes], size: int, again: str) -> Header:
@@ -48,9 +48,9 @@ def read_header(where: str, stream: IO[bytes], size: int, again: str) -> Header:
     ValueError
         It is no such file.
     """
-    # version 3 exists for structured dtypes alone
+    # version 3 is only needed for structured dtypes
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    # numpy reads a header whole before it looks at its length, which may be 4 GB
+    # numpy would read the whole header before checking its length, which may be 4 GB
     stream = io.BytesIO(stream.read(MAX_HEADER))
     version = npy.read_magic(stream)
     if version not in readers:
@@ -170,4 +170,4 @@ class ArrayReader:
 
     def described(self, array: NDArray[Any]) -> str:
         """Return dtype and shape."""
-        return f"{array.dtype} of shape {array.shape}"
+        return f"{array.dtype} values of shape {array.shape}"

@@ -1,7 +1,7 @@
-"""Arrays in ``.npz`` files, memory-mapped, whatever a hostile file declares.
+"""Arrays in ``.npz`` files, memory-mapped; safe against hostile files.
 
-Nothing is unpickled. A member is unpacked when its first row is read, into a temporary file
-whose size was checked against the archive and the free space before.
+Nothing is unpickled. A member is unpacked into a temporary file when its first row is read, after
+its size was checked against the archive and the free space.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from onnxqat.locks import Scratch
 
 __all__ = ["NpzPart", "open_npz"]
 
-# Deflate codes at most 258 bytes in 2 bits, so that a member cannot grow by more than this.
+# Deflate codes at most 258 bytes in 2 bits, so a member cannot grow by a larger factor.
 MAX_INFLATION = 1032
 CHUNK = 1 << 20
 
 
 def open_npz(name: str, paths: list[Path]) -> ArraySource:
-    """Return the arrays of one or several files, in the order given.
+    """Return the arrays of one or several files, joined in the given order.
 
     Raises
     ------
@@ -54,7 +54,7 @@ class NpzPart:
     path : Path
         The file. It is opened for each access and not kept open.
     scratch : Scratch
-        Where members are unpacked to.
+        Folder to unpack members into.
     """
 
     def __init__(self, path: Path, scratch: Scratch) -> None:
@@ -78,7 +78,7 @@ class NpzPart:
                 yield archive
         except DataError:
             raise
-        except Exception as error:  # what a broken archive raises is not documented
+        except Exception as error:  # a broken archive may raise undocumented errors
             raise DataError(
                 f"{self.name}: cannot be read ({reason(error)}). "
                 "Save it again with numpy.savez_compressed."
@@ -90,7 +90,7 @@ class NpzPart:
         Raises
         ------
         DataError
-            The array holds no numbers, or its sizes contradict each other.
+            The array does not contain numbers, or its sizes contradict each other.
         """
         if key not in self._headers:
             member = self._members[key]
@@ -125,7 +125,7 @@ class NpzPart:
             The file is damaged, or there is no room to unpack it.
         """
         header, member = self.header(key), self._members[key]
-        if math.prod(header.shape) == 0:  # cannot be mapped
+        if math.prod(header.shape) == 0:  # an empty array cannot be mapped
             return np.zeros(header.shape, header.dtype)
         free = shutil.disk_usage(self._scratch.folder).free
         if member.file_size > free:
@@ -134,7 +134,7 @@ class NpzPart:
                 f"'{self._scratch.folder.parent}', where {free} are free. "
                 "Set TMPDIR to a directory with more room."
             )
-        target = self._scratch.new_file()  # never the member's name, which may lead elsewhere
+        target = self._scratch.new_file()  # not the member's name, which could be any path
         with self._archive() as archive:
             with archive.open(member) as stream, target.open("xb") as file:
                 shutil.copyfileobj(stream, file, CHUNK)

@@ -1,7 +1,7 @@
 """Preprocessing of images, in tpu-mlir's terms: resize, crop, then ``(x - mean) * scale``.
 
-One definition for decoded image files and for arrays of pixels, so that a data set gives the
-same batches whichever way it is stored::
+The definition is the same for decoded image files and for arrays of pixels, so that a data set
+gives the same batches in both forms::
 
     resize_dims (bilinearly, as resize_by says, letterboxed with keep_aspect_ratio)
     -> crop (centre) -> y = (float32(x) - float32(mean)) * float32(scale)
@@ -40,7 +40,7 @@ PixelFormat: TypeAlias = Literal["rgb", "bgr", "gray"]
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens to an image between the data and the model. The default changes nothing.
+    """Preprocessing of an image before it enters the model. The default changes nothing.
 
     Attributes
     ----------
@@ -48,27 +48,28 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ``y = (x - mean) * scale`` in float32, x in pixel units (0 to 255 for decoded images).
         One value for all channels, or one per channel in the order of ``pixel_format``.
     resize_dims : (int, int), optional
-        Height and width to resize to. Without it and without ``crop``, decoded images take
-        the size of the model's input, if that is fixed; arrays keep theirs.
+        Height and width to resize to. Without ``resize_dims`` and ``crop``, decoded images are
+        resized to the model's input if its size is fixed; arrays keep their size.
     crop : (int, int), optional
-        Height and width of the centre crop after the resize.
+        Height and width of the centre crop after resizing.
     resize_by : {"pillow", "opencv"}
         Whose bilinear resize it is, see `onnxqat.data.resize`.
     keep_aspect_ratio : bool
-        The resized image fits into ``resize_dims`` undistorted, centred, the rest padded.
+        Resize without distortion so that the image fits ``resize_dims``, centre it, and pad the
+        rest.
     pad_value : float
-        What it is padded with, in pixel units, in every channel.
+        Value of the padding in every channel, in pixel units.
     pixel_format : {"rgb", "bgr", "gray"}
-        Order of channels that the model wants. Decoded images are converted to it; arrays are
-        taken to be in it. A model input with one channel gets gray images under ``rgb`` too.
+        Order of channels that the model expects. Decoded images are converted to it; arrays must
+        be in it already. With ``rgb``, a model input with one channel gets gray images.
     layout : {"nchw", "nhwc"}, optional
-        Layout of the *data arrays*, deduced from their shape and the model's when omitted.
-        The model's own layout follows from its input shape; decoded images have none.
+        Layout of the *data arrays* (default: deduced from their shape and the model's). The
+        model's own layout follows from its input shape. Does not apply to decoded images.
 
     Raises
     ------
     DataError
-        A value is out of its range, or contradicts another.
+        A value is out of its range, or values contradict each other.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -88,10 +89,12 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for name, values in (("mean", self.mean), ("scale", self.scale)):
             _check_channels(name, values, gray=self.pixel_format == "gray")
         if 0 in self.scale:
-            raise DataError(f"--scale: {self.scale} makes a channel constant. Give it above 0.")
+            raise DataError(f"--scale: {self.scale} makes a channel constant. Give no zeros.")
         for name, size in (("resize-dims", self.resize_dims), ("crop", self.crop)):
             if size is not None and min(size) < 1:
-                raise DataError(f"--{name}: {size} is not a size. Give height and width above 0.")
+                raise DataError(
+                    f"--{name}: {size} is not a valid size. Give a height and width above 0."
+                )
         resized, crop = self.resize_dims, self.crop
         if resized and crop and (crop[0] > resized[0] or crop[1] > resized[1]):
             raise DataError(
@@ -102,7 +105,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise DataError(f"--pad-value: {self.pad_value} is not finite. Give 0 to 255.")
         if self.pad_value and not self.keep_aspect_ratio:
             raise DataError(
-                f"--pad-value: {self.pad_value} has no effect on a stretched image. "
+                f"--pad-value: {self.pad_value} has no effect without padding. "
                 "Add --keep-aspect-ratio."
             )
 
@@ -119,7 +122,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What the user said about the data, so that a model can remember it.
+    """The user's settings for the data, which are stored in a model.
 
     Attributes
     ----------
@@ -145,20 +148,20 @@ def _check_channels(name: str, values: tuple[float, ...], *, gray: bool) -> None
 def normalize(
     images: NDArray[Any], preprocessing: Preprocessing, channel_axis: int
 ) -> NDArray[np.float32]:
-    """Return ``(float32(x) - float32(mean)) * float32(scale)``, C-contiguous and a new array.
+    """Return ``(float32(x) - float32(mean)) * float32(scale)`` as a new C-contiguous array.
 
     Parameters
     ----------
     images : array of any real dtype
         One or many images, in pixel units.
     preprocessing : Preprocessing
-        Gives mean and scale, of length 1 or the number of channels.
+        Its mean and scale have one value, or one per channel.
     channel_axis : int
-        Where the channels lie.
+        Axis of the channels.
     """
     shape = [1] * images.ndim
     shape[channel_axis] = -1
-    # float64 beyond float32's range becomes infinite and is refused by the check for that
+    # float64 values beyond float32's range become infinite, which a later check refuses
     with np.errstate(over="ignore"):
         result = np.array(images, dtype=np.float32, order="C")
         if preprocessing.changes_values:
@@ -168,7 +171,7 @@ def normalize(
 
 
 def output_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int] | None:
-    """Return height and width after resize and crop; None where the crop does not fit."""
+    """Return height and width after resize and crop; None if the crop does not fit."""
     if preprocessing.resize_dims is not None:
         height, width = preprocessing.resize_dims
     if preprocessing.crop is None:
@@ -178,7 +181,7 @@ def output_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[
 
 
 def resize_and_crop(image: NDArray[Any], preprocessing: Preprocessing) -> NDArray[Any]:
-    """Resize and crop one image; `output_size` says to what, and that it can be done.
+    """Resize and crop one image to `output_size`, which must not be None.
 
     Parameters
     ----------
@@ -245,21 +248,21 @@ def boxes_in_image(
     seen: tuple[int, int],
     preprocessing: Preprocessing,
 ) -> NDArray[np.float64]:
-    """Return boxes in pixels of an image file, of boxes in pixels of what a model saw of it.
+    """Map boxes from pixels of the model's input to pixels of the image file.
 
     Parameters
     ----------
     corners : float64 of shape (n, 4)
-        x, y of the upper left and of the lower right corner.
+        x, y of the upper left and the lower right corner, in pixels of the model's input.
     image, seen : (int, int)
-        Height and width of the file, and of the model's input.
+        Height and width of the image file, and of the model's input.
     preprocessing : Preprocessing
-        How one became the other.
+        The preprocessing between them.
 
     Returns
     -------
     float64 of shape (n, 4)
-        Clipped to the image.
+        Boxes in pixels of the image file, clipped to the image.
     """
     shift, factor = _moved(image, seen, preprocessing)
     limits = np.array([image[1], image[0]] * 2, np.float64)
@@ -273,7 +276,7 @@ def _moved(
     """Return shift and factor of x, y, x, y, from the input to the image."""
     frame = preprocessing.resize_dims or (image if preprocessing.crop else seen)
     inner = inner_size(image, *frame) if preprocessing.keep_aspect_ratio else frame
-    # what lies left of and above the input: cropped off, or padded where it is below 0
+    # pixels to the left of and above the input: cropped off, or padding if negative
     cut = [(outer - end) // 2 for outer, end in zip(frame, seen, strict=True)]
     margin = [(outer - within) // 2 for outer, within in zip(frame, inner, strict=True)]
     shift = np.array([cut[1] - margin[1], cut[0] - margin[0]] * 2, np.float64)
@@ -291,9 +294,9 @@ def _padded(inner: NDArray[Any], height: int, width: int, pad: float) -> NDArray
 
 
 def inner_size(size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
-    """Return the size of an image that is enlarged until it touches two sides of its frame."""
+    """Return the largest size that fits the frame with the aspect ratio of the image."""
     rows, columns = size
-    # exact integers: rows * (height / rows) in floating point may fall one short of height
+    # in integers, because rows * (height / rows) in floating point may be one less than height
     if height * columns <= width * rows:
         return height, max(1, columns * height // rows)
     return max(1, rows * width // columns), width

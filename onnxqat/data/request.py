@@ -113,6 +113,6 @@ class Request:
         for option, given in (("boxes", self.boxes), ("masks", self.masks)):
             if given is not None:
                 raise DataError(
-                    f"--{option}: are of a folder of images or a list of them, and '{where}' is "
-                    "none. Leave it out."
+                    f"--{option}: belong to a folder of images or a list of them, but '{where}' is "
+                    f"neither. Leave --{option} out."
                 )

@@ -77,7 +77,7 @@ def test_indices_that_are_none(data: DataSet, indices: Any) -> None:
 
 
 def test_the_batch_size_is_checked_at_once(data: DataSet) -> None:
-    with pytest.raises(DataError, match="--batch-size: 0 is not a size"):
+    with pytest.raises(DataError, match="--batch-size: 0 is not a valid size"):
         data.batches(0)
 
 

@@ -118,7 +118,7 @@ def test_arrays_say_which_first_dimension_is_the_batch(tmp_path, specs, arrays, 
 @pytest.mark.parametrize(
     ("specs", "arrays", "message"),
     [
-        ([spec("x", "n", 3), spec("o")], {"o": np.float32(range(N))}, r"'o' has several values"),
+        ([spec("x", "n", 3), spec("o")], {"o": np.float32(range(N))}, r"'o' has different values"),
         ([spec("x", "n", 3), spec("o", 2)], {"o": np.ones(7)}, r"array 'o' has 7 samples"),
         ([spec("x", "n", 3), spec("o", 2)], {"o": np.ones((4, 4, 2))}, r"shape \(4, 4, 2\), but"),
         ([spec("x", "n", 3), spec("o", dtype="int64")], {"o": np.float32(1)}, "Store it as int64"),
@@ -127,7 +127,11 @@ def test_arrays_say_which_first_dimension_is_the_batch(tmp_path, specs, arrays, 
         ([spec("x", "n", 3), spec("o", "n", dtype="object")], {"o": X[:, 0]}, "'o' takes text"),
         ([spec("x", "n", 3), spec("o", "n", dtype="bool")], {"o": X[:, 0]}, "Store it as bool"),
         ([spec("o")], {"o": np.float32(1)}, r"none of the model's inputs 'o' has a batch axis"),
-        ([spec("x", N, 3), spec("o", 2, 3)], {"o": X[:2]}, "'x', 'o' could hold the samples"),
+        (
+            [spec("x", N, 3), spec("o", 2, 3)],
+            {"o": X[:2]},
+            "which of the arrays for 'x', 'o' holds the samples",
+        ),
         ([spec("x", 0, 3)], {}, "takes batches of 0"),
     ],
 )
@@ -140,7 +144,7 @@ def test_all_files_have_the_same_value(tmp_path):
     specs = [spec("x", "n", 3), spec("o")]
     for name, value in (("a", 1), ("b", 1), ("c", 2)):
         np.savez(tmp_path / f"{name}.npz", x=X, o=np.float32(value))
-    with pytest.raises(DataError, match="'o' has several values"):
+    with pytest.raises(DataError, match="'o' has different values"):
         open_data(tmp_path, specs)
     (tmp_path / "c.npz").unlink()
     with open_data(tmp_path, specs) as data:

@@ -133,14 +133,14 @@ def of_other_images(folder):
         (as_text('{"images": [], "annotations": []}'), "missing required field `categories`"),
         (as_text("x", "b.npy"), "cannot be read as boxes"),
         (as_rows((0.0, 1, 2)), "it holds float64 of shape"),
-        (as_rows((3.0, 0, 0.5, 0.5, 0.1, 0.1)), "a row of image 3, and there are 3 images"),
+        (as_rows((3.0, 0, 0.5, 0.5, 0.1, 0.1)), "a row for image 3, but there are 3 images"),
         (as_rows((0.0, -1, 0.5, 0.5, 0.1, 0.1)), r"the box \(-1, 0.5"),
-        (as_rows((0.0, 1, 0.5, 0.5, -0.1, 0.1)), "is none. Store class"),
+        (as_rows((0.0, 1, 0.5, 0.5, -0.1, 0.1)), "is invalid. Store class"),
         (as_rows((0.0, 1, 20.0, 20.0, 8, 8)), "relative to the image"),
         (as_line("1 0.5 0.5 0.1"), "line 1 has 4 numbers"),
         (as_line("one 0.5 0.5 0.1 0.1"), "could not convert"),
-        (as_line("1 nan 0.5 0.1 0.1"), "is none"),
-        (of_other_images, "has no image 'b.png'"),
+        (as_line("1 nan 0.5 0.1 0.1"), "is invalid"),
+        (of_other_images, "does not list the image 'b.png'"),
     ],
 )
 def test_what_is_wrong_with_boxes_is_one_line(images, written, said):
@@ -152,7 +152,7 @@ def test_what_is_wrong_with_boxes_is_one_line(images, written, said):
 def test_boxes_of_arrays_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=np.zeros((2, 3, 16, 16), np.float32))
-    with pytest.raises(DataError, match="--boxes: are of a folder of images"):
+    with pytest.raises(DataError, match="--boxes: belong to a folder of images"):
         open_data(path, [SPEC], boxes=tmp_path)
 
 

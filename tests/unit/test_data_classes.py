@@ -62,31 +62,31 @@ def test_several_names_of_a_class_count_where_they_are_clear(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"ant\nbee\nant\n", "'ant' is there twice"),
-        ("a.txt", b"ant\n\nbee\n", "'' is no name"),
-        ("a.txt", b"", "'' is no name"),
+        ("a.txt", b"ant\nbee\nant\n", "'ant' appears twice"),
+        ("a.txt", b"ant\n\nbee\n", "'' is not a name"),
+        ("a.txt", b"", "'' is not a name"),
         ("a.txt", b"ant\n\xff\xfe", "is not UTF-8"),
-        ("a.csv", b"ant,0\nbee,0\n", "index 0 is there twice"),
-        ("a.csv", b"ant,0\nant,1\n", "'ant' is there twice"),
+        ("a.csv", b"ant,0\nbee,0\n", "index 0 appears twice"),
+        ("a.csv", b"ant,0\nant,1\n", "'ant' appears twice"),
         ("a.csv", b"bee,1\nant,zero\ncat,2", "index of"),
         ("a.csv", b"ant,-1\n", "the index of 'ant' is '-1'"),
-        ("a.csv", b"ant,0,x\n", "has 3 columns, and not 2"),
-        ("a.csv", b'ant,"0\n', "no list of classes"),
+        ("a.csv", b"ant,0,x\n", "has 3 columns instead of 2"),
+        ("a.csv", b'ant,"0\n', "not a list of classes"),
         ("a.csv", b"name,index\n", "holds no names"),
-        ("a.json", b'{"ant": 0, "ant": 1}', "'ant' is there twice"),
-        ("a.json", b'{"0": "ant", "0": "bee"}', "index 0 is there twice"),
+        ("a.json", b'{"ant": 0, "ant": 1}', "'ant' appears twice"),
+        ("a.json", b'{"0": "ant", "0": "bee"}', "index 0 appears twice"),
         ("a.json", b'{"ant": 1.5}', "the index of"),
         ("a.json", b'{"ant": true}', "the index of 'ant' is 'True'"),
         ("a.json", b'{"ant": 99999999999}', "the index of 'ant' is"),
         ("a.json", b'{"ant": null}', "the index of"),
-        ("a.json", b'{"0": []}', "'' is no name"),
-        ("a.json", b'{"0": ["ant", ["bee"]]}', "is no name"),
-        ("a.json", b'["ant", 3]', "'3' is no name"),
-        ("a.json", b'["\\ud800"]', "no list of classes"),
+        ("a.json", b'{"0": []}', "'' is not a name"),
+        ("a.json", b'{"0": ["ant", ["bee"]]}', "is not a name"),
+        ("a.json", b'["ant", 3]', "'3' is not a name"),
+        ("a.json", b'["\\ud800"]', "not a list of classes"),
         ("a.json", b"3", "of type 'int'"),
-        ("a.json", b'["ant"', "no list of classes"),
-        ("a.json", b"[" * 100_000, "no list of classes"),
-        ("a.json", b"[" + b"9" * 5000 + b"]", "no list of classes"),
+        ("a.json", b'["ant"', "not a list of classes"),
+        ("a.json", b"[" * 100_000, "not a list of classes"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "not a list of classes"),
     ],
 )
 def test_what_is_no_list(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -120,7 +120,7 @@ def test_folders_that_a_list_lacks_and_classes_that_the_model_lacks(tmp_path: Pa
     data = folders(tmp_path, "bee", "cta")
     with pytest.raises(DataError, match=r"cta: is not in the list of 3 .* nearest name is 'cat'"):
         labels(data, classes=ANIMALS)
-    with pytest.raises(DataError, match=r"class 'cat' has the index 2, and the model has 2 cl"):
+    with pytest.raises(DataError, match=r"class 'cat' has the index 2, but the model has 2 cl"):
         labels(data, classes=ANIMALS, class_count=2)
 
 
@@ -162,7 +162,7 @@ def test_numbers_are_indices_unless_the_list_has_numbers(tmp_path: Path) -> None
 @pytest.mark.parametrize("options", [{"class_count": 2}, {"labels": False}, {"label": "none"}])
 def test_parts_of_the_data_are_no_classes(tmp_path: Path, name: str, options: Any) -> None:
     data = folders(tmp_path, "ant", name)
-    with pytest.raises(DataError, match=rf"'{name}' is a part of the data .* Give '.*/{name}'"):
+    with pytest.raises(DataError, match=rf"'{name}' is a split of the data.* Give '.*/{name}'"):
         labels(data, **options)
     assert labels(data, classes={"ant": 0, name: 1}) == [0, 1]  # unless a list says so
 

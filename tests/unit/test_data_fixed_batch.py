@@ -141,7 +141,7 @@ def spec(name, *shape):
 
 def test_inputs_of_different_batches_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros((8, 3), np.float32), b=np.zeros((8, 2), np.float32))
-    with pytest.raises(DataError, match=r"batches of different length: 'a' of 4, 'b' of 2"):
+    with pytest.raises(DataError, match=r"batches of different sizes: 'a' of 4, 'b' of 2"):
         open_data(tmp_path / "x.npz", [spec("a", 4, 3), spec("b", 2, 2)])
     with open_data(tmp_path / "x.npz", [spec("a", "n", 3), spec("b", 2, 2)]) as data:
         assert data.batch_size() == 2

@@ -127,7 +127,7 @@ def test_a_pixel_format_the_model_cannot_take(
     tmp_path: Path, spec: InputSpec, pixel_format: str, channels: int
 ) -> None:
     save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=f"has {channels} channels, which '{pixel_format}' images"):
+    with pytest.raises(DataError, match=f"has {channels} channels, but '{pixel_format}' images"):
         read(tmp_path, spec, pixel_format=pixel_format)
 
 
@@ -180,14 +180,14 @@ def test_images_of_different_sizes_need_a_size(tmp_path: Path) -> None:
     save(tmp_path / "b.png", 8, 7)
     with (
         open_data(tmp_path, [spec]) as data,
-        pytest.raises(DataError, match=r"b\.png: is 8 x 7 pixels.* Give --resize-dims"),
+        pytest.raises(DataError, match=r"b\.png: has 8 x 7 pixels.* Give --resize-dims"),
     ):
         list(data.batches(2))
 
 
 def test_a_crop_larger_than_the_image(tmp_path: Path) -> None:
     save(tmp_path / "a.png", 8, 5)
-    with pytest.raises(DataError, match=r"a\.png: is 8 x 5 pixels, smaller than --crop \(8, 6\)"):
+    with pytest.raises(DataError, match=r"a\.png: has 8 x 5 pixels, less than --crop \(8, 6\)"):
         read(tmp_path, crop=(8, 6))
 
 
@@ -206,7 +206,7 @@ def test_folders_that_are_not_clear(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="its folders 'empty' hold no images"):
         open_data(tmp_path, [RGB])
     save(tmp_path / "empty" / "deep" / "a.png")
-    with pytest.raises(DataError, match="deep: is a folder within a class folder"):
+    with pytest.raises(DataError, match="deep: is a folder inside of a class folder"):
         open_data(tmp_path, [RGB])
     save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"holds samples \('.*a\.png'\) beside folders \('empty'\)"):
@@ -219,7 +219,7 @@ def test_folders_that_are_not_clear(tmp_path: Path) -> None:
 def test_models_that_take_no_images(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     vector = InputSpec(name="v", shape=("n", 4), dtype="float32")
-    with pytest.raises(DataError, match=r"model input 'v' .* is no image"):
+    with pytest.raises(DataError, match=r"model input 'v' .* is not an image"):
         open_data(tmp_path, [vector])
     with pytest.raises(DataError, match="images feed one input, but the model has 'input', 'v'"):
         open_data(tmp_path, [RGB, vector])

@@ -102,7 +102,7 @@ def test_a_column_of_masks(images):
 def test_a_mask_of_another_size_is_refused(images):
     save(images.parents[1] / "masks" / "val" / "b.png", np.zeros((24, 31), np.uint8))
     with pytest.raises(
-        DataError, match=r"b\.png: is 24 x 31 pixels, and its image '.*b\.png' 24 x"
+        DataError, match=r"b\.png: has 24 x 31 pixels, but its image '.*b\.png' has 24"
     ):
         read(images)
 
@@ -125,5 +125,5 @@ def test_colours_are_no_classes(images):
 
 def test_masks_of_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((2, 3, 12, 8), np.float32))
-    with pytest.raises(DataError, match="--masks: are of a folder of images or a list of them"):
+    with pytest.raises(DataError, match="--masks: belong to a folder of images or a list of them"):
         open_data(tmp_path / "x.npz", [SPEC], masks=tmp_path)

@@ -148,7 +148,7 @@ def test_names_in_order_that_earlier_versions_stored_are_read(model):
 
 def test_a_class_that_the_model_lacks_is_refused(model):
     assert class_count(model) == 5
-    with pytest.raises(DataError, match=r"class 'emu' has the index 5, and the model has 5 cl"):
+    with pytest.raises(DataError, match=r"class 'emu' has the index 5, but the model has 5 cl"):
         settle(model, Settings(classes={"cat": 0, "emu": 5}))
 
 
