@@ -1,9 +1,9 @@
-"""Float graph -> canonical float graph, with the same outputs; it never quantizes.
+"""Turn a float graph into a canonical float graph with the same outputs; nothing is quantized.
 
-Each pass changes the graph it is given and returns the number of its changes. They run in the
-order of `PASSES`, again and again until none finds anything to do, so that preparing twice is
-preparing once. What a subgraph (an If or Loop body) reads from the graph around it stays as it
-is, and so does the subgraph.
+Each pass changes the graph in place and returns the number of its changes. The passes run in the
+order of `PASSES`, repeatedly, until none changes anything; preparing a prepared model therefore
+changes nothing. Subgraphs (If or Loop bodies), and the values that they read from the graph around
+them, are not changed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ logger = logging.getLogger(__name__)
 MIN_IR_VERSION = 4
 
 _QUICK: tuple[Callable[[gs.Graph], int], ...] = (
-    name_nodes,  # first, so that what later passes name after a node is unique
+    name_nodes,  # first: later passes derive unique tensor names from node names
     sort_nodes,  # later passes see a producer before its consumers
-    remove_unused,  # a consumer without effect does not keep anything from being folded
+    remove_unused,  # an unused consumer must not prevent folding
     lift_constants,
     remove_passthroughs,
     fold_constants,
@@ -70,26 +70,26 @@ PASSES = (*_QUICK, *_COSTLY)
 def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     """Return the canonical form of a float model.
 
-    Nodes are sorted, named and needed; weights are initializers, not listed as inputs; there is
-    no function, no Identity or inactive Dropout, nothing computed of constants and known shapes
-    alone, no If whose condition is constant, no ``auto_pad`` where the shapes are known, and no
-    BatchNormalization behind a layer that can absorb it; values have a type and a
-    shape where these can be inferred. Names of inputs, outputs and of values that are still
-    there are unchanged; dynamic dimensions stay dynamic. A float16 model becomes float32, inputs
-    and outputs included.
+    In the result, nodes are sorted and have unique names, and every node is needed. Weights are
+    initializers and not listed as inputs. There are no functions, no Identity or inactive Dropout,
+    no nodes whose result depends on constants and known shapes only, no If with a constant
+    condition, no ``auto_pad`` where the shapes are known, and no BatchNormalization behind a layer
+    that can absorb it. Values have a type and a shape where these can be inferred. Inputs, outputs
+    and the remaining values keep their names; dynamic dimensions stay dynamic. A float16 model
+    becomes float32, including its inputs and outputs.
 
     Parameters
     ----------
     model : Model
-        A float model; not changed.
+        A float model; it is not changed.
     opset : int
-        The lowest opset of the result, 13 to 21: int16 QuantizeLinear needs 21.
+        The lowest opset that the result may have, 13 to 21 (int16 QuantizeLinear needs 21).
 
     Returns
     -------
     Model
-        Computes what ``model`` does, up to the rounding of folded BatchNormalizations and the
-        order in which a runtime adds once it knows that a weight is constant.
+        It computes the same as ``model``, except for the rounding of folded BatchNormalizations
+        and the order of summation that a runtime chooses once it knows that a weight is constant.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
     except ModelError as error:
         if str(error).startswith(f"{model.name}:"):
             raise
-        raise ModelError(f"{model.name}: {error}") from error  # a pass does not know the file
+        raise ModelError(f"{model.name}: {error}") from error  # passes do not know the file name
     warn_of_fixed_batches(prepared.graph, model.name)
     note_float16(prepared, names)
     note_statistics(prepared, seen)
@@ -120,14 +120,14 @@ def prepare(model: Model, *, opset: int = MIN_TARGET) -> Model:
 
 
 def _settle(graph: gs.Graph, where: str) -> None:
-    """Run the passes until none finds anything to do.
+    """Run the passes until none changes anything.
 
-    A costly one runs again only if another one changed something since.
+    A costly pass runs again only if another pass has changed something since.
     """
-    budget = Budget(graph, where)  # of all rounds together
+    budget = Budget(graph, where)  # for all rounds together
     quick = [partial(fold_constants, budget=budget) if p is fold_constants else p for p in _QUICK]
-    changes = 0  # of all passes so far
-    seen: dict[str, int] = {}  # what it was when a costly pass had run
+    changes = 0  # made by all passes so far
+    seen: dict[str, int] = {}  # the value of ``changes`` after each costly pass
     while True:
         found = sum(apply(graph) for apply in quick)
         changes += found
@@ -142,7 +142,7 @@ def _settle(graph: gs.Graph, where: str) -> None:
 
 
 def _without_unread(rest: onnx.ModelProto, inputs: set[str]) -> onnx.ModelProto:
-    """Return ``rest`` without initializers that nothing reads and without those among inputs."""
+    """Return ``rest`` without unread initializers, and with no initializer listed as input."""
     kept = onnx.ModelProto()
     kept.CopyFrom(rest)
     del kept.graph.input[:]

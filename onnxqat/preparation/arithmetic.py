@@ -1,13 +1,14 @@
-"""What operators that compute make of constants, as onnxruntime computes it, bit for bit.
+"""Evaluate arithmetic operators on constants with the same bits as onnxruntime.
 
-- Integers and booleans, in numpy: exact.
-- float32, in numpy: addition, subtraction, multiplication and division, which IEEE 754 rounds
-  correctly, and what does not round at all.
-- float32, by onnxruntime itself, one node at a time: square roots, powers and other functions,
-  whose last bit differs between libraries (so does that of onnxruntime's Sqrt).
+- Integers and booleans: in numpy, exactly.
+- float32 addition, subtraction, multiplication and division (which IEEE 754 rounds correctly),
+  and float32 operators that do not round: in numpy.
+- float32 square roots, powers and other functions, whose last bit differs between libraries: by
+  onnxruntime, one node at a time.
 
-None (the node is left alone): sums of floats, float64 and float16, division by an integer zero,
-casts that overflow an integer, casts from float64 to float16 (onnxruntime rounds twice).
+An evaluator returns None, and the node stays, for sums of floats, float64 and float16, division by
+an integer zero, casts that overflow an integer, and casts from float64 to float16 (onnxruntime
+rounds twice).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _is_exact(values: Array) -> bool:
 
 
 def _elementwise(function: Callable[..., Array | None]) -> Evaluator:
-    """Return an evaluator that broadcasts, and keeps the inputs' type."""
+    """Return an evaluator that broadcasts its inputs and keeps their type."""
 
     def evaluate(_: gs.Node, inputs: list[Array]) -> Array | None:
         shape = np.broadcast_shapes(*(values.shape for values in inputs))
@@ -48,7 +49,7 @@ def _elementwise(function: Callable[..., Array | None]) -> Evaluator:
 
 
 def _divide(a: Array, b: Array) -> Array | None:
-    """Divide integers as C does, towards zero."""
+    """Divide integers and round towards zero, as in C."""
     if a.dtype.kind == "f":
         return np.asarray(np.divide(a, b))
     if not np.all(b):
@@ -93,7 +94,7 @@ def _cast(node: gs.Node, inputs: list[Array]) -> Array | None:
 
 
 def _truncated(values: Array, target: np.dtype[Any]) -> Array | None:
-    """Return floats cut to integers, where all fit."""
+    """Return floats truncated to integers, or None if one does not fit the type."""
     info = np.iinfo(target)
     whole = np.trunc(values.astype(np.float64))
     if not np.all((whole >= float(info.min)) & (whole < float(info.max))):
@@ -103,7 +104,7 @@ def _truncated(values: Array, target: np.dtype[Any]) -> Array | None:
 
 def _range(_: gs.Node, inputs: list[Array]) -> Array | None:
     start, limit, delta = (values.reshape(())[()] for values in inputs)
-    # of floats, runtimes add up delta
+    # runtimes compute a Range of floats by adding delta repeatedly
     if inputs[0].dtype.kind not in "iu":
         return None
     check_growth((int(limit) - int(start)) // int(delta) * inputs[0].itemsize, inputs)
@@ -115,7 +116,7 @@ def _size(_: gs.Node, inputs: list[Array]) -> Array:
 
 
 def _reduction(function: Callable[..., Array]) -> Evaluator:
-    """Return an evaluator over the axes of an input or an attribute; all axes without either."""
+    """Return an evaluator that reduces the axes of input 1 or the attribute (default: all axes)."""
 
     def evaluate(node: gs.Node, inputs: list[Array]) -> Array | None:
         data = inputs[0]
@@ -142,7 +143,7 @@ def _dequantize(node: gs.Node, inputs: list[Array]) -> Array | None:
 
 
 def _by_runtime(node: gs.Node, inputs: list[Array]) -> Array | None:
-    """Run one node of float32 inputs and output."""
+    """Run one node with float32 inputs and output in onnxruntime."""
     shape = np.broadcast_shapes(*(values.shape for values in inputs))
     check_growth(math.prod(shape) * 4, inputs)
     if any(values.dtype != np.float32 for values in inputs):
@@ -155,7 +156,7 @@ def _by_runtime(node: gs.Node, inputs: list[Array]) -> Array | None:
         [helper.make_tensor_value_info(n, float32, v.shape) for n, v in feeds.items()],
         [helper.make_tensor_value_info("y", float32, None)],
     )
-    opsets = [helper.make_opsetid("", 17)]  # where none of these operators differs from others
+    opsets = [helper.make_opsetid("", 17)]  # these operators are the same in all opsets read here
     model = helper.make_model(graph, ir_version=8, opset_imports=opsets)
     outputs = open_session(model, optimization="none", threads=1).run(None, feeds)
     return np.asarray(outputs[0])

@@ -1,11 +1,12 @@
-"""Reshapes that hold the batch that a model was exported with.
+"""Find Reshapes with a constant batch size in a model whose input has a dynamic batch.
 
 ::
 
     x [N, 3, 6, 6] -> Conv -> [N, 4, 6, 6] -> Reshape [1, 144] -> y
 
-The input says any batch, the constant shape one. It is the file that is at fault, and the model is
-right for that batch: a warning names the node and the option.
+The input accepts any batch size; the constant shape fits only the one the model was exported with.
+The file is wrong, but the model works with that batch size, so a warning names the node and the
+option that sets it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_fixed_batches(graph: gs.Graph, where: str) -> None:
-    """Name the first Reshape of a prepared graph whose shape holds for one batch size only."""
+    """Warn of the first Reshape in a prepared graph whose shape fits one batch size only."""
     for node in graph.nodes:
         batch = _fixed_batch(node) if is_op(node, "Reshape") else None
         if batch is not None:
             logger.warning(
-                "%s: node '%s' (Reshape) makes batches of %d, whatever the input says. Pass "
+                "%s: node '%s' (Reshape) works only with batches of %d. Pass "
                 "--batch-size %d to commands that read data, or export with a dynamic batch.",
                 *(where, node.name, batch, batch),
             )
@@ -37,7 +38,7 @@ def warn_of_fixed_batches(graph: gs.Graph, where: str) -> None:
 
 
 def _fixed_batch(node: gs.Node) -> int | None:
-    """Return the only batch for which the constant shape has as many elements as the data."""
+    """Return the only batch size for which shape and data have the same number of elements."""
     wanted, given = constant_values(node.inputs[1]), node.inputs[0].shape
     if wanted is None or wanted.ndim != 1 or not given or isinstance(given[0], int):
         return None

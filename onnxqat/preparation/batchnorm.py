@@ -9,7 +9,7 @@
     W' = W * f,   b' = (b - mean) * f + B    (Jacob et al. 2018, arXiv:1712.05877, section 3.2;
     https://onnx.ai/onnx/operators/onnx__BatchNormalization.html)
 
-computed in float64 and rounded once to the weight's type. Where f multiplies W:
+computed in float64 and rounded once to the weight's type. f multiplies these entries of W:
 
 =============  ===============================  =========================================
 Conv           [C_out, C_in/g, k...]            axis 0, any number of groups g
@@ -18,13 +18,13 @@ ConvTranspose  [C_in, C_out/g, k...]            channel i*C_out/g + j is column 
 Gemm           [K, C_out], transB [C_out, K]    b is beta * C; beta becomes 1; alpha stays
 =============  ===============================  =========================================
 
-The layer keeps its name and takes over the output y. W and b keep their names; where something
-else reads them too, the layer gets a copy of its own, named after the node. A new b is named
-after W (``conv.weight`` -> ``conv.bias``), else after the node.
+The layer keeps its name and writes y. W and b keep their names; if another node reads them too,
+the layer gets its own copy, named after the layer. A new b is named after W (``conv.weight`` ->
+``conv.bias``) or, if that is not possible, after the layer.
 
-Left as it is: training mode; parameters, W or b that are not constant; c read by anything else,
-in a subgraph, or a graph output; a Gemm whose C differs between rows; a result that is not
-finite. MatMul has no bias and is not folded into.
+A BatchNormalization is not folded if it is in training mode, its parameters, W or b are not
+constant, c has another reader (in a subgraph, too) or is a graph output, the C of a Gemm differs
+between rows, or the result is not finite. Nothing is folded into a MatMul, which has no bias.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class _Affine:
-    """What a BatchNormalization does per channel: x * factor + (bias - mean * factor)."""
+    """The affine map of a BatchNormalization, per channel: x * factor + (bias - mean * factor)."""
 
     factor: Float64
     mean: Float64
@@ -63,7 +63,7 @@ class _Affine:
 
 
 def fold_batchnorms(graph: gs.Graph) -> int:
-    """Fold BatchNormalization nodes into the layers before them; return how many."""
+    """Fold BatchNormalization nodes into the layers before them; return their number."""
     pinned, taken = pinned_names(graph), tensor_names(graph)
     folded = []
     for node in graph.nodes:
@@ -85,7 +85,10 @@ def fold_batchnorms(graph: gs.Graph) -> int:
 def read_statistics(
     node: gs.Node,
 ) -> tuple[Float64, Float64, Float64, Float64, np.float64] | None:
-    """Return scale, B, mean, var, each of shape (channels,), and epsilon; None if in training."""
+    """Return scale, B, mean, var, each of shape (channels,), and epsilon.
+
+    Returns None for a node in training mode.
+    """
     outputs = [tensor for tensor in node.outputs if tensor.name]
     found = [values for values in map(_floats, node.inputs[1:5]) if values is not None]
     if node.attrs.get("training_mode", 0) or len(outputs) != 1 or len(found) != 4:
@@ -93,7 +96,7 @@ def read_statistics(
     scale, bias, mean, variance = found
     if scale.ndim != 1 or any(values.shape != scale.shape for values in found):
         return None
-    # the attribute is a float32 in the file
+    # the file stores epsilon as a float32
     epsilon = np.float64(np.float32(node.attrs.get("epsilon", 1e-5)))
     if not np.all(variance + epsilon > 0):
         return None
@@ -114,7 +117,7 @@ def _floats(tensor: gs.Tensor) -> Float64 | None:
 
 
 def _layer_before(node: gs.Node, pinned: set[str]) -> gs.Node | None:
-    """Return the layer whose only use is this node."""
+    """Return the layer whose output only this node reads, if there is one."""
     tensor = node.inputs[0]
     if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in pinned:
         return None
@@ -132,13 +135,13 @@ def _fold(layer: gs.Node, affine: _Affine) -> tuple[NDArray[Any], NDArray[Any]] 
     bias = (old_bias - affine.mean) * affine.factor + affine.bias
     if weight is None:
         return None
-    with np.errstate(over="ignore"):  # looked at below
+    with np.errstate(over="ignore"):  # checked below
         arrays = weight.astype(stored.dtype), bias.astype(stored.dtype)
     return arrays if all(np.isfinite(array).all() for array in arrays) else None
 
 
 def _bias(layer: gs.Node, channels: int) -> Float64 | None:
-    """Return what the layer adds, of shape (channels,)."""
+    """Return the bias that the layer adds, of shape (channels,)."""
     if not _has_bias(layer):
         return np.zeros(channels)
     bias = _floats(layer.inputs[2])

@@ -1,12 +1,11 @@
-"""Put the taken branch in the place of an If whose condition is constant.
+"""Replace an If with a constant condition by the branch that it takes.
 
 ::
 
     y = If (true) <then_branch = { u = Neg(x) }, ...>     =>     u = Neg(x) ; y = Identity(u)
 
-Values and initializers of the branch keep their names where these are free, and are numbered where
-they are not. Left as they are: an If whose condition is computed from the input, and all Ifs
-within other subgraphs.
+Values and initializers of the branch keep their names; a number is appended to names that are
+taken. An If whose condition is computed from the input stays, as do all Ifs inside subgraphs.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ __all__ = ["inline_branches"]
 
 
 def inline_branches(graph: gs.Graph) -> int:
-    """Replace the Ifs by the branches they take; return how many."""
+    """Replace Ifs by the branches that they take; return the number of Ifs."""
     decided = [node for node in graph.nodes if is_op(node, "If") and _branch(node) is not None]
     if not decided:
         return 0
     branches = {id(node): _branch(node) for node in decided}
     for node in decided:
-        node.attrs.clear()  # so that the names within are free
+        node.attrs.clear()  # so that the branch's names are free
     outer, taken = graph.tensors(), tensor_names(graph)
     nodes = []
     for node in graph.nodes:
@@ -48,7 +47,7 @@ def _branch(node: gs.Node) -> gs.Graph | None:
 def _inlined(
     node: gs.Node, branch: gs.Graph, outer: dict[str, gs.Tensor], taken: set[str]
 ) -> list[gs.Node]:
-    """Return the branch's nodes, reading the graph's own tensors, and one Identity per output."""
+    """Return the branch's nodes, which now read the graph's tensors, and an Identity per output."""
     written = {tensor.name for inner in branch.nodes for tensor in inner.outputs}
     local = {n: t for n, t in branch.tensors().items() if n in written or n not in outer}
     for inner in branch.nodes:
@@ -70,7 +69,7 @@ def _inlined(
 
 
 def _rename(branch: gs.Graph, names: dict[str, str]) -> None:
-    """Rename tensors of the branch, also where graphs within it read them."""
+    """Rename tensors of the branch, including their readers in nested subgraphs."""
     found: dict[int, gs.Tensor] = {}
     for graph in (branch, *branch.subgraphs(recursive=True)):
         for tensors in (

@@ -1,9 +1,9 @@
-"""How much memory the constants that folding makes may take, in all.
+"""Limit the memory of the constants that folding creates.
 
-A file of 2 KB can compute terabytes from its constants: a Concat of one tensor with itself, again
-and again; a Range to 10^11; sixty Expands to 64 MB. What a result takes is known before it exists,
-and counts without the inputs that nothing else reads: those go. An input that is read twice by one
-node is one input.
+A file of 2 KB can compute terabytes from its constants: by concatenating a tensor with itself
+repeatedly, by a Range to 10^11, or by sixty Expands to 64 MB. The size of a result is known before
+it is computed. The size of inputs that nothing else reads is subtracted, because folding removes
+them; an input that the node reads twice is subtracted once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from onnxqat.errors import ModelError
 
 __all__ = ["Budget", "TooLargeError", "check_growth"]
 
-MAX_GROWTH = 2**26  # bytes of one result, beyond those of its inputs
-SMALL = 2**12  # bytes of a result that is made even where the budget is used up
+MAX_GROWTH = 2**26  # bytes by which one result may exceed its inputs
+SMALL = 2**12  # bytes; smaller results are computed even if the budget is used up
 LEAST_ROOM = 2**28  # bytes that all results together may add to a small model
-MAX_CONSTANTS = 2**31  # bytes of all constants, up to which a large model may double
-# Bytes that may be left to the runtime to compute from constants: it would need them, too.
+MAX_CONSTANTS = 2**31  # bytes of all constants up to which a large model may grow to double size
+# Bytes of unfolded constants that may be left to the runtime, which needs memory for them, too.
 MAX_LEFT = 2**31
 
 
 class TooLargeError(Exception):
-    """A result would take this many bytes."""
+    """A result would be too large; ``size`` is its size in bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -35,21 +35,21 @@ class TooLargeError(Exception):
 
 
 def check_growth(size: int, inputs: Iterable[NDArray[Any]]) -> None:
-    """Raise `TooLargeError` for a result that is far larger than what it is computed from."""
+    """Raise `TooLargeError` if a result is more than `MAX_GROWTH` larger than its inputs."""
     distinct = {id(values): values.nbytes for values in inputs}
     if size > MAX_GROWTH + sum(distinct.values()):
         raise TooLargeError(size)
 
 
 class Budget:
-    """Counts what the results of one preparation add.
+    """Counts the bytes that folded constants add during one preparation.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        As the file has it.
+        The graph before preparation.
     where : str
-        What messages begin with.
+        The beginning of each message, such as the file's path.
     """
 
     def __init__(self, graph: gs.Graph, where: str) -> None:
@@ -58,15 +58,15 @@ class Budget:
         )
         self.where = where
         self.room = max(LEAST_ROOM, min(constants, MAX_CONSTANTS - constants))
-        self.left: dict[str, int] = {}  # bytes of results that are not made, by the first of them
+        self.left: dict[str, int] = {}  # bytes of unfolded results, by the node's first output
 
     def allows(self, node: gs.Node, size: int) -> bool:
-        """Take the results of a node, of ``size`` bytes, if there is room for them.
+        """Return whether the results of a node (``size`` bytes) fit, and count them if so.
 
         Raises
         ------
         ModelError
-            The results for which there was none take more than `MAX_LEFT`.
+            The results that did not fit exceed `MAX_LEFT` in total.
         """
         freed = {t.name: t._values.nbytes for t in node.inputs if _read_once(t, node)}
         growth = size - sum(freed.values())
@@ -79,13 +79,13 @@ class Budget:
         return False
 
     def leave(self, node: gs.Node, size: int) -> None:
-        """Note that a node stays as it is, because its results are too large."""
+        """Record that a node is not folded because its results are too large."""
         self.left[node.outputs[0].name] = size
         total = sum(self.left.values())
         if total > MAX_LEFT:
             raise ModelError(
-                f"{self.where}: node '{node.name or node.outputs[0].name}' ({node.op}) makes "
-                f"{size} bytes of constants, and all such nodes {total}. Export it with smaller "
+                f"{self.where}: node '{node.name or node.outputs[0].name}' ({node.op}) computes "
+                f"{size} bytes from constants, and all such nodes {total}. Export it with smaller "
                 "constants."
             )
 

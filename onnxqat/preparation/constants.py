@@ -4,9 +4,9 @@
 
     Constant<value> -> w ; Conv(x, w)     =>     initializer w ; Conv(x, w)
 
-The initializer has the name of the node's output. Left as they are: constants of strings or of
-types numpy has no numbers for, and those whose output is a graph output (many readers expect a
-node there) or is read in a subgraph.
+The initializer gets the name of the node's output. A Constant stays if it holds strings or a type
+that numpy lacks, if its output is a graph output (many readers expect a node there), or if a
+subgraph reads its output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _VALUE_DTYPES = {
 
 
 def lift_constants(graph: gs.Graph) -> int:
-    """Replace Constant nodes by initializers; return how many."""
+    """Replace Constant nodes by initializers; return their number."""
     pinned = pinned_names(graph)
     lifted = []
     for node in graph.nodes:
@@ -49,12 +49,12 @@ def lift_constants(graph: gs.Graph) -> int:
 
 
 def refuse_sparse(graph: gs.Graph, where: str) -> None:
-    """Refuse sparse initializers, which nothing can quantize or train.
+    """Refuse sparse initializers, which onnxqat can neither quantize nor train.
 
     Raises
     ------
     ModelError
-        There is one.
+        The graph has a sparse initializer.
     """
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
@@ -63,17 +63,17 @@ def refuse_sparse(graph: gs.Graph, where: str) -> None:
 
 
 def read_typed_weights(graph: gs.Graph) -> None:
-    """Read the initializers that a file keeps as typed fields instead of raw bytes.
+    """Load the initializers that the file stores in typed fields instead of raw bytes.
 
-    graphsurgeon writes raw bytes once anybody looked at the values: without this the same
-    weights would be written in two forms, depending on who looked.
+    graphsurgeon writes an initializer as raw bytes once its values have been read. Reading all of
+    them makes the written file independent of which weights a pass happened to read.
     """
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues):
             stored = tensor._values.tensor
             typed = isinstance(stored, onnx.TensorProto) and not stored.HasField("raw_data")
             kind = dtype_of(tensor)
-            # graphsurgeon has no raw form for strings, and a wrong one for halves of bytes
+            # graphsurgeon has no raw form for strings, and writes 4-bit types wrongly
             if typed and kind is not None and kind.isbuiltin == 1 and kind.kind in "fiub":
                 tensor.values = tensor.values
 

@@ -1,15 +1,15 @@
-"""onnx's version converter, and what it gets wrong between opsets 7 and 21.
+"""Run onnx's version converter, and correct its mistakes between opsets 7 and 21.
 
 ::
 
-    Upsample, Resize 10       a Resize gets coordinate_transformation_mode = asymmetric; where
-                              the mode is nearest, nearest_mode = floor, or ceil if it makes
-                              smaller: what onnxruntime computes for opset 10 and below
-    Resize, empty roi/scales  empty tensors become absent inputs; onnxruntime refuses them
-    replaced nodes            write the values that the nodes before them wrote, by name
+    Upsample, Resize 10       set coordinate_transformation_mode = asymmetric; for mode nearest,
+                              nearest_mode = floor, or ceil when downsampling: onnxruntime
+                              computes this for opset 10 and below
+    Resize, empty roi/scales  empty tensors become absent inputs, because onnxruntime refuses them
+    replaced nodes            write values with the same names as the nodes that they replace
 
-All others are left to it. What comes out is compared with what went in by
-`onnxqat.preparation.opset`.
+The converter handles all other operators. `onnxqat.preparation.opset` compares the outputs of the
+converted model with those of the original.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from onnxqat.preserve import replace_messages
 
 __all__ = ["convert"]
 
-FIRST_COORDINATES = 11  # the opset in which Resize says how it takes its coordinates
+FIRST_COORDINATES = 11  # the first opset in which Resize has coordinate_transformation_mode
 
 
 def convert(source: onnx.ModelProto, opset: int, target: int) -> onnx.ModelProto:
-    """Return the model in another opset; ``source`` is not changed.
+    """Return the model converted to another opset; ``source`` is not changed.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def convert(source: onnx.ModelProto, opset: int, target: int) -> onnx.ModelProto
 
 
 def _keep_names(graph: onnx.GraphProto, source: onnx.GraphProto) -> None:
-    """Give the values of nodes that were replaced by others the names that they had."""
+    """Give the outputs of replaced nodes their original names."""
     before = [name for node in source.node for name in node.output if name]
     after = [name for node in graph.node for name in node.output if name]
     lost = [name for name in before if name not in set(after)]

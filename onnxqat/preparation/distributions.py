@@ -1,12 +1,12 @@
-"""How the channels of tensors are distributed over the training data, as a network remembers.
+"""Read the distribution of a tensor's channels over the training data from BatchNormalizations.
 
 ::
 
     y = scale * (x - mean) / sqrt(var + epsilon) + B
 
-Over the data that a BatchNormalization was trained with, y has the mean B and the standard
-deviation ``|scale| * sqrt(var / (var + epsilon))`` in each channel. The layer that it is folded
-into takes over the name of y, and what is known of y with it.
+Over the training data of a BatchNormalization, each channel of y has the mean B and the standard
+deviation ``|scale| * sqrt(var / (var + epsilon))``. When it is folded into a layer, the layer's
+output gets the name of y, so that the distribution of y applies to it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def remembered(node: gs.Node) -> Distribution | None:
-    """Return how what a BatchNormalization writes is distributed.
+    """Return the distribution of a BatchNormalization's output.
 
-    None also where it remembers nothing: mean 0 and variance 1 are what training starts from.
+    Returns None if it is unknown, also for mean 0 and variance 1, the values before training.
     """
     read = read_statistics(node)
     if read is None:
@@ -67,7 +67,10 @@ def remembered(node: gs.Node) -> Distribution | None:
 
 
 def find_distributions(graph: gs.Graph) -> dict[str, Distribution]:
-    """Return what the BatchNormalizations of a graph without Constant nodes write, by tensor."""
+    """Return the distribution of each BatchNormalization's output, by the name of the tensor.
+
+    The graph must have no Constant nodes.
+    """
     found = {}
     for node in graph.nodes:
         distribution = remembered(node) if is_op(node, "BatchNormalization") else None
@@ -77,7 +80,7 @@ def find_distributions(graph: gs.Graph) -> dict[str, Distribution]:
 
 
 def note_distributions(model: Model, found: Mapping[str, Distribution]) -> None:
-    """Store in the metadata what is known of the tensors that are still there."""
+    """Store in the metadata the distributions of those tensors that the model still has."""
     tensors = model.graph.tensors()
     stored = {
         name: _Stored(mean=_bytes(one.mean), deviation=_bytes(one.deviation))
@@ -90,7 +93,7 @@ def note_distributions(model: Model, found: Mapping[str, Distribution]) -> None:
 
 
 def distributions_of(model: Model) -> dict[str, Distribution]:
-    """Return what a prepared model remembers, by tensor; nothing where it cannot be read."""
+    """Return the stored distributions, by tensor; empty if they cannot be read."""
     try:
         stored = msgspec.json.decode(model.metadata.get(KEY, "{}"), type=dict[str, _Stored])
         found = {name: Distribution(*map(_floats, _fields(one))) for name, one in stored.items()}
@@ -104,7 +107,7 @@ def _fields(stored: _Stored) -> tuple[bytes, bytes]:
 
 
 def _bytes(values: NDArray[np.float64]) -> bytes:
-    with np.errstate(over="ignore"):  # is left out when it is read
+    with np.errstate(over="ignore"):  # infinite values are ignored on reading
         return values.astype(STORED).tobytes()
 
 

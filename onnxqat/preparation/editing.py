@@ -1,8 +1,8 @@
-"""Reading and rewiring a graphsurgeon graph: what its own methods get wrong or leave out.
+"""Read and rewire a graphsurgeon graph where its own methods are wrong or missing.
 
-Tensors compare by name and cannot be hashed, `Graph` methods overlook what subgraphs read, and
-``Constant.values`` replaces a lazily loaded array in place, also where the constant is shared
-with another graph (attributes always are). Passes use these functions instead.
+graphsurgeon tensors compare by name and cannot be hashed, its `Graph` methods ignore values that
+subgraphs read, and ``Constant.values`` replaces a lazily loaded array in place even if another
+graph shares the constant (attributes are always shared). Passes use these functions instead.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ __all__ = [
 
 
 def constant_values(tensor: gs.Tensor) -> NDArray[Any] | None:
-    """Return the values of a dense constant of numbers or booleans, else None.
+    """Return the values of a dense constant of numbers or booleans; otherwise None.
 
-    The array belongs to the graph and to its copies: it is read, never written.
+    The graph and its copies share the array: do not write to it.
     """
     if not isinstance(tensor, gs.Constant) or isinstance(tensor._values, SparseValues):
         return None
     stored = tensor._values
     values: NDArray[Any] = stored.load() if isinstance(stored, LazyValues) else stored
-    # ml_dtypes calls its types floats and integers too; isbuiltin is 2 for those
+    # ml_dtypes registers its types as floats and integers; their isbuiltin is 2
     return values if values.dtype.kind in "fiub" and values.dtype.isbuiltin != 2 else None
 
 
 def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
-    """Return a tensor's type; None if it is not known, or one that numpy lacks (bfloat16)."""
+    """Return a tensor's type, or None if it is unknown or numpy lacks it (bfloat16)."""
     kind = tensor.dtype
     return None if kind is None or isinstance(kind, int) else np.dtype(kind)
 
 
 def names_in_subgraphs(nodes: Iterable[gs.Node]) -> set[str]:
-    """Return the names that subgraphs of these nodes read, write or list, at any depth."""
+    """Return the names that occur in the subgraphs of these nodes, at any depth."""
     names: set[str] = set()
     for node in nodes:
         if not any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-            continue  # almost all; gs.Node.subgraphs is slow
+            continue  # the usual case; gs.Node.subgraphs is slow
         for subgraph in node.subgraphs(recursive=True):
             names.update(tensor.name for tensor in (*subgraph.inputs, *subgraph.outputs))
             for inner in subgraph.nodes:
@@ -62,18 +62,18 @@ def names_in_subgraphs(nodes: Iterable[gs.Node]) -> set[str]:
 
 
 def pinned_names(graph: gs.Graph) -> set[str]:
-    """Return the names that must keep their meaning: inputs, outputs, and what subgraphs read."""
+    """Return the names that must keep their meaning: inputs, outputs and names in subgraphs."""
     names = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
     return names | names_in_subgraphs(graph.nodes)
 
 
 def tensor_names(graph: gs.Graph) -> set[str]:
-    """Return every tensor name that is taken, at any depth."""
+    """Return all tensor names in use, at any depth."""
     return set(graph.tensors()) | names_in_subgraphs(graph.nodes)
 
 
 def unique_name(wanted: str, taken: set[str]) -> str:
-    """Return ``wanted``, numbered if it is taken, and add it to ``taken``."""
+    """Return ``wanted``, with a number appended if it is taken, and add it to ``taken``."""
     name, number = wanted, 0
     while name in taken:
         number += 1
@@ -83,7 +83,7 @@ def unique_name(wanted: str, taken: set[str]) -> str:
 
 
 def replace_input(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let every node that reads ``old`` read ``new``."""
+    """Make every node that reads ``old`` read ``new`` instead."""
     for node in list(old.outputs):
         for index, tensor in enumerate(node.inputs):
             if tensor is old:
@@ -91,7 +91,7 @@ def replace_input(old: gs.Tensor, new: gs.Tensor) -> None:
 
 
 def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> int:
-    """Take nodes out of the graph, the others keeping their order; return how many."""
+    """Remove nodes from the graph, keeping the order of the others; return their number."""
     removed = {id(node) for node in nodes}
     kept = []
     for node in graph.nodes:
@@ -105,15 +105,15 @@ def remove_nodes(graph: gs.Graph, nodes: Iterable[gs.Node]) -> int:
 
 
 def scalar(tensor: gs.Tensor) -> Any:
-    """Return the single value of a constant, None where it is not one."""
+    """Return the single value of a constant, or None if there is not exactly one."""
     values = constant_values(tensor)
     return None if values is None or np.size(values) != 1 else values.reshape(())[()]
 
 
 def own_name(tensor: gs.Tensor, wanted: str, pinned: set[str], taken: set[str]) -> str:
-    """Return the name of what takes the place of a constant for one of its readers.
+    """Return the name for a tensor that replaces a constant for one of its readers.
 
-    It is the constant's own where nothing else needs that, else a new one.
+    It is the constant's name if nothing else uses that; otherwise a new name.
     """
     shared = len(tensor.outputs) > 1 or tensor.name in pinned
     return unique_name(wanted, taken) if shared else str(tensor.name)

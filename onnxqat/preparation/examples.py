@@ -1,4 +1,4 @@
-"""Random inputs for a model, on which what it computes is compared."""
+"""Run a model on random inputs, to compare its outputs with another model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from onnxqat.runtime import Session
 
 __all__ = ["Feeds", "run_example"]
 
-LENGTHS = (1, 8, 64, 256)  # what dimensions without a length are tried with
+LENGTHS = (1, 8, 64, 256)  # lengths tried for dynamic dimensions
 
-MAX_ELEMENTS = 2**27  # of an input that the models are compared on
+MAX_ELEMENTS = 2**27  # the most elements of a random input
 
 Feeds = dict[str, NDArray[np.generic]]
 
@@ -30,14 +30,14 @@ def run_example(
     session : Session
         A session of the model.
     graph : onnx.GraphProto
-        The model's.
+        The model's graph.
     why, advice : str
-        What an error begins and ends with.
+        The beginning and the end of an error message.
 
     Raises
     ------
     ModelError
-        It runs on none, or an input is too large or has no type.
+        The model fails with every tried length, or an input is too large or has no type.
     """
     reason = ""
     for length in LENGTHS:
@@ -61,8 +61,8 @@ def _random_inputs(graph: onnx.GraphProto, length: int, why: str, advice: str) -
         shape = [d.dim_value if d.HasField("dim_value") else length for d in kind.shape.dim]
         if not kind.elem_type or math.prod(shape) > MAX_ELEMENTS:
             raise ModelError(
-                f"{why} is tried on random inputs; none is made for '{value.name}' of shape "
-                f"{shape}. {advice}"
+                f"{why} cannot be compared on random inputs: none can be made for '{value.name}' "
+                f"of shape {shape}. {advice}"
             )
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         drawn = rng.normal(size=shape) if dtype.kind == "f" else rng.integers(0, 2, shape)

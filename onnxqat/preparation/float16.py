@@ -1,10 +1,10 @@
-"""Widen a float16 model to float32 for all that is done to it, and narrow the result again.
+"""Widen a float16 model to float32 for all stages, and narrow the result to float16 again.
 
-The working model is float32, inputs and outputs included: onnxruntime computes float16 on a CPU by
-casting around every node, has no float16 gradients, and a scale of 8 bits does not fit float16's
-range. `widen_float16` turns types and weights over, and Casts to float16 become Casts to float32,
-which then are removed. The names of what was float16 are noted in the metadata; `narrow_to_float16`
-makes these float16 again, with a Cast wherever float32 and float16 meet.
+The stages work on a float32 model, including its inputs and outputs: onnxruntime computes float16
+on a CPU with casts around every node and has no float16 gradients, and 8-bit scales can be too
+small for float16. `widen_float16` converts types and weights, and turns Casts to float16 into Casts
+to float32, which are then removed. The metadata keep the names of the float16 tensors, and
+`narrow_to_float16` makes these float16 again, with a Cast wherever float32 and float16 meet.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ OTHER_FLOATS = {
 
 
 class Float16Names(msgspec.Struct, frozen=True):
-    """What was float16 in a model, by name.
+    """The names of the tensors that were float16 in a model.
 
     Attributes
     ----------
     tensors : set of str
         Values and initializers.
     outputs : set of str
-        Those graph outputs among them that a last Cast had made float32.
+        Graph outputs that a Cast at the end of the model converted from float16 to float32.
     """
 
     tensors: set[str]
@@ -60,7 +60,7 @@ class Float16Names(msgspec.Struct, frozen=True):
 
 
 def widen_float16(graph: gs.Graph, where: str) -> Float16Names:
-    """Make everything that is float16 float32; return the names of what was.
+    """Convert all float16 tensors to float32; return their names.
 
     Raises
     ------
@@ -72,10 +72,10 @@ def widen_float16(graph: gs.Graph, where: str) -> Float16Names:
     ):
         return Float16Names(set(), set())
     sort_nodes(graph)
-    infer_shapes(graph)  # files seldom say the types of inner values
+    infer_shapes(graph)  # files seldom state the types of inner values
     halves = {name for name, tensor in graph.tensors().items() if dtype_of(tensor) == FLOAT16}
     if next(iter(graph.subgraphs()), None) is not None:
-        raise ModelError(f"{where}: is float16 and holds If, Loop or Scan. Export as float32.")
+        raise ModelError(f"{where}: is float16 and contains If, Loop or Scan. Export as float32.")
     for node in graph.nodes:
         for key in ("to", "dtype"):
             if node.attrs.get(key) == onnx.TensorProto.FLOAT16:
@@ -112,12 +112,12 @@ def _set(tensor: gs.Constant, values: NDArray[Any]) -> None:
 
 
 def refuse_other_floats(graph: gs.Graph, where: str) -> None:
-    """Refuse weights of float64 and bfloat16, which nothing here quantizes or trains.
+    """Refuse float64 and bfloat16 weights, which onnxqat can neither quantize nor train.
 
     Raises
     ------
     ModelError
-        There is one.
+        The graph has such a weight.
     """
     for node in graph.nodes:
         for tensor in node.inputs[:2] if is_op(node, *WEIGHTED) else ():
@@ -130,21 +130,21 @@ def refuse_other_floats(graph: gs.Graph, where: str) -> None:
 
 
 def note_float16(model: Model, names: Float16Names) -> None:
-    """Note in the metadata what was float16, as far as the prepared model still has it."""
+    """Store in the metadata the names that were float16 and that the prepared model still has."""
     left = Float16Names(names.tensors & tensor_names(model.graph), names.outputs)
     if left.tensors:
         model.metadata[FLOAT16_KEY] = msgspec.json.encode(left, order="deterministic").decode()
 
 
 def narrow_to_float16(model: Model, note: str) -> Model:
-    """Return a copy of a float model in which what was float16 is float16 again.
+    """Return a copy of a float model whose former float16 tensors are float16 again.
 
     Parameters
     ----------
     model : Model
-        Stripped, in float32.
+        A stripped model, in float32.
     note : str
-        What the metadata held under `FLOAT16_KEY` before the model was stripped.
+        The metadata entry `FLOAT16_KEY` of the model before it was stripped.
     """
     try:
         names = msgspec.json.decode(note, type=Float16Names)
@@ -160,7 +160,7 @@ def narrow_to_float16(model: Model, note: str) -> Model:
 
 
 def _cast_output(graph: gs.Graph, index: int) -> None:
-    """Let a graph output be float32 behind a Cast."""
+    """Make a graph output float32 by a Cast at its end."""
     half = graph.outputs[index]
     full = gs.Variable(half.name, FLOAT32, half.shape)
     half.name = unique_name(f"{half.name}/float16", tensor_names(graph))
@@ -176,7 +176,7 @@ class _Narrower:
         self.graph = graph
         self.halves = halves
         self.taken = tensor_names(graph)
-        self.constants: dict[str, Kind] = {}  # what their first reader wants
+        self.constants: dict[str, Kind] = {}  # the type that their first reader needs
         self.made: dict[tuple[str, Kind], gs.Tensor] = {}
 
     def run(self) -> None:
@@ -198,7 +198,7 @@ class _Narrower:
                 tensor.dtype = FLOAT16
 
     def _present(self, tensor: gs.Tensor, wanted: Kind) -> Kind:
-        """Return what a tensor is going to be; a constant becomes what is wanted of it first."""
+        """Return the type a tensor will have; the first reader of a constant decides its type."""
         if _is_constant(tensor):
             return self.constants.setdefault(tensor.name, wanted)
         return self._kind(tensor)
@@ -207,10 +207,10 @@ class _Narrower:
         return FLOAT16 if tensor.name in self.halves else FLOAT32
 
     def _kinds(self, node: gs.Node) -> dict[int, Kind]:
-        """Return the type that each float input has to have, by its index.
+        """Return the type that each float input must have, by its index.
 
-        Inputs and outputs of one type variable (https://onnx.ai/onnx/operators) have one type: that
-        of the output, else of an input that is computed, else of the constant.
+        Inputs and outputs of one type variable (https://onnx.ai/onnx/operators) have the same type:
+        that of the output, or else of a computed input, or else of the constant.
         """
         inputs, outputs = _type_variables(node, self.graph.opset)
         written = zip(outputs, node.outputs, strict=True)
@@ -238,7 +238,7 @@ class _Narrower:
 
 
 def _halved(tensor: gs.Constant) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # beyond float16 is infinite there
+    with np.errstate(over="ignore"):  # values beyond float16's range become infinite
         return _values(tensor).astype(FLOAT16)
 
 
@@ -247,7 +247,7 @@ def _is_constant(tensor: gs.Tensor) -> bool:
 
 
 def _type_variables(node: gs.Node, opset: int) -> tuple[list[str], list[str]]:
-    """Return the type variable of each input and output; of an unknown operator, one for all."""
+    """Return the type variable of each input and output; unknown operators have a single one."""
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain or "")
     except onnx.defs.SchemaError:

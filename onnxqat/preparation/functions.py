@@ -1,14 +1,15 @@
-"""Put the bodies of model-local functions where they are called.
+"""Inline model-local functions where they are called.
 
 ::
 
     y = my.act<slope = 0.5>(x)     =>     r = Mul(x, c__1)
                                           y = LeakyRelu<alpha = 0.5>(r)
 
-onnx's inliner does the work: values and nodes of the body are numbered, so that names stay unique;
-what the call reads and writes keeps its name. Two things are done for it first. An attribute that
-the call leaves out takes the function's default, which the inliner forgets; and a function that
-imports another opset is inlined where each of its operators is the same in the model's.
+onnx's inliner does the work. It appends numbers to the names of the body's values and nodes, so
+that names stay unique; the inputs and outputs of the call keep their names. Two preparations come
+first: an attribute that the call omits gets the function's default, which the inliner forgets; and
+a function that imports another opset is changed to the model's opset if all of its operators are
+the same in both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def inline_functions(model: Model) -> Model:
     Raises
     ------
     ModelError
-        A function means something else in the model's opset, or onnx cannot inline it.
+        An operator of a function differs in the model's opset, or onnx cannot inline the function.
     """
     if not model.graph.functions:
         return model
@@ -51,14 +52,14 @@ def inline_functions(model: Model) -> Model:
         raise ModelError(
             f"{model.name}: functions cannot be inlined ({error}). Export without them."
         ) from error
-    del inlined.functions[:]  # those that nothing calls
+    del inlined.functions[:]  # the remaining ones, which nothing calls
     result = from_proto(inlined, name=model.name)
     result.metadata = dict(model.metadata)
     return result
 
 
 def _match_opset(function: onnx.FunctionProto, model: Model) -> None:
-    """Let a function import the model's default opset, where this changes nothing."""
+    """Make a function import the model's default opset if this changes no operator."""
     opset = default_opset(function.opset_import) or model.graph.opset
     changed = None
     if opset != model.graph.opset:

@@ -1,9 +1,9 @@
-"""What operators that only move, repeat or choose values make of constants.
+"""Evaluate operators on constants that only move, repeat or select values.
 
-Each function takes the node and its inputs (None where an optional one is absent), and returns the
-output, a list of outputs, or None where the node is left alone. Repeated values are views without
-memory of their own, so that the caller can judge a result's size before it exists; where numpy has
-no view, `onnxqat.preparation.budget.check_growth` does.
+Each function takes the node and its inputs (None for an absent optional one), and returns the
+output, a list of outputs, or None if the node must stay. Repeated values are returned as views
+without memory of their own, so that the caller can check a result's size before it is allocated.
+Where numpy has no such view, `onnxqat.preparation.budget.check_growth` checks the size first.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _slice(_: gs.Node, inputs: list[Array]) -> Array:
     strides = [1] * starts.size if steps is None else steps.tolist()
     key = [slice(None)] * data.ndim
     for axis, start, end, step in zip(chosen, starts.tolist(), ends.tolist(), strides, strict=True):
-        # clamped as https://onnx.ai/onnx/operators/onnx__Slice.html says
+        # clamped as in https://onnx.ai/onnx/operators/onnx__Slice.html
         size, back = data.shape[axis], step < 0
         first = min(max(start + size * (start < 0), 0), size - back)
         last = min(max(end + size * (end < 0), -1 if back else 0), size - back)

@@ -1,8 +1,8 @@
-"""Give every node of the outermost graph a name of its own.
+"""Give every node of the outermost graph a unique name.
 
-A name that is unique stays. Of several nodes with one name the first keeps it, the others get
-``name_1``, ``name_2``; a node without a name is called after its operator and first output,
-which does not depend on its place in the file. A number is skipped where the result is taken.
+Unique names stay. If several nodes have the same name, the first keeps it and the others become
+``name_1``, ``name_2``. A node without a name is named after its operator and its first output,
+because these do not depend on its place in the file. Numbers whose name is taken are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["name_nodes"]
 
 
 def name_nodes(graph: gs.Graph) -> int:
-    """Make the names of the nodes unique and non-empty; return how many were changed."""
+    """Make the names of the nodes unique and non-empty; return the number of changed names."""
     taken = {node.name for node in graph.nodes}
     seen = {""}
     changed = 0

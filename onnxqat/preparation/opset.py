@@ -1,9 +1,9 @@
-"""Upgrade a model to the opset that is wanted: 13, where per-axis QuantizeLinear begins, or above.
+"""Upgrade a model to the required opset: 13 (the first with per-axis QuantizeLinear) or above.
 
-Where every node means the same in both opsets, only the version changes. Otherwise onnx's own
-version converter does the work, with what `onnxqat.preparation.conversion` does about its mistakes.
-Neither is trusted: both models run on the same random input, and an upgrade that changes an output
-by more than float32 rounding is refused.
+If every node is the same in both opsets, only the version number changes. Otherwise onnx's version
+converter upgrades the model, and `onnxqat.preparation.conversion` corrects its mistakes. The result
+is verified: both models run on the same random input, and an upgrade that changes an output by
+more than float32 rounding is refused.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from onnxqat.versions import MAX_OPSET, changed_node
 __all__ = ["upgrade_opset"]
 
 MIN_TARGET = 13
-# Of the largest output: some tens of float32 roundings, as other kernels sum in another order.
+# The tolerance relative to the largest output value: some tens of float32 roundings, because other
+# kernels sum in another order.
 TOLERANCE = 1e-5
 
 
 def upgrade_opset(model: Model, minimum: int = MIN_TARGET) -> Model:
-    """Return the model at opset ``minimum`` or above; the same object if it is there already.
+    """Return the model at opset ``minimum`` or above; the same object if no upgrade is needed.
 
     Raises
     ------
     ModelError
-        The opset is not one that onnxruntime-training reads, the converter fails, or the converted
-        model computes something else.
+        onnxruntime-training does not read the opset, the converter fails, or the outputs of the
+        converted model differ.
     """
     target = max(minimum, MIN_TARGET)
     if target > MAX_OPSET:
-        raise ModelError(f"{model.name}: opset {target} is wanted; at most {MAX_OPSET} is read.")
+        raise ModelError(
+            f"{model.name}: opset {target} is required, but onnxqat reads at most {MAX_OPSET}."
+        )
     if model.graph.opset >= target:
         return model
     source = model.to_proto()
@@ -75,10 +78,10 @@ def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, ta
     feeds, expected = run_example(
         ends.session,
         source.graph,
-        f"{where}: has to be upgraded, and",
+        f"{where}: must be upgraded, but",
         f"Export again with opset {MIN_TARGET} or above.",
     )
-    if ends.lost:  # both are run as far as onnxruntime can
+    if ends.lost:  # both models are run up to the last node that onnxruntime can run
         whole, converted = converted, onnx.ModelProto()
         converted.CopyFrom(whole)
         prune(converted, ends.names)
@@ -86,7 +89,7 @@ def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, ta
         actual = open_session(converted, optimization="none", name=where).run(None, feeds)
     except ModelError as error:
         raise ModelError(
-            f"{where} cannot be upgraded to {target}: what comes out does not run ({error}). "
+            f"{where} cannot be upgraded to {target}: the upgraded model does not run ({error}). "
             f"Export again with opset {target}."
         ) from error
     for output, old, new in zip(ends.names, expected, actual, strict=True):
@@ -94,13 +97,13 @@ def _compare(source: onnx.ModelProto, converted: onnx.ModelProto, where: str, ta
         if not difference <= TOLERANCE * size:
             raise ModelError(
                 f"{where}: upgrading to {target} changes output '{output}' by {difference:.3g} "
-                f"(its values reach {size:.3g}). Export again with opset {target} or above."
+                f"(largest value {size:.3g}). Export again with opset {target} or above."
             )
 
 
 def _distance(old: Any, new: Any) -> tuple[float, float]:
-    """Return the largest value and the largest difference; infinite where they cannot differ."""
-    if isinstance(old, list):  # of a sequence
+    """Return the largest value and the largest difference (infinite if not comparable)."""
+    if isinstance(old, list):  # a sequence of tensors
         pairs = list(zip(old, new, strict=False)) if len(old) == len(new) else [(0, None)]
         found = [_distance(*pair) for pair in pairs]
         return max((s for s, _ in found), default=1.0), max((d for _, d in found), default=0.0)

@@ -1,9 +1,9 @@
 """Put the nodes in topological order, moving only those that must move.
 
-A node comes after the producers of what it reads, what its subgraphs read included. Nodes are
-visited in the order of the file and a producer that comes too late is pulled to just before its
-first consumer, so a file that is in order already stays as it is (graphsurgeon's ``toposort``
-would sort it by depth).
+A node comes after the producers of all values that it or its subgraphs read. Nodes are visited in
+the order of the file, and a producer that comes too late is moved to just before its first
+consumer. A file that is already in order stays unchanged (graphsurgeon's ``toposort`` would sort
+it by depth).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["sort_nodes"]
 
 
 def sort_nodes(graph: gs.Graph) -> int:
-    """Sort the nodes; return how many are at another place than before.
+    """Sort the nodes; return how many changed their place.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def sort_nodes(graph: gs.Graph) -> int:
 
 
 def _visit(needs: list[list[int]], names: list[str]) -> list[int]:
-    """Depth first, without recursion: chains are longer than Python's stack."""
+    """Sort depth-first without recursion, because chains can be longer than Python's stack."""
     order: list[int] = []
     done, open_ = [False] * len(needs), [False] * len(needs)
     for start in range(len(needs)):

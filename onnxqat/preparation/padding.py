@@ -1,4 +1,4 @@
-"""Write ``pads`` in place of ``auto_pad``.
+"""Replace ``auto_pad`` by ``pads``.
 
 For each spatial axis with input size n, stride s, dilation d and kernel k::
 
@@ -6,15 +6,15 @@ For each spatial axis with input size n, stride s, dilation d and kernel k::
     SAME_*, Conv and pools   (ceil(n / s) - 1) * s + (k - 1) * d + 1 - n in all
     SAME_*, ConvTranspose    max(0, (k - 1) * d + 1 + output_padding - s) in all
 
-An odd total puts the larger half at the end for SAME_UPPER, at the beginning for SAME_LOWER
+An odd total puts the larger half at the end for SAME_UPPER and at the beginning for SAME_LOWER
 (https://onnx.ai/onnx/operators/onnx__Conv.html, ``onnx__ConvTranspose.html``). onnxruntime computes
-``pads`` so before it runs a kernel: ``count_include_pad`` means what it meant. SAME makes the
-output ceil(n / s) long whatever ``ceil_mode`` says, so ``ceil_mode`` goes. A total of -1 (a 1x1
-kernel with stride 2) is no padding.
+``pads`` in this way before it runs a kernel, so ``count_include_pad`` keeps its meaning. With SAME
+the output is ceil(n / s) long for either ``ceil_mode``, so ``ceil_mode`` is removed. A total of -1
+(a 1x1 kernel with stride 2) means no padding.
 
-Left as it is: SAME where a size that matters is not known (with stride 1 the input's does not) or
-where the total is below -1 (onnxruntime 1.19 crops for SAME_UPPER, the specification is silent);
-and ConvTranspose with ``output_shape``, which overrides ``pads``.
+SAME stays where a size it depends on is unknown (with stride 1 it does not depend on the input's),
+and where the total is below -1 (onnxruntime 1.19 crops for SAME_UPPER; ONNX does not define it).
+A ConvTranspose with ``output_shape`` stays, because that overrides ``pads``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["make_pads_explicit"]
 
 
 def make_pads_explicit(graph: gs.Graph) -> int:
-    """Replace ``auto_pad`` by ``pads``; return at how many nodes."""
+    """Replace ``auto_pad`` by ``pads``; return the number of changed nodes."""
     changed = 0
     for node in graph.nodes:
         if not is_op(node, *WINDOWED):

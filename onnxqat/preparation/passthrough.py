@@ -1,4 +1,4 @@
-"""Remove nodes that hand on their input: Identity, and some forms of Cast and Dropout.
+"""Remove nodes that only pass on their input: Identity, and some forms of Cast and Dropout.
 
 ===========  ==================================================================
 Identity     always
@@ -7,18 +7,18 @@ Dropout      ``training_mode`` absent or constantly false, mask not used
              (https://onnx.ai/onnx/operators/onnx__Dropout.html)
 ===========  ==================================================================
 
-1. The output is an inner value: its consumers read the input instead. ::
+1. The output is an inner value: make its consumers read the input instead. ::
 
        x -> Identity -> y -> Relu     =>     x -> Relu
 
-2. The output is a graph output, the input an inner value: the producer writes the output
-   itself, and other consumers of the input read the output. ::
+2. The output is a graph output and the input is an inner value: make the producer write the
+   output, and other consumers of the input read the output. ::
 
        Conv -> x -> Identity -> y (output)     =>     Conv -> y (output)
 
-Kept: a node between a graph input or initializer and a graph output, or between two graph
-outputs, since both names must stay; one whose output a subgraph reads; in case 2 one whose input
-a subgraph reads.
+A node stays if it connects a graph input, an initializer or a graph output with a graph output,
+because both names must stay; if a subgraph reads its output; and, in case 2, if a subgraph reads
+its input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["remove_passthroughs"]
 
 
 def remove_passthroughs(graph: gs.Graph) -> int:
-    """Remove nodes that hand on their input; return how many."""
+    """Remove nodes that only pass on their input; return their number."""
     pinned = pinned_names(graph)
     outputs = {tensor.name for tensor in graph.outputs}
     removed = []
@@ -47,7 +47,7 @@ def remove_passthroughs(graph: gs.Graph) -> int:
             _let_producer_write(source, target)
         else:
             continue
-        # at once, so that the next node sees neither end of this one
+        # disconnect it now, so that the next node does not find it
         node.inputs.clear()
         node.outputs.clear()
         removed.append(node)

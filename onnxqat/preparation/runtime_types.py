@@ -1,8 +1,9 @@
-"""Give values behind onnxruntime's own ops their type and shape, as onnxruntime infers them.
+"""Take the types and shapes of values behind onnxruntime's own ops from an onnxruntime session.
 
-onnxruntime fuses what it runs into ops of its own (FusedConv, SkipLayerNormalization, BiasGelu),
-which onnx's shape inference does not know; whatever comes behind one would have no type. A session
-of the graph without its large weights, which become inputs, says what each value is.
+A model that onnxruntime has optimized contains its own fused ops (FusedConv, BiasGelu,
+SkipLayerNormalization), which onnx's shape inference does not know, so that values behind them have
+no type. A session of the graph, with its large weights turned into inputs, gives the type and shape
+of each value.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from onnxqat.runtime import open_session
 __all__ = ["read_runtime_types"]
 
 RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc")
-MAX_ELEMENTS = 1024  # of an initializer whose values may decide a shape
-# As a session names the types of its outputs.
+MAX_ELEMENTS = 1024  # the largest initializer whose values may determine a shape
+# The types of outputs, by the names that a session uses.
 TYPES = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
 TYPES |= {name: name for bits in (8, 16, 32, 64) for name in (f"int{bits}", f"uint{bits}")}
 
 
 def read_runtime_types(graph: gs.Graph) -> int:
-    """Fill in the types and shapes that onnxruntime alone knows; return for how many values."""
+    """Fill in types and shapes that only onnxruntime can infer; return the number of values."""
     if not any(map(_is_of_the_runtime, graph.nodes)):
         return 0
     unknown = {
@@ -40,18 +41,18 @@ def read_runtime_types(graph: gs.Graph) -> int:
     try:
         session = open_session(_skeleton(graph, set(unknown)), optimization="none", threads=1)
     except ModelError:
-        return 0  # what does not run is said where it is to run
+        return 0  # a model that does not run is reported by the stage that runs it
     found = {value.name: value for value in session.get_outputs()}
     return sum(_fill_in(unknown[name], found[name]) for name in unknown.keys() & found.keys())
 
 
 def _is_of_the_runtime(node: gs.Node) -> bool:
-    """Return whether onnxruntime defines an op; some of its own it counts as ONNX's."""
+    """Return whether onnxruntime defines an op, including those in ONNX's domain."""
     return node.domain in RUNTIME_DOMAINS or not onnx.defs.has(node.op)
 
 
 def _skeleton(graph: gs.Graph, wanted: set[str]) -> onnx.ModelProto:
-    """Return the nodes that onnxruntime may know, with the wanted values as outputs."""
+    """Return a model of the nodes that onnxruntime may know, with the wanted values as outputs."""
     with weights_left_out(graph, MAX_ELEMENTS) as left_out:
         proto: onnx.ModelProto = gs.export_onnx(graph)
     body = proto.graph
@@ -81,7 +82,7 @@ def _skeleton(graph: gs.Graph, wanted: set[str]) -> onnx.ModelProto:
 
 
 def _fill_in(tensor: gs.Variable, found: object) -> int:
-    """Set what a session says of an output; an unknown rank looks like that of a scalar."""
+    """Set the type and shape from a session's output; an unknown rank looks like a scalar's."""
     kind = TYPES.get(str(found.type).removeprefix("tensor(").removesuffix(")"))  # type: ignore[attr-defined]
     if kind is None:
         return 0

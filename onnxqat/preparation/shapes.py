@@ -1,9 +1,9 @@
-"""Give values their type and shape, where onnx's shape inference finds them.
+"""Fill in the types and shapes that onnx's shape inference finds.
 
-What a value lacks is filled in; what the file says stays, names of dynamic dimensions included.
-Names that the inference makes up for dimensions it cannot relate to the file's are dropped.
-Initializers of more than 1024 elements take part by type and shape only, so that a model of any
-size fits in the message that the inference is given. Values within subgraphs are left as they are.
+Only missing types and lengths are filled in; the file's own stay, including the names of dynamic
+dimensions. Names that the inference invents for new dimensions are dropped. Initializers of more
+than 1024 elements are passed to the inference without their values, so that a model of any size
+fits in one protobuf message. Values inside subgraphs are not changed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Dimension = int | str | None
 
 
 def infer_shapes(graph: gs.Graph) -> int:
-    """Fill in types and shapes; return for how many values.
+    """Fill in types and shapes; return the number of changed values.
 
     Raises
     ------
     ModelError
-        onnx refuses the graph: it has, for example, a node with too few inputs.
+        onnx refuses the graph, for example because a node has too few inputs.
     """
     inferred = _inferred(_skeleton(graph))
     names = _dimension_names(graph)
@@ -46,7 +46,7 @@ def infer_shapes(graph: gs.Graph) -> int:
 
 
 def reliable_shapes(graph: gs.Graph, names: Container[str]) -> dict[str, list[int | None]]:
-    """Return the shapes of some values, as far as inputs and initializers alone decide them."""
+    """Return the shapes of some values; lengths not determined by graph inputs are None."""
     proto = _skeleton(graph)
     del proto.graph.value_info[:]
     for value in proto.graph.output:
@@ -95,7 +95,7 @@ def _fill_in(tensor: gs.Variable, found: onnx.TypeProto.Tensor, names: set[str])
 
 def _numpy_dtype(elem_type: int) -> np.dtype | int:
     dtype: np.dtype = onnx.helper.tensor_dtype_to_np_dtype(elem_type)
-    # graphsurgeon holds a type that numpy lacks as onnx's number
+    # graphsurgeon keeps a type that numpy lacks as onnx's number
     return dtype if dtype.kind in "fiubcO" else elem_type
 
 

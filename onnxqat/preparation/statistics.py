@@ -1,7 +1,7 @@
-"""What a network saw in training, as far as its first BatchNormalization remembers.
+"""Read the statistics of the training data from the first BatchNormalization of a network.
 
-See `onnxqat.preparation.distributions`. Some channels of that one tensor are enough to tell whether
-data reach the network as they did in training.
+See `onnxqat.preparation.distributions`. A few channels of this one tensor are enough to tell
+whether data are preprocessed as they were in training.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ __all__ = [
 
 KEY = "onnxqat.statistics"
 MAX_CHANNELS = 256
-# A channel whose variance is smaller than this part of the others' carries nothing.
+# A channel is ignored if its variance, relative to the others', is smaller than this.
 DEAD = 1e-4
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Mean and standard deviation of channels of a tensor, whose axis 1 they are.
+    """Mean and standard deviation of some channels (axis 1) of a tensor.
 
     Attributes
     ----------
     tensor : str
-        Its name.
+        The tensor's name.
     channels : tuple of int
-        Those that are described; a channel that was constant is not.
+        Indices of the described channels; constant channels are left out.
     mean, deviation : tuple of float
-        One for each of them.
+        One value for each described channel.
     """
 
     version: Literal[1] = 1
@@ -61,9 +61,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def find_statistics(graph: gs.Graph) -> Statistics | None:
-    """Return what the first BatchNormalization behind an input remembers, if there is one.
+    """Return the statistics of the first BatchNormalization behind an input, if there is one.
 
-    None also where it remembers nothing: mean 0 and variance 1 are what training starts from.
+    Returns None also for mean 0 and variance 1, the values before training.
     """
     reached = {tensor.name for tensor in graph.inputs}
     for node in graph.nodes:
@@ -96,18 +96,18 @@ def _remembered(node: gs.Node) -> Statistics | None:
 
 
 def note_statistics(model: Model, found: Statistics | None) -> None:
-    """Store in the metadata what was found, if the tensor is still there."""
+    """Store the statistics in the metadata, if the model still has the tensor."""
     if found is not None and found.tensor in model.graph.tensors():
         model.metadata[KEY] = msgspec.json.encode(found, order="deterministic").decode()
 
 
 def divide_statistics(model: Model, scales: Mapping[str, NDArray[np.float64]]) -> None:
-    """Change what is stored for channels that were divided by numbers.
+    """Adapt the stored statistics to channels that were divided by scales.
 
     Parameters
     ----------
     scales : mapping of str to array of shape (channels,)
-        By tensor.
+        The divisors of the channels, by tensor.
     """
     found = statistics_of(model) if KEY in model.metadata else None
     if found is None or found.tensor not in scales:
@@ -122,14 +122,14 @@ def divide_statistics(model: Model, scales: Mapping[str, NDArray[np.float64]]) -
 
 
 def statistics_of(model: Model, *, in_place: bool = False) -> Statistics | None:
-    """Return what is known: of the file a model was made from, or by its own graph.
+    """Return the statistics stored in the metadata or, without these, read from the graph.
 
-    What is stored and cannot be read counts as not known: it is advice.
+    Stored statistics that cannot be read are ignored, because they only serve warnings.
 
     Parameters
     ----------
     in_place : bool
-        Whether the nodes of the model itself may be sorted and its constants lifted.
+        Whether the model's own nodes may be sorted and its Constants made initializers.
     """
     if KEY in model.metadata:
         try:

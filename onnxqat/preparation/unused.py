@@ -1,8 +1,8 @@
 """Remove nodes that no graph output needs.
 
-A node is needed if it writes a graph output, or something that a needed node or one of its
-subgraphs reads. Graph inputs stay, read or not: they are the model's interface. Initializers
-live on by being read. Subgraphs and functions are left as they are.
+A node is needed if it writes a graph output, or a value that a needed node or its subgraphs read.
+Graph inputs always stay, because they are the model's interface. Initializers stay if something
+reads them. Subgraphs and functions are not changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["remove_unused"]
 
 
 def remove_unused(graph: gs.Graph) -> int:
-    """Remove nodes without effect from a sorted graph; return how many."""
+    """Remove unneeded nodes from a sorted graph; return their number."""
     needed = {tensor.name for tensor in graph.outputs}
     unused = []
     for node in reversed(graph.nodes):

@@ -1,4 +1,4 @@
-"""Hardware rules: one TOML file per chip, and the strict loader into frozen types."""
+"""Hardware rules: one TOML file per chip, and a strict loader that returns frozen types."""
 
 from onnxqat.rules.describe import describe_rule
 from onnxqat.rules.loader import bundled_rules, load_rule, validate_rule

@@ -1,4 +1,4 @@
-"""Say in words what a rule says."""
+"""Describe a hardware rule in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["describe_rule"]
 
 
 def describe_rule(rule: HardwareRule) -> str:
-    """Return what a person needs to know about a chip, as lines of text."""
+    """Return the content of a rule as lines of text, for a person to read."""
     return "\n".join(_lines(rule))
 
 
@@ -57,7 +57,7 @@ def _spec(spec: RuleSpec) -> str:
     words += [f"calibrated by {spec.observer}"] if spec.observer else []
     words += [f"range times {spec.range_factor:g}"] if spec.range_factor != 1 else []
     words += [f"fine-tuned by {spec.method}"] if spec.method else []
-    words += [f"at least {spec.min_range:g} wide"] if spec.min_range > 1e-12 else []
+    words += [f"range at least {spec.min_range:g} wide"] if spec.min_range > 1e-12 else []
     return ", ".join(words)
 
 
@@ -70,7 +70,7 @@ def _same_tables(rule: HardwareRule) -> dict[str, list[str]]:
 
 def _op(op: OpRule) -> str:
     words = [f"{k} {v}" for k in ("inputs", "weight", "outputs") if (v := getattr(op, k))]
-    words += ["reads the skip side only"] if op.reads == "residual" else []
+    words += ["quantized on the skip side only"] if op.reads == "residual" else []
     words += [f"parameters {op.parameters}"] if op.parameters != "own" else []
     words += ["constant in the output's scale"] if op.constant_scale == "output" else []
     return ", ".join(words)
@@ -100,5 +100,5 @@ def _exception(exception: RuleException) -> str:
         effect = ", ".join(f"{k} {v}" for k, v in fields if v is not None)
     else:
         effect = f"float: {kept_float}" if kept_float else f"unsupported: {unsupported}"
-        effect += "; reads float" if reads_float else ""
+        effect += "; its inputs stay float" if reads_float else ""
     return f"{ops} with {', '.join(where)}: {effect}"

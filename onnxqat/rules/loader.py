@@ -1,4 +1,4 @@
-"""Read hardware rule files: bundled ones by name, others by path, strictly."""
+"""Read hardware rule files strictly: bundled ones by name, others by path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxqat.toml_files import merged, parse_toml, read_text
 __all__ = ["bundled_rules", "load_rule", "validate_rule"]
 
 KIND = "a rule file"
-MAX_EXTENDS = 8  # a longer chain is a loop
+MAX_EXTENDS = 8  # a longer chain is taken for a loop
 
 
 def bundled_rules() -> tuple[str, ...]:
@@ -27,12 +27,12 @@ def bundled_rules() -> tuple[str, ...]:
 
 
 def load_rule(name: str) -> HardwareRule:
-    """Return the rule of a bundled name or of a path to a ``.toml`` file.
+    """Return the bundled rule of this name, or the rule in the ``.toml`` file at this path.
 
     Raises
     ------
     RuleError
-        Unknown name, unreadable file, or a key or value the schema does not have.
+        The name is unknown, the file cannot be read, or the schema does not allow a key or value.
     """
     table = _read(name, depth=0)
     problems = find_problems(table)
@@ -42,7 +42,7 @@ def load_rule(name: str) -> HardwareRule:
 
 
 def validate_rule(name: str) -> list[str]:
-    """Return everything that is wrong in a rule file, one line each: file, line, key, advice.
+    """Return one line for each mistake in a rule file: file, line, key, advice.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def validate_rule(name: str) -> list[str]:
 
 
 def _describe(name: str, problem: Problem) -> str:
-    """Return ``file:line [table]: message``, without the line where a parent file has it."""
+    """Return ``file:line [table]: message``; no line if the entry stands in a parent file."""
     line = line_of(_text(name), problem)
     where = f"{name}:{line}" if line else name
     return f"{where} {problem.place}".rstrip() + f": {problem.message}"
@@ -61,14 +61,16 @@ def _describe(name: str, problem: Problem) -> str:
 
 def _read(name: str, *, depth: int) -> dict[str, Any]:
     if depth > MAX_EXTENDS:
-        raise RuleError(f"{name}: 'extends' goes round in a circle.")
+        raise RuleError(
+            f"{name}: 'extends' leads through more than {MAX_EXTENDS} files, or back to itself."
+        )
     table = parse_toml(_text(name), name, kind=KIND, error=RuleError)
     parent = table.pop("extends", None)
     if parent is None:
         return table
     if not isinstance(parent, str):
         raise RuleError(f"{name}: 'extends' is {parent!r}. Name one rule.")
-    if parent.endswith(".toml"):  # beside the file that names it
+    if parent.endswith(".toml"):  # relative to the file that names it
         parent = str(Path(name).parent / parent)
     return merged(_read(parent, depth=depth + 1), table)
 

@@ -1,4 +1,4 @@
-"""Find what is wrong in a rule, entry by entry, and the line where it stands."""
+"""Find the mistakes in a rule, entry by entry, and their line numbers."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ EFFECTS = ("changes", "kept_float", "unsupported")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and the keys that lead to it; a number counts the tables of a list."""
+    """A mistake, and the keys that lead to it (a number is an index into a list of tables)."""
 
     path: tuple[str | int, ...]
     message: str
 
     @property
     def place(self) -> str:
-        """``[specs.weight]``, or nothing at the top of the file."""
+        """The table, as ``[specs.weight]``; empty for the top of the file."""
         return f"[{'.'.join(map(str, self.path))}]" if self.path else ""
 
 
 def find_problems(table: Mapping[str, Any]) -> list[Problem]:
-    """Return everything that is wrong in a rule's table, its ``extends`` resolved."""
+    """Return all mistakes in a rule's table, whose ``extends`` is already resolved."""
     problems = list(_wrong_entries(table))
     if problems:
         return problems
@@ -57,7 +57,7 @@ def find_problems(table: Mapping[str, Any]) -> list[Problem]:
 
 
 def _wrong_entries(table: Mapping[str, Any]) -> Iterator[Problem]:
-    """Convert every table of its own, so that each wrong one is named by its key."""
+    """Convert each table separately, so that each message names the key of its table."""
     for section, kind in ENTRIES.items():
         entries = table.get(section, {})
         for key, value in entries.items() if isinstance(entries, Mapping) else ():
@@ -92,26 +92,28 @@ def _wrong_specs(rule: HardwareRule) -> Iterator[Problem]:
 
 
 def wrong_spec(spec: QuantSpec) -> str | None:
-    """Return what no grid can do of what a spec asks for, None where all is well."""
+    """Return why no integer grid can satisfy a spec, or None if one can."""
     if spec.bits not in WIDTHS:
         return f"bits = {spec.bits}. Widths are 2 to 8, and 16."
     if spec.bits == 16 and spec.narrow_range:
-        return "narrow_range goes with 8 bits or fewer: no runtime clips 16-bit integers."
+        return "narrow_range needs 8 bits or fewer: no runtime clips 16-bit integers."
     if not 0 < spec.min_range < math.inf:
-        return f"min_range = {spec.min_range}. Give > 0."
+        return f"min_range = {spec.min_range}. Give a number above 0."
     if not 0 <= spec.min_scale < math.inf:
         return f"min_scale = {spec.min_scale}. Give 0 or more."
     if not 0 < spec.range_factor < math.inf:
-        return f"range_factor = {spec.range_factor}. Give > 0; 1 leaves ranges as they are."
+        return (
+            f"range_factor = {spec.range_factor}. Give a number above 0; 1 leaves ranges unchanged."
+        )
     if not spec.symmetric and spec.signedness == "from_range":
         return (
-            "an asymmetric spec has a fixed signedness. Set signedness to 'signed' or 'unsigned'."
+            "an asymmetric spec needs a fixed signedness. Set signedness to 'signed' or 'unsigned'."
         )
     if not spec.symmetric and spec.power_of_two:
         return "power_of_two needs symmetric = true."
     low, high = spec.fixed_range or (0.0, 0.0)
     if not -math.inf < low <= 0 <= high < math.inf:
-        return f"fixed_range = {[low, high]} is no finite range that holds 0."
+        return f"fixed_range = {[low, high]}. Give a finite range that contains 0."
     return None
 
 
@@ -124,7 +126,7 @@ def _wrong_ops(rule: HardwareRule) -> Iterator[Problem]:
     for chain in rule.fuse:
         yield from _unknown_ops(("fuse",), chain, ("BiasAdd",))
         if len(chain) < 2:
-            yield Problem(("fuse",), f"{list(chain)} is no chain. Name two ops or more.")
+            yield Problem(("fuse",), f"{list(chain)} is too short. Name two ops or more.")
     for name in rule.split:
         if name not in PATTERN_NAMES:
             yield Problem(("split",), f"'{name}' is not one of {', '.join(PATTERN_NAMES)}.")
@@ -160,9 +162,9 @@ def _wrong_exceptions(rule: HardwareRule) -> Iterator[Problem]:
         path = ("exceptions", number)
         yield from _unknown_ops(path, exception.op)
         if sum(getattr(exception, effect) is not None for effect in EFFECTS) != 1:
-            yield Problem(path, "has not exactly one of changes, float, unsupported.")
+            yield Problem(path, "must have exactly one of changes, float, unsupported.")
         if exception.reads_float and exception.kept_float is None:
-            yield Problem(path, "reads_float goes with float: what is quantized reads integers.")
+            yield Problem(path, "reads_float needs float: a quantized node reads integers.")
         if exception.changes is not None:
             yield from _unknown_specs(rule, path, exception.changes)
 
@@ -171,7 +173,7 @@ def _wrong_rest(rule: HardwareRule) -> Iterator[Problem]:
     for key in ("weight_bits", "activation_bits"):
         widths = getattr(rule, key)
         if not widths or not all(width in WIDTHS for width in widths):
-            yield Problem((key,), f"{list(widths)}: widths are 2 to 8, and 16.")
+            yield Problem((key,), f"{list(widths)}. Widths are 2 to 8, and 16.")
     if not 16 <= rule.bias_bits <= 32:
         yield Problem(("bias_bits",), f"bias_bits = {rule.bias_bits}. Widths are 16 to 32.")
     if rule.arithmetic is not None:
@@ -191,7 +193,7 @@ def _wrong_arithmetic(arithmetic: Arithmetic) -> Iterator[Problem]:
 
 
 def line_of(text: str, problem: Problem) -> int | None:
-    """Return the line, from 1, on which the entry of a problem stands in a TOML text."""
+    """Return the line number (from 1) of a problem's entry in a TOML text, if it is there."""
     if not problem.path:
         return None
     section, *rest = problem.path
@@ -218,8 +220,8 @@ def json_schema() -> dict[str, Any]:
     rule = schema["$defs"]["HardwareRule"]
     rule["properties"]["extends"] = {
         "type": "string",
-        "description": "A bundled rule, or a .toml file beside this one, that this one changes.",
+        "description": "The rule that this file changes: a bundled one, or a .toml file beside it.",
     }
     rule["anyOf"] = [{"required": ["extends"]}, {"required": rule.pop("required")}]
-    del schema["$defs"]["Arithmetic"]["required"]  # a rule that extends another changes a part
+    del schema["$defs"]["Arithmetic"]["required"]  # a rule with `extends` may change parts only
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

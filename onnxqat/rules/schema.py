@@ -1,8 +1,8 @@
-"""What a hardware rule file can say: frozen types, no behaviour.
+"""The schema of a hardware rule file, as frozen types without behaviour.
 
-A rule names *specs* (how a tensor is quantized) and lists, per op type, which spec its inputs,
-weight and outputs get. Ops that no table names stay float, with that reason. *Exceptions* say
-where an op deviates from its table: by attribute, by position, by size.
+A rule defines *specs* (how a tensor is quantized) and lists, for each op type, the spec of its
+inputs, weight and outputs. Ops that the rule does not list stay float; the plan gives that reason.
+*Exceptions* say where an op deviates from its table: by attribute, position or size.
 
 An op type is ONNX's, or a pattern that exporters write as several nodes and a chip runs as one:
 ``BiasAdd`` (an Add of a constant vector, only in ``fuse``), ``SiLU``, ``HardSwish``, ``Mish``,
@@ -35,8 +35,8 @@ class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True)
     Attributes
     ----------
     axis : {"channel", "none"}
-        ``channel``: one scale per output channel of the weight, whichever axis that is for
-        the op; ``none``: per-tensor. The other attributes are those of `QuantSpec`.
+        ``channel``: one scale per output channel of the weight (the op determines the axis);
+        ``none``: per-tensor. The other attributes are those of `QuantSpec`.
     """
 
     axis: Literal["channel", "none"] = "none"  # type: ignore[assignment]
@@ -49,26 +49,26 @@ class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens around one op type. Values are names of specs.
+    """How the tensors of one op type are quantized. Values are names of specs.
 
     Attributes
     ----------
     inputs : str or None
-        Spec of the activations it reads; None leaves them as they are.
+        Spec of the activations that the op reads; None adds no point.
     outputs : str or None
-        Spec of the activations it writes.
+        Spec of the activations that the op writes.
     weight : str or None
-        Spec of its constant operand; None leaves a constant float.
+        Spec of the op's constant operand; None leaves a constant float.
     reads : {"all", "residual"}
-        ``residual``: only what is added to the output of a weighted node (with what is fused
-        into it), the skip side of an Add.
+        ``residual``: quantize only the skip side of an Add, which is added to the output of a
+        weighted node (or of the nodes fused into it).
     parameters : {"own", "passthrough", "unify", "unify_inputs", "from_output"}
         ``passthrough``: the outputs share the parameters of input 0; ``unify``: all inputs
-        and outputs share one set, which covers them all; ``unify_inputs``: the inputs do;
-        ``from_output``: all share one set, measured on the output alone.
+        and outputs share one set, which covers them all; ``unify_inputs``: all inputs share one
+        set; ``from_output``: all share one set, measured on the output alone.
     constant_scale : {"own", "output"}
-        ``output``: the chip writes a constant operand in 8-bit integers of the output's scale, so
-        that the output's range is made to hold it.
+        ``output``: the chip stores a constant operand as 8-bit integers with the output's scale;
+        the output's range is therefore extended to cover the constant.
     """
 
     inputs: str | None = None
@@ -80,7 +80,7 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of an `OpRule` that an exception replaces; ``"none"`` takes a spec away."""
+    """The fields of an `OpRule` that an exception replaces; ``"none"`` removes a spec."""
 
     inputs: str | None = None
     outputs: str | None = None
@@ -89,7 +89,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where an op deviates from its table. All of the conditions that are given must hold.
+    """A case in which an op deviates from its table. All given conditions must hold.
 
     Attributes
     ----------
@@ -98,27 +98,27 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     attributes : dict
         Values of ONNX attributes, defaults included (``mode = "linear"``, ``strides = [1, 1]``).
     written : tuple of str
-        ONNX attributes that the node has, whatever their value, and be it the default.
+        ONNX attributes that the node states explicitly, whatever their value.
     depthwise : bool or None
-        Whether each group of a convolution has one input channel, and there are several.
+        Whether a convolution has several groups, of one input channel each.
     constant_operand : bool or None
         Whether one of the inputs is a constant.
     kernel : tuple of int or None
         Spatial size of the kernel.
     kernel_above, dilation_above, group_above, channels_above : int or None
-        Some spatial size of the kernel, some dilation, the number of groups, or the number of
-        channels (axis 1 of the output) is larger than this.
+        The largest spatial size of the kernel, the largest dilation, the number of groups, or
+        the number of channels (axis 1 of the output) is larger than this.
     position : {"first", "last"} or None
-        The first or last weighted nodes.
+        The node is one of the first, or of the last, weighted nodes.
     changes : Changes or None
-        Effect: other specs.
+        Effect: the node gets other specs.
     kept_float : str or None, ``float`` in the file
         Effect: the node stays float, for this reason.
     unsupported : str or None
         Effect: the chip cannot run the node, for this reason.
     reads_float : bool
-        Whether the inputs of a node that stays ``float`` are left float for it, too: between a
-        DequantizeLinear and a QuantizeLinear the chip would run it in integers.
+        Whether the inputs of a node that stays ``float`` also stay float for it. Needed where the
+        runtime runs any node between DequantizeLinear and QuantizeLinear in integers.
     """
 
     op: tuple[str, ...]
@@ -144,26 +144,27 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes
     ----------
     requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift"}
-        How a sum becomes an output integer, with M = s_x * s_w / s_y. ``float``: times M in
-        float32; ``multiplier``: times an integer, then one rounding shift, the two chosen nearest
-        to M; ``gemmlowp``: times an integer of 31 bits, rounded at 2**31, then a rounding shift;
-        ``shift``: M is a power of two.
+        How an accumulated sum becomes an output integer, with M = s_x * s_w / s_y. ``float``:
+        multiply by M in float32; ``multiplier``: multiply by an integer, then one rounding shift
+        (the pair nearest to M); ``gemmlowp``: multiply by an integer of 31 bits, round at 2**31,
+        then a rounding shift; ``shift``: M is a power of two.
     rounding : {"half-even", "half-away", "half-up"}
         How the last step of the requantization rounds.
     bias_rounding : {"half-even", "half-away", "half-up"}
         How ``b / (s_x * s_w)`` is rounded.
     float_rounding : {"half-even", "half-away", "half-up"}
-        How a float is rounded to an integer: model inputs, look-up tables, ops in float.
+        How a float is rounded to an integer in model inputs, look-up tables and float ops.
     multiplier_bits : int
-        Width of the multiplier of a convolution or a matrix product, its sign included.
+        Width of the multiplier of a convolution or a matrix product, including its sign.
     operand_bits : int
-        The same for elementwise ops and averages.
+        Width of the multiplier of elementwise ops and averages, including its sign.
     rescaled_operands : bool
-        An Add rounds each operand to the output's scale before it adds them, and constants of
+        Whether an Add rounds each operand to the output's scale before adding, and constants of
         Add, Sub and Mul get the compiler's own scale: absmax / 127, or / 255.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
-        Op types that run in integers, by a look-up table over all integers, or in float between
-        DequantizeLinear and QuantizeLinear. Ops that move values need no entry.
+        Op types that run in integers (``integer``), by a look-up table over all integers
+        (``table``), or in float between DequantizeLinear and QuantizeLinear (``float``). Ops that
+        only move values need no entry.
     """
 
     requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift"]
@@ -188,34 +189,35 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     sources : tuple of str
         Where each fact was read.
     notes : tuple of str
-        What a person should know; what is unknown about the chip.
+        What a user should know about the chip, and what is unknown about it.
     table : str or None
-        Calibration table that `strip` writes for it.
+        Format of the calibration table that `strip` writes.
     target : str or None
-        What the vendor's compiler calls the chip, see `onnxqat.handoff`.
+        The chip's name for the vendor's compiler, see `onnxqat.handoff`.
     weight_bits, activation_bits : tuple of int
-        Widths the chip runs; others are allowed for study, with a warning.
+        Widths that the chip runs; others are allowed for study, with a warning.
     graph_outputs : {"quantized", "float"}
         ``float``: a graph output leaves the chip before it is quantized (high-precision output).
     bias : {"int32", "float"}
-        ``int32``: of scale s_x * s_w, a derived point of the plan; ``float``: left as it is.
+        ``int32``: a derived point of the plan, with scale s_x * s_w; ``float``: not quantized.
     bias_bits : int
         Width of the integers of a bias, 16 to 32.
     specs : dict of str to RuleSpec
         Named specs. The op tables refer to them.
     fuse : tuple of tuple of str
-        Chains of op types that the chip runs as one: no point between them. ``BiasAdd`` is an
-        Add of a constant vector; a Clip is meant from 0 upwards.
+        Chains of op types that the chip runs as one, without points between them. ``BiasAdd`` is
+        an Add of a constant vector; a Clip matches if its lower limit is 0 or more.
     ops : dict of str to OpRule
-        By op type.
+        The table of each op type.
     split : tuple of str
         Patterns whose nodes this chip runs, and quantizes, one by one.
     kept_float, unsupported : dict of str to str, the first is ``float`` in the file
-        By op type: why the chip runs it in float, or not at all.
+        For each op type: why the chip runs it in float, or cannot run it.
     exceptions : tuple of RuleException
-        The first one that holds for a node decides.
+        The first exception whose conditions hold for a node is applied.
     arithmetic : Arithmetic or None
-        What the integer evaluation follows; None where the chip's is not documented.
+        The integer arithmetic that `evaluate --mode integer` simulates; None if the chip's
+        arithmetic is not documented.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a model file has to be, looked at once when it is loaded."""
+"""Checks that a model file must pass, made once when it is loaded."""
 
 from onnxqat.validate.checks import check_data, validate
 

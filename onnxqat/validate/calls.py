@@ -1,6 +1,6 @@
-"""Calls of a model's functions: they end, and what they would make fits into memory.
+"""Check the calls between a model's functions: no recursion, and inlining fits into memory.
 
-onnxruntime follows calls without a limit, and dies of a function that calls itself.
+onnxruntime follows calls without a limit: a function that calls itself ends its process.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ MAX_DEPTH, MAX_NODES = 128, 10**5
 
 
 def called_key(node: onnx.NodeProto) -> FunctionKey:
-    """Return the key of the function that a node calls, if it calls one."""
+    """Return the key under which a node would call a function of the model."""
     return node.domain, node.op_type, node.overload
 
 
 def check_calls(proto: onnx.ModelProto, where: str) -> None:
-    """Refuse functions that call themselves, and calls that multiply beyond all measure.
+    """Refuse functions that call themselves, and calls that would inline to too many nodes.
 
     Raises
     ------
     ModelError
-        Calls nest more than `MAX_DEPTH` levels deep, or inlining them would make more than
-        `MAX_NODES` nodes beside those that the file has.
+        Calls nest more than `MAX_DEPTH` levels deep, or inlining them would add more than
+        `MAX_NODES` nodes.
     """
     bodies = {
         (f.domain, f.name, f.overload): [called_key(node) for node in all_nodes(f.node)]

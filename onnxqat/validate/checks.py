@@ -1,13 +1,13 @@
-"""What a model file has to be, looked at once when it is loaded, so that no stage has to.
+"""Check a model file once, when it is loaded, so that the stages need not.
 
-Refused in one line that names the tensor or the node: names that are not text, or appear twice;
-values that nobody writes, or that lead back to themselves; types, shapes and attributes that ONNX
-does not have or an operator does not take; and windows, groups and ranks with which onnxruntime
-1.19.2 kills its process (found by running single operators with each of their inputs and
-attributes spoiled). What only makes a model wrong is left to shape inference and to the runtime.
+The following are refused, in one line that names the tensor or the node: names that are not text,
+or that appear twice; values that no node writes; cycles; types, shapes and attributes that ONNX
+does not define or that an operator does not accept; and windows, groups and ranks that crash the
+process of onnxruntime 1.19.2 (found by running single operators and corrupting their inputs and
+attributes one by one). Other mistakes are left to shape inference and to the runtime.
 
-The functions of a file are looked at as the graph is; operators of other domains, and those that
-onnx does not know, only as far as this needs no knowledge of them.
+Functions of the file are checked like the graph. Operators of other domains, and operators that
+onnx does not know, get only the checks that need no schema.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from onnxqat.validate.texts import check_texts
 __all__ = ["check_data", "validate"]
 
 MAX_SUBGRAPH_DEPTH = 32
-MAX_ELEMENTS = 2**40  # of a value: no machine holds more, and below it products stay exact
+MAX_ELEMENTS = 2**40  # per value: no machine holds more, and smaller products stay exact
 KINDS = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 INTEGERS = frozenset(
     getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)
 )
-MAX_SMALL = 1024  # elements of a constant whose values are looked at
+MAX_SMALL = 1024  # elements; the values of larger constants are not checked
 TYPES = (None, "tensor_type", "sequence_type", "sparse_tensor_type")
-# Operators that keep the shape of their first input: one of a wrong rank may come through these.
+# Operators that keep the shape of their first input. Shapes are followed through them, so that a
+# wrong rank is found behind them too.
 KEEPING = frozenset({
     *("Cast", "Clip", "DequantizeLinear", "Dropout", "Identity", "QuantizeLinear"),
     *("BatchNormalization", "InstanceNormalization", "LayerNormalization", "LRN"),
@@ -48,19 +49,19 @@ KEEPING = frozenset({
 
 
 def validate(proto: onnx.ModelProto, where: str) -> None:
-    """Refuse a model that no stage could work with.
+    """Refuse a model that the stages cannot process.
 
     Parameters
     ----------
     proto : onnx.ModelProto
-        The model, whose external data need not be loaded yet; not changed.
+        The model; it is not changed. Its external data need not be loaded yet.
     where : str
-        What messages begin with.
+        The beginning of each message, such as the file's path.
 
     Raises
     ------
     ModelError
-        See the module's text.
+        The model breaks one of the rules in the module's docstring.
     """
     for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
         _check_depth(nodes, where)
@@ -78,7 +79,7 @@ def validate(proto: onnx.ModelProto, where: str) -> None:
 
 
 def check_data(tensor: TensorProto, where: str) -> None:
-    """Refuse a tensor that cannot be read, which graphsurgeon would only find when it is used."""
+    """Refuse a tensor that cannot be read; graphsurgeon would fail only when it is used."""
     try:
         onnx.numpy_helper.to_array(tensor)
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
@@ -94,7 +95,7 @@ def _check_types(graph: GraphProto, where: str) -> None:
         kind = value.type.WhichOneof("value") or "tensor_type"
         typed = kind != "tensor_type" or value.type.tensor_type.elem_type
         if value.name not in weights and not typed:
-            raise ModelError(f"{where}: input '{value.name}' has no type. Export it with one.")
+            raise ModelError(f"{where}: input '{value.name}' has no type. Export it with a type.")
 
 
 def _check_depth(nodes: Iterable[NodeProto], where: str, depth: int = 0) -> None:
@@ -107,28 +108,28 @@ def _check_depth(nodes: Iterable[NodeProto], where: str, depth: int = 0) -> None
 
 
 class _Validator:
-    """Looks at one graph, or one function, and what is nested in it."""
+    """Checks one graph or one function, with its subgraphs."""
 
     def __init__(self, where: str, opsets: Mapping[str, int], *, in_function: bool = False) -> None:
         self.where = where
         self.opset = opsets.get("", opsets.get("ai.onnx", 0))
         self.in_function = in_function
-        self.integers: dict[str, TensorProto] = {}  # small constants that may divide
+        self.integers: dict[str, TensorProto] = {}  # small integer constants: possible divisors
 
     def check_graph(self, graph: GraphProto, outer: ChainMap[str, Shape]) -> set[str]:
-        """Check a graph, whose nodes may read ``outer``; return what of it they do read."""
+        """Check a graph; return the values of ``outer`` that its nodes read."""
         values: dict[str, Shape] = {}
         for tensor in graph.initializer:
             self._tensor(tensor)
             if tensor.name in values:
-                raise self._error(f"initializer '{tensor.name}' is there twice. Export again.")
+                raise self._error(f"initializer '{tensor.name}' is defined twice. Export again.")
             values[tensor.name] = tuple(tensor.dims)
             self._note_integers(tensor.name, tensor)
         values |= {sparse.values.name: None for sparse in graph.sparse_initializer}
         named = set()
         for value in graph.input:
             if not value.name or value.name in named:
-                raise self._error(f"input '{value.name}' is there twice, or has no name.")
+                raise self._error(f"input '{value.name}' is defined twice, or has no name.")
             named.add(value.name)
             values.setdefault(value.name, _known_shape(value))
         for what, listed in (
@@ -148,7 +149,10 @@ class _Validator:
         values: dict[str, Shape],
         outer: ChainMap[str, Shape],
     ) -> set[str]:
-        """Check the nodes of a graph that has these inputs and initializers."""
+        """Check the nodes of a graph; ``values`` are its inputs and initializers.
+
+        Returns the values of ``outer`` that the nodes and outputs read.
+        """
         writers = self._writers(nodes, values)
         scope = outer.new_child({**dict.fromkeys(writers), **values})
         reads = [self._node(node, scope) for node in nodes]
@@ -166,7 +170,7 @@ class _Validator:
         if tensor.data_type not in KINDS:
             raise self._error(
                 f"tensor '{tensor.name}' of shape {list(tensor.dims)} has the data type "
-                f"{tensor.data_type}, which ONNX does not have. Export again."
+                f"{tensor.data_type}, which ONNX does not define. Export again."
             )
         self._sizes(tensor.name, tensor.dims, negative=False)
 
@@ -185,14 +189,14 @@ class _Validator:
         if tensor.elem_type not in KINDS | {TensorProto.UNDEFINED}:
             raise self._error(
                 f"{what} '{value.name}' has the data type {tensor.elem_type}, which ONNX does not "
-                "have. Export again."
+                "define. Export again."
             )
-        # below 0 is how old exporters write a length that is not known
+        # old exporters write an unknown length as a negative number
         sizes = [size.dim_value for size in tensor.shape.dim if not size.dim_param]
         self._sizes(value.name, sizes, negative=True)
 
     def _writers(self, nodes: Sequence[NodeProto], values: Mapping[str, Shape]) -> dict[str, int]:
-        """Return which node writes a value; none may be written twice."""
+        """Return the index of the node that writes each value; refuse a second writer."""
         writers: dict[str, int] = {}
         for index, node in enumerate(nodes):
             written = [name for name in node.output if name]
@@ -205,7 +209,7 @@ class _Validator:
         return writers
 
     def _node(self, node: NodeProto, scope: ChainMap[str, Shape]) -> set[str]:
-        """Check one node; return what it and its subgraphs read."""
+        """Check one node; return the names that it and its subgraphs read."""
         read = set(filter(None, node.input))
         for name in read:
             if name not in scope:
@@ -213,7 +217,7 @@ class _Validator:
                 raise self._error(text)
         names = [attribute.name for attribute in node.attribute]
         if not node.op_type or len(set(names)) < len(names):
-            raise self._error(f"{label(node)} has no operator, or an attribute twice.")
+            raise self._error(f"{label(node)} has no operator, or has one attribute twice.")
         for attribute in node.attribute:
             self._attribute(node, attribute)
             for graph in subgraphs(attribute):
@@ -226,14 +230,16 @@ class _Validator:
         return read
 
     def _check_division(self, node: NodeProto) -> None:
-        """Refuse an integer division by a constant 0, which ends onnxruntime's process."""
+        """Refuse an integer division by a constant 0, which crashes onnxruntime's process."""
         if node.op_type == "Constant" and node.output:
             self._note_integers(node.output[0], next((a.t for a in node.attribute), TensorProto()))
         divisor = self.integers.get(node.input[1]) if len(node.input) == 2 else None
         if divisor is not None and node.op_type in ("Div", "Mod"):
             check_data(divisor, self.where)
             if not onnx.numpy_helper.to_array(divisor).all():
-                raise self._error(f"{label(node)} divides by '{node.input[1]}', which holds a 0.")
+                raise self._error(
+                    f"{label(node)} divides by '{node.input[1]}', which contains a 0."
+                )
 
     def _note_integers(self, name: str, tensor: TensorProto) -> None:
         inside = tensor.data_location != TensorProto.EXTERNAL
@@ -241,7 +247,7 @@ class _Validator:
             self.integers[name] = tensor
 
     def _attribute(self, node: NodeProto, attribute: AttributeProto) -> None:
-        """Refuse what graphsurgeon would drop (rare types) or could not write (an empty list)."""
+        """Refuse an attribute that graphsurgeon drops (rare types) or cannot write (empty list)."""
         where = f"attribute '{attribute.name}' of {label(node)}"
         kind = attribute.type
         if kind not in ATTRIBUTE_SINGLES and kind not in ATTRIBUTE_LISTS:
@@ -249,9 +255,11 @@ class _Validator:
             raise self._error(f"{where} has the unsupported type '{name}'. Export without it.")
         if attribute.ref_attr_name:
             if not self.in_function:
-                raise self._error(f"{where} refers to a function's, outside of one.")
+                raise self._error(
+                    f"{where} refers to a function's attribute, but is not inside a function."
+                )
             return
-        filled = node.op_type == "Constant"  # whose empty lists are an empty tensor
+        filled = node.op_type == "Constant"  # an empty list here is an empty tensor
         if kind in ATTRIBUTE_LISTS and not filled and not getattr(attribute, ATTRIBUTE_LISTS[kind]):
             raise self._error(f"{where} is an empty list. Leave it out of the export.")
         if kind == AttributeProto.TENSOR:
@@ -282,7 +290,7 @@ class _Validator:
 
 
 def _known_shape(value: ValueInfoProto) -> Shape:
-    """Return the shape of an input, as far as it is known."""
+    """Return the shape of an input; unknown lengths are None."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None

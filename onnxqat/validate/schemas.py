@@ -1,9 +1,9 @@
-"""A node against the operator that it names: how many inputs, which attributes, which ranks.
+"""Compare a node with its operator: number of inputs and outputs, attributes, ranks.
 
-The counts and the attributes are those of ONNX's schemas. `RANKS`, `FILLED`, `LIMITS` and the
-rules for windows say more: onnxruntime 1.19.2 divides by a stride or a group of 0, and reads
-behind the end of weights of another rank, and with it dies whoever asked it. They were found by
-running some 70 operators with each of their inputs and attributes spoiled.
+The numbers and the attributes come from ONNX's schemas. `RANKS`, `FILLED`, `LIMITS` and the
+rules for windows go further than the schemas: onnxruntime 1.19.2 divides by a stride or a group
+of 0 and reads beyond the end of weights of a wrong rank, which crashes the process. These cases
+were found by running about 70 operators and corrupting their inputs and attributes one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxqat.operators import CONVOLUTIONS, OPERATORS, RECURRENT, WINDOWED, conv
 
 __all__ = ["ATTRIBUTE_LISTS", "ATTRIBUTE_SINGLES", "Shape", "check_node", "label"]
 
-Shape = Sequence[int | None] | None  # None for a length, or a shape, that is not known
+Shape = Sequence[int | None] | None  # None: the length, or the whole shape, is unknown
 
 ATTRIBUTE_LISTS = {
     AttributeProto.FLOATS: "floats",
@@ -36,9 +36,9 @@ ATTRIBUTE_SINGLES = (
     AttributeProto.TENSOR,
     AttributeProto.GRAPH,
 )
-MAX_SIZE = 2**31  # of a window, stride, dilation, pad or group
+MAX_SIZE = 2**31  # for a window, stride, dilation, pad or group
 
-# By operator and input: the rank that ONNX defines. https://onnx.ai/onnx/operators
+# For each operator and input: the rank that ONNX defines. https://onnx.ai/onnx/operators
 _RECURRENT = {0: 3, 1: 3, 2: 3, 3: 2, 4: 1, 5: 3}
 RANKS: dict[str, dict[int, int]] = {
     "BatchNormalization": {1: 1, 2: 1, 3: 1, 4: 1},
@@ -57,7 +57,7 @@ RANKS: dict[str, dict[int, int]] = {
     "Tile": {1: 1},
     "Upsample": {1: 1},
 }
-# By operator: the inputs that may not be empty.
+# For each operator: the inputs that may not be empty.
 FILLED: dict[str, tuple[int, ...]] = {
     "Conv": (1, 2),
     "ConvTranspose": (1, 2),
@@ -69,7 +69,7 @@ FILLED: dict[str, tuple[int, ...]] = {
     "LpNormalization": (0,),
     "RNN": (0, 1, 2, 3),
 }
-# By operator: an integer attribute, and its least and greatest value.
+# For each operator: an integer attribute, its smallest and its largest value.
 LIMITS = {
     "DepthToSpace": ("blocksize", 1, 2**15),
     "GatherND": ("batch_dims", 0, 63),
@@ -78,29 +78,29 @@ LIMITS = {
 
 
 def label(node: NodeProto) -> str:
-    """Return what a message calls a node."""
+    """Return the name of a node in messages."""
     name = node.name or next((output for output in node.output if output), "")
     return f"node '{name}' ({node.op_type})"
 
 
 def check_node(node: NodeProto, opset: int, shapes: Mapping[str, Shape], where: str) -> None:
-    """Refuse a node that is no use of its operator.
+    """Refuse a node that its operator does not allow.
 
     Parameters
     ----------
     node : onnx.NodeProto
-        A node of the default domain; an operator that ONNX does not know is left alone.
+        A node of the default domain. Operators that ONNX does not know get no schema check.
     opset : int
-        That of the default domain.
+        The opset version of the default domain.
     shapes : mapping of str to sequence of int, or None
-        The shapes of values as far as they are known.
+        The known shapes, by the name of the value.
     where : str
-        What messages begin with.
+        The beginning of each message, such as the file's path.
 
     Raises
     ------
     ModelError
-        See the module's text.
+        The node breaks one of the rules in the module's docstring.
     """
     facts = _facts(node.op_type, opset)
     wrong = None
@@ -117,11 +117,11 @@ def check_node(node: NodeProto, opset: int, shapes: Mapping[str, Shape], where: 
 
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
-    """What of a schema is looked at; reading it out of the schema is slow."""
+    """The checked parts of a schema, cached because reading them from the schema is slow."""
 
-    inputs: tuple[bool, ...]  # of each parameter, whether it may be left out
+    inputs: tuple[bool, ...]  # for each parameter: may it be left out?
     outputs: tuple[bool, ...]
-    counts: tuple[int, int, int, int]  # fewest and most inputs, fewest and most outputs
+    counts: tuple[int, int, int, int]  # smallest and largest number of inputs, of outputs
     types: dict[str, int]
     required: frozenset[str]
 
@@ -143,17 +143,17 @@ def _facts(op: str, opset: int) -> _Facts | None:
 
 
 def _number(kind: Any) -> int:
-    """Return the number that files have for a schema's type; the stubs know no enumeration."""
+    """Return the number that model files use for a schema's type; onnx's stubs do not type it."""
     return int(kind.value)
 
 
 def _wrong_counts(node: NodeProto, facts: _Facts) -> str | None:
     fewest, most, fewest_out, most_out = facts.counts
     if not fewest <= len(node.input) <= most:
-        return f"has {len(node.input)} inputs; the operator takes {_between(fewest, most)}"
+        return f"has {len(node.input)} inputs; the operator accepts {_between(fewest, most)}"
     if not fewest_out <= len(node.output) <= most_out:
         return (
-            f"has {len(node.output)} outputs; the operator gives {_between(fewest_out, most_out)}"
+            f"has {len(node.output)} outputs; the operator writes {_between(fewest_out, most_out)}"
         )
     for what, names, optional in (
         ("input", node.input, facts.inputs),
@@ -161,7 +161,7 @@ def _wrong_counts(node: NodeProto, facts: _Facts) -> str | None:
     ):
         for index, name in enumerate(names):
             if not name and not optional[min(index, len(optional) - 1)]:
-                return f"leaves {what} {index} out, which the operator needs"
+                return f"leaves out {what} {index}, which the operator requires"
     return None
 
 
@@ -181,10 +181,10 @@ def _wrong_attributes(node: NodeProto, facts: _Facts) -> str | None:
         if attribute.type != expected:
             kinds = AttributeProto.AttributeType
             found, right = kinds.Name(attribute.type), kinds.Name(expected)
-            return f"has the attribute '{attribute.name}' as {found}; it is {right}"
+            return f"has the attribute '{attribute.name}' of type {found}; it must be {right}"
         name, least, greatest = LIMITS.get(node.op_type, ("", 0, 0))
         if attribute.name == name and not least <= attribute.i <= greatest:
-            return f"has the {name} {attribute.i}; it is {least} to {greatest}"
+            return f"has {name} = {attribute.i}; it must be {least} to {greatest}"
     return None
 
 
@@ -192,11 +192,11 @@ def _wrong_ranks(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
     for index, rank in RANKS.get(node.op_type, {}).items():
         shape = _shape(node, index, shapes)
         if shape is not None and len(shape) != rank:
-            return f"has '{node.input[index]}' of shape {list(shape)}; its rank is {rank}"
+            return f"reads '{node.input[index]}' of shape {list(shape)}; its rank must be {rank}"
     for index in FILLED.get(node.op_type, ()):
         shape = _shape(node, index, shapes)
         if shape is not None and 0 in shape:
-            return f"has '{node.input[index]}' of shape {list(shape)}, which is empty"
+            return f"reads '{node.input[index]}' of shape {list(shape)}, which is empty"
     return None
 
 
@@ -208,11 +208,11 @@ def _wrong_window(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
     given = {a.name: list(a.ints) for a in node.attribute if not a.ref_attr_name}
     weight = _shape(node, 1, shapes) if node.op_type in CONVOLUTIONS else None
     if weight is not None and len(weight) < 3:
-        return f"has a weight '{node.input[1]}' of shape {list(weight)}; its rank is 3 or more"
+        return f"has a weight '{node.input[1]}' of shape {list(weight)}; its rank must be 3 or more"
     data = _shape(node, 0, shapes)
     if data is not None and weight is not None and len(data) != len(weight):
-        ranks = f"of rank {len(data)} for a weight of rank {len(weight)}"
-        return f"has data '{node.input[0]}' {ranks}"
+        ranks = f"of rank {len(data)}, but a weight of rank {len(weight)}"
+        return f"reads data '{node.input[0]}' {ranks}"
     axes = len(weight) - 2 if weight is not None else len(given.get("kernel_shape", ()))
     for name, lowest, count in (
         ("kernel_shape", 1, axes),
@@ -225,29 +225,32 @@ def _wrong_window(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
         if values is None:
             continue
         if any(not lowest <= value < MAX_SIZE for value in values):
-            return f"has the {name} {values}; each is {lowest} or more"
+            return f"has {name} = {values}; each must be {lowest} or more"
         if axes and len(values) != count:
-            return f"has the {name} {values}; there are {axes} spatial axes"
+            return f"has {name} = {values}; {axes} spatial axes need {count} values"
     return _wrong_groups(node, weight, shapes)
 
 
 def _wrong_groups(node: NodeProto, weight: Shape, shapes: Mapping[str, Shape]) -> str | None:
     group = next((a.i for a in node.attribute if a.name == "group" and not a.ref_attr_name), 1)
     if not 1 <= group < MAX_SIZE:
-        return f"has the group {group}; it is 1 or more"
+        return f"has group = {group}; it must be 1 or more"
     if weight is None or weight[0] is None or weight[1] is None:
         return None
     if weight[0] % group:
-        return f"has a weight '{node.input[1]}' of shape {list(weight)} for {group} groups"
+        return (
+            f"has a weight '{node.input[1]}' of shape {list(weight)}, which {group} groups "
+            "do not divide"
+        )
     channels = convolution_channels(node.op_type, (weight[0], weight[1]), group)
     bias = _shape(node, 2, shapes)
     if bias is not None and bias[0] not in (channels, None):
-        return f"has a bias '{node.input[2]}' of shape {list(bias)} for {channels} channels"
+        return f"has a bias '{node.input[2]}' of shape {list(bias)}, but {channels} channels"
     return None
 
 
 def _wrong_gates(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
-    """Compare the weights W, R and B with the directions, gates and units that there are."""
+    """Compare the shapes of W, R and B with the node's directions, gates and units."""
     given = {attribute.name: attribute for attribute in node.attribute}
     if "hidden_size" not in given:
         return None
@@ -264,5 +267,6 @@ def _wrong_gates(node: NodeProto, shapes: Mapping[str, Shape]) -> str | None:
         known = zip(shape or (), expected, strict=False)
         if any(None not in pair and pair[0] != pair[1] for pair in known):
             wanted = " x ".join("any" if size is None else str(size) for size in expected)
-            return f"has '{node.input[index]}' of shape {list(shape or ())}; it takes {wanted}"
+            found = f"'{node.input[index]}' of shape {list(shape or ())}"
+            return f"reads {found}; the operator needs {wanted}"
     return None

@@ -1,6 +1,7 @@
-"""The strings of a model file are text: UTF-8, without NUL characters.
+"""Check that the strings of a model file are text: UTF-8 without NUL characters.
 
-protobuf hands out what is not UTF-8 as bytes, or raises where it is looked at, as its version goes.
+Depending on its version, protobuf returns a string that is not UTF-8 as bytes, or raises when the
+string is read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ Strings = Iterator[tuple[str, Iterable[str | bytes]]]
 
 
 def check_texts(proto: onnx.ModelProto, where: str) -> None:
-    """Refuse names, documentation and metadata that are no text, and say where they stand.
+    """Refuse names, documentation and metadata that are not text.
 
     Raises
     ------
     ModelError
-        There are some.
+        A string is not text; the message says where it was found.
     """
     strings = _of_model(proto)
     what = "the model"
@@ -32,13 +33,13 @@ def check_texts(proto: onnx.ModelProto, where: str) -> None:
             for value in values:
                 if isinstance(value, bytes):
                     raise ModelError(
-                        f"{where}: {what} holds {value[:60]!r}, which is not UTF-8. Rename it."
+                        f"{where}: {what} contains {value[:60]!r}, which is not UTF-8. Rename it."
                     )
                 if "\0" in value:
-                    raise ModelError(f"{where}: {what} holds a NUL: {value[:60]!r}. Rename it.")
+                    raise ModelError(f"{where}: {what} contains a NUL: {value[:60]!r}. Rename it.")
     except UnicodeDecodeError as error:
         raise ModelError(
-            f"{where}: what follows {what} holds {error.object[:60]!r}, which is not UTF-8. "
+            f"{where}: a string after {what} contains {error.object[:60]!r}, which is not UTF-8. "
             "Rename it."
         ) from error
 
@@ -101,7 +102,7 @@ def _of_nodes(nodes: Iterable[onnx.NodeProto], what: str) -> Strings:
 def _of_attribute(attribute: onnx.AttributeProto, place: str) -> Strings:
     yield f"an attribute of {place}", (attribute.name, attribute.ref_attr_name)
     for text in (attribute.s, *attribute.strings):
-        text.decode()  # bytes in every file; graphsurgeon takes them for text
+        text.decode()  # ONNX stores bytes here; graphsurgeon reads them as text
     yield f"an attribute of {place}", (attribute.doc_string, attribute.t.name)
 
 

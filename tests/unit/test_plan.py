@@ -248,7 +248,7 @@ def test_a_weight_by_its_name_takes_no_observer_of_batches():
 
 
 def test_a_range_factor_is_above_zero():
-    with pytest.raises(RuleError, match=r"range_factor = 0\.0\. Give > 0"):
+    with pytest.raises(RuleError, match=r"range_factor = 0\.0\. Give a number above 0"):
         plan_of(convnet(), "sophgo-bm1684x", "activation.range_factor=0")
 
 

@@ -33,5 +33,5 @@ def test_a_reshape_that_holds_a_batch_is_named(
     with caplog.at_level(logging.WARNING):
         prepare(from_proto(onnx.parser.parse_model(text), name="m.onnx"))
 
-    expected = f"m.onnx: node 'Reshape_y' (Reshape) makes batches of {batch}, "
+    expected = f"m.onnx: node 'Reshape_y' (Reshape) works only with batches of {batch}. "
     assert [expected in record.message for record in caplog.records] == [True] * (batch is not None)

@@ -169,7 +169,7 @@ def test_float16_beside_subgraphs_is_refused() -> None:
                         else_branch = q () => (float16[2] v) { v = Exp(x) }> }"""
     )
 
-    with pytest.raises(ModelError, match="m: is float16 and holds If"):
+    with pytest.raises(ModelError, match="m: is float16 and contains If"):
         prepare(from_proto(proto, name="m"))
 
 

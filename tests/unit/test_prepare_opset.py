@@ -109,7 +109,7 @@ def test_where_only_types_changed_nothing_but_the_version_does():
         pytest.param(
             "(float[N,2] x) => (float[M,3] y) <int64[2] s = {5, 3}> "
             "{ a = Clip(x) y = Reshape(a, s) }",
-            r"opset 8: has to be upgraded, and does not run on random inputs",
+            r"opset 8: must be upgraded, but does not run on random inputs",
             id="no-example",
         ),
     ],
@@ -122,7 +122,7 @@ def test_upgrades_that_fail(text, message):
 
 
 def test_an_opset_that_cannot_be_wanted():
-    with pytest.raises(ModelError, match="opset 22 is wanted; at most 21 is read"):
+    with pytest.raises(ModelError, match="opset 22 is required, but onnxqat reads at most 21"):
         prepare(from_proto(old_model(13)), opset=22)
 
 
@@ -244,5 +244,7 @@ def test_an_upgrade_that_is_not_known_is_refused():
     norm = """<ir_version: 8, opset_import: ["": 18]>
     g (float[1,4,3,3] x) => (float[1,4,3,3] y) <float[2] s = {1,2}, float[2] b = {0,1}>
     { y = GroupNormalization<num_groups = 2>(x, s, b) }"""
-    with pytest.raises(ModelError, match="cannot be upgraded to 21: what comes out does not run"):
+    with pytest.raises(
+        ModelError, match="cannot be upgraded to 21: the upgraded model does not run"
+    ):
         upgrade_opset(from_proto(onnx.parser.parse_model(norm)), 21)

@@ -225,7 +225,7 @@ def test_subgraphs(text: str, condition: bool) -> None:
 def test_a_graph_that_onnx_cannot_type_is_an_error() -> None:
     proto = make([helper.make_node("Relu", [], ["y"])], {})
 
-    with pytest.raises(ModelError, match=r"node 'y' \(Relu\) has 0 inputs; the operator takes 1"):
+    with pytest.raises(ModelError, match=r"node 'y' \(Relu\) has 0 inputs; the operator accepts 1"):
         prepare(from_proto(proto))
 
 

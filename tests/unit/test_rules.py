@@ -57,16 +57,19 @@ def test_own_rule_and_extension(tmp_path):
         (('name = "small"', ""), "missing required field `name`"),
         (('"from_range"', '"sometimes"'), "sometimes"),
         (('signedness = "from_range"', "bits = 40"), "Widths are 2 to 8, and 16"),
-        (('signedness = "from_range"', "min_range = 0.0"), "Give > 0"),
-        (('signedness = "from_range"', "min_range = inf"), "Give > 0"),
+        (('signedness = "from_range"', "min_range = 0.0"), "Give a number above 0"),
+        (('signedness = "from_range"', "min_range = inf"), "Give a number above 0"),
         (('signedness = "from_range"', 'observer = "median"'), "Invalid enum value 'median'"),
-        (('signedness = "from_range"', "range_factor = nan"), "range_factor = nan. Give > 0"),
-        (('signedness = "from_range"', "fixed_range = [-inf, 1.0]"), "no finite range"),
-        (('signedness = "from_range"', "fixed_range = [0.5, 1.0]"), "no finite range"),
+        (
+            ('signedness = "from_range"', "range_factor = nan"),
+            "range_factor = nan. Give a number above 0",
+        ),
+        (('signedness = "from_range"', "fixed_range = [-inf, 1.0]"), "Give a finite range"),
+        (('signedness = "from_range"', "fixed_range = [0.5, 1.0]"), "Give a finite range"),
         (("[specs]", f"x = {'[' * 5000}{']' * 5000}"), "nests too deep"),
         (("from_range", 'from_range", symmetric = false, axis = "none'), "asymmetric"),
         (("[specs]", "[specs"), "not valid TOML"),
-        (('name = "small"', 'extends = "small.toml"\nname = "small"'), "circle"),
+        (('name = "small"', 'extends = "small.toml"\nname = "small"'), "back to itself"),
     ],
 )
 def test_wrong_rule_says_where_and_what(change, message, tmp_path):
@@ -120,12 +123,12 @@ def test_validation_names_every_mistake_with_its_line(tmp_path):
     path.write_text(WRONG.replace("bitz", "bits").replace("kernel = 3", 'unsupported = ""'))
 
     assert validate_rule(str(path)) == [
-        f"{path}:10 [specs.b]: an asymmetric spec has a fixed signedness. {advice}",
+        f"{path}:10 [specs.b]: an asymmetric spec needs a fixed signedness. {advice}",
         f"{path}:12 [specs.c]: bits = 40. Widths are 2 to 8, and 16.",
         f"{path}:15 [ops.Conv]: outputs names spec 'd', which is not defined. Defined: a, b, c.",
         f"{path}:16 [ops.Cnov]: 'Cnov' is not an op type of ONNX. Did you mean 'Conv'?",
         f"{path}:7 [fuse]: 'Reluu' is not an op type of ONNX. Did you mean 'Relu'?",
-        f"{path}:5 [weight_bits]: [9]: widths are 2 to 8, and 16.",
+        f"{path}:5 [weight_bits]: [9]. Widths are 2 to 8, and 16.",
     ]
 
 
