@@ -1,9 +1,9 @@
-"""Gradients as ONNX nodes that any onnxruntime runs: the builder, and a definition for each op.
+"""Gradients as ONNX nodes for any onnxruntime: the builder, and a definition for each op.
 
 ====================  ============================================================================
-`build`               from the loss back through the graph; sums, what needs no gradient
-`backward`            what a definition is told, and how it adds nodes
-`kernels`             the faster ops of a training build, and which of them are used
+`build`               the walk from the loss back through the graph, and the sums of gradients
+`backward`            the interface through which a definition reads its node and adds nodes
+`kernels`             the faster gradient ops of a training build that are used
 the others            definitions by family, each with its formula and source
 ====================  ============================================================================
 """

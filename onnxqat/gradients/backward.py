@@ -1,4 +1,4 @@
-"""What a gradient definition is told of its node, and the nodes that it adds."""
+"""The interface of gradient definitions: read a node, and add the nodes of its gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnxqat.errors import TrainingError
 __all__ = ["CONTRIB", "Backward", "Scope", "Shape"]
 
 CONTRIB = "com.microsoft"
-AXES_INPUT_SINCE = 18  # of the reductions but ReduceSum, which takes them so from 13 on
+AXES_INPUT_SINCE = 18  # opset from which reductions read axes as an input (ReduceSum: 13)
 
 Array = NDArray[Any]
 Shape = tuple[int | None, ...]
@@ -24,22 +24,22 @@ Shape = tuple[int | None, ...]
 
 @dataclass(kw_only=True)
 class Scope:
-    """The graph that grows.
+    """The graph to which gradient nodes are added.
 
     Attributes
     ----------
     opset : int
         Opset of the default domain; at least 16.
     shapes : dict of str to tuple
-        The shape of every value whose rank is known; None stands for an unknown length.
+        The shape of each value whose rank is known; None stands for an unknown length.
     kernels : frozenset of str
-        Ops for gradients that the runtime has, see `onnxqat.gradients.kernels`.
+        Gradient ops of the runtime that are used, see `onnxqat.gradients.kernels`.
     names : set of str
-        Those that are taken.
+        All names in use.
     known : dict of str to array
         The values of small constants.
     nodes, constants, values : list
-        What was added: nodes, initializers, and shapes that a kernel reads.
+        The added nodes, initializers, and shapes that a kernel reads.
     """
 
     opset: int
@@ -53,7 +53,7 @@ class Scope:
     _made: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
 
     def name(self, wanted: str) -> str:
-        """Return a name that is free, and take it."""
+        """Return an unused name similar to ``wanted``, and mark it as used."""
         name, number = wanted, 1
         while name in self.names:
             number += 1
@@ -62,7 +62,7 @@ class Scope:
         return name
 
     def constant(self, values: Any) -> str:
-        """Return an initializer; equal ones are one. A Python float is a float32."""
+        """Return the name of an initializer; equal values share one. Floats become float32."""
         array = np.asarray(values, np.float32 if isinstance(values, float) else None)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._made:
@@ -74,18 +74,18 @@ class Scope:
 
 @dataclass(frozen=True, kw_only=True)
 class Backward:
-    """One node on the way back.
+    """One node of the forward graph, during the walk back from the loss.
 
     Attributes
     ----------
     node : onnx.NodeProto
-        It; a definition may give it an output that its gradient reads.
+        The node; a definition may add an output that its gradient reads.
     dys : sequence of str
-        The gradient of each output; empty where there is none.
+        The gradient of each output; empty if there is none.
     wanted : frozenset of int
         The inputs that need a gradient.
     scope : Scope
-        Where nodes are added.
+        The graph to which nodes are added.
     """
 
     node: onnx.NodeProto
@@ -109,11 +109,11 @@ class Backward:
         return str(self.node.output[0])
 
     def input(self, index: int) -> str:
-        """Return the name of an input, empty where it is left out."""
+        """Return the name of an input; empty if it is absent."""
         return str(self.node.input[index]) if index < len(self.node.input) else ""
 
     def output(self, index: int) -> str:
-        """Return the name of an output; one that was left out is added to the node."""
+        """Return the name of an output; an absent one is added to the node."""
         while len(self.node.output) <= index:
             self.node.output.append("")
         if not self.node.output[index]:
@@ -121,22 +121,22 @@ class Backward:
         return str(self.node.output[index])
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """Return an attribute; bytes come as text."""
+        """Return an attribute; bytes are returned as text."""
         value = next(
             (helper.get_attribute_value(a) for a in self.node.attribute if a.name == name), default
         )
         return value.decode() if isinstance(value, bytes) else value
 
     def has(self, kernel: str) -> bool:
-        """Return whether a gradient op is to be used, see `onnxqat.gradients.kernels`."""
+        """Return whether a gradient op of the runtime is used (`onnxqat.gradients.kernels`)."""
         return kernel in self.scope.kernels
 
     def shape(self, name: str) -> Shape | None:
-        """Return the shape of a value, None where not even the rank is known."""
+        """Return the shape of a value, or None if its rank is unknown."""
         return self.scope.shapes.get(name)
 
     def fixed(self, name: str) -> list[int] | None:
-        """Return the shape of a value where every length is known."""
+        """Return the shape of a value, or None if a length is unknown."""
         shape = self.shape(name)
         if shape is None or None in shape:
             return None
@@ -148,7 +148,7 @@ class Backward:
         Raises
         ------
         TrainingError
-            It is not known.
+            The rank is unknown.
         """
         shape = self.shape(name)
         if shape is None:
@@ -156,19 +156,27 @@ class Backward:
         return len(shape)
 
     def unknown(self, what: str) -> TrainingError:
-        """Return the error that something is not known."""
-        where = f"Node '{self.node.name or self.y}' ({self.node.op_type})"
+        """Return the error that something the gradient needs is unknown."""
         return TrainingError(
-            f"{where}: {what} is not known, which its gradient needs. Export the model with "
+            f"{self._where()}: its gradient needs {what}, which is unknown. Export the model with "
             "fixed sizes."
         )
 
+    def unsupported(self, what: str) -> TrainingError:
+        """Return the error that the gradient of this form of the op is not defined."""
+        return TrainingError(
+            f"{self._where()}: onnxqat has no gradient for {what}. Rewrite the model without it."
+        )
+
+    def _where(self) -> str:
+        return f"Node '{self.node.name or self.y}' ({self.node.op_type})"
+
     def constant(self, values: Any) -> str:
-        """Return an initializer, see `Scope.constant`."""
+        """Return the name of an initializer, see `Scope.constant`."""
         return self.scope.constant(values)
 
     def value(self, name: str) -> Array | None:
-        """Return the values of a small constant, None where a value is computed."""
+        """Return the values of a small constant, or None for other values."""
         return self.scope.known.get(name)
 
     def op(
@@ -179,11 +187,11 @@ class Backward:
         Parameters
         ----------
         op_type : str
-            With the domain before it, but for the default one.
+            The op type, preceded by the domain unless it is the default one.
         *inputs : str, float or array
-            Values by name, or constants; floats are float32.
+            Names of values, or constants; floats become float32.
         like : str
-            A value that has the shape of the output.
+            A value with the same shape as the output.
         **attributes
             Attributes of the node.
         """
@@ -196,7 +204,7 @@ class Backward:
         likes: Sequence[str | None],
         **attributes: Any,
     ) -> list[str]:
-        """Add a node of several outputs, of which None is left out, see `op`."""
+        """Add a node with several outputs (None: absent), see `op`."""
         domain, _, op_type = op_type.rpartition(".")
         names = [i if isinstance(i, str) else self.constant(i) for i in inputs]
         outputs = [
@@ -212,14 +220,14 @@ class Backward:
         return outputs
 
     def product(self, a: str, b: str, *, trans_a: bool = False, trans_b: bool = False) -> str:
-        """Add the product of the matrices in the last two axes."""
+        """Add the product of the matrices in the last two axes of a and b."""
         if not trans_a and not trans_b:
             return self.op("MatMul", a, b)
         kernel = f"{CONTRIB}.FusedMatMul"
         return self.op(kernel, a, b, transA=int(trans_a), transB=int(trans_b))
 
     def reduce(self, op_type: str, x: str, axes: Sequence[int], *, keepdims: bool = True) -> str:
-        """Add a reduction over some axes, none of which leaves it out."""
+        """Add a reduction over some axes; without axes, return x."""
         if not axes:
             return x
         if op_type == "ReduceSum" or self.scope.opset >= AXES_INPUT_SINCE:
@@ -227,7 +235,7 @@ class Backward:
         return self.op(op_type, x, keepdims=int(keepdims), axes=list(axes))
 
     def lengths(self, name: str) -> str:
-        """Return the shape of a value as a tensor, a constant where it is known."""
+        """Return the shape of a value as a tensor: a constant if it is known, or else a Shape."""
         fixed = self.fixed(name)
         return self.op("Shape", name) if fixed is None else self.constant(np.array(fixed, np.int64))
 
@@ -251,14 +259,14 @@ class Backward:
         return self.op("ConstantOfShape", self.lengths(name), like=name, value=value)
 
     def step(self, x: str, *, at_zero: float = 0.0) -> str:
-        """Return 1 where x is positive, 0 where it is negative, by one kernel.
+        """Return 1 where x is positive and 0 where it is negative, computed by one kernel.
 
         A comparison and a cast from bool are 20 times slower on a CPU.
         """
         return self.op("HardSigmoid", x, alpha=1e30, beta=at_zero, like=x)
 
     def typed(self, name: str, like: str) -> str:
-        """Tell the runtime the shape of a value, which some of its kernels read; return it."""
+        """Declare the shape of a value, which some kernels of the runtime need; return the name."""
         value = helper.make_tensor_value_info(name, TensorProto.FLOAT, self.fixed(like))
         self.scope.values.append(value)
         return name
@@ -269,11 +277,11 @@ class Backward:
         Parameters
         ----------
         terms : str
-            In the shape of the result.
+            The gradient terms, in the shape of ``result``.
         operand : str
             The value that was broadcast.
         result : str, optional
-            The value whose shape ``terms`` has; the output of the node by default.
+            A value with the shape of ``terms`` (default: the output of the node).
         """
         shape, target = self.shape(self.y if result is None else result), self.shape(operand)
         if shape is not None and shape == target and None not in shape:
@@ -291,7 +299,7 @@ class Backward:
         return name
 
     def _summed_to_computed(self, terms: str, operand: str) -> str:
-        """Sum where lengths are known only when the graph runs."""
+        """Sum over axes that are determined when the graph runs."""
         lengths, goal = self.op("Shape", terms), self.op("Shape", operand)
         lead = self.op("Sub", self.op("Shape", lengths), self.op("Shape", goal))
         one = helper.make_tensor("value", TensorProto.INT64, [1], [1])

@@ -1,10 +1,10 @@
-"""Reverse-mode differentiation of an ONNX graph, into an ONNX graph.
+"""Reverse-mode differentiation of an ONNX graph, which adds gradients as ONNX nodes.
 
-From the loss back, each node turns the gradients of its outputs into those of its inputs (Griewank
-and Walther 2008, "Evaluating Derivatives", section 3.2). A value that several nodes read gets the
-sum, in the order in which the nodes stand, from the last. Only values on a way from a learned
-input to the loss have a gradient, and only float32 ones: what a node computes from integers, from
-constants or from inputs that are not learned needs none.
+From the loss back to the inputs, the gradients of each node's outputs are turned into those of its
+inputs (Griewank and Walther 2008, "Evaluating Derivatives", section 3.2). If several nodes read a
+value, their gradients are summed, starting with the last node. Only float32 values on a path from a
+learned input to the loss have a gradient; values computed only from integers, constants or inputs
+that are not learned need none.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from onnxqat.versions import changed_node, default_opset
 __all__ = ["DEFINITIONS", "LOSS", "add_gradients", "drop_unread"]
 
 LOSS = "loss"
-MIN_OPSET = 16  # ScatterElements adds from there on
-SMALL = 1024  # elements; larger constants are weights, and no definition reads their values
+MIN_OPSET = 16  # the first opset in which ScatterElements can add
+SMALL = 1024  # elements; larger constants are weights, whose values no definition reads
 
 DEFINITIONS: dict[str, Callable[[Backward], dict[int, str]]] = {
     **CONVOLUTIONS,
@@ -57,14 +57,16 @@ def add_gradients(
     Parameters
     ----------
     model : onnx.ModelProto
-        With types and shapes of its values, its nodes in order; its only output ``loss`` is a
-        float32 of shape (). A function ``F`` of its own whose calls are on the way has its gradient
-        in the function ``F_gradient`` of the same domain: that reads inputs of ``F`` by name,
-        ``y``, its output, and ``dy``; and computes ``d<input>``.
+        A model with sorted nodes, types and shapes of its values, and one output ``loss``, a
+        float32 of shape (). If it calls a model-local function ``F`` between a learned input and
+        the loss, a function ``F_gradient`` of the same domain defines the gradient of ``F``: it
+        reads the inputs of ``F`` by name, the output of ``F`` as ``y`` and its gradient as ``dy``,
+        and computes ``d<input>``.
     learned : collection of str
-        Inputs. One from which no floats lead to the loss gets no output.
+        Inputs whose gradients are wanted. An input with no path of float32 values to the loss gets
+        no output.
     kernels : frozenset of str
-        Ops for gradients that the runtime has, see `onnxqat.gradients.kernels`.
+        Gradient ops of the runtime that are used, see `onnxqat.gradients.kernels`.
 
     Returns
     -------
@@ -74,7 +76,7 @@ def add_gradients(
     Raises
     ------
     TrainingError
-        A node on the way has no gradient here.
+        A node between a learned input and the loss has no gradient definition.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
@@ -89,7 +91,7 @@ def add_gradients(
     )
     active = _active(graph, learned)
     functions = {(f.domain, f.name): f for f in made.functions}
-    # by value, the gradients that its readers have given it so far
+    # for each value, the gradients from its readers so far
     given: dict[str, list[str]] = {LOSS: [scope.constant(1.0)]}
     for node in reversed(graph.node):
         dys = [_total(scope, given.pop(name, []), name) for name in node.output]
@@ -110,19 +112,19 @@ def add_gradients(
 
 
 def _raise_opset(model: onnx.ModelProto) -> None:
-    """Let a graph of an older opset be one of `MIN_OPSET`, where its nodes mean the same."""
+    """Raise the opset of an older graph to `MIN_OPSET` if this does not change its nodes."""
     opset = default_opset(model.opset_import) or MIN_OPSET
     if opset >= MIN_OPSET:
         return
     nodes = [n for holder in (model.graph, *model.functions) for n in holder.node]
     for node in nodes:
-        if node.op_type == "RoiAlign":  # what it did before is a mode now
+        if node.op_type == "RoiAlign":  # its former behaviour is now a mode
             mode = "coordinate_transformation_mode"
             node.attribute.append(helper.make_attribute(mode, "output_half_pixel"))
     others = (n for n in nodes if n.op_type != "RoiAlign")
     if (changed := changed_node(others, opset, MIN_OPSET)) is not None:
         raise TrainingError(
-            f"Node '{changed.name}' ({changed.op_type}) of opset {opset} differs from that of "
+            f"Node '{changed.name}' ({changed.op_type}) differs between opset {opset} and "
             f"opset {MIN_OPSET}, which gradients need. Export with opset {MIN_OPSET} or higher."
         )
     for holder in (model, *model.functions):
@@ -149,7 +151,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
 
 
 def _constants(graph: onnx.GraphProto) -> Iterator[tuple[str, Array]]:
-    """Yield the small constants, which may be axes, bounds or exponents."""
+    """Yield the small constants, such as axes, bounds or exponents."""
     for tensor in graph.initializer:
         size = 1
         for length in tensor.dims:
@@ -162,7 +164,7 @@ def _constants(graph: onnx.GraphProto) -> Iterator[tuple[str, Array]]:
 
 
 def _active(graph: onnx.GraphProto, learned: Collection[str]) -> set[str]:
-    """Return the float32 values on a way from a learned input to the loss."""
+    """Return the float32 values on the paths from learned inputs to the loss."""
     others = other_types(graph) | {""}
     moving = set(learned)
     for node in graph.node:
@@ -172,7 +174,7 @@ def _active(graph: onnx.GraphProto, learned: Collection[str]) -> set[str]:
 
 
 def _total(scope: Scope, gradients: list[str], name: str) -> str:
-    """Return the sum of the gradients that a value was given, empty where there is none."""
+    """Return the sum of the gradients of a value; empty if there are none."""
     if len(gradients) < 2:
         return _shaped(scope, gradients[0], name) if gradients else ""
     total = scope.name(f"gradient/{name}/total")
@@ -181,7 +183,7 @@ def _total(scope: Scope, gradients: list[str], name: str) -> str:
 
 
 def _shaped(scope: Scope, gradient: str, name: str) -> str:
-    """Note that a gradient has the shape of its value."""
+    """Record that a gradient has the shape of its value."""
     if name in scope.shapes:
         scope.shapes[gradient] = scope.shapes[name]
     return gradient
@@ -192,14 +194,14 @@ def _definition(b: Backward) -> Callable[[Backward], dict[int, str]]:
     if found is None:
         domain = f" of the domain '{b.node.domain}'" if b.node.domain else ""
         raise TrainingError(
-            f"Node '{b.node.name or b.y}' ({b.node.op_type}{domain}) has no gradient here. "
+            f"onnxqat has no gradient for node '{b.node.name or b.y}' ({b.node.op_type}{domain}). "
             "Rewrite the model without it."
         )
     return found
 
 
 def _call(b: Backward, functions: Mapping[tuple[str, str], onnx.FunctionProto]) -> dict[int, str]:
-    """Add the nodes of a function that is a gradient."""
+    """Add the nodes of a gradient function in place of a call."""
     formal = functions[b.node.domain, b.node.op_type].input
     gradient = functions[b.node.domain, f"{b.node.op_type}_gradient"]
     local = dict(zip(formal, b.node.input, strict=False)) | {"y": b.y, "dy": b.dy, "": ""}
@@ -226,7 +228,7 @@ def _constant(node: onnx.NodeProto) -> Array:
 
 
 def _convolve(b: Backward, node: onnx.NodeProto, local: dict[str, str]) -> None:
-    """Add the gradient of a convolution in the place of a ConvGrad."""
+    """Add the gradient of a convolution in place of a ConvGrad node."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     outputs = [*node.output, "", ""][:3]
     inputs = [local[name] for name in node.input]
@@ -235,7 +237,7 @@ def _convolve(b: Backward, node: onnx.NodeProto, local: dict[str, str]) -> None:
 
 
 def _finish(model: onnx.ModelProto, scope: Scope, inputs: Iterable[str]) -> None:
-    """Put what was added into the model."""
+    """Write the added nodes, constants and shapes into the model."""
     graph = model.graph
     shapes = {value.name: value.type for value in graph.input}
     graph.node.extend(scope.nodes)
@@ -252,7 +254,7 @@ def _finish(model: onnx.ModelProto, scope: Scope, inputs: Iterable[str]) -> None
 
 
 def drop_unread(model: onnx.ModelProto) -> None:
-    """Take away, in place, the nodes and constants that no output depends on."""
+    """Remove, in place, the nodes and constants that no output depends on."""
     graph = model.graph
     read = {value.name for value in graph.output}
     kept = []
@@ -269,7 +271,7 @@ def drop_unread(model: onnx.ModelProto) -> None:
 
 
 def _captured(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield what the subgraphs of a node read."""
+    """Yield the names that the subgraphs of a node read."""
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:

@@ -1,24 +1,24 @@
-"""Gradients of convolutions, in several forms of the same sums.
+"""Gradients of convolutions, in several forms that compute the same sums.
 
 With ``y[n, m, o] = b[m] + sum over c, t of w[m, c, t] * x[n, c, o * stride + t * dilation - pad]``
 (t: taps of the kernel, o: output positions)::
 
-    dx = the adjoint of the map x -> y: a ConvTranspose of dy with the same weight; without strides
-         also a Conv of dy, its weight turned around and its filters and channels exchanged
+    dx = the adjoint of the map x -> y: a ConvTranspose of dy with the same weight, or, without
+         strides, a Conv of dy with the weight flipped and its filters and channels exchanged
     dw[m, c, t] = sum over n, o of dy[n, m, o] * x[n, c, o * stride + t * dilation - pad]
     db[m] = sum over n, o of dy[n, m, o]
 
-(Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285, section 4.) What the forms of dw are:
+(Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285, section 4.) The forms of dw:
 
 ===========  =====================================================================================
-kernel       ConvGrad of a training build: dx, dw and db of one sample after the other
+kernel       ConvGrad of a training build: dx, dw and db, sample by sample
 small maps   see `onnxqat.gradients.small_maps`
-rows         a 1x1 kernel without strides and pads: a product of each sample's matrices, summed
-im2col       what each tap reads, as rows of one matrix; one product with dy (Chellapilla et al.
-             2006, "High performance convolutional neural networks for document processing",
-             section 3)
-taps         one product per tap, where that matrix would be large or lengths are not known
-depthwise    the sum of dy times what a tap reads, per tap
+rows         for a 1x1 kernel without strides and pads: one matrix product per sample, summed
+im2col       one product of dy with a matrix whose rows are the values that each tap reads
+             (Chellapilla et al. 2006, "High performance convolutional neural networks for document
+             processing", section 3)
+taps         one product per tap, if the im2col matrix would be large or lengths are unknown
+depthwise    for each tap, the sum of dy times the values that the tap reads
 ===========  =====================================================================================
 """
 
@@ -37,8 +37,8 @@ from onnxqat.gradients.small_maps import Geometry, gains, products
 __all__ = ["CONVOLUTIONS", "convolution"]
 
 Found = dict[int, str]
-# Milliseconds of processor time for dx and dw of 8 samples with 3x3 kernels, on Zen 3 with two
-# threads: by ConvGrad (in a plain runtime ConvTranspose and im2col), and with dx as a Conv.
+# Milliseconds of CPU time for dx and dw of 8 samples with 3x3 kernels, on Zen 3 with two threads.
+# First number: ConvGrad (in a plain runtime ConvTranspose and im2col); second: dx as a Conv.
 #
 #                             training build     plain
 #   64 channels, 56x56 map        127   64     132  114
@@ -47,15 +47,15 @@ Found = dict[int, str]
 #   144 depthwise, 56x56 map       31   24      88   81
 #   384 depthwise, 14x14 map       14    5      15   13
 #
-# ConvGrad also copies what each tap reads (im2col) on one thread.
-MANY_POSITIONS = 196  # from which on dx of a convolution that is not depthwise is a Conv
-FEW_POSITIONS = 196  # below which products of depthwise rows are slower than values
-MOST_COLUMNS = 1 << 26  # elements of the matrix of im2col, 256 MB
+# ConvGrad also copies the values that each tap reads (im2col) on a single thread.
+MANY_POSITIONS = 196  # from this size on, dx is a Conv unless the convolution is depthwise
+FEW_POSITIONS = 196  # below this size, depthwise products by rows are slower than by values
+MOST_COLUMNS = 1 << 26  # the most elements of the im2col matrix: 256 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Conv:
-    """A convolution whose gradient is sought."""
+    """A convolution, and the nodes and properties that its gradient needs."""
 
     b: Backward
     dy: str
@@ -79,7 +79,7 @@ class _Conv:
 
     @property
     def rank(self) -> int:
-        """How many spatial axes there are."""
+        """The number of spatial axes."""
         return len(self.kernel)
 
     @property
@@ -93,18 +93,18 @@ class _Conv:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each output position reads the input at the same position alone."""
+        """Whether each output position reads only the input at the same position."""
         ones = {*self.kernel, *self.strides}
         return ones == {1} and not any(self.pads)
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each channel is convolved by itself, into one."""
+        """Whether each channel has its own filter and gives one output channel."""
         return self.group > 1 and self.filters() == (1, 1)
 
     @property
     def gains_by_conv(self) -> bool:
-        """Whether dx is a Conv, and that is faster."""
+        """Whether dx can be computed by a Conv, and that is faster."""
         dy = self.b.fixed(self.dy)
         if dy is None or self.b.fixed(self.x) is None or max(self.strides) > 1 or self.is_plain:
             return False
@@ -114,18 +114,18 @@ class _Conv:
 
     @property
     def reach(self) -> list[int]:
-        """How far a kernel reaches beyond the first position that it reads."""
+        """The extent of the dilated kernel beyond its first tap, along each spatial axis."""
         return [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
 
     def filters(self) -> tuple[int, int]:
-        """Return filters and input channels of a group."""
+        """Return the number of filters and of input channels of a group."""
         shape = self.b.fixed(self.w)
         if shape is None:
             raise self.b.unknown(f"the shape of '{self.w}'")
         return shape[0] // self.group, shape[1]
 
     def geometry(self) -> Geometry | None:
-        """Return all shapes, None where a length is not known."""
+        """Return all shapes, or None if a length is unknown."""
         shapes = [self.b.fixed(name) for name in (self.x, self.w, self.dy)]
         if any(shape is None for shape in shapes):
             return None
@@ -142,12 +142,12 @@ def _conv(b: Backward) -> Found:
 def convolution(
     b: Backward, inputs: Sequence[str], attribute: Callable[[str, Any], Any], wanted: Sequence[bool]
 ) -> Found:
-    """Return the gradients of a convolution's input, weight and bias, those that are wanted.
+    """Return the wanted gradients of a convolution's input, weight and bias.
 
     Parameters
     ----------
     b : Backward
-        Where nodes are added.
+        Adds the nodes.
     inputs : sequence of str
         Upstream gradient, input and weight.
     attribute : callable
@@ -195,7 +195,7 @@ def convolution(
 
 
 def _of_input_by_conv(conv: _Conv) -> str:
-    """Return dx of a convolution without strides: a Conv of dy with the turned weight."""
+    """Return dx of a convolution without strides: a Conv of dy with the flipped weight."""
     b, axes = conv.b, np.array(conv.space, np.int64)
     back = np.full(conv.rank, -1, np.int64)
     w = b.op("Slice", conv.w, back, np.full(conv.rank, np.iinfo(np.int32).min), axes, back)
@@ -206,7 +206,7 @@ def _of_input_by_conv(conv: _Conv) -> str:
 
 
 def _of_input(conv: _Conv) -> str:
-    """Return dx; positions that no tap reads are 0."""
+    """Return dx, which is 0 at positions that no tap reads."""
     b, x, dy = conv.b, conv.b.fixed(conv.x), conv.b.fixed(conv.dy)
     if x is not None and dy is not None:
         rest = [
@@ -247,7 +247,7 @@ def _of_weight(conv: _Conv) -> str:
 
 
 def _depthwise(conv: _Conv) -> str:
-    """Return dw of a convolution of each channel by itself, from products of rows or of values."""
+    """Return dw of a depthwise convolution, from products of rows or of single values."""
     b, read, dy = conv.b, _reader(conv, conv.x), conv.b.fixed(conv.dy)
     samples = 0 if dy is None else dy[0]
     by_row = dy is None or math.prod(dy[2:]) >= FEW_POSITIONS
@@ -266,7 +266,7 @@ def _depthwise(conv: _Conv) -> str:
 def _im2col(conv: _Conv) -> str:
     b = conv.b
     filters, channels = conv.filters()
-    exchange = [1, 0, *conv.space]  # the samples behind the channels
+    exchange = [1, 0, *conv.space]  # move the samples behind the channels
     rows = b.reshape(b.op("Transpose", conv.dy, perm=exchange), [conv.group, filters, -1])
     read = _reader(conv, b.op("Transpose", conv.x, perm=exchange))
     columns = [b.reshape(read(tap), [conv.group, channels, -1]) for tap in conv.taps]
@@ -294,7 +294,7 @@ def _joined(conv: _Conv, parts: list[str], axis: int) -> str:
 
 
 def _reader(conv: _Conv, x: str) -> Callable[[tuple[int, ...]], str]:
-    """Return what adds the values that a tap reads at each output position."""
+    """Return a function that adds the values a tap reads at each output position."""
     if conv.is_plain:
         return lambda _: x
     b, dy = conv.b, conv.b.fixed(conv.dy)
@@ -320,10 +320,11 @@ def _reader(conv: _Conv, x: str) -> Callable[[tuple[int, ...]], str]:
 
 
 def _by_phase(conv: _Conv, x: str, out: list[int]) -> Callable[[tuple[int, ...]], str]:
-    """Return the reader of a convolution with strides.
+    """Return the same function for a convolution with strides.
 
-    A slice with steps is copied value by value. So one is taken for each remainder by the strides,
-    and what a tap reads is a slice of it without steps, in whole rows.
+    A Slice with steps copies value by value, which is slow. So the input is split once by the
+    remainder of the position modulo the stride; each tap then reads whole rows of one part, by a
+    Slice without steps.
     """
     b, axes = conv.b, np.array(conv.space, np.int64)
     strides = np.array(conv.strides, np.int64)

@@ -1,27 +1,28 @@
-"""Gradients of ops that act on each value, and of those of two operands that broadcast.
+"""Gradients of elementwise ops with one operand, or with two operands that broadcast.
 
-Formulas: the derivative of each op's definition in https://onnx.ai/onnx/operators/, times dy. An
-operand that was broadcast gets the sum over the axes along which it was.
+Formulas: the derivative of each op's definition in https://onnx.ai/onnx/operators/, times dy. The
+gradient of a broadcast operand is summed over the axes along which it was broadcast.
 
 ==========  ====================================================================================
 Abs         dy * sign(x)
-Clip        dy where low <= x <= high
+Clip        dy where low <= x <= high, else 0
 Cos, Sin    -dy * sin(x), dy * cos(x)
 Erf         dy * 2 / sqrt(pi) * exp(-x^2)
 Exp, Log    dy * y, dy / x
-Gelu        dy * (F(x) + x * f(x)), F and f of the standard normal distribution (Hendrycks and
-            Gimpel 2016, https://arxiv.org/abs/1606.08415)
+Gelu        dy * (F(x) + x * f(x)), with the distribution function F and the density f of the
+            standard normal distribution (Hendrycks and Gimpel 2016,
+            https://arxiv.org/abs/1606.08415)
 Neg         -dy
-Pow         dy * p * x^(p - 1), of x alone
+Pow         dy * p * x^(p - 1), for x only (the exponent p gets no gradient)
 Reciprocal  -dy * y^2
-Relu        dy where y > 0
+Relu        dy where y > 0, else 0
 Sigmoid     dy * y * (1 - y)
 Sqrt        dy / (2 * y)
 Tanh        dy * (1 - y^2)
 Add, Sub    dy; dy, -dy
 Mul         dy * b, dy * a
 Div         dy / b, -dy * y / b
-Max, Min    dy to the operand that is taken, half to each where both are equal
+Max, Min    dy for the selected operand; half of it for each where both are equal
 ==========  ====================================================================================
 """
 
@@ -60,7 +61,7 @@ def _erf(b: Backward) -> str:
 
 
 def _clip(b: Backward) -> str:
-    """Return dy where x was not moved."""
+    """Return dy where x was not clipped."""
     moved = b.step(b.op("Abs", b.op("Sub", b.x, b.y)))
     return b.op("Mul", b.dy, b.op("Sub", 1.0, moved))
 
@@ -115,7 +116,7 @@ def _quotient(b: Backward) -> Found:
 def _extremum(b: Backward) -> Found:
     """Return the gradients of Max and Min of two operands."""
     if len(b.node.input) != 2:
-        raise b.unknown("one of more than two operands")
+        raise b.unsupported("more than two operands")
     found = {}
     for i in b.wanted:
         own, other = b.input(i), b.input(1 - i)

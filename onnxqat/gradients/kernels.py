@@ -1,7 +1,7 @@
-"""Which of the gradient ops that only a training build of onnxruntime has are used where it is.
+"""Choose the gradient ops of onnxruntime's training build that are used if it is installed.
 
-Every definition is written in ops that any onnxruntime has. Where a kernel of the training build
-is faster, it is used instead; the table says which, and how it was measured.
+Every definition is written in ops that any onnxruntime has. Where a kernel of the training build is
+faster, it is used instead. The table lists these kernels, with the measurements.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from onnxqat.runtime import open_session
 
 __all__ = ["KERNELS", "installed_kernels"]
 
-# Milliseconds of processor time, onnxruntime-training 1.19.2 on Zen 5 with AVX-512, one thread:
-# forward and gradient, in ops that any onnxruntime has and with the kernel.
+# Milliseconds of CPU time of forward and gradient, onnxruntime-training 1.19.2 on Zen 5 with
+# AVX-512, one thread. First number: ops that any onnxruntime has; second: the kernel.
 #
 #   used                                          not used
 #   ConvGrad, 3x3, 64 channels, 56x56   138  122  SoftmaxGrad_13, last of 4 axes       27  24
@@ -27,14 +27,14 @@ __all__ = ["KERNELS", "installed_kernels"]
 #   SigmoidGrad                          10    5  SoftmaxCrossEntropyLossGrad, dense   20  25
 #   TanhGrad                              7    6  AveragePoolGrad                      17  17
 #
-# ConvGrad is not used where maps are small, see `onnxqat.gradients.small_maps`.
+# ConvGrad is not used for small feature maps, see `onnxqat.gradients.small_maps`.
 KERNELS = frozenset(("ConvGrad", "GeluGrad", "MaxPoolGrad", "SigmoidGrad", "TanhGrad"))
 IR_VERSION = 8
 
 
 @functools.cache
 def installed_kernels() -> frozenset[str]:
-    """Return the gradient ops to use with the installed runtime: those of `KERNELS`, or none."""
+    """Return the gradient ops to use: `KERNELS` with a training build, otherwise none."""
     value = helper.make_tensor_value_info
     node = helper.make_node("TanhGrad", ["dy", "y"], ["dx"], domain=CONTRIB)
     inputs = [value(name, TensorProto.FLOAT, [1]) for name in ("dy", "y")]

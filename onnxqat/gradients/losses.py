@@ -1,11 +1,11 @@
 """The gradient of SoftmaxCrossEntropyLoss.
 
-With the weight c of each position (that of its label, 0 where the label is ignored)::
+With the weight c of each position (the weight of its class, or 0 if its label is ignored)::
 
     dx = (softmax(x) - onehot(label)) * c * dy                reduction sum or none
     dx = (softmax(x) - onehot(label)) * c / sum(c) * dy       reduction mean
 
-(the derivative of the definition, https://onnx.ai/onnx/operators/).
+(the derivative of the definition in https://onnx.ai/onnx/operators/).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnxqat.gradients.backward import Backward
 __all__ = ["LOSSES"]
 
 Found = dict[int, str]
-TINY = 1e-30  # where no label counts
+TINY = 1e-30  # avoids a division by 0 if all labels are ignored
 
 
 def _cross_entropy(b: Backward) -> Found:
@@ -42,7 +42,7 @@ def _cross_entropy(b: Backward) -> Found:
 
 
 def _factor(b: Backward, counted: str | None) -> str:
-    """Return what each position is multiplied by, with an axis for the classes."""
+    """Return the factor of each position, with an axis of length 1 for the classes."""
     factor = b.dy
     if b.attribute("reduction", "mean") == "mean":
         if counted is None:

@@ -1,17 +1,17 @@
-"""Gradients of ops that move, copy or leave out values: dy, moved back.
+"""Gradients of ops that move, copy or drop values: dy, moved back.
 
 ======================  ==========================================================================
-Cast, Identity          dy (of a float32 to a float32)
-Concat                  the part of dy that the operand is
+Cast, Identity          dy (Cast: from float32 to float32 only)
+Concat                  the part of dy at the operand's place
 Expand                  dy, summed over the axes along which x was copied
 Flatten, Reshape,
 Squeeze, Unsqueeze      dy in the shape of x
-Pad (constant)          what dy holds of x: a Pad by the negative pads
-Slice                   zeros around dy, and between its values where steps leave some out
-Split                   the gradients of the parts, zeros for those without, behind each other
+Pad (constant)          dy without the padding: a Pad by the negative pads
+Slice                   dy, with zeros around it, and between its values if the steps skip some
+Split                   the gradients of the parts concatenated, with zeros for parts without one
 Tile                    the sum over the copies
-Transpose               dy, its axes in the order of the inverse permutation
-Trilu                   the same half of dy
+Transpose               dy transposed by the inverse permutation
+Trilu                   the same triangle of dy
 ======================  ==========================================================================
 """
 
@@ -54,12 +54,12 @@ def _trilu(b: Backward) -> Found:
 
 def _pad(b: Backward) -> Found:
     if b.attribute("mode", "constant") != "constant" or b.input(3):
-        raise b.unknown("how to take its pads away")
+        raise b.unsupported("a Pad with axes, or of a mode other than constant")
     return {0: b.op("Pad", b.dy, b.op("Neg", b.input(1)), like=b.x)}
 
 
 def _tile(b: Backward) -> Found:
-    """Put the copies of each axis on an axis of their own, and sum over these."""
+    """Reshape dy so that the copies along each axis have their own axis, and sum over these."""
     rank = b.rank(b.x)
     columns = (b.unsqueeze(b.input(1), [1]), b.unsqueeze(b.lengths(b.x), [1]))
     pairs = b.reshape(b.op("Concat", *columns, axis=1), [-1])
@@ -85,7 +85,7 @@ def _split(b: Backward) -> Found:
 
 
 def _slice(b: Backward) -> Found:
-    """Return a Pad where bounds and lengths are known and no value is left out in between."""
+    """Return dx, by a Pad if bounds and lengths are known and the steps skip no value."""
     starts, ends = b.value(b.input(1)), b.value(b.input(2))
     shape = b.fixed(b.x)
     count = 0 if starts is None else starts.size

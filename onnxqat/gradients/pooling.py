@@ -1,10 +1,10 @@
 """Gradients of pooling.
 
 ================  ================================================================================
-MaxPool           dy goes to the place of each maximum, which the forward pass tells; a place that
-                  is the maximum of several windows gets the sum
-AveragePool       each value gets the sum of dy / count over the windows that hold it: a depthwise
-                  ConvTranspose with ones
+MaxPool           dy goes to the place of each maximum, whose index the forward pass returns; a
+                  place that is the maximum of several windows gets the sum
+AveragePool       each value gets the sum of dy / count over the windows that contain it: a
+                  depthwise ConvTranspose with ones
 ================  ================================================================================
 """
 
@@ -29,7 +29,7 @@ IR_VERSION = 8
 
 def _max_pool(b: Backward) -> Found:
     if b.attribute("storage_order", 0):
-        raise b.unknown("the place of each maximum in the order of rows")
+        raise b.unsupported("storage_order = 1")
     indices = b.output(1)
     if b.has("MaxPoolGrad") and b.fixed(b.x) is not None:
         kept = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
@@ -64,7 +64,7 @@ def _average_pool(b: Backward) -> Found:
         reach = (out - 1) * strides[axis] + (kernel[axis] - 1) * dilations[axis] + 1
         extra.append(shape[2 + axis] + pads[axis] + pads[axis + rank] - reach)
     ones = np.ones([shape[1], 1, *kernel], np.float32)
-    # with ceil_mode the last window may reach beyond the pads: more is cut off
+    # with ceil_mode the last window may extend beyond the pads, so more is cropped
     ends = [p - min(0, e) for p, e in zip(pads[rank:], extra, strict=True)]
     dx = b.op(
         "ConvTranspose", spread, ones, like=b.x, group=shape[1], kernel_shape=kernel,
@@ -75,10 +75,10 @@ def _average_pool(b: Backward) -> Found:
 
 
 def _shares(b: Backward, axis: int, length: int) -> tuple[Array, int]:
-    """Return 1 / count along one axis, as the runtime counts, and the number of windows.
+    """Return 1 / count along one axis, as counted by the runtime, and the number of windows.
 
-    The count is a product over the axes. Runtimes differ in what they count of pads and of windows
-    that reach beyond them, so that the very op is run on ones: it gives (values in the window) /
+    The count of a window is a product over the axes. Runtimes differ in whether they count pads and
+    positions beyond them, so the node itself is run on ones: its result is (values in the window) /
     count.
     """
     rank = len(b.attribute("kernel_shape"))
@@ -95,7 +95,7 @@ def _shares(b: Backward, axis: int, length: int) -> tuple[Array, int]:
         attributes["pads"] = [pads[axis], pads[axis + rank]]
     else:
         attributes["auto_pad"] = b.attribute("auto_pad")
-    # column i is the share of input i in each window; a share that is not 0 is 1 / count
+    # column i holds the share of input i in each window: 0 or 1 / count
     columns = np.eye(length, dtype=np.float32)[:, None, :]
     node = helper.make_node("AveragePool", ["x"], ["y"], **attributes)
     value = helper.make_tensor_value_info

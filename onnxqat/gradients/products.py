@@ -1,4 +1,4 @@
-"""Gradients of products of matrices.
+"""Gradients of matrix products.
 
 With ``Y = A B``: ``dA = dY B^T`` and ``dB = A^T dY``, summed over the axes along which an operand
 was broadcast (Giles 2008, "Collected matrix derivative results for forward and reverse mode
@@ -20,7 +20,7 @@ def _matmul(b: Backward) -> Found:
     left, right = b.x, b.input(1)
     ranks = b.rank(left), b.rank(right)
     if ranks[1] == 1 or (ranks[0] == 1 and ranks[1] > 2):
-        raise b.unknown("a product with this vector")
+        raise b.unsupported("a vector with a batch of matrices, or on the right")
     found = {}
     if ranks[0] == 1:
         if 0 in b.wanted:
@@ -30,7 +30,7 @@ def _matmul(b: Backward) -> Found:
         return found
     if 0 in b.wanted:
         found[0] = _summed(b, b.product(b.dy, right, trans_b=True), left, ranks)
-    if 1 in b.wanted and ranks[1] == 2:  # one product over all the matrices of the left
+    if 1 in b.wanted and ranks[1] == 2:  # one product for all matrices of the left operand
         rows = (b.op("Flatten", v, axis=-1) if ranks[0] > 2 else v for v in (left, b.dy))
         found[1] = b.product(*rows, trans_a=True)
     elif 1 in b.wanted:

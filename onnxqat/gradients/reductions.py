@@ -1,4 +1,4 @@
-"""Gradients of sums and means: dy, or dy / count, for every value that was summed."""
+"""Gradients of sums and means: dy, or dy / count, for each value that was summed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _total(b: Backward) -> Found:
 
 
 def _share(b: Backward) -> str:
-    """Return 1 / how many values each result is the mean of."""
+    """Return 1 / count, where count is the number of values in each mean."""
     shape, result = b.fixed(b.x), b.fixed(b.y)
     if shape is not None and result is not None:
         return b.constant(math.prod(result) / max(1, math.prod(shape)))
@@ -33,7 +33,7 @@ def _share(b: Backward) -> str:
 
 
 def _spread(b: Backward, part: str) -> str:
-    """Give each value of x that of its result; axes that were reduced may be gone."""
+    """Broadcast the gradient of each result to the values of x that it was reduced from."""
     axes = b.input(1)
     if not axes and b.attribute("axes"):
         axes = b.constant(np.array(b.attribute("axes"), np.int64))

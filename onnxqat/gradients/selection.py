@@ -1,7 +1,7 @@
-"""Gradients of ops that pick values: dy goes back to the places that were read, 0 elsewhere.
+"""Gradients of ops that select values: dy at the selected places, 0 elsewhere.
 
-A place that was read several times gets the sum. The sums are those of ScatterElements, which adds
-in the order of the indices, so that they come out alike in every run.
+A place that was selected several times gets the sum. ScatterElements computes these sums in the
+order of the indices, so that every run gives the same result.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Found = dict[int, str]
 
 
 def scattered(b: Backward, pick: Callable[[str], str], *, several: bool = False) -> str:
-    """Return dx of an op that picks values, whatever its rule.
+    """Return dx of any op that selects values.
 
     Parameters
     ----------
     b : Backward
         The op.
     pick : callable
-        Adds the op with another first input, and returns its output. It is given the number of
-        each place, so that it gives back the numbers of the places that were read.
+        Adds the op with another first input, and returns its output. Applied to a tensor with the
+        index of each place, it returns the indices of the selected places.
     several : bool
-        Whether a place may be read more than once.
+        Whether a place can be selected more than once.
     """
     count = b.op("Size", b.x)
     numbers = b.op("Range", np.array(0, np.int64), count, np.array(1, np.int64))
@@ -42,10 +42,10 @@ def scattered(b: Backward, pick: Callable[[str], str], *, several: bool = False)
 
 
 def _gather(b: Backward) -> Found:
-    """Add along the axis, what lies before and behind it each taken together."""
+    """Return dx of a Gather; the axes before its axis, and those behind it, are merged."""
     axis, rank, at = b.attribute("axis", 0), b.rank(b.x), b.input(1)
     axis, zeros = axis % rank, b.zeros(b.x)
-    # dy with the axes of the indices as one, where the axis was
+    # dy with the axes of the indices merged into one, at the place of the gathered axis
     before, after = range(axis), range(axis + 1, rank)
     sizes = [_length(b, i) for i in before], [_length(b, i) for i in after]
     one = b.constant(np.array([-1], np.int64))
@@ -57,7 +57,7 @@ def _gather(b: Backward) -> Found:
 
 
 def _length(b: Backward, axis: int) -> str:
-    """Return the length of one axis of x, as a tensor of one value."""
+    """Return the length of one axis of x as a tensor of one element."""
     shape = b.shape(b.x)
     if shape is not None and shape[axis] is not None:
         return b.constant(np.array([shape[axis]], np.int64))
@@ -80,9 +80,9 @@ def _gather_nd(b: Backward) -> Found:
 
 
 def _scatter_nd(b: Backward) -> Found:
-    """Return dy where it was x, and where it was an update."""
+    """Return dy at the places that kept x, and dy at the updated places."""
     if b.attribute("reduction", "none") != "none":
-        raise b.unknown("what its reduction passes on")
+        raise b.unsupported("a reduction")
     found, at = {}, b.input(1)
     if 0 in b.wanted:
         found[0] = b.op("ScatterND", b.dy, at, b.zeros(b.input(2)), like=b.x)

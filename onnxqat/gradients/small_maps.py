@@ -1,17 +1,17 @@
-"""Gradients of convolutions with small feature maps, as products of matrices over the whole batch.
+"""Gradients of convolutions with small feature maps, as matrix products over the whole batch.
 
-onnxruntime's ConvGrad loops over the samples and multiplies matrices with as many columns as the
-map has positions: where these are few, most of the time goes into reading and writing the weight
-again for every sample. Here the samples lie behind each other (the innermost axis), and each
-gradient is one product (the im2col method: Chellapilla et al. 2006, "High performance
-convolutional neural networks for document processing", section 3)::
+onnxruntime's ConvGrad loops over the samples and multiplies matrices with one column for each
+position of the map. If there are few positions, it spends most of its time reading and writing the
+weight again for each sample. Here the samples are the innermost axis, and each gradient is a single
+product (the im2col method: Chellapilla et al. 2006, "High performance convolutional neural networks
+for document processing", section 3)::
 
-    columns[(ci, tap), (position, n)] = x[n, ci, where the tap lies at the position], 0 in the pads
+    columns[(ci, tap), (position, n)] = x[n, ci, input position of the tap], 0 in the pads
     dw = dy @ columns^T
-    dx = scatter @ (w^T @ dy)        scatter[where, (tap, position)] = 1
+    dx = scatter @ (w^T @ dy)        scatter[input position, (tap, position)] = 1
     db = sum of dy over samples and positions
 
-``scatter`` is a product too: its matrix is small because the map is.
+The matrix ``scatter`` is small because the map is small.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from onnxqat.gradients.backward import Backward
 
 __all__ = ["Geometry", "gains", "products"]
 
-# Where the products are faster, by the processor time of both on Zen 5 with AVX-512. Milliseconds
-# of ConvGrad and of the products, 32 samples, 3x3 kernels:
+# Milliseconds of CPU time of ConvGrad (first number) and of the matrix products (second), on Zen 5
+# with AVX-512, 32 samples, 3x3 kernels:
 #
 #   512 channels, 1x1 map     14.0   2.4      960 channels, depthwise, 1x1 map   4.8  0.5
 #   256 channels, 2x2 map      7.2   1.7      576 channels, depthwise, 2x2 map   4.2  0.4
@@ -36,16 +36,17 @@ __all__ = ["Geometry", "gains", "products"]
 #   512 channels, 7x7 map *     58    33      960 channels, depthwise, 7x7 map * 3.9  7.9
 #    64 channels, 8x8 map      2.4   2.9      (* 8 samples)
 #
-# The last row of each column stays with ConvGrad. With 4 samples or fewer some of the others lose.
+# The last row of each column uses ConvGrad. With 4 samples or fewer, ConvGrad is also faster for
+# some of the other rows.
 OUT_POSITIONS, IN_POSITIONS, SAMPLES = 49, 64, 8
-OUT_POSITIONS_OF_FEW_FILTERS, FEW_FILTERS = 16, 16  # filters of a group
-SCATTER_ELEMENTS = 1 << 17  # 512 KB: of a large kernel the matrix would not stay in the cache
+OUT_POSITIONS_OF_FEW_FILTERS, FEW_FILTERS = 16, 16  # filters per group
+SCATTER_ELEMENTS = 1 << 17  # 512 KB: larger matrices would not stay in the cache
 
 Array = NDArray[Any]
 
 
 class Geometry(NamedTuple):
-    """Shapes and attributes of one convolution; spatial ones of any rank."""
+    """Shapes and attributes of one convolution, with any number of spatial axes."""
 
     x: list[int]
     w: list[int]
@@ -56,12 +57,12 @@ class Geometry(NamedTuple):
     dilations: list[int]
 
     def sources(self) -> Array:
-        """Return which input position each tap reads at each output position.
+        """Return the input position that each tap reads at each output position.
 
         Returns
         -------
         int64 array of shape (taps, output positions)
-            The number of positions where the tap lies in the pads.
+            Input positions; where a tap lies in the pads, the total number of input positions.
         """
         taps, outputs = (np.indices(a[2:]).reshape(len(a) - 2, -1) for a in (self.w, self.dy))
         flat = np.zeros((taps.shape[1], outputs.shape[1]), np.int64)
@@ -76,7 +77,7 @@ class Geometry(NamedTuple):
 
 
 def gains(geometry: Geometry) -> bool:
-    """Return whether products of matrices are faster."""
+    """Return whether matrix products are faster than ConvGrad."""
     taps, out, into = (math.prod(a[2:]) for a in (geometry.w, geometry.dy, geometry.x))
     filters = geometry.w[0] // geometry.group
     limit = OUT_POSITIONS if filters > FEW_FILTERS else OUT_POSITIONS_OF_FEW_FILTERS
@@ -87,12 +88,12 @@ def gains(geometry: Geometry) -> bool:
 def products(
     b: Backward, geometry: Geometry, inputs: Sequence[str], wanted: Sequence[bool]
 ) -> dict[int, str]:
-    """Return the gradients of input, weight and bias, those that are wanted.
+    """Return the wanted gradients of input, weight and bias.
 
     Parameters
     ----------
     b : Backward
-        Where nodes are added.
+        Adds the nodes.
     geometry : Geometry
         Shape and attributes of the convolution.
     inputs : sequence of str
@@ -131,7 +132,7 @@ def _of_input(b: Backward, geometry: Geometry, rows: str, w: str, sources: Array
 
 
 def _gather(b: Backward, geometry: Geometry, x: str, sources: Array) -> str:
-    """Add what makes (channels, taps, output positions, samples) of x."""
+    """Add nodes that turn x into shape (channels, taps, output positions, samples)."""
     moved = b.op("Transpose", x, perm=[*range(1, len(geometry.x)), 0])
     into = math.prod(geometry.x[2:])
     if _is_identity(sources, into):

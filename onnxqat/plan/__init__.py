@@ -1,4 +1,4 @@
-"""Planning: what is quantized and why. Reads only; no data, no runtime."""
+"""Planning: which tensors are quantized, and why. It reads the graph only, not data."""
 
 from onnxqat.plan.make import EmptyPlanError, make_plan
 from onnxqat.plan.types import Edge, QuantPlan, QuantPoint, Skip, describe_spec

@@ -13,14 +13,14 @@ __all__ = ["find_chains"]
 def find_chains(
     index: GraphIndex, patterns: tuple[tuple[str, ...], ...], allowed: Container[str]
 ) -> list[tuple[Unit, ...]]:
-    """Return the units in each chain, in order; longer patterns win.
+    """Return the units of each chain, in order; the longest matching pattern is used.
 
     Parameters
     ----------
     patterns : tuple of tuple of str
         Op types as in `HardwareRule.fuse`.
     allowed : container of str
-        Names of the units that may be part of one.
+        Names of the units that may be part of a chain.
     """
     ordered = sorted(patterns, key=len, reverse=True)
     taken: set[str] = set()
@@ -44,7 +44,9 @@ def _match(
     for kind in pattern[1:]:
         readers = index.readers.get(found[-1].outputs[0].name, [])
         names = {index.unit_of[e.node].name if e.node else "" for e in readers}
-        if len(names) != 1 or "" in names:  # what lies inside has one reader, and is no output
+        if (
+            len(names) != 1 or "" in names
+        ):  # an inner tensor must have one reader and not be an output
             return None
         follower = index.unit_of[readers[0].node]
         if follower.name not in allowed or not _is_kind(follower, kind):
@@ -54,7 +56,7 @@ def _match(
 
 
 def _is_kind(unit: Unit, kind: str) -> bool:
-    """Return whether a unit is what a rule's chain calls ``kind``."""
+    """Return whether a unit matches the name ``kind`` in a rule's chain."""
     if kind == "BiasAdd":
         return is_bias_add(unit.nodes[-1])
     return unit.kind == kind and (kind != "Clip" or clips_from_zero(unit.nodes[-1]))

@@ -1,4 +1,4 @@
-"""Give every unit of a graph its `OpRule`, or a `Skip` with a reason."""
+"""Assign each unit of a graph its `OpRule`, or a `Skip` with a reason."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from onnxqat.rules import HardwareRule, OpRule
 
 __all__ = ["Choice", "choose_ops"]
 
-# What a node that a rule leaves float gets when the user includes it.
+# The spec of a node that the rule leaves float and the user includes.
 INCLUDED_SPEC = "activation"
 
 
 @dataclass
 class Choice:
-    """Units that are quantized, by name, with their table; the nodes that are not.
+    """The `OpRule` of each quantized unit, by name, and the skipped nodes.
 
-    Those in ``fed_floats`` get floats even where others get what is quantized.
+    Nodes in ``fed_floats`` read the float values of a tensor even if it has a point.
     """
 
     ops: dict[str, OpRule] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Choice:
     fed_floats: set[str] = field(default_factory=set)
 
     def skip(self, unit: Unit, reason: str, *, unsupported: bool = False) -> None:
-        """Leave every node of a unit float."""
+        """Keep all nodes of a unit float."""
         part = "" if len(unit.nodes) == 1 else f"part of {unit.kind}: "
         self.skips += (Skip(n.name, n.op, f"{part}{reason}", unsupported) for n in unit.nodes)
 
@@ -44,17 +44,17 @@ def choose_ops(
     overrides: Sequence[Override],
     masks: Masks,
 ) -> Choice:
-    """Choose for every unit.
+    """Choose an `OpRule` or a `Skip` for each unit.
 
     Parameters
     ----------
     masks : Masks
-        What masks keep float, unless an override has the name of the node.
+        The nodes that stay float because of masks, unless an override names the node.
 
     Raises
     ------
     RuleError
-        The user includes an op that the rule does not know, and the rule has no spec for it.
+        The user includes an op that the rule does not list, and the rule has no spec for it.
     """
     choice = Choice()
     decided = _user_decisions(index, overrides)
@@ -128,7 +128,10 @@ def _by_rule(index: GraphIndex, rule: HardwareRule, unit: Unit, choice: Choice) 
 
 
 def _keep_movers_float(index: GraphIndex, unit: Unit, choice: Choice) -> None:
-    """Leave what only moves values to a unit that reads floats float: a runtime sees through it."""
+    """Keep float all nodes that only move values into a unit that must read floats.
+
+    A runtime propagates Q/DQ pairs through such nodes, and would run the unit in integers.
+    """
     frontier = [unit]
     while frontier:
         for node in frontier.pop().nodes[0].inputs[0].inputs:

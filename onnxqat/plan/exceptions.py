@@ -16,12 +16,12 @@ __all__ = ["changed", "find_exception"]
 
 
 def find_exception(index: GraphIndex, rule: HardwareRule, unit: Unit) -> RuleException | None:
-    """Return the first exception of the rule that holds for a unit."""
+    """Return the first exception of the rule whose conditions hold for a unit, or None."""
     return next((e for e in rule.exceptions if _holds(index, e, unit)), None)
 
 
 def changed(op: OpRule, exception: RuleException | None) -> OpRule:
-    """Return an op's table with an exception's changes."""
+    """Return an op's table with the changes of an exception."""
     if exception is None or exception.changes is None:
         return op
     changes = {k: v for k, v in msgspec.structs.asdict(exception.changes).items() if v}
@@ -58,15 +58,15 @@ def _above(size: Any, limit: int | None) -> bool:
 
 
 def _attribute(index: GraphIndex, node: Any, name: str) -> Any:
-    """Return the value of an attribute, its default where it is not written."""
+    """Return the value of an attribute, or its default if the node does not state it."""
     value = node.attrs.get(name)
     if value is None:
         schema = onnx.defs.get_schema(node.op, index.graph.opset)
         if name not in schema.attributes:
-            raise RuleError(f"{node.op} has no attribute '{name}', which an exception asks for.")
+            raise RuleError(f"{node.op} has no attribute '{name}', which an exception names.")
         default = schema.attributes[name].default_value
         value = onnx.helper.get_attribute_value(default) if default.name else None
         value = value.decode() if isinstance(value, bytes) else value
     if value is None and name in ("strides", "dilations") and (kernel := kernel_size(node)):
-        value = [1] * len(kernel)  # the defaults that the schema gives in words only
+        value = [1] * len(kernel)  # the schema states these defaults in words only
     return tuple(value) if isinstance(value, list) else value

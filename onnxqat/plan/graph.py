@@ -1,4 +1,4 @@
-"""Indexes over a float graph that the steps of planning share."""
+"""Indexes of a float graph, shared by the steps of planning."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["GraphIndex", "Unit"]
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What a chip runs as one op: a node, or the nodes of a pattern.
+    """A part of the graph that a chip runs as one op: a node, or the nodes of a pattern.
 
     Attributes
     ----------
     kind : str
         Op type, or the name of the pattern.
     nodes : tuple of Node
-        In the order of the graph; the last one writes what leaves the unit.
+        In the order of the graph; the last node writes the outputs of the unit.
     """
 
     kind: str
@@ -36,12 +36,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Name of the last node: the name the unit goes by."""
+        """The name of the unit, which is that of its last node."""
         return str(self.nodes[-1].name)
 
     @property
     def outputs(self) -> list[gs.Tensor]:
-        """What leaves the unit."""
+        """The outputs of the unit."""
         return list(self.nodes[-1].outputs)
 
     @cached_property
@@ -50,7 +50,7 @@ class Unit:
         return frozenset(t.name for node in self.nodes[:-1] for t in node.outputs)
 
     def inputs(self) -> list[tuple[gs.Node, int, gs.Tensor]]:
-        """Return what enters the unit: node, index of its input, tensor."""
+        """Return the inputs of the unit, each as node, index of its input, and tensor."""
         return [
             (node, i, tensor)
             for node in self.nodes
@@ -61,12 +61,12 @@ class Unit:
 
 @dataclass
 class GraphIndex:
-    """Nodes by name, units, and who reads each tensor.
+    """Nodes by name, units, and the readers of each tensor.
 
     Attributes
     ----------
     patterns : collection of str
-        Which patterns count as one unit.
+        The patterns that become one unit.
 
     Raises
     ------
@@ -108,7 +108,7 @@ class GraphIndex:
         return [node for node in self.graph.nodes if weight_index(node) is not None]
 
     def selected(self, override: Override) -> list[str]:
-        """Return the names of the nodes that a node selector covers."""
+        """Return the names of the nodes that an override's node selector matches."""
         if override.kind in ("first", "last"):
             return sorted(self.ends(override.kind))
         if override.kind == "between":
@@ -117,10 +117,10 @@ class GraphIndex:
         return [n.name for n in self.graph.nodes if override.matches(getattr(n, attribute))]
 
     def ends(self, position: Literal["first", "last"]) -> frozenset[str]:
-        """Return the weighted nodes that no weighted node precedes (or follows) on some path.
+        """Return the names of the first or the last weighted nodes.
 
-        A weighted node is first when a graph input reaches it over nodes without weights, and
-        last when it reaches a graph output so.
+        A weighted node is first if there is a path to it from a graph input over nodes without
+        weights, and last if there is such a path from it to a graph output.
         """
         return self._first if position == "first" else self._last
 

@@ -1,4 +1,4 @@
-"""Tensors whose parameters the chip shares."""
+"""Find the groups of tensors that share one set of parameters on the chip."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Quantized", "find_groups", "merged_spec", "unobserved_tensors"]
 
 
 class Quantized(NamedTuple):
-    """A unit that is quantized, its table, and the last unit of the chain it is in, or itself.
+    """A quantized unit, its table, and the last unit of its chain (or itself).
 
-    What leaves the chip's op is what that last one writes.
+    The outputs of the last unit are the outputs of the chip's op.
     """
 
     unit: Unit
@@ -26,20 +26,20 @@ class Quantized(NamedTuple):
 
     @property
     def inputs(self) -> list[str]:
-        """Names of what enters the unit."""
+        """Names of the unit's inputs."""
         return [tensor.name for _, _, tensor in self.unit.inputs()]
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what leaves the chain."""
+        """Names of the chain's outputs."""
         return [tensor.name for tensor in self.end.outputs]
 
 
 def find_groups(units: Iterable[Quantized], specs: Mapping[str, QuantSpec]) -> dict[str, str]:
-    """Return tensor -> group for the points that share parameters, by union-find.
+    """Return the group of each tensor that shares its parameters, found by union-find.
 
-    A tensor whose clipping range the chip forces shares its parameters with what it is passed
-    through to, and with nothing else: the chip rescales it where it meets others.
+    A tensor whose clipping range is fixed by the chip shares its parameters only with the tensors
+    that it is passed through to. Where it meets other tensors, the chip rescales it.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def find_groups(units: Iterable[Quantized], specs: Mapping[str, QuantSpec]) -> d
 
 
 def unobserved_tensors(units: Iterable[Quantized], groups: Mapping[str, str]) -> frozenset[str]:
-    """Return the tensors that take the range of the output of the unit that reads them."""
+    """Return the tensors that get the range of their reader's output (``from_output``)."""
     return frozenset(
         name
         for quantized in units
@@ -88,10 +88,10 @@ def unobserved_tensors(units: Iterable[Quantized], groups: Mapping[str, str]) ->
 
 
 def merged_spec(specs: list[QuantSpec]) -> QuantSpec:
-    """Return one spec for a group: the highest precision, signed if any member may be.
+    """Return one spec for a group: the most bits, and signed if any member may be signed.
 
-    The first spec is that of the tensor the group is named after, whose range may be forced. The
-    group is calibrated as the first says that names an observer, or a factor other than 1.
+    The first spec belongs to the tensor that names the group; if it has a fixed range, it is used
+    unchanged. The observer, and a range factor other than 1, come from the first spec that has one.
     """
     if specs[0].fixed_range:
         return specs[0]

@@ -1,12 +1,12 @@
-"""Graph + rule -> `QuantPlan`.
+"""Make a `QuantPlan` from a graph and a hardware rule.
 
-1. Nodes that the chip runs as one pattern become one unit (`patterns`).
-2. Every unit gets its `OpRule`, or a `Skip` with a reason (`choose`, `masks`, `exceptions`).
-3. Chains that the chip runs as one are found; tensors inside of them get no point (`chains`).
-4. Tensors that a quantized unit writes or reads get a point; constants it reads a weight point;
-   the bias of a weighted node a derived point: int32, scale_x * scale_w (`mark`).
-5. The user's overrides are laid over it; one that covers nothing is an error.
-6. Tensors whose parameters the chip shares form a group (`groups`).
+1. Group the nodes of a pattern that the chip runs as one op into a unit (`patterns`).
+2. Give each unit its `OpRule`, or a `Skip` with a reason (`choose`, `masks`, `exceptions`).
+3. Find the chains that the chip runs as one; tensors inside a chain get no point (`chains`).
+4. Make a point for each tensor that a quantized unit reads or writes (a weight point for a
+   constant), and a derived point (int32, scale_x * scale_w) for each bias (`points`).
+5. Apply the user's overrides; an override that matches nothing is an error.
+6. Put tensors that share parameters on the chip into groups (`groups`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["EmptyPlanError", "make_plan"]
 
 
 class EmptyPlanError(PlanError):
-    """Nothing would be quantized."""
+    """The rule quantizes nothing in this graph."""
 
 
 def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override] = ()) -> QuantPlan:
@@ -44,18 +44,20 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Prepared: unique node names, shapes inferred. It is not changed.
+        A prepared graph: unique node names, shapes inferred. It is not changed.
     rule : HardwareRule
-        The chip.
+        The rule of the chip.
     overrides : sequence of Override
-        Laid over the rule, later ones win.
+        Changes to the rule, applied in order; later ones override earlier ones.
 
     Raises
     ------
     PlanError
-        Node names are not unique; `EmptyPlanError` where the rule quantizes nothing here.
+        Node names are not unique.
+    EmptyPlanError
+        The rule quantizes nothing in this graph.
     RuleError
-        An override covers nothing, or names a spec that the rule does not have.
+        An override matches nothing, or names a spec that the rule does not have.
     """
     index = GraphIndex(graph, [kind for kind in PATTERNS if kind not in rule.split])
     masks = find_masks(graph)
@@ -87,7 +89,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
 def _points(
     index: GraphIndex, choice: Choice, drafts: dict[str, Draft], chains: list[tuple[Unit, ...]]
 ) -> tuple[QuantPoint, ...]:
-    """Form the groups, and return the points of the drafts."""
+    """Find the groups, and return a point for each draft."""
     ends = {unit.name: chain[-1] for chain in chains for unit in chain}
     units = [
         Quantized(unit, choice.ops[unit.name], ends.get(unit.name, unit))
@@ -120,7 +122,7 @@ def _points(
 def _skip_loose_followers(
     index: GraphIndex, rule: HardwareRule, choice: Choice, chains: list[tuple[Unit, ...]]
 ) -> None:
-    """Skip the units that the rule knows only as a part of chains, and that are in none."""
+    """Skip units that the rule quantizes only inside a chain and that are in no chain."""
     chained = {unit.name for chain in chains for unit in chain}
     for unit in index.units:
         table = choice.ops.get(unit.name)
@@ -136,7 +138,7 @@ def _skip_untouched(
     drafts: dict[str, Draft],
     chained: set[str],
 ) -> None:
-    """Skip the units that read and write nothing quantized after all."""
+    """Skip units that neither read nor write a quantized tensor in the finished plan."""
     touched = {edge.node for draft in drafts.values() for edge in draft.consumers}
     for unit in index.units:
         writes = any(t.name in drafts for t in unit.outputs)
@@ -148,9 +150,9 @@ def _skip_untouched(
 def _apply_overrides(
     index: GraphIndex, rule: HardwareRule, drafts: dict[str, Draft], overrides: Sequence[Override]
 ) -> None:
-    """Lay the overrides over the drafts, in order."""
+    """Apply the overrides to the drafts, in order."""
     for override in overrides:
-        if override.kind == "bias":  # has one key, quantize=false
+        if override.kind == "bias":  # its only key is quantize=false
             continue
         if override.selects_nodes:
             nodes = set(index.selected(override))
@@ -165,7 +167,7 @@ def _apply_overrides(
         for name in names:
             if override.key != "quantize":
                 _change(index, rule, drafts[name], override, nodes)
-            elif not override.selects_nodes:  # nodes kept float were skipped before
+            elif not override.selects_nodes:  # node overrides were handled by `choose_ops`
                 del drafts[name]
 
 
@@ -216,7 +218,7 @@ def _unmatched(index: GraphIndex, drafts: dict[str, Draft], override: Override) 
         missing = next((t for t in override.tensors if t not in tensors), None)
         if missing is None:
             start, end = override.tensors
-            return f"Override '{override}' covers nothing: no path leads from {start} to {end}."
+            return f"Override '{override}' matches nothing: no path leads from {start} to {end}."
         candidates, wanted = set(tensors), missing
     else:
         candidates = {
@@ -227,4 +229,4 @@ def _unmatched(index: GraphIndex, drafts: dict[str, Draft], override: Override) 
         wanted = override.pattern
     close = difflib.get_close_matches(wanted, sorted(candidates), n=3, cutoff=0.3)
     hint = f"Nearest: {', '.join(close)}." if close else "See 'onnxqat insert --plan-only'."
-    return f"Override '{override}' covers nothing in this model. {hint}"
+    return f"Override '{override}' matches nothing in this model. {hint}"

@@ -1,16 +1,17 @@
-"""Find masks: additions that drown values on purpose, which no 8-bit grid can hold.
+"""Find attention masks, which an 8-bit grid cannot represent together with the scores.
 
-A transformer adds a mask to the scores before Softmax: 0 where it may look, -1e4, -inf or the
-smallest float where it may not. On one grid with the mask every score would be rounded away
-(measured: perplexity 4.2 with the masks left float, 53 with the masks quantized), and a mask that
-calibration saw as all zeros would vanish.
+A transformer adds a mask to the scores before Softmax: 0 at positions that it attends to, and -1e4,
+-inf or the smallest float at the others. On a grid that includes the mask, all scores would be
+rounded to 0 (measured: perplexity 4.2 with masks in float, 53 with quantized masks), and a mask
+that is all zeros in the calibration data would be lost.
 
-*Data* is what comes from a float graph input, an 8-bit one behind a Cast, a table that is looked
-up, or a weighted op; *learned* is what comes from the last two. A float tensor that is no data was
-computed from shapes, indices, masks of integers and constants. What is added to learned values is
-a mask if it is no data; if very negative constants are in it; or if it comes from graph inputs
-that the values do not come from, and the sum leads to a Softmax. All that computes a mask, back to
-the graph inputs, stays float: 1 - m of a rounded m is not 0, and times -1e38 it drowns everything.
+In this module, *data* are tensors computed from a float graph input, from an 8-bit input behind a
+Cast, from a looked-up table, or from a weighted op; *learned* are those from the last two. A float
+tensor that is not data was computed from shapes, indices, integer masks and constants. A tensor
+added to learned values is a mask if it is not data; if it contains very negative constants; or if
+it comes from other graph inputs than the values and the sum leads to a Softmax. All nodes that
+compute a mask stay float, back to the graph inputs: if m is rounded, 1 - m is not exactly 0, and
+multiplied by -1e38 it masks every position.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ __all__ = ["Masks", "find_masks"]
 
 MASKING_OPS = ("Add", "Sub", "Where", "Max", "Min", "Concat", "Pad", "ScatterND", "ScatterElements")
 MOVING_OPS = moving("axes", "blocks", "repeats", "picks")
-# Ops behind which a very negative value is still one, with the above.
+# Ops that keep a very negative value very negative, in addition to the above.
 PASSING_OPS = (*MASKING_OPS, *MOVING_OPS, "Mul", "Div", "Neg", "Clip")
-# Ops for which a very negative value counts for nothing.
+# Ops on which a very negative value has no effect.
 SELECTING_OPS = (
     *("Softmax", "LogSoftmax", "Exp", "ReduceLogSumExp", "ReduceMax", "ArgMax", "TopK"),
     *("MaxPool", "GlobalMaxPool"),
 )
-# Ops whose results come from more than their float inputs tell.
+# Ops whose results depend on more than their float inputs.
 OPAQUE_OPS = (*SUBGRAPHS, *RECURRENT)
-SMALLEST_MASK = -50.0  # exp(-50) of a score is nothing
-LARGE = 1e4  # no weight or factor of a network is as large
+SMALLEST_MASK = -50.0  # exp(-50) is 0 for any score
+LARGE = 1e4  # weights and factors of networks are smaller
 
 
 @dataclass(kw_only=True)
 class Masks:
-    """What masks keep float.
+    """The nodes and tensors that stay float because of masks.
 
     Attributes
     ----------
     reasons : dict of str to str
         Why a node stays float, by its name.
     drowned : set of str
-        Tensors that a mask was added to; they get no point.
+        Tensors that contain an added mask; they get no point.
     computing : set of str
-        Names of the nodes that compute masks; what they read is not quantized for them.
+        Names of the nodes that compute masks; they read their inputs in float.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Masks:
 
 
 def find_masks(graph: gs.Graph) -> Masks:
-    """Return why each node that computes or adds a mask, or moves what it wrote, stays float."""
+    """Find the nodes that compute or add masks, or process masked values, with reasons."""
     search = _Search(graph)
     for node in graph.nodes:
         search.visit(node)
@@ -69,16 +70,16 @@ def find_masks(graph: gs.Graph) -> Masks:
 
 
 class _Search:
-    """What is known of each tensor, in the order of the graph."""
+    """Classifies the tensors, in the order of the graph."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self.found = Masks()
         self.roots = {t.name: frozenset({t.name}) for t in graph.inputs if is_float(t)}
         self.bytes = {t.name for t in graph.inputs if _is_byte(t)}
         self.learned: set[str] = set()
-        self.large: set[str] = set()  # very negative or positive constants are in it
+        self.large: set[str] = set()  # tensors that contain very large constants
         self.selected = _selected(graph)
-        self.walked: set[str] = set()  # nodes from which the way back to the inputs is known
+        self.walked: set[str] = set()  # nodes already followed back to the inputs
 
     def visit(self, node: gs.Node) -> None:
         reason, mask = self._reason(node)
@@ -88,19 +89,19 @@ class _Search:
             if mask is not None:
                 conditions = node.inputs[:1] if node.op == "Where" else []
                 self._keep_float(f"computes the mask '{mask.name}'", [mask, *conditions])
-        if node.domain not in ONNX_DOMAINS:  # attention as one op takes its mask as an input
+        if node.domain not in ONNX_DOMAINS:  # a fused attention op reads its mask as an input
             for tensor in (t for t in node.inputs if t.name in self.large - self.learned):
                 self._keep_float(f"computes the mask '{tensor.name}'", [tensor])
         self._classify(node, mask)
 
     def _classify(self, node: gs.Node, mask: gs.Tensor | None) -> None:
-        """Note what the outputs of a node come from."""
+        """Record which data the outputs of a node depend on."""
         outputs = {t.name for t in node.outputs if is_float(t)}
         roots = self._roots_of(node, mask)
         if roots is not None:
             self.roots.update(dict.fromkeys(outputs, roots))
         elif outputs:
-            self.found.reasons.setdefault(node.name, "computes from integers and constants alone")
+            self.found.reasons.setdefault(node.name, "computes from integers and constants only")
             self.found.computing.add(node.name)
         if _is_learned(node) or any(t.name in self.learned for t in node.inputs):
             self.learned |= outputs
@@ -108,7 +109,7 @@ class _Search:
             self.large |= outputs
 
     def _roots_of(self, node: gs.Node, mask: gs.Tensor | None) -> frozenset[str] | None:
-        """Return which data a node's outputs come from, masks left out; None for no data."""
+        """Return the data, without masks, that a node's outputs depend on, or None."""
         if node.op == "Cast" and node.inputs[0].name in self.bytes:
             return frozenset({node.inputs[0].name})
         known = [self.roots[t.name] for t in node.inputs if t.name in self.roots and t is not mask]
@@ -138,20 +139,20 @@ class _Search:
             return None
         if tensor.name not in self.roots:
             drowns = tensor.name in self.large or _any(node.outputs, self.selected)
-            return f"adds {'the mask ' if drowns else ''}'{{}}', computed from no data"
+            return f"adds {'the mask ' if drowns else ''}'{{}}', which is not computed from data"
         others = [t for t in node.inputs if t is not tensor and t.name in self.roots]
         if not others or tensor.name in self.found.drowned & self.learned:
             return None
         if tensor.name in self.large:
-            return "adds the mask '{}', in which there are very large constants"
+            return "adds the mask '{}', which contains very large constants"
         roots = self.roots[tensor.name]
         alone = all(t.name in self.learned and not self.roots[t.name] & roots for t in others)
         if alone and tensor.name not in self.learned and _any(node.outputs, self.selected):
-            return "adds the mask '{}', which comes from other inputs than the scores"
+            return "adds the mask '{}', which depends on other inputs than the scores"
         return None
 
     def _keep_float(self, reason: str, frontier: list[gs.Tensor]) -> None:
-        """Keep float what computes a mask, as far back as no weight is in it."""
+        """Keep float the nodes that compute a mask, going back until a weighted op is reached."""
         while frontier:
             for node in frontier.pop().inputs:
                 if node.name not in self.walked and not self._is_score(node):
@@ -164,7 +165,7 @@ class _Search:
         return _any(node.outputs, self.learned - self.large)
 
     def _is_large(self, node: gs.Node) -> bool:
-        """Return whether very large constants are in what a node writes."""
+        """Return whether the outputs of a node contain very large constants."""
         if node.op not in (*PASSING_OPS, "ConstantOfShape"):
             return False
         values = [t.values for t in node.inputs if is_constant(t) and is_float(t)]
@@ -183,7 +184,7 @@ def _any(tensors: Iterable[gs.Tensor], names: set[str]) -> bool:
 
 
 def _is_byte(tensor: gs.Tensor) -> bool:
-    """Return whether a tensor holds 8-bit integers: pixels, not truth values."""
+    """Return whether a tensor holds 8-bit integers, such as pixels, and not booleans."""
     if tensor.dtype is None or isinstance(tensor.dtype, int):
         return False
     dtype = np.dtype(tensor.dtype)
@@ -191,7 +192,7 @@ def _is_byte(tensor: gs.Tensor) -> bool:
 
 
 def _is_learned(node: gs.Node) -> bool:
-    """Return whether what a node writes was learned: looked up, or weighted."""
+    """Return whether a node's outputs are learned: a table look-up or a weighted op."""
     if is_op(node, "Gather") and is_constant(node.inputs[0]) and is_float(node.inputs[0]):
         return True
     return (
@@ -200,7 +201,7 @@ def _is_learned(node: gs.Node) -> bool:
 
 
 def _selected(graph: gs.Graph) -> set[str]:
-    """Return the tensors that lead to a Softmax, or its like, over nothing but sums and moves."""
+    """Return the tensors that reach a Softmax (or similar op) over sums and moves only."""
     names: set[str] = set()
     for node in reversed(graph.nodes):
         if node.op in SELECTING_OPS:
@@ -211,7 +212,7 @@ def _selected(graph: gs.Graph) -> set[str]:
 
 
 def _is_mask(node: gs.Node, index: int) -> bool:
-    """Return whether a constant operand drowns values: it holds one extreme, and 0 besides."""
+    """Return whether a constant operand is a mask: it holds only 0 and one extreme value."""
     values = np.asarray(node.inputs[index].values)
     if values.size == 0:
         return False

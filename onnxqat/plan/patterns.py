@@ -1,11 +1,12 @@
 """Find the patterns that exporters write as several nodes and chips run as one.
 
-A pattern is an expression: a tuple is a node of that op type and its operands, ``"x"`` the input
-of the pattern (the same tensor wherever it stands), ``"c"`` any constant, a number a constant of
-that value. Add and Mul take their operands in either order; constant inputs behind the operands
-(axes, for one) are not looked at. Written by: PyTorch's exporters (TorchScript and dynamo),
-tf2onnx; formulas of the ONNX functions of the same name (https://onnx.ai/onnx/operators), SiLU:
-https://arxiv.org/abs/1702.03118, RMSNormalization: https://arxiv.org/abs/1910.07467.
+A pattern is an expression. A tuple stands for a node: its op type, then its operands. ``"x"`` is
+the input of the pattern (the same tensor at each place), ``"c"`` any constant, and a number a
+constant of that value. The operands of Add and Mul may have either order; further constant inputs
+(such as axes) are ignored. The patterns are those written by PyTorch's exporters (TorchScript and
+dynamo) and tf2onnx. Formulas: the ONNX functions of the same name
+(https://onnx.ai/onnx/operators), SiLU: https://arxiv.org/abs/1702.03118, RMSNormalization:
+https://arxiv.org/abs/1910.07467.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _CENTERED = ("Sub", "x", ("ReduceMean", "x"))
 
 
 def _normalized(centered: Expression) -> tuple[Expression, ...]:
-    """Return the ways to write ``centered / sqrt(mean(centered ** 2) + epsilon)``."""
+    """Return the expressions for ``centered / sqrt(mean(centered ** 2) + epsilon)``."""
     squares = (("Pow", centered, 2.0), ("Mul", centered, centered))
     roots = tuple(("Sqrt", ("Add", ("ReduceMean", square), "c")) for square in squares)
     divided = tuple(("Div", centered, root) for root in roots)
@@ -50,7 +51,7 @@ def _normalized(centered: Expression) -> tuple[Expression, ...]:
 _LAYER_NORMS = _normalized(_CENTERED)
 _RMS_NORMS = _normalized("x")
 
-# Within one name the larger expression comes first.
+# The larger expression of a name comes first.
 PATTERNS: dict[str, tuple[Expression, ...]] = {
     "SiLU": (("Mul", "x", ("Sigmoid", "x")),),
     "HardSwish": (
@@ -81,21 +82,21 @@ PATTERNS: dict[str, tuple[Expression, ...]] = {
 def find_patterns(
     graph: gs.Graph, readers: Mapping[str, list[Edge]], kinds: Collection[str]
 ) -> Iterator[tuple[str, tuple[gs.Node, ...]]]:
-    """Yield the patterns of a graph: their name and their nodes in the order of the graph.
+    """Yield the name and the nodes (in graph order) of each pattern in a graph.
 
-    No two share a node, and no tensor between their nodes is read from outside.
+    Patterns do not overlap, and their inner tensors are not read from outside.
 
     Parameters
     ----------
     readers : mapping of str to list of Edge
-        Who reads each tensor.
+        The readers of each tensor.
     kinds : collection of str
         The names in `PATTERNS` to look for.
     """
     positions = {id(node): i for i, node in enumerate(graph.nodes)}
     roots = {kind: {e[0] for e in PATTERNS[kind] if isinstance(e, tuple)} for kind in kinds}
     taken: set[int] = set()
-    for node in reversed(graph.nodes):  # from the end, so that a larger one wins
+    for node in reversed(graph.nodes):  # from the end, so that the larger of two patterns is found
         for kind in kinds:
             if node.op not in roots[kind] or id(node) in taken:
                 continue
@@ -115,7 +116,7 @@ def _matches(
 
 
 class _Match:
-    """One attempt to lay an expression over the nodes before a tensor."""
+    """One attempt to match an expression with the nodes that compute a tensor."""
 
     def __init__(self) -> None:
         self.nodes: dict[int, gs.Node] = {}
@@ -144,7 +145,7 @@ class _Match:
         return False
 
     def closed(self, root: gs.Node, readers: Mapping[str, list[Edge]]) -> bool:
-        """Return whether only nodes of the match read what is inside of it."""
+        """Return whether only nodes of the match read its inner tensors."""
         names = {node.name for node in self.nodes.values()}
         inner = (t.name for n in self.nodes.values() if n is not root for t in n.outputs)
         return all(edge.node in names for name in inner for edge in readers.get(name, ()))

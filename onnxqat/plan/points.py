@@ -1,4 +1,4 @@
-"""Make a draft of a point for every tensor that a quantized unit reads or writes."""
+"""Draft a point for each tensor that a quantized unit reads or writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Role = Literal["weight", "activation"]
 
 @dataclass
 class Draft:
-    """A point while the plan is being made."""
+    """A point that can still change while the plan is made."""
 
     role: Role
     spec: QuantSpec
@@ -44,20 +44,20 @@ class Draft:
 
 
 def _scale_of_constant(values: FloatArray) -> float:
-    """Return the smallest scale at which a constant fits int8, or uint8 where none is negative."""
+    """Return the smallest scale at which a constant fits int8 (or uint8 if it is not negative)."""
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
     return max(-low / 128, high / 127) if low < 0 else high / 255
 
 
 class PointDrafter:
-    """Makes the drafts, and the derived points of biases.
+    """Drafts the points of activations and weights, and makes the derived points of biases.
 
     Parameters
     ----------
     choice : Choice
-        What is quantized, and which nodes are fed floats.
+        The quantized units, and the nodes that read floats.
     chains : list of tuple of Unit
-        What the chip runs as one.
+        The units that the chip runs as one.
     drowned : set of str
         Tensors that get no point.
     """
@@ -112,19 +112,19 @@ class PointDrafter:
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
 
     def _has_its_input(self, node: gs.Node, op: OpRule, i: int) -> bool:
-        """Whether what a weight is multiplied with is quantized too, if the rule wants both."""
+        """Whether the data operand of a weight can be quantized, if the rule requires that."""
         if node.op not in WEIGHTED or not op.inputs:
             return True
         data = node.inputs[1 - i]
         return is_float(data) and data.name not in self.drowned
 
     def _is_residual(self, unit: Unit, tensor: gs.Tensor) -> bool:
-        """Whether a unit adds a tensor to what a weighted node wrote."""
+        """Whether a unit adds this tensor to the output of a weighted node."""
         others = [t for _, _, t in unit.inputs() if t is not tensor]
         return not self._from_weighted(tensor) and any(map(self._from_weighted, others))
 
     def _from_weighted(self, tensor: gs.Tensor) -> bool:
-        """Whether a weighted node, with what is fused into it, writes a tensor."""
+        """Whether a weighted node, or a chain with one at its head, writes this tensor."""
         return any(
             self._head(self.index.unit_of[node.name]).kind in WEIGHTED for node in tensor.inputs
         )
@@ -150,7 +150,7 @@ class PointDrafter:
         self._draft(tensor, "activation", spec, edges, f"written by {unit.kind}")
 
     def _smallest_scale(self, unit: Unit, spec: QuantSpec) -> float:
-        """Return the scale at which an output holds a constant that the chip writes in it."""
+        """Return the smallest output scale that covers constants stored with that scale."""
         head = self._head(unit)
         if self.ops[head.name].constant_scale == "own":
             return spec.min_scale
@@ -172,7 +172,7 @@ class PointDrafter:
             known.reason += ", per-tensor: its consumers disagree on the channel axis"
 
     def biases(self) -> list[QuantPoint]:
-        """Return the derived point of every bias behind a quantized input and weight."""
+        """Return the derived point of each bias whose node has a quantized input and weight."""
         found: list[QuantPoint] = []
         for node in self.index.weighted() if self.rule.bias == "int32" else ():
             x, weight = node.inputs[:2]

@@ -1,4 +1,4 @@
-"""What a plan is: pure data with a stable text and JSON form."""
+"""The types of a plan: pure data with a stable text and JSON form."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ __all__ = ["Edge", "QuantPlan", "QuantPoint", "Skip", "describe_spec"]
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):
-    """Input ``index`` of the node named ``node``; ``node`` is "" for graph output ``index``."""
+    """Input ``index`` of the node named ``node``; if ``node`` is "", graph output ``index``."""
 
     node: str
     index: int
 
 
 class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor that is quantized.
+    """One quantized tensor.
 
     Attributes
     ----------
     tensor : str
-        Its name in the float graph.
+        The tensor's name in the float graph.
     role : {"weight", "activation", "bias"}
-        A bias stays float in the working model; its point says what the export makes of it.
+        A bias stays float in the working model; its point describes how it is exported.
     consumers : tuple of Edge
-        Who reads the quantized values.
+        The readers of the quantized values.
     spec : QuantSpec
-        How.
+        How the tensor is quantized.
     group : str or None
-        Points of one group share one set of parameters, named after this tensor.
+        The tensor that names the group; all points of a group share one set of parameters.
     derived_from : (str, str) or None
-        The activation and the weight whose scales multiply to the scale of a bias; None for other
-        points.
+        The activation and the weight whose scales are multiplied to give the scale of a bias;
+        None for other points.
     observed : bool
-        Whether its values count for the parameters, or only those of others in its group.
+        Whether calibration uses this tensor's values, or only those of others in its group.
     reason : str
-        Why it is quantized, and what was changed by whom.
+        Why the tensor is quantized, and which overrides changed the point.
     """
 
     tensor: str
@@ -54,11 +54,11 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def parameters(self) -> str:
-        """The name that its scale and zero_point go by."""
+        """The name under which the point's scale and zero_point are stored."""
         return self.group or self.tensor
 
     def __str__(self) -> str:
-        """Return one line for people: tensor -> consumers, spec, role, reason."""
+        """Return one line of text: tensor -> consumers, spec, role, reason."""
         readers = " ".join(f"{e.node or 'output'}[{e.index}]" for e in self.consumers)
         group = f" group={self.group}" if self.group else ""
         group += "" if self.observed else " unobserved"
@@ -70,7 +70,7 @@ class QuantPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Skip(msgspec.Struct, frozen=True):
-    """One node that stays float, and why; ``unsupported`` where the chip cannot run it."""
+    """A node that stays float, and why; ``unsupported`` if the chip cannot run it."""
 
     node: str
     op_type: str
@@ -79,7 +79,7 @@ class Skip(msgspec.Struct, frozen=True):
 
 
 class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is quantized and why, as pure data with a stable JSON form.
+    """The quantized tensors, the skipped nodes and the reasons, with a stable JSON form.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
     chains : tuple of tuple of str
         Names of the nodes that the chip runs as one.
     overrides : tuple of str
-        What the user changed.
+        The overrides of the user.
     """
 
     rule: str
@@ -100,12 +100,12 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
     overrides: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Return stable JSON: the same plan gives the same text."""
+        """Return JSON; equal plans give the same text."""
         return msgspec.json.encode(self, order="deterministic").decode()
 
     @staticmethod
     def from_json(text: str) -> QuantPlan:
-        """Read what `to_json` wrote.
+        """Read the text that `to_json` wrote.
 
         Raises
         ------
@@ -115,7 +115,9 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.json.decode(text, type=QuantPlan)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise PlanError(f"The stored plan cannot be read ({error}). Insert again.") from error
+            raise PlanError(
+                f"The stored plan cannot be read ({error}). Run 'onnxqat insert' again."
+            ) from error
 
     def __repr__(self) -> str:
         return (
@@ -124,11 +126,11 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def __str__(self) -> str:
-        """Return the lines as one text."""
+        """Return `lines` as one text."""
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """Return one line per point, then one per skip."""
+        """Return one line for each point, then one for each skip."""
         skips = (
             f"{'unsupported' if s.unsupported else 'float'}: {s.node} ({s.op_type}): {s.reason}"
             for s in self.skips
@@ -136,12 +138,12 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
         return [*map(str, self.points), *skips]
 
     def grid_points(self) -> tuple[QuantPoint, ...]:
-        """Return the points that have Q/DQ nodes: all but the biases."""
+        """Return the points that have Q/DQ nodes (all except biases)."""
         return tuple(p for p in self.points if p.role != "bias")
 
 
 def describe_spec(spec: QuantSpec) -> str:
-    """Return a spec in words: type, symmetry, axis and what else is not the default."""
+    """Return a spec in words: type, symmetry, axis, and other fields that are not the default."""
     kind = {"signed": "int", "unsigned": "uint", "from_range": "int|uint"}[spec.signedness]
     words = [kind.replace("|", f"{spec.bits}|") + str(spec.bits)]
     words.append("sym" if spec.symmetric else "asym")

@@ -435,7 +435,7 @@ WRONG = [
     (f"insert {{lenet}} --data {{wrong}}/none.npz {OUT}", 1, "none.npz: no such file or directory"),
     (f"insert {{lenet}} --data {{wrong}}/nan.npz {OUT}", 1, "sample 7 of array 'images' holds NaN"),
     (f"insert {{lenet}} --rules none {OUT}", 1, "Unknown rule 'none'"),
-    (f"insert {{lenet}} --set op:Cnv.bits=4 {OUT}", 1, "'op:Cnv.bits=4' covers nothing"),
+    (f"insert {{lenet}} --set op:Cnv.bits=4 {OUT}", 1, "'op:Cnv.bits=4' matches nothing"),
     (f"insert {{lenet}} --set weight.bits=1 {OUT}", 1, "Widths are 2 to 8"),
     (f"insert {{lenet}} --crop 9,9 --resize-dims 8,8 {OUT}", 1, "--crop: (9, 9) does not fit"),
     (f"insert {{lenet}} --mean 1,x {OUT}", 2, "'1,x' is not a list of numbers"),

@@ -264,7 +264,7 @@ def test_a_group_is_calibrated_as_its_first_member_says():
 
 @pytest.mark.parametrize("selector", ["op:Cnov", "name:n_c9", "tensor:w9"])
 def test_override_that_covers_nothing_names_the_nearest(selector):
-    with pytest.raises(RuleError, match=r"covers nothing in this model\. Nearest: \w+"):
+    with pytest.raises(RuleError, match=r"matches nothing in this model\. Nearest: \w+"):
         plan_of(convnet(), "sophgo-bm1684x", f"{selector}.bits=4")
 
 

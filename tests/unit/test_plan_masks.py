@@ -295,7 +295,7 @@ def test_what_moves_a_sum_with_no_data_stays_float_like_the_sum(moved):
     skips = make_plan(prepare(from_proto(model)).graph, quantizing("Conv", "Tanh")).skips
     reasons = {skip.op_type: skip.reason for skip in skips}
 
-    assert reasons["Add"] == "adds 'p', computed from no data"
+    assert reasons["Add"] == "adds 'p', which is not computed from data"
     assert reasons[moved.partition("<")[0].partition("(")[0]] == (
         "moves 'a', to which a mask was added"
     )
