@@ -1,4 +1,4 @@
-"""Repair before quantization: float models that compute the same, with weights that lose less."""
+"""Repairs before fine-tuning: change a model so that quantization costs less accuracy."""
 
 from onnxqat.repair.analytic import correct_biases_analytically
 from onnxqat.repair.bias_correction import Corrected, bias_passes, correct_biases

@@ -1,4 +1,4 @@
-"""Move what a bias lifts every value by into the layer behind.
+"""Bias absorption: move part of a high bias into the bias of the next layer.
 
 Nagel et al. 2019 (arXiv:1906.04721), section 4.1.3: for r(y) = max(y, 0) and c >= 0,
 
@@ -7,12 +7,12 @@ Nagel et al. 2019 (arXiv:1906.04721), section 4.1.3: for r(y) = max(y, 0) and c 
     r(W1 x + b1) = r(W1 x + b1 - c) + c        where W1 x + b1 >= c
     b1 -> b1 - c,  b2 -> b2 + W2 c             (of a Conv, W2 summed over its taps)
 
-so that the activation between has a smaller range. LeakyRelu and PRelu are such r too. With what a
-BatchNormalization remembers of y, c = max(0, mean - 3 * deviation): 99.87 % of a normal
-distribution lie above. Without, c is the smallest value of y on the data, and on these nothing
-changes.
+so that the activation between the layers has a smaller range. The same holds for LeakyRelu and
+PRelu. If the statistics of a BatchNormalization give the distribution of y, c = max(0, mean - 3 *
+deviation), which 99.87 % of a normal distribution exceed. Otherwise c is the smallest value of y on
+the data, for which the outputs do not change.
 
-Where a Conv pads, the zeros around its input would stand for -c: nothing is moved into it.
+Nothing is moved into a Conv with padding, because its padded zeros would stand for the value c.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ __all__ = ["Absorption"]
 
 IDENTITY_ABOVE_ZERO = ("Relu", "LeakyRelu", "PRelu")
 WRITERS, READERS = ("Conv", "ConvTranspose", "Gemm"), ("Conv", "Gemm")
-# f(y + c) = f(y) + c for one number c per channel; of windows, where none reaches over the border.
+# f(y + c) = f(y) + c for one number c per channel; for windows only without padding.
 PASSING = (*homogeneous("windows"), "ReduceMean", "ReduceMax", "ReduceMin")
 PASSING_VALUES = moving("axes", "blocks", "repeats", "picks", "joins")
-DEVIATIONS = 3  # below the mean
+DEVIATIONS = 3  # standard deviations below the mean
 
 
 class Absorption:
-    """The layers of a network whose bias another layer can take a part of.
+    """The layers of a network whose bias can partly move into the layers behind.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Prepared.
+        A prepared graph.
     network : Network
-        Its channels.
+        The channels of the graph.
     """
 
     def __init__(self, graph: gs.Graph, network: Network) -> None:
@@ -65,20 +65,20 @@ class Absorption:
 
     @property
     def tensors(self) -> list[str]:
-        """What the layers write, before the activation function."""
+        """The outputs of the layers, before the activation function."""
         return [str(layer.node.outputs[0].name) for layer, _ in self._pairs]
 
     def amounts(
         self, known: Mapping[str, Distribution], smallest: Mapping[str, NDArray[Any]]
     ) -> dict[str, NDArray[np.float64]]:
-        """Return what is moved of each channel, by tensor; only where that is anything.
+        """Return the amount c of each channel, by tensor; tensors with all c = 0 are left out.
 
         Parameters
         ----------
         known : mapping of str to Distribution
-            By tensor.
+            The known distributions, by tensor.
         smallest : mapping of str to array of shape (channels,)
-            The smallest values on data, of tensors whose distribution is not known.
+            The smallest values on the data, for tensors without a known distribution.
         """
         found = {}
         for layer, _ in self._pairs:
@@ -93,7 +93,7 @@ class Absorption:
         return found
 
     def apply(self, amounts: Mapping[str, NDArray[np.float64]]) -> tuple[str, ...]:
-        """Change the biases; return the names of the layers whose bias became smaller."""
+        """Move the amounts; return the names of the layers whose bias became smaller."""
         editor, changed = Editor(self._graph), []
         moved = np.zeros(self._network.sets.count)
         readers: dict[int, Layer] = {}
@@ -112,7 +112,7 @@ class Absorption:
         return tuple(changed)
 
     def _readers(self, layer: Layer) -> list[Layer] | None:
-        """Return the layers that could take a part of the bias; None where something else reads."""
+        """Return the layers that can absorb the bias; None if anything else reads the output."""
         behind = layer.node.outputs[0].outputs
         if not (
             is_op(layer.node, *WRITERS)
@@ -125,7 +125,7 @@ class Absorption:
         return self._followed(behind[0].outputs[0])
 
     def _followed(self, tensor: gs.Tensor) -> list[Layer] | None:
-        """Return the layers that a tensor reaches; None where a shift does not pass or end."""
+        """Return the layers that a tensor reaches; None if a shift cannot be followed to them."""
         found, waiting, seen = [], [tensor], {str(tensor.name)}
         while waiting:
             tensor = waiting.pop()
@@ -144,7 +144,7 @@ class Absorption:
 
 
 def _has_plain_bias(layer: Layer) -> bool:
-    """Whether a number can be added to each output channel."""
+    """Whether the layer has, or can get, a bias with one constant per output channel."""
     bias = bias_of(layer.node)
     values = None if bias is None else constant_values(bias)
     runs = bias is None or (values is not None and runs_along(values.shape, layer.outputs.size))
@@ -152,7 +152,7 @@ def _has_plain_bias(layer: Layer) -> bool:
 
 
 def _takes(layer: Layer, tensor: gs.Tensor) -> bool:
-    """Whether one number per input channel reaches all values that a layer writes alike."""
+    """Whether a constant shift of each input channel shifts all outputs of a channel equally."""
     node = layer.node
     reads = node.inputs[0] is tensor and all(t is not tensor for t in node.inputs[1:])
     return reads and is_op(node, *READERS) and _has_plain_bias(layer) and not _pads(node)
@@ -165,6 +165,6 @@ def _passes(node: gs.Node, tensor: gs.Tensor) -> bool:
 
 
 def _pads(node: gs.Node) -> bool:
-    """Whether a window may reach over the border."""
+    """Whether the windows of a node can include padding."""
     automatic = node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     return automatic or any(node.attrs.get("pads", ())) or bool(node.attrs.get("ceil_mode", 0))

@@ -1,14 +1,14 @@
-"""Analytic bias correction: the shift that rounding weights makes, from BatchNormalization alone.
+"""Analytic bias correction: compute the shift by weight rounding from batch statistics.
 
-Nagel et al. 2019 (arXiv:1906.04721), section 4.2.1 and appendix B: with eps = W_q - W the error of
+Nagel et al. 2019 (arXiv:1906.04721), section 4.2.1 and appendix B: with the error eps = W_q - W of
 a layer's weight, its output shifts by
 
 ::
 
-    E[y_q] - E[y] = eps E[x],    b -> b - eps E[x]      (of a Conv, eps summed over its taps)
+    E[y_q] - E[y] = eps E[x],    b -> b - eps E[x]      (Conv: eps is summed over its taps)
 
-and E[x] follows from what the BatchNormalization before remembers (`onnxqat.repair.expectations`).
-No data are read. What rounding activations adds is not in it.
+and E[x] follows from the statistics of the BatchNormalization before it
+(`onnxqat.repair.expectations`). No data are read. The shift by rounding activations is ignored.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["correct_biases_analytically"]
 
 
 def correct_biases_analytically(model: QuantizedModel) -> Corrected:
-    """Return a calibrated model whose biases make up for the rounding of its weights.
+    """Return a calibrated model whose biases compensate for the rounding of its weights.
 
     Parameters
     ----------
     model : QuantizedModel
-        Calibrated; not changed. Its metadata hold what BatchNormalizations remembered, see
-        `onnxqat.preparation.distributions`.
+        A calibrated model; it is not changed. Its metadata contain the statistics of its
+        BatchNormalizations, see `onnxqat.preparation.distributions`.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def correct_biases_analytically(model: QuantizedModel) -> Corrected:
     for bias in (one for biases in depths for one in biases):
         shift = _shift(corrected, layers.get(bias.layer), expectations)
         if shift is None:
-            reason = "the mean of what it reads does not follow from BatchNormalization"
+            reason = "the mean of its input does not follow from a BatchNormalization"
             skips.append(Skip(bias.layer, nodes[bias.layer].op, reason))
             continue
         shift_bias(nodes[bias.node], bias.position, -shift)
@@ -67,8 +67,10 @@ def correct_biases_analytically(model: QuantizedModel) -> Corrected:
 def _shift(
     model: QuantizedModel, layer: Layer | None, expectations: Expectations
 ) -> NDArray[np.float64] | None:
-    """Return what rounding its weight adds to the mean of each output channel of a layer."""
-    if layer is None or is_op(layer.node, "ConvTranspose"):  # how many taps meet, depends on where
+    """Return the shift of each output channel's mean by rounding the layer's weight, if known."""
+    if layer is None or is_op(
+        layer.node, "ConvTranspose"
+    ):  # the number of taps depends on the position
         return None
     means = expectations.read_by(layer)
     if means is None:

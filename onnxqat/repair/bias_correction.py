@@ -1,4 +1,4 @@
-"""Empirical bias correction: what quantization adds to the mean of a layer, taken off its bias.
+"""Empirical bias correction: subtract the shift of a layer's mean by quantization from its bias.
 
 Nagel et al. 2019 (arXiv:1906.04721), section 4.2: rounding weights and activations shifts the mean
 of each output channel by
@@ -7,8 +7,8 @@ of each output channel by
 
     E[epsilon] = E[y_q] - E[y],    b -> b - E[epsilon]                  (equation 16)
 
-over the data (appendix D, "empirical"). Layers are done in the order of the network, each behind
-corrected ones; those on parallel paths together.
+over the data (appendix D, "empirical"). Layers are corrected in the order of the network, so that
+each reads the outputs of corrected layers; layers on parallel paths are corrected together.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Corrected:
     Attributes
     ----------
     model : QuantizedModel
-        It remembers the biases that it had, see `onnxqat.repair.originals`.
+        The corrected model; its metadata contain the old biases, see `onnxqat.repair.originals`.
     layers : tuple of str
         Names of the nodes whose bias changed.
     skips : tuple of Skip
-        The quantized layers that have none to change, and why.
+        The quantized layers without a bias that can be changed, and why.
     """
 
     model: QuantizedModel
@@ -76,7 +76,7 @@ class Corrected:
 
 
 class Bias(NamedTuple):
-    """A bias, input ``position`` of ``node``, and the axis of channels in what the node writes.
+    """A bias: input ``position`` of ``node``, and the channel axis of the node's output.
 
     ``node`` is the layer itself, or the Add behind a MatMul.
     """
@@ -95,15 +95,15 @@ def correct_biases(
     threads: int = 0,
     progress: Callable[[], None] = lambda: None,
 ) -> Corrected:
-    """Return a calibrated model whose layers have the means of the float model.
+    """Return a calibrated model whose layers have the output means of the float model.
 
     Parameters
     ----------
     model : QuantizedModel
-        Calibrated; not changed.
+        A calibrated model; it is not changed.
     batches : callable
-        Returns the data from the start: they are read once, and once more for each depth at which
-        there are layers. One batch is held at a time.
+        Returns an iterator over all data. It is called once, and once more for each depth at which
+        there are layers. One batch is in memory at a time.
     progress : callable
         Called after each batch.
 
@@ -136,24 +136,24 @@ def correct_biases(
 def finished(
     before: QuantizedModel, after: QuantizedModel, layers: Iterable[str], skips: Iterable[Skip]
 ) -> Corrected:
-    """Return a model with corrected biases, which remembers the others, and what was done."""
+    """Return the corrected model with the old biases in its metadata, and what was done."""
     note_originals(before.floats, after.floats)
     plan = without_large_biases(after.plan, after.params, after.floats.graph.tensors())
     return Corrected(model=replace(after, plan=plan), layers=tuple(layers), skips=tuple(skips))
 
 
 def bias_passes(model: QuantizedModel) -> int:
-    """Return how often `correct_biases` reads the data."""
+    """Return how many times `correct_biases` reads the data."""
     return 1 + len(find_biases(model)[0])
 
 
 def find_biases(model: QuantizedModel) -> tuple[list[list[Bias]], list[Skip]]:
-    """Return the biases of quantized layers, by how many such layers lie before each."""
+    """Return the biases of quantized layers, listed by the number of such layers before them."""
     graph = model.floats.graph
     weights = {point.tensor for point in model.plan.points if point.role == "weight"}
     gridded = {point.tensor for point in model.plan.grid_points()}
     kept = pinned_names(graph)
-    depth: dict[str, int] = {}  # of tensors
+    depth: dict[str, int] = {}  # the number of layers before each tensor
     depths: dict[int, list[Bias]] = {}
     skips = []
     for node in graph.nodes:
@@ -171,25 +171,25 @@ def find_biases(model: QuantizedModel) -> tuple[list[list[Bias]], list[Skip]]:
 
 
 def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> Bias | str:
-    """Return the bias of a layer, or why there is none to change."""
+    """Return the bias of a layer, or the reason why there is none that can be changed."""
     node, index = layer, bias_index(layer)
-    if index is None:  # of a MatMul, what the Add behind it adds
+    if index is None:  # a MatMul: its bias is the operand of the Add behind it
         node = layer.outputs[0].outputs[0] if len(layer.outputs[0].outputs) == 1 else layer
         sides = [i for i in range(len(node.inputs)) if biased_node(node, i) is layer]
         index = sides[0] if node is not layer and sides else None
     if index is None or len(node.inputs) <= index or not node.inputs[index].name:
         return "it has no bias"
     if not is_plain_product(layer):
-        return "it multiplies its product or its bias"
+        return "it scales its product or its bias"
     bias, output = node.inputs[index], node.outputs[0]
     values, rank = constant_values(bias), len(output.shape or ())
     axis = 1 if is_convolution(node) else rank - 1
     if values is None or len(bias.outputs) > 1 or bias.name in kept:
-        return "its bias is computed, or other nodes read it too"
+        return "its bias is computed, or other nodes also read it"
     if bias.name in gridded:
-        return "its bias is on a grid of its own"
+        return "its bias has its own quantization parameters"
     if axis < 1 or values.size != output.shape[axis] or values.shape[-1:] != (values.size,):
-        return "its bias does not run along the channels"
+        return "its bias does not have one value per channel"
     return Bias(str(layer.name), str(node.name), index, str(output.name), axis)
 
 
@@ -222,7 +222,7 @@ def _means(
             counts[name] += channels.shape[1]
         progress()
     if wanted and not all(counts.values()):
-        raise DataError("There is no data to correct biases on. Give at least one sample.")
+        raise DataError("There are no data to correct biases with. Give at least one sample.")
     means = {name: total / counts[name] for name, total in sums.items()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():

@@ -1,12 +1,13 @@
-"""Which channels of a float graph can be multiplied by a number without changing what it computes.
+"""Find the channels of a float graph that can be scaled without changing what the graph computes.
 
-Every activation is followed from the layer that writes it to the layers that read it. An operator f
-with f(s * x) = s * f(x) for s > 0 (Relu, LeakyRelu, PRelu, pooling, linear Resize) passes the scale
-of each channel on; one that moves values moves the scales with them, which is computed on an array
-of channel numbers; what is added must have the same scale. All else keeps its inputs as they are.
+Each activation is followed from the layer that writes it to the layers that read it. An operator f
+with f(s * x) = s * f(x) for s > 0 (Relu, LeakyRelu, PRelu, pooling, linear Resize) keeps the scale
+of each channel. An operator that moves values moves the scales with them, which is computed by
+applying it to an array of channel numbers. The operands of an addition must have the same scale.
+The inputs of all other operators must not be scaled.
 
-The scales of a layer's outputs and inputs are then free of each other: the layer itself is divided
-by the one and multiplied by the other.
+The scales of a layer's inputs and outputs are independent: the layer's weight is multiplied by the
+input scales and divided by the output scales.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from onnxqat.repair.sets import ChannelSets, Ids
 __all__ = ["Network", "Shift", "find_channels"]
 
 MOVING = moving("axes", "blocks", "repeats", "picks", "joins")
-# What unknown lengths are taken for; not 1, which would hide that an axis is mixed with others.
+# The length assumed for unknown lengths; it is not 1, which would hide that axes are mixed.
 BATCH, LENGTH = 2, 3
-MAX_VALUES = 2**26  # of a tensor whose channels are followed through a node that moves values
+MAX_VALUES = 2**26  # larger tensors are not followed through nodes that move values
 
 
 class Shift(NamedTuple):
-    """A constant that is added to a tensor with the channels ``ids``: an input of ``node``."""
+    """A constant input of ``node`` that is added to a tensor with the channels ``ids``."""
 
     node: gs.Node
     position: int
@@ -54,21 +55,21 @@ class Shift(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Network:
-    """What `find_channels` found.
+    """The channels of a graph, as found by `find_channels`.
 
     Attributes
     ----------
     sets : ChannelSets
-        Which channels share a scale.
+        The sets of channels that share a scale.
     layers : list of Layer
-        In order.
+        The layers, in graph order.
     shifts : list of Shift
-        Constants that are added.
+        The constants that are added to scaled tensors.
     norms : list of (Norm, array of shape (channels,))
-        Normalizations that may be scaled, and the numbers of their channels.
+        The normalizations that can be scaled, and their channel numbers.
     tensors : dict of str to array
-        The channel numbers of each tensor that may have scales: an array of the tensor's rank,
-        whose length is 1 along each axis on which they do not depend: (1, C, 1, 1) behind a Conv.
+        The channel numbers of each tensor that can be scaled: an array of the tensor's rank with
+        length 1 along each axis on which they do not depend, such as (1, C, 1, 1) behind a Conv.
     """
 
     sets: ChannelSets = field(default_factory=ChannelSets)
@@ -79,14 +80,14 @@ class Network:
 
 
 def find_channels(graph: gs.Graph, norms: Iterable[Norm] = ()) -> Network:
-    """Return the layers of a prepared float graph, and which of their channels share a scale.
+    """Return the layers of a prepared float graph, and the sets of channels that share a scale.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Not changed.
+        The graph; it is not changed.
     norms : iterable of Norm
-        The normalizations whose channels may be scaled too.
+        Normalizations whose channels can also be scaled.
     """
     walk = _Walk(graph, norms)
     for node in graph.nodes:
@@ -96,7 +97,7 @@ def find_channels(graph: gs.Graph, norms: Iterable[Norm] = ()) -> Network:
 
 
 class _Walk:
-    """Follows the channels through the nodes in order."""
+    """Follows the channels through the nodes, in graph order."""
 
     def __init__(self, graph: gs.Graph, norms: Iterable[Norm]) -> None:
         self.found = Network()
@@ -109,7 +110,7 @@ class _Walk:
         return self.found.sets
 
     def visit(self, node: gs.Node) -> None:
-        """Take the next node."""
+        """Follow the channels through the next node."""
         rule = self._rule(node)
         results = rule(node) if rule else None
         if results is None:
@@ -119,13 +120,13 @@ class _Walk:
             if ids is not None and _fits(tensor, ids):
                 self.found.tensors[tensor.name] = ids
             elif ids is not None:
-                self.sets.fix(ids, f"the channels of '{tensor.name}' are not known")
+                self.sets.fix(ids, f"the channels of '{tensor.name}' are unknown")
 
     def finish(self) -> None:
-        """Keep what leaves the graph, or is read where it is not followed."""
+        """Fix the scales of graph outputs and of tensors that subgraphs read."""
         for name, ids in self.found.tensors.items():
             if name in self._pinned:
-                self.sets.fix(ids, f"'{name}' leaves the model, or a subgraph reads it")
+                self.sets.fix(ids, f"'{name}' is an output of the model, or a subgraph reads it")
 
     def _rule(self, node: gs.Node) -> Callable[[gs.Node], list[Ids | None] | None] | None:
         if id(node) in self._norms:
@@ -177,25 +178,27 @@ class _Walk:
         return [ids.reshape(_spread(rank, rank - 1))]
 
     def _incoming(self, node: gs.Node, axis: int, count: int) -> Ids:
-        """Return the channels that a layer reads."""
+        """Return the channel numbers of a layer's input."""
         tensor = node.inputs[0]
         ids = self._of(tensor)
         if ids is not None:
             if ids.shape[axis : axis + 1] == (ids.size,) and ids.size in (1, count):
-                return np.broadcast_to(ids.reshape(-1), count)  # of one channel, all are the same
+                return np.broadcast_to(
+                    ids.reshape(-1), count
+                )  # a single channel: all have the same number
             self.sets.fix(ids, f"'{node.name}' ({node.op}) sums over another axis")
         fresh = self.sets.new(count)
-        self.sets.fix(fresh, f"'{tensor.name}' comes from no layer that can be scaled")
+        self.sets.fix(fresh, f"'{tensor.name}' is not computed by a layer that can be scaled")
         return fresh
 
     def _problem(self, node: gs.Node) -> str | None:
-        """Return why a layer is left alone."""
+        """Return why a layer cannot be scaled, or None."""
         if not node.outputs[0].shape:
-            return f"the shape of what '{node.name}' writes is not known"
+            return f"the shape of the output of '{node.name}' is unknown"
         if len(node.inputs[1].outputs) > 1:
-            return f"other nodes read the weight of '{node.name}' too"
+            return f"other nodes also read the weight of '{node.name}'"
         if {t.name for t in node.inputs[1:]} & self._pinned:
-            return f"the weight or bias of '{node.name}' is read elsewhere"
+            return f"a graph output or a subgraph reads the weight or bias of '{node.name}'"
         index = bias_index(node)
         bias = node.inputs[index] if index is not None and len(node.inputs) > index else None
         if bias is not None and bias.name and constant_values(bias) is None:
@@ -212,7 +215,7 @@ class _Walk:
         return [ids]
 
     def _filled(self, node: gs.Node) -> list[Ids | None] | None:
-        """Follow a Pad with zeros or a Resize that leaves the axis of the channels alone."""
+        """Follow a Pad with zeros, or a Resize, that does not change the channel axis."""
         ids = self._of(node.inputs[0])
         if ids is None:
             return [None]
@@ -235,7 +238,7 @@ class _Walk:
         return [ids if node.attrs.get("keepdims", 1) else np.squeeze(ids, reduced)]
 
     def _summed(self, node: gs.Node) -> list[Ids | None] | None:
-        """Let all that is added have the scales of one of them."""
+        """Give all operands of an addition the same scales."""
         found = [self._of(t) for t in node.inputs if constant_values(t) is None]
         known = [ids for ids in found if ids is not None]
         rank = len(node.outputs[0].shape or ())
@@ -248,14 +251,14 @@ class _Walk:
         constants = [(i, constant_values(tensor)) for i, tensor in enumerate(node.inputs)]
         shifts = [Shift(node, i, ids) for i, v in constants if v is not None and v.any()]
         if shifts and (not is_op(node, "Add", "Sub") or not is_float(node.outputs[0])):
-            return None  # a constant limit would have to be scaled too
+            return None  # a constant limit would also have to be scaled
         self.found.shifts += shifts
         for other in known:
             self.sets.join(ids, np.broadcast_to(other, ids.shape))
         return [ids]
 
     def _multiplied(self, node: gs.Node) -> list[Ids | None] | None:
-        """Pass on the scales of the one factor that has any; the other has none."""
+        """Pass on the scales of one factor; the other factor must not be scaled."""
         known = [self._of(tensor) for tensor in node.inputs]
         found = [ids for ids in known if ids is not None]
         rank = len(node.outputs[0].shape or ())
@@ -266,13 +269,13 @@ class _Walk:
         return [_of_rank(found[0], rank)]
 
     def _clipped(self, node: gs.Node) -> list[Ids | None]:
-        """Keep the channels before and behind as they are."""
-        reason = f"'{node.name}' (Clip) reads it (a Clip cuts at numbers that are not scaled)"
+        """Fix the scales of the channels before and behind a Clip."""
+        reason = f"'{node.name}' (Clip) reads it, and its limits are not scaled"
         self._keep_inputs(node, reason)
         return [self._of(node.inputs[0])]
 
     def _moved(self, node: gs.Node) -> list[Ids | None] | None:
-        """Move channel numbers as the node moves values."""
+        """Move the channel numbers in the same way as the node moves values."""
         data = [i for i in range(len(node.inputs)) if input_role(node, i) == "data"]
         if all(self._of(node.inputs[i]) is None for i in data):
             return [None] * len(node.outputs)
@@ -290,7 +293,7 @@ class _Walk:
         return [_compressed(numbers) for numbers in results]
 
     def _numbered(self, tensor: gs.Tensor) -> Ids | None:
-        """Return an array of a tensor's shape that holds the number of each value's channel."""
+        """Return an array of a tensor's shape with the channel number of each value."""
         ids, shape = self._of(tensor), tensor.shape
         if shape is None:
             return None
@@ -299,22 +302,22 @@ class _Walk:
             return None
         if ids is None:
             ids = self.sets.new(1)
-            self.sets.fix(ids, f"'{tensor.name}' comes from no layer that can be scaled")
+            self.sets.fix(ids, f"'{tensor.name}' is not computed by a layer that can be scaled")
         return np.broadcast_to(ids, sizes)
 
 
 def _spread(rank: int, axis: int) -> list[int]:
-    """Return the shape of an array of this rank whose values are along one axis."""
+    """Return a shape of this rank with length -1 along one axis and 1 along the others."""
     return [-1 if i == axis else 1 for i in range(rank)]
 
 
 def _of_rank(ids: Ids, rank: int) -> Ids:
-    """Return an array with axes of length 1 in front, as broadcasting adds them."""
+    """Return an array of this rank, with axes of length 1 in front as in broadcasting."""
     return ids.reshape((1,) * (rank - ids.ndim) + ids.shape)
 
 
 def _fits(tensor: gs.Tensor, ids: Ids) -> bool:
-    """Return whether a tensor is known to have channels in such an array."""
+    """Return whether the channel numbers are known to fit a tensor's shape."""
     shape = tensor.shape
     return (
         shape is not None
@@ -324,7 +327,7 @@ def _fits(tensor: gs.Tensor, ids: Ids) -> bool:
 
 
 def _has_shape(tensor: gs.Tensor, values: NDArray[Any]) -> bool:
-    """Return whether values have a tensor's shape, as far as it is known."""
+    """Return whether the shape of values agrees with the known lengths of a tensor."""
     shape = tensor.shape
     return (
         shape is not None
@@ -336,7 +339,7 @@ def _has_shape(tensor: gs.Tensor, values: NDArray[Any]) -> bool:
 
 
 def _compressed(numbers: Ids) -> Ids:
-    """Return an array with length 1 along each axis on which it does not depend."""
+    """Return an array reduced to length 1 along each axis on which it does not depend."""
     for axis in range(numbers.ndim):
         first = numbers.take([0], axis)
         if np.array_equal(np.broadcast_to(first, numbers.shape), numbers):
@@ -345,7 +348,7 @@ def _compressed(numbers: Ids) -> Ids:
 
 
 def _pads_others(node: gs.Node, axis: int, _: int) -> bool:
-    """Return whether a Pad adds zeros, or values that are there, on other axes than this."""
+    """Return whether a Pad adds zeros, or copies of values, on other axes only."""
     pads = constant_values(node.inputs[1]) if len(node.inputs) > 1 else None
     some_axes = len(node.inputs) > 3 and node.inputs[3].name
     if pads is None or some_axes or not keeps_grid(node):
@@ -355,7 +358,7 @@ def _pads_others(node: gs.Node, axis: int, _: int) -> bool:
 
 
 def _resizes_others(node: gs.Node, axis: int, count: int) -> bool:
-    """Return whether a Resize leaves this axis, of length ``count``, as it is."""
+    """Return whether a Resize does not change this axis, of length ``count``."""
     crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     if crops or "axes" in node.attrs:
         return False

@@ -1,4 +1,4 @@
-"""Replace the constants of a graph by changed ones."""
+"""Replace constants of a graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Editor", "bias_of"]
 
 
 def bias_of(node: gs.Node) -> gs.Tensor | None:
-    """Return what a layer has as its bias, None where it has none."""
+    """Return the bias of a layer, or None if it has none."""
     index = bias_index(node)
     if index is None or len(node.inputs) <= index or not node.inputs[index].name:
         return None
@@ -24,20 +24,20 @@ def bias_of(node: gs.Node) -> gs.Tensor | None:
 
 
 class Editor:
-    """Replaces constants of a graph; one that others read too gets a name of its own."""
+    """Replaces constants of a graph; if other nodes read a constant too, a new name is used."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self._pinned, self._taken = pinned_names(graph), tensor_names(graph)
 
     def replace(self, node: gs.Node, index: int, values: NDArray[Any], word: str) -> None:
-        """Let input ``index`` of a node be a constant with these values, as float32."""
+        """Make input ``index`` of a node a float32 constant with these values."""
         name = own_name(node.inputs[index], f"{node.name}.{word}", self._pinned, self._taken)
         node.inputs[index] = constant(name, _rounded(values))
 
     def add_to_bias(self, node: gs.Node, change: NDArray[np.float64]) -> None:
-        """Add a number to each output channel of a Conv or Gemm, ``change`` of shape (channels,).
+        """Add ``change``, of shape (channels,), to the output channels of a Conv or Gemm.
 
-        The bias is a constant that runs along the channels, or there is none yet.
+        The layer must have a constant bias with one value per channel, or no bias.
         """
         bias, index = bias_of(node), bias_index(node)
         if bias is not None and index is not None:
@@ -50,5 +50,5 @@ class Editor:
 
 
 def _rounded(values: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # infinity shows in the outputs, which are compared
+    with np.errstate(over="ignore"):  # the comparison of outputs finds infinity
         return values.astype(np.float32)

@@ -1,12 +1,13 @@
-"""Cross-layer equalization, and what goes with it: the same function, by weights that lose less.
+"""Cross-layer equalization and related steps: the same function with weights that quantize better.
 
-A layer whose channels differ much in range loses most of them on the grid of the largest one, and
-so does the activation behind it. Nagel et al. 2019 (arXiv:1906.04721, section 4.1) divide each
-channel of a layer by a number and multiply the layer behind by it. This changes nothing but
-rounding where the function between is positively homogeneous: f(s * x) = s * f(x) for s > 0.
+If the channel ranges of a layer differ much, the scale of the largest channel leaves the others few
+integers, in the weight and in the activation behind it. Nagel et al. 2019 (arXiv:1906.04721,
+section 4.1) divide each output channel of a layer by a number and multiply the next layer by it.
+Apart from rounding, this changes nothing if the function between the layers is positively
+homogeneous: f(s * x) = s * f(x) for s > 0.
 
-The steps, in order: ReLU6 becomes Relu where that changes little (`onnxqat.repair.relu6`), channels
-are equalized, normalizations are smoothed (`onnxqat.repair.migration`), high biases are absorbed
+The steps, in order: replace ReLU6 by Relu where that changes little (`onnxqat.repair.relu6`),
+equalize channels, smooth normalizations (`onnxqat.repair.migration`), and absorb high biases
 (`onnxqat.repair.absorption`).
 """
 
@@ -41,11 +42,12 @@ from onnxqat.repair.scaling import scale_channels
 
 __all__ = ["Equalized", "equalize", "unevenness"]
 
-# Octaves that the channels of a layer lie below the largest one more, on average, than equalized.
+# Equalization is advised if it moves the channels of a layer closer to the largest one by at least
+# this many octaves, on average.
 UNEVEN = 2.0
-# Weights of more elements than this take too much memory and time for advice: 256 MiB of float32.
+# Models with more weights get no such advice, because it would take too long: 256 MiB of float32.
 MOST_ELEMENTS = 2**26
-ESTIMATE = 3  # sweeps over the network, to see whether it pays
+ESTIMATE = 3  # sweeps over the network that estimate the gain
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -57,24 +59,25 @@ class Equalized:
     Attributes
     ----------
     model : Model
-        Computes what the prepared model does, up to float rounding and the costs.
+        The equalized model. It computes the same as the prepared model, except for float rounding
+        and the changes listed in ``relu6`` and ``absorption_cost``.
     layers : tuple of str
         Names of the nodes whose weight changed.
     skips : tuple of Skip
-        The layers whose output channels keep their scale and the normalizations that are as they
-        were, with the reason.
+        The layers whose output channels keep their scale and the unchanged normalizations, with
+        reasons.
     spreads : tuple of Spread
-        How unequal the channel ranges of each weight were and are.
+        How unequal the channel ranges of each weight were before and are now.
     differences : tuple of Difference
-        What equalization and migration did to each output: rounding.
+        The change of each output by equalization and migration, which is float rounding.
     migrations : tuple of Migration
-        The normalizations that were smoothed.
+        The smoothed normalizations.
     relu6 : Replaced
-        The Clip nodes that a Relu replaced, or might have, and what that does to each output.
+        The Clip nodes that were or could be replaced by a Relu, and the change of each output.
     absorbed : tuple of str
         Names of the nodes whose high biases were absorbed.
     absorption_cost : tuple of Difference
-        What that did to each output.
+        The change of each output by absorption.
     """
 
     model: Model
@@ -100,18 +103,18 @@ def equalize(
     Parameters
     ----------
     model : Model
-        As `onnxqat.prepare` returns it; not changed.
+        A model from `onnxqat.prepare`; it is not changed.
     batches : iterable of mapping of str to array, optional
-        Model inputs by name, on which outputs are compared; random values by default. Without,
-        normalizations stay, ReLU6 is not replaced on its own, and high biases are absorbed only
-        where BatchNormalizations remember how high.
+        Model inputs by name, on which outputs are compared (default: random values). Without data,
+        normalizations are not smoothed, ``relu6="auto"`` replaces nothing, and high biases are
+        absorbed only if the statistics of a BatchNormalization give their distribution.
     relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.relu6`.
 
     Raises
     ------
     ModelError
-        Equalization changed the function by more than float32 rounding, or the model does not run.
+        The outputs changed by more than float32 rounding, or the model does not run.
     """
     feeds = None if batches is None else list(batches)
     start, relus = replaced_relu6(model, feeds, relu6, threads=threads)
@@ -144,18 +147,18 @@ def equalize(
 
 
 def unevenness(graph: gs.Graph) -> list[Spread]:
-    """Return the layers of a prepared graph whose channel ranges call for equalization.
+    """Return the layers of a prepared graph for which equalization is advised.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Not changed.
+        The graph; it is not changed.
 
     Returns
     -------
     list of Spread
-        Those whose channels lie, on average, `UNEVEN` octaves or more further below the largest one
-        than they would after equalization; the worst first. Empty where the weights have more than
+        The layers whose channels equalization would move closer to the largest one by `UNEVEN`
+        octaves or more, on average; the worst first. Empty if the weights have more than
         `MOST_ELEMENTS` elements.
     """
     network = find_channels(graph)
@@ -167,7 +170,7 @@ def unevenness(graph: gs.Graph) -> list[Spread]:
 
 
 def _divide_remembered(model: Model, network: Network, scales: NDArray[np.float64]) -> None:
-    """Divide what the model remembers of its tensors as their channels were."""
+    """Divide the stored statistics and distributions by the scales of their channels."""
     divisors = {
         name: scales[ids.reshape(-1)]
         for name, ids in network.tensors.items()
@@ -184,7 +187,7 @@ def _divide_remembered(model: Model, network: Network, scales: NDArray[np.float6
 def _absorb(
     model: Model, network: Network, batches: Sequence[Feeds] | None, threads: int
 ) -> tuple[str, ...]:
-    """Let layers take high biases of the layers before them; return the names of those."""
+    """Move high biases into the next layers; return the names of the layers that had them."""
     absorption, known = Absorption(model.graph, network), distributions_of(model)
     unknown = [name for name in absorption.tensors if name not in known]
     smallest = _smallest(model, unknown, batches, threads) if batches and unknown else {}
@@ -199,7 +202,7 @@ def _absorb(
 def _smallest(
     model: Model, names: Sequence[str], batches: Iterable[Feeds], threads: int
 ) -> dict[str, NDArray[Any]]:
-    """Return the smallest value of each channel of tensors, whose channels are along axis 1."""
+    """Return the smallest value of each channel (axis 1) of the tensors."""
     proto = model.to_proto()
     reader = TensorReader(proto, names, optimization="basic", threads=threads, name=model.name)
     found: dict[str, NDArray[Any]] = {}
@@ -214,17 +217,19 @@ def _refuse_changes(found: Iterable[Difference], name: str) -> None:
     for one in found:
         if not is_rounding(one):
             raise ModelError(
-                f"{name}: equalization changed more than float rounding does: {one}. "
-                "Work without it."
+                f"{name}: equalization changed the outputs by more than float rounding: {one}. "
+                "Do not equalize this model."
             )
 
 
 def _skips(network: Network, scales: NDArray[np.float64]) -> tuple[Skip, ...]:
-    """Return the layers whose output channels all keep their scale."""
+    """Return the layers whose output channels all keep their scale, with reasons."""
     found = []
     for layer in network.layers:
         channel = int(layer.outputs.flat[0])
         if np.all(scales[layer.outputs] == 1):
-            reason = network.sets.fixed_because(channel) or "its channels are equal, or carry none"
+            reason = (
+                network.sets.fixed_because(channel) or "its channels are already equal, or zero"
+            )
             found.append(Skip(layer.node.name, layer.node.op, reason))
     return tuple(found)

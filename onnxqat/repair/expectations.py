@@ -1,15 +1,15 @@
-"""What the channels of tensors are on average over the training data, without any data.
+"""Compute the mean of tensors' channels over the training data from BatchNormalization statistics.
 
-What a BatchNormalization writes is taken for normally distributed, as it remembers. Behind a
-function that clips it,
+The output of a BatchNormalization is assumed to be normally distributed, with the stored mean and
+deviation. Behind a function that clips it,
 
 ::
 
     f(y) = slope * y for y < 0,  y for 0 <= y < high,  high for y >= high
 
 the mean follows from the partial expectations of a normal distribution (Nagel et al. 2019,
-arXiv:1906.04721, section 4.2.1 and appendix C). Averages and what moves values keep it, additions
-add it. Zeros that a layer pads with are not counted, as in the paper.
+arXiv:1906.04721, section 4.2.1 and appendix C). Averages and operators that move values keep the
+mean, and additions add means. Padded zeros are not counted, as in the paper.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def clipped_mean(
     Parameters
     ----------
     one : Distribution
-        Before the function.
+        The distribution before the function.
     low, high : float
-        Below ``low`` it is ``low + slope * (y - low)``, above ``high`` it is ``high``.
+        The function is ``low + slope * (y - low)`` below ``low`` and ``high`` above ``high``.
     slope : array of shape (channels,) or float
-        Below ``low``.
+        The slope below ``low``.
     """
     spread = np.maximum(one.deviation, np.finfo(np.float64).tiny)
-    with np.errstate(over="ignore"):  # of a constant, both are very large
+    with np.errstate(over="ignore"):  # both are very large for a constant channel
         below, above = (low - one.mean) / spread, (high - one.mean) / spread
     under, over = _cumulative(below), 1 - _cumulative(above)
     inside = one.mean * (1 - under - over) + spread * (_density(below) - _density(above))
@@ -73,16 +73,16 @@ def _density(x: Floats) -> Floats:
 
 
 class Expectations:
-    """The means of what the layers of a float graph read.
+    """The means of the input channels of the layers in a float graph.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Prepared.
+        A prepared graph.
     network : Network
-        Its channels.
+        The channels of the graph.
     known : mapping of str to Distribution
-        What BatchNormalizations remember, by tensor.
+        The distributions from BatchNormalization statistics, by tensor.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Expectations:
                 self._means[name] = mean
 
     def read_by(self, layer: Layer) -> Floats | None:
-        """Return the mean of each input channel, of the shape of ``layer.inputs``, if known."""
+        """Return the mean of each input channel, in the shape of ``layer.inputs``, if known."""
         channels: dict[int, float] = {}
         for tensor in self._sources(layer.node.inputs[0]):
             ids = None if tensor is None else self._network.tensors.get(tensor)
@@ -106,7 +106,7 @@ class Expectations:
                 return None
             for channel, mean in zip(ids.reshape(-1).tolist(), self._means[tensor], strict=True):
                 if channels.setdefault(channel, float(mean)) != float(mean):
-                    return None  # one channel before and behind a function
+                    return None  # the channel is read both before and behind a function
         wanted = layer.inputs.reshape(-1).tolist()
         if not all(channel in channels for channel in wanted):
             return None
@@ -122,7 +122,7 @@ class Expectations:
         return None if normal is None else _behind_function(node, normal)
 
     def _sources(self, tensor: gs.Tensor) -> Iterator[str | None]:
-        """Yield the tensors with a known mean whose values a tensor holds; None for others."""
+        """Yield the tensors with a known mean that a tensor consists of; None for other parts."""
         waiting, seen = [tensor], {str(tensor.name)}
         while waiting:
             tensor = waiting.pop()
@@ -143,7 +143,7 @@ def _averages(node: gs.Node) -> bool:
 
 
 def _behind_function(node: gs.Node, normal: Distribution) -> Floats | None:
-    """Return the mean behind an activation function, if it is one that clips."""
+    """Return the mean behind an activation function, if the function clips."""
     if is_op(node, "Relu"):
         return clipped_mean(normal)
     if is_op(node, "LeakyRelu"):

@@ -1,4 +1,4 @@
-"""Layers with a weight: which of its values belong to which channels."""
+"""Layers with a weight, and the relation between the weight's values and channels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Layer", "layer_sizes"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """A node with a weight, and the channels on both sides of it.
+    """A node with a weight, and its input and output channels.
 
     Attributes
     ----------
     node : Node
         A Conv, ConvTranspose, Gemm or MatMul whose input 1 is constant.
     inputs, outputs : array of shape (groups, channels of a group)
-        Channel numbers.
+        The channel numbers.
     """
 
     node: gs.Node
@@ -33,7 +33,7 @@ class Layer:
     outputs: Ids
 
     def matrix(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """Return a weight as (groups, outputs, inputs, taps)."""
+        """Return a weight in the shape (groups, outputs, inputs, taps)."""
         (groups, inputs), outputs = self.inputs.shape, self.outputs.shape[1]
         if self.node.op == "ConvTranspose":  # (C, M / groups, ...)
             return weight.reshape(groups, inputs, outputs, -1).swapaxes(1, 2)
@@ -41,7 +41,7 @@ class Layer:
         return stored.reshape(groups, outputs, inputs, -1)
 
     def stored(self, matrix: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-        """Return the weight of ``shape`` that `matrix` makes so."""
+        """Return the weight of ``shape`` for a matrix; the inverse of `matrix`."""
         if self.node.op == "ConvTranspose":
             return matrix.swapaxes(1, 2).reshape(shape)
         return matrix.reshape(shape[::-1]).T if self._is_flipped else matrix.reshape(shape)
@@ -53,9 +53,9 @@ class Layer:
 
 
 def layer_sizes(node: gs.Node) -> tuple[int, int, int] | None:
-    """Return groups, and the inputs and outputs of one; None where no constant matrix is applied.
+    """Return the groups, inputs per group and outputs per group; None without a constant matrix.
 
-    A MatMul whose left factor is the constant one sums over rows: it is none of these.
+    A MatMul with a constant left operand also gives None, because it sums over rows.
     """
     shape = node.inputs[1].shape
     if weight_index(node) != 1 or not shape or 0 in shape or node.attrs.get("transA", 0):

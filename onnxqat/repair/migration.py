@@ -1,20 +1,20 @@
-"""Move what makes the channels of a normalization differ into the MatMuls behind it.
+"""Migration: move the different ranges of a normalization's channels into the MatMuls behind it.
 
-Xiao et al. 2023 (SmoothQuant, arXiv:2211.10438), equations 3 and 4: with X the activation between,
-W the weight behind, j an input channel and alpha between 0 and 1,
+Xiao et al. 2023 (SmoothQuant, arXiv:2211.10438), equations 3 and 4: with the activation X behind
+the normalization, the weight W of a MatMul, an input channel j and alpha between 0 and 1,
 
 ::
 
     Y = (X diag(s)^-1) (diag(s) W)
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
 
-which a LayerNormalization takes as its scale and bias divided by s. Transformers have a few
-channels there that are far larger than all others, and one scale for all leaves the others few
+Dividing the scale and bias of a LayerNormalization by s gives X diag(s)^-1. In transformers, a few
+of these channels are far larger than all others, so that a common scale leaves the others few
 integers.
 
-How much to move depends on the network. Of `STRENGTHS`, each normalization gets the alpha that
-leaves the products behind it the least error, at 8 bits and one scale each, on rows of the data;
-none where that is no better than it was.
+The best alpha depends on the network. Each normalization gets the alpha of `STRENGTHS` with the
+smallest error of the products behind it, quantized at 8 bits per-tensor on rows of the data. If no
+alpha reduces the error, the normalization is not changed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from onnxqat.repair.sets import Ids
 
 __all__ = ["Migration", "migrate"]
 
-STRENGTHS = (0.25, 0.5, 0.75)  # alpha
-ROWS = 256  # of an activation, on which errors are compared
-# A channel that is below this part of the largest carries nothing: it has no range.
+STRENGTHS = (0.25, 0.5, 0.75)  # the values of alpha that are tried
+ROWS = 256  # rows of an activation on which errors are compared
+# A channel whose range, relative to the largest, is below this is taken for zero.
 DEAD = 2.0**-16
 WEIGHT = QuantSpec(bits=8, symmetric=True)
 ACTIVATION = QuantSpec(bits=8, symmetric=False)
@@ -54,16 +54,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Migration:
-    """What was moved out of one normalization.
+    """The migration of one normalization.
 
     Attributes
     ----------
     norm : str
-        The name of its last node.
+        The name of the normalization's last node.
     alpha : float
-        Chosen.
+        The chosen alpha.
     before, after : float
-        Error of the products behind it at 8 bits, as a share of their mean square.
+        Mean squared error of the products behind it at 8 bits, relative to their mean square.
     """
 
     norm: str
@@ -74,7 +74,7 @@ class Migration:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Group:
-    """A normalization, and the layers that read nothing but its channels."""
+    """A normalization, and the layers that read only its channels."""
 
     norm: Norm
     ids: Ids
@@ -82,7 +82,7 @@ class _Group:
 
 
 class _Activation:
-    """Rows of a tensor, and the largest magnitude of each of its columns."""
+    """Sampled rows of a tensor, and the largest magnitude of each column."""
 
     def __init__(self) -> None:
         self.rows: list[NDArray[np.float32]] = []
@@ -97,25 +97,25 @@ class _Activation:
 def migrate(
     model: Model, batches: Sequence[Feeds] | None, *, threads: int = 0
 ) -> tuple[tuple[Migration, ...], tuple[Skip, ...]]:
-    """Scale the normalizations of a prepared float model, which is changed.
+    """Smooth the normalizations of a prepared float model in place.
 
     Parameters
     ----------
     model : Model
-        Changed; it computes the same up to float rounding.
+        The model; it is changed, but computes the same up to float rounding.
     batches : sequence of mapping of str to array, optional
-        Model inputs by name. Nothing is done without.
+        Model inputs by name. Without them, nothing is changed.
 
     Returns
     -------
     tuple of Migration, tuple of Skip
-        What was done, and the normalizations that are as they were, with the reason.
+        The smoothed normalizations, and the unchanged ones with reasons.
     """
     norms = find_norms(model.graph)
     network = find_channels(model.graph, norms)
     groups, skips = _groups(network)
     if not batches:
-        reason = "its activations are not known. Give data"
+        reason = "its activations are unknown. Give data"
         return (), (*skips, *(_skip(group.norm, reason) for group in groups))
     seen = _activations(model, groups, batches, threads)
     scales = np.ones(network.sets.count)
@@ -123,7 +123,9 @@ def migrate(
     for group in groups:
         migration, found = _chosen(group, seen)
         if migration is None:
-            skips.append(_skip(group.norm, "its channels differ little: no alpha is better"))
+            skips.append(
+                _skip(group.norm, "no alpha reduces the error: its channels differ little")
+            )
             continue
         scales[group.ids] = found
         done.append(migration)
@@ -137,7 +139,7 @@ def _skip(norm: Norm, reason: str) -> Skip:
 
 
 def _groups(network: Network) -> tuple[list[_Group], list[Skip]]:
-    """Return the normalizations that can be scaled, and why others cannot."""
+    """Return the normalizations that can be scaled, and the others with reasons."""
     roots = network.sets.roots(np.arange(network.sets.count))
     writers = [roots[ids] for _, ids in network.norms]
     writers += [roots[layer.outputs].reshape(-1) for layer in network.layers]
@@ -151,7 +153,7 @@ def _groups(network: Network) -> tuple[list[_Group], list[Skip]]:
         if reason is None and (np.any(counts[mine] > 1) or not np.array_equal(mine, ids)):
             reason = "it shares its channels with another layer"
         if reason is None and not _are_products(readers, mine):
-            reason = "what reads it is no MatMul over its channels"
+            reason = "it is not read by a MatMul over its channels only"
         if reason is None:
             groups.append(_Group(norm=norm, ids=ids, readers=readers))
         else:
@@ -160,7 +162,7 @@ def _groups(network: Network) -> tuple[list[_Group], list[Skip]]:
 
 
 def _are_products(readers: Iterable[Layer], channels: Ids) -> bool:
-    """Whether there are layers, all products of a matrix with just these channels."""
+    """Whether there are readers, and all are matrix products over exactly these channels."""
     found = [
         is_op(one.node, *MATRIX_PRODUCTS) and np.array_equal(one.inputs.reshape(-1), channels)
         for one in readers
@@ -171,7 +173,7 @@ def _are_products(readers: Iterable[Layer], channels: Ids) -> bool:
 def _activations(
     model: Model, groups: Iterable[_Group], batches: Sequence[Feeds], threads: int
 ) -> dict[str, _Activation]:
-    """Return what the readers read, by tensor."""
+    """Return rows and ranges of the tensors that the layers read."""
     names = {_read(layer).name for group in groups for layer in group.readers}
     seen = {str(name): _Activation() for name in sorted(names)}
     if not seen:
@@ -190,7 +192,7 @@ def _read(layer: Layer) -> gs.Tensor:
 
 
 def _chosen(group: _Group, seen: Mapping[str, _Activation]) -> tuple[Migration | None, Floats]:
-    """Return the best of `STRENGTHS` and its scales; None where the channels stay."""
+    """Return the migration with the best of `STRENGTHS` and its scales; None if none is better."""
     products = []
     for layer in group.readers:
         activation = seen[str(_read(layer).name)]
@@ -211,7 +213,7 @@ def _chosen(group: _Group, seen: Mapping[str, _Activation]) -> tuple[Migration |
 
 
 def _scales(inputs: NDArray[Any], weights: NDArray[Any], alpha: float) -> Floats:
-    """Return s_j of equation 4, and 1 for a channel that carries nothing."""
+    """Return s_j of equation 4, and 1 for zero channels."""
     alive = (inputs > DEAD * inputs.max()) & (weights > DEAD * weights.max())
     scales = np.ones(inputs.size)
     scales[alive] = inputs[alive].astype(np.float64) ** alpha / weights[alive] ** (1 - alpha)
@@ -219,7 +221,7 @@ def _scales(inputs: NDArray[Any], weights: NDArray[Any], alpha: float) -> Floats
 
 
 def _error(products: Iterable[tuple[Floats, Floats]], scales: Floats) -> float:
-    """Return the mean squared error of the quantized products, as a share of their mean square."""
+    """Return the mean squared error of the quantized products, relative to their mean square."""
     noise = signal = 0.0
     for rows, matrix in products:
         exact = rows @ matrix
@@ -230,7 +232,7 @@ def _error(products: Iterable[tuple[Floats, Floats]], scales: Floats) -> float:
 
 
 def _rounded(values: Floats, spec: QuantSpec) -> Floats:
-    """Return values on the grid of their extremes."""
+    """Return fake-quantized values, with the clipping range from their extremes."""
     narrow = values.astype(np.float32)
     low, high = np.asarray(narrow.min()), np.asarray(narrow.max())
     return fake_quantize(narrow, choose_qparams(low, high, spec), spec).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Normalizations over the last axis, whose output channels can be scaled as those of a layer."""
+"""Find normalizations over the last axis, whose output channels can be scaled like a layer's."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ KINDS = ("LayerNormalization", "RMSNormalization")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Norm:
-    """What multiplies each channel of a normalization by a number.
+    """The node of a normalization that multiplies each channel by a constant.
 
     Attributes
     ----------
     name : str
-        Of the last node of the normalization: what it goes by.
+        The name of the normalization, which is that of its last node.
     node : Node
-        A LayerNormalization, or the Mul of one that is written as several nodes.
+        A LayerNormalization, or the Mul of a normalization written as several nodes.
     constants : tuple of int
-        The inputs of ``node`` to divide by the scales: of a LayerNormalization its scale and bias.
-        The bias of one that is written as several nodes is added behind.
+        The inputs of ``node`` to divide by the scales: scale and bias of a LayerNormalization. A
+        normalization written as several nodes adds its bias in a later node.
     channels : int
-        How many there are.
+        The number of channels.
     """
 
     name: str
@@ -68,13 +68,13 @@ def _rank(node: gs.Node) -> int:
 
 
 def _factor(node: gs.Node) -> int | None:
-    """Return how many channels a Mul has a constant factor for; None where it has none."""
+    """Return the number of channels of a Mul's constant factor, or None if it has none."""
     found = [_channels(tensor) for tensor in node.inputs]
     return next((count for count in found if count is not None), None)
 
 
 def _channels(tensor: gs.Tensor) -> int | None:
-    """Return how many channels a constant has one value each for, along the last axis."""
+    """Return the number of channels (last axis) if a constant has one value for each, else None."""
     values = constant_values(tensor)
     if values is None or values.ndim == 0 or _is_wider(values.shape):
         return None

@@ -1,7 +1,7 @@
-"""The biases that a repair changed, as they were before.
+"""Store the biases that a repair changed, as they were before.
 
-With them the model computes what the user's does: absorption and bias correction change biases
-alone. A model that remembers the old ones can still be the teacher of its own fine-tuning.
+Absorption and bias correction change only biases. With the old biases the model computes the same
+as the user's model, so it can still be the teacher of its own fine-tuning.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ STORED = np.dtype("<f4")
 
 
 def note_originals(before: Model, after: Model) -> None:
-    """Store in the metadata of a model what it changed of its small constants.
+    """Store the old values of changed small constants in the metadata of ``after``.
 
     Parameters
     ----------
     before, after : Model
-        The same nodes by name. What ``after`` remembers from earlier changes stays.
+        Two models with the same node names. Values already stored in ``after`` stay.
     """
     nodes = {node.name: node for node in before.graph.nodes}
     found = {}
@@ -41,9 +41,9 @@ def note_originals(before: Model, after: Model) -> None:
 
 
 def _changed(before: gs.Node, after: gs.Node) -> Iterator[tuple[NDArray[np.float32], gs.Tensor]]:
-    """Yield the old values, of the new shape, of each constant of a node that is another one now.
+    """Yield the old values of each changed constant of a node, in the new shape, and its tensor.
 
-    A constant that was not there was zero.
+    A constant that did not exist before counts as zero.
     """
     for index, tensor in enumerate(after.inputs):
         there = before.inputs[index] if index < len(before.inputs) else None
@@ -58,14 +58,14 @@ def _changed(before: gs.Node, after: gs.Node) -> Iterator[tuple[NDArray[np.float
 
 
 def _is_shared(one: gs.Tensor | None, other: gs.Tensor) -> bool:
-    """Whether both are constants with the same stored values, which need not be read."""
+    """Whether both constants share the same stored values, so that they need not be loaded."""
     if not isinstance(one, gs.Constant) or not isinstance(other, gs.Constant):
         return False
     return one._values is other._values
 
 
 def original(model: Model) -> Model:
-    """Return a model with the biases that it had before repair; itself, where none was changed."""
+    """Return a model with its biases before repair; the same object if none was changed."""
     stored, tensors = _stored(model), model.graph.tensors()
     known = {name: values for name, values in stored.items() if _fits(tensors.get(name), values)}
     if not known:
@@ -85,7 +85,7 @@ def _fits(tensor: gs.Tensor | None, stored: bytes) -> bool:
 
 
 def _stored(model: Model) -> dict[str, bytes]:
-    """Return the old values by name; nothing where they cannot be read."""
+    """Return the old values by name; empty if they cannot be read."""
     try:
         return msgspec.json.decode(model.metadata.get(KEY, "{}"), type=dict[str, bytes])
     except msgspec.MsgspecError:

@@ -1,8 +1,8 @@
-"""Put a Relu in the place of a Clip from 0, such as ReLU6, which no scale passes.
+"""Replace a Clip from 0, such as ReLU6, by a Relu, because channels behind a Clip cannot be scaled.
 
-This changes the function where values reach the upper limit. ``auto`` measures by how much, on
-data: outputs that keep a ratio of signal to difference of `SMALL_DB` lose less by it than by
-quantization to 8 bits, whose noise is some ten times stronger.
+This changes the function where values reach the upper limit. ``auto`` measures the change on data.
+If the outputs keep an SQNR of `SMALL_DB`, the change costs less than quantization to 8 bits, whose
+noise is about ten times stronger.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Feeds = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """What became of the Clip nodes from 0.
+    """The Clip nodes from 0, and whether they were replaced.
 
     Attributes
     ----------
     nodes : tuple of str
-        Their names, where a Relu replaced them.
+        Names of the Clip nodes that a Relu replaced.
     kept : tuple of str
-        Their names, where they stand as they were.
+        Names of the Clip nodes that stayed.
     cost : tuple of Difference
-        What a Relu in their place does to each output; empty where it was not measured.
+        The change of each output by the replacement; empty if it was not measured.
     """
 
     nodes: tuple[str, ...] = ()
@@ -54,16 +54,17 @@ NOTHING = Replaced()
 def replaced_relu6(
     model: Model, batches: Sequence[Feeds] | None, how: Relu6, *, threads: int = 0
 ) -> tuple[Model, Replaced]:
-    """Return a model with a Relu in the place of each Clip from 0 to a finite number, or itself.
+    """Return a model in which a Relu replaces each Clip from 0 to a finite number, or the model.
 
     Parameters
     ----------
     model : Model
-        Not changed.
+        The model; it is not changed.
     batches : sequence of mapping of str to array, optional
-        What the cost is measured on; random values by default.
+        Model inputs on which the change is measured (default: random values).
     how : {"auto", "keep", "replace"}
-        ``auto`` replaces them where every output keeps `SMALL_DB` on the data; without data, none.
+        ``auto`` replaces the Clips if all outputs keep an SQNR of `SMALL_DB` on the data, and
+        replaces none without data.
     """
     changed = model.copy()
     names = _replace(changed.graph)

@@ -1,19 +1,20 @@
-"""The scales of cross-layer equalization.
+"""Compute the scales of cross-layer equalization.
 
-Nagel et al. 2019 (arXiv:1906.04721), section 4.1: of two layers with the channel ranges r1 and r2,
-those of output channel i of the first weight and of input channel i of the second, the scale
+Nagel et al. 2019 (arXiv:1906.04721), section 4.1: if output channel i of the first weight has the
+range r1_i, and input channel i of the second weight has the range r2_i, the scale
 
 ::
 
     s_i = sqrt(r1_i * r2_i) / r2_i                                      (equation 11)
     W1 -> W1 / s,  b1 -> b1 / s,  W2 -> W2 * s                          (equations 7 and 8)
 
-makes both ranges equal to sqrt(r1_i * r2_i). Pairs are done in order, again and again, until no
-scale changes. A range is here the largest magnitude; weights are quantized symmetrically.
+makes both ranges equal to sqrt(r1_i * r2_i). All pairs are equalized in order, repeatedly, until
+the scales no longer change. A range is the largest magnitude, because weights are quantized
+symmetrically.
 
-Where several layers write channels of one scale (the branches of an Add), r1_i is the largest of
-their ranges, each taken in proportion to the largest range of its layer, so that a layer of small
-weights counts as much as one of large weights; likewise r2_i where several layers read them.
+If several layers write channels that share a scale (the branches of an Add), r1_i is the largest of
+their ranges, each relative to the largest range of its layer, so that layers with small and with
+large weights count equally. The same applies to r2_i if several layers read the channels.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ __all__ = ["Spread", "find_scales", "spreads"]
 Floats = NDArray[np.float64]
 
 MAX_SWEEPS = 200
-CONVERGED = 1e-3  # in octaves: scales change by less than 0.07 %
-# A channel whose weights are below this part of the largest carries nothing: it has no range.
+CONVERGED = 1e-3  # octaves: stop when all scales change by less than 0.07 %
+# A channel whose range, relative to the largest, is below this is taken for zero.
 DEAD = 2.0**-16
 
 
 class Spread(NamedTuple):
-    """How far the channels of a weight lie below its largest one, on average, in octaves.
+    """How far the channels of a weight lie below its largest one: the mean, in octaves.
 
-    Only channels that equalization can scale count; ``after`` is the value once it has scaled them.
+    Only channels that equalization can scale count; ``after`` is the value after equalization.
     """
 
     node: str
@@ -52,40 +53,40 @@ class Spread(NamedTuple):
 
 
 class _Port(NamedTuple):
-    """One side of a layer, by the layer's number."""
+    """The input or the output side of a layer, and the layer's number."""
 
     layer: int
-    ids: Ids  # of shape (groups, channels of a group)
-    axis: int  # of the layer's matrix, over which the maximum is taken
+    ids: Ids  # channel numbers, of shape (groups, channels of a group)
+    axis: int  # axis of the layer's matrix over which the maximum is taken
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Channels that some layers share: who writes them, and who reads them."""
+    """Channels that are equalized together, with the layers that write and read them."""
 
     writers: tuple[_Port, ...]
     readers: tuple[_Port, ...]
 
 
 def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
-    """Return a scale for each channel number: what the channel is divided by.
+    """Return the scale of each channel number, by which the channel is to be divided.
 
     Parameters
     ----------
     sweeps : int
-        How often each pair is done at most.
+        The most sweeps over all pairs.
 
     Returns
     -------
     array of shape (channel numbers,), float64
-        1 for what stays as it is.
+        The scales; 1 for channels that must not be scaled.
     """
     roots = network.sets.roots(np.arange(network.sets.count))
     free = _free(network, roots)
-    scales = np.ones(roots.size + 1)  # the last one is that of all that is fixed
+    scales = np.ones(roots.size + 1)  # the last one belongs to all fixed channels
     numbers = np.where(free[roots], roots, roots.size)
     ports = [(numbers[layer.inputs], numbers[layer.outputs]) for layer in network.layers]
-    magnitudes = {  # of the others, which may be large, none is looked at
+    magnitudes = {  # only of the layers that are needed: weights can be large
         number: _magnitudes(network.layers[number])
         for number, sides in enumerate(ports)
         if any((ids != roots.size).any() for ids in sides)
@@ -99,7 +100,7 @@ def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
 
 
 def spreads(network: Network, scales: Floats) -> tuple[Spread, ...]:
-    """Return the spread of each weight with channels that are scaled, in order."""
+    """Return the spread of each weight that has scaled channels, in graph order."""
     found = []
     for layer in network.layers:
         inputs, outputs = scales[layer.inputs], scales[layer.outputs]
@@ -121,14 +122,14 @@ def _octaves(magnitudes: NDArray[Any], moving: Sequence[NDArray[np.bool_]]) -> f
 
 
 def _magnitudes(layer: Layer) -> NDArray[np.float32]:
-    """Return the largest magnitude of the taps, as (groups, outputs, inputs)."""
+    """Return the largest magnitude over the taps, of shape (groups, outputs, inputs)."""
     weight = constant_values(layer.node.inputs[1])
-    assert weight is not None  # so is every layer that was found
+    assert weight is not None  # true for each layer of a `Network`
     return np.asarray(np.abs(layer.matrix(weight)).max(axis=-1), np.float32)
 
 
 def _free(network: Network, roots: Ids) -> NDArray[np.bool_]:
-    """Return for each channel number whether it stands for a set that may be scaled."""
+    """Return for each channel number whether it is the root of a set that can be scaled."""
     free = np.zeros(roots.size, bool)
     for channel in np.unique(roots).tolist():
         free[channel] = network.sets.fixed_because(channel) is None
@@ -183,7 +184,7 @@ def _equalize(
 
 
 def _combined(sides: Sequence[tuple[Ids, NDArray[np.float32]]], count: int) -> Floats:
-    """Return the range of each channel, of the layers that write (or read) it together."""
+    """Return the combined range of each channel over the layers that write (or read) it."""
     largest = np.array([max(float(ranges.max()), np.finfo(np.float32).tiny) for _, ranges in sides])
     size = float(np.exp(np.log(largest).mean()))
     combined = np.zeros(count)

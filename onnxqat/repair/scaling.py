@@ -1,4 +1,4 @@
-"""Divide the channels of a network by numbers, in its constants."""
+"""Divide the channels of a network by scales, by changing its constants."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Floats = NDArray[np.float64]
 
 
 def scale_channels(graph: gs.Graph, network: Network, scales: Floats) -> tuple[str, ...]:
-    """Scale weights, biases and what is added; return the names of the layers that changed.
+    """Scale weights, biases and added constants; return the names of the changed layers.
 
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        Changed.
+        The graph; it is changed.
     network : Network
-        Its channels.
+        The channels of the graph.
     scales : array of shape (channel numbers,), float64
-        What each channel is divided by.
+        The divisor of each channel.
     """
     editor = Editor(graph)
     changed = []
@@ -48,7 +48,7 @@ def scale_channels(graph: gs.Graph, network: Network, scales: Floats) -> tuple[s
 
 
 def _scale_layer(layer: Layer, scales: Floats, editor: Editor) -> None:
-    """W -> W * s_in / s_out, b -> b / s_out, in float64, rounded once."""
+    """Apply W -> W * s_in / s_out and b -> b / s_out, in float64, rounded once."""
     node, inputs, outputs = layer.node, scales[layer.inputs], scales[layer.outputs]
     weight = node.inputs[1].values
     factors = inputs[:, None, :, None] / outputs[:, :, None, None]

@@ -1,4 +1,4 @@
-"""Channels that must be multiplied by one number, by union-find."""
+"""Sets of channels that must have the same scale, by union-find."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Ids = NDArray[np.int64]
 
 
 class ChannelSets:
-    """Sets of channels: those of one set have one scale. The scale of a fixed set is 1."""
+    """Sets of channels that share one scale. The scale of a fixed set is 1."""
 
     def __init__(self) -> None:
         self._parents: list[int] = []
-        self._reasons: dict[int, str] = {}  # of the fixed sets, by root
+        self._reasons: dict[int, str] = {}  # why a set is fixed, by its root
 
     @property
     def count(self) -> int:
-        """How many channels there are."""
+        """The number of channels."""
         return len(self._parents)
 
     def new(self, count: int) -> Ids:
-        """Return ``count`` new channels, each a set of its own."""
+        """Return the numbers of ``count`` new channels, each in its own set."""
         first = len(self._parents)
         self._parents.extend(range(first, first + count))
         return np.arange(first, first + count)
 
     def roots(self, ids: Ids) -> Ids:
-        """Return one channel of the set of each, same shape."""
+        """Return the root channel of each channel's set, in the same shape."""
         found = [self._root(i) for i in ids.reshape(-1).tolist()]
         return np.array(found, np.int64).reshape(ids.shape)
 
@@ -43,12 +43,12 @@ class ChannelSets:
                     self._reasons.setdefault(kept, self._reasons.pop(merged))
 
     def fix(self, ids: Ids, reason: str) -> None:
-        """Keep channels as they are; the first reason counts."""
+        """Fix the scale of channels at 1; the first reason given for a set is kept."""
         for root in np.unique(self.roots(np.unique(ids))).tolist():
             self._reasons.setdefault(root, reason)
 
     def fixed_because(self, channel: int) -> str | None:
-        """Return why a channel is kept as it is; None where it is not."""
+        """Return why the scale of a channel is fixed, or None if it is not."""
         return self._reasons.get(self._root(channel))
 
     def _root(self, channel: int) -> int:

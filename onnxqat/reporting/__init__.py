@@ -1,4 +1,4 @@
-"""A page about a quantized model: what was done, what it reached, where it loses, what to do."""
+"""The report on a quantized model: an HTML page with figures, curves, layers and advice."""
 
 from onnxqat.reporting.analysis import AnalysisDocument, read_analysis, typed_analysis
 from onnxqat.reporting.comparison import Comparison, Row, figures_of_evaluation

@@ -1,4 +1,4 @@
-"""What to do next, and which command gives what a page lacks."""
+"""Advise the next steps, and the commands that add missing parts to a report."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Step:
     Attributes
     ----------
     text : str
-        What was seen, and what to do.
+        The observation, and what to do.
     commands : tuple of str
-        Do it.
+        The commands that do it.
     """
 
     text: str
@@ -47,12 +47,12 @@ def steps_of(
     analysis: AnalysisDocument | None,
     repairs: Sequence[str],
 ) -> list[Step]:
-    """Return the advice, what gains accuracy first.
+    """Return the advice; steps that can raise the accuracy come first.
 
     Parameters
     ----------
     repairs : sequence of str
-        What to do to the float model, a line each.
+        Advised repairs of the float model, one line each.
     """
     runs = runs_of(model)
     return [
@@ -74,7 +74,7 @@ def _of_state(model: QuantizedModel) -> Iterator[Step]:
         data = given(model, "data") or "DATA"
         teacher = [] if floats_of(model) else ["--teacher", source_of(model)]
         yield Step(
-            text="The weights are those of the float model. Fine-tuning lowers what is lost.",
+            text="The model was not fine-tuned. Fine-tuning usually lowers the loss of accuracy.",
             commands=(shlex.join(["onnxqat", "finetune", model.name, data, *teacher]),),
         )
 
@@ -83,11 +83,11 @@ def _of_run(run: Run) -> Iterator[Step]:
     epochs = int(run.attempts[-1][-1].get("epoch") or 0)
     if run.kept_name == "start":
         yield Step(
-            text="The start was kept: no epoch was better. Try a smaller --lr, more data, or "
-            "analyze, which says where the loss comes from."
+            text="The start was kept, because no epoch was better. Try a smaller --lr, more data, "
+            "or 'onnxqat analyze', which shows where accuracy is lost."
         )
     elif run.kept_name == f"epoch {epochs}":
-        yield Step(text=f"The last epoch, {epochs}, was the best: more --epochs may gain more.")
+        yield Step(text=f"The last epoch, {epochs}, was the best. More --epochs may improve it.")
 
 
 def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Step]:
@@ -103,7 +103,7 @@ def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Ste
 
 
 def _with_overrides(overrides: Sequence[str], model: QuantizedModel) -> str:
-    """Return the command that inserts again as before, and with more overrides."""
+    """Return the command that repeats the insertion with additional overrides."""
     made = commands_of(model)
     usual = ["onnxqat", "insert", source_of(model)]
     words = made[0][1][:-2] if made and made[0][0][0].name == "insert" else usual
@@ -121,8 +121,8 @@ def _of_missing(
     data, name = given(model, "val_data") or "DATA", model.name
     if model.state != "uncalibrated" and measured is None:
         yield Step(
-            text="Not in this report: float, tuned and integer models on test data. Earlier files "
-            "stand beside them with --beside FILE.",
+            text="Not in this report: float, tuned and integer models on test data. Add models "
+            "from earlier files with --beside FILE.",
             commands=(
                 shlex.join(["onnxqat", "report", name, data, "--against", source_of(model)]),
             ),
@@ -130,13 +130,13 @@ def _of_missing(
     if model.state == "finetuned" and log is None:
         yield Step(
             text="Not in this report: training loss and learning rate by step. Fine-tune with "
-            "--log run.jsonl, and give the log.",
+            "--log run.jsonl, and pass the log to report.",
             commands=(shlex.join(["onnxqat", "report", name, "--log", "run.jsonl"]),),
         )
     if model.state != "uncalibrated" and analysis is None:
         analyze = shlex.join(["onnxqat", "analyze", name, data, "--json"])
         report = shlex.join(["onnxqat", "report", name, "--analysis", "analysis.json"])
         yield Step(
-            text="Not in this report: which layers and tensors lose most, with histograms.",
+            text="Not in this report: the layers and tensors that cost most, with histograms.",
             commands=(f"{analyze} > analysis.json", report),
         )

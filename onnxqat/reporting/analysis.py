@@ -1,4 +1,4 @@
-"""The document of ``onnxqat analyze --json``, held to the model that a page is about."""
+"""Read the output of ``onnxqat analyze --json``, and check that it belongs to the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnxqat.quantized import QuantizedModel
 
 __all__ = ["AnalysisDocument", "LayerEntry", "PointEntry", "read_analysis", "typed_analysis"]
 
-LARGEST = 2**28  # bytes of a document that is read
+LARGEST = 2**28  # bytes; larger documents are refused
 Number = float | None
 Natural = Annotated[int, Meta(ge=0, lt=2**53)]
 Level = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
@@ -79,7 +79,7 @@ class AdviceEntry(msgspec.Struct, frozen=True):
 
 
 class AnalysisDocument(msgspec.Struct, frozen=True):
-    """What `onnxqat.analysis.analysis_document` returns, as far as a page shows it."""
+    """The fields of `onnxqat.analysis.analysis_document` that a report shows."""
 
     schema: Literal["onnxqat.analyze/1"]
     rule: str
@@ -95,13 +95,13 @@ class AnalysisDocument(msgspec.Struct, frozen=True):
 
 
 def read_analysis(path: str | Path, model: QuantizedModel) -> AnalysisDocument:
-    """Read a document, and hold it to a model.
+    """Read a document, and check that it belongs to a model.
 
     Raises
     ------
     DataError
-        There is no such file, it is not a document of this version, or it is of another model or
-        of another state of this one.
+        The file is missing, it is not a document of this version, or it belongs to another model
+        or to another state of this model.
     """
     check_readable(path, DataError)
     size = Path(path).stat().st_size
@@ -110,12 +110,12 @@ def read_analysis(path: str | Path, model: QuantizedModel) -> AnalysisDocument:
     try:
         document = msgspec.json.decode(Path(path).read_bytes())
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: is no analysis ({error}). {_advice(model)}") from error
+        raise DataError(f"{path}: is not an analysis ({error}). {_advice(model)}") from error
     return typed_analysis(document, model, str(path))
 
 
 def typed_analysis(document: Any, model: QuantizedModel, name: str) -> AnalysisDocument:
-    """Return a document with its types, and hold it to a model.
+    """Convert a document to its types, and check that it belongs to a model.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def typed_analysis(document: Any, model: QuantizedModel, name: str) -> AnalysisD
     try:
         found = msgspec.convert(document, AnalysisDocument)
     except msgspec.ValidationError as error:
-        raise DataError(f"{name}: is no analysis ({error}). {_advice(model)}") from error
+        raise DataError(f"{name}: is not an analysis ({error}). {_advice(model)}") from error
     expected = {
         point.tensor: clipping_range(model.params[point.parameters], point.spec)
         for point in model.plan.grid_points()
@@ -135,8 +135,8 @@ def typed_analysis(document: Any, model: QuantizedModel, name: str) -> AnalysisD
     other = next((n for n in names if expected.get(n) != ranges.get(n)), None)
     if other is not None:
         raise DataError(
-            f"{name}: is of another model than {model.name}: the clipping range of '{other}' is "
-            f"{_ends(ranges.get(other))}, and {_ends(expected.get(other))} in the model. "
+            f"{name}: belongs to another model than {model.name}: the clipping range of '{other}' "
+            f"is {_ends(ranges.get(other))}, but {_ends(expected.get(other))} in the model. "
             f"{_advice(model)}"
         )
     return found
@@ -147,4 +147,4 @@ def _ends(ends: tuple[Number, Number] | None) -> str:
 
 
 def _advice(model: QuantizedModel) -> str:
-    return f"Give what 'onnxqat analyze {model.name} DATA --json' prints."
+    return f"Pass the output of 'onnxqat analyze {model.name} DATA --json'."

@@ -1,4 +1,4 @@
-"""Charts as SVG within a page: text that stays readable when it is narrow, and a description."""
+"""Draw charts as SVG, with text that stays readable on a narrow page, and with a description."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from onnxqat.reporting.elements import element
 
 __all__ = ["Curve", "Mark", "Picture", "bar", "chart_of_curves", "chart_of_levels", "ticks"]
 
-# A unit is about a pixel: the page shows charts of this width side by side as far as they fit.
+# One unit is about one pixel. The page puts as many charts of this width side by side as fit.
 WIDTH, HEIGHT = 380.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 14.0, 40.0
-MOST = 600  # points of a curve that are drawn
+MOST = 600  # the most points of a curve that are drawn
 TICKS = 5
 
 
@@ -25,9 +25,9 @@ class Curve:
     Attributes
     ----------
     points : sequence of (float, float)
-        In order; none is left out of the ends, nor any extreme.
+        The points, in order.
     kind : {"main", "other", "earlier"}
-        How it looks.
+        The style of the curve.
     dots : bool
         Whether each point has a dot.
     """
@@ -39,16 +39,16 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point of a curve with a text.
+    """A labelled point of a curve.
 
     Attributes
     ----------
     point : (float, float)
-        Where it is.
+        Its coordinates.
     text : str
-        What stands beside it.
+        Its label.
     kind : {"start", "kept"}
-        How it looks.
+        Its style.
     """
 
     point: tuple[float, float]
@@ -57,12 +57,12 @@ class Mark:
 
 
 class Picture:
-    """The area of a chart, in which values have their place.
+    """The drawing area of a chart, with its axes.
 
     Parameters
     ----------
     title, description : str
-        What stands over it, and what is read out in its place.
+        The title above the chart, and the text for screen readers.
     xs, ys : (float, float)
         Smallest and largest value of each axis.
     """
@@ -82,17 +82,17 @@ class Picture:
         self.title = title
 
     def x(self, value: float) -> float:
-        """Return where a value of the horizontal axis is."""
+        """Return the position of a value on the horizontal axis."""
         low, high = self.xs
         return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Return where a value of the vertical axis is."""
+        """Return the position of a value on the vertical axis."""
         low, high = self.ys
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def add(self, tag: str, text: str | None = None, **attributes: object) -> None:
-        """Draw something; numbers are rounded."""
+        """Add an SVG element; numbers are rounded."""
         rounded = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in attributes.items()}
         self.svg.append(element(tag, text, **rounded))
 
@@ -107,14 +107,14 @@ class Picture:
         self.add("text", label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="middle label")
 
     def vertical(self, at: Sequence[float], text: Callable[[float], str]) -> None:
-        """Draw the vertical axis, and a line across for each of its numbers."""
+        """Draw the vertical axis, with a horizontal line for each of its numbers."""
         for value in at:
             place = self.y(value)
             self.add("line", x1=LEFT, x2=WIDTH - RIGHT, y1=place, y2=place, class_="grid")
             self.add("text", text(value), x=LEFT - 7, y=place + 4, class_="end")
 
     def figure(self) -> Element:
-        """Return the chart with its title over it."""
+        """Return the chart with its title above it."""
         return element("figure", element("figcaption", self.title), self.svg)
 
 
@@ -127,7 +127,7 @@ def _wide(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, *, most: int = TICKS, whole: bool = False) -> list[float]:
-    """Return round numbers between two, at distances of 1, 2 or 5 times a power of ten.
+    """Return round numbers between two ends, in steps of 1, 2 or 5 times a power of ten.
 
     Examples
     --------
@@ -160,15 +160,15 @@ def chart_of_curves(
     Parameters
     ----------
     axis : str
-        What the horizontal axis counts.
+        The label of the horizontal axis.
     text : callable
-        Writes a number of the vertical axis.
+        Formats a number of the vertical axis.
     marks : sequence of Mark
-        Points that stand out.
+        Labelled points.
     level : (float, str), optional
-        A value and its name: a dashed line across.
+        A value and its name, drawn as a dashed horizontal line.
     ends : (float, float)
-        Numbers beyond these stand at no axis.
+        The vertical axis shows no numbers beyond these.
     """
     points = [point for curve in curves for point in curve.points]
     values = [y for _, y in points] + ([level[0]] if level else [])
@@ -204,7 +204,7 @@ def _draw_curve(picture: Picture, curve: Curve) -> None:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return so many points as can be seen: of each piece its ends and its extremes."""
+    """Return at most `MOST` points: the ends and the extremes of each piece of the curve."""
     if len(points) <= MOST:
         return list(points)
     size = -(-4 * len(points) // MOST)
@@ -225,7 +225,7 @@ def _outline(piece: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _draw_mark(picture: Picture, mark: Mark, points: Sequence[tuple[float, float]]) -> None:
-    """Draw a ring around a point, and its text on the side of it that is free."""
+    """Draw a ring around a point, and its label on the side that is free."""
     x, y = picture.x(mark.point[0]), picture.y(mark.point[1])
     picture.add("circle", cx=x, cy=y, r=5.5, class_=f"mark {mark.kind}")
     place = "start" if x < LEFT + 60 else "end" if x > WIDTH - RIGHT - 60 else "middle"
@@ -247,7 +247,7 @@ def chart_of_levels(
     inside: tuple[int, int],
     ends: tuple[str, str],
 ) -> Element:
-    """Return a histogram of a tensor over its integers; what is clipped is set off.
+    """Return a histogram of a tensor over its integers, with clipped values in another colour.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def chart_of_levels(
     inside : (int, int)
         The quantized range.
     ends : (str, str)
-        What its ends stand for.
+        The floats that its ends stand for, as text.
     """
     tallest = math.log10(1 + max(counts))
     edges = first - 0.5, first - 0.5 + width * len(counts)
@@ -286,7 +286,7 @@ def chart_of_levels(
 
 
 def bar(share: float, kind: str = "main") -> Element:
-    """Return a bar for a cell of a table that has its number: a share of the cell's width."""
+    """Return a bar that fills a share of a table cell's width, to draw behind its number."""
     filled = min(max(share, 0.0), 1.0)
     return element(
         "svg",

@@ -1,4 +1,4 @@
-"""Float, post-training, repaired, tuned and integer models on the same samples."""
+"""Compare float, post-training, repaired, tuned and integer models on the same samples."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Comparison", "Row", "comparison_of_run", "figures_of_evaluation", "s
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model.
+    """One model of a comparison.
 
     Attributes
     ----------
     kind : str
         ``float``, ``post-training``, ``repaired``, ``tuned`` or ``integer``.
     file : str
-        Where it is.
+        The model's file, or a description of the model.
     figures : Figures
-        By name; empty where there are none.
+        The figures by name; empty if the model was not measured.
     note : str
-        Why there are none.
+        Why the model was not measured.
     """
 
     kind: str
@@ -45,13 +45,13 @@ class Comparison:
     Attributes
     ----------
     data : str
-        Which samples, in words.
+        The samples, in words.
     samples : int
-        How many.
+        The number of samples.
     rows : tuple of Row
-        From the float model to what the chip computes.
+        The models, from the float model to the integer model.
     asked : str or None
-        The figure that the user asked for first.
+        The first figure that the user asked for.
     """
 
     data: str
@@ -61,12 +61,12 @@ class Comparison:
 
     @property
     def place(self) -> str:
-        """The samples, in words."""
+        """The number and the description of the samples."""
         return f"{self.samples:,} {self.data}" if self.samples else self.data
 
     @property
     def primary(self) -> str | None:
-        """The figure that says most."""
+        """The most important figure."""
         if self.asked is not None:
             return self.asked
         without_float = [r.figures for r in self.rows if r.figures and r.kind != "float"]
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def figures_of_evaluation(evaluation: Evaluation) -> Figures:
-    """Return the figures of a model on data: accuracy, agreement, or errors of its outputs."""
+    """Return the figures of an evaluation: accuracy, agreement, or errors of the outputs."""
     found: Figures = {name: finite(value) for name, value in evaluation.metrics.items()}
     if evaluation.agreement is not None:
         found["agreement"] = finite(evaluation.agreement)
@@ -85,12 +85,12 @@ def figures_of_evaluation(evaluation: Evaluation) -> Figures:
 
 
 def comparison_of_run(run: Run, before: Sequence[Stage]) -> Comparison:
-    """Return what a fine-tuning measured on its held-out samples.
+    """Return the figures that a fine-tuning measured on its held-out samples.
 
     Parameters
     ----------
     before : sequence of Stage
-        What was done before it.
+        The stages before the fine-tuning.
     """
     tuned = any(stage.name == "finetune" for stage in before)
     start: Kind = "tuned" if tuned else "repaired" if repaired(before) else "post-training"
@@ -107,7 +107,7 @@ def _without_epoch(figures: Figures) -> Figures:
 
 
 def shown_comparison(found: Comparison) -> Element:
-    """Return a table of the models, with bars of the figure that says most."""
+    """Return a table of the models, with bars for the most important figure."""
     names = in_order(name for row in found.rows for name in row.figures)
     main = found.primary
     largest = max(((row.figures.get(main or "") or 0.0) for row in found.rows), default=0.0)

@@ -1,4 +1,4 @@
-"""HTML and SVG as a tree, so that whatever a file says stands in a page as text."""
+"""Build HTML and SVG as an element tree, so that text from files is always escaped."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from onnxqat.terminal import shown
 __all__ = ["Child", "command_line", "details", "element", "section", "table", "written"]
 
 Child: TypeAlias = Element | str | None
-LONGEST = 2000  # characters of a text: a file may have names of megabytes
+LONGEST = 2000  # characters of a text; a file can contain names of megabytes
 
 
 def element(tag: str, *children: Child, **attributes: object) -> Element:
-    """Return an element; ``class_`` and ``aria_label`` are ``class`` and ``aria-label``.
+    """Return an element; ``class_`` and ``aria_label`` become ``class`` and ``aria-label``.
 
-    What cannot be printed is shown as its escape. Children and attributes of None are left out.
+    Unprintable characters are escaped. Children and attributes that are None are left out.
     """
     found = Element(tag)
     for name, value in attributes.items():
@@ -40,25 +40,25 @@ def _append(parent: Element, child: Child) -> None:
 
 
 def _short(text: str) -> str:
-    """Return a text without its middle where no person wrote it."""
+    """Return a text, shortened in its middle if it is longer than `LONGEST`."""
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
 
 
 def section(title: str, *children: Child) -> Element:
-    """Return a part of the page under a heading."""
+    """Return a section of the page with a heading."""
     name = title.lower().replace(" ", "-")
     heading = element("h2", title, id=name)
     return element("section", heading, *children, aria_labelledby=name)
 
 
 def details(summary: str, *children: Child) -> Element:
-    """Return what is shown on demand."""
+    """Return content that the reader can unfold."""
     return element("details", element("summary", summary), *children)
 
 
 def command_line(text: str) -> Element:
-    """Return a command as it is typed."""
+    """Return an element that shows a command."""
     return element("pre", element("code", text))
 
 
@@ -70,18 +70,18 @@ def table(
     numbers: Sequence[int] = (),
     marked: Sequence[int] = (),
 ) -> Element:
-    """Return a table which scrolls by itself where the page is narrow.
+    """Return a table that scrolls horizontally on a narrow page.
 
     Parameters
     ----------
     heads : sequence of str
-        Of the columns.
+        The column headings.
     rows : iterable of sequence of child
-        The first cell of each is its head.
+        The rows; the first cell of each is its heading.
     numbers : sequence of int
-        Columns of numbers.
+        Indices of columns with numbers.
     marked : sequence of int
-        Rows that stand out.
+        Indices of highlighted rows.
     """
     kinds = ["number" if i in numbers else None for i in range(len(heads))]
     head = element(
@@ -101,7 +101,7 @@ def table(
 
 
 def written(page: Element) -> str:
-    """Return a page as text: a line for each element of its blocks."""
+    """Return a page as HTML text, with block elements on their own lines."""
     for block in page.iter():
         if block.tag in ("section", "figure", "table", "tr", "p", "h1", "h2", "h3", "li", "meta"):
             block.tail = (block.tail or "") + "\n"

@@ -1,4 +1,4 @@
-"""What a file's history says: the commands that make the file again, and each fine-tuning."""
+"""Read a file's history: the commands that reproduce the file, and each fine-tuning."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
 Figures = dict[str, float | None]
 Kind = Literal["post-training", "repaired", "tuned"]
 
-# The name that a stage's output gets, and its arguments in their order.
+# The suffix of each stage's output file, and the arguments of each stage in order.
 OUTPUTS = {"insert": "qdq", "calibrate": "calibrated", "finetune": "qat", "import-table": "qdq"}
 ARGUMENTS = {"insert": ("model",), "import-table": ("table", "model")}
-# Settings whose option has another name, is given once for each value, or is none.
+# Settings whose option has another name, is repeated for each value, or does not exist.
 RENAMED = {"groups": "group", "input_map": "input"}
 REPEATED = ("set", "groups", "input_map")
 NOT_OPTIONS = ("validation",)
@@ -52,12 +52,12 @@ class Run:
     Attributes
     ----------
     stage : Stage
-        What it recorded.
+        The stage of the history.
     attempts : tuple of tuple of Figures
-        The figures of the start and of each epoch, ``epoch`` among them. One that began again with
-        a smaller rate is an attempt of its own, with the same start.
+        The figures of the start and of each epoch, including ``epoch``. Each restart with a smaller
+        rate is a separate attempt with the same start.
     kept : Figures
-        Those of the state that was kept.
+        The figures of the kept state.
     """
 
     stage: Stage
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def kept_name(self) -> str:
-        """What was kept: ``start``, ``blocks`` or ``epoch N``."""
+        """The name of the kept state: ``start``, ``blocks`` or ``epoch N``."""
         if epoch := int(self.kept.get("epoch") or 0):
             return f"epoch {epoch}"
         return "blocks" if self.stage.figures.get("blocks_kept") else "start"
@@ -83,12 +83,12 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """How many were held out; 0 where the file does not say."""
+        """The number of held-out samples; 0 if the file does not record it."""
         return int(finite(self.stage.figures.get("held_out")) or 0)
 
 
 def prefixed(figures: Mapping[str, float | None], prefix: str) -> Figures:
-    """Return the figures whose names begin with a prefix, without it."""
+    """Return the figures whose names begin with a prefix, with the prefix removed."""
     return {
         name.removeprefix(prefix): finite(value)
         for name, value in figures.items()
@@ -97,7 +97,7 @@ def prefixed(figures: Mapping[str, float | None], prefix: str) -> Figures:
 
 
 def runs_of(model: QuantizedModel) -> list[Run]:
-    """Return every fine-tuning that the history tells of, the first one first."""
+    """Return all fine-tunings in the history, oldest first."""
     return [_run(stage) for stage in model.history if stage.name == "finetune"]
 
 
@@ -105,7 +105,7 @@ def _run(stage: Stage) -> Run:
     before, after = (prefixed(stage.figures, f"{when}.") for when in ("before", "after"))
     best = finite(stage.figures.get("best_epoch")) or 0.0
     entries = [{n: finite(v) for n, v in one.items()} for one in stage.epochs]
-    if not entries:  # of a version that recorded the ends alone
+    if not entries:  # older versions recorded only the start and the kept state
         entries = [{"epoch": 0.0, **before}]
         entries += [{"epoch": best, **after}] if best else []
     attempts = [[entries[0]]]
@@ -117,7 +117,7 @@ def _run(stage: Stage) -> Run:
 
 
 def repaired(history: Sequence[Stage]) -> list[str]:
-    """Return what was repaired before training, in words."""
+    """Return the repairs before training, in words."""
     found = []
     for stage in history:
         figures = stage.figures
@@ -132,33 +132,33 @@ def repaired(history: Sequence[Stage]) -> list[str]:
 
 
 def kind_of(model: QuantizedModel) -> Kind:
-    """Return what a calibrated model is called beside others of the same network."""
+    """Return the kind of a calibrated model in a comparison."""
     if model.state == "finetuned":
         return "tuned"
     return "repaired" if repaired(model.history) else "post-training"
 
 
 def given(model: QuantizedModel, argument: str) -> str | None:
-    """Return the file that the history names last for an argument, such as ``data``."""
+    """Return the last file in the history for an argument such as ``data``, or None."""
     named = [stage.inputs[argument] for stage in model.history if argument in stage.inputs]
     return named[-1] if named else None
 
 
 def source_of(model: QuantizedModel) -> str:
-    """Return the name of the float file that the model was made from; its own if unknown."""
+    """Return the name of the float file of the model; the model's own name if unknown."""
     return next((s.inputs["model"] for s in model.history if "model" in s.inputs), model.name)
 
 
 def floats_of(model: QuantizedModel) -> Model | None:
-    """Return the float model inside; None where training or repair changed what it computes."""
+    """Return the float model inside; None if training or repair changed what it computes."""
     floats = original(model.floats)
     return floats if weights_hash(floats.graph) == model.source else None
 
 
 def commands_of(model: QuantizedModel) -> list[tuple[tuple[Stage, ...], list[str]]]:
-    """Return the stages of each command that makes the file again, and the command's words.
+    """Return the commands that reproduce the file: for each, its stages and its words.
 
-    Files are named without their folders, and the last output is the file itself.
+    Files are named without their folders; the last output is the file itself.
     """
     current, made = source_of(model), []
     grouped = _grouped(model.history)
@@ -180,7 +180,7 @@ def commands_of(model: QuantizedModel) -> list[tuple[tuple[Stage, ...], list[str
 
 
 def _grouped(history: Sequence[Stage]) -> list[tuple[Stage, ...]]:
-    """Return the stages of each command: insert with data calibrates too."""
+    """Return the stages of each command: an insert with data also calibrates."""
     found: list[tuple[Stage, ...]] = []
     for stage in history:
         before = found[-1] if found else ()
@@ -198,7 +198,7 @@ def _stem(name: str) -> str:
 
 
 def _data_settings(model: QuantizedModel) -> dict[str, Any]:
-    """Return what the file remembers of its data; a list of classes is one file."""
+    """Return the data settings stored in the file; a list of classes becomes one file name."""
     stored = stored_settings(model)
     told = {n: v for n in Settings.__struct_fields__ if (v := getattr(stored, n)) is not None}
     return told | ({"classes": "CLASSES"} if "classes" in told else {})

@@ -1,4 +1,4 @@
-"""Where quantization hurts: layers by cost, tensors with their histograms and clipping ranges."""
+"""Show the layers by cost, and the tensors with their histograms and clipping ranges."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from onnxqat.reporting.numbers import NONE, decibels_of
 __all__ = ["cost_name", "cost_text", "shown_layers"]
 
 WORST = 10
-DRAWN = 8  # histograms
-MOST = 1000  # rows of a table
+DRAWN = 8  # histograms that are drawn
+MOST = 1000  # the most rows of a table
 
 
 def cost_text(found: AnalysisDocument, cost: float | None) -> str:
-    """Return a cost as ``analyze`` prints it: an error in decibels, others as their figures."""
+    """Return a cost as ``analyze`` prints it: errors as an SQNR in decibels, others as figures."""
     if cost is None:
         return "not a number"
     if found.metric != "error":
@@ -31,12 +31,12 @@ def cost_text(found: AnalysisDocument, cost: float | None) -> str:
 
 
 def cost_name(metric: str) -> str:
-    """Return what a cost is called."""
+    """Return the name of a metric's cost."""
     return "SQNR of the outputs" if metric == "error" else f"{metric} lost"
 
 
 def shown_layers(found: AnalysisDocument) -> Element:
-    """Return the part of the page about layers and tensors."""
+    """Return the section on layers and tensors."""
     said = (
         f"Measured by analyze on {found.samples} samples of {found.data or 'arrays'}. "
         f"The whole model: {cost_text(found, found.cost)} ({cost_name(found.metric)})."
@@ -52,19 +52,19 @@ def shown_layers(found: AnalysisDocument) -> Element:
 
 
 COLUMNS = (
-    "Of a layer: alone is the figure of the model in which nothing else is quantized, left float "
-    "that of the model in which all else is; weight and input say how well they fit their grids. "
-    "Of a tensor: alone is its SQNR when the float model's values are rounded, together that in "
-    "the quantized model, with the errors of all before it."
+    "For a layer, 'alone' is the figure of a model in which only this layer is quantized, and "
+    "'left float' that of a model in which all other layers are; 'weight' and 'input' say how well "
+    "these tensors fit their grids. For a tensor, 'alone' is its SQNR if only its own values are "
+    "rounded, and 'together' its SQNR in the quantized model, with the errors of earlier layers."
 )
 LEGEND = (
-    "How many values of the float model fall on which integers. The lines are the ends of the "
-    "clipping range; what lies in the grey areas is clipped."
+    "The number of values of the float model for each integer. The lines are the ends of the "
+    "clipping range; values in the grey areas are clipped."
 )
 
 
 def _drawn(found: AnalysisDocument, worst: Sequence[PointEntry]) -> list[PointEntry]:
-    """Return the tensors to draw: of the worst layers first, then those with the worst grids."""
+    """Return the tensors to draw: first those of the worst layers, then those with low SQNR."""
     points = {point.tensor: point for point in found.points}
     names = [n for layer in found.layers[: DRAWN // 2] for n in (*layer.weights, *layer.inputs)]
     names += [point.tensor for point in worst]
@@ -94,7 +94,7 @@ def _layers(found: AnalysisDocument) -> Element:
 
 
 def _fit(point: PointEntry) -> float:
-    """Return how well a tensor fits its own grid, for sorting; what is no number comes first."""
+    """Return a sort key: how well a tensor fits its own grid; NaN comes first."""
     if point.alone_sqnr is None:
         return math.inf if point.alone_cosine == 1 else -math.inf
     return point.alone_sqnr
@@ -134,7 +134,7 @@ def _tensors(worst: Sequence[PointEntry]) -> Element:
         for p in worst[:MOST]
     ]
     numbers = range(1, len(heads))
-    made = table(f"The {min(WORST, len(rows))} of {len(worst)} tensors that their grids hold worst",
+    made = table(f"The {min(WORST, len(rows))} of {len(worst)} tensors that fit their grids worst",
                  heads, rows[:WORST], numbers=numbers)  # fmt: skip
     if len(rows) <= WORST:
         return made
@@ -171,7 +171,7 @@ def _histogram(point: PointEntry) -> Element:
 
 
 def _findings(found: AnalysisDocument) -> list[Child]:
-    """Return channels that hold nothing, and biases that their integers cannot hold."""
+    """Return dead channels, and biases that are cut off by their integer width."""
     dead = [f"{p.tensor} ({p.dead_channels} of {p.channels})" for p in found.points
             if p.dead_channels]  # fmt: skip
     cut = [f"{b.tensor} ({b.saturated} of {b.values})" for b in found.biases if b.saturated]
@@ -179,7 +179,7 @@ def _findings(found: AnalysisDocument) -> list[Child]:
         element("p", f"{title}: {', '.join(names[:WORST])}{_more(names)}.")
         for title, names in (
             ("Dead channels, with one value in all samples", dead),
-            ("Biases that their integers cut off", cut),
+            ("Biases that are cut off by their integer width", cut),
         )
         if names
     ]

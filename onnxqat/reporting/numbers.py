@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Format figures for people."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from onnxqat.evaluation.metrics.figures import FRACTIONS, RATIOS
 
 __all__ = ["decibels_of", "finite", "in_order", "is_share", "named", "primary", "value_text"]
 
-LARGEST = 1e30  # what is larger is no figure of a network, and no number of a picture
+LARGEST = 1e30  # larger numbers are treated as infinite: a picture cannot show them
 NONE = "–"  # noqa: RUF001 (an en dash)
-# What figures are called; in this order they stand in tables.
+# The displayed names of figures, in the order of the tables.
 NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -25,28 +25,28 @@ NAMES = {
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number that can be drawn, None in the place of any other."""
+    """Return a number that can be drawn; None for infinity, NaN and None."""
     return value if value is not None and abs(value) <= LARGEST else None
 
 
 def is_share(figure: str) -> bool:
-    """Return whether a figure is a fraction; behind a ``:`` stands the output that it is of."""
+    """Return whether a figure is a fraction; its name may end with ``:OUTPUT``."""
     return figure.partition(":")[0] in FRACTIONS
 
 
 def named(figure: str) -> str:
-    """Return what a figure is called."""
+    """Return the displayed name of a figure."""
     return NAMES.get(figure, figure)
 
 
 def in_order(figures: Iterable[str]) -> list[str]:
-    """Return the names of figures, each once: those that are known first."""
+    """Return the unique names of figures: known ones first, in the order of the tables."""
     found = dict.fromkeys(figures)
     return [n for n in NAMES if n in found] + [n for n in found if n not in NAMES]
 
 
 def value_text(figure: str, value: float | None) -> str:
-    """Return a figure with its unit; a dash where there is none.
+    """Return a figure with its unit, or a dash for None.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def value_text(figure: str, value: float | None) -> str:
 
 
 def decibels_of(value: float | None, cosine: float | None) -> str:
-    """Return an SQNR; JSON has None for infinity, where the cosine is 1, and for no number.
+    """Return an SQNR as text; None is infinity ("exact") if the cosine is 1, and otherwise NaN.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def decibels_of(value: float | None, cosine: float | None) -> str:
 
 
 def primary(figures: Iterable[Mapping[str, float | None]]) -> str | None:
-    """Return the figure that says most among those that all have: accuracy before losses."""
+    """Return the most important figure that all models have: accuracies before losses."""
     found = list(figures)
     names = in_order(name for one in found for name in one)
     return next((n for n in names if all(one.get(n) is not None for one in found)), None)

@@ -1,4 +1,4 @@
-"""The page: what was reached, what to do, and how it came about, in one HTML file."""
+"""Put together the report: results, advice, training, layers and plan in one HTML file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from onnxqat.reporting.training import Log, shown_training
 
 __all__ = ["Report", "make_report"]
 
-# Nothing is loaded and no script runs, whatever a name from a file might come to.
+# The page loads nothing and runs no script, even if a name from a file tries to.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -35,11 +35,11 @@ class Report:
     Attributes
     ----------
     html : str
-        The page; it refers to nothing outside of itself.
+        The page; it is self-contained.
     comparisons : tuple of Comparison
-        The models side by side, on each set of samples.
+        The models side by side, for each set of samples.
     steps : tuple of Step
-        What is advised, and which command gives what the page lacks.
+        The advice, and the commands that add missing parts.
     """
 
     html: str
@@ -51,17 +51,17 @@ class Report:
         return f"Report({rows} models compared, {len(self.steps)} steps advised)"
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the page, whole or not at all.
+        """Write the page; an interrupted write leaves no partial file.
 
         Raises
         ------
         OnnxQatError
-            It exists and ``force`` is not set, or cannot be written.
+            The file exists and ``force`` is not set, or it cannot be written.
         """
         write_text(path, self.html, force=force)
 
     def document(self) -> dict[str, Any]:
-        """Return the figures as JSON that scripts read."""
+        """Return the figures as a JSON document for scripts."""
         return {
             "figures": [
                 {
@@ -86,20 +86,20 @@ def make_report(
     analysis: AnalysisDocument | None = None,
     repairs: Sequence[str] = (),
 ) -> Report:
-    """Return the page about a model.
+    """Return the report on a model.
 
     Parameters
     ----------
     model : QuantizedModel
-        Its history has the figures of its fine-tunings.
+        The model; its history contains the figures of its fine-tunings.
     measured : Comparison, optional
-        Models on data that were given.
+        The models evaluated on given data.
     log : Log, optional
-        Of its last fine-tuning.
+        The log of the last fine-tuning.
     analysis : AnalysisDocument, optional
-        Of the model.
+        The analysis of the model.
     repairs : sequence of str
-        What to do to the float model, a line each.
+        Advised repairs of the float model, one line each.
     """
     runs = runs_of(model)
     places = [i for i, stage in enumerate(model.history) if stage.name == "finetune"]
@@ -153,7 +153,7 @@ def _head(model: QuantizedModel) -> Element:
 
 
 def _tiles(comparisons: Sequence[Comparison]) -> Element | None:
-    """Return the figure that says most, of each model."""
+    """Return the most important figure of each model as tiles."""
     if not comparisons or not comparisons[0].primary:
         return None
     main, first = comparisons[0].primary, comparisons[0]
@@ -174,13 +174,15 @@ def _tiles(comparisons: Sequence[Comparison]) -> Element | None:
 
 def _advice(steps: Sequence[Step]) -> Element:
     if not steps:
-        return section("Advice", element("p", "None: nothing stands out, and nothing is missing."))
+        return section(
+            "Advice", element("p", "None: no problem was found, and no part is missing.")
+        )
     items = [element("li", step.text, *map(command_line, step.commands)) for step in steps]
     return section("Advice", element("ul", *items))
 
 
 def _done(model: QuantizedModel) -> Element:
-    """Return the commands that make the file again, what each read, and the versions."""
+    """Return the commands that reproduce the file, with their input files and versions."""
     if not model.history:
         return section("What was done", element("p", "The file has no history."))
     rows: list[list[Child]] = []
@@ -195,6 +197,6 @@ def _done(model: QuantizedModel) -> Element:
                 element("span", versions, class_="name"),
             ]
         )
-    said = element("p", "The commands that make the file again; files without their folders.")
+    said = element("p", "The commands that reproduce the file; folders are left out.")
     heads = ["stage", "command", "read", "versions"]
     return section("What was done", said, table("Stages", heads, rows))

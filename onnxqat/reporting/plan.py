@@ -1,4 +1,4 @@
-"""What is quantized and why, and what stays float and why."""
+"""Show the plan: the quantized tensors and the float nodes, with reasons."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnxqat.reporting.elements import Child, details, element, section, table
 
 __all__ = ["shown_plan"]
 
-MOST = 1000  # rows of a table
-NAMED = 5  # nodes of a reason that are named
+MOST = 1000  # the most rows of a table
+NAMED = 5  # the most nodes that are named for a reason
 
 
 def shown_plan(plan: QuantPlan) -> Element:
-    """Return the part of the page about the plan."""
+    """Return the section on the plan."""
     kinds = Counter((point.role, describe_spec(point.spec)) for point in plan.points)
     counted: list[list[Child]] = [
         [role, element("code", spec), str(number)] for (role, spec), number in sorted(kinds.items())

@@ -1,4 +1,4 @@
-"""How training went: curves from the start to the kept epoch, from the history and from a log."""
+"""Show the training: curves of the figures and the loss, from the history and from a log."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from onnxqat.train.monitoring.events import Epoch, Event, Note, Start, Step
 
 __all__ = ["Log", "check_log", "log_of", "shown_training"]
 
-CLOSE = 1e-6  # relative: figures of a run and of its log are the same numbers
-DRAWN = 4  # figures: accuracy, agreement, loss and one of the user's
-SELDOM = ("top5", "max_abs_diff")  # what says nothing that others do not
-MOST_EPOCHS = 500  # rows of a table
+CLOSE = 1e-6  # relative tolerance between the figures of a run and of its log
+DRAWN = 4  # figures that are drawn: accuracy, agreement, loss and one of the user's
+SELDOM = ("top5", "max_abs_diff")  # not drawn, because they add little to the others
+MOST_EPOCHS = 500  # the most rows of a table
 MOST_POINTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """The events of a log of a fine-tuning, by kind.
+    """The events in the log of a fine-tuning, by kind.
 
     Attributes
     ----------
     start : Figures
-        Of the start; empty in logs of earlier versions.
+        The figures of the start; empty in logs of earlier versions.
     steps, epochs : tuple
-        In order, each once.
+        The events, in order and without repetitions.
     notes : tuple of Note
-        What was done about a rising loss.
+        The measures taken when the loss diverged.
     """
 
     start: Figures
@@ -43,16 +43,16 @@ class Log:
     notes: tuple[Note, ...]
 
     def entries(self) -> list[Figures]:
-        """Return the figures of the start and of each epoch, ``epoch`` among them."""
+        """Return the figures of the start and of each epoch, including ``epoch``."""
         start: list[Figures] = [{"epoch": 0.0, **self.start}] if self.start else []
         others = [{"epoch": float(e.epoch), **_finite(e.metrics)} for e in self.epochs]
         return [*start, *others]
 
 
 def log_of(events: Sequence[Event]) -> Log:
-    """Return a log as `onnxqat.train.read_log` reads it, with each epoch once."""
+    """Return the `Log` of events from `onnxqat.train.read_log`, with each epoch once."""
     starts = [e for e in events if isinstance(e, Start)]
-    # the end of an epoch is logged again where a run goes on from its last step
+    # a run that resumes from the last step of an epoch logs the end of the epoch again
     epochs = {e.step: e for e in events if isinstance(e, Epoch)}
     return Log(
         start=_finite(starts[-1].metrics) if starts else {},
@@ -67,15 +67,15 @@ def _finite(figures: Figures) -> Figures:
 
 
 def check_log(log: Log, run: Run, path: str, model: str) -> None:
-    """Refuse a log of another run than the history tells of.
+    """Refuse a log that belongs to another run than the last one in the history.
 
     Raises
     ------
     DataError
-        An epoch has other figures, or there are more epochs.
+        An epoch has other figures, or the log has more epochs.
     """
     last = {entry.get("epoch"): entry for entry in run.attempts[-1]}
-    if len(last) < 2:  # the history tells of no epoch
+    if len(last) < 2:  # the history contains no epoch
         return
     for entry in log.entries():
         known = last.get(entry["epoch"])
@@ -85,19 +85,19 @@ def check_log(log: Log, run: Run, path: str, model: str) -> None:
                 ours or 0.0, value or 0.0, rel_tol=CLOSE
             ):
                 raise DataError(
-                    f"{path}: is of another run than {model}: {name} after epoch "
-                    f"{entry['epoch']:g} is {value} here, and {ours} in the model's history. "
+                    f"{path}: belongs to another run than {model}: {name} after epoch "
+                    f"{entry['epoch']:g} is {value} here, but {ours} in the model's history. "
                     "Give the --log of its last fine-tuning."
                 )
         if known is None:
             raise DataError(
-                f"{path}: has an epoch {entry['epoch']:g}, which the history of {model} lacks. "
+                f"{path}: contains epoch {entry['epoch']:g}, which the history of {model} lacks. "
                 "Give the --log of its last fine-tuning."
             )
 
 
 def shown_training(runs: Sequence[Run], log: Log | None) -> Element | None:
-    """Return the part of the page; None where nothing was trained, nor logged."""
+    """Return the section on training; None without a run or a log."""
     if not runs and log is None:
         return None
     parts: list[Child] = []
@@ -124,9 +124,9 @@ def _shown_run(run: Run, log: Log | None) -> list[Child]:
 
 
 def _shown_log_alone(log: Log) -> list[Child]:
-    """Return what a log tells of a run whose result is not in the model."""
+    """Return the curves of a log whose run did not produce the model."""
     run_entries = log.entries()
-    said = element("p", "From the log alone: the result of this run is not in the model.")
+    said = element("p", "From the log only: the model does not contain the result of this run.")
     charts = []
     for name in _drawn_figures(run_entries[0] if run_entries else {}):
         points = _points_of(name, run_entries)
@@ -153,7 +153,7 @@ def _points_of(name: str, entries: Sequence[Figures]) -> list[tuple[float, float
 
 
 def _chart_of_figure(name: str, run: Run) -> Element | None:
-    """Return a figure over the epochs, from the start on; None where nothing is to be drawn."""
+    """Return the chart of a figure over the epochs; None if there are no values."""
     curves = [
         Curve(points=points, kind="main" if last else "earlier")
         for number, attempt in enumerate(run.attempts, start=1)
@@ -194,7 +194,7 @@ def _drawn(
 
 
 def _charts_of_steps(log: Log) -> list[Element]:
-    """Return the training loss and the learning rate over the steps."""
+    """Return the charts of the training loss and the learning rate over the steps."""
     losses = [(float(e.step), e.loss) for e in log.steps if finite(e.loss) is not None]
     rates = [(float(e.step), e.lr) for e in log.steps if finite(e.lr) is not None]
     found = []
@@ -246,7 +246,7 @@ def _table_of_epochs(entries: Sequence[Figures], kept: int | None) -> Element:
 
 
 def _points(log: Log) -> list[Child]:
-    """Return the tensors whose scale training moved furthest."""
+    """Return the tensors whose scale changed most in training."""
     if not log.epochs:
         return []
     drift, clipped = _finite({**log.epochs[-1].scale_drift}), log.epochs[-1].clipped
@@ -265,5 +265,5 @@ def _points(log: Log) -> list[Child]:
         for name in names
     ]
     heads = ["tensor", "", "scale / start", "clipped"]
-    title = f"Scales that training moved furthest, {len(names)} of {len(drift)}"
+    title = f"Scales that changed most in training, {len(names)} of {len(drift)}"
     return [table(title, heads, rows, numbers=(2, 3))]

@@ -146,7 +146,7 @@ def test_biases_are_corrected_by_what_normalizations_remember(digits, tmp_path):
     assert after.source != weights_hash(after.floats.graph)
     assert after.source == weights_hash(original(after.floats).graph)
     assert after.history[-1].settings["bias_correction"] == "analytic"
-    assert "does not follow from BatchNormalization" in nothing.stderr
+    assert "does not follow from a BatchNormalization" in nothing.stderr
 
 
 def test_data_decide_whether_relu6_is_replaced(digits, tmp_path):

@@ -115,8 +115,11 @@ def test_the_default_output_lies_beside_the_model(work, tmp_path):
         (("lenet5.onnx",), "lenet5.onnx: holds no quantization plan"),
         (("plain.onnx", "--log", "digits.npz"), "digits.npz: line 1 is not of a log"),
         (("plain.onnx", "--log", "none"), "none: cannot be read"),
-        (("plain.onnx", "--analysis", "run.jsonl"), "run.jsonl: is no analysis"),
-        (("repaired.onnx", "--analysis", "analysis.json"), "is of another model than repaired"),
+        (("plain.onnx", "--analysis", "run.jsonl"), "run.jsonl: is not an analysis"),
+        (
+            ("repaired.onnx", "--analysis", "analysis.json"),
+            "belongs to another model than repaired",
+        ),
         (("plain.onnx", "digits.npz", "--against", "plain.onnx"), "already holds Q/DQ pairs"),
     ],
 )

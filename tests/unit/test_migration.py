@@ -158,4 +158,4 @@ def test_even_channels_stay():
     result = equalize(prepare(from_proto(network)), [{"input": even}])
 
     assert result.migrations == ()
-    assert "no alpha is better" in {s.node: s.reason for s in result.skips}["n_l"]
+    assert "no alpha reduces the error" in {s.node: s.reason for s in result.skips}["n_l"]

@@ -221,7 +221,7 @@ def test_a_log_adds_curves_by_step_and_the_scales_that_moved(model, tmp_path):
            found.chart("training loss").curves()[0])  # fmt: skip
     places([e.step for e in steps], [e.lr for e in steps],
            found.chart("learning rate").curves("other")[0])  # fmt: skip
-    rows = found.table("Scales that training moved furthest, 2 of 3")
+    rows = found.table("Scales that changed most in training, 2 of 3")
     assert [(row[0], *row[2:]) for row in rows[1:]] == [
         ("r1", "0.25", "25 %"),
         ("conv1.weight", "2.83", "–"),  # noqa: RUF001
@@ -239,7 +239,7 @@ def test_a_log_of_another_run_is_refused(model, tmp_path):
     with pytest.raises(DataError, match=r"top1 after epoch 2 is 0.9 here, and 0.4612 in the"):
         oq.report(model, log=logged(tmp_path, changed))
     longer = [*other, msgspec.structs.replace(other[-1], epoch=4, step=32)]
-    with pytest.raises(DataError, match="has an epoch 4, which the history of"):
+    with pytest.raises(DataError, match="contains epoch 4, which the history of"):
         oq.report(model, log=logged(tmp_path, longer))
 
 
@@ -262,7 +262,9 @@ def analyzed(bare):
 def test_layers_and_tensors_are_those_of_the_analysis(bare, analyzed):
     found = Page(oq.report(bare, analysis=analyzed).html)
     layers = next(rows for caption, rows in found.tables.items() if "layers that cost" in caption)
-    tensors = next(rows for caption, rows in found.tables.items() if "grids hold worst" in caption)
+    tensors = next(
+        rows for caption, rows in found.tables.items() if "fit their grids worst" in caption
+    )
     points = {p.tensor: p for p in analyzed.points}
 
     assert [row[0] for row in layers[1:]] == [
@@ -309,10 +311,16 @@ def test_an_analysis_of_another_state_is_refused(bare, analyzed, tmp_path):
     name = next(p.parameters for p in bare.plan.points if p.role == "weight")
     params[name] = replace(params[name], scale=params[name].scale * np.float32(1.5))
     other = bare.with_params(params, state="calibrated")
-    with pytest.raises(DataError, match=f"is of another model .* range of '{re.escape(name)}' is"):
+    with pytest.raises(
+        DataError, match=f"belongs to another model .* range of '{re.escape(name)}' is"
+    ):
         oq.report(other, analysis=analyzed)
     path = tmp_path / "a.json"
-    for text, message in (("", "is no analysis"), ("[]", "is no analysis"), ("[" * 9999, "is no")):
+    for text, message in (
+        ("", "is not an analysis"),
+        ("[]", "is not an analysis"),
+        ("[" * 9999, "is not an"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             oq.report(bare, analysis=path)
