@@ -1,7 +1,7 @@
 """Quantization-aware training for an exported ONNX model, with no training framework installed.
 
-The verbs of the command line, as functions. Names are imported when they are first used, so that
-``import onnxqat`` and ``onnxqat --help`` cost nothing.
+The commands of the command line are functions here. Names are imported when they are first used, so
+that ``import onnxqat`` and ``onnxqat --help`` are fast.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __version__: str
 
-# What a type checker reads above, for the interpreter; a test holds the two together.
+# The names that a type checker reads above, for the interpreter; a test compares the two.
 _HOMES = {
     "Analysis": "analysis",
     "Batch": "data",

@@ -1,4 +1,4 @@
-"""The program `onnxqat`, from its first import on."""
+"""The entry point of the program `onnxqat`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import sys
 
 __all__ = ["main"]
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 def main() -> None:
-    """Run the command line; what interrupts its import is one line too."""
+    """Run the command line; an interruption during its import also ends with one line."""
     try:
         from onnxqat.cli import main as run
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED)
-    run(prog_name="onnxqat")  # by whatever name Python was told to run it
+    run(prog_name="onnxqat")  # also if it was started as 'python -m onnxqat'
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""From the options of the command line to what the verbs take.
+"""Convert the options of the command line to the arguments of the verbs.
 
-Each function takes what it needs out of the parsed options, by the names of `onnxqat.options`, and
-leaves the rest.
+Each function removes the options that it needs from the parsed options (named in
+`onnxqat.options`), and leaves the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEXT = ("tokenizer", "text_fields", "max_tokens")
 
 
 def take_settings(options: dict[str, Any]) -> Settings:
-    """Take what is stored about the data out of a command's arguments."""
+    """Take the data settings that a model file stores from a command's options."""
     from onnxqat.data import read_classes
     from onnxqat.settings import Settings
 
@@ -39,7 +39,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 
 def take_source(source: str | None, options: dict[str, Any]) -> Any:
-    """Take the data, and what is said of them alone, out of a command's arguments."""
+    """Take the data source, with the options that are not stored, from a command's options."""
     from onnxqat.data import Text
     from onnxqat.errors import OptionError
     from onnxqat.verbs import DataSource
@@ -56,9 +56,9 @@ def take_source(source: str | None, options: dict[str, Any]) -> Any:
 
 
 def take_calibration(options: dict[str, Any]) -> Calibration:
-    """Take what is said of the calibration out of a command's arguments.
+    """Take the calibration settings from a command's options.
 
-    What of it speaks of training too, where that has other defaults, stays where it is.
+    Options that training also reads, with other defaults, stay in ``options``.
     """
     from onnxqat.calibration import Calibration
 
@@ -69,7 +69,7 @@ def take_calibration(options: dict[str, Any]) -> Calibration:
 
 
 def take_overrides(options: dict[str, Any]) -> list[Override]:
-    """Take the overrides out of a command's arguments; ``--set`` lies over the file."""
+    """Take the overrides from a command's options; ``--set`` overrides the file."""
     from onnxqat.overrides import parse_override, read_overrides
 
     file, texts = options.pop("overrides_file"), options.pop("overrides")
@@ -77,9 +77,9 @@ def take_overrides(options: dict[str, Any]) -> list[Override]:
 
 
 def take_config(options: dict[str, Any]) -> Config:
-    """Return the hyper-parameters, from all that is left of the options of finetune.
+    """Return the training configuration from the remaining options of finetune.
 
-    What was not given has its default.
+    Options that were not given have their defaults.
     """
     from onnxqat.train import Config
 

@@ -1,4 +1,4 @@
-"""Names of which a caller chooses one: a wrong one is refused, and the nearest right one named."""
+"""Check names that a caller chooses from a list; refuse a wrong one and suggest the nearest."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from onnxqat.errors import OnnxQatError, OptionError
 
 __all__ = ["ObserverName", "check_choice", "nearest"]
 
-# How a clipping range is chosen, see `onnxqat.calibration.observers`. The names stand here, where
-# the command line and the rules find them without importing numpy.
+# The ways to choose a clipping range, see `onnxqat.calibration.observers`. The names are defined
+# here so that the command line and the rules can read them without importing numpy.
 ObserverName: TypeAlias = Literal[
     "mse",
     "minmax",
@@ -29,7 +29,7 @@ MAX_SHOWN = 8  # names in a message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the known names that are most like ``name``, or else with some."""
+    """Return a sentence that lists the known names most similar to ``name``, or else some names."""
     names = list(known)
     if not names:
         return "There are none."
@@ -42,23 +42,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def check_choice(
     what: str, value: object, known: Iterable[str], error: type[OnnxQatError] = OptionError
 ) -> None:
-    """Refuse a value that is none of those there are.
+    """Refuse a value that is not one of the known names.
 
     Parameters
     ----------
     what : str
-        The parameter, for the message.
+        The name of the parameter, for the message.
     value : object
-        What the caller gave.
+        The value that the caller gave.
     known : iterable of str
-        What may be given.
+        The allowed values.
     error : type of OnnxQatError
-        What is raised.
+        The type of the error.
 
     Raises
     ------
     OnnxQatError
-        An error of the type ``error``, which names the nearest right value.
+        An error of the type ``error``, which suggests the nearest allowed value.
     """
     names = tuple(known)
     if value not in names:

@@ -1,7 +1,7 @@
-"""The command line: the group of commands, and how it ends.
+"""The command line: the group of commands, its errors and its exit codes.
 
-Results go to stdout, logs and progress to stderr. An error is one line on stderr; exit code 1 is
-an error or a check that said no, 2 is wrong usage, 130 is an interruption.
+Results go to stdout, logs and progress to stderr. An error is one line on stderr. Exit code 1 is an
+error or a failed check, 2 is wrong usage, and 130 is an interruption.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from onnxqat.verbosity import shows_tracebacks, verbosity_options
 
 __all__ = ["main"]
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-# A graph is hundreds of thousands of objects that all live on: looking through them for garbage
-# after every 700 new ones took a third of `insert` on 5,000 nodes.
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
+# A graph consists of hundreds of thousands of objects that stay alive. Searching them for garbage
+# after every 700 allocations took a third of the time of `insert` on 5,000 nodes.
 GARBAGE_THRESHOLD = 200_000
 
 
 class CommandGroup(click.Group):
-    """A group whose commands turn our errors into one line on stderr and an exit code."""
+    """A group of commands that turns `OnnxQatError` into one line on stderr and an exit code."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line."""
@@ -39,7 +39,7 @@ class CommandGroup(click.Group):
             return super().main(*args, **options)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Keep the words as they were given, and parse them."""
+        """Store the words of the command line, and parse them."""
         ctx.meta[ARGUMENTS] = tuple(args)
         return super().parse_args(ctx, args)
 
@@ -50,7 +50,7 @@ class CommandGroup(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if not _is_interruption(error):
                 raise
-            say("Interrupted: no half-written file is left.", err=True)
+            say("Interrupted. No partly written file is left.", err=True)
             ctx.exit(INTERRUPTED)
 
     def _run(self, ctx: click.Context) -> Any:
@@ -61,7 +61,7 @@ class CommandGroup(click.Group):
                 raise
             raise click.ClickException(shown(str(error).strip())) from error
         except click.UsageError as error:
-            # 'onnxqat rules' alone is an exception to click as well, and shows the help
+            # for 'onnxqat rules' without a command, click raises an exception too, to show the help
             if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
                 raise
             path = error.ctx.command_path if error.ctx else ctx.command_path
@@ -74,7 +74,7 @@ class CommandGroup(click.Group):
 
 
 def _is_interruption(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C led to an error; what Python calls back may make another of it."""
+    """Return whether Ctrl-C caused an error, which callbacks may have replaced by another."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -95,7 +95,7 @@ main.params += verbosity_options()
 
 
 def _in_order(command: click.Command, check: Callable[[], None]) -> click.Command:
-    """Let a command, or those of a group, first look at the environment; help does not."""
+    """Make a command, or the commands of a group, check the environment first (not for help)."""
     if isinstance(command, click.Group):
         for inner in command.commands.values():
             _in_order(inner, check)
@@ -112,9 +112,9 @@ def _in_order(command: click.Command, check: Callable[[], None]) -> click.Comman
 
 
 def _undisturbed(check: Callable[[], None]) -> None:
-    """Import what a check imports, and only then let a signal act.
+    """Run a check, which imports packages, and handle signals only afterwards.
 
-    A package in native code whose import is interrupted crashes, or looks like a broken one.
+    If the import of a native package is interrupted, it crashes or looks broken.
     """
     with noted_signals() as received:
         check()
@@ -123,6 +123,6 @@ def _undisturbed(check: Callable[[], None]) -> None:
 
 
 for command in COMMANDS:
-    # what reads rules alone imports none of the packages
+    # commands that only read rules do not need the packages
     check = check_packages if command.name == "rules" else check_environment
     main.add_command(_in_order(command, check))

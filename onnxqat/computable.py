@@ -1,6 +1,7 @@
-"""A model without what onnxruntime lacks: it ends in the tensors that the missing ops would read.
+"""Reduce a model to the part that onnxruntime can run, which ends before ops that it lacks.
 
-Calibration, training and evaluation need no more than that. What is written keeps the whole graph.
+Its outputs are the tensors that the missing ops would read. Calibration, training and evaluation
+use this part; written files keep the whole graph.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ M = TypeVar("M", bound=AnyModel)
 
 @dataclass(frozen=True, kw_only=True)
 class Computable(Generic[M]):
-    """What onnxruntime can run of a model.
+    """The part of a model that onnxruntime can run.
 
     Attributes
     ----------
     model : Model or QuantizedModel
-        The model itself where it can run all of it.
+        That part; the model itself if onnxruntime can run all of it.
     lost : tuple of str
-        The outputs that it cannot compute.
+        The outputs that onnxruntime cannot compute.
     ops : tuple of str
-        The types of the ops that it lacks.
+        The types of the ops that onnxruntime lacks.
     first_lost : bool
-        Whether the first output, which labels are compared with, is among them.
+        Whether the first output, which is compared with labels, is lost.
     """
 
     model: M
@@ -48,24 +49,24 @@ class Computable(Generic[M]):
 
     @property
     def note(self) -> str:
-        """One line that says what is looked at in the place of what."""
+        """One line that says which tensors replace the lost outputs."""
         ends = [tensor.name for tensor in float_part(self.model).graph.outputs]
         return (
             f"onnxruntime has no {', '.join(self.ops)}: outputs {_listed(self.lost)} are not "
-            f"computed, and {_listed(ends)} stand for them"
+            f"computed, and are replaced by {_listed(ends)}"
         )
 
 
 def computable(model: M) -> Computable[M]:
-    """Return what onnxruntime can run of a model, float or Q/DQ.
+    """Return the part of a float or Q/DQ model that onnxruntime can run.
 
-    The outputs that it computes come first, and behind them the tensors that the other ops read.
-    In a Q/DQ model these are quantized where the ops read them so.
+    Its outputs are the model's outputs that can be computed, then the tensors that missing ops
+    read. In a Q/DQ model these tensors are quantized if the plan quantizes them for the ops.
 
     Raises
     ------
     ModelError
-        A point of the plan lies behind such an op, or nothing before it can be computed.
+        A point of the plan lies behind a missing op, or nothing before the op can be computed.
     """
     floats = float_part(model)
     ends = open_ends(floats.to_proto, optimization="none", threads=1, name=model.name)
@@ -84,7 +85,7 @@ def computable(model: M) -> Computable[M]:
 
 
 def _with_pairs(rest: Model, model: QuantizedModel) -> QuantizedModel:
-    """Return the rest of a float model with the Q/DQ pairs that the whole one has there."""
+    """Return a part of a float model as a quantized one, with the points that lie in that part."""
     plan = model.plan
     names, tensors = {node.name for node in rest.graph.nodes}, rest.graph.tensors()
     for point in plan.points:
@@ -99,7 +100,7 @@ def _with_pairs(rest: Model, model: QuantizedModel) -> QuantizedModel:
 
 
 def _moved(point: QuantPoint, names: set[str], graph: gs.Graph) -> QuantPoint:
-    """Return a point whose readers that are gone are outputs now."""
+    """Return a point in which an output replaces the readers that are not in the part."""
     ends = [tensor.name for tensor in graph.outputs]
     readers = [edge for edge in point.consumers if edge.node in names]
     read = any(edge.node not in names for edge in point.consumers)

@@ -1,4 +1,4 @@
-"""What leaves for the chip: the float model with tuned weights, and the calibration table."""
+"""Write the files for the chip: the float model with tuned weights, and the calibration table."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "model.onnx"
 Weights: TypeAlias = Literal["snapped", "tuned"]
-MAX_BYTES = 256 * 2**20  # the scales of a billion-parameter network take a tenth
+MAX_BYTES = 256 * 2**20  # ten times the size of a table for a billion-parameter network
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Deployment:
-    """What was written.
+    """The written files, and what the calibration table cannot express.
 
     Attributes
     ----------
     files : dict of str to Path
-        ``model``, ``table``, what else the format has, and what calls the vendor's compiler,
-        by its name (``compile.sh``).
+        ``model``, ``table``, other files of the format, and files that call the vendor's compiler,
+        by their names (``compile.sh``).
     left_out : dict of str to tuple of str
-        What the plan says and the table cannot, by what it is; names.
+        Names that the plan contains and the table cannot express, by kind.
     regridded : dict of str to int
-        Weights that the target quantizes on another grid than training did, because the table
-        does not say how; how many of their integers differ.
+        Weights that the target quantizes on another grid than training did, because the table has
+        no scales for them, and the number of their integers that differ.
     """
 
     files: Mapping[str, Path]
@@ -71,16 +71,16 @@ class Deployment:
 
 
 def deployed_model(model: QuantizedModel, *, weights: Weights) -> Model:
-    """Return the float model of a Q/DQ model; float16 where the model it was made from was.
+    """Return the float model of a Q/DQ model, in float16 if the original model was float16.
 
     Parameters
     ----------
     model : QuantizedModel
-        Calibrated or fine-tuned.
+        A calibrated or fine-tuned model.
     weights : {"snapped", "tuned"}
-        ``snapped`` puts every quantized weight on its grid, ``round(w / s) * s``, so that any
-        compiler that rounds it to this grid again gets the integers that training used; other
-        readers of the same constant keep its values. ``tuned`` keeps the weights as trained.
+        ``snapped`` puts each quantized weight on its grid, ``round(w / s) * s``, so that a compiler
+        that rounds it to this grid gets the integers that training used; other readers of the same
+        constant keep its values. ``tuned`` keeps the weights as trained.
     """
     check_choice("weights", weights, get_args(Weights))
     if weights == "snapped":
@@ -109,11 +109,11 @@ def write_deployment(
     Parameters
     ----------
     table : str, optional
-        A name in `onnxqat.formats.FORMATS`, or ``none``; the rule's own by default.
+        A name in `onnxqat.formats.FORMATS`, or ``none`` (default: the format of the rule).
     batch : int, optional
-        Length of the first axis of every input where it is free; free by default.
+        Length for the first axis of each input, if it is dynamic (default: it stays dynamic).
     input_shapes : mapping of str to sequence of int, optional
-        Whole shapes of inputs, see `onnxqat.fixed_shapes`.
+        Complete shapes of inputs, see `onnxqat.fixed_shapes`.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def write_deployment(
     PlanError
         The model is not calibrated.
     FormatError
-        The table cannot say what the plan says.
+        The table cannot express the plan.
     """
     require_quantized(model).check_calibrated()
     check_choice("weights", weights, get_args(Weights))
@@ -138,7 +138,7 @@ def write_deployment(
     paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
     handoff = _handoff(name, model, floats, {kind: path.name for kind, path in paths.items()})
     paths |= {file: folder / file for file in handoff}
-    # a table of an earlier model would pass for one of this model
+    # a table of an earlier model could be taken for one of this model
     outdated = [folder / file for file in deployed_names()]
     _make_folder(folder, (*paths.values(), *filter(Path.exists, outdated)), force=force)
     with atomic_outputs(*paths.values(), outdated=outdated, force=force) as (model_file, *others):
@@ -153,24 +153,24 @@ def write_deployment(
 def _handoff(
     table: str, model: QuantizedModel, floats: Model, files: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the files that call the vendor's compiler; none where its commands are not known."""
+    """Return the files that call the vendor's compiler; empty if its commands are unknown."""
     if table not in HANDOFFS:
         return {}
     try:
         target = load_rule(model.plan.rule).target
-    except RuleError:  # a rule of the user's own
+    except RuleError:  # a rule file of the user
         target = None
     return HANDOFFS[table](facts_of(model, floats, target=target, files=files))
 
 
 def deployed_names() -> list[str]:
-    """Return the names of all files that may be written beside the model."""
+    """Return the names of all files that can be written beside the model."""
     tables = {f"model_{suffix}" for f in FORMATS.values() for suffix in f.files.values()}
     return sorted({*tables, *HANDOFF_FILES})
 
 
 def name_problems(model: Model, plan: QuantPlan, table: str | None) -> list[str]:
-    """Return the names that a table could not hold, and why; known before there are parameters.
+    """Return the names that a table cannot express, with reasons; no parameters are needed.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ def name_problems(model: Model, plan: QuantPlan, table: str | None) -> list[str]
     Raises
     ------
     FormatError
-        There is no such table.
+        The format is unknown.
     """
     chosen = _format(table or "none")
     return chosen.name_problems(model.graph, plan) if chosen else []
@@ -205,7 +205,7 @@ def _regridded(
     Raises
     ------
     FormatError
-        An activation came back with other parameters.
+        An activation has other parameters after reading the table back.
     """
     source = Calibrated(model)
     table = Table(name="table", data=_bytes(written.files["table"]))
@@ -213,7 +213,8 @@ def _regridded(
     for point, params in source.points("activation"):
         if point.parameters in found and not params.same_as(found[point.parameters]):
             raise FormatError(
-                f"'{point.tensor}' does not come back from its table. Calibrate again."
+                f"'{point.tensor}' has other parameters when its table is read back. Calibrate "
+                "again."
             )
     old, new = source.graph.tensors(), floats.graph.tensors()
     differing = {}
@@ -230,33 +231,33 @@ def _tell(left_out: Mapping[str, tuple[str, ...]], regridded: Mapping[str, int])
         logger.info("The table leaves out %d %s: %s.", len(names), kind, listed(names))
     if regridded:
         logger.warning(
-            "By the table alone, %d weights get other integers than in training (by tensor): %s. "
-            "See docs/formats.md.",
+            "The table does not contain the grid of %d weights; the compiler will choose other "
+            "integers than training (number of values): %s. See docs/formats.md.",
             len(regridded),
             listed([f"{name} ({count})" for name, count in regridded.items()]),
         )
 
 
 def _make_folder(folder: Path, outputs: Iterable[Path], *, force: bool) -> None:
-    """Make the folder, and refuse outputs in it that could not be written."""
+    """Create the folder, and refuse outputs that could not be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OnnxQatError(
-            f"{folder}: cannot be made ({error.strerror}). Choose another directory."
+            f"{folder}: cannot be created ({error.strerror}). Choose another directory."
         ) from error
     for path in outputs:
         check_writable(path, force=force)
 
 
 def _table_of_rule(name: str) -> str:
-    """Return the table a bundled rule asks for; a rule of the user's own says it with --format."""
+    """Return the table format of a bundled rule; for other rules the user must name it."""
     try:
         return load_rule(name).table or "none"
     except RuleError as error:
         raise RuleError(
-            f"Rule '{name}' is not bundled, and its table is not known here. Name the format of "
-            "the table with --format."
+            f"Rule '{name}' is not bundled, so its table format is unknown. Name the format with "
+            "--format."
         ) from error
 
 
@@ -268,26 +269,26 @@ def read_table(
     Parameters
     ----------
     table : str, optional
-        A name in `onnxqat.formats.FORMATS`; the rule's own by default.
+        A name in `onnxqat.formats.FORMATS` (default: the format of the rule).
 
     Returns
     -------
     plan, params
-        The plan with signedness as the table has it, without what such a table cannot say and
-        without the biases that its scales make too large for integers, and the parameters. Where a
-        table says nothing of weights, they are quantized by their largest absolute value.
+        The plan with the signedness of the table, without points that the table cannot express and
+        without biases that overflow at the table's scales; and the parameters. Weights without
+        scales in the table are quantized by their largest absolute value.
 
     Raises
     ------
     FormatError
-        The file is not such a table, or not that of this model and rule.
+        The file is not such a table, or it does not belong to this model and rule.
     """
     path = Path(path)
     chosen = _format(table or _table_of_rule(plan.rule))
     if chosen is None:
         raise FormatError(
-            f"{path}: the rule '{plan.rule}' has no table of its own. Name its format with "
-            f"--format: one of {', '.join(FORMATS)}."
+            f"{path}: the rule '{plan.rule}' has no table format. Name the format of the file "
+            f"with --format: one of {', '.join(FORMATS)}."
         )
     params = chosen.read(_read_file(path), model.graph, plan).complete()
     plan = _as_far_as(plan, params, model)
@@ -316,7 +317,7 @@ def _as_far_as(plan: QuantPlan, params: Mapping[str, QuantParams], model: Model)
     before, after = (
         {e.node for p in found for e in p.consumers} for found in (plan.points, points)
     )
-    reason = "the calibration table says nothing of what it reads"
+    reason = "the calibration table has no entry for its inputs"
     skips = [Skip(n.name, n.op, reason) for n in model.graph.nodes if n.name in before - after]
     return msgspec.structs.replace(plan, points=points, skips=(*plan.skips, *skips))
 

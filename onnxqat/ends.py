@@ -1,7 +1,7 @@
-"""As far as onnxruntime can run a model: the tensors that stand for outputs behind unknown ops.
+"""Run a model up to the ops that onnxruntime lacks, and return the tensors that these ops read.
 
-A model may end in an op of another runtime, a TensorRT plugin for instance. Everything before it
-runs; the tensors that such ops read are then what is compared, and what training looks at.
+A model can end in an op of another runtime, such as a TensorRT plugin. Everything before the op is
+run; comparisons and training then use the tensors that the op reads in place of its outputs.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from onnxqat.runtime import Optimization, Session, UnknownOpError, open_session
 
 __all__ = ["Ends", "TensorReader", "open_ends", "prune"]
 
-Unknown = tuple[str, str | None]  # type of an op, and its node if others of the type run
+Unknown = tuple[str, str | None]  # the type of an op, and its node if other nodes of the type run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ends:
-    """A session of what onnxruntime can run of a model.
+    """A session of the part of a model that onnxruntime can run.
 
     Attributes
     ----------
     session : Session
-        Its outputs are ``names``.
+        The session; its outputs are ``names``.
     names : tuple of str
-        The outputs of the model that it computes, in order, and behind them the tensors that ops
-        which it lacks read on the way to the others.
+        The outputs of the model that can be computed, in order, then the tensors that missing ops
+        read on the paths to the other outputs.
     lost : tuple of str
-        The outputs that it cannot compute.
+        The outputs that cannot be computed.
     ops : tuple of str
-        The types of the ops that it lacks.
+        The types of the missing ops.
     """
 
     session: Session
@@ -48,19 +48,19 @@ class Ends:
 def open_ends(
     make: Callable[[], onnx.ModelProto], *, optimization: Optimization, threads: int, name: str
 ) -> Ends:
-    """Open a session of a model, or of what can be run of it.
+    """Open a session of a model, or of the part of it that can be run.
 
     Parameters
     ----------
     make : callable
-        Returns the model, each time anew.
+        Returns a new copy of the model at each call.
     optimization, threads, name
         As `onnxqat.runtime.open_session`.
 
     Raises
     ------
     ModelError
-        onnxruntime refuses the model, or an op that it lacks reads the model's inputs.
+        onnxruntime refuses the model, or a missing op reads the model's inputs directly.
     """
     unknown: list[Unknown] = []
     while True:
@@ -69,8 +69,8 @@ def open_ends(
         names, lost = _ends(model.graph, unknown) if unknown else (outputs, ())
         if unknown and not names:
             raise ModelError(
-                f"{name}: onnxruntime has no {unknown[-1][0]}, and computes nothing before it. "
-                "Export without it."
+                f"{name}: onnxruntime has no {unknown[-1][0]}, and there is nothing before it to "
+                "compute. Export without it."
             )
         if lost:
             prune(model, names)
@@ -88,7 +88,7 @@ def open_ends(
 def _ends(
     graph: onnx.GraphProto, unknown: Iterable[Unknown]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what stands for the outputs, and the outputs that are lost."""
+    """Return the tensors that replace the outputs, and the outputs that are lost."""
     outputs = [value.name for value in graph.output]
     needed = _needed(graph, outputs)
     varying = {value.name for value in graph.input} - {t.name for t in graph.initializer}
@@ -110,7 +110,7 @@ def _ends(
 
 
 def _sorted(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes, what writes a tensor before what reads it; those of a cycle never."""
+    """Yield the nodes in topological order; nodes of a cycle are left out."""
     waiting = {name for node in nodes for name in node.output if name}
     while nodes:
         later = []
@@ -126,7 +126,7 @@ def _sorted(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def _is_of(node: onnx.NodeProto, op: str, name: str | None) -> bool:
-    """Whether it is a node of an unknown op, or holds one in a subgraph."""
+    """Whether a node, or a node in its subgraphs, is of the unknown op."""
     if node.op_type == op and name in (None, node.name):
         return True
     return any(_is_of(inner, op, name) for graph in _subgraphs(node) for inner in graph.node)
@@ -138,7 +138,7 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """Return what a node reads, and what its subgraphs name."""
+    """Return the names that a node reads, and those that occur in its subgraphs."""
     names = {name for name in node.input if name}
     for graph in _subgraphs(node):
         names.update(value.name for value in graph.output)
@@ -148,7 +148,7 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 
 
 def _needed(graph: onnx.GraphProto, names: Iterable[str]) -> list[onnx.NodeProto]:
-    """Return the nodes that some tensors depend on, in the order of the graph."""
+    """Return the nodes that these tensors depend on, in the order of the graph."""
     writers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
     stack, found = list(names), set()
     while stack:
@@ -160,9 +160,9 @@ def _needed(graph: onnx.GraphProto, names: Iterable[str]) -> list[onnx.NodeProto
 
 
 def prune(model: onnx.ModelProto, names: Iterable[str]) -> None:
-    """Make some tensors the outputs of a model, and take out what none of them needs.
+    """Make these tensors the outputs of a model, and remove everything that they do not need.
 
-    The inputs stay: they are what the model is fed.
+    The inputs stay, so that the model can be fed as before.
     """
     graph, names = model.graph, list(names)
     known = {value.name: value for value in (*graph.output, *graph.value_info)}
@@ -182,23 +182,23 @@ def prune(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 class TensorReader:
-    """A session that returns tensors of a model by name, inner ones too.
+    """A session that returns tensors of a model by name, including inner ones.
 
-    What none of them needs is not run, and may be what onnxruntime cannot run.
+    Nodes that these tensors do not need are not run, so onnxruntime may lack them.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Taken over: it is changed.
+        The model; it is changed.
     names : iterable of str
-        What to read; a graph input is none of them.
+        The tensors to read; they must not be graph inputs.
     optimization, threads, name
         As `onnxqat.runtime.open_session`.
 
     Raises
     ------
     ModelError
-        onnxruntime refuses what is left of the model, or lacks an op of it.
+        onnxruntime refuses the remaining model, or lacks one of its ops.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class TensorReader:
     ) -> None:
         self.names = list(names)
         prune(model, self.names)
-        self.session: Session | None = None  # nothing is read
+        self.session: Session | None = None  # there are no tensors to read
         self._inputs = {value.name for value in model.graph.input}
         if not self.names:
             return
@@ -224,7 +224,7 @@ class TensorReader:
             raise _before(model.graph, self.names, error) from error
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the tensors for one batch; inputs that none of them needs may be among these."""
+        """Return the tensors for one batch; unneeded inputs are ignored."""
         if self.session is None:
             return {}
         feeds = {name: values for name, values in inputs.items() if name in self._inputs}
@@ -233,13 +233,13 @@ class TensorReader:
 
 
 def _before(graph: onnx.GraphProto, names: list[str], error: UnknownOpError) -> UnknownOpError:
-    """Say which of the tensors lies behind the op."""
+    """Return an error that names a tensor behind the missing op."""
     for name in names:
         if any(_is_of(node, error.op, error.node) for node in _needed(graph, [name])):
             text = str(error).removesuffix(". Export without it.")
             return UnknownOpError(
-                f"{text}, and '{name}' is computed behind it. Keep what follows it float, as with "
-                "--set 'between:A->B.quantize=false', or export without it.",
+                f"{text}, and '{name}' is computed behind it. Keep the tensors behind it float, as "
+                "with --set 'between:A->B.quantize=false', or export without it.",
                 error.op,
                 error.node,
             )

@@ -1,7 +1,7 @@
-"""Whether what we stand on is installed as it should be, and how to mend it.
+"""Check that the required packages are installed correctly, and say how to repair them.
 
-Several distributions hold a module ``onnxruntime``. Installed over one another, or after one of
-them is removed, what is left is a mixture of files that fails anywhere.
+Several distributions contain a module ``onnxruntime``. If several are installed, or one of them is
+removed afterwards, their files are mixed and fail in unexpected places.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ USED = ("InferenceSession", "SessionOptions", "GraphOptimizationLevel")
 
 
 def check_packages() -> None:
-    """Refuse an environment where distributions of onnxruntime overlie; imports nothing of it.
+    """Refuse an environment with several distributions of onnxruntime; it is not imported.
 
     Raises
     ------
     OnnxQatError
-        There are several, or parts of one; what to run is said.
+        Several distributions, or parts of one, are installed; the message has the repair command.
     """
     spec = importlib.util.find_spec("onnxruntime")
     found = _distributions()
@@ -43,26 +43,26 @@ def check_packages() -> None:
         raise OnnxQatError(f"{' and '.join(found)} overwrite each other's files. {mending()}")
     if spec is None:
         raise OnnxQatError(f"onnxruntime is not installed. {mending()}")
-    if spec.origin is None:  # a folder without its __init__.py
+    if spec.origin is None:  # a folder without __init__.py
         raise OnnxQatError(f"onnxruntime lacks files. {mending()}")
 
 
 def check_environment() -> None:
-    """Refuse an environment where a package that every model needs cannot be imported.
+    """Refuse an environment in which a required package cannot be imported.
 
     Raises
     ------
     OnnxQatError
-        See `check_packages`; or an import fails, because of an old protobuf or another numpy than
-        a package was built for, for instance. What to run is said.
+        See `check_packages`; or an import fails, for example because of an old protobuf, or because
+        a package was built for another numpy. The message has the repair command.
     """
     check_packages()
     said = io.StringIO()
     for name in IMPORTED:
         try:
-            with redirect_stderr(said):  # numpy prints a page
+            with redirect_stderr(said):  # numpy prints a long text
                 module = importlib.import_module(name)
-        except Exception as error:  # whatever a mixture of versions raises
+        except Exception as error:  # mixed versions can raise anything
             reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
             raise OnnxQatError(f"{name} cannot be imported ({reason}). {_mending(name)}") from error
     missing = [attribute for attribute in USED if not hasattr(module, attribute)]
@@ -73,7 +73,7 @@ def check_environment() -> None:
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that compute a model."""
+    """Return the versions of Python and of the packages that affect computed values."""
     from importlib import metadata
 
     found = {"python": platform.python_version()}
@@ -82,7 +82,7 @@ def package_versions() -> dict[str, str]:
 
 
 def mending() -> str:
-    """Return the commands that leave one distribution of onnxruntime, the one to be used here."""
+    """Return the commands that install exactly one distribution of onnxruntime, the right one."""
     installed = [entry.partition(" ")[0] for entry in _distributions()]
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
     return f"Run: {remove}pip install {_requirement(ENGINE)}"
@@ -97,7 +97,7 @@ def _mending(name: str) -> str:
 
 
 def _requirement(name: str) -> str:
-    """Return a requirement of ours as pip takes it in a shell."""
+    """Return one of onnxqat's requirements, quoted for pip in a shell."""
     from importlib import metadata
 
     try:
@@ -111,7 +111,7 @@ def _requirement(name: str) -> str:
 
 
 def _distributions() -> list[str]:
-    """Return the distributions, with their versions, that put files where onnxruntime lies."""
+    """Return the distributions, with versions, that install files into onnxruntime's folder."""
     spec = importlib.util.find_spec("onnxruntime")
     places = list(spec.submodule_search_locations or ()) if spec else []
     found = set()
@@ -131,7 +131,7 @@ def _title(info: Path) -> str:
 
 
 def _holds_onnxruntime(info: Path) -> bool:
-    """Return whether a distribution holds the module, as onnxruntime-extensions does not."""
+    """Return whether a distribution contains the module (onnxruntime-extensions does not)."""
     try:
         record = info / "RECORD"
         if record.is_file():

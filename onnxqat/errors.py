@@ -1,19 +1,19 @@
-"""What a user can cause to go wrong.
+"""The errors that a user can cause.
 
 ::
 
     OnnxQatError
     ├── RuleError       a hardware rule file, or an override of it, is wrong
-    ├── ModelError      the model lacks or holds something we cannot work with
-    ├── PlanError       a plan and the model or the parameters disagree
+    ├── ModelError      the model lacks or contains something that onnxqat cannot process
+    ├── PlanError       a plan disagrees with the model or with its parameters
     ├── DataError       the data directory, file, array or label is wrong
     ├── FormatError     a calibration table is wrong
-    ├── JobError        a job file is wrong, or a model is not what its job needs
-    ├── OptionError     an argument is none of the values there are
+    ├── JobError        a job file is wrong, or a model does not fit its job
+    ├── OptionError     an argument is not one of the allowed values
     └── TrainingError   training diverged, or cannot be continued
 
-Message = ``where: what is wrong, values quoted. The next step.`` Anything else that
-escapes to the user is a defect of ours.
+A message has the form ``where: what is wrong, values quoted. The next step.`` Any other exception
+that reaches the user is a defect of onnxqat.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class OnnxQatError(Exception):
-    """Base of every error a user can cause."""
+    """Base class of all errors that a user can cause."""
 
 
 class RuleError(OnnxQatError):
@@ -40,11 +40,11 @@ class RuleError(OnnxQatError):
 
 
 class ModelError(OnnxQatError):
-    """The model lacks or holds something we cannot work with."""
+    """The model lacks or contains something that onnxqat cannot process."""
 
 
 class PlanError(OnnxQatError):
-    """A plan and the model, or a plan and its parameters, disagree."""
+    """A plan disagrees with the model or with its parameters."""
 
 
 class DataError(OnnxQatError):
@@ -56,11 +56,11 @@ class FormatError(OnnxQatError):
 
 
 class JobError(OnnxQatError):
-    """A job file is wrong, or a model is not what its job needs."""
+    """A job file is wrong, or a model does not fit its job."""
 
 
 class OptionError(OnnxQatError):
-    """An argument is none of the values there are."""
+    """An argument is not one of the allowed values."""
 
 
 class TrainingError(OnnxQatError):

@@ -1,7 +1,7 @@
-"""Weights in files beside the model: mapped into memory when read, streamed when written.
+"""Weights in files beside the model: mapped into memory for reading, streamed for writing.
 
-A model above 2 GB does not fit into one protobuf message. Its large initializers are never held
-twice: what is read is the file's own pages, what is written goes to the file tensor by tensor.
+A model above 2 GB does not fit into one protobuf message. Its large initializers are never in
+memory twice: reading maps the file's pages, and writing goes tensor by tensor.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from onnxqat.preserve import stored_tensors
 
 __all__ = ["read_external_data", "write_external_data"]
 
-MAP_BYTES = 2**20  # smaller tensors are loaded
-ALIGNMENT = 4096  # of a page, so that runtimes can map the tensors too
+MAP_BYTES = 2**20  # smaller tensors are loaded, larger ones mapped
+ALIGNMENT = 4096  # bytes of a page, so that runtimes can also map the tensors
 
 
 def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[Any]]:
-    """Load the data that ``proto`` keeps in files; return its large initializers, read-only.
+    """Load the external data of ``proto``; return its large initializers as read-only arrays.
 
-    The others are loaded into ``proto``. The returned arrays are views of the mapped files.
+    Small ones are loaded into ``proto``. The returned arrays are views of the mapped files.
 
     Raises
     ------
@@ -55,7 +55,9 @@ def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[
                 load_external_data_for_tensor(tensor, str(folder))
             except _UNREADABLE as error:
                 raise _unreadable(tensor, path, error) from error
-            tensor.ClearField("data_location")  # written as the default, it would be another file
+            tensor.ClearField(
+                "data_location"
+            )  # writing the default value would change the file's bytes
             del tensor.external_data[:]
     return mapped
 
@@ -66,7 +68,7 @@ def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
 
 def _size(tensor: onnx.TensorProto) -> int:
     size = _dtype(tensor).itemsize
-    for length in tensor.dims:  # not numpy's product, which wraps around
+    for length in tensor.dims:  # numpy's product could overflow
         size *= length
     return size
 
@@ -81,12 +83,16 @@ def _can_map(tensor: onnx.TensorProto) -> bool:
 
 
 def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
-    """Return the file that holds a tensor's data, which is a regular one beside the model."""
+    """Return the file with a tensor's data, which must be a regular file beside the model."""
     try:
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
         target = (folder / location).resolve()
         missing = not target.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # not text, a NUL, a loop of links
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # not text, a NUL, a loop of symbolic links
         raise _unreadable(tensor, path, error) from error
     if not location or not target.is_relative_to(folder):
         raise ModelError(
@@ -94,7 +100,9 @@ def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
             "the model's folder. Move the file beside the model."
         )
     if missing:
-        raise ModelError(f"{path}: external data file '{location}' is missing. Copy it, too.")
+        raise ModelError(
+            f"{path}: external data file '{location}' is missing. Copy it beside the model."
+        )
     try:
         check_readable(target, ModelError)
     except ModelError as error:
@@ -102,7 +110,7 @@ def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
     return target
 
 
-# The rules for a file are onnx's own; its C++ part has more of its own errors than these.
+# onnx's own checks of a file; its C++ part can also raise other errors.
 _UNREADABLE = (
     *(KeyError, OSError, OverflowError, RuntimeError, ValueError),
     onnx.checker.ValidationError,
@@ -127,7 +135,8 @@ def _view(tensor: onnx.TensorProto, data: NDArray[np.uint8], path: Path) -> NDAr
     if length != size or start < 0 or start + size > data.size:
         raise ModelError(
             f"{path}: initializer '{tensor.name}' needs {size} bytes of '{info.location}' from "
-            f"{start}; the file has {data.size}, the entry says {length}."
+            f"{start}, but the file has {data.size} bytes and the entry states {length}. Copy the "
+            "file again."
         )
     values = data[start : start + size].view(_dtype(tensor))
     return values.reshape(tuple(tensor.dims))
@@ -136,15 +145,15 @@ def _view(tensor: onnx.TensorProto, data: NDArray[np.uint8], path: Path) -> NDAr
 def write_external_data(
     proto: onnx.ModelProto, values: Iterable[tuple[str, NDArray[Any]]], path: Path
 ) -> None:
-    """Write initializers into one file, one after the other, and let ``proto`` refer to it.
+    """Write initializers into one file, and make ``proto`` refer to it.
 
-    The file is named by what it holds, so that no model ever refers to the data of another one:
-    ``<model>.<hash>.data``, see `onnxqat.locks.is_data`.
+    The file name contains a hash of the data, so that a model never refers to the data of another
+    one: ``<model>.<hash>.data``, see `onnxqat.locks.is_data`.
 
     Parameters
     ----------
     values : iterable of (str, array)
-        By name of an initializer that ``proto`` holds without data.
+        Names and values of initializers that ``proto`` contains without data.
     path : Path
         The model's file; the data are written beside it.
     """

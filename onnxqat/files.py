@@ -1,8 +1,8 @@
-"""Input files that are regular, output files that are whole or absent.
+"""Check that input files are regular files, and write output files completely or not at all.
 
-Reading a pipe or a device could last for ever. A file is written beside its destination under a
-temporary name and moved there when it is complete and on the disk, so that an interrupted or
-failing command leaves nothing half-written, and files that belong together are never mixed.
+Reading a pipe or a device could block forever. A file is written under a temporary name beside its
+destination, and moved there when it is complete and on the disk. An interrupted or failing command
+therefore leaves no partial file, and never mixes files of two runs that belong together.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -
     Parameters
     ----------
     path : str or Path
-        The file; a link to a regular file is one.
+        The file, or a link to it.
     error : type of OnnxQatError
-        What to raise: the error of what the file holds.
+        The type of the error, which depends on the content of the file.
 
     Raises
     ------
     OnnxQatError
-        The file is missing, cannot be looked at, or is a directory, a pipe, a socket or a device;
+        The file is missing or cannot be accessed; it is a directory, a pipe, a socket or a device;
         or this run is going to replace it.
     """
     shown = str(path).encode(errors="backslashreplace").decode()
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - a path that no Path takes is an answer too
+        mode = os.stat(path).st_mode  # noqa: PTH116 - Path would refuse some paths
     except FileNotFoundError as cause:
         raise error(f"{shown}: no such file.") from cause
     except OSError as cause:  # a name too long, a folder that may not be searched
@@ -58,12 +58,12 @@ def check_readable(path: str | Path, error: type[OnnxQatError] = OnnxQatError) -
     if stat.S_ISDIR(mode):
         raise error(f"{shown}: cannot be read (a directory). Name a file.")
     if not stat.S_ISREG(mode):
-        raise error(f"{shown}: is not a regular file. Copy what it gives into one.")
+        raise error(f"{shown}: is not a regular file. Copy its content into a regular file.")
     refuse_claimed(path)
 
 
 def check_writable(path: str | Path, *, force: bool = False) -> None:
-    """Refuse an output that could not be written, before any work is done for it.
+    """Refuse an output file that cannot be written, before the work for it begins.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def check_writable(path: str | Path, *, force: bool = False) -> None:
         raise OnnxQatError(message) from error
     if path.is_dir():
         raise OnnxQatError(f"{path}: is a directory. Name a file to write.")
-    if exists and not regular:  # it would be replaced by a file: /dev/null for one
+    if exists and not regular:  # a file would replace it, for example /dev/null
         raise OnnxQatError(f"{path}: is not a regular file. Choose another output.")
     if exists and not force:
         raise OnnxQatError(f"{path}: already exists. Pass --force to replace it.")
@@ -96,7 +96,7 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     Raises
     ------
     OnnxQatError
-        As `check_writable`, another run writes the file, or the file system refuses the write.
+        As for `check_writable`; or another run is writing the file, or writing fails.
     """
     with atomic_outputs(Path(path), force=force) as (temporary,):
         yield temporary
@@ -106,36 +106,37 @@ def atomic_output(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 def atomic_outputs(
     *paths: Path, outdated: Iterable[Path] = (), force: bool = False
 ) -> Iterator[tuple[Path, ...]]:
-    """Yield temporary paths of files of one folder; move them there when the block succeeds.
+    """Yield temporary paths for files of one folder; move them there when the block succeeds.
 
-    Whenever the process is killed, no file of an earlier run lies beside one of this run that it
-    does not belong to: nothing is moved before all are written, and what they outdate goes first.
+    Even if the process is killed, files of an earlier run are never left beside files of this run
+    that they do not belong to: files are moved only after all are written, and outdated files are
+    removed first.
 
     Parameters
     ----------
     *paths : Path
-        The first is the model, which brings its data (`onnxqat.locks.is_data`) along.
+        The files. The first is the model; its data (`onnxqat.locks.is_data`) are moved with it.
     outdated : iterable of Path
-        Files that belong to what the first path has been so far.
+        Files that belong to an earlier version of the first file.
     force : bool
         Replace existing files.
 
     Raises
     ------
     OnnxQatError
-        As `atomic_output`.
+        As for `atomic_output`.
     """
     for path in paths:
         check_writable(path, force=force)
     try:
         with claimed(paths[0]) as own:
-            own.mkdir(mode=0o700, exist_ok=True)  # somebody may have emptied the output's folder
+            own.mkdir(mode=0o700, exist_ok=True)  # the output's folder may have been emptied
             with tempfile.TemporaryDirectory(dir=own) as staging:
                 temporary = tuple(Path(staging) / path.name for path in paths)
                 yield temporary
                 for made in Path(staging).iterdir():
                     _sync(made)
-                for path in paths:  # it may have appeared meanwhile
+                for path in paths:  # they may have appeared in the meantime
                     check_writable(path, force=force)
                 _commit(temporary, paths[0].parent, outdated)
     except OSError as error:
@@ -149,19 +150,20 @@ def check_folder(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Refuse a folder that could not be written, before any work is done for it.
+    """Refuse an output folder that cannot be written, before the work for it begins.
 
     Parameters
     ----------
     force : bool
-        Replace what the folder holds.
+        Replace the content of the folder.
     check : callable, optional
-        Raises where the folder holds what must not be replaced.
+        Raises if the folder contains anything that must not be replaced.
 
     Raises
     ------
     OnnxQatError
-        It holds something and ``force`` is not set, is no folder, or lies where none can be made.
+        The folder is not empty and ``force`` is not set, the path is not a folder, or no folder can
+        be created there.
     """
     path = Path(path)
     try:
@@ -190,17 +192,18 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder; move it to ``path`` when the block succeeds.
 
-    Killed while an earlier folder is replaced, the process leaves the old one, the new one or none.
+    If the process is killed while it replaces an earlier folder, the old folder, the new one or
+    neither is there, but never a mixture.
 
     Parameters
     ----------
     force, check
-        As `check_folder`.
+        As for `check_folder`.
 
     Raises
     ------
     OnnxQatError
-        As `check_folder`, another run writes the folder, or the file system refuses the write.
+        As for `check_folder`; or another run is writing the folder, or writing fails.
     """
     path = Path(path)
     check_folder(path, force=force, check=check)
@@ -213,7 +216,7 @@ def atomic_folder(
                 yield made
                 for entry in (*made.rglob("*"), made):
                     _sync(entry)
-                check_folder(path, force=force, check=check)  # it may have appeared meanwhile
+                check_folder(path, force=force, check=check)  # it may have appeared in the meantime
                 if path.exists():
                     path.rename(Path(staging) / "old")
                 made.rename(path)
@@ -224,10 +227,12 @@ def atomic_folder(
 
 
 def _commit(temporary: tuple[Path, ...], folder: Path, outdated: Iterable[Path]) -> None:
-    """Move written files to where they belong: data, then the model, then what belongs to it."""
+    """Move written files to their destination: data, then the model, then the other files."""
     staging, model = temporary[0].parent, folder / temporary[0].name
     beside = {made.name for made in staging.iterdir()} - {made.name for made in temporary}
-    new = sorted(name for name in beside if not (folder / name).exists())  # else of these bytes
+    new = sorted(
+        name for name in beside if not (folder / name).exists()
+    )  # others have the same bytes
     old = sorted(path.name for path in _data_of(model) if path.name not in beside)
     with noted_data(temporary[0], new, old):
         for name in new:
@@ -242,25 +247,25 @@ def _commit(temporary: tuple[Path, ...], folder: Path, outdated: Iterable[Path])
 
 
 def _move(made: Path, folder: Path) -> None:
-    """Move a file to where it belongs, and let nothing later reach the disk before."""
+    """Move a file to its destination, and wait until this is on the disk."""
     made.replace(folder / made.name)
     _sync(folder)
 
 
 def _sync(path: Path) -> None:
-    """Let what was written to a file, or moved within a folder, reach the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot do it to a folder
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
             raise
     finally:
         os.close(handle)
 
 
 def _data_of(model: Path) -> list[Path]:
-    """Return the files of weights that a model of ours refers to, if there is one."""
+    """Return the weight files that an existing model written by onnxqat refers to."""
     found = [path for path in model.parent.iterdir() if is_data(path, model)]
     if not found or not model.is_file() or model.stat().st_size == 0:
         return []
@@ -269,6 +274,6 @@ def _data_of(model: Path) -> list[Path]:
 
 
 def write_text(path: str | Path, text: str, *, force: bool = False) -> None:
-    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
+    """Write ``text`` to ``path`` as UTF-8, completely or not at all."""
     with atomic_output(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Fix the free lengths of a float model's inputs, as many compilers want them."""
+"""Fix the dynamic lengths of a float model's inputs, as many compilers require."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Dimension = int | str | None
 
 
 def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[int]]) -> Model:
-    """Return a model whose inputs have these shapes, and run it once on zeros of them.
+    """Return a model whose inputs have these shapes, after running it once on zeros.
 
     Parameters
     ----------
     model : Model
-        A float model. It is not changed.
+        A float model; it is not changed.
     batch : int or None
-        Length of the first axis of every input where it is free.
+        Length for the first axis of each input, if it is dynamic.
     shapes : mapping of str to sequence of int
-        Whole shapes of inputs, by name. A free length with a name is fixed wherever the name is.
+        Complete shapes of inputs, by name. A named length is fixed wherever its name occurs.
 
     Raises
     ------
     OptionError
-        There is no such input, or its own shape says otherwise.
+        There is no such input, or the shape contradicts the input's own.
     ModelError
         The model does not run at these shapes.
     """
@@ -45,7 +45,7 @@ def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[in
     for name, shape in shapes.items():
         if name not in inputs:
             known = ", ".join(map(repr, inputs))
-            raise OptionError(f"--input-shape: there is no input '{name}', only {known}.")
+            raise OptionError(f"--input-shape: there is no input '{name}'. The inputs are {known}.")
         _fix(inputs[name], list(shape), lengths)
     for tensor in inputs.values():
         if batch is not None and tensor.shape:
@@ -63,7 +63,7 @@ def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[in
 
 
 def _fix(tensor: gs.Variable, wanted: list[Dimension], lengths: dict[str, int]) -> None:
-    """Give an input a shape, and note the lengths of its names."""
+    """Set the shape of an input, and record the lengths of its named dimensions."""
     shape: list[Dimension] = list(tensor.shape or ())
     pairs = list(zip(shape, wanted, strict=False))
     differs = any(isinstance(n, int) and n != new for n, new in pairs)
@@ -71,20 +71,20 @@ def _fix(tensor: gs.Variable, wanted: list[Dimension], lengths: dict[str, int]) 
     if len(shape) != len(wanted) or differs:
         said = "x".join(map(str, wanted))
         raise OptionError(
-            f"'{tensor.name}': {said} does not fit its shape {'x'.join(map(str, shape))}. Give the "
-            "lengths that are fixed as they are, and equal ones for equal names."
+            f"'{tensor.name}': {said} does not fit its shape {'x'.join(map(str, shape))}. Repeat "
+            "the fixed lengths, and give equal lengths for equal names."
         )
     lengths |= {n: new for n, new in pairs if isinstance(n, str) and isinstance(new, int)}
     tensor.shape = wanted
 
 
 def _run(model: Model) -> None:
-    """Run a model on zeros, unless it still has free lengths.
+    """Run a model on zeros, unless it still has dynamic lengths.
 
     Raises
     ------
     ModelError
-        A node does not run, for example a Reshape that holds the batch of the export.
+        A node does not run, for example a Reshape to the batch size of the export.
     """
     inputs = model.graph.inputs
     if not all(isinstance(n, int) for tensor in inputs for n in tensor.shape or ()):
@@ -102,6 +102,6 @@ def _run(model: Model) -> None:
             for n, length in zip(said, np.shape(value), strict=True)
         ):
             raise ModelError(
-                f"{model.name}: output '{tensor.name}' has the shape {np.shape(value)} at these "
-                f"inputs, and the model says {tuple(said)}. Export it with free lengths."
+                f"{model.name}: output '{tensor.name}' has the shape {np.shape(value)} for these "
+                f"inputs, but the model states {tuple(said)}. Export it with dynamic lengths."
             )

@@ -1,16 +1,16 @@
-"""Q/DQ pairs that another tool wrote: taken out of the graph, their parameters kept.
+"""Take the Q/DQ pairs of another tool out of a graph, and keep their parameters.
 
 ::
 
     x -> QuantizeLinear [-> Clip] -> DequantizeLinear -> y   =>   x, its scale, zero_point, range
     integers [-> Clip] -> DequantizeLinear -> w              =>   w = (q - zero_point) * scale
 
-PyTorch writes a Clip for ranges as 0 to 127, Brevitas for 2 to 7 bits and for -127 to 127.
-onnxruntime.quantization leaves a Relu out where the unsigned integers behind it cut at zero anyway
-(``onnxruntime/python/tools/quantization/operators/activation.py``). The float model needs it: where
-the integers of what a Conv, Gemm, MatMul or Add writes begin at 0.0 and no Relu or Clip follows, a
-Relu is put back. This changes no value behind the pair. Where it was a Clip, its upper end is known
-to the parameters only.
+PyTorch writes a Clip for ranges such as 0 to 127, and Brevitas for 2 to 7 bits and for -127 to 127.
+onnxruntime.quantization removes a Relu if unsigned integers behind it clip at zero
+(``onnxruntime/python/tools/quantization/operators/activation.py``), but the float model needs it.
+So a Relu is restored behind a Conv, Gemm, MatMul or Add if the integers of its output begin at 0.0
+and no Relu or Clip follows. This changes no value behind the pair. If a Clip was removed, only the
+parameters contain its upper limit.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ __all__ = ["ForeignParams", "read_foreign_qdq", "take_over"]
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 INTEGER_KINDS = tuple(getattr(onnx.TensorProto, k) for k in ("INT8", "UINT8", "INT16", "UINT16"))
 DOMAINS = (*ONNX_DOMAINS, "com.microsoft")
-# Producers whose output may be negative, so that integers from 0.0 upwards say that it is cut.
+# Ops whose output can be negative. If its integers begin at 0.0, negative values are clipped.
 CUT_BEHIND = (*WEIGHTED, "Add", "BatchNormalization", "Sub")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForeignParams:
-    """What another tool chose for one tensor.
+    """The parameters that another tool chose for one tensor.
 
     Attributes
     ----------
     params : QuantParams
         Scale and zero_point, of shape () or (C,).
     axis : int or None
-        The axis of a scale of shape (C,), not negative.
+        The axis of a scale of shape (C,), counted from 0.
     limits : tuple of int
         The quantized range.
     """
@@ -73,10 +73,10 @@ class ForeignParams:
 
 
 def read_foreign_qdq(model: Model) -> tuple[Model, dict[str, ForeignParams]]:
-    """Return the float model within a Q/DQ model of another tool, and the parameters by tensor.
+    """Return the float model inside a Q/DQ model of another tool, and the parameters by tensor.
 
-    A model without pairs is returned as it is. A weight stored as integers
-    is named after the output of its DequantizeLinear; int32 is a bias, and has no parameters.
+    A model without pairs is returned unchanged. A weight stored as integers is named after the
+    output of its DequantizeLinear; int32 values are a bias, which has no parameters.
 
     Raises
     ------
@@ -139,11 +139,11 @@ def _limits(
         ends = [*clip.inputs[1:3], *[gs.Variable.empty()] * (3 - len(clip.inputs))]
         given = [scalar(tensor) if tensor.name else None for tensor in ends]
         if any(t.name and value is None for t, value in zip(ends, given, strict=True)):
-            raise _refused(where, node, f"is behind '{clip.name}', whose limits are no constants")
+            raise _refused(where, node, f"follows '{clip.name}', whose limits are not constant")
         low = low if given[0] is None else max(low, int(given[0]))
         high = high if given[1] is None else min(high, int(given[1]))
     if low >= high:
-        raise _refused(where, node, f"is behind a Clip to [{low}, {high}], which leaves no range")
+        raise _refused(where, node, f"follows a Clip to [{low}, {high}], which leaves no range")
     return low, high
 
 
@@ -157,7 +157,7 @@ def _fold_weight(
         limits = _limits(node, clips, stored.dtype, where)
         values = evaluate(node, [np.clip(stored, *limits), *others])
     if stored is None or not values:
-        raise _refused(where, node, "does not hold 8, 16 or 32-bit integers with a constant scale")
+        raise _refused(where, node, "does not read 8, 16 or 32-bit integers with a constant scale")
     target = node.outputs[0]
     if stored.dtype != np.int32:
         found[target.name] = _params(node, stored.dtype, stored.ndim, limits, where)
@@ -171,11 +171,11 @@ def _take_pair_out(
     found: dict[str, ForeignParams],
     where: str,
 ) -> None:
-    """Let the DequantizeLinear hand on what the QuantizeLinear reads."""
+    """Make the readers of the DequantizeLinear read the input of the QuantizeLinear."""
     integers = (clips[-1] if clips else node).inputs[0]
     quantize = integers.inputs[0] if integers.inputs else None
     if quantize is None or not _is(quantize, "QuantizeLinear"):
-        raise _refused(where, node, "is not behind a QuantizeLinear")
+        raise _refused(where, node, "does not follow a QuantizeLinear")
     _check_operands(quantize, where)
     source, target = quantize.inputs[0], node.outputs[0]
     rank = len(source.shape) if source.shape is not None else None
@@ -187,7 +187,7 @@ def _take_pair_out(
     foreign = replace(pair[0], limits=limits)
     _restore_relu(graph, quantize, node, foreign)
     found.setdefault(source.name, foreign)
-    found.setdefault(target.name, foreign)  # of a graph output, the name that survives
+    found.setdefault(target.name, foreign)  # a graph output keeps this name
     node.op, node.domain = "Identity", None
     node.attrs.clear()
     node.inputs = [source]
@@ -197,7 +197,7 @@ def _dtype(node: gs.Node, where: str) -> np.dtype[np.generic]:
     """Return the type of the integers that a QuantizeLinear writes without a zero_point."""
     kind = node.attrs.get("output_dtype", 0) or onnx.TensorProto.UINT8
     if kind not in INTEGER_KINDS:
-        raise _refused(where, node, f"writes data type {kind}, which is no 8 or 16-bit integer")
+        raise _refused(where, node, f"writes data type {kind}, not 8 or 16-bit integers")
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
 
 
@@ -234,7 +234,7 @@ def _params(
 def _restore_relu(
     graph: gs.Graph, quantize: gs.Node, dequantize: gs.Node, foreign: ForeignParams
 ) -> None:
-    """Put a Relu before a pair whose integers begin at 0.0, where the producer needs it."""
+    """Insert a Relu before a pair whose integers begin at 0.0, if the producer needs it."""
     source = quantize.inputs[0]
     producer = source.inputs[0] if source.inputs else None
     readers = {reader.op for reader in dequantize.outputs[0].outputs}
@@ -254,13 +254,13 @@ def _restore_relu(
 
 
 def _remove_unread(graph: gs.Graph, clips: list[gs.Node], where: str) -> None:
-    """Remove what stood before a DequantizeLinear; refuse it where it has other readers."""
+    """Remove the nodes before a DequantizeLinear; refuse them if they have other readers."""
     outputs = {tensor.name for tensor in graph.outputs}
     quantizes = [node for node in graph.nodes if _is(node, "QuantizeLinear")]
     for group in ([clip for clip in clips if clip.outputs], quantizes):
         for node in {id(node): node for node in group}.values():
             if node.outputs[0].outputs or node.outputs[0].name in outputs:
-                raise _refused(where, node, "feeds integers to other nodes")
+                raise _refused(where, node, "passes integers to other nodes")
             remove_nodes(graph, [node])
 
 
@@ -274,14 +274,14 @@ def _refused(where: str, node: gs.Node, reason: str) -> ModelError:
 def take_over(
     plan: QuantPlan, graph: gs.Graph, foreign: Mapping[str, ForeignParams]
 ) -> tuple[dict[str, QuantParams], list[str]]:
-    """Choose the parameters that fit a plan of the prepared float graph.
+    """Return the parameters that fit a plan of the prepared float graph.
 
     Returns
     -------
     params : dict of str to QuantParams
-        By `QuantPoint.parameters`.
+        The parameters, by `QuantPoint.parameters`.
     ignored : list of str
-        Tensors with a point that their parameters do not fit.
+        Tensors whose parameters do not fit their point.
     """
     tensors = graph.tensors()
     taken: dict[str, QuantParams] = {}
@@ -299,7 +299,7 @@ def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> Qu
     spec, params = point.spec, foreign.params
     shape = tensor.shape or ()
     if spec.axis is not None and spec.axis >= len(shape):
-        return None  # a malformed model, which inserting refuses
+        return None  # a malformed model, which insert refuses
     channels = None if spec.axis is None else shape[spec.axis]
     kind = "signed" if params.signed else "unsigned"
     if (
@@ -326,9 +326,9 @@ def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> Qu
 def _same_range(
     params: QuantParams, spec: QuantSpec, limits: tuple[int, int], tensor: gs.Tensor
 ) -> bool:
-    """Whether a spec makes the integers that a range of another tool makes.
+    """Whether a spec gives the same integers as the other tool's range.
 
-    Those of a constant may be one level off, where one tool leaves the lowest integer out.
+    The range of a constant may differ by one level: some tools leave out the lowest integer.
     """
     limits_of_spec = quantized_range(spec, signed=params.signed)
     values = constant_values(tensor)

@@ -1,4 +1,4 @@
-"""How ``--help`` shows a command: its options under titles, and an example at the end."""
+"""Format the ``--help`` of a command: options under titles, and an example at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxqat.verbosity import verbosity_options
 __all__ = ["Command", "GroupedCommand", "command", "under"]
 
 Command = Callable[..., None]
-LAST = "Output"  # the title of the options that every command ends with
+LAST = "Output"  # the title of the last group of options
 
 
 class GroupedOption(click.Option):
@@ -27,7 +27,7 @@ class GroupedOption(click.Option):
 class GroupedCommand(click.Command):
     """A command whose ``--help`` lists its options under titles, and ends with an example.
 
-    It takes ``-v`` and ``-q``, as the group does before it.
+    It accepts ``-v`` and ``-q``, which can also stand before the command.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -35,7 +35,7 @@ class GroupedCommand(click.Command):
         self.params += verbosity_options()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each title once, in the order in which the options were declared."""
+        """Write each title once, in the order of the options' declarations."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -46,7 +46,7 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(sections[title])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """Write the example on a line of its own, so that it can be copied."""
+        """Write the example on its own line, so that it can be copied."""
         if self.epilog:
             with formatter.section("Example"):
                 for line in self.epilog.splitlines():
@@ -54,10 +54,10 @@ class GroupedCommand(click.Command):
 
 
 def command(name: str | None = None, *, example: str) -> Callable[[Command], click.Command]:
-    """Return click's decorator for a command, with the example that ``--help`` ends with."""
+    """Return click's decorator for a command; ``--help`` ends with the example."""
     return click.command(name, cls=GroupedCommand, epilog=example)
 
 
 def under(title: str) -> Callable[..., Callable[[Command], Command]]:
-    """Return click's ``option``, whose options ``--help`` lists under ``title``."""
+    """Return a variant of ``click.option`` whose options ``--help`` lists under ``title``."""
     return functools.partial(click.option, cls=GroupedOption, title=title)

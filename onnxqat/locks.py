@@ -1,8 +1,8 @@
-"""Folders that belong to a running process: no other takes them, and they go when it is dead.
+"""Temporary folders that belong to a running process, and are removed after it has ended.
 
-Whoever works in such a folder holds the lock on a file in it, which the kernel releases however
-the process ends. A lock that can be taken says that the owner is gone, so that the next run
-removes what a killed one left, and never what another one is using.
+The process that uses such a folder holds a lock on a file in it. The kernel releases the lock
+however the process ends. If a run can take the lock, the owner has ended, and the run removes the
+folder; folders in use are never removed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ __all__ = ["Scratch", "claimed", "is_data", "noted_data", "refuse_claimed", "sam
 logger = logging.getLogger(__name__)
 
 OUTPUTS, TEMPORARY = ".onnxqat-", "onnxqat-"  # prefixes: beside outputs, and for temporary files
-LOCK = "lock"  # the file in the folder
-NOTE = ".data"  # suffix of others, see `noted_data`
-# file systems that keep no locks, some network ones for instance
+LOCK = "lock"  # name of the locked file in the folder
+NOTE = ".data"  # suffix of the notes of `noted_data`
+# errors of file systems without locks, such as some network file systems
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
-_claims: dict[Path, Path] = {}  # outputs that this process writes, and the folder of each
+_claims: dict[Path, Path] = {}  # the outputs of this process, and the folder of each
 
 
 class Scratch:
-    """A temporary folder that is removed on `close`, with its owner, at exit, or by the next run.
+    """A temporary folder, removed by `close`, with this object, at exit, or by the next run.
 
     Attributes
     ----------
     folder : Path
-        Where it is.
+        Its path.
     """
 
     def __init__(self) -> None:
@@ -55,12 +55,12 @@ class Scratch:
         self._remove = weakref.finalize(self, _release, self.folder, handle)
 
     def new_file(self) -> Path:
-        """Return a path not handed out before."""
+        """Return a path in the folder that was not returned before."""
         self._files += 1
         return self.folder / f"{self._files}.npy"
 
     def close(self) -> None:
-        """Remove the folder and what is in it."""
+        """Remove the folder with its content."""
         self._remove()
 
     def __enter__(self) -> Path:
@@ -72,14 +72,14 @@ class Scratch:
 
 @contextmanager
 def claimed(path: str | Path) -> Iterator[Path]:
-    """Keep other runs off an output; yield a folder beside it, to make it in.
+    """Reserve an output for this run; yield a folder beside it in which to write it.
 
-    Within a claim of this process the same output can be claimed again.
+    The process that holds a claim can claim the same output again.
 
     Raises
     ------
     OnnxQatError
-        Another run writes it, or nothing can be written there.
+        Another run is writing the output, or nothing can be written there.
     """
     path = Path(path)
     key = _key(path)
@@ -94,13 +94,17 @@ def claimed(path: str | Path) -> Iterator[Path]:
         handle = _lock(folder)
     except BlockingIOError as error:
         raise OnnxQatError(
-            f"{path}: another run is writing it. Wait for its end, or choose another output."
+            f"{path}: another run is writing it. Wait until it ends, or choose another output."
         ) from error
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             message = f"{path}: cannot be written ({error.strerror}). Choose another output."
             raise OnnxQatError(message) from error
-        logger.warning("%s: its file system keeps no locks. Start no second run on it.", path)
+        logger.warning(
+            "%s: its file system does not support locks. Do not start a second run with the same "
+            "output.",
+            path,
+        )
         folder, handle = Path(tempfile.mkdtemp(prefix=OUTPUTS, dir=key.parent)), None
     _claims[key] = folder
     try:
@@ -116,37 +120,36 @@ def refuse_claimed(path: str | Path) -> None:
     Raises
     ------
     OnnxQatError
-        It is an output, or the data of a model that is one.
+        The file is an output of this run, or belongs to the data of one.
     """
     path = Path(path)
     for claim in _claims:
         beside = _key(path).parent == claim.parent
         if same_file(path, claim) or (beside and is_data(path, claim)):
             raise OnnxQatError(
-                f"{path}: is read, and would be replaced by the output '{claim.name}'. Choose "
+                f"{path}: is an input, and the output '{claim.name}' would replace it. Choose "
                 "another output."
             )
 
 
 def is_data(path: Path, model: Path) -> bool:
-    """Return whether the name of a file is that of weights which we wrote beside a model."""
+    """Return whether a file name is one that onnxqat gives the external data of a model."""
     middle = path.name.removeprefix(f"{model.name}.").removesuffix(".data")
     return path.name == f"{model.name}.{middle}.data" and len(middle) == 16
 
 
 @contextmanager
 def noted_data(model: Path, new: Iterable[str], old: Iterable[str]) -> Iterator[None]:
-    """Let the next run finish what a process that is killed in this block began with data.
+    """Write a note with which the next run can clean up if this process is killed in the block.
 
-    Those of the new model go again where it was not moved yet, and those of the old one where it
-    was.
+    If the model was not moved yet, the next run removes the new data; otherwise the old data.
 
     Parameters
     ----------
     model : Path
-        Still in a folder within that of `claimed`; the block moves it.
+        The model, in a folder inside that of `claimed`; the block moves it.
     new, old : iterable of str
-        Names of data, beside the output.
+        Names of data files beside the output.
     """
     note = model.parent.with_suffix(NOTE)
     names = (model.name, *new, "", *old)
@@ -158,10 +161,10 @@ def noted_data(model: Path, new: Iterable[str], old: Iterable[str]) -> Iterator[
 
 
 def _settle_data(folder: Path) -> None:
-    """Remove the data that a killed process would have removed, or not left alone."""
+    """Remove the data files that a killed process left without their model, see `noted_data`."""
     for note in folder.glob(f"*{NOTE}"):
         model, *names = os.fsdecode(note.read_bytes()).split("\0")
-        if "" not in names:  # killed while it was written, before anything was moved
+        if "" not in names:  # killed while writing the note, before anything was moved
             continue
         new, old = names[: names.index("")], names[names.index("") + 1 :]
         for name in new if (note.with_suffix("") / model).exists() else old:
@@ -170,10 +173,10 @@ def _settle_data(folder: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to one file, or would."""
+    """Return whether two paths lead to the same file, even if it does not exist yet."""
     if _key(one) == _key(other) or one.resolve() == other.resolve():
         return True
-    with suppress(OSError):  # one of them is not there
+    with suppress(OSError):  # one of them does not exist
         return one.samefile(other)
     return False
 
@@ -183,14 +186,14 @@ def _key(path: Path) -> Path:
 
 
 def _lock(folder: Path) -> int:
-    """Make a folder if need be, and lock it; return the handle that holds the lock.
+    """Create a folder if necessary, and lock it; return the handle that holds the lock.
 
     Raises
     ------
     BlockingIOError
-        Another process holds it.
+        Another process holds the lock.
     OSError
-        There is no room for it, or the file system keeps no locks.
+        The folder cannot be created, or the file system does not support locks.
     """
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -203,7 +206,7 @@ def _lock(folder: Path) -> int:
 
 
 def _take(folder: Path, flag: int = 0) -> int | None:
-    """Lock the file in a folder; return None where its owner removed it meanwhile."""
+    """Lock the file in a folder; return None if its owner removed it in the meantime."""
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flag, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +221,7 @@ def _take(folder: Path, flag: int = 0) -> int | None:
 
 
 def _release(folder: Path, handle: int | None) -> None:
-    """Remove a folder that this process holds, the lock last, and let go of it."""
+    """Remove a folder that this process has locked, its lock file last, and release the lock."""
     with suppress(OSError):
         for entry in [e for e in os.scandir(folder) if e.name != LOCK]:
             if entry.is_dir(follow_symlinks=False):
@@ -226,24 +229,24 @@ def _release(folder: Path, handle: int | None) -> None:
             else:
                 Path(entry.path).unlink()
         (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()  # fails where another process has a lock in it already
+        folder.rmdir()  # fails if another process has already created a lock file in it
     if handle is not None:
         os.close(handle)
 
 
 def _remove_orphans(parent: Path, prefix: str) -> None:
-    """Remove what killed processes of this user left in a folder."""
+    """Remove the folders that killed processes of this user left in a folder."""
     with suppress(OSError):
         for entry in list(os.scandir(parent)):
             if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
-                with suppress(OSError):  # its owner lives, or nobody can tell
+                with suppress(OSError):  # its owner is running, or this cannot be found out
                     _remove_orphan(Path(entry.path))
 
 
 def _remove_orphan(folder: Path) -> None:
     if folder.lstat().st_uid != os.geteuid():
         return
-    if not any(folder.iterdir()):  # killed before it had a lock
+    if not any(folder.iterdir()):  # its owner was killed before it created the lock file
         folder.rmdir()
         return
     handle = _take(folder)

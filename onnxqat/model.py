@@ -1,13 +1,13 @@
-"""The only door between ONNX files and `onnx_graphsurgeon.Graph`.
+"""Read and write ONNX files as `onnx_graphsurgeon.Graph`; no other module converts between them.
 
-graphsurgeon drops what it has no field for: the model's metadata_props and doc string, doc
-strings of nodes, values and initializers, node metadata, quantization annotations,
-initializers that no node reads, denotations, and half of what a function says. It also writes
-an initializer into the subgraphs that read it. A `Model` carries these beside the graph and puts
-them back when it is written, so that whatever no stage touched comes out as it went in. What can
-be neither held nor put back (attributes of rare types, empty list attributes) is refused.
+graphsurgeon loses the model's metadata_props and doc string, doc strings of nodes, values and
+initializers, node metadata, quantization annotations, initializers that no node reads, denotations,
+and parts of functions. It also writes an initializer into the subgraphs that read it. A `Model`
+keeps these parts beside the graph and restores them when it is written, so that everything that no
+stage has changed is written as it was read. Parts that can be neither kept nor restored (attributes
+of rare types, empty list attributes) are refused.
 
-Functions are put back whole: no stage may edit the body of one.
+Functions are restored completely; stages must not edit their bodies.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ __all__ = [
 ]
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
-MAX_INLINE_ELEMENTS = 256  # of an initializer that stays in the model file where others leave it
-MAX_REASON = 200  # characters of another library's message
+MAX_INLINE_ELEMENTS = 256  # larger initializers are stored outside of a model above 2 GB
+MAX_REASON = 200  # characters quoted from another library's message
 
-# graphsurgeon reports on stdout, where commands put their JSON.
+# graphsurgeon logs to stdout, where commands write their JSON.
 G_LOGGER.severity = G_LOGGER.CRITICAL
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Model:
-    """A graph, its metadata, and the rest of its file.
+    """A graph, its metadata, and the rest of its ONNX file.
 
     Attributes
     ----------
@@ -66,9 +66,9 @@ class Model:
     metadata : dict of str to str
         The file's ``metadata_props``.
     rest : onnx.ModelProto
-        The file without weights: the source of what graphsurgeon has no field for.
+        The file without weights, from which the parts that graphsurgeon loses are restored.
     name : str
-        File name, for messages.
+        The file name, for messages.
     """
 
     graph: gs.Graph
@@ -79,7 +79,7 @@ class Model:
     def copy(self) -> Model:
         """Return a model whose graph can be changed without changing this one."""
         source, graph = self.graph, self.graph.copy()
-        # Graph.copy forgets these, and shares the list that it extends when it exports
+        # Graph.copy loses these, and shares a list that it extends on export
         graph.producer_name, graph.producer_version = source.producer_name, source.producer_version
         graph.import_domains = _copy_opsets(source.import_domains)
         originals = source.tensors()
@@ -93,7 +93,7 @@ class Model:
         return f"Model('{self.name}', {len(self.graph.nodes)} nodes, opset {self.graph.opset})"
 
     def to_proto(self) -> onnx.ModelProto:
-        """Return the model as a protobuf message that shares nothing with it."""
+        """Return the model as an independent protobuf message."""
         proto = exported(self.graph, self.name)
         for key, value in self.metadata.items():
             proto.metadata_props.add(key=key, value=value)
@@ -101,9 +101,9 @@ class Model:
         return proto
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the model, whole or not at all.
+        """Write the model, completely or not at all.
 
-        Above 2 GB its weights go to ``<name>.<hash>.data`` beside it.
+        The weights of a model above 2 GB are written to ``<name>.<hash>.data`` beside it.
 
         Raises
         ------
@@ -119,7 +119,7 @@ def _copy_opsets(opsets: Iterable[onnx.OperatorSetIdProto]) -> list[onnx.Operato
 
 
 def _share_constants(graph: gs.Graph) -> None:
-    """Let subgraphs read the graph's own constants again, where Graph.copy gave them copies."""
+    """Make subgraphs read the graph's own constants instead of the copies made by Graph.copy."""
     constants = {n: t for n, t in graph.tensors().items() if isinstance(t, gs.Constant)}
     for subgraph in graph.subgraphs(recursive=True) if constants else ():
         for node in subgraph.nodes:
@@ -134,13 +134,14 @@ def load_model(path: str | Path) -> Model:
     Raises
     ------
     ModelError
-        Missing or not an ONNX file, an opset that `onnxqat.versions` cannot make readable,
-        external data outside of the model's folder, or a tensor whose data is not of its shape.
+        The file is missing or not an ONNX file, `onnxqat.versions` cannot make its opset readable,
+        its external data lie outside of the model's folder, or a tensor's data do not fit its
+        shape.
     """
     check_readable(path, ModelError)
     path = Path(path)
     try:
-        # named, because onnx would choose the format by the file's suffix
+        # the format is given, because onnx would otherwise choose it by the file's suffix
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -161,13 +162,13 @@ def load_model(path: str | Path) -> Model:
 
 
 def from_proto(proto: onnx.ModelProto, *, name: str = "model") -> Model:
-    """Wrap a model that is already in memory; see `load_model`. It is not changed."""
+    """Return the `Model` of a message in memory, which is not changed; see `load_model`."""
     validate(proto, name)
     return _wrapped(proto, name)
 
 
 def _wrapped(proto: onnx.ModelProto, name: str) -> Model:
-    """Return a validated model as a graph and the rest of it."""
+    """Validate a model, and return it as a graph and the rest of the file."""
     opset = readable_opset(proto, name)
     proto = _filled(proto)
     rest = without_weights(proto)
@@ -176,7 +177,7 @@ def _wrapped(proto: onnx.ModelProto, name: str) -> Model:
         graph = gs.import_onnx(_typed(proto, name))
     except OnnxQatError:
         raise
-    except Exception as error:  # graphsurgeon raises whatever a malformed file provokes
+    except Exception as error:  # graphsurgeon raises any type of error for malformed files
         raise ModelError(f"{name}: malformed ONNX graph ({_one_line(error)}).") from error
     graph.import_domains = _copy_opsets(proto.opset_import)
     _set_versions(graph, rest, opset)
@@ -193,7 +194,7 @@ _EMPTY_LISTS = {"value_ints": onnx.TensorProto.INT64, "value_floats": onnx.Tenso
 
 
 def _filled(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Let Constant nodes with an empty list, which PyTorch writes, hold an empty tensor."""
+    """Give Constant nodes with an empty list, as PyTorch writes them, an empty tensor instead."""
     if not any(True for _ in _empty_lists(proto)):
         return proto
     filled = onnx.ModelProto()
@@ -217,7 +218,7 @@ def _empty_lists(
 
 
 def _typed(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Return the model with a type for each output, which graphsurgeon needs to write it."""
+    """Return the model with a type for each output, without which graphsurgeon cannot write it."""
     bare = [value.name for value in proto.graph.output if not _has_type(value)]
     if not bare:
         return proto
@@ -244,7 +245,7 @@ def _has_type(value: onnx.ValueInfoProto) -> bool:
 
 
 def _forget_impossible_lengths(graph: gs.Graph) -> None:
-    """Let lengths below 0, which old exporters write for any length, be unknown ones."""
+    """Make negative lengths, which old exporters write for dynamic ones, unknown lengths."""
     for tensor in (*graph.tensors().values(), *graph.inputs, *graph.outputs):
         if isinstance(tensor, gs.Variable) and tensor.shape is not None:
             sizes = list(tensor.shape)
@@ -255,7 +256,7 @@ def _forget_impossible_lengths(graph: gs.Graph) -> None:
 
 
 def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
-    """Stamp the versions that the model is read as."""
+    """Set the versions as which the model is read."""
     graph.opset = opset
     graph.ir_version = min(graph.ir_version, MAX_IR_VERSION)
     for holder in (graph.import_domains, *(f.opset_import for f in rest.functions)):
@@ -265,7 +266,7 @@ def _set_versions(graph: gs.Graph, rest: onnx.ModelProto, opset: int) -> None:
 
 
 def exported(graph: gs.Graph, name: str) -> onnx.ModelProto:
-    """Return a graph alone as a message.
+    """Return a graph as a message, without the rest of its file.
 
     Raises
     ------
@@ -274,7 +275,7 @@ def exported(graph: gs.Graph, name: str) -> onnx.ModelProto:
     """
     try:
         return gs.export_onnx(graph)  # type: ignore[no-any-return]
-    except Exception as error:  # graphsurgeon raises whatever it stumbles over
+    except Exception as error:  # graphsurgeon can raise any type of error
         raise ModelError(
             f"{name}: graph '{graph.name}' cannot be written ({_one_line(error)}). Export it again."
         ) from error
@@ -282,9 +283,9 @@ def exported(graph: gs.Graph, name: str) -> onnx.ModelProto:
 
 @contextmanager
 def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Constant]]:
-    """Let the initializers of more than ``size`` elements be exported without their data.
+    """Export initializers of more than ``size`` elements without their data inside the block.
 
-    Yields them by name. Within the block nothing may read the values of the graph's constants.
+    Yields these initializers by name. The block must not read the values of the graph's constants.
     """
     plain = {name: tensor for name, tensor in graph.tensors().items() if _is_plain(tensor)}
     large = {name: tensor for name, tensor in plain.items() if math.prod(tensor.shape) > size}
@@ -301,7 +302,7 @@ def weights_left_out(graph: gs.Graph, size: int) -> Iterator[dict[str, gs.Consta
 
 
 def write_model(model: Model, path: Path) -> None:
-    """Write the model where no one reads yet; see `Model.save`."""
+    """Write the model to a temporary path; see `Model.save`."""
     weights = {n: t for n, t in model.graph.tensors().items() if _is_plain(t)}
     size = sum(tensor._values.nbytes for tensor in weights.values())
     if size > MAX_PROTOBUF_BYTES - 2**24:
@@ -325,5 +326,5 @@ def _is_plain(tensor: gs.Tensor) -> bool:
 
 
 def constant(name: str, values: NDArray[Any]) -> gs.Constant:
-    """Return an initializer; a shape-() array stays of shape ()."""
+    """Return an initializer; an array of shape () keeps its shape."""
     return gs.Constant(name, np.ascontiguousarray(values).reshape(values.shape))

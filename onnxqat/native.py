@@ -1,11 +1,11 @@
-"""onnx's compiled functions in a process of their own: a model cannot kill or stall ours with them.
+"""Run onnx's compiled functions in a separate process, so that a model cannot crash or block ours.
 
-Shape inference, the version converter and the inliner read past the end of what a malformed file
-holds, and some graphs keep them busy for ever. They run in a small process that starts with the
-first call, stays for the next ones, and may take `MEMORY` and, for each call, `SECONDS` of
-processor time. One that dies costs the call; the next call starts another. Initializers of more
-than `MAX_ELEMENTS` are sent without their data, which none of these functions looks at, and get it
-back in the answer.
+For a malformed file, shape inference, the version converter and the inliner can read beyond the end
+of a buffer or run forever. They run in a small process, which is started by the first call and used
+by the following ones. It may use `MEMORY` bytes, and `SECONDS` of CPU time for each call. If it
+crashes, the call fails and the next call starts a new process. Initializers of more than
+`MAX_ELEMENTS` elements are sent without their data, which these functions do not need, and get
+their data back in the answer.
 """
 
 from __future__ import annotations
@@ -29,51 +29,51 @@ from onnxqat.preserve import copy_fields
 
 __all__ = ["NativeError", "convert_version", "infer_shapes", "inline_functions"]
 
-MEMORY = 2**30  # a transformer of 50,000 nodes takes half of it
+MEMORY = 2**30  # a transformer of 50,000 nodes needs half of it
 SECONDS = 10
 MAX_ELEMENTS = 1024  # larger initializers are weights; smaller ones may be shapes and scales
-MAX_ANSWER = 2**29  # bytes; a model without weights has no more
+MAX_ANSWER = 2**29  # bytes; a model without weights is smaller
 SERVER = Path(__file__).with_name("native_server.py")
 
 
 class NativeError(ModelError):
-    """A function of onnx refused a model, or died of it."""
+    """A function of onnx refused a model, or crashed on it."""
 
 
 def infer_shapes(model: onnx.ModelProto, *, strict: bool = False) -> onnx.ModelProto:
-    """Return the model with the types and shapes that onnx infers, values of shapes included.
+    """Return the model with the types and shapes that onnx infers, with data propagation.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Not changed.
+        The model; it is not changed.
     strict : bool
-        Raise where a node contradicts its inputs, instead of stopping there.
+        Raise an error if a node contradicts its inputs, instead of stopping there.
 
     Raises
     ------
     NativeError
-        onnx refuses the model, or the process died.
+        onnx refuses the model, or the process crashed.
     """
     return _call("infer_shapes", int(strict), model)
 
 
 def convert_version(model: onnx.ModelProto, target: int) -> onnx.ModelProto:
-    """Return the model in another opset of the default domain; raises as `infer_shapes`."""
+    """Return the model in another opset of the default domain; raises like `infer_shapes`."""
     return _call("convert_version", target, model)
 
 
 def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with functions in place of their calls; raises as `infer_shapes`."""
+    """Return the model with its function calls inlined; raises like `infer_shapes`."""
     return _call("inline_functions", 0, model)
 
 
 class _Server:
-    """The process, and how to talk to it."""
+    """The process, and the communication with it."""
 
     def __init__(self) -> None:
         extension = onnx.onnx_cpp2py_export.__file__
-        # isolated and without site-packages, which it has no use for
+        # isolated and without site-packages, which it does not need
         command = [sys.executable, "-I", "-S", str(SERVER), extension, str(MEMORY), str(SECONDS)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -81,11 +81,11 @@ class _Server:
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.DEVNULL,
-            process_group=0,  # a terminal sends Ctrl-C to the whole group of ours
+            process_group=0,  # a terminal sends Ctrl-C to our whole process group
         )
 
     def ask(self, name: str, number: int, data: bytes) -> tuple[bytes, bytes]:
-        """Return the state and the answer; raises OSError or EOFError when the process is gone."""
+        """Return the state and the answer; raises OSError or EOFError if the process has ended."""
         requests, answers = self.process.stdin, self.process.stdout
         assert requests is not None
         assert answers is not None
@@ -99,17 +99,17 @@ class _Server:
         return state, answer
 
     def end(self) -> int:
-        """End the process, and return how it ended: below 0 is a signal."""
+        """End the process, and return its exit code (negative: a signal)."""
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was not sent has nobody to read it
+            with contextlib.suppress(OSError):  # unsent data cannot be flushed
                 if pipe is not None:
                     pipe.close()
         return self.process.wait()
 
 
 class _Door:
-    """Holds the one process that there is, from its first use to the end of ours."""
+    """Owns the single process, from its first use until our process ends."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -124,7 +124,7 @@ class _Door:
                 code = self.server.end()
                 self.server = None
                 raise NativeError(f"onnx's {name} {_reason(code)}") from error
-            except BaseException:  # an interruption: the answer would be the next call's
+            except BaseException:  # interrupted: the next call would read this answer
                 self.close()
                 raise
 
@@ -134,18 +134,18 @@ class _Door:
             self.server = None
 
     def after_fork(self) -> None:
-        """Leave the process to our parent; a second one asking it would mix up the answers."""
+        """Leave the process to the parent after a fork; two users would mix up the answers."""
         if self.server is not None:
-            self.server.process.returncode = 0  # it is not ours to wait for
+            self.server.process.returncode = 0  # only the parent may wait for it
         self.lock, self.server = threading.Lock(), None
 
 
 def _reason(code: int) -> str:
     if code == -signal.SIGXCPU:
-        return f"took more than {SECONDS} s of processor time"
+        return f"took more than {SECONDS} s of CPU time"
     if code == -signal.SIGKILL:
         return f"returned more than {MAX_ANSWER} bytes, or was killed"
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    return f"crashed with {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 _door = _Door()
@@ -164,7 +164,7 @@ def _call(name: str, number: int, model: onnx.ModelProto) -> onnx.ModelProto:
         raise NativeError(answer.decode(errors="replace").strip().splitlines()[0])
     try:
         result: onnx.ModelProto = onnx.ModelProto.FromString(answer)
-    except DecodeError as error:  # of subgraphs that nest deeper than protobuf reads
+    except DecodeError as error:  # subgraphs nest deeper than protobuf reads
         raise NativeError(f"the result of onnx's {name} cannot be read ({error})") from error
     for tensor in result.graph.initializer:
         if tensor.name in large:

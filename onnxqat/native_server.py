@@ -1,8 +1,8 @@
-"""Run onnx's compiled functions on models that come through stdin; see `onnxqat.native`.
+"""Run onnx's compiled functions on models that are read from stdin; see `onnxqat.native`.
 
-A program of its own: it loads onnx's extension module alone, without the packages around it, which
-takes a tenth of the time. A request is a line ``NAME NUMBER BYTES`` and the model; the answer a
-line ``ok BYTES`` or ``error BYTES`` and the result or the message.
+This is a separate program. It loads only onnx's extension module, without the packages around it,
+which takes a tenth of the time. A request is a line ``NAME NUMBER BYTES`` followed by the model; an
+answer is a line ``ok BYTES`` or ``error BYTES`` followed by the result or the message.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def load(path: str) -> Any:
 
 
 def limit(kind: int, value: int) -> None:
-    """Set a limit of this process, below one that it was started with."""
+    """Set a resource limit of this process, but not above its current limit."""
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def serve(path: str, memory: int, seconds: int) -> None:
-    """Answer requests until stdin ends; ``memory`` bytes in all, ``seconds`` of CPU for each."""
+    """Answer requests until stdin ends, within ``memory`` bytes and ``seconds`` of CPU for each."""
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, memory)
     onnx = load(path)
@@ -52,7 +52,7 @@ def serve(path: str, memory: int, seconds: int) -> None:
             answer = calls[name.decode()](sys.stdin.buffer.read(int(size)), int(number))
         except MemoryError:
             state, answer = b"error", b"needs more than %d MiB" % (memory >> 20)
-        except Exception as error:  # whatever the C++ part throws
+        except Exception as error:  # the C++ part can throw anything
             state, answer = b"error", (str(error) or type(error).__name__).encode()
         sys.stdout.buffer.write(b"%s %d\n%s" % (state, len(answer), answer))
         sys.stdout.buffer.flush()

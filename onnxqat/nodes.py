@@ -1,4 +1,4 @@
-"""Questions about one node of a float graph, answered from `onnxqat.operators` and the node."""
+"""Functions that answer questions about one node, from `onnxqat.operators` and the node."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
     "weight_index",
 ]
 
-# Inputs whose values a chip may take in integers of their own grid.
+# Inputs that a chip may read as integers with their own parameters.
 GRID_ROLES: tuple[Role, ...] = ("data", "factor", "weight", "scale")
 
 
@@ -54,7 +54,7 @@ def is_op(node: gs.Node, *ops: str) -> bool:
 
 def is_float(tensor: gs.Tensor) -> bool:
     """Return whether a tensor is known to hold float32."""
-    # graphsurgeon holds a type that numpy lacks as onnx's number
+    # graphsurgeon keeps a type that numpy lacks as onnx's number
     if tensor.dtype is None or isinstance(tensor.dtype, int):
         return False
     return bool(np.dtype(tensor.dtype) == np.float32)
@@ -66,30 +66,30 @@ def is_constant(tensor: gs.Tensor) -> bool:
 
 
 def is_empty(tensor: gs.Tensor) -> bool:
-    """Return whether a tensor is known to hold no values: an axis of it has the length 0."""
+    """Return whether a tensor is known to be empty: one of its axes has length 0."""
     return tensor.shape is not None and 0 in tuple(tensor.shape)
 
 
 def input_role(node: gs.Node, index: int) -> Role:
-    """Return what input ``index`` of a node is; of operators that are not ONNX's, data."""
+    """Return the role of input ``index``; inputs of operators outside ONNX are data."""
     return role_of(node.op, index) if node.domain in ONNX_DOMAINS else "data"
 
 
 def takes_grid(node: gs.Node, index: int) -> bool:
-    """Return whether a chip may take an input in integers of its own grid.
+    """Return whether a chip may read an input as integers with their own parameters.
 
-    It cannot be a bias, whose scale follows from others, nor a slope, a statistic or a setting.
+    This is false for a bias, whose scale follows from others, a slope, a statistic or a setting.
     """
     return input_role(node, index) in GRID_ROLES
 
 
 def data_inputs(node: gs.Node) -> list[gs.Tensor]:
-    """Return what a node works on: its inputs without weights, biases, settings and the like."""
+    """Return the data inputs of a node, without weights, biases, settings and similar inputs."""
     return [t for i, t in enumerate(node.inputs) if input_role(node, i) in ("data", "factor")]
 
 
 def weight_index(node: gs.Node) -> int | None:
-    """Return which input of a node is its constant weight, if one is."""
+    """Return the index of a node's constant weight, or None."""
     found = [
         i
         for i, tensor in enumerate(node.inputs)
@@ -99,7 +99,7 @@ def weight_index(node: gs.Node) -> int | None:
 
 
 def bias_index(node: gs.Node) -> int | None:
-    """Return which input of a node would be its bias, None where its operator has none."""
+    """Return the index of the bias input, or None if the operator has none."""
     roles = OPERATORS[node.op].inputs if is_op(node, *OPERATORS) else ()
     return roles.index("bias") if "bias" in roles else None
 
@@ -107,33 +107,33 @@ def bias_index(node: gs.Node) -> int | None:
 def channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
     """Return the axis of the output channels in constant operand ``index``, of rank ``rank``.
 
-    None for an operand that is no weight, and in a MatMul for a vector, which is all contracted,
-    and for a stack of matrices: the fused kernels of runtimes take one scale for it (QLinearMatMul
-    of onnxruntime 1.19.2 does not run).
+    Returns None for an operand that is not a weight. Also, for a MatMul, None for a vector, which
+    has no output channels, and for a stack of matrices, for which the fused kernels of runtimes
+    need a single scale (QLinearMatMul of onnxruntime 1.19.2 does not run with more).
     """
     if input_role(node, index) not in ("weight", "factor"):
         return None
     if node.op == "Gemm":
         flipped = bool(node.attrs.get("transB" if index else "transA", 0))
-        return index ^ flipped  # of A the rows, of B the columns
+        return index ^ flipped  # the rows of A, the columns of B
     if node.op == "MatMul":
         return index if rank == 2 else None
     return OPERATORS[node.op].channel_axis
 
 
 def output_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
-    """Return how many channels a node writes whose weight, or right operand, has ``shape``.
+    """Return the number of output channels of a node whose weight or right operand has ``shape``.
 
-    None for a MatMul with a vector.
+    Returns None for a MatMul with a vector.
     """
     if is_convolution(node):
         return convolution_channels(node.op, shape, int(node.attrs.get("group", 1)))
-    axis = channel_axis(node, 1, 2)  # of a stack of matrices, that of each
+    axis = channel_axis(node, 1, 2)  # the axis of each matrix, if there is a stack of them
     return None if axis is None or len(shape) < 2 else shape[axis - 2]
 
 
 def is_plain_product(node: gs.Node) -> bool:
-    """Return whether a node is no Gemm that multiplies its product or its bias by a number."""
+    """Return whether a node does not scale its product or its bias, as a Gemm can."""
     return node.op != "Gemm" or (node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)) == (
         1,
         1,
@@ -141,18 +141,18 @@ def is_plain_product(node: gs.Node) -> bool:
 
 
 def bias_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
-    """Return how many channels the bias of a node runs along, whose right operand has ``shape``.
+    """Return the number of channels of the bias of a node whose right operand has ``shape``.
 
-    None where no integers of scale s_x * s_w stand for the bias: the operand is a vector, or a Gemm
-    multiplies the product or the bias.
+    Returns None if the bias cannot be integers with the scale s_x * s_w, because the operand is a
+    vector or a Gemm scales its product or its bias.
     """
     return output_channels(node, shape) if is_plain_product(node) else None
 
 
 def biased_node(node: gs.Node, index: int) -> gs.Node | None:
-    """Return the node whose bias is input ``index`` of ``node``, if there is one.
+    """Return the node whose bias is input ``index`` of ``node``, or None.
 
-    It is the node itself, or the MatMul whose product an Add takes.
+    It is the node itself, or the MatMul whose product is the other operand of an Add.
     """
     if input_role(node, index) == "bias":
         return node
@@ -184,7 +184,7 @@ def is_convolution(node: gs.Node) -> bool:
 
 
 def kernel_size(node: gs.Node) -> tuple[int, ...]:
-    """Return the spatial size of a kernel, () where there is none."""
+    """Return the spatial size of a node's kernel, or () if it has none."""
     if "kernel_shape" in node.attrs:
         return tuple(node.attrs["kernel_shape"])
     if is_convolution(node) and is_constant(node.inputs[1]):
@@ -193,7 +193,7 @@ def kernel_size(node: gs.Node) -> tuple[int, ...]:
 
 
 def is_depthwise(node: gs.Node) -> bool:
-    """Return whether each group of a convolution has one input channel, and there are several."""
+    """Return whether a convolution has several groups, of one input channel each."""
     group = node.attrs.get("group", 1)
     if not is_convolution(node) or group == 1 or not is_constant(node.inputs[1]):
         return False
@@ -203,17 +203,17 @@ def is_depthwise(node: gs.Node) -> bool:
 
 
 def clips_from_zero(node: gs.Node) -> bool:
-    """Return whether a node is a Clip that lets nothing negative through."""
+    """Return whether a node is a Clip whose lower limit is 0 or more."""
     if node.op != "Clip" or len(node.inputs) < 2 or not is_constant(node.inputs[1]):
         return False
     return bool(np.all(node.inputs[1].values >= 0))
 
 
 def keeps_grid(node: gs.Node) -> bool:
-    """Return whether a node writes values of one grid where it reads data of that grid.
+    """Return whether the output of a node lies on the same grid as its data input.
 
-    It moves or chooses values; what it adds, as a Relu or a Pad does, is zero, which every grid
-    holds. A Resize does so by the nearest value, a Pad of another kind by values that are there.
+    Such a node moves or selects values, and the only value that it adds is zero (Relu, Pad), which
+    lies on every grid. A Resize must use the nearest value; other modes of Pad copy values.
     """
     if not is_op(node, *OPERATORS) or OPERATORS[node.op].movement is None:
         return False

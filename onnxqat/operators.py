@@ -1,40 +1,40 @@
-"""Facts of the ONNX operators that more than one stage needs: of the standard, not of a chip.
+"""Facts about the ONNX operators that several stages need; they hold for any chip.
 
-Each `Operator` is one row, see https://onnx.ai/onnx/operators for its page. An operator without a
-row has inputs that are all data, and computes what it writes.
+Each `Operator` is one row of a table; for its definition see https://onnx.ai/onnx/operators. All
+inputs of an operator without a row are data, and its output is computed.
 
 =============  ====================================================================================
-role           what an input is
+role           the meaning of an input
 =============  ====================================================================================
-``data``       what the operator works on: an activation, or a constant in its place
-``factor``     data; a constant factor is the weight, the right one if both are constant
+``data``       an activation, or a constant in its place
+``factor``     data of a product; a constant factor is the weight (the right one if both are)
 ``weight``     the kernel of a convolution
-``bias``       what is added to each channel
-``scale``      what each channel of a normalization is multiplied by
-``statistic``  mean or variance that a normalization has from its training
-``slope``      what PRelu multiplies negative values by
-``setting``    no data: a shape, axes, indices, sizes, limits, a value to fill in
+``bias``       the summand of each channel
+``scale``      the factor of each channel in a normalization
+``statistic``  mean or variance that a normalization learned in training
+``slope``      the factor of negative values in PRelu
+``setting``    not data: a shape, axes, indices, sizes, limits, a fill value
 =============  ====================================================================================
 
 =============  ====================================================================================
-movement       what is in an output
+movement       the content of an output
 =============  ====================================================================================
-``axes``       the values of the first input, each once; axes are permuted, joined or parted
+``axes``       the values of the first input, each once; axes are permuted, merged or split
 ``blocks``     the same, but blocks of one axis become parts of others
-``repeats``    the same, but each value may stand there several times
-``picks``      some values of the first input, chosen by their positions
-``joins``      the values of all inputs side by side
-``extremes``   values of the data, or zero, chosen by their size
-``fills``      values of the first input, and by its attributes others around or between them
+``repeats``    the same, but each value may occur several times
+``picks``      some values of the first input, selected by their positions
+``joins``      the values of all inputs, side by side
+``extremes``   values of the data, or zero, selected by their size
+``fills``      values of the first input and, depending on attributes, others around or between
 =============  ====================================================================================
 
 =============  ====================================================================================
-homogeneous    where f(s * x) = s * f(x) for every number s > 0
+homogeneous    the part of x in which f(s * x) = s * f(x) holds for each number s > 0
 =============  ====================================================================================
-``values``     each value of the first input on its own
-``windows``    over the spatial axes of the first input, each channel on its own
-``axes``       over some axes of the first input
-``operands``   over all inputs, broadcast to one shape
+``values``     each single value of the first input
+``windows``    the spatial axes of the first input, for each channel separately
+``axes``       some axes of the first input
+``operands``   all inputs, broadcast to one shape
 =============  ====================================================================================
 """
 
@@ -69,35 +69,35 @@ Role = Literal["data", "factor", "weight", "bias", "scale", "statistic", "slope"
 Homogeneity = Literal["values", "windows", "axes", "operands"]
 Movement = Literal["axes", "blocks", "repeats", "picks", "joins", "extremes", "fills"]
 
-ONNX_DOMAINS = (None, "", "ai.onnx")  # onnxruntime has a Conv and a Gelu of its own
+ONNX_DOMAINS = (None, "", "ai.onnx")  # onnxruntime defines its own Conv and Gelu elsewhere
 # Functions that exporters write as several nodes and chips run as one, see `onnxqat.plan.patterns`.
 PATTERN_NAMES = ("SiLU", "HardSwish", "Mish", "Gelu", "LayerNormalization", "RMSNormalization")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """What is so of every use of an operator.
+    """Facts that hold for every use of an operator.
 
     Attributes
     ----------
     inputs : tuple of Role
-        By index; the last one stands for all inputs behind it.
+        The role of each input, by index; the last one applies to all further inputs.
     movement : Movement or None
-        None: it computes what it writes.
+        How values move; None if the operator computes its output.
     homogeneous : Homogeneity or None
-        Whether scaling the inputs scales the outputs; None where that depends on the node. For
-        operators that only move values, ``movement`` says more.
+        How scaling the inputs scales the outputs; None if it does not, or if that depends on the
+        node. For operators that only move values, ``movement`` is more precise.
     channel_axis : int or None
         The axis of the output channels of a ``weight``; with groups, of one group's channels.
     window : bool
         Whether a window slides over the spatial axes: ``kernel_shape``, ``pads``, ``auto_pad``.
     nonnegative : bool
         Whether a plan may assume that the output has no negative values. For other operators, such
-        as Softplus, calibration finds out.
+        as Softplus, calibration decides.
     gates : int
-        How many gates the weights of a recurrent layer hold; 0 for every other operator.
+        The number of gates in the weights of a recurrent layer; 0 for other operators.
     subgraphs : bool
-        Whether it runs graphs that its attributes hold.
+        Whether the operator runs graphs in its attributes.
     """
 
     inputs: tuple[Role, ...] = ("data",)
@@ -124,7 +124,7 @@ OPERATORS: dict[str, Operator] = {
     "GroupNormalization": Operator(inputs=_NORMALIZATION),
     "InstanceNormalization": Operator(inputs=_NORMALIZATION),
     "LayerNormalization": Operator(inputs=_NORMALIZATION),
-    # what moves or chooses values
+    # operators that move or select values
     "Concat": Operator(movement="joins"),
     "DepthToSpace": Operator(movement="blocks"),
     "Expand": Operator(inputs=_SETTINGS, movement="repeats"),
@@ -150,7 +150,7 @@ OPERATORS: dict[str, Operator] = {
     "Tile": Operator(inputs=_SETTINGS, movement="repeats"),
     "Transpose": Operator(movement="axes"),
     "Unsqueeze": Operator(inputs=_SETTINGS, movement="axes"),
-    # of the others, those of which something is asked
+    # other operators about which some stage needs a fact
     "Abs": Operator(nonnegative=True, homogeneous="values"),
     "Add": Operator(homogeneous="operands"),
     "AveragePool": Operator(window=True, homogeneous="windows"),
@@ -187,24 +187,24 @@ SUBGRAPHS = tuple(op for op, facts in OPERATORS.items() if facts.subgraphs)
 
 
 def convolution_channels(op_type: str, weight: Sequence[int], group: int) -> int:
-    """Return how many channels a convolution writes whose weight has the shape ``weight``.
+    """Return the number of output channels M of a convolution, from the shape of its weight.
 
-    That of a Conv is (M, C / group, ...), that of a ConvTranspose (C, M / group, ...).
+    The weight of a Conv is (M, C / group, ...), that of a ConvTranspose (C, M / group, ...).
     """
     return weight[0] if op_type == "Conv" else weight[1] * group
 
 
 def role_of(op_type: str, index: int) -> Role:
-    """Return what input ``index`` of an operator is."""
+    """Return the role of input ``index`` of an operator."""
     roles = OPERATORS.get(op_type, _COMPUTED).inputs
     return roles[min(index, len(roles) - 1)]
 
 
 def homogeneous(kind: Homogeneity) -> tuple[str, ...]:
-    """Return the operators that are homogeneous in this way."""
+    """Return the operators with this kind of homogeneity."""
     return tuple(op for op, facts in OPERATORS.items() if facts.homogeneous == kind)
 
 
 def moving(*movements: Movement) -> tuple[str, ...]:
-    """Return the operators that do one of these movements."""
+    """Return the operators with one of these movements."""
     return tuple(op for op, facts in OPERATORS.items() if facts.movement in movements)

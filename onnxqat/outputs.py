@@ -1,16 +1,16 @@
-"""What the values of an output mean, read from how the graph ends.
+"""Find out what the values of an output mean, from the operators at the end of the graph.
 
-Class scores are told from everything else (boxes, grids, features, images) by the last operators
-and by the shape. They are
+The last operators and the shape distinguish class scores from everything else (boxes, grids,
+features, images). An output contains class scores if
 
-- what ends in Softmax, LogSoftmax or Sigmoid, moved or not;
-- what a Softmax, LogSoftmax or ArgMax reads besides;
-- an output (N, classes) of two classes and more, unless it ends in an operator that scores do not
-  end in, or another output of the model has a Softmax or Sigmoid of its own: then the exporter
-  writes probabilities, and this one is a regression;
-- an output (N, positions, classes) of a matrix product, in a model that reads integers (tokens).
+- it ends in Softmax, LogSoftmax or Sigmoid, possibly followed by operators that move values;
+- a Softmax, LogSoftmax or ArgMax also reads it;
+- it has the shape (N, classes) with two classes or more, unless it ends in an operator in which
+  scores do not end, or another output of the model ends in a Softmax or Sigmoid: then the exporter
+  writes probabilities, and this output is a regression;
+- it is a matrix product of shape (N, positions, classes), in a model that reads integers (tokens).
 
-Where this leaves a doubt, they are values.
+In case of doubt, an output contains values, not scores.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from onnxqat.operators import MATRIX_PRODUCTS, moving
 __all__ = ["Joined", "Output", "OutputTracer", "Scores", "outputs_of"]
 
 PAIR = {"QuantizeLinear", "DequantizeLinear"}
-MOVES = set(moving("axes"))  # behind which an axis can be followed
+MOVES = set(moving("axes"))  # operators through which an axis can be followed
 ARITHMETIC = {"Add", "BatchNormalization", "Cast", "Div", "Mul", "Sub"}  # with constants
-# An output (N, classes) does not end in them: they squash, cut off, normalize or collect.
+# Scores (N, classes) do not end in these operators, which squash, clip, normalize or reduce.
 NOT_SCORES = {
     *("Abs", "Clip", "Concat", "Div", "Elu", "Exp", "Floor", "HardSigmoid", "HardSwish", "Log"),
     *("LayerNormalization", "LeakyRelu", "LpNormalization", "Pow", "Relu", "Round", "Softplus"),
@@ -50,9 +50,9 @@ class Scores:
     Attributes
     ----------
     kind : {"logits", "log-probabilities", "probabilities", "independent"}
-        ``independent``: each value is the probability of one class by itself, of a Sigmoid.
+        ``independent``: each value is the probability of one class alone, from a Sigmoid.
     axis : int
-        That of the classes, counted from 0.
+        The axis of the classes, counted from 0.
     """
 
     kind: Literal["logits", "log-probabilities", "probabilities", "independent"]
@@ -61,14 +61,14 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """Parts of an output that a Concat puts side by side, as boxes and scores.
+    """The parts of an output that a Concat joins, such as boxes and scores.
 
     Attributes
     ----------
     axis : int
         Axis of the output, counted from 0.
     sizes : tuple of int
-        How long each part is.
+        The length of each part.
     """
 
     axis: int
@@ -82,19 +82,19 @@ class Output:
     Attributes
     ----------
     name : str
-        In the graph.
+        Its name in the graph.
     learned : bool
-        Whether it is float32, so that a gradient can come from it.
+        Whether it is float32, so that it can have a gradient.
     shape : tuple or None
-        As the file says.
+        The shape that the file states.
     scores : Scores or None
-        None: it holds values, not classes.
+        The class scores; None if it contains other values.
     source : str or None
-        The nearest float32 tensor that an output of another type is computed from; else None.
+        For an output of another type, the nearest float32 tensor it is computed from; else None.
     source_scores : Scores or None
-        What that holds.
+        The class scores of ``source``.
     joined : tuple of Joined
-        The parts that it is put together of, if any.
+        The parts that it is concatenated from, if any.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Output:
 
 
 def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
-    """Return what each output of a model is, in order."""
+    """Return a description of each output of a model, in order."""
     tracer = OutputTracer(_without_weights(graph))
     found = [_output(tensor, tracer) for tensor in graph.outputs]
     if not any(tracer.explicit(output.name) for output in found):
@@ -147,7 +147,7 @@ def _float_before(tensor: gs.Tensor) -> str | None:
 
 
 def _without_weights(graph: gs.Graph) -> onnx.GraphProto:
-    """Return nodes and shapes of a graph."""
+    """Return the nodes and shapes of a graph."""
     result = onnx.GraphProto()
     for node in graph.nodes:
         kept = {k: v for k, v in node.attrs.items() if k in ("axis", "perm")}
@@ -167,21 +167,21 @@ def _without_weights(graph: gs.Graph) -> onnx.GraphProto:
 def _info(tensor: gs.Variable) -> onnx.ValueInfoProto:
     kind = TensorProto.UNDEFINED
     if tensor.dtype is not None:
-        # a type that numpy lacks is onnx's number
+        # graphsurgeon keeps a type that numpy lacks as onnx's number
         known = isinstance(tensor.dtype, int)
         kind = tensor.dtype if known else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return helper.make_tensor_value_info(tensor.name, kind, tensor.shape)
 
 
 class OutputTracer:
-    """How the values of a graph come about, from the end.
+    """Follows the values of a graph back from its end.
 
     Parameters
     ----------
     graph : onnx.GraphProto
-        With the shapes that are known. Weights need not be in it.
+        The graph, with the known shapes. It need not contain weights.
     rounding : str
-        The domain of the operators that round, and pass their first input on.
+        The domain of operators that round their first input and keep its meaning.
     """
 
     def __init__(self, graph: onnx.GraphProto, rounding: str | None = None) -> None:
@@ -196,7 +196,7 @@ class OutputTracer:
         self._reads_integers = any(v.type.tensor_type.elem_type in INTEGERS for v in graph.input)
 
     def scores(self, name: str) -> Scores | None:
-        """Return what classes a float tensor holds, None for other values."""
+        """Return the class scores in a float tensor, or None for other values."""
         shape = self._shapes.get(name, ())
         if len(shape) < 2:
             return None
@@ -217,7 +217,7 @@ class OutputTracer:
         return None if axis is None else Scores(kind=kind, axis=axis)
 
     def _channels(self, path: list[str], sigmoid: onnx.NodeProto, rank: int) -> int:
-        """Return the axis of the classes: channels of a grid before, else the usual one."""
+        """Return the axis of the classes: the channels of a grid, or else the usual axis."""
         before, _ = self._path(sigmoid.input[0])
         if len(self._shapes.get(before[-1], ())) >= GRID:
             found = self._axis([*path, *before], 1)
@@ -236,12 +236,12 @@ class OutputTracer:
         return None
 
     def joined(self, name: str) -> tuple[Joined, ...]:
-        """Return the parts that the last Concats put together, seen from the output.
+        """Return the parts that the last Concats join, as axes and sizes of the output.
 
-        Only the first input of each Concat is followed further back: the others are alike.
+        Only the first input of each Concat is followed further back: the others are similar.
         """
         path: list[str] = [name]
-        found: dict[int, Joined] = {}  # by axis: the outermost, whose parts are all there are
+        found: dict[int, Joined] = {}  # by axis: the outermost Concat, which has all parts
         node = self._producers.get(name)
         while node is not None and (self._moves(node) or node.op_type == "Concat"):
             if node.op_type == "Concat":
@@ -270,7 +270,7 @@ class OutputTracer:
         return None if axis is None else Scores(kind="logits", axis=axis)
 
     def _bare(self, name: str, shape: Shape) -> Scores | None:
-        """Return logits that nothing reads, by shape and operator."""
+        """Return the logits in a tensor that no operator reads, judged by shape and operator."""
         _, node = self._path(name)
         last = "" if node is None else node.op_type
         if shape[-1] == 1:
@@ -283,7 +283,7 @@ class OutputTracer:
         return None
 
     def _product(self, name: str) -> bool:
-        """Whether a tensor is a matrix product, with constants added or multiplied or not."""
+        """Whether a tensor is a matrix product, possibly plus or times constants."""
         node = self._producers.get(name)
         while node is not None and (self._moves(node) or node.op_type in ARITHMETIC):
             sources = [i for i in node.input if not self._constant(i)]
@@ -293,7 +293,7 @@ class OutputTracer:
         return node is not None and node.op_type in MATRIX_PRODUCTS
 
     def _path(self, name: str) -> tuple[list[str], onnx.NodeProto | None]:
-        """Return the tensors from ``name`` back over what moves or rounds, and the node there."""
+        """Return the tensors back from ``name`` over moves and rounding, and the node before."""
         path, node = [name], self._producers.get(name)
         while node is not None and self._moves(node):
             path.append(next((i for i in node.input if i), ""))
@@ -301,15 +301,15 @@ class OutputTracer:
         return path, node
 
     def _moves(self, node: onnx.NodeProto) -> bool:
-        """Whether a node moves values, or rounds: of a training form or of a file."""
+        """Whether a node moves values or rounds them, in a training form or in a Q/DQ file."""
         before = self._producers.get(node.input[0]) if node.input else None
-        if node.op_type == "Clip":  # of a pair below 8 bits
+        if node.op_type == "Clip":  # part of a pair of fewer than 8 bits
             return before is not None and before.op_type == "QuantizeLinear"
         rounds = self._rounding is not None and node.domain == self._rounding
         return rounds or node.op_type in PAIR | MOVES
 
     def _constant(self, name: str) -> bool:
-        """Whether a tensor is a constant, rounded or not."""
+        """Whether a tensor is a constant, possibly rounded."""
         node = self._producers.get(name)
         while node is not None and self._moves(node):
             name = node.input[0]
@@ -317,7 +317,7 @@ class OutputTracer:
         return node is None or node.op_type == "Constant"
 
     def _rounded_readers(self, name: str) -> list[onnx.NodeProto]:
-        """Return the readers of a tensor, through pairs."""
+        """Return the readers of a tensor, including those behind its Q/DQ pair."""
         found, waiting = [], [name]
         while waiting:
             for node in self._readers.get(waiting.pop(), []):
@@ -327,7 +327,7 @@ class OutputTracer:
         return found
 
     def _axis(self, path: list[str], axis: int) -> int | None:
-        """Follow an axis of the last tensor of a path to the first; None where it is lost."""
+        """Follow an axis from the last tensor of a path to the first; None if it is lost."""
         shape = self._shapes.get(path[-1])
         found: int | None = axis
         if shape is not None:
@@ -338,12 +338,12 @@ class OutputTracer:
         return found if found is None or found >= 0 else found + rank
 
     def _class_axis(self, path: list[str], axis: int) -> int | None:
-        """Follow the axis of the classes; of (N, classes) it is known, whatever the way."""
+        """Follow the axis of the classes; for (N, classes) it is always the last one."""
         rank = len(self._shapes.get(path[0], ()))
         return 1 if rank == 2 else self._axis(path, axis)
 
     def _moved(self, before: str, after: str, axis: int | None) -> int | None:
-        """Return where an axis lies behind one node that moves values."""
+        """Return the index of an axis behind one node that moves values."""
         node = self._producers[after]
         if axis is None or node.op_type not in MOVES - {"Identity"}:
             return axis
@@ -359,7 +359,7 @@ class OutputTracer:
 
 
 def _kept(old: Shape, new: Shape, axis: int) -> int | None:
-    """Return the axis of ``new`` that is ``axis`` of ``old``: as long, with as much behind it."""
+    """Return the axis of ``new`` with the length and the trailing size of ``axis`` in ``old``."""
 
     def behind(shape: Shape, i: int) -> int | None:
         lengths = [n for n in shape[i + 1 :] if isinstance(n, int)]

@@ -1,11 +1,11 @@
-"""User overrides of a rule: ``SELECTOR.KEY=VALUE``, as `--set` and the overrides file have them.
+"""User overrides of a rule: ``SELECTOR.KEY=VALUE`` in `--set` and in an overrides file.
 
 ================  ==================================================================
-SELECTOR          what it covers
+SELECTOR          the points or nodes that it matches
 ================  ==================================================================
-weight            every weight point
-activation        every activation point
-bias              every bias; its only key is ``quantize=false``
+weight            all weight points
+activation        all activation points
+bias              all biases; the only key is ``quantize=false``
 first, last       weight and input activations of the first / last weighted nodes
 op:TYPE           weight and input activations of the nodes of this op type
 name:REGEX        weight and input activations of the nodes whose whole name matches
@@ -19,7 +19,7 @@ whose value is the name of a spec of the rule, or ``quantize``: ``false`` leaves
 float, ``true`` quantizes nodes that the rule, or an earlier override, leaves float. Later overrides
 win.
 
-A TOML file says the same, one table per selector, in order::
+A TOML file contains the same with one table per selector, in order::
 
     [weight]
     bits = 4
@@ -59,7 +59,7 @@ WEIGHT_OBSERVERS = ("mse", "minmax", "auto")
 
 
 class Override(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of one field for the points that a selector covers."""
+    """A change of one field for the points that a selector matches."""
 
     kind: Literal[
         "weight", "activation", "bias", "first", "last", "op", "name", "between", "tensor"
@@ -69,14 +69,14 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
     value: Any
 
     def __str__(self) -> str:
-        """Return the text it was read from, normalised."""
+        """Return the text form, normalized."""
         pattern = f":{self.pattern}" if self.pattern else ""
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return f"{self.kind}{pattern}.{self.key}={value}"
 
     @property
     def selects_nodes(self) -> bool:
-        """Whether the selector names nodes, and so covers the points they read."""
+        """Whether the selector matches nodes, and thereby the points that they read."""
         return self.kind in ("first", "last", "op", "name", "between")
 
     @property
@@ -86,11 +86,11 @@ class Override(msgspec.Struct, frozen=True, kw_only=True):
         return start, end
 
     def covers_point(self, role: str, tensor: str) -> bool:
-        """Return whether a selector of points covers this one."""
+        """Return whether a selector of points matches this point."""
         return self.matches(tensor) if self.kind == "tensor" else role == self.kind
 
     def matches(self, text: str) -> bool:
-        """Return whether the pattern covers the whole of ``text``."""
+        """Return whether the pattern matches all of ``text``."""
         if self.kind == "op":
             return text == self.pattern
         return matches(self.pattern, text)
@@ -102,7 +102,8 @@ def parse_override(text: str) -> Override:
     Raises
     ------
     RuleError
-        Unknown selector or key, a value outside the field's type, or an invalid regex.
+        The selector or key is unknown, the value does not fit the key, or the regular expression
+        is invalid.
 
     Examples
     --------
@@ -125,7 +126,7 @@ def read_overrides(path: str | Path) -> list[Override]:
     Raises
     ------
     RuleError
-        The file cannot be read, is not TOML, or holds what `parse_override` refuses.
+        The file cannot be read, is not TOML, or contains an override that `parse_override` refuses.
     """
     tables = read_toml(path, kind="an overrides file", error=RuleError)
     overrides = []
@@ -142,12 +143,12 @@ def read_overrides(path: str | Path) -> list[Override]:
 
 
 def overrides_text(overrides: Sequence[Override]) -> str:
-    """Return the text of an overrides file, which `read_overrides` reads to the same effect.
+    """Return the text of an overrides file with the same effect as these overrides.
 
     Raises
     ------
     RuleError
-        A file has one table per selector, and here the order of two of one selector matters.
+        The file would need two tables for a selector, because the order of overrides matters.
 
     Examples
     --------
@@ -162,7 +163,7 @@ def overrides_text(overrides: Sequence[Override]) -> str:
         later = names[names.index(selector) + 1 :] if selector in tables else []
         if any(_overrules(key, override.key) for name in later for key in tables[name]):
             raise RuleError(
-                f"Override '{override}': an overrides file cannot have '{selector}' twice. Give "
+                f"Override '{override}': an overrides file cannot contain '{selector}' twice. Pass "
                 "one of them with --set."
             )
         tables.setdefault(selector, {})[override.key] = override.value
@@ -173,39 +174,42 @@ def overrides_text(overrides: Sequence[Override]) -> str:
 
 
 def _overrules(key: str, other: str) -> bool:
-    """Return whether it matters which of two overrides comes first."""
+    """Return whether the order of two overrides with these keys matters."""
     return key == other or "spec" in (key, other)
 
 
 def _quoted(value: Any) -> str:
-    """Return a value as TOML has it; its strings are those of JSON, but for the character DEL."""
+    """Return a value as TOML text; TOML's strings are JSON's, except for the character DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_fit(text: str, override: Override) -> None:
-    """Refuse keys that a selector does not have."""
+    """Refuse a key that the selector does not support."""
     if override.kind == "bias" and override.key != "quantize":
-        raise RuleError(f"'{text}': a bias follows its input and weight; bias.quantize=false only.")
+        raise RuleError(
+            f"'{text}': the scale of a bias follows from its input and weight. The only override "
+            "is bias.quantize=false."
+        )
     if override.kind == "weight":
         check_weight_observer(override)
     if override.key == "quantize" and override.value and not override.selects_nodes:
         raise RuleError(
-            f"'{text}': quantize=true is for nodes. Select them by name:, op: or between:."
+            f"'{text}': quantize=true applies to nodes. Select them by name:, op: or between:."
         )
 
 
 def check_weight_observer(override: Override) -> None:
-    """Refuse an observer that looks at batches, for a weight that is selected as such.
+    """Refuse an observer of batches for the selector ``weight``.
 
     Raises
     ------
     RuleError
-        A weight does not take it.
+        The observer cannot be used for weights.
     """
     if override.key == "observer" and override.value not in WEIGHT_OBSERVERS:
         raise RuleError(
-            f"'{override}': the range of a weight is chosen by {', '.join(WEIGHT_OBSERVERS)}. "
-            "Other observers look at the batches of an activation."
+            f"'{override}': the observers for weights are {', '.join(WEIGHT_OBSERVERS)}. Other "
+            "observers need the batches of an activation."
         )
 
 

@@ -1,12 +1,12 @@
-"""Q/DQ nodes: what they are called, and how a plan puts them into a graph and takes them out.
+"""Q/DQ pairs: their names, and how they are added to a graph and removed from it.
 
 For a point on ``t``::
 
     producer -> t -> QuantizeLinear [-> Clip] -> DequantizeLinear -> t/dequantized -> consumers
 
-The Clip stands where the quantized range is narrower than its dtype (2 to 7 bits, narrow
-range). A graph output keeps its name on the dequantized side; the float tensor before it is
-renamed ``t/float`` meanwhile. Weights stay float, before their QuantizeLinear.
+The Clip is present if the quantized range is narrower than its dtype (2 to 7 bits, narrow range). A
+graph output keeps its name behind the pair; the float tensor before the pair is renamed
+``t/float``. Weights stay float, before their QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ PAIR_OPS = ("QuantizeLinear", "Clip", "DequantizeLinear")
 
 
 def node_name(tensor: str, op: str) -> str:
-    """Return the name of the node of a pair, ``op`` being one of `PAIR_OPS`."""
+    """Return the name of a pair's node of type ``op``, one of `PAIR_OPS`."""
     return f"{tensor}/{op}"
 
 
 def node_names(tensor: str) -> tuple[str, ...]:
-    """Return the names of all nodes that the pair of a tensor may have."""
+    """Return the names of all nodes that the pair of a tensor can have."""
     return tuple(node_name(tensor, op) for op in PAIR_OPS)
 
 
 def dequantized_name(tensor: str) -> str:
-    """Return the name of what a pair computes; of a graph output, see `float_name`."""
+    """Return the name of a pair's output (for graph outputs see `float_name`)."""
     return f"{tensor}/dequantized"
 
 
 def float_name(tensor: str) -> str:
-    """Return the name that the float tensor before the pair of a graph output has."""
+    """Return the name of the float tensor before the pair of a graph output."""
     return f"{tensor}/float"
 
 
@@ -72,7 +72,7 @@ def source_name(point: QuantPoint, outputs: Collection[str]) -> str:
     Parameters
     ----------
     point : QuantPoint
-        With a pair in the graph.
+        A point with a pair in the graph.
     outputs : collection of str
         Names of the graph's outputs.
     """
@@ -81,7 +81,7 @@ def source_name(point: QuantPoint, outputs: Collection[str]) -> str:
 
 
 def has_clip(point: QuantPoint, params: QuantParams) -> bool:
-    """Return whether the range of a point is narrower than its dtype, so that its pair clips."""
+    """Return whether a pair needs a Clip, because its range is narrower than its dtype."""
     limits, stored = quantized_range(point.spec, signed=params.signed), params.zero_point.dtype
     return limits != (np.iinfo(stored).min, np.iinfo(stored).max)
 
@@ -102,19 +102,19 @@ def zero_point_name(parameters: str) -> str:
 
 
 def parameters_of(name: str) -> str:
-    """Return the set of parameters that a scale or a zero point of this name belongs to."""
+    """Return the parameters' name to which a scale or zero point of this name belongs."""
     return name.removesuffix("/scale").removesuffix("/zero_point")
 
 
 def check_points(graph: gs.Graph, plan: QuantPlan, params: Mapping[str, QuantParams]) -> None:
-    """Check that the pairs of a plan can be put into a graph.
+    """Check that the pairs of a plan can be added to a graph.
 
     Raises
     ------
     PlanError
         Plan, parameters and graph disagree.
     ModelError
-        The graph has a name that a pair needs.
+        The graph already uses a name that a pair needs.
     """
     lookups = _Lookups(graph)
     for point in plan.grid_points():
@@ -127,11 +127,13 @@ class _Lookups:
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
         self.tensors = graph.tensors()
-        self.nodes = {n.name: n for n in graph.nodes}  # a reader in a subgraph may be called alike
+        self.nodes = {
+            n.name: n for n in graph.nodes
+        }  # not those of subgraphs, which may share names
         self.output_names = {t.name for t in graph.outputs}
 
     def check(self, point: QuantPoint, params: Mapping[str, QuantParams]) -> None:
-        """Raise where the pair of a point cannot be put in."""
+        """Raise an error if the pair of a point cannot be added."""
         if point.tensor not in self.tensors:
             raise PlanError(f"Plan expects tensor '{point.tensor}'; the model has none.")
         if point.parameters not in params:
@@ -156,7 +158,7 @@ class _Lookups:
             )
 
     def _taken_name(self, point: QuantPoint) -> str | None:
-        """Return the first name that the pair of a point needs and the model has."""
+        """Return the first name that the pair of a point needs and the model already uses."""
         tensor, parameters = point.tensor, point.parameters
         needed = [f"{tensor}/quantized", f"{tensor}/clipped", dequantized_name(tensor)]
         needed += [float_name(tensor)] if tensor in self.output_names else []
@@ -166,16 +168,16 @@ class _Lookups:
 
 
 def add_pairs(graph: gs.Graph, plan: QuantPlan, params: Mapping[str, QuantParams]) -> None:
-    """Put the pairs of a plan into a float graph, for which `check_points` holds.
+    """Add the pairs of a plan to a float graph that has passed `check_points`.
 
-    Nodes are added in one pass, linear in their number.
+    The nodes are added in one pass, in linear time.
     """
     _Adder(graph, params).run(plan)
 
 
 @dataclass
 class _Pair:
-    """The names and operands that the nodes of one pair have in common."""
+    """The names and operands that the nodes of one pair share."""
 
     tensor: str
     operands: list[gs.Constant]
@@ -200,7 +202,9 @@ class _Adder:
         pending = {p.tensor: p for p in plan.grid_points()}
         nodes: list[gs.Node] = []
         for node in list(self.graph.nodes):
-            for tensor in list(node.inputs):  # weights and graph inputs: before the first reader
+            for tensor in list(
+                node.inputs
+            ):  # the pairs of weights and graph inputs stand before the first reader
                 if tensor.name in pending:
                     nodes += self._pair(pending.pop(tensor.name))
             nodes.append(node)
@@ -256,12 +260,12 @@ class _Adder:
 
 
 def remove_pairs(graph: gs.Graph, plan: QuantPlan) -> None:
-    """Take the pairs of a plan out of a graph: the exact inverse of `add_pairs`.
+    """Remove the pairs of a plan from a graph: the exact inverse of `add_pairs`.
 
     Raises
     ------
     PlanError
-        A pair is not there.
+        A pair is missing.
     """
     nodes = {n.name: n for n in graph.nodes}
     removed: list[gs.Node] = []
@@ -280,12 +284,12 @@ def remove_pairs(graph: gs.Graph, plan: QuantPlan) -> None:
 
 
 def params_of_pairs(graph: gs.Graph, plan: QuantPlan) -> dict[str, QuantParams]:
-    """Return the parameters that the pairs in a graph have, by `QuantPoint.parameters`.
+    """Return the parameters of the pairs in a graph, by `QuantPoint.parameters`.
 
     Raises
     ------
     PlanError
-        A pair is not there.
+        A pair is missing.
     """
     nodes = {n.name: n for n in graph.nodes}
     found: dict[str, QuantParams] = {}
@@ -301,8 +305,8 @@ def _pair_nodes(point: QuantPoint, nodes: Mapping[str, gs.Node]) -> list[gs.Node
     found = [nodes[name] for name in node_names(point.tensor) if name in nodes]
     if len(found) < 2 or found[0].op != "QuantizeLinear" or found[-1].op != "DequantizeLinear":
         raise PlanError(
-            f"The Q/DQ pair of '{point.tensor}' is missing. The file was changed by another tool; "
-            "insert again."
+            f"The Q/DQ pair of '{point.tensor}' is missing. Another tool changed the file. Run "
+            "'onnxqat insert' again."
         )
     return found
 

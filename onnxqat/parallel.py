@@ -1,8 +1,8 @@
-"""Several processes that calibrate or train one model, each on its share of the samples.
+"""Calibrate or train one model with several processes, each on its share of the samples.
 
-``mpirun -n N`` starts them; they meet through mpi4py, the optional extra ``mpi``. What they sum,
-they sum in order of rank, whatever MPI it is and however many machines: all hold the same
-parameters, and those of one process that takes the same batches one after the other.
+``mpirun -n N`` starts the processes, which communicate through mpi4py (the optional extra ``mpi``).
+Sums are computed in order of rank, with any MPI and any number of machines. All processes therefore
+have the same parameters, and a single process that accumulates the same batches gets the same.
 """
 
 from __future__ import annotations
@@ -19,48 +19,55 @@ from onnxqat.errors import TrainingError
 __all__ = ["Workers", "join_workers"]
 
 T = TypeVar("T")
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by the mpirun of MPICH, Intel MPI; of Open MPI
+SIZES = (
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+)  # set by mpirun of MPICH and Intel MPI, and of Open MPI
 
 
 class Workers:
-    """The processes that work together; here, this one alone.
+    """The processes that work together; this base class is a single process.
 
     Attributes
     ----------
     rank, size : int
-        Which of them this is, from 0, and how many there are. Worker 0 evaluates, writes, speaks.
+        The number of this process, from 0, and the number of processes. Worker 0 evaluates, writes
+        files and prints.
     """
 
     rank: int = 0
     size: int = 1
 
     def share(self, count: int) -> slice:
-        """Return which of ``count`` things are this worker's: neighbours, in order of rank."""
+        """Return this worker's part of ``count`` items: a contiguous slice, in order of rank."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def average(self, values: NDArray[Any]) -> None:
-        """Replace an array by its mean over the workers, summed in order of rank."""
+        """Replace an array in place by its mean over the workers, summed in order of rank."""
 
     def widen(self, ranges: NDArray[Any]) -> None:
-        """Replace ranges, of shape (n, 2), by those that cover the ranges of all workers."""
+        """Widen ranges, of shape (n, 2), in place so that they cover the ranges of all workers."""
 
     def spread(self, values: NDArray[Any]) -> None:
-        """Replace an array by that of worker 0."""
+        """Replace an array in place by that of worker 0."""
 
     def any(self, flag: bool) -> bool:
-        """Return whether any worker says so."""
+        """Return whether the flag of any worker is set."""
         return flag
 
     def first(self, make: Callable[[], T]) -> T:
-        """Return what ``make`` gives worker 0."""
+        """Return to all workers the result of ``make`` on worker 0."""
         return make()
 
     def gather(self, value: T) -> list[T]:
-        """Return to worker 0 everybody's value in order of rank, and nothing to the others."""
+        """Return the values of all workers in order of rank to worker 0, and [] to the others."""
         return [value]
 
     def leave(self) -> None:
-        """End in order. Who ends without it takes the others along, which would wait for ever."""
+        """Leave the group in order. A process that exits without calling this aborts the others.
+
+        Otherwise they would wait forever for it.
+        """
 
 
 class _MpiWorkers(Workers):
@@ -71,8 +78,8 @@ class _MpiWorkers(Workers):
         self.rank, self.size = self.world.rank, self.world.size
 
     def average(self, values: NDArray[Any]) -> None:
-        # As a ring Allreduce does, each sums one part for all; MPI leaves the order of its sums
-        # open, and theirs differs by size, machine and version.
+        # Each worker sums one part for all, as in a ring Allreduce. MPI's own Allreduce does not
+        # define the order of its sums, which differs by size, machine and version.
         flat = values.reshape(-1)
         parts = np.zeros((self.size, -(-flat.size // self.size)), values.dtype)
         parts.reshape(-1)[: flat.size] = flat
@@ -109,7 +116,7 @@ class _MpiWorkers(Workers):
 
 
 def join_workers() -> Workers:
-    """Return the workers this process is one of, as mpirun started it.
+    """Return the group of workers that this process belongs to, as started by mpirun.
 
     Raises
     ------
@@ -122,16 +129,16 @@ def join_workers() -> Workers:
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False  # at exit it would wait for the others, also after an error
+        mpi4py.rc.finalize = False  # else it would wait for the others at exit, even after an error
         from mpi4py import MPI
     except ImportError as error:
         raise TrainingError(
-            f"mpirun started {started} processes, and mpi4py is not installed. Run pip install "
+            f"mpirun started {started} processes, but mpi4py is not installed. Run pip install "
             "'onnxqat[mpi]'."
         ) from error
     if MPI.COMM_WORLD.size != started:
         raise TrainingError(
-            f"mpirun started {started} processes, and mpi4py knows of {MPI.COMM_WORLD.size}. Use "
+            f"mpirun started {started} processes, but mpi4py finds {MPI.COMM_WORLD.size}. Use "
             "the mpirun of the MPI that mpi4py was installed for."
         )
     return _MpiWorkers(MPI)

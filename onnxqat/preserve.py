@@ -1,6 +1,6 @@
-"""What graphsurgeon has no field for: kept when a model is read, put back when it is written.
+"""Keep the parts of a file that graphsurgeon loses, and restore them when the model is written.
 
-That is the model's doc string, doc strings and metadata of nodes, values and initializers,
+They are the model's doc string, doc strings and metadata of nodes, values and initializers,
 quantization annotations, initializers that no node reads, denotations, and functions.
 """
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return what `restore` needs of a model: everything but nodes and weights."""
+    """Return the parts of a model that `restore` needs: everything except nodes and weights."""
     rest = onnx.ModelProto()
     copy_fields(proto, rest, but="graph")
     graph, source = rest.graph, proto.graph
@@ -49,11 +49,11 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def copy_fields(source: Any, target: Any, *, but: str) -> None:
-    """Copy the fields of a message that are not messages themselves, or lists, but for one."""
+    """Copy the scalar fields of a message, except for the field ``but``."""
     for descriptor, value in source.ListFields():
         if descriptor.name == but:
             continue
-        # not by the descriptor, which every protobuf describes in another way
+        # not by the descriptor, which differs between protobuf versions
         if isinstance(value, int | float | str | bytes):
             setattr(target, descriptor.name, value)
         else:
@@ -61,9 +61,9 @@ def copy_fields(source: Any, target: Any, *, but: str) -> None:
 
 
 def _keep_initializers(rest: onnx.GraphProto, source: onnx.GraphProto) -> None:
-    """Keep whole what no node reads; of the others what graphsurgeon forgets.
+    """Keep initializers that no node reads; of the others, keep the fields graphsurgeon loses.
 
-    An entry without data also says that the initializer belongs to the outermost graph.
+    An entry without data also records that the initializer belongs to the outermost graph.
     """
     here = {name for node in source.node for name in node.input}
     here |= {value.name for value in source.output}
@@ -108,7 +108,7 @@ def all_nodes(*lists: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def restore(proto: onnx.ModelProto, rest: onnx.ModelProto) -> None:
-    """Put back into an exported model what graphsurgeon dropped; changes ``proto``."""
+    """Restore in ``proto``, an exported model, the parts that graphsurgeon lost."""
     for name in ("producer_name", "producer_version"):
         if not getattr(proto, name):
             proto.ClearField(name)
@@ -151,10 +151,10 @@ def _restore_scopes(
     root: onnx.GraphProto,
     hoisted: set[str],
 ) -> None:
-    """Take out of subgraphs what graphsurgeon writes there although it is of an outer scope.
+    """Remove from subgraphs the parts of outer scopes that graphsurgeon writes there.
 
     These are copies of outer initializers, types of outer values, and initializers of ``root``
-    that only subgraphs read; the latter, ``hoisted``, move back to it.
+    that only subgraphs read; the latter (``hoisted``) move back to ``root``.
     """
     for attribute in (a for node in graph.node for a in node.attribute):
         for subgraph in subgraphs(attribute):
@@ -178,14 +178,14 @@ def _restore_scopes(
 
 
 def replace_messages(field: Any, messages: Iterable[Any]) -> None:
-    """Let a repeated field hold these messages, some of which it may hold already."""
+    """Set the messages of a repeated field, which may already contain some of them."""
     copies = [type(message).FromString(message.SerializeToString()) for message in messages]
     del field[:]
     field.extend(copies)
 
 
 def _restore_nodes(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    """Find each node by its outputs, or by its name where a stage gave it other outputs."""
+    """Restore the nodes, found by their outputs, or by name if a stage changed the outputs."""
     by_outputs = {(node.op_type, tuple(node.output)): node for node in rest.node}
     by_name = {(node.op_type, node.name): node for node in rest.node if node.name}
     for node in all_nodes(graph.node) if by_outputs else ():
@@ -214,7 +214,7 @@ def _restore_initializers(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None
 
 
 def _restore_values(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
-    # graphsurgeon takes initializers for constants and leaves them out of the inputs
+    # graphsurgeon treats initializers as constants and leaves them out of the inputs
     initializers = {tensor.name for tensor in graph.initializer}
     written = {value.name: value for value in graph.input}
     listed = {value.name for value in rest.input}
@@ -231,7 +231,7 @@ def _restore_values(graph: onnx.GraphProto, rest: onnx.GraphProto) -> None:
 
 
 def _same_but_for_denotations(written: onnx.TypeProto, source: onnx.TypeProto) -> bool:
-    if not source.HasField("tensor_type"):  # graphsurgeon loses the shapes within
+    if not source.HasField("tensor_type"):  # graphsurgeon loses the shapes inside
         return bool(source.WhichOneof("value") == written.WhichOneof("value"))
     bare = onnx.TypeProto()
     bare.CopyFrom(source)

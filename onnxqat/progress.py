@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with an ETA on a terminal, a line every ten seconds elsewhere."""
+"""Show progress on stderr: a bar with an ETA on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _bar(*fields: str) -> Progress:
 
 
 def _print(bar: Progress, line: str) -> None:
-    # as it is: a log file has no width, and names may look like rich's markup
+    # unformatted: a log file has no width, and names may look like rich's markup
     bar.console.print(shown(line), soft_wrap=True, markup=False, highlight=False)
 
 
 def time_left(seconds: float, done: int, total: int) -> str:
-    """Return how long something took so far, and how long it will take as it goes."""
+    """Return the elapsed time and the estimated remaining time, as text."""
     text = f"{seconds:.0f} s"
     if not done:
         return text
@@ -52,18 +52,18 @@ def time_left(seconds: float, done: int, total: int) -> str:
 
 
 class Pulse:
-    """Writes a line every `EVERY` seconds, whatever the program is doing; a context manager.
+    """A context manager that writes a line every `EVERY` seconds, from its own thread.
 
     Parameters
     ----------
     line : callable
-        Returns the line of the moment.
+        Returns the current line.
     write : callable
-        Takes it.
+        Writes a line.
     clock : callable
-        Seconds.
+        Returns the time in seconds.
     wait : callable, optional
-        Waits for so many seconds at most, and returns whether to end.
+        Waits for at most the given number of seconds, and returns whether to end.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Pulse:
         self._thread.join()
 
     def run(self) -> None:
-        """Write until the end."""
+        """Write lines until the block ends."""
         due = self._clock() + EVERY
         while not self._wait(max(due - self._clock(), 0.0)):
             try:
                 self._write(self._line())
-            except (OSError, ValueError):  # stderr is closed or full: nobody listens
+            except (OSError, ValueError):  # stderr is closed or full
                 return
             due += EVERY
 
@@ -107,7 +107,7 @@ class Pulse:
 def progress_bar(
     title: str, total: int, *, clock: Clock = time.monotonic
 ) -> Iterator[Callable[[], None]]:
-    """Show a bar of ``total`` batches, or lines; yield the function that advances it."""
+    """Show a bar of ``total`` batches, or lines; yield a function that advances it by one."""
     done, started = 0, clock()
 
     def line() -> str:
@@ -137,14 +137,14 @@ class FinetuneReport:
     Parameters
     ----------
     clock : callable
-        Seconds.
+        Returns the time in seconds.
     """
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.bar = _bar("figures")
         self.task: Any = None
         self._clock, self.started = clock, clock()
-        self.start = 0  # the step a resumed run goes on from
+        self.start = 0  # the step from which a resumed run continues
         self.note = ""
         self._last: Any = None  # the last report
         self._stage = "preparing"
@@ -171,7 +171,7 @@ class FinetuneReport:
         _print(self.bar, line)
 
     def stage(self, title: str, done: int, total: int) -> None:
-        """Take what is done between the steps."""
+        """Show the progress of work between the training steps."""
         self._stage = f"{title}: {done} of {total} batches"
         if self.task is None:
             self.task = self.bar.add_task(title, total=total, figures="")
@@ -182,7 +182,7 @@ class FinetuneReport:
             self.bar.update(self.task, description=title)
 
     def line(self) -> str:
-        """Return where the run stands."""
+        """Return the state of the run as one line."""
         seconds, last = self._clock() - self.started, self._last
         if last is None:
             return f"{self._stage}, {time_left(seconds, 0, 0)}"
@@ -193,12 +193,12 @@ class FinetuneReport:
         return f"{where}, {time_left(seconds, done, total)}"
 
     def __call__(self, progress: Any) -> None:
-        """Take one report of `onnxqat.train.finetune`."""
+        """Show one report of `onnxqat.train.finetune`."""
         figures = f"loss {progress.loss:.4f}"
         if self._last is None or self._last.part != progress.part:
             self._begin(progress, figures)
         self._last, self._stage = progress, ""
-        self.start = min(self.start, progress.step - 1)  # training may start again
+        self.start = min(self.start, progress.step - 1)  # training may restart
         title = f"{progress.part} {progress.epoch}/{progress.epochs}"
         self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
         if progress.note != self.note:

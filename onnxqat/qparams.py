@@ -1,7 +1,7 @@
-"""The integer grid: what a quantized tensor may hold, and how floats map onto it.
+"""The integer grid of a quantized tensor, and the mapping of floats onto it, in numpy.
 
-Pure numpy; knows no graph. With scale ``s`` and zero_point ``z`` (ONNX QuantizeLinear and
-DequantizeLinear, https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html)::
+With scale ``s`` and zero_point ``z`` (ONNX QuantizeLinear and DequantizeLinear,
+https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html)::
 
     q = clip(round_half_even(x / s) + z, qmin, qmax)        y = (q - z) * s
 
@@ -52,12 +52,12 @@ Signedness: TypeAlias = Literal["signed", "unsigned", "from_range"]
 Rounding: TypeAlias = Literal["half-even", "half-away", "half-up"]
 Method: TypeAlias = Literal["lsq", "lsq+", "pact", "dsq", "moving-average", "ste"]
 
-# QuantizeLinear writes 8 or 16 bits; fewer are made by clipping 8, which runtimes do not do for 16.
+# QuantizeLinear writes 8 or 16 bits. Clipping makes 2 to 7 of 8; runtimes cannot clip 16 bits.
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How a tensor is quantized, before any data was seen.
+    """How a tensor is quantized, apart from its scale and zero_point.
 
     Attributes
     ----------
@@ -70,28 +70,28 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     narrow_range : bool
         Leave out the most negative integer, so that the range is ``[-qmax, qmax]``.
     power_of_two : bool
-        Scales are powers of two: the smallest one that covers the range (symmetric only).
+        The scale is the smallest power of two that covers the range (symmetric only).
     rounding : {"half-even", "half-away", "half-up"}
-        How the chip's own tools round ``x / s``. Training rounds half to even, as
-        QuantizeLinear does; weights that lie on the grid are the same under all three.
+        How the chip's own tools round ``x / s``. Training rounds half to even, like
+        QuantizeLinear; for weights that lie on the grid, all three give the same result.
     axis : int or None
         One scale for each index of this axis; None is per-tensor.
     fixed_range : (float, float) or None
-        Clipping range that the chip forces, whatever the data say (Softmax: 0 to 1).
+        Clipping range that the chip uses regardless of the data (Softmax: 0 to 1).
     min_range : float
         Smallest width of a clipping range, in units of the tensor; keeps the scale of an
         all-zero tensor or channel positive.
     min_scale : float
-        Smallest scale, whatever the range.
+        Smallest scale, also if the range is smaller.
     observer : ObserverName or None
-        How calibration chooses the clipping range, see `onnxqat.calibration.observers`; None
-        leaves it to the run. A weight takes its least squared error with ``mse`` and ``auto``, its
-        extremes with all others.
+        How calibration chooses the clipping range, see `onnxqat.calibration.observers`; None: by
+        the calibration's settings. The range of a weight has the least squared error with ``mse``
+        and ``auto``, and goes to the extremes with all other observers.
     range_factor : float
-        What the range that the observer picks is multiplied by.
+        Factor by which the observer's range is multiplied.
     method : Method or None
-        How fine-tuning moves scale and zero_point, see `onnxqat.train.fake_quantize`; None leaves
-        it to the run.
+        How fine-tuning trains scale and zero_point, see `onnxqat.train.fake_quantize`; None: by
+        the training's settings.
     """
 
     bits: int = 8
@@ -125,7 +125,7 @@ class QuantParams:
     zero_point: NDArray[Any]
 
     def __post_init__(self) -> None:
-        # arithmetic on arrays of shape () makes numpy scalars, which onnxruntime does not take
+        # arithmetic on arrays of shape () gives numpy scalars, which onnxruntime does not accept
         object.__setattr__(self, "scale", np.asarray(self.scale))
         object.__setattr__(self, "zero_point", np.asarray(self.zero_point))
 
@@ -160,9 +160,9 @@ def quantized_range(spec: QuantSpec, *, signed: bool) -> tuple[int, int]:
 
 
 def clipping_range(params: QuantParams, spec: QuantSpec) -> tuple[float, float]:
-    """Return the smallest and the largest value that the quantized range stands for.
+    """Return the smallest and the largest value in the clipping range.
 
-    Of several scales, the ends are those of the widest range.
+    With several scales, these are the ends of the widest range.
 
     Examples
     --------
@@ -193,7 +193,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     low, high : float32 of shape () or (C,)
         Clipping range in the units of the tensor, per tensor or per axis.
     spec : QuantSpec
-        What to choose for. ``fixed_range`` wins over ``low`` and ``high``.
+        The spec of the tensor. Its ``fixed_range`` overrides ``low`` and ``high``.
 
     Returns
     -------
@@ -246,7 +246,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
 
 
 def power_of_two(scale: FloatArray) -> FloatArray:
-    """Return the smallest powers of two that are not below ``scale``, same shape.
+    """Return the smallest powers of two greater than or equal to ``scale``, same shape.
 
     Examples
     --------
@@ -258,7 +258,7 @@ def power_of_two(scale: FloatArray) -> FloatArray:
 
 
 def nearest_power_of_two(scale: FloatArray) -> FloatArray:
-    """Return the powers of two nearest to ``scale`` in its logarithm, same shape.
+    """Return the powers of two nearest to ``scale`` on a logarithmic axis, same shape.
 
     Examples
     --------
@@ -278,7 +278,7 @@ def aligned(values: NDArray[Any], rank: int, axis: int | None) -> NDArray[Any]:
 
 
 def rounded_levels(x: FloatArray, params: QuantParams, spec: QuantSpec) -> FloatArray:
-    """Return ``round_half_even(x / s) + z``, same shape, float32, before it is clipped."""
+    """Return ``round_half_even(x / s) + z`` before clipping, same shape, float32."""
     scale = aligned(params.scale, x.ndim, spec.axis)
     zero_point = aligned(params.zero_point, x.ndim, spec.axis).astype(np.float32)
     with np.errstate(over="ignore"):  # infinity is clipped like any other large value

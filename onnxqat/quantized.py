@@ -1,7 +1,7 @@
-"""The quantized model: a float graph, and what is quantized in it with which parameters.
+"""The quantized model: a float graph, its quantization plan, and the parameters.
 
-Every stage takes one and returns a new one, which shares what the stage does not change. The graph
-has Q/DQ nodes only in a file and in what is made for a runtime: `onnxqat.pairs` adds them there.
+Each stage takes a quantized model and returns a new one, which shares the unchanged parts. The
+graph is float: Q/DQ nodes are added by `onnxqat.pairs` only for files and for runtimes.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ __all__ = [
 OPSET_OF_16_BITS = 21  # https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 State = Literal["uncalibrated", "calibrated", "finetuned"]
 
-OURS = "onnxqat."  # how the keys begin that we add to a file's metadata
-VERSION = "1"  # of what the metadata say; files without one are of version 1 too
+OURS = "onnxqat."  # prefix of the metadata keys that onnxqat adds to a file
+VERSION = "1"  # version of these metadata; files without a version are also of version 1
 VERSION_KEY, PLAN_KEY, STATE_KEY = "onnxqat.version", "onnxqat.plan", "onnxqat.state"
 SOURCE_KEY, TAKEN_KEY, HISTORY_KEY = "onnxqat.source", "onnxqat.taken_over", "onnxqat.history"
 KEYS = (VERSION_KEY, PLAN_KEY, STATE_KEY, SOURCE_KEY, TAKEN_KEY, HISTORY_KEY)
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """What one stage did, for the report.
+    """The record of one stage, for the report.
 
-    Nothing in it depends on the time or the folder of a run: the same run gives the same bytes.
+    It does not depend on the time or the folder of a run: equal runs write equal bytes.
 
     Attributes
     ----------
     name : str
         The command: ``insert``, ``calibrate``, ``finetune``, ``import-table``.
     settings : dict
-        What it was told, by the names of the options.
+        The settings, by the names of the options.
     figures : dict of str to float or None
-        What it measured, by name; None where it is not finite.
+        The measured figures, by name; None if not finite.
     inputs : dict of str to str
-        Names of the files that it read, without their folders, by argument: ``model``, ``data`` ...
+        Names of the input files, without their folders, by argument: ``model``, ``data`` ...
     epochs : tuple of dict
-        Figures of a fine-tuning on the held-out data, by name: ``epoch`` is 0 at the start.
-        Training that began again with a smaller rate comes back to epoch 1.
+        Figures of a fine-tuning on the held-out data, by name; ``epoch`` is 0 at the start. If
+        training restarted with a smaller rate, epoch 1 follows again.
     notes : tuple of str
-        What the user was told.
+        The messages that the user got.
     versions : dict of str to str
-        Versions of Python and of the packages that computed it.
+        Versions of Python and of the packages that affect computed values.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
 
     def document(self) -> dict[str, Any]:
-        """Return what a file stores: files of earlier versions lack the fields that are empty."""
+        """Return the record as stored in a file, without empty fields (as in earlier versions)."""
         told: dict[str, Any] = msgspec.to_builtins(self)
         return {k: v for k, v in told.items() if v or k in ("name", "settings", "figures")}
 
@@ -101,20 +101,20 @@ class QuantizedModel:
     Attributes
     ----------
     floats : Model
-        The prepared float model; its metadata hold what is known of the data, see
-        `onnxqat.settings`. Models of several stages share its graph: change a copy.
+        The prepared float model; its metadata contain the data settings, see `onnxqat.settings`.
+        Models of several stages share its graph: change only a copy.
     plan : QuantPlan
-        What is quantized, and why.
+        The quantized tensors, and why.
     params : mapping of str to QuantParams
-        By `QuantPoint.parameters`; one entry for each weight and activation of the plan.
+        The parameters, by `QuantPoint.parameters`; one entry for each weight and activation.
     state : {"uncalibrated", "calibrated", "finetuned"}
-        How far it has come; the scales of an uncalibrated one are placeholders.
+        The state of the model; the scales of an uncalibrated model are placeholders.
     source : str
-        SHA-256 of the weights of the float model that it was made from, see `weights_hash`.
+        SHA-256 of the weights of the original float model, see `weights_hash`.
     taken : tuple of str
-        Parameters that another tool chose, and calibration leaves alone.
+        Names of parameters that another tool chose, which calibration does not change.
     history : tuple of Stage
-        What was done, and measured.
+        The records of all stages.
     """
 
     floats: Model
@@ -126,7 +126,7 @@ class QuantizedModel:
     history: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        # models of several stages share them
+        # models of several stages share the arrays
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
 
     @property
@@ -149,12 +149,12 @@ class QuantizedModel:
         plan: QuantPlan | None = None,
         floats: Model | None = None,
     ) -> QuantizedModel:
-        """Return the model with other parameters, state and, where given, plan and weights.
+        """Return the model with other parameters and state, and optionally another plan or weights.
 
         Raises
         ------
         PlanError
-            They disagree with each other.
+            The arguments disagree with each other.
         """
         changed = replace(
             self, params=params, state=state, plan=plan or self.plan, floats=floats or self.floats
@@ -163,23 +163,23 @@ class QuantizedModel:
         return changed
 
     def check_calibrated(self) -> None:
-        """Refuse a model whose scales are placeholders, for all that reads them.
+        """Refuse an uncalibrated model, whose scales are placeholders.
 
         Raises
         ------
         PlanError
-            It is not calibrated.
+            The model is not calibrated.
         """
         if self.state == "uncalibrated":
             raise PlanError(f"{self.name}: is not calibrated. Calibrate or fine-tune it first.")
 
     def with_stage(self, stage: Stage) -> QuantizedModel:
-        """Return the model with one more stage in its history, which gets the versions."""
+        """Return the model with this stage, completed by the versions, added to its history."""
         stage = msgspec.structs.replace(stage, versions=package_versions())
         return replace(self, history=(*self.history, stage))
 
     def qdq(self) -> Model:
-        """Return a copy of the float model with Q/DQ pairs and our metadata: what a file has."""
+        """Return a copy of the float model with Q/DQ pairs and metadata, as written to a file."""
         result = self.floats.copy()
         add_pairs(result.graph, self.plan, self.params)
         result.metadata |= self._metadata()
@@ -187,7 +187,7 @@ class QuantizedModel:
 
     @contextmanager
     def as_qdq(self) -> Iterator[Model]:
-        """Yield what `qdq` returns without a copy of the graph: it has the pairs meanwhile."""
+        """Yield the same as `qdq` without a copy: in the block, the float graph has the pairs."""
         floats = self.floats
         add_pairs(floats.graph, self.plan, self.params)
         try:
@@ -196,7 +196,7 @@ class QuantizedModel:
             remove_pairs(floats.graph, self.plan)
 
     def to_proto(self) -> onnx.ModelProto:
-        """Return the model with Q/DQ pairs as a message that shares nothing with it."""
+        """Return the model with Q/DQ pairs as an independent protobuf message."""
         with self.as_qdq() as model:
             return model.to_proto()
 
@@ -206,7 +206,7 @@ class QuantizedModel:
             model.save(path, force=force)
 
     def _metadata(self) -> dict[str, str]:
-        """Return what a file says beside its nodes."""
+        """Return the metadata that a file contains beside its nodes."""
         ours = {
             VERSION_KEY: VERSION,
             PLAN_KEY: self.plan.to_json(),
@@ -228,32 +228,32 @@ def _json(value: Any) -> str:
 
 
 def float_part(model: AnyModel) -> Model:
-    """Return the float model of a quantized one; of a float model, itself."""
+    """Return the float model inside a quantized model; a float model is returned unchanged."""
     return model.floats if isinstance(model, QuantizedModel) else model
 
 
 def require_quantized(model: AnyModel) -> QuantizedModel:
-    """Return the model as a quantized one.
+    """Return the model if it is a quantized model.
 
     Raises
     ------
     ModelError
-        It is float.
+        The model is float.
     """
     if not isinstance(model, QuantizedModel):
         raise ModelError(
-            f"{model.name}: holds no quantization plan. Run 'onnxqat insert' on it first."
+            f"{model.name}: contains no quantization plan. Run 'onnxqat insert' on it first."
         )
     return model
 
 
 def without_notes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file without what we added."""
+    """Return the metadata of a file without the entries of onnxqat."""
     return {key: value for key, value in metadata.items() if not key.startswith(OURS)}
 
 
 def needs_16_bits(plan: QuantPlan) -> bool:
-    """Return whether a plan has points that QuantizeLinear writes as 16 bits."""
+    """Return whether a plan has points with 16-bit integers."""
     return any(point.spec.bits > 8 for point in plan.grid_points())
 
 
@@ -279,11 +279,11 @@ def insert_pairs(
     floats : Model
         The prepared float model that the plan was made for; shared, not changed.
     plan : QuantPlan
-        What to quantize.
+        The plan.
     params : mapping of str to QuantParams
-        By `QuantPoint.parameters`; one entry for each weight and activation.
+        The parameters, by `QuantPoint.parameters`; one entry for each weight and activation.
     state : {"uncalibrated", "calibrated", "finetuned"}
-        How far it has come.
+        The state of the model.
 
     Raises
     ------
@@ -292,7 +292,9 @@ def insert_pairs(
     """
     check_choice("State", state, get_args(State), PlanError)
     if isinstance(floats, QuantizedModel) or PLAN_KEY in floats.metadata:
-        raise ModelError(f"{floats.name}: already holds a quantization plan. Strip it first.")
+        raise ModelError(
+            f"{floats.name}: already contains a quantization plan. Run 'onnxqat strip' on it first."
+        )
     if needs_16_bits(plan) and floats.graph.opset < OPSET_OF_16_BITS:
         raise PlanError(
             f"{floats.name}: the plan has 16-bit points, which QuantizeLinear of opset "
@@ -304,12 +306,12 @@ def insert_pairs(
 
 
 def load_model(path: str | Path) -> AnyModel:
-    """Read an ONNX file, see `onnxqat.model.load_model`; one with Q/DQ pairs of ours as such.
+    """Read an ONNX file; one with a stored plan becomes a `QuantizedModel`.
 
     Raises
     ------
     ModelError
-        Also where pairs and stored plan disagree.
+        See `onnxqat.model.load_model`; or the Q/DQ pairs disagree with the stored plan.
     PlanError
         The stored plan cannot be read.
     """
@@ -318,9 +320,9 @@ def load_model(path: str | Path) -> AnyModel:
 
 
 def read_pairs(model: Model) -> QuantizedModel:
-    """Return the quantized model that a Q/DQ file holds; ``model`` becomes its float part.
+    """Return the quantized model of a Q/DQ file; ``model`` is changed to its float part.
 
-    Constant nodes, which another tool may have made, are read as initializers.
+    Constant nodes, which another tool may have written, are read as initializers.
 
     Raises
     ------
@@ -354,17 +356,17 @@ def read_pairs(model: Model) -> QuantizedModel:
 def _check_version(version: str, name: str) -> None:
     if version != VERSION:
         raise ModelError(
-            f"{name}: was written by a newer onnxqat (metadata of version '{version}', this one "
-            f"reads {VERSION}). Upgrade onnxqat."
+            f"{name}: was written by a newer onnxqat (its metadata have version '{version}', this "
+            f"onnxqat reads {VERSION}). Upgrade onnxqat."
         )
 
 
 def _stored(model: Model, key: str, kind: Any) -> Any:
-    """Return what the metadata hold as JSON; an empty tuple where they hold nothing."""
+    """Return the JSON value of a metadata entry; an empty tuple if the entry is missing."""
     if key not in model.metadata:
         return ()
     try:
         return msgspec.json.decode(model.metadata[key], type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        message = f"{model.name}: '{key}' cannot be read ({error}). Insert again."
+        message = f"{model.name}: '{key}' cannot be read ({error}). Run 'onnxqat insert' again."
         raise ModelError(message) from error

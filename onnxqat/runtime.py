@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime: how a model is executed, in one place."""
+"""Run models in sessions of onnxruntime, with errors that name the model and the node."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from onnxqat.errors import DataError, ModelError, OnnxQatError
 
 __all__ = ["Optimization", "Session", "UnknownOpError", "open_session"]
 
-# all: what a user's runtime does; basic: only rewrites that keep every value bit for bit;
-# none: node by node as the file says.
+# all: as in a user's runtime; basic: only rewrites that keep all values bit for bit; none: node by
+# node as in the file.
 Optimization = Literal["all", "basic", "none"]
 LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
-LOG_FATAL_ONLY = 4  # failures come as exceptions, whose text we pass on
+LOG_FATAL_ONLY = 4  # failures raise exceptions, whose text is reported
 
 STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
-SOURCE_LINE = re.compile(r"^\S+\.(h|cc|cpp):\d+ (.* was false\. )?")  # of onnxruntime's own files
+SOURCE_LINE = re.compile(r"^\S+\.(h|cc|cpp):\d+ (.* was false\. )?")  # in onnxruntime's own files
 FAILED = re.compile(r"while running (\w+) node\. Name:'(.*?)' Status Message: (.*)", re.DOTALL)
 TENSOR_OF_NUMBERS = re.compile(r"tensor\((?!string)\w+\)")
 UNKNOWN = re.compile(r"Fatal error: (?:(\S*):)?(\w+)\(-?\d+\) is not a registered function/op")
@@ -34,30 +34,30 @@ WITHOUT_KERNEL = re.compile(
     r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*)'"
 )
 
-# What a message of a node leads to, by its op.
+# The advice for a failing node, by its op.
 ADVICE = {
-    "Reshape": "If its shape holds the batch that the model was exported with, pass "
-    "that as --batch-size (often 1), or export with a dynamic batch.",
+    "Reshape": "If its shape contains the batch size of the export, pass that as --batch-size "
+    "(often 1), or export with a dynamic batch.",
     **dict.fromkeys(
         ("Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND", "OneHot"),
-        "Check that the integers of the data are indices that the model has.",
+        "Check that the integers of the data are valid indices of the model.",
     ),
 }
 OTHERWISE = (
-    "Check that the shapes and values of the data are those that the model was exported for, and "
-    "pass --batch-size 1 if it was exported for one sample."
+    "Check that the shapes and values of the data are what the model expects, and pass "
+    "--batch-size 1 if it was exported for one sample."
 )
 
 
 class UnknownOpError(ModelError):
-    """onnxruntime has no op, or no kernel of it for these types.
+    """onnxruntime lacks an op, or a kernel of it for these types.
 
     Attributes
     ----------
     op : str
-        Its type.
+        The type of the op.
     node : str or None
-        The only node that cannot run, by its name; None if no node of the op can.
+        The name of the only node that cannot run; None if no node of this type can.
     """
 
     def __init__(self, message: str, op: str, node: str | None) -> None:
@@ -66,18 +66,18 @@ class UnknownOpError(ModelError):
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
-    """A session whose failures are errors of ours, which name the model and the node.
+    """A session whose failures become an `OnnxQatError` that names the model and the node.
 
     Parameters
     ----------
     name : str
-        What the user calls the model.
+        The name of the model in messages.
     model : bytes
-        It, as a file.
+        The model, as in a file.
     options : SessionOptions
         See onnxruntime.
     outputs_of_unnamed : mapping of str to list of str
-        The first outputs of the nodes that have no name, by op.
+        The first outputs of the nodes without a name, by op.
     """
 
     def __init__(
@@ -94,35 +94,35 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
             raise _load_error(name, _said(error)) from error
 
     def run(self, *arguments: Any, **others: Any) -> Any:
-        """Return outputs, see onnxruntime.
+        """Return the outputs, see onnxruntime.
 
         Raises
         ------
         ModelError
             A node does not run on these values.
         DataError
-            They are not what the model's inputs take.
+            The values do not fit the model's inputs.
         """
         with self._explained():
             return super().run(*arguments, **others)
 
     def run_with_iobinding(self, *arguments: Any, **others: Any) -> Any:
-        """Run on bound arrays, see onnxruntime; raises what `run` does."""
+        """Run on bound arrays, see onnxruntime; raises the errors of `run`."""
         with self._explained():
             return super().run_with_iobinding(*arguments, **others)
 
     def run_in_place(
         self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]
     ) -> list[NDArray[Any]]:
-        """Return outputs as `run` does, those of float32 without a copy.
+        """Return the outputs like `run`, but float32 outputs without copying them.
 
-        An array holds on to the memory that onnxruntime computed it in, and is not written to. A
-        session with text, or with an output that is no tensor, copies all of them.
+        Such an array keeps onnxruntime's memory alive, and must not be written to. A session with
+        string outputs, or with outputs that are not tensors, copies all outputs.
 
         Raises
         ------
         ModelError, DataError
-            As `run`.
+            As for `run`.
         """
         ends = (*self.get_inputs(), *self.get_outputs())
         if not all(TENSOR_OF_NUMBERS.fullmatch(end.type) for end in ends):
@@ -167,7 +167,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
 
 
 def _in_place(value: ort.OrtValue) -> NDArray[Any]:
-    """Return what a value holds, of float32 as a view of its memory."""
+    """Return the array of a value; for float32, a view of its memory."""
     if value.data_type() != "tensor(float)" or 0 in value.shape():
         copied: NDArray[Any] = value.numpy()
         return copied
@@ -180,7 +180,7 @@ def _in_place(value: ort.OrtValue) -> NDArray[Any]:
 
 
 def _said(error: Exception) -> str:
-    """Return what onnxruntime says, on one line."""
+    """Return onnxruntime's message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return STATUS.sub("", text)
 
@@ -209,7 +209,7 @@ def open_session(
 ) -> Session:
     """Return a CPU session.
 
-    Q/DQ pairs are never fused into integer kernels: the arithmetic is what the file says.
+    Q/DQ pairs are never fused into integer kernels, so the arithmetic is that of the file.
 
     Parameters
     ----------
@@ -218,19 +218,22 @@ def open_session(
     optimization : {"all", "basic", "none"}
         How far onnxruntime may rewrite the graph.
     threads : int
-        0 takes all cores.
+        The number of threads; 0: all cores.
     name : str
-        What the user calls the model, for messages.
+        The name of the model in messages.
 
     Raises
     ------
     ModelError
-        onnxruntime refuses the model; `UnknownOpError` where it lacks an op.
+        onnxruntime refuses the model.
+    UnknownOpError
+        onnxruntime lacks an op of the model.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = LOG_FATAL_ONLY
-    # the pattern of the first run becomes one block beside what that run took: twice the memory
+    # otherwise onnxruntime plans one block from the first run, beside the memory of that run: twice
+    # the memory
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])

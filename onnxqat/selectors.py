@@ -1,7 +1,7 @@
-"""The text form ``SELECTOR.KEY=VALUE``, in which `--set` and `--group` take what the user says.
+"""Parse the text form ``SELECTOR.KEY=VALUE`` of `--set` and `--group`.
 
-A selector is a word, as ``weight``, or a word and a pattern, as ``name:/head/.*``. Which ones there
-are, and what they cover, is for those who read them.
+A selector is a word such as ``weight``, or a word and a pattern such as ``name:/head/.*``. The
+callers define which selectors exist and what they match.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REGEX = ":REGEX"
 
 
 class Assignment(NamedTuple):
-    """What ``SELECTOR.KEY=VALUE`` says; ``pattern`` is what stands behind the selector's colon."""
+    """The parts of ``SELECTOR.KEY=VALUE``; ``pattern`` is the text behind the selector's colon."""
 
     kind: str
     pattern: str
@@ -34,17 +34,17 @@ def parse_assignment(
     Parameters
     ----------
     selectors : sequence of str
-        Those that there are, as a message lists them: ``weight``, ``op:TYPE``, ``name:REGEX``.
+        The known selectors, in the form of a message: ``weight``, ``op:TYPE``, ``name:REGEX``.
     example : str
-        For messages.
+        An example, for messages.
     error : type
-        What is raised.
+        The type of the error.
 
     Raises
     ------
     OnnxQatError
-        An error of the type ``error``: the text has another form, the selector is unknown, or the
-        regular expression is invalid.
+        An error of the type ``error``: the text does not have this form, the selector is unknown,
+        or the regular expression is invalid.
     """
     left, equals, value = text.rpartition("=")
     selector, dot, key = left.rpartition(".")
@@ -64,5 +64,5 @@ def parse_assignment(
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Return whether a regular expression covers the whole of ``text``."""
+    """Return whether a regular expression matches all of ``text``."""
     return re.fullmatch(pattern, text) is not None

@@ -1,4 +1,4 @@
-"""What the user said about the data, stored in the model's metadata for later commands."""
+"""The user's settings for the data, stored in the model's metadata for later commands."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = [
 ]
 
 KEY = "onnxqat.data"
-# Ops that read rows of a table: which input has the indices, which the table.
+# Ops that look up rows of a table: the inputs with the indices, and those with the tables.
 LOOKUPS = {
     "Gather": ((1, 0),),
     "GatherElements": ((1, 0),),
     "EmbedLayerNormalization": ((0, 2), (1, 4)),  # com.microsoft
 }
-# Those whose output holds every value of their first input; a Cast changes no index.
+# Ops whose output contains each value of their first input; a Cast does not change indices.
 MOVES = (*moving("axes", "blocks", "repeats"), "Cast")
 
 
 class Settings(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """How data become model inputs; None where the user said nothing.
+    """How data become model inputs; None for settings that the user did not give.
 
-    The fields from ``mean`` to ``pixel_format`` are those of `onnxqat.data.Preprocessing`, whose
-    ``layout`` is not among them: it belongs to one set of arrays, not to the model.
+    The fields from ``mean`` to ``pixel_format`` are those of `onnxqat.data.Preprocessing`. Its
+    ``layout`` is not stored, because it belongs to one set of arrays and not to the model.
     """
 
     mean: tuple[float, ...] | None = None
@@ -55,12 +55,12 @@ class Settings(
     classes: dict[str, int] | None = None
 
     def preprocessing(self, layout: Literal["nchw", "nhwc"] | None = None) -> Preprocessing:
-        """Return the preprocessing, with the defaults where nothing was said.
+        """Return the preprocessing, with defaults for settings that were not given.
 
         Parameters
         ----------
         layout : {"nchw", "nhwc"}, optional
-            Layout of the data arrays at hand.
+            Layout of the data arrays.
 
         Raises
         ------
@@ -76,12 +76,12 @@ class Settings(
 
 
 def stored_settings(model: AnyModel) -> Settings:
-    """Return what the file knows about its data.
+    """Return the data settings stored in a model.
 
     Raises
     ------
     ModelError
-        What is stored cannot be read.
+        The stored settings cannot be read.
     """
     text = float_part(model).metadata.get(KEY)
     if text is None:
@@ -92,13 +92,13 @@ def stored_settings(model: AnyModel) -> Settings:
     except (msgspec.MsgspecError, DataError) as error:
         raise ModelError(
             f"{model.name}: metadata '{KEY}' cannot be read ({str(error).rstrip('.')}). "
-            "Insert again."
+            "Run 'onnxqat insert' again."
         ) from error
     return settings
 
 
 def _by_name(stored: Any) -> Any:
-    """Return settings whose classes are a mapping; a tuple of names in earlier files."""
+    """Return settings whose classes are a mapping; earlier files have a tuple of names."""
     if isinstance(stored, dict) and isinstance(stored.get("classes"), list):
         by_index = stored["classes"]
         return stored | {"classes": {name: index for index, name in enumerate(by_index)}}
@@ -106,7 +106,7 @@ def _by_name(stored: Any) -> Any:
 
 
 def settings_of(data: DataSet) -> Settings:
-    """Return what was said when a data set was opened; what is as by default was not said."""
+    """Return the settings with which a data set was opened; defaults count as not given."""
     said, usual = data.said, Preprocessing()
     found = {
         name: value
@@ -122,12 +122,12 @@ def settings_of(data: DataSet) -> Settings:
 
 
 def _checked(given: Settings) -> Settings:
-    """Return settings whose fields have their types, which making a struct does not see to.
+    """Return the settings after checking the types of their fields, which msgspec does not do.
 
     Raises
     ------
     DataError
-        A value is of another type.
+        A value has another type.
     """
     try:
         return msgspec.convert(msgspec.to_builtins(given), Settings)
@@ -136,12 +136,13 @@ def _checked(given: Settings) -> Settings:
 
 
 def settle(model: AnyModel, given: Settings) -> Settings:
-    """Join what the file knows with what the user says now, and store it in ``model``.
+    """Merge the stored settings with those given now, and store the result in ``model``.
 
     Raises
     ------
     DataError
-        The two contradict each other, a value is out of its range, or does not fit the model.
+        The settings contradict each other, or a value is out of its range or does not fit the
+        model.
     """
     stored, given = stored_settings(model), _checked(given)
     joined: dict[str, Any] = {}
@@ -151,8 +152,8 @@ def settle(model: AnyModel, given: Settings) -> Settings:
             option = "--" + name.replace("_", "-").replace("input-map", "input")
             now, was = _differing(new, old)
             raise DataError(
-                f"{model.name}: {option} is {now} now, and was {was} when the file was made. "
-                f"Leave {option} out, or insert again with the new value."
+                f"{model.name}: {option} is {now} now, but was {was} when the file was made. "
+                f"Leave {option} out, or run 'onnxqat insert' again with the new value."
             )
         joined[name] = new if old is None else old
     settings = Settings(**joined)
@@ -169,12 +170,12 @@ def settle(model: AnyModel, given: Settings) -> Settings:
 
 
 def adopt(model: AnyModel, other: AnyModel) -> None:
-    """Store in ``model`` what ``other`` knows about the data that both will read.
+    """Store in ``model`` the data settings of ``other``, so that both read the same data.
 
     Raises
     ------
     DataError
-        They were made for different data.
+        The models were made with different data settings.
     """
     ours, theirs = stored_settings(model), stored_settings(other)
     for name in Settings.__struct_fields__:
@@ -182,14 +183,14 @@ def adopt(model: AnyModel, other: AnyModel) -> None:
         if mine is not None and its is not None and mine != its:
             here, there = _differing(mine, its)
             raise DataError(
-                f"{model.name}: reads data with {name} = {here}, {other.name} with {there}. "
+                f"{model.name}: reads data with {name} = {here}, but {other.name} with {there}. "
                 "Compare models that read the same data."
             )
     settle(model, theirs)
 
 
 def _differing(first: Any, second: Any) -> tuple[str, str]:
-    """Return two values as text; of mappings, the entry that differs."""
+    """Return two values as text; for mappings, only an entry that differs."""
     if isinstance(first, dict) and isinstance(second, dict):
         name = next(n for n in (first | second) if first.get(n) != second.get(n))
         return f"{name}={first.get(name)}", f"{name}={second.get(name)}"
@@ -208,20 +209,20 @@ def class_count(model: AnyModel) -> int | None:
 
 
 def input_specs(model: AnyModel, beside: AnyModel | None = None) -> list[InputSpec]:
-    """Return the model's inputs as the data room wants them.
+    """Return the model's inputs in the form that `onnxqat.data` needs.
 
     Parameters
     ----------
     model : Model
-        What runs on the data.
+        The model that runs on the data.
     beside : Model, optional
-        What runs on the same batches, with the same inputs: where it alone is fixed to a batch,
-        that one is taken.
+        A model with the same inputs that runs on the same batches. If only its batch is fixed, that
+        batch size is used.
 
     Raises
     ------
     ModelError
-        The two are fixed to batches of different length.
+        The models are fixed to different batch sizes.
     """
     others = (
         {}
@@ -234,8 +235,8 @@ def input_specs(model: AnyModel, beside: AnyModel | None = None) -> list[InputSp
         if shape and other and isinstance(other[0], int) and shape[0] != other[0]:
             if beside is not None and isinstance(shape[0], int):
                 raise ModelError(
-                    f"{model.name}: input '{tensor.name}' takes batches of {shape[0]}, that of "
-                    f"{beside.name} of {other[0]}. Export one of them with a dynamic batch."
+                    f"{model.name}: input '{tensor.name}' needs batches of {shape[0]}, but that of "
+                    f"{beside.name} {other[0]}. Export one of them with a dynamic batch."
                 )
             shape = (other[0], *shape[1:])
         kind, rows = str(tensor.dtype), _rows_looked_up(tensor)
@@ -244,7 +245,7 @@ def input_specs(model: AnyModel, beside: AnyModel | None = None) -> list[InputSp
 
 
 def _rows_looked_up(tensor: gs.Tensor) -> int | None:
-    """Return how many rows the smallest table has that the values of a tensor are indices of."""
+    """Return the number of rows of the smallest table that a tensor's values index, or None."""
     found: list[int] = []
     seen, waiting = {tensor.name}, [tensor]
     while waiting:

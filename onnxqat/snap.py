@@ -1,8 +1,8 @@
-"""Weights on their grid in a float graph, for the readers that the chip gives integers.
+"""Put the weights of a float graph on their grid, for the nodes that the chip runs in integers.
 
-A constant may have readers that stay float: other nodes, subgraphs, a bias, the graph's outputs.
-They keep its values, in a constant of their own; the name stays with the quantized readers, since
-tables know it.
+A constant can also have readers that stay float: other nodes, subgraphs, a bias, the graph's
+outputs. These get a copy with the original values. The name stays with the quantized readers,
+because calibration tables use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["snap_weights"]
 def snap_weights(graph: gs.Graph, weights: Iterable[tuple[QuantPoint, QuantParams]]) -> None:
     """Put weights on their grid, ``round(w / s) * s``, for the consumers of their points.
 
-    What is an output as well stays as it is: its values are asked for under its name.
+    A weight that is also a graph output is not changed: the output must keep its values and name.
     """
     tensors, taken = graph.tensors(), tensor_names(graph)
     parts = (graph, *graph.subgraphs(recursive=True))
@@ -43,4 +43,4 @@ def snap_weights(graph: gs.Graph, weights: Iterable[tuple[QuantPoint, QuantParam
                     own = own or constant(unique_name(name, taken), np.array(weight.values))
                     node.inputs[index] = own
         snapped = fake_quantize(weight.values, params, point.spec)
-        weight.values = np.asarray(snapped)  # of a scalar, arithmetic makes no array
+        weight.values = np.asarray(snapped)  # arithmetic on a scalar gives no array

@@ -1,7 +1,7 @@
-"""The door for what people read: lines on stdout and stderr, and how they end.
+"""Print lines on stdout and stderr, and handle streams that cannot be written.
 
-Names come from files, and a file may be hostile: what would move the cursor, change the order of
-letters or begin a line is shown as its escape. JSON stays exact.
+Names come from files, and a file may be hostile. Characters that would move the cursor, change the
+order of letters or begin a line are escaped. JSON stays exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["LineFormatter", "UsageLineError", "guarded_streams", "say", "say_doc
 
 
 def shown(text: str) -> str:
-    r"""Return a text with whatever cannot be printed on one line as its escape.
+    r"""Return a text in which all characters that cannot be printed on one line are escaped.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def say(line: str, *, err: bool = False) -> None:
 
 
 def say_document(document: Any) -> None:
-    """Print JSON, in ASCII."""
+    """Print a JSON document in ASCII."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
@@ -61,15 +61,15 @@ class LineFormatter(logging.Formatter):
 
 
 class _Watched:
-    """A stream that notes how it failed.
+    """A stream that records its failure.
 
     Parameters
     ----------
     stream : TextIO
-        What is written to.
+        The underlying stream.
     heedless : bool
-        Whether to go on without it: a training that runs for days must not end since its terminal
-        went away, or the disk with what it says is full.
+        Whether to ignore failures: a training of several days must not end because its terminal
+        was closed, or because the disk with its messages is full.
     """
 
     def __init__(self, stream: TextIO, *, heedless: bool) -> None:
@@ -100,13 +100,14 @@ class _Watched:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Let the block survive a stderr that cannot be written, and end at such a stdout.
+    """In the block, ignore a stderr that cannot be written, and end at such a stdout.
 
-    That ends the process with exit code 1, and one line on stderr unless the reader just left.
+    The process then ends with exit code 1 and one line on stderr (none if the reader of a pipe has
+    ended).
     """
     _open_standard_files()
     stdout, stderr = sys.stdout, sys.stderr
-    if hasattr(stdout, "reconfigure"):  # its encoding may lack letters of names
+    if hasattr(stdout, "reconfigure"):  # its encoding may lack characters of names
         stdout.reconfigure(errors="backslashreplace")
     if stdout is not None:
         sys.stdout = cast(TextIO, _Watched(stdout, heedless=False))
@@ -118,20 +119,20 @@ def guarded_streams() -> Iterator[None]:
     except OSError as error:
         if error is not getattr(watched, "failure", None):
             raise
-        # what could not be written would be written once more at exit
+        # Python would try to write the remaining output again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         click.echo(f"Error: stdout: cannot be written ({error.strerror}).", err=True)
         sys.exit(1)
     finally:
         sys.stderr = stderr
-        if sys.stdout is watched:  # click has put a stream in its place where a reader left
+        if sys.stdout is watched:  # click has replaced the stream if the reader has ended
             sys.stdout = stdout
 
 
 def _open_standard_files() -> None:
-    """Keep files that are opened later from becoming stdin, stdout or stderr."""
+    """Open missing standard streams, so that no file opened later becomes one of them."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free file descriptor

@@ -1,4 +1,4 @@
-"""How much is said on stderr: ``-v`` and ``-q`` of every command, and an environment variable."""
+"""Set the verbosity on stderr: ``-v`` and ``-q`` of all commands, and an environment variable."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["VARIABLE", "is_quiet", "shows_tracebacks", "verbosity_options"]
 VARIABLE = "ONNXQAT_LOG"
 LEVELS = ("error", "warning", "info", "debug")
 USUAL = LEVELS.index("warning")
-# Loggers of what is no detail, and said without -v: how right the float model is on the labels.
+# Loggers whose info messages are printed without -v: the float model's accuracy on the labels.
 ALWAYS_SAID = ("onnxqat.evaluation.decoders", "onnxqat.train.validation")
 
 
 def verbosity_options() -> list[click.Option]:
-    """Return ``-v`` and ``-q``, which count before a command and behind it alike."""
+    """Return ``-v`` and ``-q``, which can stand before or behind a command."""
     return [
         click.Option(
             ["-v", "--verbose"], count=True, expose_value=False, callback=_counted(1),
-            help="Say more on stderr; twice shows details and tracebacks.",
+            help="Print more on stderr; twice adds details and tracebacks.",
         ),
         click.Option(
             ["-q", "--quiet"], count=True, expose_value=False, callback=_counted(-1),
-            help="Say nothing on stderr but errors.",
+            help="Print only errors on stderr.",
         ),
     ]  # fmt: skip
 
@@ -43,10 +43,10 @@ def _counted(sign: int) -> Callable[[click.Context, click.Parameter, int], None]
 
 
 def _usual() -> int:
-    """Return the level that the environment asks for."""
+    """Return the level that the environment variable sets."""
     name = os.environ.get(VARIABLE, "").lower() or LEVELS[USUAL]
     if name not in LEVELS:
-        raise UsageLineError(f"{VARIABLE}: '{name}' is none of {', '.join(LEVELS)}.")
+        raise UsageLineError(f"{VARIABLE}: '{name}' is not one of {', '.join(LEVELS)}.")
     return LEVELS.index(name)
 
 
@@ -61,10 +61,10 @@ def _set_level(name: str) -> None:
 
 
 def is_quiet() -> bool:
-    """Return whether only errors are said."""
+    """Return whether only errors are printed."""
     return logging.getLogger().level >= logging.ERROR
 
 
 def shows_tracebacks() -> bool:
-    """Return whether an error is shown with where it came from."""
+    """Return whether errors are printed with their traceback."""
     return logging.getLogger().level <= logging.DEBUG

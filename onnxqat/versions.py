@@ -1,12 +1,11 @@
-"""Which ONNX versions can be read, and how newer ones become readable.
+"""Check the ONNX versions of a model, and read newer opsets as opset 21 if nothing changes.
 
 onnxruntime-training 1.19.2 reads IR versions up to 10 and opsets 7 to 21. A newer model is read as
-opset 21 where every node means the same there: its operator did not change, or changed only in the
-types it takes and in attributes and inputs that the node does not use. A new attribute's default
-is what the operator did before, but for `CHANGED`; the operators that changed otherwise (Softmax
-13, Clip 11) changed a default or an input with it, or were replaced by another (Upsample), which
-shows in the schemas of ``onnx.defs``. The texts of opsets 22 to 28 were compared with those of 21
-by hand.
+opset 21 if all of its nodes mean the same there: their operators did not change, or only in the
+accepted types, or in attributes and inputs that the node does not use. The default of a new
+attribute keeps the old behaviour, except for `CHANGED`. Other changes of behaviour (Softmax 13,
+Clip 11, Upsample) came with a changed default or input, or replaced the operator, which the schemas
+of ``onnx.defs`` show. The texts of opsets 22 to 28 were compared with those of 21 by hand.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ MAX_IR_VERSION = 10
 MIN_OPSET, MAX_OPSET = 7, 21
 MAX_LOWERED_OPSET = 28
 
-# What a node without the new attribute does is not what it did before (RoiAlign took no half pixel,
-# Split into equal parts needed no number of them), or what an input holds (GroupNormalization:
-# one scale per group, then per channel).
+# Operators that behave differently without their new attribute (RoiAlign shifted by no half pixel;
+# a Split into equal parts needed no number of parts), or whose input changed its meaning
+# (GroupNormalization: one scale per group, later per channel).
 CHANGED = {"GroupNormalization": 21, "RoiAlign": 16, "Split": 18}
 
 
@@ -48,8 +47,8 @@ def readable_opset(proto: onnx.ModelProto, name: str) -> int:
     Raises
     ------
     ModelError
-        No opset of the default domain, one that is too old, a node that opset 21 lacks, or an IR
-        version that onnx does not know.
+        The model has no opset of the default domain, or one that is too old, a node that opset 21
+        lacks, or an IR version that onnx does not know.
     """
     if proto.ir_version > onnx.IR_VERSION:
         raise ModelError(
@@ -58,12 +57,12 @@ def readable_opset(proto: onnx.ModelProto, name: str) -> int:
         )
     opset = default_opset(proto.opset_import)
     if opset is None:
-        raise ModelError(f"{name}: imports no version of the default ONNX opset.")
+        raise ModelError(f"{name}: imports no version of the default ONNX opset. Export it again.")
     newest = min(MAX_LOWERED_OPSET, onnx.defs.onnx_opset_version())
     if not MIN_OPSET <= opset <= newest:
         raise ModelError(
-            f"{name}: opset {opset} is outside of {MIN_OPSET} to {newest}. Export again within "
-            "it, or convert with onnx.version_converter and compare the outputs."
+            f"{name}: opset {opset} is not in the range {MIN_OPSET} to {newest}. Export again in "
+            "this range, or convert with onnx.version_converter and compare the outputs."
         )
     _check_lowers(proto.graph.node, opset, name)
     for function in proto.functions:
@@ -83,7 +82,7 @@ def _check_lowers(nodes: Iterable[onnx.NodeProto], opset: int, name: str) -> Non
     if node is not None:
         raise ModelError(
             f"{name}: node '{node.name or node.output[0]}' ({node.op_type}) of opset {opset} "
-            f"has no equal in opset {MAX_OPSET}, the newest that onnxruntime-training 1.19.2 "
+            f"has no equivalent in opset {MAX_OPSET}, the newest that onnxruntime-training 1.19.2 "
             f"reads. Export with opset {MAX_OPSET} or lower."
         )
 
@@ -91,7 +90,7 @@ def _check_lowers(nodes: Iterable[onnx.NodeProto], opset: int, name: str) -> Non
 def changed_node(
     nodes: Iterable[onnx.NodeProto], source: int, target: int
 ) -> onnx.NodeProto | None:
-    """Return the first node that does not mean the same in both opsets, if there is one."""
+    """Return the first node whose meaning differs between two opsets, if there is one."""
     for node in all_nodes(nodes):
         if node.domain in ONNX_DOMAINS and not _same_meaning(node, source, target):
             return node
@@ -101,7 +100,7 @@ def changed_node(
 def _same_meaning(node: onnx.NodeProto, source: int, target: int) -> bool:
     here, there = _schema(node, source), _schema(node, target)
     if here is None or there is None:
-        return here is there  # not an operator at all: the runtime will say so
+        return here is there  # an unknown operator: the runtime will report it
     if here.since_version == there.since_version:
         return True
     shared = here.attributes.keys() & there.attributes.keys()
@@ -116,7 +115,7 @@ def _same_meaning(node: onnx.NodeProto, source: int, target: int) -> bool:
 
 
 def _changed_without_a_sign(node: onnx.NodeProto, here: int, there: int) -> bool:
-    """Whether it is one of the operators whose schemas do not show that they changed."""
+    """Whether a node's operator changed in a way that its schemas do not show."""
     since = CHANGED.get(node.op_type, 0)
     equal_parts = node.op_type != "Split" or len(node.input) < 2 or not node.input[1]
     return here < since <= there and equal_parts

@@ -183,7 +183,7 @@ def test_an_interruption_acts_when_the_packages_are_imported(tmp_path, monkeypat
     result = CliRunner().invoke(main, ["check", "none.onnx"])
 
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "Interrupted: no half-written file is left.\n"
+    assert result.stderr == "Interrupted. No partly written file is left.\n"
     assert sys.modules.pop("interrupted_package").whole
 
 
@@ -199,7 +199,7 @@ def test_an_interruption_that_became_another_error_is_told_as_one(monkeypatch, w
     result = CliRunner().invoke(main, ["rules", "list"])
 
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "Interrupted: no half-written file is left.\n"
+    assert result.stderr == "Interrupted. No partly written file is left.\n"
 
 
 def test_an_interruption_while_the_commands_are_imported_is_one_line(monkeypatch, capsys):

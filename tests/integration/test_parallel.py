@@ -284,7 +284,7 @@ def test_without_mpirun_a_process_is_alone(monkeypatch):
 def test_mpirun_without_mpi4py_is_an_error(monkeypatch, name):
     monkeypatch.setenv(name, "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(TrainingError, match=r"started 2 processes, and mpi4py is not installed"):
+    with pytest.raises(TrainingError, match=r"started 2 processes, but mpi4py is not installed"):
         join_workers()
 
 
@@ -296,4 +296,4 @@ def test_another_mpis_mpirun_is_an_error(work):
     result = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
 
     assert result.returncode == 1
-    assert "started 3 processes, and mpi4py knows of 1" in result.stderr
+    assert "started 3 processes, but mpi4py finds 1" in result.stderr

@@ -310,10 +310,10 @@ def test_overrides_are_written_as_they_are_read(tmp_path):
 def test_overrides_of_one_selector_come_together_where_their_order_is_free():
     texts = ("weight.bits=4", "activation.bits=8", "weight.axis=none", "weight.bits=2")
 
-    with pytest.raises(RuleError, match="an overrides file cannot have 'weight' twice"):
+    with pytest.raises(RuleError, match="an overrides file cannot contain 'weight' twice"):
         overrides_text([parse_override(text) for text in texts])
     assert overrides_text([parse_override(text) for text in texts[:3]]) == (
         '["weight"]\nbits = 4\naxis = "none"\n\n["activation"]\nbits = 8\n'
     )
-    with pytest.raises(RuleError, match="an overrides file cannot have 'weight' twice"):
+    with pytest.raises(RuleError, match="an overrides file cannot contain 'weight' twice"):
         overrides_text([parse_override(t) for t in (*texts[:2], "weight.spec=weight")])

@@ -317,7 +317,7 @@ def test_uncalibrated_and_float_models_are_refused(tmp_path):
     empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
     with pytest.raises(PlanError, match="is not calibrated"):
         write_deployment(empty, tmp_path)
-    with pytest.raises(ModelError, match="holds no quantization plan"):
+    with pytest.raises(ModelError, match="contains no quantization plan"):
         write_deployment(floats, tmp_path)
 
 

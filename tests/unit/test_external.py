@@ -121,7 +121,7 @@ def test_a_mapped_model_can_be_written_over_itself(tmp_path: Path) -> None:
     [
         pytest.param("offset", "40000", "needs 16384 bytes of 'weights.bin' from 40000", id="end"),
         pytest.param("offset", "-8", "cannot be read|from -8", id="negative"),
-        pytest.param("length", "16380", "the entry says 16380", id="length"),
+        pytest.param("length", "16380", "the entry states 16380", id="length"),
         pytest.param(
             "offset", "x", "external data of initializer 'w1' cannot be read", id="not-a-number"
         ),

@@ -195,12 +195,12 @@ def test_parameters_that_do_not_fit_the_rule_are_listed() -> None:
         ),
         pytest.param(
             lambda g: g.node[6].CopyFrom(helper.make_node("Cast", ["cq"], ["y"], to=1)),
-            "QuantizeLinear 'cq' feeds integers to other nodes",
+            "QuantizeLinear 'cq' passes integers to other nodes",
             id="integers-elsewhere",
         ),
         pytest.param(
             lambda g: g.node[0].CopyFrom(helper.make_node("Cast", ["x"], ["xq"], to=3)),
-            "DequantizeLinear 'xd' is not behind a QuantizeLinear",
+            "DequantizeLinear 'xd' does not follow a QuantizeLinear",
             id="no-quantize",
         ),
         pytest.param(
@@ -373,11 +373,11 @@ def test_a_range_that_the_rule_does_not_have_does_not_fit() -> None:
         ("x_q", 0, "", "x_Q' has no input, no scale"),
         ("x_q", 1, "", "x_Q' has no input, no scale"),
         ("xd", 1, "", "xd' has no input, no scale"),
-        ("x_c", 1, "x_q", "xd' is behind 'Clip_.*', whose limits are no constants"),
+        ("x_c", 1, "x_q", "xd' follows 'Clip_.*', whose limits are not constant"),
         ("x_c", 2, "low", "leaves no range"),
         ("xd", 1, "ws", "xd' has no positive float32 scale"),
-        ("c", 0, "x_c", "feeds integers to other nodes"),
-        ("c", 0, "x_q", "feeds integers to other nodes"),
+        ("c", 0, "x_c", "passes integers to other nodes"),
+        ("c", 0, "x_q", "passes integers to other nodes"),
     ],
 )
 def test_a_pair_that_is_none_is_named(node: str, index: int, tensor: str, message: str) -> None:

@@ -193,7 +193,7 @@ def test_the_stored_hash_is_of_the_names_and_values_of_all_weights():
 
 def test_inserting_twice_is_refused():
     _, qdq = quantized(convnet())
-    with pytest.raises(ModelError, match="already holds a quantization plan"):
+    with pytest.raises(ModelError, match="already contains a quantization plan"):
         insert_pairs(qdq, qdq.plan, qdq.params, state="calibrated")
 
 

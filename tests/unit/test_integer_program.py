@@ -315,7 +315,7 @@ def test_float_and_uncalibrated_models_are_refused():
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
     empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
 
-    with pytest.raises(ModelError, match="holds no quantization plan"):
+    with pytest.raises(ModelError, match="contains no quantization plan"):
         evaluate(floats, [Batch({})], mode="integer")
     with pytest.raises(PlanError, match="is not calibrated"):
         evaluate(empty, [Batch({})], mode="integer")

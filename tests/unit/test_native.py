@@ -113,7 +113,7 @@ def test_a_process_takes_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(20):
             native.convert_version(proto, 18)
 
-    with pytest.raises(native.NativeError, match="took more than 0 s of processor time"):
+    with pytest.raises(native.NativeError, match="took more than 0 s of CPU time"):
         ask()
 
 

@@ -217,12 +217,12 @@ def test_high_precision_output_stays_float():
         ("weight.bits=four", "Expected `int`"),
         ("op.bits=4", "unknown selector 'op'"),
         ("name:[.bits=4", "not a regular expression"),
-        ("weight.quantize=true", "quantize=true is for nodes"),
+        ("weight.quantize=true", "quantize=true applies to nodes"),
         ("op:Conv.quantize=maybe", "takes true or false"),
         ("bias.bits=16", "bias.quantize=false only"),
         ("between:a.bits=8", "between:TENSOR->TENSOR"),
         ("tensor:r1.observer=median", "Invalid enum value 'median'"),
-        ("weight.observer=percentile", "range of a weight is chosen by mse, minmax, auto"),
+        ("weight.observer=percentile", "observers for weights are mse, minmax, auto"),
     ],
 )
 def test_wrong_override_says_so(text, message):
@@ -243,7 +243,7 @@ def test_an_observer_by_override_is_in_the_plan_and_in_its_lines():
 
 
 def test_a_weight_by_its_name_takes_no_observer_of_batches():
-    with pytest.raises(RuleError, match="range of a weight is chosen by mse, minmax, auto"):
+    with pytest.raises(RuleError, match="observers for weights are mse, minmax, auto"):
         plan_of(convnet(), "sophgo-bm1684x", "tensor:w1.observer=average")
 
 

@@ -466,7 +466,7 @@ def test_overrides_from_a_file_are_those_of_the_command_line(tmp_path):
         ("[weights]\nbits = 4", "unknown selector 'weights'"),
         ("[weight]\nbits = [4]", "Expected `int`"),
         ("[weight", "not valid TOML"),
-        (f"x = {'[' * 5000}{']' * 5000}", "nests too deep"),
+        (f"x = {'[' * 5000}{']' * 5000}", "is nested too deeply"),
     ],
 )
 def test_wrong_overrides_file_says_so(tmp_path, text, message):

@@ -66,7 +66,7 @@ def test_own_rule_and_extension(tmp_path):
         ),
         (('signedness = "from_range"', "fixed_range = [-inf, 1.0]"), "Give a finite range"),
         (('signedness = "from_range"', "fixed_range = [0.5, 1.0]"), "Give a finite range"),
-        (("[specs]", f"x = {'[' * 5000}{']' * 5000}"), "nests too deep"),
+        (("[specs]", f"x = {'[' * 5000}{']' * 5000}"), "is nested too deeply"),
         (("from_range", 'from_range", symmetric = false, axis = "none'), "asymmetric"),
         (("[specs]", "[specs"), "not valid TOML"),
         (('name = "small"', 'extends = "small.toml"\nname = "small"'), "back to itself"),

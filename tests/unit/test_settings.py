@@ -69,12 +69,12 @@ def test_later_commands_add(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": (1.0,)}, "--mean is 1.0 now, and was 1.5,2.0,3.0 when"),
-        ({"resize_dims": (9, 9)}, "--resize-dims is 9,9 now, and was 10,12 when"),
-        ({"keep_aspect_ratio": False}, "--keep-aspect-ratio is False now, and was True"),
-        ({"pixel_format": "rgb"}, "--pixel-format is rgb now, and was bgr"),
-        ({"label": "y"}, "Leave --label out, or insert again"),
-        ({"input_map": {"input": "x"}}, "--input is input=x now, and was input=images"),
+        ({"mean": (1.0,)}, "--mean is 1.0 now, but was 1.5,2.0,3.0 when"),
+        ({"resize_dims": (9, 9)}, "--resize-dims is 9,9 now, but was 10,12 when"),
+        ({"keep_aspect_ratio": False}, "--keep-aspect-ratio is False now, but was True"),
+        ({"pixel_format": "rgb"}, "--pixel-format is rgb now, but was bgr"),
+        ({"label": "y"}, "Leave --label out, or run 'onnxqat insert' again"),
+        ({"input_map": {"input": "x"}}, "--input is input=x now, but was input=images"),
     ],
 )
 def test_contradictions_name_the_option(model, change, message):
@@ -134,9 +134,9 @@ def test_class_indices_are_stored_and_compared(model):
     settle(model, Settings(classes={"cat": 0, "dog": 4}))
 
     assert stored_settings(model).classes == {"cat": 0, "dog": 4}
-    with pytest.raises(DataError, match=r"--classes is dog=1 now, and was dog=4 when"):
+    with pytest.raises(DataError, match=r"--classes is dog=1 now, but was dog=4 when"):
         settle(model, Settings(classes={"cat": 0, "dog": 1}))
-    with pytest.raises(DataError, match=r"--classes is emu=3 now, and was emu=None when"):
+    with pytest.raises(DataError, match=r"--classes is emu=3 now, but was emu=None when"):
         settle(model, Settings(classes={"cat": 0, "dog": 4, "emu": 3}))
 
 

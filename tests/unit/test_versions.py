@@ -73,7 +73,7 @@ def test_a_newer_opset_is_read_as_21_with_the_same_outputs(opset: int, ir_versio
     ],
 )
 def test_a_node_without_an_equal_is_named(node: onnx.NodeProto, opset: int) -> None:
-    message = rf"m: node 'act' \({node.op_type}\) of opset {opset} has no equal in opset 21"
+    message = rf"m: node 'act' \({node.op_type}\) of opset {opset} has no equivalent in opset 21"
     with pytest.raises(ModelError, match=message):
         from_proto(newest([node], opset), name="m")
 
@@ -92,5 +92,7 @@ def test_functions_and_branches_are_looked_at_too() -> None:
     assert result.functions[0].opset_import[0].version == 21
     np.testing.assert_allclose(run_ort(result, x)[0], [1, np.expm1(-2)], rtol=1e-6)
     for operators in (("Swish", "Elu"), ("Exp", "Swish")):
-        with pytest.raises(ModelError, match=r"\(Swish\) of opset 24 has no equal in opset 21"):
+        with pytest.raises(
+            ModelError, match=r"\(Swish\) of opset 24 has no equivalent in opset 21"
+        ):
             from_proto(onnx.parser.parse_model(text % (24, *operators)))
