@@ -1,7 +1,8 @@
-"""What the commands do, as functions: a model and data in, a new object out.
+"""The commands as functions, which take a model and data and return a new object.
 
-Each takes a path or an object, changes nothing that it is given, and writes nothing but what
-`strip` is told to. The command of the same name parses, calls it, and writes or prints the result.
+Each function accepts a path or an object and does not change its arguments. Only `strip` and `dump`
+write files. The command of the same name parses its options, calls the function, and writes or
+prints the result.
 """
 
 from onnxqat.verbs.analyze import analyze

@@ -1,4 +1,4 @@
-"""Where a quantized model differs from the float one, and what to do about it."""
+"""Find the tensors and layers that cost the most accuracy, and advise what to do."""
 
 from __future__ import annotations
 
@@ -35,42 +35,43 @@ def analyze(
     threads: int = 0,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Analysis:
-    """Say which tensors and layers of a quantized model differ most from the float one.
+    """Return the tensors and layers that differ most between quantized and float model.
 
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        Calibrated or fine-tuned.
+        A calibrated or fine-tuned model.
     data : path, arrays or DataSet
-        With labels where the metric needs them.
+        The samples, with labels if the metric needs them.
     against : str, Path or Model, optional
-        The float model that it was made from; by default its own float part, whose weights
-        fine-tuning has changed.
+        The original float model (default: the float part of ``model``, whose weights fine-tuning
+        has changed).
     metric : str or callable
-        What a layer costs: ``error``, a built-in metric by name, a function of yours or its name,
-        see `onnxqat.analysis.sensitivity`.
+        The cost of a layer: ``error``, the name of a built-in metric, or your own function or its
+        name, see `onnxqat.analysis.sensitivity`.
     decode : str, optional
-        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        their shapes).
     rules : str, Path or HardwareRule, optional
-        The rule that the model was made with; by default the bundled one of its name.
+        The rule that the model was made with (default: the bundled rule of that name).
     samples : int
-        How many of the data are read, at random.
+        The number of samples that are read, chosen at random.
     seed : int
-        Seed of that choice.
+        The seed of that choice.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     batch_size : int, optional
-        Samples at a time; those of the model where it is fixed, else 32.
+        Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
-        run.
+        A file cannot be read, an argument is wrong, the data do not fit the model, or the model
+        does not run.
     """
     wanted = metrics_of(metric)
     loaded = quantized_model(model)

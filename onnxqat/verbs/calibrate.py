@@ -1,4 +1,4 @@
-"""A Q/DQ model with scales measured on data."""
+"""Measure the scales of a Q/DQ model on data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from onnxqat.verbs.opening import AnyData, opened, warn_if_unlike_training
 
 __all__ = ["DEFAULT_SIZE", "calibrate"]
 
-DEFAULT_SIZE = 32  # of a batch
-# Means are of many positions each, and those of the two models of the same samples.
+DEFAULT_SIZE = 32  # samples per batch
+# Few samples are enough: a mean is over many positions, and both models see the same samples.
 BIAS_SAMPLES = 128
 
 
@@ -37,27 +37,27 @@ def calibrate(
     workers: Workers = Workers(),  # noqa: B008 (without state)
     default_size: int = DEFAULT_SIZE,
 ) -> QuantizedModel:
-    """Return the model with scales measured on data, as ``onnxqat calibrate`` does.
+    """Return the model with scales measured on data, like ``onnxqat calibrate``.
 
-    The workers share whole batches between them, since what a runtime computes for a sample may
-    depend on the batch it is in.
+    Several workers share complete batches between them, because the result of a runtime for a
+    sample can depend on its batch.
 
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        As `insert` returns it. It is not changed.
+        A model from `insert`. It is not changed.
     data : path, arrays or DataSet
-        A seeded choice of their samples is read.
+        The samples, of which a seeded random choice is read.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     calibration : Calibration
-        How it is done.
+        The calibration settings.
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
     workers : Workers
         The processes that calibrate together, see `onnxqat.parallel`.
     default_size : int
-        Samples at a time, where neither the calibration nor the model says.
+        Samples per batch, if neither the calibration settings nor the model determine it.
 
     Raises
     ------
@@ -122,20 +122,18 @@ def _with_corrected_biases(
     workers: Workers,
     threads: int,
 ) -> tuple[QuantizedModel, int]:
-    """Correct biases; return the model, and of how many layers."""
+    """Correct biases; return the model and the number of corrected layers."""
     if how == "analytic":
         result = correct_biases_analytically(model)
     elif workers.size > 1:
-        raise DataError("--bias-correction runs in one process. Start it without mpirun.")
+        raise DataError("--bias-correction runs in one process only. Start it without mpirun.")
     else:
         with listener.batches("correcting biases", count * bias_passes(model)) as advance:
             result = correct_biases(model, batches, threads=threads, progress=advance)
     layers, skips = result.layers, result.skips
     if layers:
-        listener.note(
-            f"Corrected the biases of {len(layers)} layers; {len(skips)} stay as they are."
-        )
+        listener.note(f"Corrected the biases of {len(layers)} layers; {len(skips)} are unchanged.")
     else:
         reasons = sorted({skip.reason for skip in skips}) or ["no layer is quantized"]
-        listener.note(f"No bias is corrected: {'; '.join(reasons)}.")
+        listener.note(f"No bias was corrected: {'; '.join(reasons)}.")
     return result.model, len(layers)

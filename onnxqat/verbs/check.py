@@ -1,4 +1,4 @@
-"""What of a model a chip cannot run, or runs in float, and why."""
+"""Find the nodes of a model that a chip cannot run, or runs in float, and why."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Check", "check"]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Check:
-    """What was found.
+    """The result of `check`.
 
     Attributes
     ----------
     plan : QuantPlan
-        What is quantized, and what stays float.
+        The quantized tensors, and the nodes that stay float.
     table : str or None
-        The rule's calibration table.
+        The format of the rule's calibration table.
     names : tuple of str
-        The names that it could not hold, and why.
+        The names that the table cannot contain, and why.
     untrainable : tuple of Untrainable
-        The nodes that keep the model from being fine-tuned, where that was asked for.
+        The nodes that prevent fine-tuning, if these were requested.
     advice : tuple of str
-        What to do to the model before it is quantized.
+        Advised repairs of the model before it is quantized.
     """
 
     plan: QuantPlan
@@ -49,7 +49,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing stands against the rule, its table and, where asked for, training."""
+        """Whether the rule, its table and, if requested, training accept the model."""
         return not (self.unsupported or self.names or self.untrainable)
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class Check:
         counts = {
             "nodes in float": len(self.plan.skips) - len(self.unsupported),
             "unsupported": len(self.unsupported),
-            "names that the table cannot hold": len(self.names),
+            "names that the table cannot contain": len(self.names),
             "without gradient": len(self.untrainable),
         }
         rest = "".join(f", {count} {what}" for what, count in counts.items() if count)
@@ -71,16 +71,16 @@ def check(
     overrides: Overrides = (),
     train: bool = False,
 ) -> Check:
-    """Return what of a model a chip cannot run, or runs in float, as ``onnxqat check`` does.
+    """Return the nodes that a chip cannot run, or runs in float, like ``onnxqat check``.
 
     Parameters
     ----------
     model : str, Path, Model or QuantizedModel
-        Float, or with Q/DQ pairs of any tool, which are taken out.
+        A float model, or a model with Q/DQ pairs of any tool, which are removed first.
     rules, overrides
         See `onnxqat.insert`.
     train : bool
-        Also look for nodes that keep it from being fine-tuned.
+        Whether to look for nodes that prevent fine-tuning, too.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def check(
 
 
 def _with_pairs(model: AnySource) -> Model:
-    """Return a model with the Q/DQ pairs that its file has."""
+    """Return a model with the Q/DQ pairs of its file."""
     if isinstance(model, QuantizedModel):
         return model.qdq()
     return model if isinstance(model, Model) else load_file(model)

@@ -1,4 +1,4 @@
-"""How much two dumps differ."""
+"""Compare the tensors of two dumps."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def compare_dumps(
     min_sqnr: float | None = None,
     max_diff: float | None = None,
 ) -> Comparison:
-    """Compare two dumps, as ``onnxqat compare-dumps`` does.
+    """Return the differences between two dumps, like ``onnxqat compare-dumps``.
 
     Parameters
     ----------
     dump, reference : str or Path
-        Each the folder of a dump, or a ``.npz`` file of another tool.
+        The folder of a dump, or a ``.npz`` file of another tool.
     min_cosine, min_sqnr, max_diff : float, optional
-        What a tensor passes with: a cosine and an SQNR in dB of at least this, and a difference of
-        at most this, in the tensor's units. None asks for nothing.
+        Limits that each tensor must keep: the smallest cosine, the smallest SQNR in dB, and the
+        largest difference in the tensor's units. None: no limit.
 
     Raises
     ------
     OnnxQatError
-        One cannot be read, they have other levels or samples, or no tensor in common.
+        A dump cannot be read, or the dumps have different levels or samples, or no common tensor.
     """
     return run(dump, reference, min_cosine=min_cosine, min_sqnr=min_sqnr, max_diff=max_diff)

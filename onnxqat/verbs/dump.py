@@ -1,4 +1,4 @@
-"""The tensors of a model on a few samples, as files."""
+"""Write the tensors of a model on a few samples to files."""
 
 from __future__ import annotations
 
@@ -36,47 +36,47 @@ def dump(
 ) -> int:
     """Write the tensors of the first samples into a folder, see `onnxqat.analysis.dumps`.
 
-    The tensors of one sample are in memory at a time.
+    Only the tensors of one sample are in memory at a time.
 
     Parameters
     ----------
     model : str, Path, Model or QuantizedModel
-        Float or with Q/DQ pairs.
+        A model, float or with Q/DQ pairs.
     data : path, arrays or DataSet
-        The first samples of these are run, one at a time.
+        The data, whose first samples are run one at a time.
     output : str or Path
-        The folder. It is there when all is written, and not before.
+        The folder, which is created when all files are complete.
     mode : {"float", "qdq", "integer"}
-        Without Q/DQ; the file's arithmetic, unfused; or the chip's.
+        The arithmetic: float without Q/DQ, that of the file (unfused), or the chip's integers.
     level : {0, 1, 2}
-        First values, sums, or everything.
+        The content: first values, sums, or all values.
     samples : int
-        How many.
+        The number of samples.
     rules : str, Path or HardwareRule, optional
-        Of ``integer``; the rule that the model was made with by default.
+        The rule for mode ``integer`` (default: the rule that the model was made with).
     force : bool
         Replace an earlier dump.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Returns
     -------
     int
-        How many samples were written.
+        The number of samples that were written.
 
     Raises
     ------
     OnnxQatError
         A file cannot be read or written, an argument is wrong, the data do not fit the model, or
-        it cannot be run in this mode.
+        the model cannot run in this mode.
     """
     check_choice("mode", mode, MODES)
     if level not in (0, 1, 2):
-        raise OptionError(f"level {level}: there are 0, 1 and 2.")
+        raise OptionError(f"level {level}: give 0, 1 or 2.")
     if samples < 1:
         raise OptionError(f"samples {samples}: give 1 or more.")
     if rules is not None and mode != "integer":
@@ -91,7 +91,9 @@ def dump(
         wanted, count = min(samples, len(found)), 0
         with listener.batches("dumping", wanted) as advance:
             for index in range(wanted):
-                for batch in found.batches(size, indices=np.array([index])):  # none if it is broken
+                for batch in found.batches(
+                    size, indices=np.array([index])
+                ):  # empty if the sample cannot be read
                     tensors = run(batch.inputs)
                     counting = {name: batch.counting(value) for name, value in tensors.items()}
                     write_sample(folder, count, counting, level)

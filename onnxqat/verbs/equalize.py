@@ -1,4 +1,4 @@
-"""A float model whose channels have ranges alike."""
+"""Equalize the channel ranges of a float model."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def equalize(
     threads: int = 0,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Equalized:
-    """Return the model with ranges of its channels alike, as ``onnxqat equalize`` does.
+    """Return the model with equalized channel ranges, like ``onnxqat equalize``.
 
     Parameters
     ----------
     model : str, Path or Model
         The float model. It is not changed.
     data : path, arrays or DataSet, optional
-        Outputs are compared on the first of them, and normalizations and ReLU6 repaired by them; on
-        random values without.
+        Samples on which outputs are compared, normalizations smoothed and ReLU6 replaced. Without
+        them, outputs are compared on random values.
     relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.equalize`.
     settings : Settings
-        What becomes of the data.
+        How data become model inputs.
     batch_size : int, optional
-        Samples at a time.
+        Samples per batch.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Raises
     ------

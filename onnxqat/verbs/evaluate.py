@@ -1,4 +1,4 @@
-"""How often a model is right on data, and how like another it is."""
+"""Measure the accuracy of a model on data, and its agreement with a reference model."""
 
 from __future__ import annotations
 
@@ -39,41 +39,42 @@ def evaluate(
     threads: int = 0,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Evaluation:
-    """Return the figures of a model on data, as ``onnxqat evaluate`` does.
+    """Return the figures of a model on data, like ``onnxqat evaluate``.
 
     Parameters
     ----------
     model : str, Path, Model or QuantizedModel
-        Float or with Q/DQ pairs.
+        A model, float or with Q/DQ pairs.
     data : path, arrays or DataSet
-        With labels for accuracy.
+        The samples, with labels to measure accuracy.
     mode : {"float", "qdq", "integer"}
-        Without Q/DQ; the file's arithmetic, unfused; or the chip's.
+        The arithmetic: float without Q/DQ, that of the file (unfused), or the chip's integers.
     against : str, Path, Model or QuantizedModel, optional
-        Reference; adds agreement and the largest difference.
+        A reference model, with which agreement and the largest difference are measured.
     rules : str, Path or HardwareRule, optional
-        Rule of the chip for ``mode="integer"``; by default the one that the model was made with.
+        The rule for ``mode="integer"`` (default: the rule that the model was made with).
     metrics : sequence of str or callable
-        What to measure besides: built-in metrics by name, functions of yours or their names, see
+        Further metrics: names of built-in metrics, or your own functions or their names, see
         `onnxqat.evaluation.metrics.named`.
     decode : str, optional
-        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        their shapes).
     labelled : bool
         Refuse data without labels.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     batch_size : int, optional
-        Samples at a time; those of the model where it is fixed, else 32.
+        Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
-        run in this mode.
+        A file cannot be read, an argument is wrong, the data do not fit the model, or the model
+        cannot run in this mode.
     """
     check_choice("mode", mode, MODES)
     if rules is not None and mode != "integer":
@@ -84,7 +85,9 @@ def evaluate(
     read_alike(loaded, reference, settings)
     with opened(loaded, data, settings, listener, beside=reference, parts=TO_MEASURE) as samples:
         if labelled and not samples.has_labels:
-            raise DataError(f"{samples.name}: needs labels, and has none. Name them with --label.")
+            raise DataError(
+                f"{samples.name}: has no labels, which are needed here. Name them with --label."
+            )
         size = samples.batch_size(batch_size)
         names = [tensor.name for tensor in float_part(loaded).graph.outputs]
         compared = reference is not None or mode == "integer"
@@ -107,8 +110,8 @@ def evaluate(
 
 
 def _warn_of_labels(model: AnyModel, result: Evaluation, mode: str) -> None:
-    """Say that the labels can hardly be the model's own."""
+    """Warn if the model is so often wrong that the labels may not belong to it."""
     judged = "the reference" if result.reference else model.name
     rounded = isinstance(model, QuantizedModel) and mode != "float" and not result.reference
-    other = " Or the quantization costs it: --mode float leaves that out." if rounded else ""
+    other = " Or quantization is the cause: check with --mode float." if rounded else ""
     logger.warning("%s %s. %s%s", judged, result.doubt, CAUSES, other)

@@ -1,4 +1,4 @@
-"""A Q/DQ model with weights and scales trained on data."""
+"""Train the weights and scales of a Q/DQ model on data."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from onnxqat.verbs.opening import TO_CHOOSE, TO_LEARN, AnyData, opened, warn_if_
 
 __all__ = ["TrainingLogs", "finetune"]
 
-NOT_TOLD = ("threads",)  # of the settings: changes no result
+NOT_TOLD = ("threads",)  # settings that are not recorded, because they change no result
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingLogs:
-    """Where losses, rates and figures are written; see `onnxqat.train.TrainingLog`.
+    """The files to which losses, rates and figures are written; see `onnxqat.train.TrainingLog`.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class TrainingLogs:
     tensorboard : str or Path, optional
         A folder of event files.
     every : int
-        Steps between events.
+        The number of steps between events.
     """
 
     path: str | Path | None = None
@@ -71,48 +71,50 @@ def finetune(
     stop: Callable[[], bool] = lambda: False,
     workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> Finetuned:
-    """Return the model with trained weights and scales, as ``onnxqat finetune`` does.
+    """Return the model with trained weights and scales, like ``onnxqat finetune``.
 
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        As `insert` or `calibrate` returns it; calibrated first if it is not. It is not changed.
+        A model from `insert` or `calibrate`; an uncalibrated model is calibrated first. It is not
+        changed.
     data : path, arrays or DataSet
         Training samples.
     validation : path, arrays or DataSet, optional
-        Chooses the best state; a seeded slice of ``data`` is held out for it otherwise.
+        Samples that choose the best state (default: a seeded slice of ``data``, held out of
+        training).
     teacher : str, Path or Model, optional
-        Float model to distil from; that of ``model`` itself by default.
+        The float model to distil from (default: the one inside ``model``).
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     config : Config
-        Hyper-parameters.
+        The hyper-parameters.
     calibration : Calibration
-        Observer and number of samples, where the model is not calibrated; ``config`` has the
-        batch size, seed and threads.
+        Observer and number of samples for an uncalibrated model. Batch size, seed and threads are
+        those of ``config``.
     logs : TrainingLogs
-        Where losses, rates and figures are written.
+        The files to which losses, rates and figures are written.
     checkpoints : Checkpoints, optional
-        Where the state is saved, and whether to go on from there. The file is left behind, for the
-        caller to remove when the result is safe.
+        Where checkpoints are saved, and whether to resume from them. The caller must remove the
+        file when the result is saved.
     epochs : KeptEpochs, optional
-        Writes several epochs, not only the best one.
+        Writes the models of several epochs, not only the best one.
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
     stop : callable
-        Asked often; once it returns true, the state is saved and the run ends.
+        Is called often; once it returns true, the state is saved and the run ends.
     workers : Workers
         The processes that train together, see `onnxqat.parallel`.
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read, an argument is wrong, the data do not fit the model, or it cannot be
-        trained.
+        A file cannot be read, an argument is wrong, the data do not fit the model, or the model
+        cannot be trained.
     DivergedError
-        The loss left the finite numbers; it has the last good state.
+        The loss became infinite or NaN; the error contains the last good state.
     StoppedError
-        ``stop`` said so.
+        ``stop`` returned true.
     """
     loaded = quantized_model(model)
     taught_by = None if teacher is None else _teacher(teacher, loaded)
@@ -170,7 +172,7 @@ def _calibrated(
     listener: Listener,
     workers: Workers,
 ) -> QuantizedModel:
-    """Calibrate a model that is not; look at the data of one that is."""
+    """Calibrate an uncalibrated model; for a calibrated one, only check the range of the data."""
     if model.state != "uncalibrated":
         if workers.rank == 0:
             size, threads = config.batch_size, config.threads
@@ -206,7 +208,7 @@ def _log(
 def _recorded(
     result: Finetuned, *notes: str, config: Config, inputs: Mapping[str, str]
 ) -> Finetuned:
-    """Return the outcome with a model whose history tells of it."""
+    """Return the outcome with the fine-tuning recorded in the model's history."""
     usual = msgspec.to_builtins(Config())
     told: dict[str, Any] = {
         name: value
@@ -235,7 +237,7 @@ def _recorded(
 
 
 def _without_folders(loss: str) -> str:
-    """Return the text of a loss that names files without their folders."""
+    """Return the text of a loss, with file names but without their folders."""
     for term in parse_loss(loss):
         if term.is_file:
             loss = loss.replace(term.kind, Path(term.kind).name)
@@ -261,9 +263,9 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _teacher(source: AnySource, student: QuantizedModel) -> Model:
-    """Load and prepare the float model that teaches."""
+    """Load and prepare the teacher."""
     teacher = any_model(source)
     if isinstance(teacher, QuantizedModel):
-        raise ModelError(f"{teacher.name}: holds Q/DQ pairs. Give a float model as --teacher.")
+        raise ModelError(f"{teacher.name}: contains Q/DQ pairs. Give a float model as --teacher.")
     check_interface(student, teacher, output_names=True)
     return prepare(teacher)

@@ -1,4 +1,4 @@
-"""A calibrated Q/DQ model from a calibration table and its float model."""
+"""Make a calibrated Q/DQ model from a calibration table and its float model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def import_table(
     overrides: Overrides = (),
     format_name: str | None = None,
 ) -> QuantizedModel:
-    """Return the calibrated model that a table and its float model are, as ``import-table`` does.
+    """Return the calibrated model of a table and its float model, like ``onnxqat import-table``.
 
     Parameters
     ----------
@@ -29,14 +29,14 @@ def import_table(
     model : str, Path or Model
         The float model. It is not changed.
     rules, overrides
-        What the table was made with, see `onnxqat.insert`.
+        The rule and overrides that the table was made with, see `onnxqat.insert`.
     format_name : str, optional
-        What the table is, see docs/formats.md; the rule's own by default.
+        The format of the table, see docs/formats.md (default: the format of the rule).
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read, or the table is not that of this model and rule.
+        A file cannot be read, or the table does not belong to this model and rule.
     """
     prepared, found = planned(float_model(model), rule_of(rules), overrides)
     found, params = read_table(table, prepared, found, table=format_name)

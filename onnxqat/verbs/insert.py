@@ -1,4 +1,4 @@
-"""A float model with Q/DQ pairs where a rule says."""
+"""Insert Q/DQ pairs into a float model as a hardware rule says."""
 
 from __future__ import annotations
 
@@ -52,31 +52,33 @@ def insert(
     listener: Listener = Listener(),  # noqa: B008 (without state)
     workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> QuantizedModel:
-    """Return the model with Q/DQ pairs as the rule says, as ``onnxqat insert`` does.
+    """Return the model with Q/DQ pairs as the rule says, like ``onnxqat insert``.
 
-    Pairs of another tool are taken out, and their parameters taken over where they fit the rule.
+    Pairs of another tool are removed; their parameters are used if they fit the rule.
 
     Parameters
     ----------
     model : str, Path or Model
         The float model. It is not changed.
     rules : str, Path or HardwareRule
-        A bundled rule's name, or a ``.toml`` file.
+        The name of a bundled rule, or a ``.toml`` file.
     overrides : path, or iterable of str or Override
-        A TOML file, or ``SELECTOR.KEY=VALUE`` each, see `onnxqat.overrides`; later ones win.
+        A TOML file, or texts ``SELECTOR.KEY=VALUE``, see `onnxqat.overrides`; later ones override
+        earlier ones.
     data : path, arrays or DataSet, optional
-        Calibrates on them too; the scales are placeholders without.
+        Samples for calibration. Without them, the scales are placeholders.
     settings : Settings
-        What becomes of the data, which the model remembers.
+        How data become model inputs; the model stores these settings.
     calibration : Calibration
-        With ``data``: how it is done.
+        The calibration settings, used with ``data``.
     equalize, relu6 : bool, {"auto", "keep", "replace"}
-        Whether channels are given ranges alike first, and how, see `onnxqat.repair.equalize`; with
-        ``data``, as far as these are needed for it too.
+        Whether channel ranges are equalized first, and how ReLU6 is handled, see
+        `onnxqat.repair.equalize`. Steps that need samples use ``data``.
     format_name : str, optional
-        Calibration table that `strip` is to write, or ``none``; the rule's own by default.
+        Format of the calibration table that `strip` will write, or ``none`` (default: the format
+        of the rule).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
     workers : Workers
         The processes that calibrate together, see `onnxqat.parallel`.
 
@@ -84,10 +86,10 @@ def insert(
     ------
     OnnxQatError
         A file cannot be read, an argument is wrong, the rule quantizes nothing in the model, or
-        the table cannot hold the model's names.
+        the table cannot contain the model's names.
     """
     floats, foreign = read_foreign_qdq(float_model(model))
-    settle(floats, settings)  # now, before any work is done for settings that are wrong
+    settle(floats, settings)  # first, so that wrong settings are refused before any work
     check_choice("relu6", relu6, RELU6)
     rule = rule_of(rules)
     with ExitStack() as stack:
@@ -112,7 +114,7 @@ def insert(
         if data is None:
             return result
         shared: Any = {"calibration": calibration, "listener": listener, "workers": workers}
-        if equalization.samples is not None:  # open already: an iterator is read once
+        if equalization.samples is not None:  # already open: an iterator can be read only once
             return _told_of_data(calibrate(result, equalization.samples, **shared))
         return _told_of_data(calibrate(result, data, settings=settings, **shared))
 
@@ -126,7 +128,7 @@ def _stage(name: str, rule: HardwareRule, plan: QuantPlan, equalization: Equaliz
 
 
 def _told_of_data(model: QuantizedModel) -> QuantizedModel:
-    """Return a model whose history says that inserting read the data too, as calibrating did."""
+    """Return a model whose history lists the data of calibrating as input of inserting, too."""
     *earlier, inserted, calibrated = model.history
     inputs = inserted.inputs | calibrated.inputs
     inserted = msgspec.structs.replace(inserted, inputs=inputs)
@@ -134,7 +136,7 @@ def _told_of_data(model: QuantizedModel) -> QuantizedModel:
 
 
 def _figures(found: Equalized | None) -> dict[str, float | None]:
-    """Return what equalization changed: layers, and how far channels lie below the largest."""
+    """Return the figures of an equalization: changed layers, and spreads of the channels."""
     if found is None:
         return {}
     octaves = ((one.before, one.after) for one in found.spreads)
@@ -149,28 +151,28 @@ def _figures(found: Equalized | None) -> dict[str, float | None]:
 
 
 def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
-    """Refuse now what `strip` could not write after the training."""
+    """Refuse names that `strip` could not write after training."""
     refuse(
         name_problems(prepared, plan, table),
-        f"The table '{table}' could not be read. Rename these in the model, or give insert and "
-        "strip --format onnxqat, which holds any name",
+        f"The table '{table}' could not be read. Rename these in the model, or pass --format "
+        "onnxqat to insert and strip, which allows any name",
     )
 
 
 def _inserted(
     prepared: Model, plan: QuantPlan, foreign: Mapping[str, ForeignParams], listener: Listener
 ) -> QuantizedModel:
-    """Insert the pairs, with the parameters of another tool where the model had some."""
+    """Insert the pairs, with the parameters of another tool if they fit."""
     params = placeholder_params(prepared, plan)
     taken, ignored = take_over(plan, prepared.graph, foreign)
     missing = params.keys() - taken.keys()
     if not foreign:
         return insert_pairs(prepared, plan, params, state="uncalibrated")
-    listener.note(f"{len(taken)} of {len(params)} parameters are those of the model's pairs.")
+    listener.note(f"{len(taken)} of {len(params)} parameters were taken from the model's pairs.")
     if missing:
-        listener.note(f"Calibration measures the others: {', '.join(sorted(missing))}.")
+        listener.note(f"Calibration will measure the others: {', '.join(sorted(missing))}.")
     if ignored:
-        listener.note(f"Pairs that do not fit the rule: {', '.join(ignored)}.")
+        listener.note(f"Ignored pairs that do not fit the rule: {', '.join(ignored)}.")
     if missing:
         result = insert_pairs(prepared, plan, params | taken, state="uncalibrated")
         return replace(result, taken=tuple(sorted(taken)))

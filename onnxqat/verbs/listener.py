@@ -1,4 +1,4 @@
-"""Who is told what a verb does meanwhile."""
+"""The objects to which a verb reports messages and progress."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingListener(Protocol):
-    """Who is told how a fine-tuning goes; see the parameters of `onnxqat.train.finetune`."""
+    """Gets the progress of a fine-tuning; see the parameters of `onnxqat.train.finetune`."""
 
     def __call__(self, progress: Progress) -> None:
-        """Take a step or an epoch."""
+        """Receive the report of a step or an epoch."""
 
     def stage(self, title: str, done: int, total: int) -> None:
-        """Take what is done between the steps."""
+        """Receive the progress of work between the steps."""
 
     def say(self, line: str) -> None:
         """Take a line for people."""
 
 
 class _Silent:
-    """Logs the lines, and leaves the figures."""
+    """Logs the messages, and ignores the progress."""
 
     def __call__(self, progress: Progress) -> None:
         pass
@@ -41,19 +41,19 @@ class _Silent:
 
 
 class Listener:
-    """Logs what a verb notes. Subclass it to show progress too, as the command line does."""
+    """Logs the messages of a verb. A subclass can also show progress, like the command line."""
 
     def note(self, text: str) -> None:
         """Take a line for people."""
         logger.info("%s", text)
 
     def batches(self, title: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Return a context that yields what is called after each of ``total`` batches."""
+        """Return a context that yields a function to call after each of ``total`` batches."""
         del title, total
         return _counted()
 
     def training(self) -> AbstractContextManager[TrainingListener]:
-        """Return a context that yields who is told how the fine-tuning goes."""
+        """Return a context that yields the listener of a fine-tuning."""
         return nullcontext(_Silent())
 
 

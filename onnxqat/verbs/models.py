@@ -1,4 +1,4 @@
-"""A path or a model, as a model that nobody else holds the notes of."""
+"""Turn a path or a model into a model whose metadata can be changed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ AnySource: TypeAlias = str | Path | Model | QuantizedModel
 
 
 def any_model(source: AnySource) -> AnyModel:
-    """Return the model of a path, or one with metadata of its own.
+    """Return the model at a path, or a model with its own copy of the metadata.
 
-    What is said about the data is stored in the metadata, and the caller's model must not change.
-    The graph is shared: no stage changes it.
+    Data settings are stored in the metadata, and the caller's model must not change. The graph is
+    shared, because no stage changes it.
 
     Raises
     ------
     ModelError, PlanError
         See `onnxqat.quantized.load_model`.
     OptionError
-        It is neither a path nor a model.
+        The argument is neither a path nor a model.
     """
     if isinstance(source, str | Path):
         return load_model(source)
@@ -35,7 +35,7 @@ def any_model(source: AnySource) -> AnyModel:
     if isinstance(source, Model):
         return _with_own_metadata(source)
     raise OptionError(
-        f"A model is of type '{type(source).__name__}'. Give a path, or what load_model returns."
+        f"A model has the type '{type(source).__name__}'. Give a path, or a model from load_model."
     )
 
 
@@ -44,7 +44,7 @@ def _with_own_metadata(model: Model) -> Model:
 
 
 def name_of(source: AnySource) -> str:
-    """Return what the caller calls a model: its path, or its name."""
+    """Return the name of a model for messages: its path, or its own name."""
     return str(source) if isinstance(source, str | Path) else source.name
 
 
@@ -54,20 +54,20 @@ def float_model(source: AnySource) -> Model:
     Raises
     ------
     ModelError
-        It has Q/DQ pairs of ours.
+        The model has Q/DQ pairs of onnxqat.
     """
     model = any_model(source)
-    if isinstance(model, QuantizedModel):  # preparing would fold what the plan names
-        raise ModelError(f"{model.name}: already holds Q/DQ pairs. Give the float model.")
+    if isinstance(model, QuantizedModel):  # preparation would fold tensors that the plan names
+        raise ModelError(f"{model.name}: already contains Q/DQ pairs. Give the float model.")
     return model
 
 
 def quantized_model(source: AnySource) -> QuantizedModel:
-    """Return a Q/DQ model of ours.
+    """Return a Q/DQ model of onnxqat.
 
     Raises
     ------
     ModelError
-        It is float.
+        The model is float.
     """
     return require_quantized(any_model(source))

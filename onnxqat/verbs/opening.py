@@ -1,4 +1,4 @@
-"""Data for a model: opened as the model remembers, and what is said of them remembered in it."""
+"""Open data with the settings stored in a model, and store new settings in it."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ Arrays: TypeAlias = Mapping[str, ArrayLike]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Data, and what is said of these alone: no model remembers it.
+    """Data with their own options, which are not stored in the model.
 
     Attributes
     ----------
     source : str, Path, mapping of str to array, or iterable of such mappings
         See `onnxqat.data.open_data`.
     layout : {"nchw", "nhwc"}, optional
-        Layout of the data arrays, needed where their shape fits both.
+        Layout of the data arrays, needed if their shape fits both.
     skip_broken : bool
-        Do without images that cannot be read, and name each.
+        Skip images that cannot be read, and name each one.
     truth : mapping of str to str, optional
-        Array that says what an output should be, by the name of the output; metrics read it.
+        For each output, the array of its true values, which metrics read.
     samples : int, optional
-        Read so many at most, spread evenly over the data.
+        The most samples that are read, spread evenly over the data.
     boxes : str or Path, optional
         The objects in images, see `onnxqat.data.boxes`.
     masks : str or Path, optional
@@ -83,12 +83,12 @@ AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataS
 
 
 def read_alike(model: AnyModel, reference: AnyModel | None, given: Settings) -> None:
-    """Let a model and its reference remember the same of the data that both read.
+    """Store the same data settings in a model and its reference, which read the same data.
 
     Raises
     ------
     DataError
-        They were made for different data, or ``given`` contradicts what they remember.
+        The models have different settings, or ``given`` contradicts them.
     """
     if reference is not None:  # a float model has nothing stored
         settle(model, given)
@@ -106,31 +106,31 @@ def opened(
     labels: bool = True,
     parts: Sequence[str] = TO_LEARN,
 ) -> Iterator[DataSet]:
-    """Yield data for a model, and store what was said about them in the model.
+    """Yield the opened data for a model, and store the data settings in the model.
 
     Parameters
     ----------
     model : Model or QuantizedModel
-        With metadata of its own, see `onnxqat.verbs.models.any_model`.
+        A model with its own metadata, see `onnxqat.verbs.models.any_model`.
     source : path, arrays, DataSource or DataSet
-        A `DataSet` stays open; what it was opened with is stored.
+        The data. A `DataSet` stays open; the settings with which it was opened are stored.
     given : Settings
-        What is said about the data; nothing where they are a `DataSet`.
+        The data settings; none may be given for a `DataSet`.
     beside : Model, optional
-        What runs on the same batches.
+        Another model that runs on the same batches.
     labels : bool
-        Whether any are read.
+        Whether labels are read.
     parts : sequence of str
-        Which part to read of a folder that is divided, the best first.
+        The parts of a divided folder that may be read, in order of preference.
 
     Raises
     ------
     DataError
-        There is no such data, or they do not fit the model or what it remembers.
+        The data do not exist, or do not fit the model or its stored settings.
     """
     if isinstance(source, DataSet):
         if given != Settings():
-            raise OptionError(f"{source.name}: is open. Give the settings to open_data.")
+            raise OptionError(f"{source.name}: is already open. Pass the settings to open_data.")
         settle(model, settings_of(source))
         yield source
         return
@@ -143,7 +143,7 @@ def opened(
 
 
 def _thinned(data: DataSet, samples: int | None) -> DataSet:
-    """Return so many samples at most; not the first ones, which may all be of one class."""
+    """Return at most so many samples, spread evenly: the first may all belong to one class."""
     if samples is None or samples >= len(data):
         return data
     return data.subset(np.linspace(0, len(data) - 1, samples).astype(np.int64))
@@ -188,15 +188,15 @@ def _open(
 
 
 def _tell_classes(source: str, classes: Mapping[str, int], listener: Listener) -> None:
-    """Say which class the first folders were taken for; nobody gave a list."""
+    """Print the class index of the first folders, because no list of classes was given."""
     first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
-    listener.note(f"{source}: folders in sorted order are the classes: {first}, ...")
+    listener.note(f"{source}: the folders in sorted order are the classes: {first}, ...")
 
 
 def warn_if_unlike_training(
     model: AnyModel, data: DataSet, *, batch_size: int | None, threads: int
 ) -> None:
-    """Say if the data reach the network in another range than those it was trained with."""
+    """Warn if the network's inputs have another range than they had in its training."""
     found = unlike_training(model, data, batch_size=batch_size, threads=threads)
     if found is not None:
         logger.warning("%s: %s. Check --mean, --scale and --layout.", data.name, found)

@@ -1,4 +1,4 @@
-"""What would be quantized in a model."""
+"""Plan the quantization of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan(
     equalize: bool = False,
     relu6: Relu6 = "auto",
 ) -> QuantPlan:
-    """Return what `insert` would quantize, and why, as ``onnxqat insert --plan-only`` does.
+    """Return the plan of `insert`, with reasons, like ``onnxqat insert --plan-only``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a rule quantizes in a float model: where insert, check and import-table begin."""
+"""Prepare a float model and plan its quantization: the first step of several verbs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Overrides: TypeAlias = str | Path | Iterable[str | Override]
 
 
 def rule_of(rules: AnyRule) -> HardwareRule:
-    """Return a hardware rule by its bundled name, by the path of its file, or as it is."""
+    """Return the hardware rule of a bundled name, of a file, or the rule that was passed."""
     return rules if isinstance(rules, HardwareRule) else load_rule(str(rules))
 
 
@@ -34,28 +34,28 @@ def planned(
     *,
     repair: Callable[[Model], Model] = lambda prepared: prepared,
 ) -> tuple[Model, QuantPlan]:
-    """Prepare a float model, at the opset that the plan needs, and plan for it.
+    """Prepare a float model, at the opset that the plan needs, and plan its quantization.
 
     Parameters
     ----------
     floats : Model
-        As exported; it is not changed.
+        The exported model; it is not changed.
     rule : HardwareRule
-        The chip.
+        The rule of the chip.
     overrides : path, or iterable of str or Override
-        A TOML file, or ``SELECTOR.KEY=VALUE`` each; laid over the rule, later ones win.
+        A TOML file, or texts ``SELECTOR.KEY=VALUE``; later ones override earlier ones.
     repair : callable
-        Changes the prepared model before it is planned for.
+        Changes the prepared model before planning.
 
     Returns
     -------
     Model, QuantPlan
-        The prepared float model, and what is quantized in it.
+        The prepared float model, and its plan.
 
     Raises
     ------
     ModelError, PlanError, RuleError
-        The model cannot be prepared, an override covers nothing, or nothing is quantized.
+        The model cannot be prepared, an override matches nothing, or nothing is quantized.
     """
     parsed = _parsed(overrides)
     prepared = prepare(floats)
@@ -78,12 +78,12 @@ def _parsed(overrides: Overrides) -> list[Override]:
 
 def warn_of_widths(rule: HardwareRule, role: Literal["weight", "activation"],
                    widths: Iterable[int]) -> None:  # fmt: skip
-    """Say which of some widths the chip of a rule lacks."""
+    """Warn of widths that the chip of a rule lacks."""
     known = rule.weight_bits if role == "weight" else rule.activation_bits
     others = sorted({*widths} - {*known, *(spec.bits for spec in rule.specs.values())})
     if others:
         logger.warning(
-            "%s bits of %ss are for study: %s runs %s.",
+            "%s bits for %ss are for study only: %s runs %s.",
             _listed(others),
             role,
             rule.name,

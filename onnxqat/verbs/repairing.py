@@ -1,4 +1,4 @@
-"""What is repaired in a float model before it is quantized, and what says that it should be."""
+"""Equalize a float model before it is quantized, and advise when to do so."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from onnxqat.verbs.planning import Overrides, planned
 
 __all__ = ["Equalization", "compared_batches", "repaired", "repairs", "told"]
 
-NAMED = 3  # layers that advice names
-COMPARED = 64  # samples of the data on which outputs are compared
+NAMED = 3  # the most layers that advice names
+COMPARED = 64  # the most samples on which outputs are compared
 
 Feeds = Mapping[str, NDArray[Any]]
 
 
 class Equalization:
-    """Equalizes what is inserted into, and keeps what was done.
+    """Equalizes a prepared model before insertion, and keeps the result.
 
     Parameters
     ----------
     relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.equalize`.
     open_samples : callable, optional
-        Opens the data for the prepared model; without, random values stand for them.
+        Opens the data for the prepared model. Without it, random values are used.
 
     Attributes
     ----------
     samples : DataSet or None
-        The data, once they are open.
+        The opened data.
     result : Equalized or None
         The result for the last model; None before the first.
     source : str
-        Hash of the weights of the model that may teach.
+        Hash of the weights of the model that can be the teacher.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Equalization:
     def __call__(self, prepared: Model) -> Model:
         """Return the equalized model.
 
-        With the biases that it had before repair it computes what the user's model does, and may
-        teach in its place, unless a ReLU6 was replaced: then the user's own has to.
+        With its biases before the repair, the model computes the same as the user's model and can
+        be the teacher. If a ReLU6 was replaced, only the user's model can be the teacher.
         """
         if self._open_samples is not None and self.samples is None:
             self.samples = self._open_samples(prepared)
@@ -72,26 +72,26 @@ class Equalization:
         return model
 
     def tell(self, listener: Listener) -> None:
-        """Say what was done."""
+        """Report the result to the listener."""
         if self.result is None:
             return
-        on = "random values" if self.samples is None else f"{COMPARED} samples at most"
+        on = "random values" if self.samples is None else f"at most {COMPARED} samples"
         for line in told(self.result):
             listener.note(f"{line}.")
         listener.note(f"Outputs were compared on {on}.")
         if self.result.relu6.nodes:
-            listener.note("Fine-tuning needs your model as --teacher, for its ReLU6.")
+            listener.note("Pass your float model as --teacher to finetune, because of its ReLU6.")
 
 
 def compared_batches(data: DataSet, batch_size: int | None = None) -> list[Feeds]:
-    """Return the first samples of the data, on which outputs are compared."""
+    """Return batches of the first samples, on which outputs are compared."""
     size = data.batch_size(batch_size, default=32)
     chosen = np.arange(min(len(data), COMPARED))
     return [batch.inputs for batch in data.batches(size, indices=chosen)]
 
 
 def told(result: Equalized) -> list[str]:
-    """Return what was done, in lines for people."""
+    """Return the results of an equalization as lines of text."""
     relus, lines = result.relu6, [f"Equalized {len(result.layers)} layers"]
     if result.migrations:
         count = len(result.migrations)
@@ -101,13 +101,13 @@ def told(result: Equalized) -> list[str]:
         lines.append(f"{len(relus.nodes)} ReLU6 became Relu")
     elif relus.cost:
         lines.append(
-            f"{len(relus.kept)} ReLU6 stay: without them an output falls below {SMALL_DB:g} dB. "
-            "--relu6 replace replaces them all the same"
+            f"{len(relus.kept)} ReLU6 were kept: without them, an output has an SQNR below "
+            f"{SMALL_DB:g} dB. Replace them with --relu6 replace"
         )
     elif relus.kept:
         lines.append(
-            f"{len(relus.kept)} ReLU6 stay, which no scale passes. Give data to see what a Relu "
-            "in their place costs, or --relu6 replace"
+            f"{len(relus.kept)} ReLU6 were kept, across which nothing can be scaled. Give data to "
+            "measure the cost of replacing them by Relu, or pass --relu6 replace"
         )
     lines += [f"Without ReLU6, output {one}" for one in relus.cost]
     if result.absorbed:
@@ -123,19 +123,19 @@ def repaired(
     rule: HardwareRule,
     overrides: Overrides,
 ) -> tuple[Model, QuantPlan]:
-    """Prepare, equalize where it is asked for, and plan."""
+    """Prepare a model, equalize it if requested, and plan."""
     if equalization is None:
         return planned(floats, rule, overrides)
     if foreign:
         raise ModelError(
-            f"{floats.name}: holds Q/DQ pairs of another tool, whose scales would not fit the "
+            f"{floats.name}: contains Q/DQ pairs of another tool, whose scales would not fit the "
             "equalized weights. Leave --equalize out, or give the float model."
         )
     return planned(floats, rule, overrides, repair=equalization)
 
 
 def repairs(prepared: Model, plan: QuantPlan, path: str) -> list[str]:
-    """Return what to do to a model before it is quantized: a line with the command for each."""
+    """Return the advised repairs of a model before quantization, each a line with a command."""
     quantized = {edge.node for p in plan.points if p.role == "weight" for edge in p.consumers}
     uneven = [one for one in unevenness(prepared.graph) if one.node in quantized]
     if not uneven:
@@ -146,6 +146,6 @@ def repairs(prepared: Model, plan: QuantPlan, path: str) -> list[str]:
     )
     advice = (
         f"The channels of {len(uneven)} weights have very different ranges: {worst}. Equalize "
-        f"them, which prints what it does to the outputs: onnxqat insert {path} --equalize."
+        f"them; this prints the change of the outputs: onnxqat insert {path} --equalize."
     )
     return [advice]

@@ -1,4 +1,4 @@
-"""A page about a quantized model: what was done, what it reached, and what to do."""
+"""Make the report on a quantized model."""
 
 from __future__ import annotations
 
@@ -59,42 +59,43 @@ def report(
     threads: int = 0,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Report:
-    """Return a page about a model, as ``onnxqat report`` writes it.
+    """Return the report on a model, like ``onnxqat report``.
 
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        Its history has the figures of its fine-tunings.
+        The model; its history contains the figures of its fine-tunings.
     data : path, arrays or DataSet, optional
-        The float model, those ``beside``, this one and its integers are compared on them.
+        Samples on which the float model, the models ``beside``, this model and its integer
+        arithmetic are compared.
     against : str, Path or Model, optional
-        The float model; by default that inside of a model whose weights are still its own.
+        The float model (default: the one inside ``model``, if its weights were not changed).
     beside : iterable of str, Path or QuantizedModel
-        The model at earlier stages, before repair or training for instance.
+        The model at earlier stages, for example before repair or training.
     log : str or Path, optional
-        What ``finetune --log FILE.jsonl`` wrote, of the last fine-tuning.
+        The file of ``finetune --log FILE.jsonl`` of the last fine-tuning.
     analysis : str, Path or Analysis, optional
-        What `onnxqat.analyze` returns, or ``onnxqat analyze --json`` printed.
+        The result of `onnxqat.analyze`, or the output of ``onnxqat analyze --json``.
     rules : str, Path or HardwareRule, optional
-        Of the integers; the rule that the model was made with by default.
+        The rule of the integer arithmetic (default: the rule that the model was made with).
     metrics : sequence of str or callable
-        What to measure on the data besides, see `onnxqat.evaluate`; the first says most.
+        Further metrics, see `onnxqat.evaluate`; the first one is the most important.
     decode : str, optional
-        How outputs become boxes, see `onnxqat.evaluate`.
+        How outputs are decoded to boxes, see `onnxqat.evaluate`.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     batch_size : int, optional
-        Samples at a time; those of the model where it is fixed, else 32.
+        Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read, the log or the analysis is of another model, the data do not fit the
-        model, or a model that is compared is not calibrated.
+        A file cannot be read, the log or the analysis belongs to another model, the data do not fit
+        the model, or a compared model is not calibrated.
     """
     loaded, others = quantized_model(model), [quantized_model(one) for one in beside]
     if data is None and (against is not None or others):
@@ -161,7 +162,7 @@ def _compared(
     threads: int,
     progress: Callable[[], None],
 ) -> Comparison:
-    """Evaluate the models and the integers of the last one on the same samples."""
+    """Evaluate the models, and the last one in integer arithmetic, on the same samples."""
     evaluated = partial(run, against=reference, metrics=metrics, threads=threads, progress=progress)
     results = [(one, evaluated(one, samples.batches(size))) for one in models]
     rows = [_float_row(results[0][1], reference)]
@@ -173,7 +174,7 @@ def _compared(
     try:
         result = evaluated(last, samples.batches(size), mode="integer", rule=rule)
         found = figures_of_evaluation(result)
-        if reference is None:  # without one, integers are compared with the model itself
+        if reference is None:  # integers are then compared with the model itself
             found = {name: found[name] for name in result.metrics}
         rows.append(Row(kind="integer", file=last.name, figures=found))
     except RuleError as error:  # its arithmetic is not documented
@@ -190,8 +191,8 @@ def _compared(
 
 def _float_row(result: Evaluation, reference: Model | None) -> Row:
     if reference is None:
-        note = "Its weights were changed in training or repair. Give the float model: --against."
+        note = "Training or repair changed its weights. Give the float model with --against."
         return Row(kind="float", file="", figures={}, note=note)
     figures: dict[str, float | None] = dict(result.reference)
-    note = "" if figures else "what the others are compared with"
+    note = "" if figures else "the reference of the others"
     return Row(kind="float", file=reference.name, figures=figures, note=note)

@@ -1,4 +1,4 @@
-"""Mixed precision: a width for each weight, within a budget."""
+"""Search a mixed precision: a width for each weight, within a budget."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["Searched", "search"]
 
 @dataclass(frozen=True, kw_only=True)
 class Searched:
-    """What a search found, and on how many samples.
+    """The result of a search.
 
     Attributes
     ----------
     search : Search
-        The widths, and what was measured.
+        The widths and the measurements.
     ranking : Ranking
-        What each weight costs.
+        The cost of each weight.
     samples, val_samples : int
-        How many ranked the weights, and how many the models were measured on.
+        The number of samples that ranked the weights, and on which models were measured.
     models : int
-        How many models were made.
+        The number of models that were made.
     """
 
     search: Search
@@ -75,46 +75,47 @@ def search(
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        Calibrated, not fine-tuned.
+        A calibrated model that is not fine-tuned.
     data : path, arrays or DataSet
-        With labels where the metric needs them.
+        The samples, with labels if the metric needs them.
     max_loss : float, optional
-        Find the fewest bits whose cost is at most this many points: hundredths of the metric.
-        Either this or ``bits`` is given.
+        Find the fewest bits whose cost is at most this many points (hundredths of the metric).
+        Give either this or ``bits``.
     bits : float, optional
-        Find the least cost whose average width, over the elements of all quantized weights, is at
-        most this.
+        Find the smallest cost with at most this average width, over the elements of all quantized
+        weights.
     widths : iterable of int, optional
-        To choose from; by default those that the rule's chip has.
+        The widths to choose from (default: those of the rule's chip).
     metric : str or callable
-        What a model costs: ``error``, a metric by name, a function of yours or its name; see
+        The cost of a model: ``error``, the name of a metric, or your own function or its name; see
         `onnxqat.analysis.sensitivity`.
     decode : str, optional
-        How outputs become boxes, see `onnxqat.evaluation.decoders`; by default by their shapes.
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        their shapes).
     val_data : path, arrays or DataSet, optional
-        What models are measured on; by default samples of ``data`` that do not rank the weights.
+        Samples on which models are measured (default: those of ``data`` that do not rank weights).
     against : str, Path or Model, optional
-        The float model; by default the one inside of the file.
+        The float model (default: the one inside the file).
     rules : str, Path or HardwareRule, optional
-        The rule that the model was made with; by default the bundled one of its name.
+        The rule that the model was made with (default: the bundled rule of that name).
     samples, val_samples : int
-        How many samples rank the weights, and how many the models are measured on, at most.
+        The most samples that rank the weights, and on which models are measured.
     seed : int
-        Of the choice of samples.
+        The seed of the choice of samples.
     settings : Settings
-        What becomes of the data, where the model does not remember it.
+        How data become model inputs, for settings that the model does not store.
     batch_size : int, optional
-        Samples at a time; those of the model where it is fixed, else 32.
+        Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     listener : Listener
-        Is told what is done.
+        Gets messages and progress.
 
     Raises
     ------
     OnnxQatError
         A file cannot be read, an argument is wrong, no model is within the budget, the data do not
-        fit the model, or it cannot be run.
+        fit the model, or the model does not run.
     """
     wanted = metrics_of(metric)
     loaded = quantized_model(model)
@@ -140,8 +141,8 @@ def search(
         passes = analysis.ranking_passes(choices)
         most = analysis.verifying_passes(choices, by_loss=bits is None)
         listener.note(
-            f"{passes} models of {len(chosen)} samples rank {len(choices.free)} weights; then at "
-            f"most {most} are measured on {len(kept)} others."
+            f"{passes} models on {len(chosen)} samples rank {len(choices.free)} weights; then at "
+            f"most {most} models are measured on {len(kept)} other samples."
         )
         found, measured = fitted(found, wanted, names, decode=decode)
         held, _ = fitted(held, wanted, names, decode=decode)
@@ -173,12 +174,12 @@ def _floats(own: Model, reference: Model | None) -> Model:
 def _parts(
     data: DataSet, held: DataSet | None, samples: int, val_samples: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return which samples rank, and which others measure; at most half of the data rank.
+    """Return the samples that rank weights (at most half), and those on which models are measured.
 
     Raises
     ------
     DataError
-        One sample cannot be both.
+        There is only one sample.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
@@ -186,6 +187,8 @@ def _parts(
         others = rng.permutation(len(held))[:val_samples]
         return np.sort(order[:samples]), np.sort(others)
     if len(data) < 2:
-        raise DataError(f"{data.name}: one sample cannot rank and measure. Give --val-data.")
+        raise DataError(
+            f"{data.name}: one sample cannot both rank weights and measure models. Give --val-data."
+        )
     count = min(samples, len(data) // 2)
     return np.sort(order[:count]), np.sort(order[count : count + val_samples])

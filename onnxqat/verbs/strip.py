@@ -1,4 +1,4 @@
-"""What leaves for the chip."""
+"""Write the files for the chip."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ def strip(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     force: bool = False,
 ) -> Deployment:
-    """Write the float ``model.onnx`` and the calibration table, as ``onnxqat strip`` does.
+    """Write the float ``model.onnx`` and the calibration table, like ``onnxqat strip``.
 
     Parameters
     ----------
     model : str, Path or QuantizedModel
-        Calibrated or fine-tuned. It is not changed.
+        A calibrated or fine-tuned model. It is not changed.
     output : str or Path
-        Directory to write into.
+        The directory for the files.
     format_name : str, optional
-        Name of the table, see docs/formats.md, or ``none``; the rule's own by default.
+        The format of the table, see docs/formats.md, or ``none`` (default: the format of the rule).
     weights : {"snapped", "tuned"}
-        On the grid, as training computed with them, or as trained.
+        Weights on their grid, as training computed with them, or before rounding.
     batch : int, optional
-        Length of the first axis of every input where it is free; free by default.
+        Length for the first axis of each input, if it is dynamic (default: it stays dynamic).
     input_shapes : mapping of str to sequence of int, optional
-        Whole shapes of inputs, by name, for compilers that want them fixed.
+        Complete shapes of inputs, by name, for compilers that require fixed shapes.
     force : bool
-        Replace files that are there.
+        Replace existing files.
 
     Raises
     ------
     OnnxQatError
-        A file cannot be read or written, the model is not calibrated, or the table cannot say
-        what the plan says.
+        A file cannot be read or written, the model is not calibrated, or the table cannot express
+        the plan.
     """
     loaded = quantized_model(model)
     return write_deployment(

@@ -247,8 +247,8 @@ def test_table_and_stripped_model_give_back_the_fine_tuned_one(work, digits, tmp
 def test_widths_the_chip_lacks_are_said_to_be_for_study(tmp_path, caplog):
     run("insert", LENET, *RULE, *W4A4, "-o", tmp_path / "w4.onnx")
 
-    assert "4 bits of weights are for study: sophgo-bm1684x runs 8." in caplog.messages
-    assert "4 bits of activations are for study: sophgo-bm1684x runs 8." in caplog.messages
+    assert "4 bits for weights are for study only: sophgo-bm1684x runs 8." in caplog.messages
+    assert "4 bits for activations are for study only: sophgo-bm1684x runs 8." in caplog.messages
 
 
 def test_export_is_small_and_predicts_the_same(work, digits, tmp_path):
@@ -431,7 +431,7 @@ WRONG = [
     (f"insert {{wrong}}/text.onnx {OUT}", 1, "not an ONNX file"),
     (f"insert {{wrong}}/ir.onnx {OUT}", 1, "IR version 99 is newer"),
     (f"insert {{wrong}}/opset.onnx {OUT}", 1, "opset 99 is not in the range"),
-    (f"insert {{work}}/lenet.qdq.onnx {OUT}", 1, "already holds Q/DQ pairs"),
+    (f"insert {{work}}/lenet.qdq.onnx {OUT}", 1, "already contains Q/DQ pairs"),
     (f"insert {{lenet}} --data {{wrong}}/none.npz {OUT}", 1, "none.npz: no such file or directory"),
     (f"insert {{lenet}} --data {{wrong}}/nan.npz {OUT}", 1, "sample 7 of array 'images' holds NaN"),
     (f"insert {{lenet}} --rules none {OUT}", 1, "Unknown rule 'none'"),

@@ -90,7 +90,7 @@ def test_a_replaced_relu6_needs_the_users_model_as_teacher(digits, tmp_path):
     alone, taught = invoke(*tune), invoke(*tune, "--teacher", MOBILENET)
 
     assert "2 ReLU6 became Relu." in result.stderr
-    assert "Fine-tuning needs your model as --teacher" in result.stderr
+    assert "Pass your float model as --teacher" in result.stderr
     assert alone.exit_code == 1
     assert "Pass the float model with --teacher" in alone.stderr
     assert taught.exit_code == 0, taught.output
@@ -127,7 +127,7 @@ def test_biases_are_corrected_on_the_calibration_data(digits, tmp_path):
     invoke(*words, "-o", plain)
     result = invoke(*words, "--bias-correction", "-o", corrected)
 
-    assert "Corrected the biases of 5 layers; 0 stay as they are." in result.stderr
+    assert "Corrected the biases of 5 layers; 0 are unchanged." in result.stderr
     before, after = load_model(plain), load_model(corrected)
     assert all(params.same_as(after.params[name]) for name, params in before.params.items())
     assert before.source == after.source != weights_hash(after.floats.graph)
@@ -141,7 +141,7 @@ def test_biases_are_corrected_by_what_normalizations_remember(digits, tmp_path):
     nothing = invoke("insert", LENET, *words, tmp_path / "lenet.onnx")
 
     assert result.exit_code == nothing.exit_code == 0
-    assert "Corrected the biases of 17 layers; 1 stay as they are." in result.stderr
+    assert "Corrected the biases of 17 layers; 1 are unchanged." in result.stderr
     after = load_model(tmp_path / "corrected.onnx")
     assert after.source != weights_hash(after.floats.graph)
     assert after.source == weights_hash(original(after.floats).graph)
@@ -157,9 +157,9 @@ def test_data_decide_whether_relu6_is_replaced(digits, tmp_path):
 
     assert "2 ReLU6 became Relu." in with_data.stderr
     assert "Without ReLU6, output 'output': largest difference" in with_data.stderr
-    assert "Outputs were compared on 64 samples at most." in with_data.stderr
+    assert "Outputs were compared on at most 64 samples." in with_data.stderr
     assert "Clip" not in {node.op for node in load_model(tmp_path / "a.onnx").floats.graph.nodes}
-    assert "2 ReLU6 stay, which no scale passes." in without.stderr
+    assert "2 ReLU6 were kept, across which nothing can be scaled." in without.stderr
     assert load_model(tmp_path / "b.onnx").source
 
 

@@ -120,7 +120,7 @@ def test_the_default_output_lies_beside_the_model(work, tmp_path):
             ("repaired.onnx", "--analysis", "analysis.json"),
             "belongs to another model than repaired",
         ),
-        (("plain.onnx", "digits.npz", "--against", "plain.onnx"), "already holds Q/DQ pairs"),
+        (("plain.onnx", "digits.npz", "--against", "plain.onnx"), "already contains Q/DQ pairs"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(work, tmp_path, monkeypatch, words, message):

@@ -193,7 +193,7 @@ def test_processes_without_a_batch_to_calibrate_on_help_nobody_and_harm_nothing(
 
     assert (alone.returncode, result.returncode) == (0, 0), result.stderr
     assert result.stdout.count("few4.onnx") == 1
-    assert result.stderr.count("2 bits of weights are for study") == 1
+    assert result.stderr.count("2 bits for weights are for study only") == 1
     assert (work / "few4.onnx").read_bytes() == (work / "few1.onnx").read_bytes()
 
 

@@ -52,7 +52,7 @@ def test_a_batch_leaves_other_lengths_free():
 @pytest.mark.parametrize(
     ("batch", "given", "message"),
     [
-        (None, {"c": (1, 3, 2, 2)}, "no input 'c', only 'a', 'b'"),
+        (None, {"c": (1, 3, 2, 2)}, "no input 'c'. The inputs are 'a', 'b'"),
         (None, {"a": (1, 4, 2, 2)}, "1x4x2x2 does not fit its shape Nx3xhxw"),
         (None, {"a": (1, 3, 2)}, "1x3x2 does not fit"),
         (None, {"a": (1, 3, 2, 2), "b": (2, 3, 2, 2)}, "'b': 2x3x2x2 does not fit"),

@@ -238,7 +238,7 @@ def test_the_command_takes_over_everything(tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["state"] == "calibrated"
-    assert "15 of 15 parameters are those of the model's pairs." in result.stderr
+    assert "15 of 15 parameters were taken from the model's pairs." in result.stderr
     model = load_model(out)
     x = {"input": samples(network, 16, seed=5)}
     assert np.array_equal(run_ort(model.to_proto(), x)[0], run_ort(theirs, x)[0])
@@ -255,9 +255,9 @@ def test_what_is_missing_is_measured_and_the_rest_stays(tmp_path: Path) -> None:
     )
 
     assert result.exit_code == 0, result.output
-    assert "1 of 3 parameters are those of the model's pairs." in result.stderr
-    assert "Calibration measures the others: x, y." in result.stderr
-    assert "Pairs that do not fit the rule: x, y." in result.stderr
+    assert "1 of 3 parameters were taken from the model's pairs." in result.stderr
+    assert "Calibration will measure the others: x, y." in result.stderr
+    assert "Ignored pairs that do not fit the rule: x, y." in result.stderr
     model = load_model(out)
     assert model.state == "uncalibrated"
     batch = np.random.default_rng(1).normal(size=(4, 3, 8, 8)).astype(np.float32)

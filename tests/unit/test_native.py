@@ -73,7 +73,7 @@ def test_a_process_that_dies_is_named_and_replaced() -> None:
     assert server is not None
     os.kill(server.process.pid, signal.SIGSEGV)
 
-    with pytest.raises(native.NativeError, match="infer_shapes died of SIGSEGV"):
+    with pytest.raises(native.NativeError, match="infer_shapes crashed with SIGSEGV"):
         native.infer_shapes(small())
     assert native.infer_shapes(small()).graph.value_info[0].name == "a"
 

@@ -219,7 +219,7 @@ def test_high_precision_output_stays_float():
         ("name:[.bits=4", "not a regular expression"),
         ("weight.quantize=true", "quantize=true applies to nodes"),
         ("op:Conv.quantize=maybe", "takes true or false"),
-        ("bias.bits=16", "bias.quantize=false only"),
+        ("bias.bits=16", "only override is bias.quantize=false"),
         ("between:a.bits=8", "between:TENSOR->TENSOR"),
         ("tensor:r1.observer=median", "Invalid enum value 'median'"),
         ("weight.observer=percentile", "observers for weights are mse, minmax, auto"),

@@ -194,7 +194,7 @@ def test_a_reference_tells_what_it_knows(model):
     assert stored_settings(model) == Settings(mean=(128.0,), scale=(0.5,))
     assert stored_settings(other) == Settings(mean=(128.0,))
     settle(other, Settings(scale=(0.25,)))
-    with pytest.raises(DataError, match=r"model.onnx: .* scale = 0.5, other.onnx with 0.25"):
+    with pytest.raises(DataError, match=r"model.onnx: .* scale = 0.5, but other.onnx with 0.25"):
         adopt(model, other)
 
 
@@ -211,7 +211,7 @@ def test_models_that_run_beside_each_other_take_the_batch_of_the_one_that_is_fix
     for pair in ((model, other), (other, model)):
         assert input_specs(*pair)[0].shape == (2, 3, 8, 8)
     model.graph.inputs[0].shape = (4, 3, 8, 8)
-    with pytest.raises(ModelError, match=r"takes batches of 4, that of other\.onnx of 2"):
+    with pytest.raises(ModelError, match=r"needs batches of 4, but that of other\.onnx 2"):
         input_specs(model, other)
 
 

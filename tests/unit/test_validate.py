@@ -77,7 +77,7 @@ REFUSED = {  # by what is wrong: the model, and the message
     "too-few-inputs": ("g (float[2] x) => (float[2] y) { y = Add(x) }", "1 inputs; the operator accepts 2"),
     "too-many-inputs": ("g (float[2] x) => (float[2] y) { y = Relu(x, x) }", "2 inputs"),
     "too-many-outputs": ("g (float[2] x) => (float[2] y) { y, z = Relu(x) }", "2 outputs; .* writes 1"),
-    "input-left-out": ("g (float[2] x) => (float[2] y) { y = Add(, x) }", "leaves input 0 out"),
+    "input-left-out": ("g (float[2] x) => (float[2] y) { y = Add(, x) }", "leaves out input 0"),
     "cast-to-nothing": ("g (float[2] x) => (float[2] y) { y = Cast(x) }", "lacks the attribute 'to'"),
     "attribute-type": (
         "g (float[2] x) => (float[2] y) { y = Softmax<axis = 1.5>(x) }",
