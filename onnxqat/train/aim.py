@@ -1,4 +1,4 @@
-"""What a run learns from and what chooses its best state, where the user does not say."""
+"""Choose the loss of a run and the figure that selects its best state, if the user does not."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
     "readable",
 ]
 
-MEASURED = 64  # samples that the variance of the teacher's outputs is taken of
+MEASURED = 64  # samples on which the variance of the teacher's outputs is measured
 
 
 def described_outputs(model: Model, data: DataSet) -> tuple[Output, ...]:
-    """Return what the outputs are; labels say that the first one holds class scores."""
+    """Return descriptions of the outputs; if there are labels, the first contains class scores."""
     first, *others = outputs_of(model.graph)
     if data.has_labels and first.scores is None and len(first.shape or ()) == 2:
         first = replace(first, scores=Scores(kind="logits", axis=1))
@@ -40,7 +40,7 @@ def described_outputs(model: Model, data: DataSet) -> tuple[Output, ...]:
 def chosen_loss(
     outputs: Sequence[Output], data: DataSet, training: DataSet, reference: Model, config: Config
 ) -> tuple[Loss, tuple[Part, ...]]:
-    """Return the loss, and what each output adds to one that was not named."""
+    """Return the loss and, if it was chosen by default, the part of each output."""
     cross_entropy: Any = {
         "label_smoothing": config.label_smoothing,
         "ignore_index": config.ignore_index,
@@ -56,7 +56,7 @@ def chosen_loss(
     loss = read_loss(config.loss, **cross_entropy)
     if any(term.reads_labels for term in loss.terms) and not data.has_labels:
         raise TrainingError(
-            "The loss 'cross-entropy' needs labels, and the data have none. "
+            "The loss 'cross-entropy' needs labels, but the data have none. "
             "Name them with --label, or leave --loss out to learn from the float model."
         )
     return loss, ()
@@ -69,7 +69,7 @@ def _variances(
     config: Config,
     wanted: list[Output],
 ) -> dict[Key, float]:
-    """Return the variances of some of the teacher's outputs over some training samples."""
+    """Return the variances of some of the teacher's outputs over `MEASURED` training samples."""
     if not wanted:
         return {}
     session = model_session(reference, "float", threads=config.threads)
@@ -90,7 +90,7 @@ def _variances(
 
 
 def readable(loss: Loss, data: DataSet, held_out: DataSet) -> bool:
-    """Whether the held-out data have the labels and arrays that a loss reads of the data."""
+    """Whether the held-out data have the labels and arrays that a loss reads."""
     read = {term.array for term in loss.terms if term.array}
     read |= {tensor.name for file in loss.graphs.values() for tensor in file.graph.inputs}
     arrays = read & set(data.array_names)
@@ -101,12 +101,12 @@ def readable(loss: Loss, data: DataSet, held_out: DataSet) -> bool:
 def chosen_selection(
     outputs: Sequence[Output], held_out: DataSet, config: Config, loss: Loss, with_loss: bool
 ) -> Selection:
-    """Return what chooses the best state.
+    """Return the figure that chooses the best state.
 
     Raises
     ------
     TrainingError
-        It would be the loss, and the held-out data lack what that reads.
+        It is the loss, but the held-out data lack labels or arrays that the loss reads.
     """
     if config.select is not None:
         return Selection(figure=config.select, reason="--select names it")
@@ -118,14 +118,14 @@ def chosen_selection(
     )
     if chosen.figure == LOSS and not with_loss:
         raise TrainingError(
-            f"The best state would be chosen by the loss ({chosen.reason}), and the held-out data "
-            "lack labels or arrays that it reads. Give them, or choose another figure, as "
+            f"The best state would be chosen by the loss ({chosen.reason}), but the held-out data "
+            "lack labels or arrays that it reads. Add them, or choose another figure, such as "
             "--select max_abs_diff."
         )
     return chosen
 
 
 def announcement(config: Config, parts: Sequence[Part], selection: Selection) -> list[str]:
-    """Return what is learned from, and what chooses the state, a line each."""
+    """Return lines that name the parts of the loss and the figure that chooses the state."""
     lines = [f"learns from: {part}" for part in parts] or [f"learns from: --loss {config.loss}"]
     return [*lines, f"chooses the state by {selection.figure}: {selection.reason}"]

@@ -1,7 +1,7 @@
-"""What the training steps are fed: samples in a seeded order, labels, the teacher's outputs.
+"""The feeds of the training steps: samples in a seeded order, labels and the teacher's outputs.
 
-Nothing here depends on what ran before: the order of an epoch and the changes of a batch's images
-follow from the seed, the epoch and the step alone, so that a run can go on anywhere.
+The order of an epoch and the augmentation of a batch depend only on the seed, the epoch and the
+step, so that a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NONE = np.zeros(0, np.int64)
 
 
 def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) -> Feeds:
-    """Return what a loss can read of a batch: ``inputs``, teacher, labels and other arrays."""
+    """Return the feeds of a batch: ``inputs``, the teacher's outputs, labels and other arrays."""
     feeds = dict(inputs)
     if teacher is not None:
         outputs = teacher.run(None, inputs)
         names = [o.name for o in teacher.get_outputs()]
-        for prefix in ("", TENSOR):  # a loss may call an output a tensor
+        for prefix in ("", TENSOR):  # a loss may also name an output as a tensor
             feeds |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
     if batch.labels is not None:
         feeds[LABELS] = np.resize(batch.labels, batch.size)
@@ -50,22 +50,22 @@ class TrainingBatches:
     Parameters
     ----------
     model : Model
-        The Q/DQ model, which says how many classes there are.
+        The Q/DQ model, which determines the number of classes.
     data : DataSet
         Training samples, with the arrays that the loss reads.
     teacher : InferenceSession or None
-        Its outputs are fed too.
+        The teacher, whose outputs are fed too.
     config : Config
         Batch size, augmentation and seed.
     workers : Workers
-        Which share of the samples is for this process.
+        The processes that share the samples.
     classes : mapping of str to (int, int or None), optional
-        By input of labels: how many classes there are, and the label that does not count.
+        For each input of labels: the number of classes, and the label that is ignored.
 
     Attributes
     ----------
     steps : int
-        Per epoch. Samples that do not fill a step are left out; others in each epoch.
+        Steps per epoch. Samples that do not fill a step are left out, different ones in each epoch.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class TrainingBatches:
         return self._waited / self._seconds if self._seconds else None
 
     def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
-        """Yield the batches of each step of an epoch, counted from 1, after the first ``done``."""
+        """Yield the batches of each step of an epoch (from 1), without the first ``done`` steps."""
         parts = self.config.batches
         batches = self._batches(number, done)
         for _ in range(done, self.steps):
             yield islice(batches, parts)
 
     def _batches(self, epoch: int, done: int) -> Iterator[Feeds]:
-        """Yield this worker's batches; every step's samples are divided in order of rank."""
+        """Yield this worker's batches; the samples of a step are divided in order of rank."""
         size, parts, workers = self.config.samples, self.config.batches, self.workers
         numbers = np.arange(self.steps * workers.size * parts)
         mine = numbers.reshape(self.steps, workers.size, parts)[done:, workers.rank].reshape(-1)
@@ -143,7 +143,7 @@ class TrainingBatches:
         return np.asarray((left[:, :, 0] >= 0).sum(axis=1, dtype=values.dtype))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch: what the seed's generator gives at that turn."""
+        """Return the order of the samples in an epoch, from the seed and the epoch."""
         if epoch <= self._shuffled:
             self._shuffles, self._shuffled = np.random.default_rng(self.config.seed), 0
         for _ in range(epoch - self._shuffled):
@@ -158,6 +158,6 @@ class TrainingBatches:
             wrong = counting[(counting < 0) | (counting >= classes)]
             if wrong.size:
                 raise DataError(
-                    f"A label is {wrong.max()}; the model has {classes} classes, 0 to "
+                    f"A label is {wrong.max()}, but the model has {classes} classes, 0 to "
                     f"{classes - 1}. Check the labels, or distil with --loss kl."
                 )

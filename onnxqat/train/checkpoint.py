@@ -1,7 +1,7 @@
-"""A running fine-tuning in a file, so that it can go on as if it had never stopped.
+"""Save the state of a fine-tuning to a file, so that it can resume with the same result.
 
-The file is an uncompressed ``.npz`` without pickle: the arrays of the run, and ``record``, a JSON
-document in UTF-8 with the identity of the run and everything else that it changes.
+The file is an uncompressed ``.npz`` without pickle. It contains the arrays of the run and
+``record``, a JSON document in UTF-8 with the identity of the run and the rest of its state.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SAMPLES = 64  # are read to tell whether data are the same
-RECORD = "record"  # the member of the file that is no array of the run
-BLOCKS = "blocks/"  # before the names of the arrays that the epochs began with
+SAMPLES = 64  # samples that are compared to recognize the data
+RECORD = "record"  # the member of the file that is not an array of the run
+BLOCKS = "blocks/"  # prefix of the arrays at the end of block reconstruction
 
-# What must be the same for a run to go on, by the name a user knows it by.
+# The values that must be the same when a run resumes, by names that the user knows.
 Identity = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ class _Stage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class _Document(_Stage, kw_only=True, forbid_unknown_fields=True):
     schema: Literal["onnxqat.checkpoint/1"] = "onnxqat.checkpoint/1"
-    blocks: _Stage | None = None  # what the epochs began with
+    blocks: _Stage | None = None  # the end of block reconstruction, from which the epochs started
 
 
 class Checkpoints:
@@ -63,18 +63,18 @@ class Checkpoints:
     path : str or Path
         The file.
     steps : int, optional
-        It is written after so many steps,
+        Write the file after this many steps,
     minutes : float, optional
-        or when so much time has passed.
+        or after this time.
     resume : bool
-        Whether the run goes on from the file, which must exist then.
+        Whether the run resumes from the file, which must exist.
 
     Attributes
     ----------
     written, finished : bool
-        Whether the file is of this run, and whether it is of its end.
+        Whether the file was written by this run, and whether it contains the end of the run.
     behind_blocks : bool
-        Whether the file that was loaded is of epochs behind tuned blocks.
+        Whether the loaded file is from epochs after block reconstruction.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Checkpoints:
         self._saved = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Return whether a checkpoint is to be written after ``step`` steps."""
+        """Return whether a checkpoint is due after ``step`` steps."""
         if self.steps is not None and step % self.steps == 0:
             return True
         return self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
@@ -107,15 +107,14 @@ class Checkpoints:
         *,
         finished: bool = False,
     ) -> bool:
-        """Replace the file by the present state, whole or not at all; return whether it was.
+        """Replace the file by the current state, completely or not at all; return the success.
 
-        What keeps the file from being written is told once: training is worth more than its
-        checkpoints.
+        If the file cannot be written, a warning is logged once and training continues.
 
         Parameters
         ----------
         finished : bool
-            Whether the run is at its end.
+            Whether the run has finished.
         """
         state = msgspec.to_builtins(record)
         document = _Document(identity=identity, record=state, blocks=self._blocks)
@@ -127,7 +126,7 @@ class Checkpoints:
         except OnnxQatError as error:
             if not self._warned:
                 reason = str(error).removesuffix(" Choose another output.")
-                logger.warning("%s Training goes on without this checkpoint.", reason)
+                logger.warning("%s Training continues without this checkpoint.", reason)
             self._warned = True
             return False
         finally:
@@ -138,14 +137,14 @@ class Checkpoints:
     def keep_blocks(
         self, identity: Identity, record: msgspec.Struct, arrays: Mapping[str, NDArray[Any]]
     ) -> None:
-        """Let every later checkpoint hold the end of block reconstruction too."""
+        """Add the end of block reconstruction to all later checkpoints."""
         self._blocks = _Stage(identity=identity, record=msgspec.to_builtins(record))
         self._block_arrays = {f"{BLOCKS}{name}": array.copy() for name, array in arrays.items()}
 
     def load_blocks(
         self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]
     ) -> T:
-        """Do what `load` does for block reconstruction, whether it is at its end or not."""
+        """Load the state of block reconstruction, finished or not; see `load`."""
         return self._load(identity, kind, arrays, of_blocks=True)
 
     def load(self, identity: Identity, kind: type[T], arrays: Mapping[str, NDArray[Any]]) -> T:
@@ -154,8 +153,8 @@ class Checkpoints:
         Raises
         ------
         TrainingError
-            There is no such file, it is not a checkpoint, or of a run with other settings, model
-            or data, of which the first is named.
+            The file is missing or not a checkpoint, or it belongs to a run with other settings,
+            another model or other data; the message names the first difference.
         """
         return self._load(identity, kind, arrays, of_blocks=False)
 
@@ -184,8 +183,8 @@ class Checkpoints:
                     _fill(array, stored[f"{prefix}{name}"], name)
         except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
             raise TrainingError(
-                f"{self.path}: is no checkpoint of this version ({error}). Leave out --resume and "
-                "pass --force to start again."
+                f"{self.path}: is not a checkpoint of this version ({error}). Leave out --resume "
+                "and pass --force to start again."
             ) from error
         self.written, self.finished = True, bool(document.record.get("finished"))
         return record
@@ -195,18 +194,18 @@ class Checkpoints:
             if theirs.get(name) != value:
                 was, now = ("not given" if v is None else v for v in (theirs.get(name), value))
                 raise TrainingError(
-                    f"{self.path}: {name} was {was}, and is {now} now. Repeat what the run was "
-                    "started with, or leave out --resume and pass --force to start again."
+                    f"{self.path}: {name} was {was}, but is {now} now. Use the same options and "
+                    "files as at the start, or leave out --resume and pass --force to start again."
                 )
 
     def remove(self) -> None:
         """Delete the file."""
-        with suppress(OSError):  # the result is safe
+        with suppress(OSError):  # the result is already saved
             self.path.unlink(missing_ok=True)
 
 
 def _uncompressed(path: Path) -> Path:
-    with zipfile.ZipFile(path) as archive:  # so that no member is larger than the file
+    with zipfile.ZipFile(path) as archive:  # ensures that no member is larger than the file
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise ValueError("it is compressed")
     return path
@@ -214,7 +213,7 @@ def _uncompressed(path: Path) -> Path:
 
 def _fill(array: NDArray[Any], stored: NDArray[Any], name: str) -> None:
     if (stored.dtype, stored.shape) != (array.dtype, array.shape):
-        raise ValueError(f"array '{name}' is not that of the model")
+        raise ValueError(f"array '{name}' does not fit the model")
     array[...] = stored
 
 
@@ -222,19 +221,19 @@ def settings_identity(config: Config) -> Identity:
     """Return the hyper-parameters by the names of their options."""
     settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
     settings["group"] = settings.pop("groups")
-    del settings["force_labels"]  # changes nothing of a run that goes on
+    del settings["force_labels"]  # has no effect on a run that resumes
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
 def model_identity(model: AnyModel) -> str:
-    """Return the beginning of the SHA-256 of a model as it would be written."""
+    """Return the first digits of the SHA-256 of a model's file."""
     return hashlib.sha256(model.to_proto().SerializeToString(deterministic=True)).hexdigest()[:16]
 
 
 def data_identity(data: DataSet) -> str:
-    """Return how many samples there are, and the beginning of the SHA-256 of some of them.
+    """Return the number of samples, and the first digits of the SHA-256 of some of them.
 
-    They are read as the model takes them, so that preprocessing counts too.
+    The samples are hashed after preprocessing, so that its settings are compared, too.
     """
     digest = hashlib.sha256()
     chosen = np.unique(np.linspace(0, len(data) - 1, SAMPLES).astype(np.int64))

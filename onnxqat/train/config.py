@@ -1,4 +1,4 @@
-"""Hyper-parameters of fine-tuning, with defaults that need no tuning."""
+"""The hyper-parameters of fine-tuning, with defaults that work for most models."""
 
 from __future__ import annotations
 
@@ -24,101 +24,102 @@ Scope: TypeAlias = Literal["blocks", "network"]
 BlockRounding: TypeAlias = Literal["nearest", "adaround"]
 Schedule: TypeAlias = Literal["cosine", "constant", "step", "one-cycle"]
 
-STEP = 16  # samples, where nothing else is said
+STEP = 16  # the default number of samples per step
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """Hyper-parameters; one outside of its type or range is a TrainingError.
+    """Hyper-parameters. A value of a wrong type or out of range raises a TrainingError.
 
     Attributes
     ----------
     loss : str or None
-        See `onnxqat.train.losses.terms`; None: by what each output holds, see
+        The loss, see `onnxqat.train.losses.terms`. None: chosen by the content of each output, see
         `onnxqat.train.losses.default`.
     label_smoothing, ignore_index : float or None, int or None
         Settings of cross-entropy: the share of each label that is spread over all classes, and the
         label of positions that are ignored.
     scope : tuple of {"blocks", "network"}
-        What is trained, in this order: one block of the graph after the other against the float
-        model's tensors, see `onnxqat.train.blocks`; the network from end to end.
+        What is trained, in this order: the blocks of the graph, one after the other, against the
+        float model's tensors (see `onnxqat.train.blocks`); the network from end to end.
     block_epochs : int
-        How often a block sees its samples.
+        The number of times that a block sees its samples.
     block_layers : int
-        How many layers with a weight a block has; twice as many where the graph can be cut
-        between them at several tensors only.
+        The number of layers with a weight in a block; up to twice as many if the graph can only be
+        cut there at several tensors.
     block_samples : int
-        How many training samples blocks are trained on, at most.
+        The most training samples for blocks.
     block_mix : float
-        Share of the values at a block's inputs that are the float network's; of the others, what
-        the blocks before compute.
+        The share of the values at a block's inputs that are taken from the float network; the
+        others are computed by the blocks before.
     block_memory : int
-        Megabytes of memory for the tensors between blocks; the others lie in temporary files.
+        Megabytes of memory for the tensors between blocks; further tensors are stored in temporary
+        files.
     rounding : {"nearest", "adaround"}
-        How the weights of a block learn: they and their scales move, and are rounded to the nearest
-        level; or they and their scales stay, and it is learned which level they are rounded to,
-        see `onnxqat.train.adaround`.
+        How the weights of a block are trained. ``nearest``: weights and scales change, and weights
+        are rounded to the nearest level. ``adaround``: weights and scales do not change; training
+        chooses for each weight whether it is rounded down or up, see `onnxqat.train.adaround`.
     epochs : int or None
-        None: enough for about 2,000 steps, at most 10.
+        The number of epochs. None: enough for about 2,000 steps, at most 10.
     batch_size : int or None
-        Samples per batch. None: what the model is fixed to, and 16 where it takes any number.
+        Samples per batch. None: the model's fixed batch size, or 16.
     accumulate : int or None
-        Batches per step, whose gradients are averaged: as one batch so many times larger, up to
-        the order of summation. None: 1, and where the model is fixed to a batch, as many as make
-        steps of about 16 samples by all processes.
+        Batches per step, whose gradients are averaged; apart from the order of summation, the
+        result is that of one larger batch. None: 1; if the model's batch is fixed, as many as make
+        steps of about 16 samples over all processes.
     method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
-        How scales and zero_points move where the plan does not say, see
+        How scales and zero_points are trained if the plan does not say, see
         `onnxqat.train.fake_quantize`.
     averaging_constant : float
         Weight of a new batch's range in ``moving-average``, see
         `onnxqat.train.optimization.ranges`.
     quant_delay : int
-        Number of steps at the start that train without quantization. Methods that observe ranges do
-        so during these steps, too.
+        The number of first steps that train without quantization. Methods that observe ranges also
+        do so during these steps.
     optimizer : {"adamw", "adam", "sgd"}
-        For weights and scales.
+        The optimizer of weights and scales.
     lr : float or None
         Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
-        a weight by about ``lr`` times the root mean square of its output channel. None: by the
-        bits of the plan, see `onnxqat.train.optimization.parameter_groups.base_rate`.
+        a weight by about ``lr`` times the root mean square of its output channel. None: chosen by
+        the bits of the plan, see `onnxqat.train.optimization.parameter_groups.base_rate`.
     scale_lr : float
-        Learning rate of the scales, in their logarithm.
+        Learning rate of the logarithms of the scales.
     momentum, nesterov : float, bool
-        SGD momentum, and whether it has Nesterov's form.
+        SGD momentum, and whether to use Nesterov's form of it.
     weight_decay : float
-        Fraction of the weight per step and unit of learning rate; decoupled, except for adam.
+        The fraction by which weights shrink per step and unit of learning rate; decoupled, except
+        for adam.
     groups : tuple of str
-        Parameters with their own rates, and frozen ones, see
+        Parameters with their own rates, and frozen parameters, see
         `onnxqat.train.optimization.parameter_groups`.
     clip_norm, clip_value : float, optional
-        Limit of the gradient's length, and of each of its numbers. Those of frozen parameters do
-        not count, those of scales are as the optimizer sees them.
+        Limits of the gradient's norm and of its elements. Gradients of frozen parameters do not
+        count; those of scales count in the form that the optimizer uses.
     schedule : {"cosine", "constant", "step", "one-cycle"}
         How the rate changes, see `onnxqat.train.optimization.schedules`.
     warmup : float or None
-        Fraction of all steps over which the rate rises at the start. None: 0.05, and 0.3 for
+        The fraction of all steps over which the rate rises at the start. None: 0.05, or 0.3 for
         one-cycle.
     ema : float or None
-        Decay of the moving average of the weights and scales, which is evaluated and kept in their
-        place. None: they themselves.
+        The decay of the moving average of weights and scales, which is then evaluated and kept.
+        None: no average.
     select : str or None
-        The figure that the best state is chosen by: ``top1``, ``top5``, ``agreement``,
-        ``max_abs_diff`` or ``loss``, or a metric by name or ``module:function``; behind
-        ``integer:``, of the network in the integers of its chip. None: see
-        `onnxqat.train.selection.selection_of`.
+        The figure that chooses the best state: ``top1``, ``top5``, ``agreement``, ``max_abs_diff``
+        or ``loss``, or a metric by name or ``module:function``. The prefix ``integer:`` measures it
+        in the chip's integer arithmetic. None: see `onnxqat.train.selection.selection_of`.
     decode : str or None
-        How outputs become boxes, for a metric of boxes; None: by their shapes.
+        How outputs are decoded to boxes, for a metric of boxes. None: found by their shapes.
     patience : int or None
-        Training ends after so many epochs without a better state.
+        The number of epochs without a better state after which training ends.
     augment : tuple of str
         Random changes of the training images, see `onnxqat.data.augmentation`.
     validation : float
-        Fraction of the training data held out where no validation data are given.
+        The fraction of the training data that is held out if no validation data are given.
     force_labels : bool
-        Train on labels that the float model hardly ever meets, too.
+        Train on the labels even if the float model almost never predicts them.
     seed : int
-        Seed of the order of samples, the held-out slice and augmentation.
+        The seed for the order of samples, the held-out slice and augmentation.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     """
 
     loss: str | None = None
@@ -160,12 +161,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples(self) -> int:
-        """Samples per batch where the model takes any number."""
+        """Samples per batch if the model's batch is not fixed."""
         return self.batch_size or STEP
 
     @property
     def batches(self) -> int:
-        """Batches per step where nothing else is said."""
+        """Batches per step if the model's batch is not fixed."""
         return self.accumulate or 1
 
     def __post_init__(self) -> None:
@@ -187,5 +188,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @cache
 def _fields() -> type:
-    """Return a type of the same fields, for a check that makes no `Config`."""
+    """Return a type with the same fields, to check values without creating a `Config`."""
     return TypedDict("Config", get_type_hints(Config, include_extras=True))  # type: ignore[operator,no-any-return]

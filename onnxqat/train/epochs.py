@@ -1,4 +1,4 @@
-"""Several epochs of a run as files, so that they can be judged on the chip."""
+"""Write the models of several epochs to files, so that they can be measured on the chip."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["KeptEpochs"]
 
 
 class KeptEpochs:
-    """Writes the best epochs so far beside the output; told about every epoch.
+    """Writes the models of the best epochs so far; called with the report of each epoch.
 
     Parameters
     ----------
     target : str or Path
-        The output: ``m.onnx`` has its epochs in ``m.epoch1.onnx`` and so on.
+        The output file; the epochs of ``m.onnx`` are ``m.epoch1.onnx`` and so on.
     count : int
-        How many files stay.
+        The number of files to keep.
     force : bool
         Whether files of an earlier run are replaced.
 
     Raises
     ------
     OnnxQatError
-        There are such files, and ``force`` is not set.
+        Such files exist, and ``force`` is not set.
     """
 
     def __init__(self, target: str | Path, count: int, *, force: bool = False) -> None:
@@ -34,12 +34,11 @@ class KeptEpochs:
         there = sorted(self.target.parent.glob(f"{self.target.stem}.epoch*{self.target.suffix}"))
         if there and not force:
             raise OnnxQatError(
-                f"{there[0]}: is there already. Pass --force to replace it, or choose another "
-                "output."
+                f"{there[0]}: already exists. Pass --force to replace it, or choose another output."
             )
 
     def __call__(self, progress: Progress) -> None:
-        """Keep the state of an epoch, if it is one of the best."""
+        """Write the state of an epoch, if it is one of the best."""
         if progress.model is None:
             return
         self._kept[progress.epoch] = progress.score
@@ -56,6 +55,6 @@ class KeptEpochs:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files there are, the best first."""
+        """The written files, best first."""
         best = sorted(self._kept, key=lambda epoch: (self._kept[epoch], -epoch), reverse=True)
         return tuple(str(self.path(epoch)) for epoch in best)

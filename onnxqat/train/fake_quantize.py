@@ -1,7 +1,7 @@
-"""Fake-quantize, the op that stands for a Q/DQ pair: forward and gradient, as ONNX nodes.
+"""Fake-quantize, the op that replaces a Q/DQ pair in training: forward pass and gradient.
 
 Forward: a model-local function whose body is the deployed QuantizeLinear [, Clip],
-DequantizeLinear, so that training computes what the chip's file computes, bit for bit.
+DequantizeLinear, so that training computes the same as the Q/DQ file, bit for bit.
 
 Backward, with ``y = fake_quantize(x)``, upstream gradient ``dy`` and the straight-through estimator
 (Bengio et al. 2013)::
@@ -13,39 +13,40 @@ Backward, with ``y = fake_quantize(x)``, upstream gradient ``dy`` and the straig
 method
 ==============  ===================================================================================
 lsq             ``dL/dx = passed``; ``dL/ds = sum(dy * (y - x) + (dy - passed) * x) / s`` (Esser et
-                al. 2020, https://arxiv.org/abs/1902.08153, equation 3). Where scales are powers of
-                two, this is TQT (Jain et al. 2020, https://arxiv.org/abs/1903.08066)
-lsq+            and ``dL/dz = -s * sum(dy - passed)``, where the spec is asymmetric (Bhalgat et al.
-                2020, https://arxiv.org/abs/2004.09576, section 3, with beta = -z * s; z is rounded,
-                since the chip's is an integer)
-pact            ``dL/dx = passed``; only what is clipped moves the clipping range:
+                al. 2020, https://arxiv.org/abs/1902.08153, equation 3). For scales that are powers
+                of two, this is TQT (Jain et al. 2020, https://arxiv.org/abs/1903.08066)
+lsq+            as lsq, and ``dL/dz = -s * sum(dy - passed)`` if the spec is asymmetric (Bhalgat et
+                al. 2020, https://arxiv.org/abs/2004.09576, section 3, with beta = -z * s; z is
+                rounded, since the chip's is an integer)
+pact            ``dL/dx = passed``; only clipped values move the clipping range:
                 ``dL/ds = sum((dy - passed) * y) / s`` (Choi et al. 2018,
                 https://arxiv.org/abs/1805.06085, section 3, here at both ends)
-dsq             the scale as of pact, and ``dL/dx = passed * slope``, the slope of a soft staircase
-                (Gong et al. 2019, https://arxiv.org/abs/1908.05033, section 3; alpha is not
-                learned): small on a level, large between two, 1 in the mean
-moving-average  ``dL/dx = passed``; scale and zero_point follow what is observed, see
+dsq             the scale as in pact, and ``dL/dx = passed * slope``, with the slope of a soft
+                staircase (Gong et al. 2019, https://arxiv.org/abs/1908.05033, section 3; alpha is
+                not learned): small at a level, large between two levels, 1 on average
+moving-average  ``dL/dx = passed``; scale and zero_point follow the observed ranges, see
                 `onnxqat.train.optimization.ranges`
-ste             ``dL/dx = passed``; scale and zero_point stay
+ste             ``dL/dx = passed``; scale and zero_point do not change
 ==============  ===================================================================================
 
-Up to 8 bits ``inside`` is built from |y - x| <= s / 2, which holds inside the clipping range and
-nowhere else: a comparison and a cast to float cost more than the Conv beside them on a CPU. With
-more levels the rounding of x and y in float32 blurs that, and the level itself is compared.
+Up to 8 bits ``inside`` is computed as |y - x| <= s / 2, which is true exactly inside the clipping
+range; on a CPU, a comparison of levels and a cast to float would cost more than a Conv. With more
+levels, float32 rounding of x and y makes this inexact, and the level itself is compared.
 
-The sums are products of rows, which write one number where Mul writes a tensor for ReduceSum.
-Inside the range ``dy - passed`` is zero, so that no large sums cancel.
+The sums are computed as products of rows: these write one number, whereas Mul writes a whole tensor
+for ReduceSum. Inside the range ``dy - passed`` is zero, so that no large sums cancel.
 
-Where x comes from a Relu or a Clip from 0 on and goes nowhere else, one mask stands for both, and
-the other op hands dy on. With ``L`` where the clipping range ends, and ``C`` where the Clip does::
+If x comes from a Relu or a Clip from 0 and has no other reader, one mask serves both ops, and the
+gradient of the Relu or Clip is dy. With the upper end ``L`` of the clipping range and the upper
+limit ``C`` of the Clip::
 
     inside = 0 < x < min(C, L)
     kept = x where x < L
     dL/ds = sum(dy * (y - kept)) / s
 
-Passes over memory (reading or writing x, y or dy, each an op; products of rows in brackets), with
-the gradient of the other op: 6 (2) by itself, 8 (2) with a Relu, 11 (2) with a Clip; 6 (1) with a
-Relu and 7 (1) with a Clip where the mask is shared.
+Number of passes over memory (ops that read or write x, y or dy; in brackets: products of rows),
+including the gradient of the Relu or Clip: 6 (2) without one, 8 (2) with a Relu, 11 (2) with a
+Clip; with a shared mask, 6 (1) with a Relu and 7 (1) with a Clip.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ DOMAIN = "onnxqat"
 
 Nodes = list[onnx.NodeProto]
 
-# |y - x| exceeds s / 2 by float32 rounding of x / s and of q * s: each below 2^-16 * s for the
-# 256 levels of 8 bits. A value is misjudged as inside only within this slack of the range's end.
+# By float32 rounding of x / s and of q * s, |y - x| can exceed s / 2: by less than 2^-16 * s each
+# for the 256 levels of 8 bits. Only values this close to the end of the range can be misjudged.
 HALF_LEVEL = 0.5 + 2**-14
 
 LEARNING = ("lsq", "lsq+", "pact", "dsq")  # methods that learn the scale
-DSQ_ALPHA = 0.4  # how much of a step's height the soft staircase lacks; as MQBench fixes it
+DSQ_ALPHA = 0.4  # the part of a step's height that the soft staircase lacks, as in MQBench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +88,16 @@ class FakeQuantize:
     axis : int or None
         Axis of a per-axis scale; None for one scale.
     rank : int or None
-        Rank of the tensor; None where it is unknown, which a per-axis scale does not allow.
+        Rank of the tensor; None if unknown, which is not allowed with a per-axis scale.
     learns_x : bool
-        Whether it passes a gradient to x.
+        Whether the op passes a gradient to x.
     method : Method
-        How scale and zero_point move.
+        How scale and zero_point are trained.
     moves_zero_point : bool
-        The zero_point comes as a float32 that is rounded here, and not as the integer.
+        Whether the zero_point is a float32 that is rounded here, and not an integer.
     ceiling : float or None
-        x is the output of a Relu (infinite) or of a Clip from 0 to this, whose gradient is
-        included, see `sharing_mask`; None where it is not.
+        The upper limit of the Clip from 0 that computes x (infinite: a Relu), if its gradient is
+        included here, see `sharing_mask`; otherwise None.
     """
 
     dtype: str
@@ -110,7 +111,7 @@ class FakeQuantize:
     ceiling: float | None = None
 
     def sharing_mask(self, ceiling: float | None) -> FakeQuantize:
-        """Return the variant that includes the gradient of the Relu or Clip before, if it can."""
+        """Return the variant that includes the gradient of the Relu or Clip, if possible."""
         fits = self.axis is None and self._has_few_levels and not self.learns_zero_point
         fits = fits and self.learns_x and self.method not in ("pact", "dsq")
         return replace(self, ceiling=ceiling) if fits else self
@@ -127,7 +128,7 @@ class FakeQuantize:
 
     @property
     def op_type(self) -> str:
-        """The op type that stands for this variant."""
+        """The op type of this variant."""
         words = ["FakeQuantize", self.dtype, str(self.qmin).replace("-", "m"), str(self.qmax)]
         words += [f"axis{self.axis}"] if self.axis is not None else []
         words += [f"rank{self.rank}"] if self.rank is not None else []
@@ -178,10 +179,10 @@ class FakeQuantize:
         ]
 
     def gradient_function(self, opset: int) -> onnx.FunctionProto | None:
-        """Return the gradient as a model-local function, None where nothing has one.
+        """Return the gradient as a model-local function, or None if no input has a gradient.
 
-        It reads inputs of the forward function by name, ``y``, its output, and ``dy``; and
-        computes ``d<input>``, see `onnxqat.gradients`.
+        The function reads the inputs of the forward function by name, its output as ``y`` and the
+        upstream gradient ``dy``; it computes ``d<input>``, see `onnxqat.gradients`.
         """
         if not (self.learns_x or self.learns_scale):
             return None
@@ -219,7 +220,7 @@ class FakeQuantize:
         return nodes
 
     def _shared_gradient(self, ceiling: float) -> Nodes:
-        """Return the gradient through this and the Relu or Clip that x comes from."""
+        """Return the gradient through this op and the Relu or Clip that computes x."""
         bounded = ceiling < math.inf
         nodes = [
             *self._shaped("x", "y", "dy"),
@@ -239,7 +240,7 @@ class FakeQuantize:
         if not self.learns_scale:
             return nodes
         counted = "inside"
-        if bounded:  # a value at the ceiling may lie within the clipping range
+        if bounded:  # a value at the ceiling can lie inside the clipping range
             nodes += [
                 _node("Sub", ["limit", "ceiling"], "over"),
                 _node("HardSigmoid", ["over"], "all", alpha=1e30, beta=0.0),
@@ -255,10 +256,10 @@ class FakeQuantize:
         ]
 
     def _shaped(self, *tensors: str) -> Nodes:
-        """Return nodes that make rows of tensors where the elements of a scale are rows.
+        """Return nodes that reshape tensors so that each element of a scale has its own row.
 
-        The products want them. And a kernel that broadcasts a scale is slow where the last axis has
-        length 1, as in the weight of a 1x1 convolution.
+        The products need rows. Besides, broadcasting a scale is slow if the last axis has length 1,
+        as in the weight of a 1x1 convolution.
         """
         if self.axis:
             return [_node("Identity", [tensor], f"{tensor}_rows") for tensor in tensors]
@@ -284,10 +285,10 @@ class FakeQuantize:
         ]
 
     def _inside_by_level(self) -> Nodes:
-        """Return the mask from the level that x rounds to, exact for any number of levels.
+        """Return the mask from the level to which x is rounded; exact for any number of levels.
 
-        The level is an integer, so that the distance to the first one outside is 1 or more
-        inside, 0 or less outside.
+        Levels are integers, so the distance to the first level outside of the range is 1 or more
+        inside, and 0 or less outside.
         """
         return [
             *self._whole_zero_point(),
@@ -306,7 +307,7 @@ class FakeQuantize:
         ]
 
     def _whole_zero_point(self) -> Nodes:
-        """Return nodes that make a float32 of whole number of the zero_point."""
+        """Return nodes that compute the zero_point as a float32 with an integer value."""
         if not self.moves_zero_point:
             return [_node("Cast", ["z"], "whole_z", to=TensorProto.FLOAT)]
         return [
@@ -342,7 +343,7 @@ class FakeQuantize:
         ]
 
     def _broadcast(self, values: str, name: str) -> Nodes:
-        """Return nodes that align scale or zero_point with x as it is shaped."""
+        """Return nodes that reshape scale or zero_point so that it broadcasts with x."""
         if self.axis is None or self.rank is None:
             return [_node("Identity", [values], name)]
         shape = [1] * (self.rank if self.axis else 3)
@@ -353,7 +354,7 @@ class FakeQuantize:
         ]
 
     def _scale_gradient(self) -> Nodes:
-        """Return nodes that compute the ``total`` of each element of the scale, before / s."""
+        """Return nodes that compute the ``total`` for each element of the scale, before / s."""
         if self.method not in ("lsq", "lsq+"):
             return self._product("stopped", "y_rows", "total")
         return [

@@ -1,4 +1,4 @@
-"""Fine-tuning: a Q/DQ model and data in, the model with tuned weights and scales out."""
+"""Fine-tune the weights and scales of a Q/DQ model on data."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from onnxqat.train.validation import Validation
 
 __all__ = ["finetune"]
 
-# Fewer samples than this many steps' worth are shown again, up to MAX_EPOCHS times.
+# The default number of epochs makes about this many steps, but is at most MAX_EPOCHS.
 TARGET_STEPS = 2000
 MAX_EPOCHS = 10
 NOT_OF_BLOCKS = ("augment", "ema", "epochs", "patience", "quant_delay")
@@ -75,31 +75,32 @@ def finetune(
     stop: Callable[[], bool] = lambda: False,
     workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> Finetuned:
-    """Fine-tune weights and scales with the quantization in the loop.
+    """Fine-tune weights and scales with simulated quantization.
 
     Parameters
     ----------
     model : QuantizedModel
-        Calibrated, or fine-tuned before. It is not changed.
+        A calibrated or fine-tuned model. It is not changed.
     data : DataSet
         Training samples.
     validation : DataSet, optional
-        Chooses the best state. A seeded slice of ``data`` is held out for it otherwise.
+        Samples that choose the best state (default: a seeded slice of ``data``, held out of
+        training).
     teacher : Model, optional
-        Float model to distil from; of a calibrated file it is the file itself.
+        The float model to distil from (default: the float model inside a calibrated ``model``).
     config : Config
-        Hyper-parameters.
+        The hyper-parameters.
     report : callable
-        Told about every step and epoch.
+        Called after each step and each epoch.
     stage : callable
-        Told what is evaluated meanwhile, how many batches are done, and how many there are.
+        Called during evaluations with a title, the number of finished batches, and their total.
     say : callable
-        Told, before the first step, what is learned from and what chooses the state.
+        Called before the first step with lines that name the loss and the selection figure.
     checkpoints : Checkpoints, optional
-        Where the state is saved, and whether to go on from there. The file is left behind, for the
-        caller to remove when the result is safe.
+        Where checkpoints are saved, and whether to resume from them. The caller must remove the
+        file when the result is saved.
     stop : callable
-        Asked often; once it returns true, the state is saved and the run ends.
+        Is called often; once it returns true, the state is saved and the run ends.
     workers : Workers
         The processes that train together, see `onnxqat.parallel`. All call this function
         with the same arguments, and all return the same.
@@ -107,12 +108,12 @@ def finetune(
     Raises
     ------
     TrainingError
-        A wrong hyper-parameter, nothing to teach, too few samples, a gradient that does not exist,
-        or a checkpoint that is not of this run.
+        A hyper-parameter is wrong, no output can be learned from, there are too few samples, a node
+        has no gradient, or a checkpoint belongs to another run.
     DivergedError
-        The loss left the finite numbers.
+        The loss became infinite or NaN.
     StoppedError
-        ``stop`` said so.
+        ``stop`` returned true.
     """
     model.check_calibrated()
     _check_scope(config, workers)
@@ -175,7 +176,7 @@ def finetune(
 
 
 def _check_scope(config: Config, workers: Workers) -> None:
-    """Refuse what block reconstruction cannot do, and settings that it would not heed."""
+    """Refuse settings that block reconstruction does not support or would ignore."""
     if "blocks" not in config.scope:
         if config.rounding != "nearest":
             raise TrainingError(
@@ -189,15 +190,15 @@ def _check_scope(config: Config, workers: Workers) -> None:
         )
     if workers.size > 1:
         raise TrainingError(
-            "--scope blocks runs in one process. Start it without mpirun, and the network's "
-            "training behind it."
+            "--scope blocks runs in one process only. Start it without mpirun, and then train the "
+            "network in a second run."
         )
     usual = Config()
     given = [n for n in NOT_OF_BLOCKS if getattr(config, n) != getattr(usual, n)]
     if given and "network" not in config.scope:
         option = given[0].replace("_", "-")
         raise TrainingError(
-            f"--{option} is of training from end to end. Leave it out, or pass --scope "
+            f"--{option} applies to training from end to end. Leave it out, or pass --scope "
             "blocks,network."
         )
 
@@ -221,18 +222,18 @@ def _of_blocks(blocks: Reconstructed, run: _Run) -> Finetuned:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A fine-tuning, everything being settled that does not depend on its scope.
+    """A fine-tuning with all decisions that do not depend on its scope.
 
     Parameters
     ----------
     model, rest, reference
-        What is trained, what onnxruntime can run of it, and the float model.
+        The model, the part of it that onnxruntime can run, and the float model.
     data, training, held_out
-        All samples, and what they were divided into.
+        All samples, and the two sets into which they were divided.
     config, loss, parts, selection, with_loss
-        How it is trained and judged; ``with_loss`` says whether the held-out loss is measured.
+        How the model is trained and judged; ``with_loss``: whether the held-out loss is measured.
     metrics : tuple of Metric
-        What is measured besides.
+        Further metrics.
     """
 
     model: QuantizedModel
@@ -325,7 +326,7 @@ class _Run:
         return loop.run()
 
     def _judging(self, read: set[str]) -> DataSet:
-        """Return the held-out data with what the loss reads of them."""
+        """Return the held-out data with the arrays that the loss reads."""
         return with_arrays(self.held_out, read, self.config) if self.with_loss else self.held_out
 
     def _validation(self, held_out: DataSet, teaching: ort.InferenceSession | None) -> Validation:
@@ -342,7 +343,7 @@ class _Run:
         )
 
     def _identity(self, training: DataSet, held_out: DataSet) -> Callable[[], Identity]:
-        """Return what says, when it is first asked, what must be the same to go on."""
+        """Return a function that computes (once) the values that must be the same on resuming."""
         return cache(
             partial(
                 _identity,
@@ -360,7 +361,7 @@ class _Run:
 def _float_form(
     model: QuantizedModel, form: TrainingForm, read: str | None, asked: frozenset[str]
 ) -> TrainingForm:
-    """Return the training form of the float network, which observes what ``form`` observes."""
+    """Return the training form of the float network, with the observed tensors of ``form``."""
     plan = model.plan
     nothing = QuantPlan(rule=plan.rule, points=(), skips=())
     floats = model.with_params({}, state="calibrated", plan=nothing)

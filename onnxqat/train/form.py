@@ -1,6 +1,6 @@
-"""Q/DQ model -> training form: parameters become inputs, Q/DQ pairs become `FakeQuantize`.
+"""Make the training form of a Q/DQ model: parameters become inputs, pairs become `FakeQuantize`.
 
-The forward pass stays what it was, bit for bit. A pair whose input already lies on the same
+The forward pass keeps the same values, bit for bit. A pair whose input already lies on the same
 grid (behind a MaxPool, a Reshape, a Concat of one group ...) is the identity and is left out.
 """
 
@@ -44,7 +44,7 @@ __all__ = ["TrainingForm", "Untrainable", "reaching", "training_form", "untraina
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 5  # nodes in one message
+MAX_NAMED = 5  # the most nodes that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +54,19 @@ class TrainingForm:
     Attributes
     ----------
     proto : onnx.ModelProto
-        Inputs: the data, then weights and scales by name. Outputs: those of the model.
+        The graph. Inputs: the data, then weights and scales by name. Outputs: those of the model.
     weights : dict of str to float32 array
-        What is trained besides scales: weights, biases, normalisation parameters. Of a weight whose
-        rounding is learned, the variables of that.
+        The trained parameters except scales: weights, biases, normalization parameters. For a
+        weight whose rounding is learned, the variables of the rounding.
     scales : dict of str to float32 array
-        By `QuantPoint.parameters`; its input is named ``<parameters>/scale``.
+        The scales, by `QuantPoint.parameters`; their inputs are named ``<parameters>/scale``.
     zero_points : dict of str to float32 array
-        The same for those that move, ``<parameters>/zero_point``; the forward pass rounds them.
+        The trained zero points, named ``<parameters>/zero_point``; the forward pass rounds them.
     learned : frozenset of str
         The inputs that have gradients.
     observed : dict of str to tuple of str
-        The activations that move a clipping range, by `QuantPoint.parameters`; none of a weight.
+        The activations whose range moves a clipping range, by `QuantPoint.parameters`; empty for
+        weights.
     roundings : dict of str to AdaRound
         The weights whose rounding is learned, by name.
     """
@@ -80,7 +81,7 @@ class TrainingForm:
 
     @property
     def parameters(self) -> dict[str, FloatArray]:
-        """Every parameter that is an input of the graph, by the input's name."""
+        """All parameters that are inputs of the graph, by the input's name."""
         scales = {scale_name(name): scale for name, scale in self.scales.items()}
         zero_points = {zero_point_name(name): z for name, z in self.zero_points.items()}
         return self.weights | scales | zero_points
@@ -99,21 +100,21 @@ def training_form(
     Parameters
     ----------
     model : QuantizedModel
-        As `insert` made it. It is not changed.
+        The Q/DQ model. It is not changed.
     method : Method
-        Method of the points whose spec names none, see `onnxqat.train.fake_quantize`.
+        The method of points whose spec names none, see `onnxqat.train.fake_quantize`.
     read : str, optional
-        A tensor that the loss reads; the first output by default.
+        A tensor that the loss reads (default: the first output).
     asked : collection of str
-        Constants to train whatever they are, see `onnxqat.train.trained`.
+        Constants that the user wants to train, see `onnxqat.train.trained`.
     adaround : bool
-        Whether weights that nobody reads but their Q/DQ pair learn how they are rounded, and no
-        scale, see `onnxqat.train.adaround`.
+        Whether weights that only their Q/DQ pair reads learn their rounding instead of values and
+        scales, see `onnxqat.train.adaround`.
 
     Raises
     ------
     TrainingError
-        An op on the way from a parameter to an output has no right gradient.
+        An op between a parameter and an output has no correct gradient.
     """
     work, weights, builder = _build(model, method=method, read=read, asked=asked, adaround=adaround)
     if builder.refused:
@@ -147,7 +148,7 @@ def training_form(
 
 
 class Untrainable(NamedTuple):
-    """A node through which no gradient can pass, although something before it is trained."""
+    """A node without a gradient that lies behind a trained parameter."""
 
     node: str
     op_type: str
@@ -155,19 +156,19 @@ class Untrainable(NamedTuple):
 
 
 def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
-    """Return what would keep a model from being fine-tuned under a plan; empty if nothing does.
+    """Return the nodes that prevent fine-tuning of a model with a plan; empty if there are none.
 
-    Ops behind the last point that onnxruntime lacks do not: training ends before them.
+    Ops that onnxruntime lacks behind the last point are no obstacle: training ends before them.
 
     Parameters
     ----------
     model : Model
         The prepared float model.
     plan : QuantPlan
-        Made for it.
+        The plan of the model.
     """
     quantized = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
-    with suppress(ModelError):  # where it cannot be run, its nodes are named
+    with suppress(ModelError):  # if the model cannot run, its nodes are named below
         quantized = computable(quantized).model
     return _build(quantized)[2].refused
 
@@ -178,8 +179,8 @@ def _refusal(nodes: list[Untrainable]) -> str:
     named += f"; and {rest} more, which 'onnxqat check --train' names" if rest > 0 else ""
     noun = "Node" if len(nodes) == 1 else f"{len(nodes)} nodes:"
     return (
-        f"{noun} {named}. Parameters before are trained. Exclude the nodes before "
-        "(--set 'name:...quantize=false') or rewrite the model."
+        f"{noun} {named}. Parameters before it are to be trained. Keep the nodes before it float "
+        "(--set 'name:REGEX.quantize=false') or rewrite the model."
     )
 
 
@@ -193,8 +194,8 @@ def _build(
 ) -> tuple[Model, dict[str, FloatArray], _Builder]:
     """Return the Q/DQ model with the graph of its training form, and its weights.
 
-    Float weights before a node that has no gradient are left as they are: a node can be kept
-    from being trained by keeping it from being quantized.
+    Float weights before a node without a gradient are not trained: a user can exclude nodes from
+    training by not quantizing them.
     """
     plan = model.plan
     names = trained_initializers(model.floats.graph, plan, asked)
@@ -208,7 +209,7 @@ def _build(
         if before.isdisjoint(names):
             return work, weights, builder
         logger.info(
-            "Not trained, because they are float and no gradient passes '%s': %s",
+            "Not trained, because they are float and '%s' behind them has no gradient: %s",
             builder.refused[0].node,
             ", ".join(name for name in names if name in before),
         )
@@ -230,13 +231,13 @@ def _make_inputs(graph: gs.Graph, names: list[str]) -> dict[str, FloatArray]:
         tensor = tensors[name]
         values[name] = np.array(tensor.values, np.float32, order="C")
         tensor.to_variable(np.float32, values[name].shape)
-        tensor.type = "tensor_type"  # graphsurgeon's conversion leaves it out
+        tensor.type = "tensor_type"  # graphsurgeon's conversion does not set it
         graph.inputs.append(tensor)
     return values
 
 
 class _Builder:
-    """Replace Q/DQ pairs in node order, keeping track of grids and of what needs a gradient."""
+    """Replaces Q/DQ pairs in node order, and tracks grids and tensors that need a gradient."""
 
     def __init__(
         self,
@@ -247,25 +248,25 @@ class _Builder:
         read: str | None,
     ) -> None:
         self.graph = graph
-        self.source: Model | None = source.floats  # until the shapes in it are used
+        self.source: Model | None = source.floats  # released once its shapes were used
         self.params = source.params
         self.method = method
         points = source.plan.grid_points()
         self.points = {node_name(p.tensor, "QuantizeLinear"): p for p in points}
-        self.grid: dict[str, str] = {}  # tensor on a grid -> the name of its parameters
+        self.grid: dict[str, str] = {}  # for each tensor on a grid, the name of its parameters
         self.weights = frozenset(trained)
         self.trained = set(trained)  # tensors that need a gradient
         self.variants: dict[str, FakeQuantize | CustomOp] = {}
         self.functions: list[onnx.FunctionProto] = []
         self.refused: list[Untrainable] = []
         self.inputs: dict[str, gs.Tensor] = {}  # scales and zero_points
-        self.moving: list[str] = []  # parameters whose zero_point moves
+        self.moving: list[str] = []  # parameters whose zero_point is trained
         self.learned: list[str] = []  # inputs that have gradients
         self.observed: dict[str, list[str]] = {}
         self.dead: set[int] = set()
-        self.ceilings: dict[str, float] = {}  # tensors whose point has the mask of their op too
-        self.rounded: dict[str, FloatArray] = {}  # weights that may learn their rounding
-        self.roundings: dict[str, AdaRound] = {}  # those that do
+        self.ceilings: dict[str, float] = {}  # tensors whose point includes the mask before it
+        self.rounded: dict[str, FloatArray] = {}  # weights that can learn their rounding
+        self.roundings: dict[str, AdaRound] = {}  # weights that learn their rounding
         self.reaching = reaching(graph, read)
 
     def run(self) -> None:
@@ -279,7 +280,7 @@ class _Builder:
         self.graph.nodes.extend(nodes)
 
     def _follow(self, node: gs.Node) -> list[gs.Node]:
-        """Carry grids and the need of a gradient over one node; return what stands for it."""
+        """Update grids and needed gradients for one node; return the nodes that replace it."""
         grids = {self.grid.get(t.name) for t in data_inputs(node)}
         if keeps_grid(node) and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
@@ -311,7 +312,7 @@ class _Builder:
         return nodes
 
     def _shares_mask(self, node: gs.Node) -> bool:
-        """Return whether the gradient of a Relu or Clip is included in that of its point."""
+        """Return whether the point behind a Relu or Clip includes its gradient."""
         high, out = ceiling(node), node.outputs[0]
         alone = len(out.outputs) == 1 and all(out is not t for t in self.graph.outputs)
         point = self.points.get(out.outputs[0].name) if alone else None
@@ -321,7 +322,7 @@ class _Builder:
         return self._variant(point, out).ceiling is not None
 
     def _fix_shapes(self, source: Model) -> None:
-        """Fill in what does not depend on the batch, where a length is missing."""
+        """Fill in missing lengths that do not depend on the batch."""
         self.source = None
         found = fixed_shapes(source)
         for rename in (float_name, dequantized_name):
@@ -381,10 +382,10 @@ class _Builder:
         return source.name in self.rounded and point.group is None and not read
 
     def _method(self, point: QuantPoint) -> Method:
-        """Return how the scale of a point moves.
+        """Return the method by which the scale of a point is trained.
 
-        One that the chip forces stays, and so does that of a constant that is not trained: the
-        constant would move with it.
+        A scale that the chip fixes is not trained, nor is that of an untrained constant, whose
+        values would change with it.
         """
         alone = point.role == "weight" and point.group is None
         if point.spec.fixed_range or (alone and point.tensor not in self.weights):
@@ -427,7 +428,7 @@ class _Builder:
 
 
 def _pair_nodes(node: gs.Node) -> list[gs.Node]:
-    """Return the Q [, Clip], DQ nodes that begin at a QuantizeLinear of ours."""
+    """Return the Q [, Clip], DQ nodes that begin at one of our QuantizeLinear nodes."""
     chain = [node]
     while chain[-1].op != "DequantizeLinear":
         chain.append(chain[-1].outputs[0].outputs[0])
@@ -435,7 +436,7 @@ def _pair_nodes(node: gs.Node) -> list[gs.Node]:
 
 
 def reaching(graph: gs.Graph, read: str | None = None) -> set[str]:
-    """Return the tensors from which floats lead to ``read``, the first output by default."""
+    """Return the tensors with a path of float32 values to ``read`` (default: the first output)."""
     end = graph.outputs[0].name if read is None else read
     read_by_nodes = (t for node in graph.nodes for t in node.inputs)
     floats = {t.name for t in read_by_nodes if t.dtype in (None, np.float32)}

@@ -1,4 +1,4 @@
-"""What a run is given: data in batches, divided; the arrays that the loss reads; the teacher."""
+"""Prepare the inputs of a run: batches, held-out data, arrays that the loss reads, the teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
-    """Return the data in the batches that the model is fixed to."""
+    """Return the data in the fixed batches of the model, if its batch is fixed."""
     for tensor in model.floats.graph.inputs:
         length = tensor.shape[0] if tensor.shape else None
         if isinstance(length, int) and tensor.name in data.sample_inputs:
@@ -39,7 +39,7 @@ def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
 
 
 def batches_per_step(data: DataSet, size: int, config: Config, workers: Workers) -> int:
-    """Return what was asked for; else, where the batch is fixed, as many as make usual steps."""
+    """Return the configured number of batches per step, or the default for a fixed batch."""
     if config.accumulate is not None or data.fixed_batch is None:
         return config.batches
     at_once = size * workers.size
@@ -47,7 +47,7 @@ def batches_per_step(data: DataSet, size: int, config: Config, workers: Workers)
 
 
 def divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[DataSet, DataSet]:
-    """Return what is trained on, and what is held out: whole batches where they are fixed."""
+    """Return the training and the held-out data; fixed batches are not divided."""
     if validation is not None:
         return data, validation
     count, fraction, unit = len(data), config.validation, data.fixed_batch or 1
@@ -62,7 +62,7 @@ def divide(data: DataSet, validation: DataSet | None, config: Config) -> tuple[D
 def check_enough(
     count: int, training: DataSet, held_out: DataSet, config: Config, workers: Workers
 ) -> None:
-    """Refuse data that do not fill a step, or leave nothing to hold out."""
+    """Refuse data that are too few for one step and a held-out slice."""
     size, batches = config.samples, config.batches * workers.size
     if len(training) >= size * batches and len(held_out):
         return
@@ -84,14 +84,14 @@ def with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
     for key, _ in arrays.values():
         if config.augment and data.array(key).shape and key not in moved:
             raise TrainingError(
-                f"--augment moves the images, and not the array '{key}' that the loss reads. "
+                f"--augment changes the images, but not the array '{key}' that the loss reads. "
                 "Leave --augment out."
             )
     return data.with_arrays(arrays) if arrays else data
 
 
 def teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession | None:
-    """Return a session of the teacher with the tensors that the loss reads; None without any."""
+    """Return a session of the teacher with the tensors that the loss reads, or None if none."""
     read = {name for name in inputs if name.startswith(teacher_input(""))}
     if not read:
         return None
@@ -111,19 +111,19 @@ def teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession
 
 
 def teacher_of(model: QuantizedModel, teacher: Model | None) -> Model:
-    """Return the float model that is learned from.
+    """Return the teacher.
 
     Raises
     ------
     TrainingError
-        None is given, and the model's own weights are not the float model's any more.
+        No teacher is given, and the weights of ``model`` are no longer those of its float model.
     """
     if teacher is not None:
         return teacher
     floats = original(model.floats)
     if weights_hash(floats.graph) != model.source:
         raise TrainingError(
-            f"{model.name}: its weights are not those of the float model any more, so that it "
-            "cannot teach itself. Pass the float model with --teacher."
+            f"{model.name}: its weights are no longer those of the float model, so it cannot be "
+            "its own teacher. Pass the float model with --teacher."
         )
     return floats

@@ -217,4 +217,4 @@ def test_the_best_epochs_are_kept_as_files(work):
         assert again["agreement"] == pytest.approx(by_epoch[epoch], abs=1e-6)
     (work / "k.onnx").unlink()
     (work / "k.jsonl").unlink()
-    assert "is there already. Pass --force" in error(*words)
+    assert "already exists. Pass --force" in error(*words)

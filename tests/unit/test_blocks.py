@@ -169,7 +169,7 @@ def test_what_blocks_cannot_do_is_said(coarse, data):
     two.size = 2
     with pytest.raises(TrainingError, match="--scope blocks runs in one process"):
         finetune(coarse, data, config=Config(**FAST), workers=two)
-    with pytest.raises(TrainingError, match="--quant-delay is of training from end to end"):
+    with pytest.raises(TrainingError, match="--quant-delay applies to training from end to end"):
         finetune(coarse, data, config=Config(**FAST, quant_delay=3))
 
 

@@ -231,7 +231,7 @@ def spoil(source: Path, target: Path, kind: str) -> None:
 )
 def test_what_is_no_checkpoint_is_refused(models, data, kept, tmp_path, kind):
     spoil(kept, tmp_path / "c", kind)
-    with pytest.raises(TrainingError, match="c: is no checkpoint of this version"):
+    with pytest.raises(TrainingError, match="c: is not a checkpoint of this version"):
         finetune(
             models[2],
             data,
@@ -284,7 +284,7 @@ def test_a_full_disk_is_said_once_and_the_last_checkpoint_stays(kept, tmp_path, 
 
     (message,) = caplog.messages
     assert "c: cannot be written (File too large)." in message
-    assert message.endswith("Training goes on without this checkpoint.")
+    assert message.endswith("Training continues without this checkpoint.")
     assert (tmp_path / "c").read_bytes() == kept.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     assert not checkpoints.written

@@ -116,7 +116,7 @@ def test_labels_that_are_no_classes_need_a_word(detection):
 def test_images_are_not_moved_without_their_boxes(detection):
     config = Config(**FAST, loss=loss_file(detection), augment=("flip",))
     with pytest.raises(
-        TrainingError, match="--augment moves the images, and not the array 'boxes'"
+        TrainingError, match="--augment changes the images, but not the array 'boxes'"
     ):
         detection.tuned(config, label="none")
 
