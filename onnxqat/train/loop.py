@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, the best state, and what is done when the loss rises."""
+"""The training loop: steps, epochs, the best state, and restarts when the loss rises."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ MAX_BACKOFFS = 3
 
 @dataclass
 class Loop:
-    """One fine-tuning, everything being settled.
+    """One fine-tuning of the network from end to end.
 
     Parameters
     ----------
     model, form, session, step_batches, config
-        What is trained, how, on what.
+        The Q/DQ model, its training form, the session, the feeds and the hyper-parameters.
     delayed : StepSession or None
         The float network, which the first steps train.
     validate : Validation
         Evaluates a Q/DQ model on the held-out data.
     parts, selection
-        As `Finetuned` returns them.
+        See `Finetuned`.
     epochs : int
-        How many to run.
+        The number of epochs.
     report : callable
-        Told about every step and epoch.
+        Called after each step and each epoch.
     stage : callable
-        Told what is evaluated, how many batches are done, and how many there are.
+        Called during evaluations with a title, the number of finished batches, and their total.
     announcement, say
-        What is told, and to whom, once the data have proved usable.
+        Lines of text, and the function that prints them once the data have proved usable.
     checkpoints : Checkpoints or None
         Where the state is saved.
     identity : callable
-        Returns what must be the same for a run to go on.
+        Returns the values that must be the same when a run resumes.
     stop : callable
-        Whether to stop here; asked after every step and while evaluating.
+        Returns whether to stop; called after each step and during evaluations.
     workers : Workers
-        Who trains together.
+        The processes that train together.
     """
 
     model: QuantizedModel
@@ -107,10 +107,10 @@ class Loop:
         self.best = Flat(values.views)
         self.factor = 0.0
         self.kept = values if self.config.ema is None else Flat(values.views)
-        self.tuned = self.model.floats.copy()  # takes the weights of one state after the other
+        self.tuned = self.model.floats.copy()  # receives the weights of each evaluated state
         self._reset()
         if self.checkpoints and self.workers.rank == 0:
-            self.identity()  # now, since the data may be gone when a checkpoint is due
+            self.identity()  # now, because the data may be gone when a checkpoint is due
         self.record = self._first_record()
         if not self.record.finished:
             for line in self.announcement:
@@ -123,7 +123,7 @@ class Loop:
         return self._outcome()
 
     def _outcome(self) -> Finetuned:
-        """Return what the run has come to."""
+        """Return the current result of the run."""
         record, selection = self.record, self.selection
         said = verdict(record.before, record.tried, record.best_epoch, selection)
         return Finetuned(
@@ -143,12 +143,12 @@ class Loop:
     def _check_delay(self) -> None:
         if self.config.quant_delay >= self.steps:
             raise TrainingError(
-                f"--quant-delay {self.config.quant_delay}: the run has {self.steps} steps, and "
-                "would train without quantization. Give fewer, or more --epochs."
+                f"--quant-delay {self.config.quant_delay}: the run has only {self.steps} steps, "
+                "all of them without quantization. Give fewer, or more --epochs."
             )
 
     def _reset(self) -> None:
-        """Set every array that training changes to the start."""
+        """Reset all arrays that training changes to their values at the start."""
         session = self.session
         for name, value in self.form.parameters.items():
             if name in session.values.views:
@@ -161,7 +161,7 @@ class Loop:
         self.ranges = Ranges(self.form, session.values, self.model, constant)
 
     def _first_record(self) -> Record:
-        """Evaluate the start, or take up where the checkpoint left."""
+        """Evaluate the start, or load the state of the checkpoint."""
         if self.checkpoints and self.checkpoints.resume:
             record = self.workers.first(self._load)
             for array in self._arrays().values():
@@ -170,7 +170,7 @@ class Loop:
             self.started -= record.seconds
             return record
         before = self._evaluate("the start", self.model, self._stop_at_start)
-        score(before, self.selection.figure)  # a figure that does not exist is said at once
+        score(before, self.selection.figure)  # an unknown figure is refused at once
         self._check_start(before)
         check_labels(before, self.model.name, force=self.config.force_labels)
         return Record(before=before, best=before, losses=self._no_losses())
@@ -180,18 +180,18 @@ class Loop:
         return self.checkpoints.load(self.identity(), Record, self._arrays())
 
     def _check_start(self, before: Evaluation) -> None:
-        """Refuse a start that no state can be better than."""
+        """Refuse a start whose figure is not finite, so that no state can be compared with it."""
         figure = before.first.get(self.selection.figure, self.selection.figure)
         value = figures_of(before)[figure]
         if not math.isfinite(value):
             raise TrainingError(
                 f"{self.model.name}: on the held-out data, {self.selection.figure} is {value} "
-                "before training. The model computes values that are not finite on these data: "
-                "check them and the preprocessing (--mean, --scale)."
+                "before training. The model computes infinite or NaN values on these data. Check "
+                "the data and the preprocessing (--mean, --scale)."
             )
 
     def _evaluate(self, title: str, model: QuantizedModel, stop: Callable[[], None]) -> Evaluation:
-        """Let worker 0 evaluate; ``stop`` may end it, where nobody waits for the result."""
+        """Evaluate on worker 0; ``stop`` may end it if no other worker waits for the result."""
         done, total = 0, self.validate.batches
 
         def progress() -> None:
@@ -212,7 +212,7 @@ class Loop:
         return LossHistory(window=min(RECENT_STEPS, self.steps // 10))
 
     def _arrays(self) -> dict[str, FloatArray]:
-        """Return every array that training changes."""
+        """Return all arrays that training changes."""
         moments = self.updater.optimizer.buffers
         arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
         arrays |= {f"latent/{name}": latent for name, latent in self.updater.latents.items()}
@@ -226,7 +226,7 @@ class Loop:
         return time.monotonic() - self.started
 
     def _save(self) -> bool:
-        """Write a checkpoint where there is one to be; return whether it was written."""
+        """Write a checkpoint, if configured; return whether it was written."""
         if self.checkpoints is None:
             return False
         record = self.record
@@ -249,19 +249,20 @@ class Loop:
         kept = self._save()
         if self.checkpoints is None or not self.checkpoints.written:
             raise StoppedError(f"{where}. Nothing was kept.")
-        what = "kept" if kept else "which could not be kept; an earlier step is"
+        what = "saved" if kept else "which could not be saved; an earlier step is"
         raise StoppedError(
-            f"{where}, {what} in {self.checkpoints.path}. Go on with the same command and --resume."
+            f"{where}, {what} in {self.checkpoints.path}. Continue with the same command and "
+            "--resume."
         )
 
     def _train(self) -> bool:
-        """Run the epochs; return False when a smaller rate is to be tried from the start."""
+        """Run the epochs; return False if training must restart with a smaller rate."""
         record = self.record
         while record.epoch < self.epochs and self._patient():
             done = record.step - record.epoch * self.step_batches.steps
             for batches in self.step_batches.epoch(record.epoch + 1, done=done):
                 if record.step == self.config.quant_delay > 0:
-                    record.losses = self._no_losses()  # those of the float network are lower
+                    record.losses = self._no_losses()  # losses of the float network are lower
                 loss = self._gradient(batches)
                 self._check_finite(loss)
                 record.losses.add(loss)
@@ -280,11 +281,11 @@ class Loop:
         return True
 
     def _gradient(self, batches: Iterator[Feeds]) -> float:
-        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        """Set the gradients to their mean over a step's batches of all workers; return the loss."""
         session, gradients = self.session, self.session.gradients.buffer
         if self.delayed and self.record.step < self.config.quant_delay:
             session = self.delayed
-            gradients[...] = 0  # the float network has none for scales
+            gradients[...] = 0  # the float network has no gradients for scales
         self.ranges.begin()
 
         def run(feeds: Feeds) -> float:
@@ -307,21 +308,21 @@ class Loop:
     def _rate(self) -> float:
         """Return the factor of the learning rate at this step.
 
-        The first steps change nothing: they measure the loss that later ones are compared with,
-        and fill Adam's means.
+        The first steps change nothing: they measure the loss with which later ones are compared,
+        and initialize Adam's means.
         """
         record = self.record
         factor = rate_factor(self.config, record.step, self.steps, first=record.losses.window)
         return 0.25**record.backoffs * factor
 
     def _average(self) -> None:
-        """Follow the values with the moving average, if that is what is kept."""
+        """Update the moving average of the values, if one is kept."""
         if self.config.ema is not None:
             self.kept.buffer *= np.float32(self.config.ema)
             self.kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
 
     def _check_finite(self, loss: float) -> None:
-        """Stop where the loss or a gradient is no number, and name the tensor."""
+        """Stop if the loss or a gradient is not finite, and name the tensor."""
         record, session = self.record, self.session
         moved = record.step > record.losses.window
         if not math.isfinite(loss):
@@ -339,14 +340,14 @@ class Loop:
         raise DivergedError(f"{message} {kept}", self._outcome())
 
     def _back_off(self) -> bool:
-        """Say what is done about a rising loss; return whether to try again."""
+        """Report the reaction to a rising loss; return whether to restart."""
         rate = 0.25**self.record.backoffs
         again = self.record.backoffs < MAX_BACKOFFS
         if again:
             self.record.backoffs += 1
-            note = f"the loss rose; starting again with {rate / 4:g} times the learning rate"
+            note = f"the loss rose; restarting with {rate / 4:g} times the learning rate"
         else:
-            note = f"the loss rose at {rate:g} times the learning rate too; the best state is kept"
+            note = f"the loss also rose at {rate:g} times the learning rate; the best state is kept"
         self.record.notes.append(note)
         if self.workers.rank == 0:
             logger.warning(note)
@@ -371,7 +372,7 @@ class Loop:
         self.report(progress)
 
     def _end_epoch(self) -> None:
-        """Evaluate, and keep the state if it is the best."""
+        """Evaluate the state, and keep it if it is the best."""
         record, kept = self.record, self.kept
         candidate = self._written_back(kept.views)
         figures = self._evaluate(f"epoch {record.epoch + 1}", candidate, self._stop_if_asked)
@@ -384,7 +385,7 @@ class Loop:
         self._tell(figures, candidate)
 
     def _patient(self) -> bool:
-        """Whether to go on looking for a better state."""
+        """Return whether to continue the search for a better state."""
         patience, waited = self.config.patience, self.record.waited
         if patience is None or waited < patience or self.record.epoch == self.epochs:
             return True

@@ -1,4 +1,4 @@
-"""What a fine-tuning tells on the way, remembers, and returns."""
+"""The reports, the internal record and the result of a fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ __all__ = ["BlockFigures", "DivergedError", "Finetuned", "Progress", "Record", "
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a running fine-tuning stands; passed to the caller after every step and epoch.
+    """The state of a running fine-tuning, reported after each step and each epoch.
 
     Attributes
     ----------
     step, steps, epoch, epochs : int
-        Done and in all; counted from 1.
+        The current number (from 1) and the total of steps and epochs.
     loss : float
         Mean over the last steps.
     lr, scale_lr : float
-        Learning rates of weights and scales at this step, of groups without their own.
+        Learning rates of weights and scales at this step, for groups without their own rates.
     validation : Evaluation or None
-        After an epoch,
+        After an epoch: its figures on the held-out data.
     model : QuantizedModel or None
-        and the Q/DQ model it is of.
+        After an epoch: the Q/DQ model of its state.
     score : tuple of float
-        After an epoch: what states are ordered by; that of the best one is the largest.
+        After an epoch: the sort key of its state; the best state has the largest.
     note : str
-        Something the user should read.
+        A message for the user.
     before : Evaluation or None
         Figures of the start.
     part : {"epoch", "block"}
-        What ``epoch`` counts. The steps of blocks are counted by themselves.
+        What ``epoch`` counts. The steps of blocks are counted separately.
     """
 
     step: int
@@ -59,21 +59,21 @@ class Progress:
 
 
 class BlockFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one block.
+    """The result of one block.
 
     Attributes
     ----------
     layers : int
-        How many of its nodes have a weight.
+        The number of its nodes with a weight.
     outputs : tuple of str
-        The tensors that it was taught.
+        The tensors that the block learned.
     before, after : float or None
-        Squared error of these on held-out samples, by their variance; None where it was not
-        measured, or not finite.
+        Squared error of these tensors on held-out samples, divided by their variance; None if not
+        measured or not finite.
     kept : bool
-        Whether it holds what training found.
+        Whether the trained parameters were kept.
     note : str
-        Why not.
+        Why they were not kept.
     """
 
     layers: int
@@ -86,43 +86,43 @@ class BlockFigures(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """In words."""
         if self.before is None:
-            return f"stays as it was: {self.note}"
+            return f"unchanged: {self.note}"
         after = "not finite" if self.after is None else f"{self.after:.3g}"
-        kept = "" if self.kept else ", stays as it was"
+        kept = "" if self.kept else ", unchanged"
         return f"error {self.before:.3g} -> {after}{kept}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Finetuned:
-    """The outcome.
+    """The result of a fine-tuning.
 
     Attributes
     ----------
     model : QuantizedModel
-        The best state by the validation metric; the start itself if nothing was better.
+        The best state by the selection figure; the start if no state was better.
     before, after : Evaluation
-        On the held-out data.
+        The figures of the start and of ``model`` on the held-out data.
     epochs : int
-        How many were run.
+        The number of epochs that were run.
     best_epoch : int
-        The one the model is of; 0 is the start.
+        The epoch of ``model``; 0 is the start.
     seconds : float
         Wall time of training, without loading.
     parts : tuple of Part
-        What each output adds to the loss, where the loss was chosen by default.
+        The part of each output in a loss that was chosen by default.
     selection : Selection
-        What the state was chosen by, and why.
+        The figure that chose the state, and why.
     notes : tuple of str
-        What was done about a rising loss, why it ended early, that the start was kept, and where
-        loss and accuracy disagree.
+        Messages on restarts after a rising loss, an early end, a start that was kept, and figures
+        that would choose different states.
     tried : tuple of (int, Evaluation)
-        Each epoch and its figures; a start with a smaller rate comes back to epoch 1.
+        Each epoch and its figures; after a restart with a smaller rate, epoch 1 follows again.
     blocks : tuple of BlockFigures
-        Of block reconstruction.
+        The results of block reconstruction.
     blocks_kept : bool
-        Whether the model, or what the epochs began with, has the tuned blocks.
+        Whether the tuned blocks are in the model, or in the state from which the epochs started.
     waiting : float or None
-        Share of their time that the steps of this process waited for data; None without steps.
+        The share of the time of this process's steps spent waiting for data; None without steps.
     """
 
     model: QuantizedModel
@@ -141,7 +141,7 @@ class Finetuned:
 
     @property
     def kept(self) -> str:
-        """Which state the model is: ``epoch 3``, ``blocks`` or ``start``."""
+        """The name of the model's state: ``epoch 3``, ``blocks`` or ``start``."""
         if self.best_epoch:
             return f"epoch {self.best_epoch}"
         return "blocks" if self.blocks_kept else "start"
@@ -159,7 +159,7 @@ class DivergedError(TrainingError):
     Attributes
     ----------
     outcome : Finetuned
-        What the run had come to; its model is the last good state.
+        The result so far; its model is the last good state.
     """
 
     def __init__(self, message: str, outcome: Finetuned) -> None:
@@ -168,11 +168,11 @@ class DivergedError(TrainingError):
 
 
 class StoppedError(TrainingError):
-    """The caller asked a run to stop; it can go on from its checkpoint, if it has one."""
+    """The caller stopped a run; it can resume from its checkpoint, if it has one."""
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """What a run has come to, besides its arrays.
+    """The state of a run, without its arrays.
 
     Attributes
     ----------
@@ -181,22 +181,21 @@ class Record(msgspec.Struct, kw_only=True):
     best_epoch : int
         The epoch of the best state; 0 is the start.
     backoffs : int
-        How often training started again at a quarter of the rate.
+        The number of restarts, each at a quarter of the rate.
     step, epoch : int
-        Steps taken and epochs validated since it last started.
+        Steps and epochs since the last restart.
     waited : int
         Epochs since the last better state.
     losses : LossHistory
-        Since then.
+        The losses since the last restart.
     tried : list of (int, Evaluation)
-        The epochs whose states were judged, and their figures; those of a start with another rate
-        too.
+        The evaluated epochs and their figures, including those before a restart.
     notes : list of str
-        What was done about a rising loss, and why it ended early.
+        Messages on restarts after a rising loss, and on an early end.
     seconds : float
         Wall time so far.
     finished : bool
-        Whether the run is at its end.
+        Whether the run has finished.
     """
 
     before: Evaluation

@@ -1,4 +1,4 @@
-"""Which state is the best, and when to stop looking for a better one."""
+"""Choose the figure that selects the best state, and compare states by it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ __all__ = [
 ]
 
 LOSS = "loss"
-INTEGER = "integer:"  # before a figure of the network in the integers of its chip
-FALLING = ("max_abs_diff", LOSS)  # the smaller the better
-WITHOUT_METRIC = ("top1", "top5", "agreement", *FALLING)  # every evaluation has them
+INTEGER = "integer:"  # prefix of a figure measured in the chip's integer arithmetic
+FALLING = ("max_abs_diff", LOSS)  # figures for which smaller is better
+WITHOUT_METRIC = ("top1", "top5", "agreement", *FALLING)  # figures of every evaluation
 # A share p of n samples has the standard error sqrt(p (1 - p) / n), at most 1 / (2 sqrt(n)). Epochs
-# differ by some points, and two points are the standard error of 625 samples: fewer cannot tell.
+# differ by a few points. With fewer than 625 samples the error exceeds two points: too much.
 ERROR = 0.02
 ENOUGH = 625
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What the best state is chosen by.
+    """The figure that chooses the best state.
 
     Attributes
     ----------
     figure : str
         ``top1``, ``agreement``, ``loss`` ...
     reason : str
-        Why.
+        Why this figure was chosen.
     """
 
     figure: str
@@ -52,7 +52,7 @@ class Selection:
 def selection_of(
     outputs: Sequence[Output], *, labelled: bool, own_loss: bool, held_out: int
 ) -> Selection:
-    """Return what states are told apart by, where the user does not say.
+    """Return the figure that chooses the best state if the user names none.
 
     Parameters
     ----------
@@ -61,18 +61,18 @@ def selection_of(
     labelled : bool
         Whether the held-out data have class labels.
     own_loss : bool
-        Whether the loss is computed by a file of the user's.
+        Whether the loss is computed by an ONNX file of the user.
     held_out : int
-        How many samples judge a state.
+        The number of held-out samples.
     """
     if own_loss:
-        return Selection(figure=LOSS, reason="it is computed by a file")
+        return Selection(figure=LOSS, reason="the loss is computed by a file")
     if not labelled and len(outputs) > 1:
         return Selection(
-            figure=LOSS, reason=f"agreement is of one output, and there are {len(outputs)}"
+            figure=LOSS, reason=f"agreement needs one output, but there are {len(outputs)}"
         )
     if not labelled and outputs[0].scores is None:
-        reason = f"agreement is of class scores, and '{outputs[0].name}' holds none"
+        reason = f"agreement needs class scores, but '{outputs[0].name}' has none"
         return Selection(figure=LOSS, reason=reason)
     figure = "top1" if labelled else "agreement"
     if held_out < ENOUGH:
@@ -86,42 +86,44 @@ def selection_of(
 
 
 def metrics_of(select: str | None) -> tuple[Metric, ...]:
-    """Return what has to be measured to choose by ``select``, besides what always is.
+    """Return the additional metrics that ``select`` needs.
 
     Raises
     ------
     DataError
-        There is no such function of the user's, or importing it raised.
+        The user's function does not exist, or importing it raised an error.
     """
     select = None if select is None else select.removeprefix(INTEGER)
     if select is None or select in WITHOUT_METRIC:
         return ()
     if select in BUILT_IN or FUNCTION.fullmatch(select):
         return (read_metric(select),)
-    return ()  # the first evaluation says which figures there are
+    return ()  # the first evaluation shows which figures exist
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:
-    """Return every figure that a state may be chosen by, by its name."""
+    """Return all figures of an evaluation that can choose a state, by name."""
     others = {
         "agreement": evaluation.agreement,
         "max_abs_diff": evaluation.max_abs_diff,
         LOSS: evaluation.loss,
     }
     found = {name: value for name, value in others.items() if value is not None}
-    return evaluation.metrics | found | evaluation.metrics  # in this order; a metric wins
+    return (
+        evaluation.metrics | found | evaluation.metrics
+    )  # in this order; metrics override figures of the same name
 
 
 def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
-    """Return what the best state has most of.
+    """Return a sort key; the best state has the largest.
 
     Parameters
     ----------
     evaluation : Evaluation
         Figures of the state.
     select : str or None
-        A figure's name, or that of a metric, whose first figure counts. None, and where it is
-        equal: accuracy where there are labels, then agreement with the teacher.
+        The name of a figure, or of a metric, whose first figure is used. With None, and for equal
+        figures: accuracy (with labels), then agreement with the teacher.
 
     Raises
     ------
@@ -135,14 +137,14 @@ def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:
     select = evaluation.first.get(select, select)
     if select not in found:
         raise TrainingError(
-            f"--select: no figure '{select}' comes of these data. One of {', '.join(found)}."
+            f"--select: these data give no figure '{select}'. Choose one of {', '.join(found)}."
         )
     falling = select.removeprefix(INTEGER) in FALLING
     return (-found[select] if falling else found[select], *default)
 
 
 def with_integer(figures: Evaluation, integer: Evaluation) -> Evaluation:
-    """Return the figures of a state, with those of its network in integers beside them."""
+    """Return the figures of a state together with those in integer arithmetic."""
     others = {
         "agreement": integer.agreement,
         "max_abs_diff": integer.max_abs_diff,

@@ -1,4 +1,4 @@
-"""A quantized model with other weights, scales and zero points."""
+"""Replace the weights, scales and zero points of a quantized model."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ def with_values(
     Parameters
     ----------
     model : QuantizedModel
-        Not changed.
+        The model; it is not changed.
     floats : Model
-        A copy of its float model, which takes the weights: a later call with it changes them.
+        A copy of its float model, into which the weights are written; a later call with the same
+        copy overwrites them.
     values : mapping of str to float32 array
-        By the names of a training form's inputs, see `onnxqat.train.form.TrainingForm`.
+        The trained values, by the input names of `onnxqat.train.form.TrainingForm`.
     weights : iterable of str
-        Which initializers are taken from there.
+        The initializers to replace.
     zero_points : collection of str
-        The parameters whose zero_point is taken from there, and rounded.
+        The parameters whose zero_point is replaced by the rounded value.
     fit_biases : bool
-        Whether biases are made to fit their integers, see `onnxqat.calibration.fit_bias_range`.
+        Whether scales are widened so that biases fit their integers, see
+        `onnxqat.calibration.fit_bias_range`.
     """
     tensors = floats.graph.tensors()
     for name in weights:
@@ -48,7 +50,7 @@ def with_values(
 
     def trained(name: str, before: QuantParams) -> QuantParams:
         scale, zero_point = values[scale_name(name)].copy(), before.zero_point
-        if name in powers:  # a moving average of powers of two is none
+        if name in powers:  # the moving average of powers of two is not a power of two
             scale = nearest_power_of_two(scale)
         if name in zero_points:
             zero_point = np.rint(values[zero_point_name(name)]).astype(zero_point.dtype)

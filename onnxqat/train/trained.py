@@ -1,9 +1,9 @@
-"""Which initializers of a model are trained.
+"""Choose the initializers of a model that are trained.
 
-Weights and biases of weighted nodes, parameters of normalisation and slopes of PRelu are; and of
-the constants that an Add, a Mul or the like reads, those that hold something learned: a bias, a
-LayerScale, a table of positions. A constant of the structure is not, unless it is asked for by its
-name: a single number (1.0, 0.5, 1 / sqrt(d), an epsilon), and a grid or strides of anchors, whose
+Trained are the weights and biases of weighted nodes, parameters of normalizations and slopes of
+PRelu, and those constants of an Add, a Mul and similar ops that were learned: a bias, a LayerScale,
+a table of positions. Constants that belong to the structure are trained only if the user names
+them: a single number (1.0, 0.5, 1 / sqrt(d), an epsilon), and a grid or strides of anchors, whose
 values are different multiples of one half.
 """
 
@@ -28,16 +28,16 @@ PARAMETERS: tuple[Role, ...] = ("factor", "weight", "bias", "scale", "slope")
 def trained_initializers(
     graph: gs.Graph, plan: QuantPlan, asked: Collection[str] = ()
 ) -> list[str]:
-    """Return the names of the initializers that are trained, each once.
+    """Return the unique names of the initializers that are trained.
 
     Parameters
     ----------
     graph : gs.Graph
-        That of the float model.
+        The graph of the float model.
     plan : QuantPlan
-        Its plan.
+        The plan of the model.
     asked : collection of str
-        Constants to train whatever they are.
+        Constants that the user wants to train.
     """
     tensors, nodes = graph.tensors(), {node.name: node for node in graph.nodes}
     names = [
@@ -50,13 +50,13 @@ def trained_initializers(
     for node in graph.nodes:
         names += [t.name for i, t in enumerate(node.inputs) if input_role(node, i) in PARAMETERS]
     names += [name for name in asked if name in tensors]
-    # an exponent or a limit has no gradient, whoever else reads the same constant
+    # an exponent or a limit has no gradient, even if other nodes read the same constant
     fixed = {t.name for n in graph.nodes if n.op in FIRST_INPUT_ONLY for t in n.inputs[1:]}
     return [n for n in dict.fromkeys(names) if n not in fixed and _is_float(tensors.get(n))]
 
 
 def is_structure(values: FloatArray) -> bool:
-    """Return whether a constant beside activations belongs to the structure of the network."""
+    """Return whether a constant operand of activations belongs to the network's structure."""
     if values.size <= 1:
         return True
     doubled = 2 * values

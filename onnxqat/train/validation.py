@@ -1,4 +1,4 @@
-"""The figures of a state on the held-out data."""
+"""Evaluate a state on the held-out data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What a state is judged by.
+    """Evaluates a state on the held-out data.
 
     Attributes
     ----------
@@ -43,17 +43,17 @@ class Validation:
     config : Config
         Batch size and threads.
     loss : Loss
-        Loss of the training.
+        The training loss.
     teacher : InferenceSession or None
-        What the loss reads of the float model.
+        Computes the float model's tensors that the loss reads.
     with_loss : bool
-        Whether the data have what the loss reads.
+        Whether the loss is measured; the data then have the labels and arrays that it reads.
     metrics : tuple of Metric
-        What is measured besides.
+        Further metrics.
     integer : bool
-        Whether the network is run in the integers of its chip too.
+        Whether to evaluate in the chip's integer arithmetic, too.
     whole : bool
-        Whether onnxruntime can run all of the model; the reference is what it can run.
+        Whether onnxruntime can run all of the model; the reference is the part that it can run.
     """
 
     data: DataSet
@@ -68,7 +68,7 @@ class Validation:
 
     @property
     def batches(self) -> int:
-        """How often ``progress`` is called."""
+        """The number of calls of ``progress``."""
         size, count = self.config.samples, len(self.data)
         runs = 2 if self.integer else 1
         return runs * -(-count // size) + (max(count // size, 1) if self.with_loss else 0)
@@ -95,9 +95,9 @@ class Validation:
         return replace(figures, loss=self._mean_loss(model, progress))
 
     def _mean_loss(self, model: QuantizedModel, progress: Callable[[], None]) -> float:
-        """Return the mean over the batches that are full: a loss may depend on their size.
+        """Return the mean loss over the full batches, because a loss can depend on their size.
 
-        Where the model takes more samples at a time than there are, repeated ones fill its batch.
+        If a model's fixed batch is larger than the data, repeated samples fill it.
         """
         size = self.data.fixed_batch or min(self.config.samples, len(self.data))
         proto = add_loss(fix_batch(model.to_proto(), set(), size), self.loss, self.data)
@@ -114,21 +114,21 @@ class Validation:
 
 
 def check_labels(start: Evaluation, name: str, *, force: bool) -> None:
-    """Tell how often the float model is right on the held-out labels, if there are any.
+    """Log how often the float model is right on the held-out labels, if there are any.
 
     Parameters
     ----------
     start : Evaluation
         Figures of the start, with the float model as the reference.
     name : str
-        What the model is called.
+        The name of the model.
     force : bool
-        Whether labels that it hardly ever meets are used all the same.
+        Whether to use the labels even if the float model almost never predicts them.
 
     Raises
     ------
     TrainingError
-        They cannot be the labels that it was trained with.
+        The labels cannot be those that the model was trained with.
     """
     if "top1" not in start.reference:
         return
@@ -141,6 +141,6 @@ def check_labels(start: Evaluation, name: str, *, force: bool) -> None:
     )
     if start.doubt is not None and not force:
         raise TrainingError(
-            f"{name}: the float model {start.doubt}. {CAUSES} --label none trains without labels, "
-            "--force-labels with these."
+            f"{name}: the float model {start.doubt}. {CAUSES} To train without labels, pass "
+            "--label none; to train with these, --force-labels."
         )

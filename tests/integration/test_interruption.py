@@ -62,7 +62,7 @@ def test_a_signal_saves_and_says_how_to_go_on(work, number, code):
     assert found == code
     last = rest.splitlines()[-1]
     assert last.startswith("Interrupted at step ")
-    assert f"kept in {output}.checkpoint. Go on with the same command and --resume." in last
+    assert f"saved in {output}.checkpoint. Continue with the same command and --resume." in last
     assert "Traceback" not in rest
     assert not (work / output).exists()
     again = subprocess.run(

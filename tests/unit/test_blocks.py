@@ -133,7 +133,7 @@ def test_a_finished_run_is_taken_from_its_checkpoint(coarse, data, tuned, tmp_pa
 
     assert kept.finished
     assert as_bytes(again.model) == as_bytes(tuned.model)
-    with pytest.raises(TrainingError, match="--block-layers was 1, and is 2 now"):
+    with pytest.raises(TrainingError, match="--block-layers was 1, but is 2 now"):
         finetune(
             coarse,
             data,

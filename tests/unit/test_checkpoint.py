@@ -43,7 +43,7 @@ def stop_at(count: int):
 
 
 def stopped(model, data, path, count, config, **options):
-    with pytest.raises(StoppedError, match="Go on with the same command and --resume"):
+    with pytest.raises(StoppedError, match="Continue with the same command and --resume"):
         finetune(
             model,
             data,
@@ -150,10 +150,10 @@ def kept(models, data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lr": 1e-3}, "--lr was 0.0005, and is 0.001 now"),
-        ({"loss": "kl"}, "--loss was not given, and is kl now"),
-        ({"augment": ("flip",)}, r"--augment was \[\], and is \['flip'\] now"),
-        ({"batch_size": 8}, "--batch-size was 16, and is 8 now"),
+        ({"lr": 1e-3}, "--lr was 0.0005, but is 0.001 now"),
+        ({"loss": "kl"}, "--loss was not given, but is kl now"),
+        ({"augment": ("flip",)}, r"--augment was \[\], but is \['flip'\] now"),
+        ({"batch_size": 8}, "--batch-size was 16, but is 8 now"),
     ],
 )
 def test_other_settings_are_named(models, data, kept, changed, message):

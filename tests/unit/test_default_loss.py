@@ -36,7 +36,7 @@ def test_each_output_has_the_kind_of_its_meaning():
     assert [p.kind for p in parts] == ["mse", "kl", None]
     assert str(parts[2]).startswith("'kept' left out: it holds no float32")
     assert str(parts[1]) == (
-        "kl of 'y': 5 class scores along axis 1 of its shape (if they are none, --loss mse:y)"
+        "kl of 'y': 5 class scores along axis 1 of its shape (if not, pass --loss mse:y)"
     )
 
 
@@ -54,7 +54,7 @@ def test_labels_of_few_classes_are_left_out(labels, kinds):
 
     assert [term.kind for term in loss.terms] == kinds
     if labels == 2:
-        assert str(parts[0]).startswith("'y' left out: the labels are of 2 of its 5 classes")
+        assert str(parts[0]).startswith("'y' left out: the labels cover only 2 of its 5 classes")
 
 
 def test_different_labels_are_counted():

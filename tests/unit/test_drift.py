@@ -138,4 +138,4 @@ def test_a_log_goes_on_and_notes_what_happened(model, data, tmp_path):
     assert [line["event"] for line in lines[:2]] == ["start", "resume"]
     notes = [line["note"] for line in lines if line["event"] == "note"]
     assert notes == list(result.notes[: len(notes)])
-    assert "starting again with 0.25 times" in notes[0]
+    assert "restarting with 0.25 times" in notes[0]

@@ -100,7 +100,7 @@ def test_rising_loss_backs_off_and_says_so(network, data):
     config = Config(epochs=3, batch_size=16, threads=1, lr=1.0, scale_lr=0.5, loss="kl")
     result = finetune(good, data, config=config)
 
-    assert "the loss rose; starting again with 0.25 times the learning rate" in result.notes
+    assert "the loss rose; restarting with 0.25 times the learning rate" in result.notes
     assert result.after.agreement >= result.before.agreement
 
 

@@ -163,7 +163,7 @@ def test_training_that_starts_again_withdraws_what_was_logged(model, data, tmp_p
     found = read_log(tmp_path / "log.jsonl")
     numbers = [e.step for e in found if isinstance(e, Step)]
 
-    assert "starting again" in result.notes[0]
+    assert "restarting" in result.notes[0]
     assert any(isinstance(e, Note) for e in found)
     assert numbers == sorted(set(numbers))
     assert shown(tmp_path / "board") == as_float32(scalars(found))

@@ -182,7 +182,7 @@ def test_a_weight_is_no_input(loss):
     """
     read = loss(text)
     read.graphs[read.terms[0].kind].graph.inputs[1].name = "w/y"
-    with pytest.raises(TrainingError, match=r"input 'w/y' is no output"):
+    with pytest.raises(TrainingError, match=r"input 'w/y' is neither an output"):
         loss_and_gradients(read, {"y": LOGITS})
 
 
@@ -221,7 +221,7 @@ SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
     [
         (
             f"loss (float[N, 5] y, float[N] wightd) => (float value) {SCALAR}",
-            r"loss.onnx: input 'wightd' is no output .* The nearest: 'weighted'",
+            r"loss.onnx: input 'wightd' is neither an output .* The nearest: 'weighted'",
         ),
         (
             f"loss (float[N, 5] y, string[N] weighted) => (float value) {SCALAR}",
@@ -233,25 +233,25 @@ SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
         ),
         (
             f"loss (double[N, 5] y) => (double value) {SCALAR}",
-            "loss.onnx: input 'y' is DOUBLE, what it reads is FLOAT",
+            "loss.onnx: input 'y' is DOUBLE, but it reads a value of type FLOAT",
         ),
         (
             f"loss (float[N, 7] y) => (float value) {SCALAR}",
-            r"loss.onnx: input 'y' has shape \['N', 7\], what it reads has \[6, 5\]",
+            r"loss.onnx: input 'y' has shape \['N', 7\], but it reads a value of shape \[6, 5\]",
         ),
         (
             (
                 "loss (float[N, 5] y) => (float value, float[N, 5] b) "
                 "{ value = ReduceMean <keepdims = 0> (y)  b = Neg(y) }"
             ),
-            "loss.onnx: has 2 outputs, 'value', 'b'. A loss has one",
+            "loss.onnx: has 2 outputs, 'value', 'b'. A loss must have one",
         ),
         (
             (
                 "loss (float[N, 5] y) => (float[N] value) "
                 "{ value = ReduceMean <axes = [1], keepdims = 0> (y) }"
             ),
-            r"loss.onnx: its output 'value' is float32 of shape \[6\]. A loss is one",
+            r"loss.onnx: its output 'value' is float32 of shape \[6\]. A loss must be one",
         ),
         (
             (
@@ -280,7 +280,7 @@ SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
                 "i = IsNaN(m)  v = If (i) <then_branch = a () => (float t) { t = Neg(m) }, "
                 "else_branch = b () => (float e) { e = Exp(m) }>  value = Neg(v) }"
             ),
-            r"loss.onnx: node 'If_2' \(If: a subgraph has no place in a loss\)",
+            r"loss.onnx: node 'If_2' \(If: a loss cannot contain subgraphs\)",
         ),
     ],
 )
@@ -299,7 +299,9 @@ def test_an_opset_above_that_of_the_model_must_mean_the_same(loss):
     loss (float[N, 5] y) => (float value) <int64[2] axes = {0, 1}>
     { value = ReduceMean <keepdims = 0> (y, axes) }
     """
-    with pytest.raises(TrainingError, match=r"is of opset 18, the model of 13; the node .*Reduce"):
+    with pytest.raises(
+        TrainingError, match=r"has opset 18, but the model 13, and the node .*Reduce"
+    ):
         loss_and_gradients(loss(with_axes, opset=18), {"y": LOGITS}, opset=13)
 
 

@@ -1,7 +1,7 @@
 """Losses as ONNX nodes behind the outputs of a training form.
 
 The teacher's outputs, labels and arrays of the data are inputs of the training graph, so that any
-model, or a file of recorded outputs, can teach.
+model, or a file of recorded outputs, can be the teacher.
 """
 
 from onnxqat.train.losses.add import add_loss

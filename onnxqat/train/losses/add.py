@@ -1,4 +1,4 @@
-"""A training form with the nodes of its loss behind it."""
+"""Add the nodes of a loss to a training form."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def add_loss(
     Parameters
     ----------
     form : onnx.ModelProto
-        With types and shapes of the values that the loss reads.
+        The training form, with types and shapes of the values that the loss reads.
     loss : Loss
-        What to add.
+        The loss to add.
     arrays : Arrays, optional
-        Those of the data.
+        The arrays of the data.
     parameters : set of str
-        Inputs of the form that are no data.
+        Inputs of the form that are not data.
 
     Raises
     ------
     TrainingError
-        The loss reads what is not there, or cannot be computed of it.
+        The loss reads a value that does not exist, or cannot be computed from it.
     """
     model = onnx.ModelProto()
     model.CopyFrom(form)
@@ -59,7 +59,7 @@ def add_loss(
 def _parts(
     model: onnx.ModelProto, values: Values, term: Term, number: int, loss: Loss
 ) -> list[str]:
-    """Add the nodes of one term; return a scalar for each output that it reads."""
+    """Add the nodes of one term; return the name of a scalar for each output that it reads."""
     if term.is_file:
         parts = [attach(model, values, loss.graphs[term.kind], f"onnxqat/{number}/")]
     else:

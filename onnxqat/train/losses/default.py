@@ -1,11 +1,12 @@
-"""The loss of a run that names none: chosen per output, from what its values mean.
+"""Choose a default loss: for each output, by the meaning of its values.
 
-The first output learns from labels, where the data have them and they are of most of its classes:
-labels of few classes unlearn the others. Class scores learn by ``kl``. Everything else learns by
-``mse``, divided by twice the variance of the teacher's output: the KL divergence of two normal
-distributions of that variance. So boxes in pixels, offsets below one and class scores weigh alike.
-An output that a Concat puts together of parts of very different variance, as boxes and scores, is
-divided part by part, and the parts are added.
+- The first output uses cross-entropy, if the data have labels of most of its classes. Training on
+  labels of few classes would make the network forget the others.
+- Class scores use ``kl``.
+- All other outputs use ``mse``, divided by twice the variance of the teacher's output. This is the
+  KL divergence of two normal distributions of that variance, so that boxes in pixels, offsets below
+  one and class scores have similar weights. If a Concat joins parts of very different variance,
+  such as boxes and scores, each part is divided by its own variance, and the parts are added.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from onnxqat.train.losses.terms import Balance, Loss, Term, check_options
 __all__ = ["Key", "Part", "default_loss", "pieces", "variances"]
 
 Array = NDArray[Any]
-Key = tuple[str, Joined | None, int]  # an output, and which part of which parts
+Key = tuple[str, Joined | None, int]  # an output, its parts, and the index of one part
 
-# Of the classes, the share that labels have to be of. MobileNetV1, trained on images of 150 of its
-# 1,000 classes, ends at 35.1 % with their labels and at 41.4 % without.
+# The share of the classes that the labels must cover. MobileNetV1, trained on images of 150 of its
+# 1,000 classes, reaches 35.1 % with their labels and 41.4 % without.
 COVERED = 0.5
-UNLIKE = 100.0  # parts whose variances differ by more are of other units
+UNLIKE = 100.0  # parts whose variances differ by a larger factor have different units
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one output adds to the loss.
+    """The term of one output in the loss.
 
     Attributes
     ----------
     output : str
-        Its name.
+        The name of the output.
     kind : str or None
-        See `KINDS`; None: it is left out.
+        The kind of loss, see `KINDS`; None: the output is left out.
     weight : float
-        What the term is multiplied by.
+        The factor of the term.
     reason : str
-        Why.
+        Why the kind was chosen.
     balance : Balance or None
-        Weights of its parts.
+        Weights of the parts of the output.
     """
 
     output: str
@@ -73,25 +74,25 @@ def default_loss(
     label_smoothing: float | None = None,
     ignore_index: int | None = None,
 ) -> tuple[Loss, tuple[Part, ...]]:
-    """Choose what each output is learned by.
+    """Choose the term of each output.
 
     Parameters
     ----------
     outputs : sequence of Output
-        Those of the model.
+        The outputs of the model.
     labelled : bool
-        Whether the data have class labels, which are of the first output.
+        Whether the data have class labels, which belong to the first output.
     measured : callable
         Returns the variances of some of the teacher's outputs, and of their parts, see `pieces`.
     labels : int, optional
-        How many different labels the data have, where that is known.
+        The number of different labels in the data, if known.
     label_smoothing, ignore_index
         See `Loss`.
 
     Raises
     ------
     TrainingError
-        Nothing can be learned from any output.
+        No output can be learned from.
     """
     parts = [_part(output) for output in outputs]
     if labelled:
@@ -106,8 +107,8 @@ def default_loss(
     )
     if not terms:
         raise TrainingError(
-            f"Nothing to learn from: {'; '.join(map(str, parts))}. Name a float tensor on the way "
-            f"there, as in --loss {_before(outputs)}."
+            f"Nothing to learn from: {'; '.join(map(str, parts))}. Name a float tensor before the "
+            f"outputs, as in --loss {_before(outputs)}."
         )
     loss = Loss(terms=terms, graphs={}, label_smoothing=label_smoothing, ignore_index=ignore_index)
     check_options(loss)
@@ -115,7 +116,7 @@ def default_loss(
 
 
 def _before(outputs: Sequence[Output]) -> str:
-    """Return a loss of the tensor before the first output that is not float."""
+    """Return the text of a loss on the float tensor before the first output."""
     output = next((o for o in outputs if o.source), None)
     if output is None:
         return "mse:tensor/NAME"
@@ -125,21 +126,21 @@ def _before(outputs: Sequence[Output]) -> str:
 
 
 def _by_labels(output: Output, labels: int | None) -> Part:
-    """Return what the first output learns from the labels of the data."""
+    """Return the term of the first output, with labels if they cover most classes."""
     axis = None if output.scores is None else output.scores.axis
     classes = None if axis is None or output.shape is None else output.shape[axis]
     if labels is None or not isinstance(classes, int) or labels >= COVERED * classes:
         return Part(output=output.name, kind="cross-entropy", reason="the labels of the data")
     reason = (
-        f"the labels are of {labels} of its {classes} classes, and what learns from them unlearns "
-        "the others (--loss cross-entropy+kl learns from them all the same)"
+        f"the labels cover only {labels} of its {classes} classes, and training on them would "
+        "forget the others (to use them, pass --loss cross-entropy+kl)"
     )
     return Part(output=output.name, kind=None, reason=reason)
 
 
 def _part(output: Output) -> Part:
     if not output.learned:
-        return Part(output=output.name, kind=None, reason="it holds no float32, so no gradient")
+        return Part(output=output.name, kind=None, reason="it is not float32, so has no gradient")
     if output.scores is None:
         return Part(output=output.name, kind="mse", reason="values, not class scores")
     return Part(output=output.name, kind="kl", reason=_described(output.scores, output))
@@ -151,19 +152,19 @@ def _described(scores: Scores, output: Output) -> str:
     ends = {
         "probabilities": " behind a Softmax",
         "log-probabilities": " behind a LogSoftmax",
-        "independent": " behind a Sigmoid, each by itself",
+        "independent": " behind a Sigmoid, independent of each other",
         "logits": "",
     }
     axis = "" if scores.kind == "independent" else f" along axis {scores.axis} of its shape"
-    doubt = f" (if they are none, --loss mse:{output.name})" if scores.kind == "logits" else ""
+    doubt = f" (if not, pass --loss mse:{output.name})" if scores.kind == "logits" else ""
     return f"{classes}{ends[scores.kind]}{axis}{doubt}"
 
 
 def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
-    """Divide a part of the loss by the variance of its output, or of the output's own parts."""
+    """Divide a term by the variance of its output, or by those of the output's parts."""
     variance = spreads[output.name, None, 0]
     if not variance > 0 or not np.isfinite(variance):
-        reason = f"the float model's variance there is {variance:g}, so that it says nothing"
+        reason = f"the float model's variance there is {variance:g}, so it cannot be learned from"
         return replace(part, kind=None, reason=reason)
     apart = max(
         output.joined, key=lambda one: _ratio(_of_parts(output, one, spreads)), default=None
@@ -173,7 +174,7 @@ def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
         return replace(part, weight=_rounded(0.5 / variance), reason=reason)
     length, sizes = sum(apart.sizes), apart.sizes
     found = zip(sizes, _of_parts(output, apart, spreads), strict=True)
-    # a mean over the part in the place of one over the output
+    # the mean is over the part instead of the whole output
     weights = tuple(_rounded(0.5 * length / size / one) if one > 0 else 0.0 for size, one in found)
     reason = (
         f"{part.reason}; its parts of {', '.join(map(str, sizes))} along axis {apart.axis} each "
@@ -188,7 +189,7 @@ def _of_parts(output: Output, joined: Joined, spreads: Mapping[Key, float]) -> l
 
 
 def _ratio(found: Sequence[float]) -> float:
-    """Return how many times the largest variance is the smallest that is one."""
+    """Return the ratio of the largest to the smallest positive variance."""
     some = [one for one in found if one > 0]
     return max(some) / min(some) if some else 0.0
 
@@ -198,7 +199,7 @@ def _rounded(weight: float) -> float:
 
 
 def pieces(output: Output, values: Array) -> dict[Key, Array]:
-    """Return the values of an output, and those of its parts."""
+    """Return the values of an output and of each of its parts."""
     found: dict[Key, Array] = {(output.name, None, 0): values}
     fitting = (one for one in output.joined if values.shape[one.axis] == sum(one.sizes))
     for joined in fitting:
@@ -209,7 +210,7 @@ def pieces(output: Output, values: Array) -> dict[Key, Array]:
 
 
 def variances(batches: Iterable[Mapping[Key, Array]]) -> dict[Key, float]:
-    """Return the variance over all values of each array, over batches of them."""
+    """Return the variance of each array over all values of all batches."""
     counts: dict[Key, int] = {}
     means: dict[Key, float] = {}
     squares: dict[Key, float] = {}  # sums of squared distances from the mean

@@ -1,9 +1,9 @@
-"""A loss that the user computes in an ONNX file.
+"""Attach a loss that the user defines in an ONNX file.
 
-Its inputs are named like what they read, see `Values.find`; its only output is one float32 number.
-It is prepared like a model, at the opset of the training form; then its nodes go behind those of
-the form, with a prefix before their names. A node is lowered
-as in the model, or is refused by name.
+The inputs of the file have the names of the values that they read, see `Values.find`; its only
+output is one float32 number. The file is prepared like a model, at the opset of the training form.
+Then its nodes are added behind those of the form, with a prefix before their names. Nodes are
+lowered as in the model; a node without a gradient is refused by name.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from onnxqat.versions import changed_node, default_opset
 
 __all__ = ["attach", "tensor_read"]
 
-# Has no place in a model, so that lowering does not know it: the gradient of the first
-# input reads the second output.
+# This op does not occur in models, so lowering does not know it: the gradient of its first input
+# reads its second output.
 WITH_LOG_PROB = "SoftmaxCrossEntropyLoss"
 READABLE = {
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8),
@@ -35,7 +35,7 @@ READABLE = {
 
 
 def tensor_read(loss: Loss, model: Model) -> str:
-    """Return a tensor of ``model`` that the loss reads for sure; the first output if in doubt."""
+    """Return a tensor of ``model`` that the loss reads; the first output if that is unclear."""
     outputs = [tensor.name for tensor in model.graph.outputs]
     term = loss.terms[0]
     names = [term.output or outputs[0]]
@@ -53,8 +53,8 @@ def attach(model: onnx.ModelProto, values: Values, loss: Model, prefix: str) -> 
     Raises
     ------
     TrainingError
-        An input that nothing provides or that is of another type or shape, an output that is no
-        number, a node without gradient, or an opset that the model cannot take.
+        An input is not provided, or has another type or shape; the output is not one number; a node
+        has no gradient; or the opset does not fit the model.
     ModelError
         The file cannot be prepared.
     """
@@ -69,38 +69,39 @@ def attach(model: onnx.ModelProto, values: Values, loss: Model, prefix: str) -> 
     learned = {name for name, value in sources.items() if value.learned}
     if not any(tensor.name in learned for node in graph.nodes for tensor in node.inputs):
         raise TrainingError(
-            f"{loss.name}: reads no float output of the model, so that nothing can be learned. "
+            f"{loss.name}: reads no float output of the model, so nothing can be learned. "
             f"{nearest('', values.outputs)}"
         )
     ops = _lower(graph, learned, prepared.name)
     for node in graph.nodes:
         node.name = f"{prefix}{node.name}"
     for name, tensor in graph.tensors().items():
-        if name:  # an input that is left out has none
+        if name:  # an absent input has no name
             tensor.name = sources[name].name if name in sources else f"{prefix}{name}"
     _merge(model, gs.export_onnx(graph), ops)
     return str(graph.outputs[0].name)
 
 
 def _sources(loss: Model, values: Values) -> dict[str, Value]:
-    """Return what each input of a loss reads, and give the input its type and shape."""
+    """Return the value that each input of a loss reads, and set the input's type and shape."""
     sources: dict[str, Value] = {}
     kinds = {v.name: v.type.tensor_type.elem_type for v in loss.to_proto().graph.input}
     for tensor in loss.graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor not in loss.graph.inputs:
-            tensor.shape = None  # is inferred from what the inputs read
+            tensor.shape = None  # inferred again from the values that the inputs read
     for tensor in loss.graph.inputs:
         where = f"{loss.name}: input '{tensor.name}'"
         kind = kinds[tensor.name]
         if kind not in READABLE:
             raise TrainingError(
-                f"{where} is {TensorProto.DataType.Name(kind)}, which nothing here is. "
+                f"{where} has the unsupported type {TensorProto.DataType.Name(kind)}. "
                 "Make it FLOAT or INT64."
             )
         source = values.find(tensor.name, kind)
         if source is None:
             raise TrainingError(
-                f"{where} is no output of the model, no teacher/OUTPUT and no array of the data. "
+                f"{where} is neither an output of the model, nor teacher/OUTPUT, nor an array of "
+                "the data. "
                 f"{nearest(tensor.name, values.names())}"
             )
         _check_fit(where, kind, tensor, source)
@@ -110,21 +111,22 @@ def _sources(loss: Model, values: Values) -> dict[str, Value]:
 
 
 def _check_fit(where: str, kind: int, tensor: gs.Variable, source: Value) -> None:
-    """Refuse an input whose type or shape is not that of what it reads."""
+    """Refuse an input whose type or shape differs from the value that it reads."""
     name = TensorProto.DataType.Name
     if source.elem_type != kind:
         raise TrainingError(
-            f"{where} is {name(kind)}, what it reads is {name(source.elem_type)}. Change it."
+            f"{where} is {name(kind)}, but it reads a value of type {name(source.elem_type)}. "
+            "Change its type."
         )
     if tensor.shape is not None and not fits(source.shape, tuple(tensor.shape)):
         raise TrainingError(
-            f"{where} has shape {list(tensor.shape)}, what it reads has {list(source.shape)}. "
-            "Export it for that shape."
+            f"{where} has shape {list(tensor.shape)}, but it reads a value of shape "
+            f"{list(source.shape)}. Export it for that shape."
         )
 
 
 def _check_written(loss: Model) -> None:
-    """Refuse a node that reads what nothing writes, which graphsurgeon takes as it comes."""
+    """Refuse a node that reads a value that nothing writes, which graphsurgeon would accept."""
     inputs = {tensor.name for tensor in loss.graph.inputs}
     read = ((n, t) for n in loss.graph.nodes for t in n.inputs if isinstance(t, gs.Variable))
     for node, tensor in read:
@@ -136,13 +138,13 @@ def _check_written(loss: Model) -> None:
 
 
 def _match_opset(loss: Model, opset: int) -> None:
-    """Let a loss of a higher opset take that of the model, where this changes nothing."""
+    """Lower the opset of a loss to that of the model, if this changes no node."""
     changed = None
     if loss.graph.opset > opset:
         changed = changed_node(loss.to_proto().graph.node, loss.graph.opset, opset)
     if changed is not None:
         raise TrainingError(
-            f"{loss.name}: is of opset {loss.graph.opset}, the model of {opset}; the node "
+            f"{loss.name}: has opset {loss.graph.opset}, but the model {opset}, and the node "
             f"'{changed.name}' ({changed.op_type}) differs between them. Export it with opset "
             f"{opset}."
         )
@@ -153,26 +155,26 @@ def _check_result(graph: gs.Graph, name: str) -> None:
     if len(graph.outputs) != 1:
         outputs = ", ".join(f"'{t.name}'" for t in graph.outputs)
         raise TrainingError(
-            f"{name}: has {len(graph.outputs)} outputs, {outputs}. A loss has one; leave the "
+            f"{name}: has {len(graph.outputs)} outputs, {outputs}. A loss must have one. Leave the "
             "others out."
         )
     result = graph.outputs[0]
     unknown = next((n for n in graph.nodes if all(t.shape is None for t in n.outputs)), None)
     if result.shape is None and unknown is not None:
         raise TrainingError(
-            f"{name}: what node '{unknown.name}' ({unknown.op}) computes has no shape that can be "
-            "inferred. Check its operator and the shapes of its inputs."
+            f"{name}: the output shape of node '{unknown.name}' ({unknown.op}) cannot be inferred. "
+            "Check its operator and the shapes of its inputs."
         )
     if result.dtype != np.float32 or result.shape is None or len(result.shape):
-        shape = "a shape that is not known" if result.shape is None else f"shape {result.shape}"
+        shape = "unknown shape" if result.shape is None else f"shape {result.shape}"
         raise TrainingError(
-            f"{name}: its output '{result.name}' is {result.dtype} of {shape}. A loss is one "
-            "float32 number of shape (); take the mean or the sum of all axes."
+            f"{name}: its output '{result.name}' is {result.dtype} of {shape}. A loss must be one "
+            "float32 number of shape (). Take the mean or the sum over all axes."
         )
 
 
 def _lower(graph: gs.Graph, learned: set[str], name: str) -> list[CustomOp]:
-    """Replace the nodes that need it for their gradient; return the ops of ours among them."""
+    """Replace nodes that need another form for their gradient; return the custom ops used."""
     trained, before = set(learned), reaching(graph)
     nodes: list[gs.Node] = []
     used: list[CustomOp] = []
@@ -181,7 +183,7 @@ def _lower(graph: gs.Graph, learned: set[str], name: str) -> list[CustomOp]:
         indices = [i for i, t in enumerate(node.inputs) if t.name in trained]
         floats = {t.name for t in node.outputs if t.dtype in (None, np.float32)}
         if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-            refused.append(f"'{node.name}' ({node.op}: a subgraph has no place in a loss)")
+            refused.append(f"'{node.name}' ({node.op}: a loss cannot contain subgraphs)")
             continue
         if not floats or not indices:
             nodes.append(node)
@@ -214,7 +216,7 @@ def _lowered(
     if len(node.outputs) == 1:
         node.outputs.append(gs.Variable(f"{node.outputs[0].name}/log_prob", np.float32))
     elif node.outputs[1].outputs:
-        raise Refusal("its second output has no gradient here; use LogSoftmax")
+        raise Refusal("onnxqat has no gradient for its second output; use LogSoftmax")
     return [node], []
 
 

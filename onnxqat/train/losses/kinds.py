@@ -1,20 +1,20 @@
-"""The kinds of loss as ONNX nodes; ``s`` is the student's value and ``t`` what it learns from.
+"""The kinds of loss as ONNX nodes; ``s`` is the student's value and ``t`` the target's.
 
 =================  ====================================================================
-cross-entropy      mean of -log softmax(s)[label] over all label positions, axis 1 being the
-                   classes
+cross-entropy      mean of -log softmax(s)[label] over all label positions, with the classes along
+                   axis 1
 kl                 mean over positions of KL(softmax(t) || softmax(s)) over the axis of the classes
                    (Hinton et al. 2015, temperature 1)
-mse, l1            mean of (s - t)^2, of |s - t|
-smooth-l1          mean of d^2 / 2 where d = |s - t| < 1, of d - 1/2 elsewhere (Girshick 2015,
+mse, l1            mean of (s - t)^2; mean of |s - t|
+smooth-l1          mean of d^2 / 2 where d = |s - t| < 1, and of d - 1/2 elsewhere (Girshick 2015,
                    equation 3)
 bce                mean of -t log sigmoid(s) - (1 - t) log sigmoid(-s)
 =================  ====================================================================
 
 The axis of the classes is that of a Softmax, LogSoftmax or ArgMax at the output, see
-`onnxqat.outputs`; the last one without any. Where a model ends in Softmax, the logarithm of its
-output stands for the logits. Where it ends in Sigmoid, each value is the probability of one class
-by itself, and ``kl`` is the mean over positions of the sum over classes of
+`onnxqat.outputs`; without one, it is the last axis. If a model ends in Softmax, the logarithm of
+its output is used as logits. If it ends in Sigmoid, each value is the probability of one class
+alone, and ``kl`` is the mean over positions of the sum over classes of
 KL(Bernoulli(t) || Bernoulli(s)).
 """
 
@@ -35,14 +35,14 @@ from onnxqat.train.losses.values import Value
 
 __all__ = ["NODES", "balanced_mse", "check_cross_entropy", "cross_entropy"]
 
-SMALLEST = 1e-4  # probability; a level of 8 bits is 1/255
-# What is mixed into the probabilities of a Sigmoid on both sides: half a level of 8 bits, below
-# which they are 0. So the logarithms are finite, and what was rounded to 0 still learns.
+SMALLEST = 1e-4  # the smallest probability; a level of 8 bits is 1/255
+# Both sides of a Sigmoid's probabilities are mixed with this: half a level of 8 bits, below which
+# they are rounded to 0. This keeps the logarithms finite, and values rounded to 0 still learn.
 DOUBT = 1 / 512
 
 Nodes = list[tuple[str, list[str], str, dict[str, Any]]]
 
-MEAN = {"keepdims": 0}  # over all axes
+MEAN = {"keepdims": 0}  # the mean over all axes
 MSE: Nodes = [
     ("Sub", ["student", "target"], "difference", {}),
     ("Mul", ["difference", "difference"], "square", {}),
@@ -68,8 +68,8 @@ SMOOTH_L1: Nodes = [
     ("Add", ["bowl", "far"], "terms", {}),
     ("ReduceMean", ["terms"], "loss", MEAN),
 ]
-# max(s, 0) - s t + log(1 + exp(-|s|)), with max(s, 0) = (s + |s|) / 2: no exponent above 0, and
-# the gradient is right at s = 0 too, where quantized values often lie
+# max(s, 0) - s t + log(1 + exp(-|s|)), with max(s, 0) = (s + |s|) / 2: no exponent is above 0, and
+# the gradient is also correct at s = 0, a frequent quantized value
 BCE: Nodes = [
     ("Abs", ["student"], "size", {}),
     ("Add", ["student", "size"], "twice", {}),
@@ -114,7 +114,7 @@ def _kl_nodes(axis: int) -> Nodes:
     ]
 
 
-# (1 - e) * nll + e * mean of -log softmax over the classes of all positions that count
+# (1 - e) * nll + e * mean of -log softmax over the classes of all positions that are not ignored
 SMOOTHING: Nodes = [
     ("LogSoftmax", ["logits"], "log_q", {"axis": 1}),
     ("ReduceMean", ["log_q"], "even", MEAN),
@@ -122,7 +122,7 @@ SMOOTHING: Nodes = [
     ("Mul", ["nll", "kept"], "sharp", {}),
     ("Add", ["sharp", "smooth"], "loss", {}),
 ]
-# the sum over the positions that count, divided here: where none does, runtimes differ in the mean
+# the sum over these positions is divided here, because runtimes' means differ if there are none
 COUNTED: Nodes = [
     ("Equal", ["labels", "ignored"], "is_ignored", {}),
     ("Not", ["is_ignored"], "counts", {}),
@@ -133,7 +133,7 @@ COUNTED: Nodes = [
 ]
 SMOOTHING_WITHOUT_IGNORED: Nodes = [
     ("ReduceMean", ["mask"], "fraction", MEAN),
-    ("Max", ["fraction", "tiny"], "divisor", {}),  # where no position counts
+    ("Max", ["fraction", "tiny"], "divisor", {}),  # if all positions are ignored
     ("Unsqueeze", ["mask", "class_axis"], "masks", {}),
     ("LogSoftmax", ["logits"], "log_q", {"axis": 1}),
     ("Mul", ["log_q", "masks"], "masked", {}),
@@ -144,7 +144,7 @@ SMOOTHING_WITHOUT_IGNORED: Nodes = [
 
 
 def _emit(graph: onnx.GraphProto, name: str, nodes: Nodes, symbols: Mapping[str, str]) -> str:
-    """Add nodes, in whose lists ``loss`` stands for ``name`` and ``symbols`` for what they say."""
+    """Add nodes, with ``loss`` replaced by ``name`` and other names by ``symbols``."""
     names = {"loss": name, **symbols}
     for op_type, inputs, result, attributes in nodes:
         tensors = [names.get(i, f"{name}/{i}") for i in (*inputs, result)]
@@ -174,9 +174,9 @@ def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str
         raise TrainingError(
             f"Output '{student.name}' has shape {list(shape)}; kl needs (N, classes) or (N, "
             "positions, classes) with a fixed number of classes, or a Softmax, Sigmoid or ArgMax "
-            f"that says which axis they are. Choose --loss mse:{student.name}."
+            f"that shows the axis of the classes. Choose --loss mse:{student.name}."
         )
-    classes = _number(graph, f"{name}/classes", float(length))  # ReduceMean divided by it
+    classes = _number(graph, f"{name}/classes", float(length))  # undoes the division by ReduceMean
     if scores.kind == "independent":
         numbers = {"one": 1.0, "sure": 1 - 2 * DOUBT, "doubt": DOUBT}
         made = {k: _number(graph, f"{name}/{k}", v) for k, v in numbers.items()}
@@ -191,7 +191,7 @@ def _kl(graph: onnx.GraphProto, student: Value, target: Value, name: str) -> str
 
 
 def _scores(graph: onnx.GraphProto, student: Value) -> Scores | None:
-    """Return which axis the classes are, the last one where the graph does not say."""
+    """Return the class scores of an output, by default along the last axis."""
     rank, tracer = len(student.shape), OutputTracer(graph, rounding=DOMAIN)
     found = tracer.explicit(student.name)
     if found is not None or rank < 2:
@@ -205,7 +205,7 @@ def _scores(graph: onnx.GraphProto, student: Value) -> Scores | None:
 def balanced_mse(
     graph: onnx.GraphProto, student: Value, target: Value, name: str, balance: Balance
 ) -> str:
-    """Add the nodes of mse with a weight for each part, and return the result."""
+    """Add the nodes of mse with a weight for each part, and return the name of the result."""
     weights = np.repeat(np.array(balance.weights, np.float32), balance.sizes)
     shape = [1] * len(student.shape)
     shape[balance.axis] = -1
@@ -215,7 +215,7 @@ def balanced_mse(
     return _emit(graph, name, BALANCED, symbols)
 
 
-# Of the kinds that compare two values of one shape; each adds its nodes and returns the result.
+# The kinds that compare two values of the same shape: each adds its nodes, and returns the result.
 NODES: dict[str, Callable[[onnx.GraphProto, Value, Value, str], str]] = {
     "kl": _kl,
     "mse": _pointwise(MSE),
@@ -237,7 +237,7 @@ def check_cross_entropy(output: Value) -> None:
 def cross_entropy(
     graph: onnx.GraphProto, output: Value, labels: Value, name: str, loss: Loss
 ) -> str:
-    """Add the nodes of cross-entropy and return the result."""
+    """Add the nodes of cross-entropy, and return the name of the result."""
     logits, share = _logits(graph, output.name, output.name), loss.label_smoothing
     nll = f"{name}/nll" if share else name
     ignored = loss.ignore_index
@@ -245,7 +245,7 @@ def cross_entropy(
     if ignored is not None:
         given = {"reduction": "sum", "ignore_index": ignored}
     total = nll if ignored is None else f"{name}/total"
-    inputs, outputs = [logits, labels.name], [total, f"{name}/log_prob"]  # which the gradient reads
+    inputs, outputs = [logits, labels.name], [total, f"{name}/log_prob"]  # read by the gradient
     graph.node.append(
         helper.make_node("SoftmaxCrossEntropyLoss", inputs, outputs, name=name, **given)
     )
@@ -268,10 +268,10 @@ def cross_entropy(
 
 
 def _logits(graph: onnx.GraphProto, output: str, values: str) -> str:
-    """Return what a softmax may be taken of: ``values``, or their logarithm.
+    """Return logits: ``values``, or the logarithm of ``values`` if they are probabilities.
 
-    A model that ends in Softmax gives probabilities, whose logarithm is as good as its logits:
-    softmax(log p) = p. Its lowest level is 0, which is raised to the smallest that still counts.
+    The logarithm of a Softmax's output can replace its logits, because softmax(log p) = p. A
+    probability of 0 is raised to `SMALLEST`.
     """
     scores = OutputTracer(graph, rounding=DOMAIN).explicit(output)
     if scores is None or scores.kind != "probabilities":

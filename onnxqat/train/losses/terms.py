@@ -1,15 +1,15 @@
-"""The text of a loss, and the terms it stands for.
+"""Parse the text of a loss into terms.
 
 ::
 
     loss = part { "+" part }
     part = [ weight "*" ] ( KIND [ ":" NAME ] [ "=" ARRAY ] | FILE )
 
-KIND is one of `KINDS`. NAME is an output of the model, or ``tensor/`` and the name of any tensor;
-without it, a kind that learns from labels reads the first output, every other kind all outputs.
-ARRAY is an array of the data, in the place of the labels or of the teacher. FILE is an ONNX model
-that computes a loss, see `onnxqat.train.losses.graph`. A name with one of ``+ = "`` in it, or a
-file with ``:`` or ``*``, stands between double quotes.
+KIND is one of `KINDS`. NAME is an output of the model, or ``tensor/`` followed by the name of any
+tensor. Without it, a kind that learns from labels reads the first output, and other kinds read all
+outputs. ARRAY is an array of the data that replaces the labels or the teacher. FILE is an ONNX
+model that computes a loss, see `onnxqat.train.losses.graph`. Names that contain ``+``, ``=`` or
+``"``, and files that contain ``:`` or ``*``, are written between double quotes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "read_loss",
 ]
 
-# Each kind, and what it learns from where no array is named.
+# The kinds, and the target of each if no array is named.
 KINDS: dict[str, Literal["labels", "teacher", "array"]] = {
     "cross-entropy": "labels",
     "kl": "teacher",
@@ -54,16 +54,16 @@ PART = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Balance:
-    """Weights of the parts of an output, by which its squared differences are multiplied.
+    """Weights of the parts of an output, by which their squared differences are multiplied.
 
     Attributes
     ----------
     axis : int
-        Along which the parts lie side by side.
+        The axis along which the parts are joined.
     sizes : tuple of int
-        How long each one is.
+        The length of each part.
     weights : tuple of float
-        The weight of each one.
+        The weight of each part.
     """
 
     axis: int
@@ -80,13 +80,13 @@ class Term:
     kind : str
         One of `KINDS`, or the path of an ONNX file.
     weight : float
-        What it is multiplied by, above 0.
+        The factor of the term, above 0.
     output : str or None
-        The output, or ``tensor/NAME``; None for those that the kind reads.
+        The output, or ``tensor/NAME``; None: the outputs that the kind reads by default.
     array : str or None
-        The array of the data that it learns from; None for labels or teacher.
+        The array of the data to learn from; None: labels or teacher.
     balance : Balance or None
-        How ``mse`` weighs values of different size; None for other losses.
+        The weights of the output's parts for ``mse``; None for other losses.
     """
 
     kind: str
@@ -97,25 +97,25 @@ class Term:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is an ONNX file."""
+        """Whether the term is an ONNX file."""
         return self.kind not in KINDS
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it learns from the class labels of the data."""
+        """Whether the term learns from the class labels of the data."""
         return self.array is None and KINDS.get(self.kind) == "labels"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss as the user gave it.
+    """A loss: the sum of its terms.
 
     Attributes
     ----------
     terms : tuple of Term
-        They are added.
+        The terms.
     graphs : mapping of str to Model
-        The ONNX files among them, by path.
+        The models of terms that are ONNX files, by path.
     label_smoothing : float or None
         Share of each label that cross-entropy spreads evenly over all classes (Szegedy et al.
         2016, section 7).
@@ -137,7 +137,7 @@ def read_loss(
     Raises
     ------
     TrainingError
-        See `parse_loss`; or an option of cross-entropy is given without it.
+        See `parse_loss`; or an option of cross-entropy is given, but the loss does not use it.
     ModelError
         A file is not an ONNX model, see `onnxqat.model.load_model`.
     """
@@ -155,19 +155,19 @@ def read_loss(
 
 
 def check_options(loss: Loss) -> None:
-    """Refuse options of cross-entropy without it.
+    """Refuse options of cross-entropy if the loss does not contain cross-entropy.
 
     Raises
     ------
     TrainingError
-        One is given.
+        Such an option is given.
     """
     options = {"label-smoothing": loss.label_smoothing, "ignore-index": loss.ignore_index}
     for option, value in options.items():
         if value is not None and all(term.kind != "cross-entropy" for term in loss.terms):
             kinds = "+".join(term.kind for term in loss.terms)
             raise TrainingError(
-                f"--{option} is of cross-entropy, which is no part of the loss '{kinds}'. "
+                f"--{option} needs cross-entropy, which the loss '{kinds}' does not contain. "
                 "Leave it out."
             )
 
@@ -178,7 +178,7 @@ def parse_loss(text: str) -> tuple[Term, ...]:
     Raises
     ------
     TrainingError
-        It does not follow the grammar, or a kind is not known; where is said.
+        The text does not follow the grammar, or a kind is unknown; the message shows the place.
 
     Examples
     --------
@@ -189,7 +189,7 @@ def parse_loss(text: str) -> tuple[Term, ...]:
     ('mse', 0.5, 'boxes', 'targets')
     """
     if len(text) > MAX_LENGTH:
-        raise TrainingError(f"--loss: has {len(text)} characters. Give {MAX_LENGTH} at most.")
+        raise TrainingError(f"--loss: has {len(text)} characters. Give at most {MAX_LENGTH}.")
     terms: list[Term] = []
     start, more = 0, True
     while more:
@@ -204,7 +204,9 @@ def parse_loss(text: str) -> tuple[Term, ...]:
         start, more = match.end(), match.group().endswith("+")
     doubled = next((term for i, term in enumerate(terms) if term in terms[:i]), None)
     if doubled is not None:
-        raise TrainingError(f"--loss: '{doubled.kind}' comes twice in '{text}'. Give it a weight.")
+        raise TrainingError(
+            f"--loss: '{doubled.kind}' occurs twice in '{text}'. Give it a weight instead."
+        )
     return tuple(terms)
 
 
@@ -213,15 +215,17 @@ def _term(match: re.Match[str], where: str) -> Term:
     kind, output, array = groups["kind"], groups["output"] or None, groups["array"] or None
     weight = float(groups["weight"] or 1)
     if not 0 < weight < math.inf:
-        raise TrainingError(f"--loss: the weight {weight} {where} is not above 0 and finite.")
+        raise TrainingError(
+            f"--loss: the weight {weight} {where} must be finite and above 0. Change it."
+        )
     if kind not in KINDS and not kind.lower().endswith(".onnx"):
         raise TrainingError(
             f"Unknown loss '{kind}' {where}. {nearest(kind, KINDS)} A file ends in .onnx."
         )
     if kind not in KINDS and (output or array):
         raise TrainingError(
-            f"--loss: '{kind}' {where} has an output or array behind it. A file's inputs are "
-            "named like what they read; leave it out."
+            f"--loss: '{kind}' {where} has an output or array behind it. The inputs of a file name "
+            "the values that they read. Leave it out."
         )
     if kind in KINDS and KINDS[kind] == "array" and array is None:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""What a loss can read, by name; what comes from outside becomes an input of the graph."""
+"""Find the values that a loss can read; labels, teacher and arrays become inputs of the graph."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 LABELS = "onnxqat/labels"
 ARRAY = "onnxqat/data/"
 TEACHER = "teacher/"
-TENSOR = "tensor/"  # before the name of a tensor that is no output
+TENSOR = "tensor/"  # prefix of the name of a tensor that is not an output
 
 Shape = tuple[int | str | None, ...]
 
 
 def teacher_input(output: str) -> str:
-    """Return the name of the input that takes the teacher's value of ``output``."""
+    """Return the name of the input for the teacher's value of ``output``."""
     return f"onnxqat/{TEACHER}{output}"
 
 
@@ -46,7 +46,7 @@ def array_input(array: str, dtype: str) -> str:
 
 
 def array_of(name: str) -> tuple[str, str] | None:
-    """Return array and dtype that an input of the training graph takes; None for other inputs."""
+    """Return the array and dtype of an input that reads an array; None for other inputs."""
     if not name.startswith(ARRAY):
         return None
     dtype, _, key = name.removeprefix(ARRAY).partition("/")
@@ -58,25 +58,25 @@ class Arrays(Protocol):
 
     @property
     def array_names(self) -> Sequence[str]:
-        """Their names."""
+        """The names of the arrays."""
 
     def array(self, name: str) -> Header:
-        """Return shape and dtype of one sample."""
+        """Return the shape and dtype of one sample of an array."""
 
 
 class NoArrays:
-    """Data without arrays by name."""
+    """Data without named arrays."""
 
     array_names: Sequence[str] = ()
 
     def array(self, name: str) -> Header:
-        """Refuse: there is none."""
+        """Raise an error: there are no arrays."""
         raise KeyError(name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A value of the graph: its name there, element type of ONNX, and shape."""
+    """A value of the graph: its name, its ONNX element type, and its shape."""
 
     name: str
     elem_type: int
@@ -94,7 +94,7 @@ class Values:
     arrays : Arrays
         Arrays of the data.
     parameters : set of str
-        Inputs that are no data.
+        Inputs that are not data.
     """
 
     def __init__(self, graph: onnx.GraphProto, arrays: Arrays, parameters: Set[str]) -> None:
@@ -111,12 +111,12 @@ class Values:
         self._batch = _shape(graph.input[0])[:1]
 
     def student(self, name: str) -> Value:
-        """Return an output of the model in training, or ``tensor/NAME``.
+        """Return an output of the trained model, or ``tensor/NAME``.
 
         Raises
         ------
         TrainingError
-            There is none.
+            There is no such output or tensor.
         """
         if name in self.outputs:
             return self._value(name)
@@ -124,7 +124,7 @@ class Values:
             tensors = (f"{TENSOR}{n}" for n in sorted(self._made))
             raise TrainingError(
                 f"--loss: the model has no output '{name}'. {nearest(name, self.outputs)} "
-                f"Of other tensors: {nearest(TENSOR + name, tensors)}"
+                f"Among other tensors: {nearest(TENSOR + name, tensors)}"
             )
         tensor = name.removeprefix(TENSOR)
         quantized = dequantized_name(tensor)
@@ -152,12 +152,12 @@ class Values:
         Parameters
         ----------
         shape : tuple, optional
-            What it must have, the samples first.
+            The required shape, with the samples along the first axis.
 
         Raises
         ------
         TrainingError
-            There is none, or its dtype or shape is another.
+            There is no such array, or it has another dtype or shape.
         """
         if name not in self._arrays.array_names:
             raise TrainingError(
@@ -168,22 +168,22 @@ class Values:
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
         if not np.can_cast(header.dtype, dtype, "same_kind"):
             raise TrainingError(
-                f"--loss: array '{name}' is {header.dtype}, and {dtype} is wanted. Store it so."
+                f"--loss: array '{name}' is {header.dtype}, but {dtype} is needed. Convert it."
             )
         found = (*self._batch, *header.shape)
         if shape is not None and not fits(found, shape):
             raise TrainingError(
-                f"--loss: array '{name}' has samples of shape {header.shape}; {tuple(shape[1:])} "
-                "is wanted. Name another array."
+                f"--loss: array '{name}' has samples of shape {header.shape}, but "
+                f"{tuple(shape[1:])} is needed. Name another array."
             )
         source = array_input(name, dtype.name)
         return self._input(Value(name=source, elem_type=elem_type, shape=found))
 
     def find(self, name: str, elem_type: int) -> Value | None:
-        """Return what an input of a loss file is named like, None if there is nothing.
+        """Return the value that an input of a loss file names, or None.
 
-        In this order: an output, an input or ``tensor/NAME`` of the model, the teacher's value of
-        one behind ``teacher/``, an array of the data.
+        The name is looked up in this order: an output, an input or ``tensor/NAME`` of the model;
+        ``teacher/`` followed by one of these, for the teacher's value; an array of the data.
         """
         if name in self.outputs or name.startswith(TENSOR):
             return self.student(name)
@@ -194,14 +194,14 @@ class Values:
         return self.array(name, elem_type) if name in self._arrays.array_names else None
 
     def names(self) -> list[str]:
-        """Return what `find` finds, without the tensors that are no outputs."""
+        """Return the names that `find` knows, without inner tensors."""
         taught = [f"{TEACHER}{name}" for name in self.outputs]
         return [*self.outputs, *taught, *self._arrays.array_names]
 
     def _value(self, name: str) -> Value:
         info = self._known.get(name)
         if info is None or not info.type.tensor_type.HasField("shape"):
-            raise TrainingError(f"--loss: the shape of '{name}' is not known. Choose another.")
+            raise TrainingError(f"--loss: the shape of '{name}' is unknown. Choose another tensor.")
         elem_type = info.type.tensor_type.elem_type
         learned = elem_type == TensorProto.FLOAT
         return Value(name=name, elem_type=elem_type, shape=_shape(info), learned=learned)
@@ -215,7 +215,7 @@ class Values:
 
 
 def fits(shape: Shape, wanted: Shape) -> bool:
-    """Return whether two shapes can be the same."""
+    """Return whether two shapes can be equal, given their unknown lengths."""
     return len(shape) == len(wanted) and all(
         a == b or not (isinstance(a, int) and isinstance(b, int))
         for a, b in zip(shape, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""Hyper-parameters that vendors recommend, one TOML file each, by the names of `Config`."""
+"""Hyper-parameters recommended by vendors, in a TOML file each, with the names of `Config`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises
     ------
     TrainingError
-        There is none of this name.
+        There is no preset of this name.
 
     Examples
     --------
