@@ -113,7 +113,7 @@ def test_the_default_output_lies_beside_the_model(work, tmp_path):
     ("words", "message"),
     [
         (("lenet5.onnx",), "lenet5.onnx: contains no quantization plan"),
-        (("plain.onnx", "--log", "digits.npz"), "digits.npz: line 1 is not of a log"),
+        (("plain.onnx", "--log", "digits.npz"), "digits.npz: line 1 does not belong to a log"),
         (("plain.onnx", "--log", "none"), "none: cannot be read"),
         (("plain.onnx", "--analysis", "run.jsonl"), "run.jsonl: is not an analysis"),
         (

@@ -91,7 +91,7 @@ def test_the_next_step_names_the_tensor_before_an_index():
 
 
 def test_options_of_cross_entropy_need_labels():
-    with pytest.raises(TrainingError, match="--label-smoothing is of cross-entropy"):
+    with pytest.raises(TrainingError, match="--label-smoothing needs cross-entropy"):
         default_loss([CLASSES], labelled=False, measured=lambda _: {}, label_smoothing=0.1)
 
 

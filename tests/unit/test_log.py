@@ -187,7 +187,7 @@ def test_what_cannot_be_an_event_folder_is_said(tmp_path):
     for name, message in (
         ("file", "is not a directory"),
         ("none/board", "none' does not exist"),
-        ("used", "already holds a run's event files"),
+        ("used", "already contains a run's event files"),
     ):
         with pytest.raises(OnnxQatError, match=message):
             check_event_folder(tmp_path / name, force=False)
@@ -221,7 +221,7 @@ def test_a_full_disk_ends_a_log_and_not_the_training(model, data, events, tmp_pa
         run(model, data, (paths[0], paths[2]), (paths[1], None))
     found = read_log(paths[0])
 
-    refused = [f"{p}: cannot be written (File too large). Training goes on" for p in paths]
+    refused = [f"{p}: cannot be written (File too large). Training continues" for p in paths]
     warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert sorted(line.partition(" without")[0] for line in warned) == sorted(refused)
     assert 1 < len(found) < len(events)
@@ -261,11 +261,11 @@ def test_a_run_that_is_refused_leaves_the_log_as_it_was(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no run from its start"),
-        ('{"event":"start"}', "holds no run"),  # its line is still being written
-        ('{"event":"step","step":3,"epoch":1,"loss":1.0,"lr":0,"scale_lr":0}\n', "holds no run"),
-        ("step,epoch,name,value\n", "line 1 is not of a log"),
-        ('{"event":"start"}\n{"event":"stop"}\n', "line 2 is not of a log"),
+        ("", "contains no run from its start"),
+        ('{"event":"start"}', "contains no run"),  # its line is still being written
+        ('{"event":"step","step":3,"epoch":1,"loss":1.0,"lr":0,"scale_lr":0}\n', "contains no run"),
+        ("step,epoch,name,value\n", "line 1 does not belong to a log"),
+        ('{"event":"start"}\n{"event":"stop"}\n', "line 2 does not belong to a log"),
         ('{"event":"start"}\n{"event":"note","step":-1,"note":""}\n', "line 2 is not"),
         ('{"event":"start"}\n{"event":"note","step":1e99,"note":""}\n', "line 2 is not"),
         ('{"event":"start","schema":"onnxqat.log/2"}\n', "line 1 is not"),

@@ -235,8 +235,8 @@ def test_a_long_text_is_read_in_linear_time():
         ("kl:logit", "no output 'logit'. The nearest: 'logits'.* tensors: .*'tensor/logits'"),
         ("kl:tensor/h", "no tensor 'h'.*'h/logits'"),
         ("mse:logits=want", "no array 'want'. The nearest: 'wanted'"),
-        ("mse:logits=short", r"array 'short' has samples of shape \(4,\); \(5,\) is wanted"),
-        ("cross-entropy=wanted", "'wanted' is float64, and int64 is wanted"),
+        ("mse:logits=short", r"array 'short' has samples of shape \(4,\), but \(5,\) is needed"),
+        ("cross-entropy=wanted", "'wanted' is float64, but int64 is needed"),
     ],
 )
 def test_what_a_loss_does_not_find(text, message):
@@ -247,7 +247,7 @@ def test_what_a_loss_does_not_find(text, message):
 
 @pytest.mark.parametrize("option", ["label_smoothing", "ignore_index"])
 def test_an_option_of_cross_entropy_without_it(option):
-    with pytest.raises(TrainingError, match=f"--{option.replace('_', '-')} is of cross-entropy"):
+    with pytest.raises(TrainingError, match=f"--{option.replace('_', '-')} needs cross-entropy"):
         read_loss("kl", **{option: 0})
 
 

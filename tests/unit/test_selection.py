@@ -100,7 +100,7 @@ def test_patience_ends_a_run_that_does_not_get_better(coarse, data):
     stopped, kept = result.notes
     assert stopped == "stopped after epoch 2: no better state in the last 2 epochs"
     assert kept.startswith(
-        "the start was kept, OUT holds its parameters: no epoch had a better loss"
+        "the start was kept, and OUT contains its parameters: no epoch had a better loss"
     )
     assert result.model is coarse
     assert result.after == result.before
@@ -155,8 +155,8 @@ def test_a_kept_start_is_said_with_the_numbers():
 
     (note,) = verdict(START, tried, 0, BY_LOSS)
     assert note == (
-        "the start was kept, OUT holds its parameters: no epoch had a better loss, the best being "
-        "2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, 0.3 "
+        "the start was kept, and OUT contains its parameters: no epoch had a better loss, the best "
+        "being 2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, 0.3 "
         "after epoch 2)"
     )
     assert "no epoch was completed" in verdict(START, [], 0, BY_LOSS)[0]

@@ -1,1 +1,1 @@
-"""Watching a training: losses that diverge, how far scales drift, logs and their report."""
+"""Monitor a training: divergence of losses, drift of scales, logs, and a final verdict."""

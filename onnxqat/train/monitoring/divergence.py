@@ -1,4 +1,4 @@
-"""The losses of a run, and whether they rise; and what is said of numbers that are not finite."""
+"""Detect rising losses, and explain losses and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from onnxqat.qparams import FloatArray
 
 __all__ = ["RECENT_STEPS", "LossHistory", "explain_gradients", "explain_loss", "not_finite"]
 
-# The mean loss of the last steps is compared with that of as many at the start.
+# The mean loss of the last steps is compared with that of the same number of steps at the start.
 RECENT_STEPS = 20
-RISE, STANDARD_ERRORS = 1.5, 4.0  # a rise is one by this factor, and beyond the noise
+RISE, STANDARD_ERRORS = 1.5, 4.0  # a rise exceeds this factor, and the noise
 
 
 class LossHistory(msgspec.Struct, kw_only=True):
@@ -25,9 +25,9 @@ class LossHistory(msgspec.Struct, kw_only=True):
     Attributes
     ----------
     window : int
-        How many losses are compared at each end; 0 compares nothing.
+        The number of losses that are compared at each end; 0: no comparison.
     count : int
-        How many there were.
+        The number of losses so far.
     first, recent : list of float
         The first ``window``, and the last `RECENT_STEPS`.
     """
@@ -38,7 +38,7 @@ class LossHistory(msgspec.Struct, kw_only=True):
     recent: list[float] = []
 
     def add(self, loss: float) -> None:
-        """Take the loss of one more step."""
+        """Add the loss of one step."""
         self.count += 1
         if len(self.first) < self.window:
             self.first.append(loss)
@@ -50,7 +50,7 @@ class LossHistory(msgspec.Struct, kw_only=True):
         return float(np.mean(self.recent))
 
     def rising(self) -> bool:
-        """Whether the mean of the last losses lies clearly above that of the first."""
+        """Whether the mean of the last losses is clearly above that of the first."""
         window = self.window
         if not window or self.count % window or self.count < 2 * window:
             return False
@@ -61,9 +61,9 @@ class LossHistory(msgspec.Struct, kw_only=True):
 
 
 def not_finite(arrays: Mapping[str, FloatArray], buffer: FloatArray) -> list[str]:
-    """Return the names of the arrays that hold a number that is not finite.
+    """Return the names of the arrays that contain a value that is not finite.
 
-    ``buffer`` holds all of them one behind the other: one product tells that all is well.
+    ``buffer`` contains all arrays, so that a single product shows whether all values are finite.
     """
     if math.isfinite(float(np.dot(buffer, buffer))):
         return []
@@ -71,41 +71,45 @@ def not_finite(arrays: Mapping[str, FloatArray], buffer: FloatArray) -> list[str
 
 
 def explain_gradients(graph: onnx.GraphProto, names: Iterable[str], *, moved: bool) -> str:
-    """Return which gradients are not finite, and what can be done.
+    """Return a text that names the gradients that are not finite, and the next step.
 
     Parameters
     ----------
     graph : onnx.GraphProto
-        The training form's.
+        The graph of the training form.
     names : iterable of str
         The parameters, by input name.
     moved : bool
-        Whether training has changed anything yet.
+        Whether training has changed any parameter yet.
     """
     wrong = set(names)
-    # backwards from the loss the first one is where the numbers left the finite ones
+    # going back from the loss, the first of them is the cause
     name = next(n for node in reversed(graph.node) for n in node.input if n in wrong)
     alone = {parameters_of(n) for n in wrong} == {name}
     if alone or len(wrong) == 1:
         return (
-            f"the gradient of '{name}' is not finite, all others are. "
-            f'Leave it as it is with --group "tensor:{name}.freeze=true"'
+            f"only the gradient of '{name}' is not finite. "
+            f'Freeze this tensor with --group "tensor:{name}.freeze=true"'
         )
-    rate = "Try a smaller --lr, or l" if moved else "Nothing has moved yet, so no --lr helps: l"
+    rate = (
+        "Try a smaller --lr, or l"
+        if moved
+        else "Nothing was trained yet, so --lr is not the cause: l"
+    )
     return (
-        f"the gradients of {len(wrong)} tensors are not finite, from '{name}' on back to the "
-        f"inputs. {rate}ook for values that are too large there with 'onnxqat evaluate'"
+        f"the gradients of {len(wrong)} tensors are not finite, from '{name}' back to the "
+        f"inputs. {rate}ook for too large values there with 'onnxqat evaluate'"
     )
 
 
 def explain_loss(values: Mapping[str, FloatArray], buffer: FloatArray, *, moved: bool) -> str:
-    """Return why a loss is not finite, as far as the parameters tell."""
+    """Return why a loss is not finite, judged by the parameters."""
     wrong = not_finite(values, buffer)
     if wrong:
         return f"the values of '{wrong[0]}' are not finite. Try a smaller --lr"
     if moved:
         return "all parameters are finite. Try a smaller --lr"
     return (
-        "and nothing has moved yet, so no --lr helps: outputs of the model, or of the teacher, are "
-        "not finite on these data. See what 'onnxqat evaluate' says"
+        "nothing was trained yet, so --lr is not the cause: outputs of the model or of the teacher "
+        "are not finite on these data. Check them with 'onnxqat evaluate'"
     )

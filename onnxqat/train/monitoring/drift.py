@@ -1,4 +1,4 @@
-"""What training did to the quantization: how far scales moved, and what is cut off."""
+"""Measure how far training moved the scales, and how many values are clipped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["clipped_shares", "scale_drift"]
 
 
 def scale_drift(start: QuantizedModel, model: QuantizedModel) -> dict[str, float]:
-    """Return log2 of how far each scale moved from ``start``, by `QuantPoint.parameters`.
+    """Return log2 of the ratio of each scale to that of ``start``, by `QuantPoint.parameters`.
 
-    Where there is one scale per channel, it is that of the channel which moved furthest.
+    For per-axis scales, it is the ratio of the channel whose scale changed most.
     """
     before, drift = start.params, {}
     for name, params in model.params.items():
@@ -33,18 +33,18 @@ def scale_drift(start: QuantizedModel, model: QuantizedModel) -> dict[str, float
 def clipped_shares(
     model: QuantizedModel, inputs: Mapping[str, NDArray[Any]], *, threads: int = 0
 ) -> dict[str, float]:
-    """Return which fraction of the values lies beyond the clipping range, by `QuantPoint.tensor`.
+    """Return the fraction of clipped values of each point, by `QuantPoint.tensor`.
 
-    A value is beyond it when its rounded level is not in ``[qmin, qmax]``.
+    A value is clipped if its rounded level is not in ``[qmin, qmax]``.
 
     Parameters
     ----------
     model : QuantizedModel
-        Q/DQ; activations are what it computes for ``inputs``.
+        The Q/DQ model, which computes the activations for ``inputs``.
     inputs : mapping of str to array
         One batch, by model input.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     """
     graph, points = model.floats.graph, model.plan.grid_points()
     tensors, outputs = graph.tensors(), {t.name for t in graph.outputs}

@@ -1,4 +1,4 @@
-"""What a fine-tuning is logged as: a sequence of events, by time."""
+"""The events of a fine-tuning log, in order of time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=str.lower):
-    """What the log has in common; ``event`` is the name of the class in lower case."""
+    """The common fields of all events; ``event`` is the name of the class in lower case."""
 
 
 class Start(_Event, frozen=True, kw_only=True):
@@ -33,21 +33,21 @@ class Start(_Event, frozen=True, kw_only=True):
 
 
 class Resume(_Event, frozen=True, kw_only=True):
-    """A run goes on behind ``step``; what was logged of later steps comes again."""
+    """A run resumes after ``step``; events of later steps are logged again."""
 
     schema: Schema = "onnxqat.log/1"
     step: Count
 
 
 class Note(_Event, frozen=True, kw_only=True):
-    """Something was done about a rising loss; ``step`` is smaller where training began again."""
+    """A reaction to a rising loss; ``step`` is smaller than before if training restarted."""
 
     step: Count
     note: str
 
 
 class Step(_Event, frozen=True, kw_only=True):
-    """After a step: the mean loss of the last 20, and the learning rates."""
+    """After a step: the mean loss of the last 20 steps, and the learning rates."""
 
     step: Count
     epoch: Count
@@ -62,13 +62,13 @@ class Epoch(_Event, frozen=True, kw_only=True):
     Attributes
     ----------
     step, epoch, loss
-        As of `Step`.
+        See `Step`.
     metrics : dict of str to float or None
         Figures on the held-out data; None where not finite.
     scale_drift : dict of str to float
-        log2 of how far each scale moved from the start, by set of parameters.
+        log2 of the ratio of each scale to that of the start, by the name of the parameters.
     clipped : dict of str to float
-        Fraction of the values beyond the clipping range, by point.
+        The fraction of clipped values, by point.
     """
 
     step: Count
@@ -96,14 +96,14 @@ def figures(event: Event) -> Iterator[tuple[str, float]]:
 
 
 def stale_from(event: Event, last: int) -> int | None:
-    """Return from which step on what was logged before holds no more; None where all does.
+    """Return the first step whose logged events are now invalid, or None.
 
     Parameters
     ----------
     event : Event
-        The next one.
+        The next event.
     last : int
-        The step of the one before.
+        The step of the previous event.
     """
     if isinstance(event, Resume):
         return event.step + 1

@@ -1,4 +1,4 @@
-"""A log of a fine-tuning, for programs: as JSON lines, CSV or TensorBoard's event files."""
+"""Log a fine-tuning for other programs, as JSON lines, CSV or TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """Writes what `onnxqat.train.finetune` reports; a context manager.
+    """Writes the reports of `onnxqat.train.finetune` to files; a context manager.
 
     Parameters
     ----------
     path : str or Path or None
-        A file of JSON lines, see `onnxqat.train.monitoring.events`, or of CSV by its ending.
-        Replaced, or with ``resume`` continued.
+        A file of JSON lines (see `onnxqat.train.monitoring.events`), or of CSV if it ends with
+        ``.csv``. It is replaced, or continued with ``resume``.
     start : QuantizedModel
         The Q/DQ model before training.
     batch : mapping of str to array
-        Inputs that the clipped values are counted on.
+        Inputs with which clipped values are counted.
     every : int
-        Steps between events.
+        The number of steps between events.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     tensorboard : str or Path, optional
-        A folder of event files. Those that are there are removed, or with ``resume`` continued.
+        A folder of event files. Existing ones are removed, or continued with ``resume``.
 
-    Files are opened at the first report. One that cannot be written, on a full disk for instance,
-    is left as it is with a warning: training is worth more than its log.
+    Files are opened at the first report. If a file cannot be written, for example because the disk
+    is full, a warning is logged and training continues without it.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class TrainingLog:
             self._each(lambda writer: writer.close())
 
     def __call__(self, progress: Progress) -> None:
-        """Take one report."""
+        """Write one report."""
         of_block = progress.part == "block"
         step, epoch, loss = 0 if of_block else progress.step, progress.epoch, progress.loss
-        if not self.begun:  # only now, so that a run that is refused leaves nothing behind
+        if not self.begun:  # not earlier, so that a refused run leaves no files
             self.begun = True
             self._each(lambda writer: writer.open())
-            # the checkpoint is of the step before, or of the last of the epoch
+            # the checkpoint is from the step before, or from the last step of the epoch
             before = max(step - (progress.validation is None), 0)
             start = Start(metrics=_metrics(progress.before))
             self._write(Resume(step=before) if self.resume else start)
@@ -117,16 +117,18 @@ class TrainingLog:
         self._each(lambda writer: writer.write(event))
 
     def _each(self, act: Callable[[LogWriter], None]) -> None:
-        """Let every writer act; one that cannot is told of once, and ends."""
+        """Call ``act`` for each writer; a writer that fails is reported once and closed."""
         for writer in list(self.writers):
             try:
                 act(writer)
             except OSError as error:
                 self.writers.remove(writer)
-                with suppress(OSError, AttributeError):  # one that was never opened has no file
+                with suppress(
+                    OSError, AttributeError
+                ):  # a writer that was never opened has no file
                     writer.close()
                 logger.warning(
-                    "%s: cannot be written (%s). Training goes on without this %s.",
+                    "%s: cannot be written (%s). Training continues without this %s.",
                     writer.path,
                     error.strerror,
                     writer.option,
@@ -134,6 +136,6 @@ class TrainingLog:
 
 
 def _metrics(evaluation: Evaluation | None) -> dict[str, float | None]:
-    """Return the figures of a state as JSON has them."""
+    """Return the figures of a state, with None for values that are not finite."""
     found = {} if evaluation is None else figures_of(evaluation)
     return {name: value if math.isfinite(value) else None for name, value in found.items()}

@@ -1,9 +1,9 @@
-"""Event files of TensorBoard: a run's numbers as scalars by step.
+"""Write TensorBoard event files: a run's numbers as scalars by step.
 
-The format is TensorFlow's ``Event`` in TFRecords; tensorboardX, the optional extra ``tensorboard``,
-writes it. Of two event files in one folder, and within one, TensorBoard drops what it read of the
-steps from a ``SessionLog.START`` on (``_CheckForRestartAndMaybePurge`` in tensorboard's
-``backend/event_processing/event_accumulator.py``).
+The format is TensorFlow's ``Event`` in TFRecords, written by tensorboardX (the optional extra
+``tensorboard``). At a ``SessionLog.START``, in the same or in another file of the folder,
+TensorBoard discards the events from that step on (``_CheckForRestartAndMaybePurge`` in
+tensorboard's ``backend/event_processing/event_accumulator.py``).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ PATTERN = "events.out.tfevents.*"
 
 
 class EventFiles(LogWriter):
-    """The event files of a folder; a resumed run adds one, a new run removes the others."""
+    """Writes event files into a folder; a resumed run adds one, a new run removes the others."""
 
     def open(self) -> None:
-        """Make the folder, and begin a file in it."""
+        """Create the folder, and begin a file in it."""
         writer, self._proto, self._summary = _library()
         self.path.mkdir(exist_ok=True)
         earlier = list(self.path.glob(PATTERN))
         if not self.resume:
             for file in earlier:
                 file.unlink()
-        # numbered, since their time is in whole seconds
+        # numbered, because the time in their names is in whole seconds
         self._file = writer.EventsWriter(str(self.path / "events"), f".{len(earlier)}")
         self._last = 0
 
     def write(self, event: Event) -> None:
-        """Write one event, behind what withdraws earlier ones."""
+        """Write one event, after invalidating earlier ones if necessary."""
         stale = stale_from(event, self._last)
         if stale:
             again = self._proto.SessionLog(status=self._proto.SessionLog.START)
@@ -58,13 +58,13 @@ class EventFiles(LogWriter):
 
 
 def check_event_folder(path: str | Path, *, force: bool) -> None:
-    """Refuse a folder that event files could not be written to, before any work is done.
+    """Refuse a folder into which event files cannot be written, before the work begins.
 
     Raises
     ------
     OnnxQatError
-        tensorboardX is not installed; the folder is a file, or holds a run and ``force`` is not
-        set; or its parent is missing.
+        tensorboardX is not installed; the path is a file; the folder contains a run and ``force``
+        is not set; or its parent is missing.
     """
     path = Path(path)
     _library()
@@ -74,13 +74,13 @@ def check_event_folder(path: str | Path, *, force: bool) -> None:
         raise OnnxQatError(f"{path}: directory '{path.parent}' does not exist. Create it first.")
     if not force and any(path.glob(PATTERN)):
         raise OnnxQatError(
-            f"{path}: already holds a run's event files. Name another --tensorboard, or pass "
+            f"{path}: already contains a run's event files. Name another --tensorboard, or pass "
             "--force to replace them."
         )
 
 
 def _library() -> tuple[Any, Any, Any]:
-    """Return what writes event files, and the modules of the messages in them."""
+    """Return tensorboardX's writer, and the modules of its messages."""
     try:
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2, summary_pb2

@@ -1,4 +1,4 @@
-"""What is said about the state that was kept: which one, by what, and what speaks against it."""
+"""Explain the choice of the kept state: which one it is, why, and what contradicts it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Tried = Sequence[tuple[int, Evaluation]]
 def verdict(
     before: Evaluation, tried: Tried, best_epoch: int, selection: Selection
 ) -> tuple[str, ...]:
-    """Return sentences about the choice, for the user.
+    """Return sentences for the user about the choice of the state.
 
     Parameters
     ----------
     before : Evaluation
         Figures of the start.
     tried : sequence of (int, Evaluation)
-        Epochs and the figures behind them.
+        The epochs and their figures.
     best_epoch : int
-        The one that was kept; 0 is the start.
+        The epoch that was kept; 0 is the start.
     selection : Selection
-        What chose.
+        The figure that chose it.
     """
     notes = [] if best_epoch else [_start_kept(before, tried, selection)]
     other = _other_choice(before, tried, selection)
@@ -36,7 +36,7 @@ def verdict(
 
 
 def _start_kept(before: Evaluation, tried: Tried, selection: Selection) -> str:
-    kept = "the start was kept, OUT holds its parameters: "
+    kept = "the start was kept, and OUT contains its parameters: "
     if not tried:
         return f"{kept}no epoch was completed"
     figure = before.first.get(selection.figure, selection.figure)
@@ -52,7 +52,7 @@ def _start_kept(before: Evaluation, tried: Tried, selection: Selection) -> str:
 
 
 def _other_choice(before: Evaluation, tried: Tried, selection: Selection) -> list[str]:
-    """Say that loss and accuracy would keep different states, if they would."""
+    """Return a note if loss and accuracy would choose different states."""
     states = [(0, before), *tried]
     share = next((name for name in SHARES if name in figures_of(before)), None)
     if share is None or before.loss is None or selection.figure not in (share, LOSS):
@@ -70,7 +70,7 @@ def _other_choice(before: Evaluation, tried: Tried, selection: Selection) -> lis
 
 
 def _choice(states: Tried, figure: str) -> int:
-    """Return the first epoch that is best by a figure."""
+    """Return the first epoch with the best value of a figure."""
     return max(states, key=lambda one: score(one[1], figure)[0])[0]
 
 

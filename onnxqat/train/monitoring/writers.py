@@ -1,4 +1,4 @@
-"""Files that the events of a fine-tuning are written to, and JSON lines read from."""
+"""Write the events of a fine-tuning to files, and read them back from JSON lines."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from onnxqat.train.monitoring.events import Event, Start, figures, stale_from
 
 __all__ = ["LogWriter", "file_writer", "read_log"]
 
-LARGEST = 2**28  # bytes of a log that is read
-BLOCK = 2**16  # bytes that the end of the last line is looked for in at once
+LARGEST = 2**28  # bytes; larger logs are refused
+BLOCK = 2**16  # bytes that are searched at a time for the end of the last line
 
 
 class LogWriter(ABC):
-    """Writes events as they come, so that others can read what there is so far.
+    """Writes each event immediately, so that other programs can read the log during a run.
 
     Attributes
     ----------
     path, option : Path, str
-        What is written, and the option that named it.
+        The file or folder, and the option that named it.
     resume : bool
-        Whether it continues what is there.
+        Whether to continue an existing log.
 
-    Every method may raise an OSError.
+    All methods can raise an OSError.
     """
 
     def __init__(self, path: Path, *, option: str, resume: bool) -> None:
@@ -39,7 +39,7 @@ class LogWriter(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Begin the file, or with ``resume`` go on in it."""
+        """Begin the file, or continue it with ``resume``."""
 
     @abstractmethod
     def write(self, event: Event) -> None:
@@ -51,7 +51,7 @@ class LogWriter(ABC):
 
 
 class _TextWriter(LogWriter):
-    """A file of lines, replaced or continued, which never ends within a line."""
+    """A file of lines, replaced or continued, that never ends with a partial line."""
 
     file: FileIO
 
@@ -59,10 +59,10 @@ class _TextWriter(LogWriter):
         mode = "r+b" if self.resume and self.path.exists() else "wb"
         self.file = cast(FileIO, self.path.open(mode, buffering=0))
         self.file.seek(_end_of_lines(self.file))
-        self.file.truncate()  # a run that was killed may have left half of one
+        self.file.truncate()  # a killed run may have left a partial line
 
     def append(self, text: str) -> None:
-        """Write lines, all or none."""
+        """Write either all lines or none."""
         start, data = self.file.tell(), text.encode()
         try:
             while data:
@@ -83,7 +83,7 @@ class _JsonLines(_TextWriter):
 
 
 class _Csv(_TextWriter):
-    """One number per row; what is logged again after a resumption stands in later rows."""
+    """One number per row; after a resumption, repeated steps follow in later rows."""
 
     def open(self) -> None:
         super().open()
@@ -101,7 +101,7 @@ class _Csv(_TextWriter):
 
 
 def _end_of_lines(file: FileIO) -> int:
-    """Return how many bytes of a file are whole lines."""
+    """Return the length, in bytes, of the complete lines of a file."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(end - BLOCK, 0)
@@ -114,20 +114,20 @@ def _end_of_lines(file: FileIO) -> int:
 
 
 def file_writer(path: Path, *, option: str, resume: bool) -> LogWriter:
-    """Return the writer for a file: CSV by its ending, JSON lines otherwise."""
+    """Return the writer for a file: CSV if it ends with ``.csv``, otherwise JSON lines."""
     kind = _Csv if path.suffix.lower() == ".csv" else _JsonLines
     return kind(path, option=option, resume=resume)
 
 
 def read_log(path: str | Path) -> list[Event]:
-    """Return the events of a log of JSON lines that hold: none that a resumed run logged again.
+    """Return the valid events of a JSON lines log, without those that a resumed run repeated.
 
     A line that is still being written is left out.
 
     Raises
     ------
     DataError
-        There is no such file, or it is not a log of this version.
+        The file is missing, or is not a log of this version.
     """
     path = Path(path)
     try:
@@ -135,19 +135,21 @@ def read_log(path: str | Path) -> list[Event]:
             raise DataError(f"{path}: is larger than {LARGEST >> 20} MiB. Give the log of one run.")
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror}). Give what --log wrote."
+        message = f"{path}: cannot be read ({error.strerror}). Give a file that --log wrote."
         raise DataError(message) from error
     events: list[Event] = []
     for number, line in enumerate(lines, start=1):
         try:
             event = msgspec.json.decode(line, type=Event)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"{path}: line {number} is not of a log ({error})."
-            raise DataError(f"{message} Give what --log FILE.jsonl wrote.") from error
+            message = f"{path}: line {number} does not belong to a log ({error})."
+            raise DataError(f"{message} Give a file that --log FILE.jsonl wrote.") from error
         stale = stale_from(event, events[-1].step if events else 0)
         while stale is not None and events and events[-1].step >= stale:
             events.pop()
         events.append(event)
     if not events or not isinstance(events[0], Start):
-        raise DataError(f"{path}: holds no run from its start. Give what --log FILE.jsonl wrote.")
+        raise DataError(
+            f"{path}: contains no run from its start. Give a file that --log FILE.jsonl wrote."
+        )
     return events
