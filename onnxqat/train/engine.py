@@ -1,8 +1,8 @@
-"""A training form with a loss as a session that also computes the gradients.
+"""Run a training form with a loss and its gradients in an onnxruntime session.
 
-The graph is that of `onnxqat.gradients`, so that any onnxruntime runs it; where a training build
-is installed, some of its kernels are used. Parameters and gradients live in flat numpy buffers
-that the session reads and writes in place, so that a step copies nothing.
+`onnxqat.gradients` makes the graph, so that any onnxruntime can run it; with a training build, some
+of its kernels are used. The session reads parameters from flat numpy buffers and writes gradients
+to them in place, without copying.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 class Flat:
-    """Named float32 arrays, one behind the other in one buffer.
+    """Named float32 arrays that lie one behind the other in one buffer.
 
     Attributes
     ----------
     buffer : float32 of shape (total,)
         All values.
     views : dict of str to float32 array
-        Each array, sharing memory with the buffer.
+        The arrays, as views of the buffer.
     """
 
     def __init__(self, arrays: Mapping[str, FloatArray]) -> None:
@@ -56,37 +56,37 @@ def forward_session(form: TrainingForm, *, threads: int = 0) -> ort.InferenceSes
 
 
 class StepSession:
-    """Compute the loss and the gradients of all parameters for a batch.
+    """Computes the loss and the gradients of all parameters for a batch.
 
     Parameters
     ----------
     form : TrainingForm
-        What is trained.
+        The training form.
     loss : Loss
         See `onnxqat.train.losses`.
     batch_size : int
-        Samples in every batch; onnxruntime's pooling gradients need it fixed.
+        Samples in each batch; onnxruntime's pooling gradients need a fixed number.
     threads : int
-        0 takes all cores.
+        The number of threads (0: all cores).
     arrays : Arrays, optional
-        Those of the data, which the loss may read.
+        The arrays of the data that the loss may read.
     other : StepSession, optional
-        A session with these parameters and more, whose buffers are used.
+        A session with at least these parameters, whose buffers are shared.
 
     Attributes
     ----------
     values, gradients : Flat
-        Parameters by input name, and the gradients of those that learn; the session reads and
-        writes them.
+        The parameters by input name, and the gradients of the learned ones; the session reads and
+        writes these buffers.
     inputs : set of str
-        What a batch is made of, and the parameters.
+        The inputs of the graph: the feeds of a batch, and the parameters.
     classes : dict of str to (int, int or None)
-        By input of labels: how many classes there are, and the label that does not count.
+        For each input of labels: the number of classes, and the label that is ignored.
 
     Raises
     ------
     TrainingError
-        A node on the way to the loss has no gradient.
+        A node between a parameter and the loss has no gradient.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class StepSession:
         return float(self._loss)
 
     def extremes(self) -> dict[str, tuple[float, float]]:
-        """Return smallest and largest value in the last batch, by `TrainingForm.observed`."""
+        """Return the smallest and largest values in the last batch, by `TrainingForm.observed`."""
         found = {}
         for name, tensors in self._observed.items():
             ends = np.hstack([self._extremes[tensor] for tensor in tensors])
@@ -157,12 +157,12 @@ class StepSession:
 
 
 def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> onnx.ModelProto:
-    """Return a copy whose data inputs have a first axis of this length, with all shapes.
+    """Return a copy whose data inputs have this batch size, with all shapes inferred.
 
     Raises
     ------
     TrainingError
-        onnx cannot infer them.
+        onnx cannot infer the shapes.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
@@ -175,12 +175,15 @@ def fix_batch(model: onnx.ModelProto, parameters: set[str], batch_size: int) -> 
     try:
         return native.infer_shapes(model)
     except native.NativeError as error:
-        message = f"Batches of {batch_size}: shapes cannot be inferred ({error}). Insert again."
+        message = (
+            f"Batches of {batch_size}: shapes cannot be inferred ({error}). Run 'onnxqat insert' "
+            "again."
+        )
         raise TrainingError(message) from error
 
 
 def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:
-    """Return how many classes there are, and what is ignored, by input of labels."""
+    """Return the number of classes and the ignored label, by input of labels."""
     values = (*model.graph.value_info, *model.graph.input)
     dims = {value.name: value.type.tensor_type.shape.dim for value in values}
     inputs = {value.name for value in model.graph.input}
@@ -195,7 +198,7 @@ def _classes(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:
 
 
 def _add_extremes(model: onnx.ModelProto, tensors: list[str]) -> None:
-    """Make the smallest and the largest value of some tensors outputs."""
+    """Add the smallest and the largest value of some tensors as outputs."""
     for name in tensors:
         for op, suffix in (("ReduceMin", LOWEST), ("ReduceMax", HIGHEST)):
             output = f"{name}{suffix}"

@@ -160,7 +160,7 @@ def test_groups_hold_in_every_block(coarse, data):
         if point.role == "weight":
             np.testing.assert_array_equal(before[point.tensor].values, after[point.tensor].values)
     assert any(not coarse.params[n].same_as(p) for n, p in found.model.params.items())
-    with pytest.raises(TrainingError, match="covers nothing that is trained"):
+    with pytest.raises(TrainingError, match="matches no trained parameter"):
         finetune(coarse, data, config=Config(**FAST, groups=("name:nothing.lr=1",)))
 
 

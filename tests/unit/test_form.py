@@ -83,7 +83,7 @@ g (float[N,4] x) => (float[N,4] y)
 
 def test_every_op_without_gradient_is_named():
     floats, qdq = quantized_text(UNTRAINABLE)
-    reason = "it has no gradient here"
+    reason = "onnxqat has no gradient for it"
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))
 
     assert untrainable_nodes(floats, plan) == [

@@ -265,7 +265,7 @@ SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
                 "loss (float[N, 5] y) => (float value) "
                 "{ r = Neg(y)  d = Hardmax(r)  value = ReduceMean <keepdims = 0> (d) }"
             ),
-            r"loss.onnx: node 'Hardmax_1' \(Hardmax: it has no gradient here\). Compute",
+            r"loss.onnx: node 'Hardmax_1' \(Hardmax: onnxqat has no gradient for it\). Compute",
         ),
         (
             (

@@ -55,7 +55,7 @@ def test_einsum(equation, shapes):
         ("...i,ij->...j", [(2, 3), (3, 4)], "has no '->', an ellipsis, or a label twice"),
         ('ij->"', [(3, 3)], "has no '->', an ellipsis, or a label twice"),
         ("ii->i", [(3, 3)], "has no '->', an ellipsis, or a label twice"),
-        ("ij,k->k", [(2, 3), (4,)], "sums 'i' of one operand alone"),
+        ("ij,k->k", [(2, 3), (4,)], "sums label 'i', which only one operand has"),
         ("ij,jk->ik", [(2, 1), (3, 4)], "label 'j' has the lengths 1 and 3"),
     ],
 )

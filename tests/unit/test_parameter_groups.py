@@ -200,8 +200,8 @@ def test_clipping_leaves_frozen_parameters_out(model):
         ("weight.rate=1", "unknown key 'rate'. One of lr, weight_decay"),
         ("weight.freeze=yes", "freeze takes true or false"),
         ("weight.lr=fast", "'fast' is not a number"),
-        ("weight.lr=nan", "lr = nan. It is 0 or above"),
-        ("weight.lr=-1", "lr = -1. It is 0 or above"),
+        ("weight.lr=nan", "lr = nan. Give 0 or more"),
+        ("weight.lr=-1", "lr = -1. Give 0 or more"),
         ("weight.freeze_from=1.5", "'1.5' is not a number"),
     ],
 )
@@ -220,5 +220,5 @@ def test_wrong_groups_are_named(text, message):
     ],
 )
 def test_a_group_that_covers_nothing_is_an_error(model, text, method):
-    with pytest.raises(TrainingError, match="covers nothing that is trained"):
+    with pytest.raises(TrainingError, match="matches no trained parameter"):
         Trained(model, groups=(text,), method=method)

@@ -1,13 +1,13 @@
-"""What stands for a node while training, so that it has a gradient.
+"""Replace nodes of the training form by nodes that have a gradient.
 
-The saved model keeps the original ops. In the training form a node is, in this order:
+The saved model keeps the original ops. In the training form, a node is (the first that applies):
 
-1. refused, with the reason (`REFUSED`, or what a gradient cannot cover);
-2. left as it is, where `onnxqat.gradients` defines its gradient (`NATIVE`);
+1. refused, with a reason (`REFUSED`, or a form that its gradient does not support);
+2. kept, if `onnxqat.gradients` defines its gradient (`NATIVE`);
 3. rewritten into such nodes (`onnxqat.train.lowering.operands`);
-4. an op of ours: the original as its forward pass, and a gradient in ONNX text.
+4. replaced by a custom op: the original node as forward pass, and a gradient in ONNX text.
 
-Each computes the same values as the original node, bit for bit.
+All of them compute the same values as the original node, bit for bit.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ NATIVE = frozenset(
         *("Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze"),
     )
 )
-FIRST_INPUT_ONLY = ("Clip", "Pow")  # whose other inputs get no gradient, or a wrong one
+FIRST_INPUT_ONLY = ("Clip", "Pow")  # ops whose other inputs have no correct gradient
 RUNTIME_DOMAIN = "com.microsoft"
 REFUSED = {
     **dict.fromkeys(RECURRENT, "a recurrent layer has no gradient here"),
-    **dict.fromkeys(SUBGRAPHS, "what a subgraph computes has no gradient here"),
-    "GridSample": "sampling at computed positions has no gradient here",
+    **dict.fromkeys(SUBGRAPHS, "onnxqat has no gradients for subgraphs"),
+    "GridSample": "onnxqat has no gradient for sampling at computed positions",
 }
 GRADIENTS: dict[str, Callable[[gs.Node], Gradient]] = {
     **dict.fromkeys(reductions.REDUCTIONS, reductions.reduction),
@@ -91,28 +91,28 @@ GRADIENTS: dict[str, Callable[[gs.Node], Gradient]] = {
 def lower(
     node: gs.Node, learned: Sequence[int], *, opset: int, all_reach_loss: bool
 ) -> tuple[list[gs.Node], list[CustomOp]]:
-    """Return the nodes that stand for ``node`` while training, and the ops of ours in them.
+    """Return the nodes that replace ``node`` in training, and the custom ops among them.
 
     Parameters
     ----------
     node : gs.Node
-        A node on the way from a parameter to an output.
+        A node between a parameter and an output.
     learned : sequence of int
-        Which of its inputs need a gradient.
+        The indices of the inputs that need a gradient.
     opset : int
-        Opset of the graph.
+        The opset of the graph.
     all_reach_loss : bool
         Whether every output of the node gets a gradient.
 
     Raises
     ------
     Refusal
-        There is no right gradient.
+        There is no correct gradient.
     """
     if not is_op(node, node.op):
-        fused = "; give the model as it was before onnxruntime fused it"
+        fused = "; use the model as it was before onnxruntime fused it"
         cause = fused if node.domain.startswith(RUNTIME_DOMAIN) else ""
-        raise Refusal(f"ops of the domain '{node.domain}' have no gradient here{cause}")
+        raise Refusal(f"onnxqat has no gradients for the domain '{node.domain}'{cause}")
     if node.op in REFUSED:
         raise Refusal(REFUSED[node.op])
     rewritten = _rewritten(node, all_reach_loss=all_reach_loss)
@@ -133,7 +133,7 @@ def lower(
 def handing_on(
     node: gs.Node, learned: Sequence[int], opset: int
 ) -> tuple[list[gs.Node], list[CustomOp]]:
-    """Return what stands for a Relu or Clip whose mask its point includes, see `ceiling`."""
+    """Return the replacement of a Relu or Clip whose mask its point includes, see `ceiling`."""
     op, made = custom_op(node, straight(), learned, opset)
     return [made], [op]
 
@@ -151,7 +151,7 @@ def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:
 
 
 def _gradient(node: gs.Node, opset: int) -> Gradient | None:
-    """Return the gradient in ONNX text, None where there is none."""
+    """Return the gradient in ONNX text, or None if there is none."""
     if node.op == "Resize":
         return separable.resize(node, opset)
     if node.op == "Pad" and (node.attrs.get("mode", "constant") != "constant" or node.inputs[3:]):
@@ -169,21 +169,21 @@ def _gradient(node: gs.Node, opset: int) -> Gradient | None:
 
 
 def _check_native(node: gs.Node, learned: Sequence[int]) -> None:
-    """Refuse a node that has no gradient, or none for what is learned."""
+    """Refuse a node without a gradient, or without one for the learned inputs."""
     if node.op not in NATIVE:
-        raise Refusal("it has no gradient here")
+        raise Refusal("onnxqat has no gradient for it")
     mode = node.attrs.get("auto_pad", "NOTSET")
     if mode.startswith("SAME"):
         raise Refusal(f"its pads are not fixed (auto_pad {mode}); export fixed sizes")
     ranks = [len(tensor.shape or ()) for tensor in node.inputs[:2]]
     if node.op == "MatMul" and ranks[0] == 1 and ranks[1] > 2:
-        raise Refusal("a vector times a batch of matrices has no gradient here")
+        raise Refusal("onnxqat has no gradient for a vector times a batch of matrices")
     if node.op in FIRST_INPUT_ONLY and any(index > 0 for index in learned):
-        raise Refusal("it has a gradient for its first input only")
+        raise Refusal("onnxqat has a gradient for its first input only")
 
 
 def _complete(node: gs.Node) -> None:
-    """Give a LayerNormalization what its gradient reads: a bias, and its optional outputs."""
+    """Add the parts of a LayerNormalization that its gradient reads: bias and optional outputs."""
     if len(node.inputs) < 3 or not node.inputs[2].name:
         zeros = np.zeros(static_shape(node.inputs[1], "scale"), np.float32)
         node.inputs = [*node.inputs[:2], constant(f"{node.name}/bias", zeros)]

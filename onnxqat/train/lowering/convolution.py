@@ -1,7 +1,7 @@
 """The gradient of ConvTranspose.
 
-It is the adjoint of a Conv with the same weight, strides, pads, dilations and groups (Dumoulin and
-Visin 2016, https://arxiv.org/abs/1603.07285, section 4)::
+A ConvTranspose is the adjoint of a Conv with the same weight, strides, pads, dilations and groups
+(Dumoulin and Visin 2016, https://arxiv.org/abs/1603.07285, section 4)::
 
     y = conv_adjoint(x, w):   dx = conv(dy, w)
                               dw = the weight gradient of that Conv, whose input is dy
@@ -42,9 +42,9 @@ def conv_transpose(node: gs.Node) -> Gradient:
 def _pads(
     node: gs.Node, kernel: list[int], strides: list[int], dilations: list[int], extra: list[int]
 ) -> list[int]:
-    """Return the explicit pads, begins then ends.
+    """Return the explicit pads, first all begins, then all ends.
 
-    With ``output_shape`` or SAME the pads make up for the difference
+    With ``output_shape`` or SAME, the pads follow from the output size
     (https://onnx.ai/onnx/operators/onnx__ConvTranspose.html).
     """
     mode, wanted = node.attrs.get("auto_pad", "NOTSET"), node.attrs.get("output_shape")

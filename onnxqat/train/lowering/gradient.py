@@ -1,14 +1,13 @@
-"""One node as an op of ours: its forward pass as it is, its gradient written as ONNX text.
+"""Wrap a node as a custom op: the node as forward pass, and its gradient written as ONNX text.
 
-The forward function holds the original node, so that training computes what the saved file
-computes, bit for bit. The gradient is a second model-local function::
+The forward function contains the original node, so that training computes the same as the saved
+file, bit for bit. The gradient is a second model-local function::
 
     (inputs, y, dy) => (d<input>, ...)
 
-whose text may read the node's inputs by their formal names, its output ``y`` and the upstream
-gradient ``dy``. It is written for the opset of the graph: the text gives the axes of
-reductions, Squeeze and Unsqueeze as attributes, and they become inputs where the opset has
-them so.
+whose text can read the node's inputs by their formal names, its output ``y`` and the upstream
+gradient ``dy``. The text gives the axes of reductions, Squeeze and Unsqueeze as attributes; they
+are converted to inputs if the opset of the graph requires this.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ __all__ = [
     "summed_to",
 ]
 
-LOWERED_DOMAIN = "onnxqat.lowered"  # of what stands for an op of the model
-# Constants that every text may read. A mask is Clip(big * something, zero, one): a comparison
+LOWERED_DOMAIN = "onnxqat.lowered"  # the domain of custom ops that replace ops of the model
+# Constants that all texts can read. A mask is Clip(big * something, zero, one): a comparison
 # and a cast from bool are 20 times slower on a CPU.
 NUMBERS = {"zero": 0.0, "half": 0.5, "one": 1.0, "two": 2.0, "big": 1e30}
-# Ops that take axes as an input, by the opset that changed them.
+# Ops that read axes as an input, with the first opset in which they do.
 AXES_INPUT_SINCE = {"ReduceSum": 13, "Squeeze": 13, "Unsqueeze": 13}
 OTHER_REDUCTIONS_SINCE = 18
-# A constant of no more elements is written into the function, where shape inference sees it.
+# Constants of up to this many elements are written into the function, for shape inference.
 EMBEDDED_ELEMENTS = 16
 CONTRIB = "com.microsoft"
 
@@ -53,11 +52,11 @@ Array = NDArray[Any]
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure; it never leaves `train`
-    """Why a node has no gradient here."""
+    """The reason why onnxqat has no gradient for a node."""
 
 
 class ShapeUnknown(Refusal):
-    """A length is not known; inference with a fixed batch may find it."""
+    """A length is unknown; shape inference with a fixed batch may find it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +66,10 @@ class CustomOp:
     Attributes
     ----------
     forward : onnx.FunctionProto
-        Its inputs that have gradients come first; its only output is ``y``.
+        The forward pass. Inputs that have gradients come first; its only output is ``y``.
     gradient : onnx.FunctionProto
-        Reads any of the forward's inputs, ``y`` and the upstream gradient ``dy``; see
-        `onnxqat.gradients`.
+        The gradient, which reads inputs of the forward pass, ``y`` and the upstream gradient
+        ``dy``; see `onnxqat.gradients`.
     """
 
     forward: onnx.FunctionProto
@@ -91,10 +90,10 @@ class Gradient:
     inputs : tuple of str
         Formal names of the node's inputs.
     text : str
-        The body, in the syntax of `onnx.parser`; defines ``d<input>`` for every input that has a
+        The body, in the syntax of `onnx.parser`. It defines ``d<input>`` for each input that has a
         gradient.
     constants : dict of str to array or float
-        What the text reads besides; a float is a float32 of shape ().
+        Constants that the text reads; a float is a float32 of shape ().
     """
 
     inputs: tuple[str, ...]
@@ -105,19 +104,17 @@ class Gradient:
 def rank_of(tensor: gs.Tensor, what: str) -> int:
     """Return the number of axes of a tensor; see `static_shape`."""
     if tensor.shape is None:
-        raise ShapeUnknown(f"the rank of its {what} is not known")
+        raise ShapeUnknown(f"the rank of its {what} is unknown")
     return len(tensor.shape)
 
 
 def static_shape(tensor: gs.Tensor, what: str) -> list[int]:
-    """Return the shape of a tensor whose every axis behind the first has a known length.
-
-    The first is -1 where it is not known.
+    """Return the shape of a tensor, in which only the first length may be unknown (-1).
 
     Raises
     ------
     ShapeUnknown
-        ``what`` says whose.
+        Another length is unknown; the message names the tensor as ``what``.
     """
     shape = list(tensor.shape) if tensor.shape is not None else None
     if shape is None or not all(isinstance(size, int) for size in shape[1:]):
@@ -135,9 +132,9 @@ def summed_to(tensor: gs.Tensor, rank: int, terms: str, target: str) -> tuple[st
     tensor : gs.Tensor
         The operand.
     rank : int
-        Rank of the result that it was broadcast to.
+        Rank of the result to which it was broadcast.
     terms, target : str
-        What is summed, and the name of the sum, which has the operand's shape.
+        The name of the terms, and the name of the sum, which has the operand's shape.
 
     Returns
     -------
@@ -156,23 +153,23 @@ def summed_to(tensor: gs.Tensor, rank: int, terms: str, target: str) -> tuple[st
 def custom_op(
     node: gs.Node, gradient: Gradient, learned: Iterable[int], opset: int
 ) -> tuple[CustomOp, gs.Node]:
-    """Return the op that stands for ``node`` while training, and a node of it.
+    """Return a custom op that replaces ``node`` in training, and a node of this op.
 
     Parameters
     ----------
     node : gs.Node
-        The original; its tensors move to the new node.
+        The original node; its tensors move to the new node.
     gradient : Gradient
-        Its gradient.
+        The gradient of the node.
     learned : iterable of int
-        The inputs that need a gradient.
+        The indices of the inputs that need a gradient.
     opset : int
-        Opset of the graph.
+        The opset of the graph.
 
     Raises
     ------
     Refusal
-        ``gradient`` has none for one of them, or the node has several outputs.
+        ``gradient`` is not defined for one of these inputs, or the node has several outputs.
     """
     if any(tensor.name for tensor in node.outputs[1:]):
         raise Refusal("it has more than one output")
@@ -225,12 +222,12 @@ def _gradient_nodes(
     missing = set(wanted) - {name for n in nodes for name in n.output}
     if missing:
         names = ", ".join(sorted(f"'{name[1:]}'" for name in missing))
-        raise Refusal(f"it has no gradient here with respect to its input {names}")
+        raise Refusal(f"onnxqat has no gradient with respect to its input {names}")
     return _needed(nodes, wanted)
 
 
 def _axes(node: onnx.NodeProto, opset: int) -> Iterator[onnx.NodeProto]:
-    """Yield the node with its axes in the form that the opset wants."""
+    """Yield the node with its axes in the form that the opset requires."""
     since = AXES_INPUT_SINCE.get(node.op_type, OTHER_REDUCTIONS_SINCE)
     axes = next((a for a in node.attribute if a.name == "axes"), None)
     if axes is not None and opset >= since:
@@ -242,7 +239,7 @@ def _axes(node: onnx.NodeProto, opset: int) -> Iterator[onnx.NodeProto]:
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> list[onnx.NodeProto]:
-    """Return the nodes that ``wanted`` needs; outputs that nothing reads lose their names."""
+    """Return the nodes needed to compute ``wanted``; unread outputs lose their names."""
     read = set(wanted)
     kept = []
     for node in reversed(nodes):
@@ -256,7 +253,7 @@ def _needed(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> list[onnx
 
 
 def _digest(nodes: Iterable[onnx.NodeProto], names: Iterable[str]) -> str:
-    """Return what tells this op from others: onnxruntime keeps a gradient by its op type."""
+    """Return a digest that makes the op type unique, by which onnxruntime finds its gradient."""
     digest = hashlib.sha256()
     for node in nodes:
         digest.update(node.SerializeToString(deterministic=True))

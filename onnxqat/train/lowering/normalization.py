@@ -1,6 +1,6 @@
-"""Gradients of normalisations and of BatchNormalization in its inference form.
+"""Gradients of normalizations and of BatchNormalization in its inference form.
 
-With ``n = (x - mean) / deviation`` over some axes, and ``dn`` the gradient of n::
+With ``n = (x - mean) / deviation`` over some axes, and the gradient ``dn`` of n::
 
     dx = (dn - mean(dn) - n * mean(dn * n)) / deviation
 
@@ -16,7 +16,7 @@ from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_s
 
 __all__ = ["NORMALIZATIONS"]
 
-# From v and dn to the normalised n and to dv, over {axes}.
+# Computes the normalized n from v, and dv from dn, over {axes}.
 NORMALISE = """
     mean = ReduceMean<axes = {axes}, keepdims = 1>(v) centred = Sub(v, mean)
     squares = Mul(centred, centred) variance = ReduceMean<axes = {axes}, keepdims = 1>(squares)
@@ -57,7 +57,7 @@ def batch_normalization(node: gs.Node) -> Gradient:
 
 
 def instance_normalization(node: gs.Node) -> Gradient:
-    """Return the gradient of a normalisation of each channel of each sample."""
+    """Return the gradient of a normalization of each channel of each sample."""
     rank = rank_of(node.inputs[0], "input")
     axes, summed = list(range(2, rank)), [i for i in range(rank) if i != 1]
     text = f"""
@@ -77,13 +77,13 @@ def instance_normalization(node: gs.Node) -> Gradient:
 
 
 def group_normalization(node: gs.Node) -> Gradient:
-    """Return the gradient of a normalisation of groups of channels.
+    """Return the gradient of a normalization of groups of channels.
 
-    Scale and bias have one value per group at opset 18, one per channel from 21 on.
+    Scale and bias have one value per group at opset 18, and one per channel from opset 21.
     """
     shape, groups = static_shape(node.inputs[0], "input"), int(node.attrs["num_groups"])
     scales = static_shape(node.inputs[1], "scale")[0]
-    view = [0, scales, -1]  # in which scale and bias have an axis of their own
+    view = [0, scales, -1]  # with a separate axis for scale and bias
     text = f"""
     xs = Shape(x) v = Reshape(x, groups) {NORMALISE.format(axes=[2])}
     dyv = Reshape(dy, view) factor = Reshape(scale, column) dns = Mul(dyv, factor)
@@ -108,7 +108,7 @@ def group_normalization(node: gs.Node) -> Gradient:
 def lrn(node: gs.Node) -> Gradient:
     """Return the gradient of y = x * d^-beta, d = bias + alpha / size * (window sum of x^2).
 
-    ``dx = dy * d^-beta - 2 * alpha * beta / size * x * (windows that hold x: sum of dy * y / d)``
+    ``dx = dy * d^-beta - 2 * alpha * beta / size * x * (sum of dy * y / d over windows with x)``
     (Krizhevsky et al. 2012, section 3.3). The window sums over channels are a product with a
     band matrix.
     """

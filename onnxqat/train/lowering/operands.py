@@ -1,11 +1,11 @@
-"""Rewrites into several nodes whose own gradients are right.
+"""Rewrite nodes into several nodes with correct gradients.
 
 ========  ====================================  =============================================
 Sum       chain of Add                          in the order in which onnxruntime adds
 Mean      chain of Add, Mul by 1 / count
-Max, Min  chain of two-operand Max, Min         their gradient takes two
-Split     one Slice per output                  where not every output needs a gradient:
-                                                a zero for each part is joined
+Max, Min  chain of two-operand Max, Min         their gradient needs two operands
+Split     one Slice per output                  if not all outputs need a gradient, since the
+                                                gradient of Split needs all of them
 ========  ====================================  =============================================
 
 The values are the same bit for bit.
@@ -26,7 +26,7 @@ __all__ = ["in_pairs", "mean", "slices"]
 
 
 def in_pairs(node: gs.Node, op_type: str) -> list[gs.Node]:
-    """Return two-operand nodes, from the left."""
+    """Return a chain of two-operand nodes, from left to right."""
     operands, result = list(node.inputs), node.outputs[0]
     if len(operands) == 1:
         return [gs.Node("Identity", node.name, {}, operands, [result])]
@@ -77,5 +77,5 @@ def _lengths(node: gs.Node, axis: int) -> list[int]:
             raise Refusal("the lengths of its parts are not constant")
         return [int(length) for length in lengths]
     whole = static_shape(node.inputs[0], "input")[axis]
-    part = -(-whole // count)  # the last part is the smaller one
+    part = -(-whole // count)  # only the last part can be smaller
     return [part] * (count - 1) + [whole - part * (count - 1)]

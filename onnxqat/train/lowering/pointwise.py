@@ -1,9 +1,9 @@
-"""Gradients of ops that act on each value alone: ``dx = dy * slope``.
+"""Gradients of elementwise ops: ``dx = dy * slope``.
 
-Formulas: the derivative of each op's definition in https://onnx.ai/onnx/operators/. At a kink
-the value of one side is taken, as training frameworks do. Round, Floor, Ceil and Sign are flat
-wherever they have a derivative: they pass no gradient. (To pass it straight through would be
-wrong for anything but a quantizer, and those are FakeQuantize here.)
+Formulas: the derivative of each op's definition in https://onnx.ai/onnx/operators/. At a kink, the
+derivative of one side is used, as in training frameworks. Round, Floor, Ceil and Sign have the
+derivative 0 wherever it is defined, so they pass no gradient. (A straight-through gradient would be
+correct only for quantizers, which are FakeQuantize here.)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POSITIVE = """
     negative = Sub(one, positive)
 """
 
-# The text that defines ``slope``, and the attributes it reads with their defaults.
+# The text that defines ``slope``, and the attributes that it reads, with their defaults.
 SLOPES: dict[str, tuple[str, dict[str, float]]] = {
     "Acos": ("xx = Mul(x, x) r = Sub(one, xx) q = Sqrt(r) n = Neg(q) slope = Reciprocal(n)", {}),
     "Acosh": ("xx = Mul(x, x) r = Sub(xx, one) q = Sqrt(r) slope = Reciprocal(q)", {}),
@@ -105,7 +105,7 @@ SLOPES: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def slope_gradient(op_type: str) -> Callable[[gs.Node], Gradient]:
-    """Return the maker of the gradient of an op in `SLOPES`."""
+    """Return a function that makes the gradient of an op in `SLOPES`."""
     text, defaults = SLOPES[op_type]
 
     def make(node: gs.Node) -> Gradient:
@@ -117,9 +117,9 @@ def slope_gradient(op_type: str) -> Callable[[gs.Node], Gradient]:
 
 
 def clip(node: gs.Node) -> Gradient | None:
-    """Return dx = dy * (low < y < high), None where a limit is missing, computed or infinite.
+    """Return dx = dy * (low < y < high); None if a limit is missing, computed or infinite.
 
-    Its mask is made of y, so that x need not be kept.
+    The mask is computed from y, so that x need not be kept.
     """
     limits = [scalar(tensor) for tensor in node.inputs[1:]]
     if len(limits) < 2 or None in limits or not np.isfinite(limits).all():
@@ -130,7 +130,7 @@ def clip(node: gs.Node) -> Gradient | None:
 
 
 def ceiling(node: gs.Node) -> float | None:
-    """Return where a Relu or a Clip from 0 on ends, infinite for a Relu; None for others."""
+    """Return the upper limit of a Clip from 0, or infinity for a Relu; None for other nodes."""
     if node.op == "Relu":
         return math.inf
     limits = [scalar(tensor) for tensor in node.inputs[1:]] if node.op == "Clip" else []
@@ -140,12 +140,12 @@ def ceiling(node: gs.Node) -> float | None:
 
 
 def straight() -> Gradient:
-    """Return dx = dy of a Relu or Clip whose mask is included elsewhere."""
+    """Return dx = dy, for a Relu or Clip whose mask is included in its point."""
     return Gradient(inputs=("x", "low", "high"), text="dx = Identity(dy)")
 
 
 def dropout(node: gs.Node) -> Gradient:
-    """Return dy: a Dropout of an exported model hands on its input."""
+    """Return dx = dy: a Dropout of an exported model passes on its input."""
     mode = node.inputs[2] if len(node.inputs) > 2 else None
     if mode is not None and mode.name and (scalar(mode) is None or scalar(mode)):
         raise Refusal("it is in training mode; export the model for inference")
@@ -153,13 +153,13 @@ def dropout(node: gs.Node) -> Gradient:
 
 
 def leaky_relu(node: gs.Node) -> gs.Node:
-    """Return a PRelu of the same slope: the same products, by a kernel 20 times faster."""
+    """Return a PRelu with the same slope: the same products by a kernel that is 20 times faster."""
     slope = constant(f"{node.name}/slope", np.array(node.attrs.get("alpha", 0.01), np.float32))
     return gs.Node("PRelu", node.name, {}, [node.inputs[0], slope], list(node.outputs))
 
 
 def prelu(node: gs.Node) -> Gradient:
-    """Return dx = dy * (1 if x > 0 else slope), dslope = sum of dy * x over the negative x."""
+    """Return dx = dy * (1 if x > 0 else slope), and dslope = sum of dy * x over negative x."""
     inputs, value = ("x", "slope"), scalar(node.inputs[1])
     if value is not None and 0 <= value < 1:  # y has the sign of x
         text = "steep = Mul(y, big) s = Clip(steep, slope, one) dx = Mul(dy, s)"
@@ -172,7 +172,7 @@ def prelu(node: gs.Node) -> Gradient:
 
 
 def where(node: gs.Node) -> Gradient:
-    """Return dy where an operand was taken, which may be broadcast."""
+    """Return dy where an operand was selected, summed if the operand was broadcast."""
     rank = rank_of(node.outputs[0], "output")
     text = "taken = Where(condition, dy, zero) left = Where(condition, zero, dy) "
     constants = {}
@@ -184,7 +184,7 @@ def where(node: gs.Node) -> Gradient:
 
 
 def mod(node: gs.Node) -> Gradient:
-    """Return dx = dy: x - y * floor(x / y) has slope 1 in x (its shape is that of the result)."""
+    """Return dx = dy: x - y * floor(x / y) has slope 1 in x, which has the shape of the result."""
     if static_shape(node.inputs[0], "input") != static_shape(node.outputs[0], "output"):
         raise Refusal("its first input is broadcast")
     return Gradient(inputs=("x", "divisor"), text="dx = Identity(dy)")

@@ -1,4 +1,4 @@
-"""Gradients of DepthToSpace, SpaceToDepth and Einsum: the inverse order, the other contraction."""
+"""Gradients of DepthToSpace, SpaceToDepth, Einsum, and of a MatMul with a vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["depth_to_space", "einsum", "space_to_depth"]
 
 
 def depth_to_space(node: gs.Node) -> Gradient:
-    """Return SpaceToDepth(dy), its channels from DCR into CRD order where ``mode`` asks."""
+    """Return SpaceToDepth(dy), with the channels reordered from DCR to CRD for that ``mode``."""
     block = int(node.attrs["blocksize"])
     text = f"d = SpaceToDepth<blocksize = {block}>(dy) "
     constants = {}
@@ -44,7 +44,7 @@ def product_with_vector(node: gs.Node) -> Gradient:
 
 
 def einsum(node: gs.Node) -> Gradient:
-    """Return for each operand the Einsum of dy and the other operands onto its labels."""
+    """Return each operand's gradient: the Einsum of dy and the other operands to its labels."""
     equation = node.attrs["equation"].replace(" ", "")
     terms, _, result = equation.partition("->")
     operands = terms.split(",")
@@ -59,7 +59,7 @@ def einsum(node: gs.Node) -> Gradient:
         others = [t for j, t in enumerate(operands) if j != i]
         lost = sorted(set(labels) - set("".join([result, *others])))
         if lost:
-            raise Refusal(f"{where} sums {lost[0]!r} of one operand alone")
+            raise Refusal(f"{where} sums label {lost[0]!r}, which only one operand has")
         inner = ",".join([result, *others]) + "->" + labels
         read = ", ".join(["dy", *(n for j, n in enumerate(names) if j != i)])
         lines.append(f'd{names[i]} = Einsum<equation = "{inner}">({read})')
@@ -67,7 +67,7 @@ def einsum(node: gs.Node) -> Gradient:
 
 
 def _check_lengths(node: gs.Node, operands: list[str]) -> None:
-    """Refuse a label that stands for several lengths: one operand is broadcast."""
+    """Refuse a label with several lengths, for which one operand is broadcast."""
     lengths: dict[str, object] = {}
     for tensor, labels in zip(node.inputs, operands, strict=True):
         for label, length in zip(labels, tensor.shape or [None] * len(labels), strict=True):

@@ -1,14 +1,14 @@
-"""Gradients of reductions and of pooling by a maximum or a norm.
+"""Gradients of reductions, and of pooling by a maximum or a norm.
 
-Where several values share the maximum, each gets an equal part: a subgradient, and on a
-quantized tensor the common case. Axes must be constant.
+If several values share the maximum (frequent for quantized tensors), each gets an equal part of the
+gradient, which is a subgradient. Axes must be constant.
 
 ====================  ==================================================
 ReduceMax, ReduceMin  dy * mask / sum(mask), mask = (x == y)
 ReduceL1, ReduceL2    dy * sign(x), dy * x / y (0 where y is 0)
 ReduceSumSquare       2 * dy * x
 ReduceSum, ReduceMean dy, dy / count
-ReduceProd            dy * product of the others, also where one is zero
+ReduceProd            dy * product of the other values, also if one is zero
 ReduceLogSum          dy / sum(x) = dy * exp(-y)
 ReduceLogSumExp       dy * exp(x - y)
 GlobalMaxPool         ReduceMax over the spatial axes
@@ -28,7 +28,7 @@ from onnxqat.train.lowering.gradient import Gradient, Refusal, rank_of, static_s
 
 __all__ = ["REDUCTIONS", "global_pool", "lp_pool", "reduction"]
 
-# Text that defines dx from x, and from y and dy with the reduced axes kept. {axes} are those.
+# Text that computes dx from x, and from y and dy with the reduced axes ({axes}) kept.
 SHARED_MAXIMUM = """steep = Mul(distance, big) far = Clip(steep, zero, one) mask = Sub(one, far)
     count = ReduceSum<axes = {axes}, keepdims = 1>(mask) part = Div(dyk, count)
     dx = Mul(mask, part)"""
@@ -69,7 +69,7 @@ def _axes(node: gs.Node, rank: int) -> list[int]:
             raise Refusal("its axes are not constant")
         given = values.tolist()
     if not given and node.attrs.get("noop_with_empty_axes", 0):
-        raise Refusal("it reduces nothing (noop_with_empty_axes)")
+        raise Refusal("it has no axes to reduce (noop_with_empty_axes)")
     return [axis % rank for axis in given] if given else list(range(rank))
 
 
@@ -78,7 +78,7 @@ def _reduction(
 ) -> Gradient:
     listed = list(axes)
     keep = "Identity({0})" if kept else f"Unsqueeze<axes = {listed}>({{0}})"
-    # onnxruntime's gradients of a scalar may come as (1,)
+    # onnxruntime's gradient of a scalar can have the shape (1,)
     kept_dy = "Reshape(dy, yks)" if to_scalar else keep.format("dy")
     text = f"yk = {keep.format('y')} {'yks = Shape(yk) ' * to_scalar}dyk = {kept_dy} "
     text += REDUCTIONS[op_type].format(axes=listed)
@@ -86,12 +86,12 @@ def _reduction(
 
 
 def global_pool(op_type: str) -> Callable[[gs.Node], Gradient]:
-    """Return the maker of the gradient of a pooling that is ``op_type`` over spatial axes."""
+    """Return a function that makes the gradient of a pooling: ``op_type`` over spatial axes."""
 
     def make(node: gs.Node) -> Gradient:
         rank = rank_of(node.inputs[0], "input")
         if node.op == "GlobalLpPool" and node.attrs.get("p", 2) != 2:
-            raise Refusal(f"its p is {node.attrs['p']}; only p = 2 is covered")
+            raise Refusal(f"its p is {node.attrs['p']}; only p = 2 is supported")
         return _reduction(op_type, range(2, rank), kept=True)
 
     return make

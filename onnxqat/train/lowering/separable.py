@@ -1,9 +1,9 @@
-"""Gradients of ops that are one linear map per axis: Resize and Pad.
+"""Gradients of ops that consist of a linear map for each axis, such as Resize and Pad.
 
-``y = M_k ... M_2 x + constant``, with a matrix M of shape (out, in) for each axis that changes, so
-that ``dx`` is dy times each of them. A matrix is not computed from the formulas of the many
-coordinate modes, of which runtimes have their own reading: onnxruntime runs the very node on
-the columns of an identity, one axis at a time, and the result is M.
+``y = M_k ... M_2 x + constant``, with a matrix M of shape (out, in) for each axis that changes; dx
+is dy times each of these matrices. The matrices are not computed from the formulas of the many
+coordinate modes, which runtimes interpret differently. Instead, onnxruntime runs the node itself on
+the columns of an identity matrix, one axis at a time, which gives M.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IR_VERSION = 8
 
 
 def resize(node: gs.Node, opset: int) -> Gradient:
-    """Return the gradient of a Resize, whatever its modes."""
+    """Return the gradient of a Resize with any modes."""
     shape, out = static_shape(node.inputs[0], "input"), static_shape(node.outputs[0], "output")
     if node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise Refusal("it keeps the aspect ratio; export it with fixed sizes or scales")
@@ -54,7 +54,7 @@ def resize(node: gs.Node, opset: int) -> Gradient:
 def _resize_matrix(
     attributes: Mapping[str, Any], length: int, out: int, scale: float | None, opset: int
 ) -> Array:
-    """Return how a Resize maps one axis, of shape (out, length)."""
+    """Return the matrix of a Resize along one axis, of shape (out, length)."""
     if scale is None:
         sizes = {"sizes": np.array([1, length, out, 1], np.int64)}
         names = ["x", "", "", "sizes"]
@@ -67,7 +67,7 @@ def _resize_matrix(
 
 
 def pad(node: gs.Node, opset: int) -> Gradient:
-    """Return the gradient of a Pad: for constant mode what it left of x, cut out again."""
+    """Return the gradient of a Pad; for constant mode, dy without the padding."""
     shape = static_shape(node.inputs[0], "input")
     pads = constant_values(node.inputs[1])
     axes: Array | None = np.arange(len(shape))
@@ -95,7 +95,7 @@ def pad(node: gs.Node, opset: int) -> Gradient:
 
 
 def goes_backwards(node: gs.Node) -> bool:
-    """Return whether a Slice may have a negative step."""
+    """Return whether a Slice can have a negative step."""
     if len(node.inputs) < 5 or not node.inputs[4].name:
         return False
     steps = constant_values(node.inputs[4])
@@ -129,7 +129,7 @@ def cumsum(node: gs.Node) -> Gradient:
 
 
 def _run(node: Any, x: Array, constants: Mapping[str, Array], opset: int) -> Array:
-    """Return what onnxruntime makes of ``x``."""
+    """Return the output of the node for ``x``, computed by onnxruntime."""
     graph = helper.make_graph(
         [node],
         "axis",
@@ -158,7 +158,7 @@ def _gradient(inputs: tuple[str, ...], matrices: Mapping[int, Array], rank: int)
         elif axis == rank - 2:
             lines.append(f"{made} = MatMul(m{axis}, {current})")
             constants[f"m{axis}"] = np.ascontiguousarray(matrix.T)
-        else:  # bring the axis next to last, where a MatMul from the left sums over it
+        else:  # move the axis to the second last place, over which a MatMul from the left sums
             order = [i for i in range(rank) if i != axis]
             order.insert(rank - 2, axis)
             lines.append(
@@ -173,14 +173,14 @@ def _gradient(inputs: tuple[str, ...], matrices: Mapping[int, Array], rank: int)
 
 
 def _repeats(matrix: Array) -> int:
-    """Return how often a matrix repeats each value, 0 if it does something else."""
+    """Return how many times a matrix repeats each value, or 0 if it is not a repetition."""
     factor, rest = divmod(matrix.shape[0], matrix.shape[1])
     repeating = np.repeat(np.eye(matrix.shape[1], dtype=np.float32), factor, axis=0)
     return factor if rest == 0 and np.array_equal(matrix, repeating) else 0
 
 
 def _pooled(inputs: tuple[str, ...], factors: list[int]) -> Gradient:
-    """Return the sums over the copies of each value, by a kernel 5 times faster than MatMul."""
+    """Return sums over the copies of each value, by a kernel that is 5 times faster than MatMul."""
     text = f"""mean = AveragePool<kernel_shape = {factors}, strides = {factors}>(dy)
     dx = Mul(mean, copies)"""
     return Gradient(inputs=inputs, text=text, constants={"copies": float(math.prod(factors))})

@@ -1,4 +1,4 @@
-"""Shapes that a free batch hides from shape inference."""
+"""Infer shapes that shape inference cannot find because of a dynamic batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BATCHES = (2, 3)
 
 
 def fixed_shapes(model: Model) -> dict[str, list[int | None]]:
-    """Return the shape of each value, None for a length that depends on the batch.
+    """Return the shape of each value, with None for lengths that depend on the batch.
 
-    An exporter computes the shapes of its Reshapes from the batch, and inference gives up where
-    that has no number. The shapes are inferred for two batches; what is the same holds for any.
+    Exporters compute the shapes of Reshapes from the batch, which inference cannot follow if the
+    batch is dynamic. So shapes are inferred for two batch sizes; equal lengths hold for any batch.
     """
     small, large = (_shapes(model, batch) for batch in BATCHES)
     return {
@@ -43,10 +43,10 @@ def _shapes(model: Model, batch: int) -> dict[str, list[int | None]]:
 
 
 def sample_shapes(model: Model) -> dict[str, tuple[int | str, ...]]:
-    """Return the shapes of the values that have one row for each sample along the first axis.
+    """Return the shapes of the values with one row per sample along the first axis.
 
-    The first length is ``"N"``. Of a model that is fixed to a batch, every value counts whose
-    shape is known, and the first length is that of the batch.
+    The first length is ``"N"``. For a model with a fixed batch, all values with a known shape are
+    returned, and the first length is the fixed one.
     """
     firsts = [tensor.shape[0] for tensor in model.graph.inputs if tensor.shape]
     fixed = all(isinstance(first, int) for first in firsts)

@@ -1,7 +1,7 @@
 """Optimizers on flat numpy buffers.
 
-An optimizer turns gradients into *directions*; `onnxqat.train.optimization.updater` applies them.
-Buffers are walked in chunks that stay in the processor's cache.
+An optimizer turns gradients into *directions*, which `onnxqat.train.optimization.updater` applies.
+Buffers are processed in chunks that fit the CPU's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnxqat.qparams import FloatArray
 
 __all__ = ["Adam", "Optimizer", "Sgd", "clip"]
 
-CHUNK = 1 << 15  # floats; a few such chunks fit a core's second-level cache
+CHUNK = 1 << 15  # floats; a few such chunks fit the level 2 cache of a core
 
 
 def _chunks(size: int) -> Iterator[slice]:
@@ -31,7 +31,7 @@ class Optimizer(ABC):
     buffers : dict of str to float32 array of shape (total,)
         The state, by name.
     steps : int
-        How many directions were given.
+        The number of directions computed so far.
     """
 
     def __init__(self, size: int, *names: str) -> None:
@@ -45,14 +45,14 @@ class Optimizer(ABC):
         Parameters
         ----------
         gradient : float32 of shape (total,)
-            It is overwritten with the direction.
+            The gradient; it is overwritten with the direction.
         """
 
 
 class Adam(Optimizer):
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1).
 
-    Directions are about 1, whatever the gradient.
+    Directions have a magnitude of about 1 for any size of the gradient.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Adam(Optimizer):
         self.beta1, self.beta2, self.epsilon = beta1, beta2, np.float32(epsilon)
 
     def direct(self, gradient: FloatArray) -> FloatArray:
-        """Return ``mean / (sqrt(square) + epsilon)``, both corrected for their start at zero."""
+        """Return ``mean / (sqrt(square) + epsilon)``, with bias correction of both moments."""
         self.steps += 1
         beta1, beta2 = np.float32(self.beta1), np.float32(self.beta2)
         rest1, rest2 = np.float32(1 - self.beta1), np.float32(1 - self.beta2)
@@ -82,7 +82,7 @@ class Adam(Optimizer):
 
 
 class Sgd(Optimizer):
-    """Stochastic gradient descent with momentum (Sutskever et al. 2013, as PyTorch writes it)."""
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, in PyTorch's form)."""
 
     def __init__(self, size: int, *, momentum: float = 0.9, nesterov: bool = False) -> None:
         super().__init__(size, "velocity")
@@ -106,9 +106,9 @@ class Sgd(Optimizer):
 
 
 def clip(gradient: FloatArray, *, norm: float | None = None, value: float | None = None) -> None:
-    """Limit a gradient in place: each number to ``value``, then the whole to the length ``norm``.
+    """Clip a gradient in place: each element to ``value``, then the whole gradient to ``norm``.
 
-    The length is the Euclidean norm over all parameters (Pascanu et al. 2013,
+    ``norm`` limits the Euclidean norm over all parameters (Pascanu et al. 2013,
     https://arxiv.org/abs/1211.5063, algorithm 1).
     """
     if value is not None:

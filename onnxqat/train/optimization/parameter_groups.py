@@ -1,13 +1,13 @@
-"""Groups of parameters with their own rates: ``SELECTOR.KEY=VALUE``, as `--group` takes them.
+"""Groups of parameters with their own rates: ``SELECTOR.KEY=VALUE`` in `--group`.
 
 ================  ===============================================================================
-SELECTOR          what it covers
+SELECTOR          the parameters that it matches
 ================  ===============================================================================
-weight            trained tensors of two axes and more
-bias              trained tensors of one axis: biases, parameters of normalisation
+weight            trained tensors of two or more axes
+bias              trained tensors of one axis: biases, parameters of normalizations
 scale             scales of weights and activations
-zero_point        zero_points that move
-name:REGEX        what the nodes read whose whole name matches: weight, bias, scales, zero_points
+zero_point        trained zero_points
+name:REGEX        weight, bias, scales and zero_points that a node reads whose whole name matches
 tensor:REGEX      tensors whose whole name matches; the scales of ``t`` are named ``t/scale``, its
                   zero_point ``t/zero_point``
 ================  ===============================================================================
@@ -15,15 +15,16 @@ tensor:REGEX      tensors whose whole name matches; the scales of ``t`` are name
 ================  ===============================================================================
 KEY               VALUE
 ================  ===============================================================================
-lr                learning rate, in the place of `--lr` or `--scale-lr`
-weight_decay      in the place of `--weight-decay`; of scales, which have none otherwise, per unit
-                  of their logarithm; zero_points have none
-freeze            ``true`` or ``false``: whether it stays as it is
-freeze_from       the step, counted from 0, from which on it stays as it is
+lr                the learning rate, instead of `--lr` or `--scale-lr`
+weight_decay      instead of `--weight-decay`; for scales (which have none by default) per unit of
+                  their logarithm; zero_points have none
+freeze            ``true`` or ``false``: whether the parameter is frozen
+freeze_from       the step, counted from 0, from which the parameter is frozen
 ================  ===============================================================================
 
-Later groups win. A constant that is not trained by itself (see `onnxqat.train.trained`) is where
-``tensor:`` gives its whole name: by a rate, or by ``freeze=false``.
+Later groups override earlier ones. A constant that is not trained by default (see
+`onnxqat.train.trained`) is trained if ``tensor:`` gives its complete name with a rate or with
+``freeze=false``.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ __all__ = [
 ]
 
 SELECTORS = ("weight", "bias", "scale", "zero_point", "name:REGEX", "tensor:REGEX")
-GRID = ("scale", "zero_point")  # of what is no weight
-RATE, FINE_RATE = 2e-3, 5e-4  # of weights, the second where everything has 8 bits or more
+GRID = ("scale", "zero_point")  # the selectors of parameters that are not weights
+RATE, FINE_RATE = 2e-3, 5e-4  # of weights; the second if everything has 8 bits or more
 KEYS = ("lr", "weight_decay", "freeze", "freeze_from")
 
 
 @dataclass(kw_only=True)
 class Rates:
-    """How one parameter is trained.
+    """The rates with which one parameter is trained.
 
     Attributes
     ----------
     lr, weight_decay : float
-        Learning rate, and decay per step and unit of it.
+        The learning rate, and the decay per step and unit of learning rate.
     freeze_from : int or None
-        The step from which on it stays as it is.
+        The step from which the parameter is frozen.
     """
 
     lr: float
@@ -72,13 +73,13 @@ class Rates:
     freeze_from: int | None = None
 
     def frozen(self, step: int) -> bool:
-        """Return whether the parameter stays as it is at ``step``, counted from 0."""
+        """Return whether the parameter is frozen at ``step``, counted from 0."""
         return self.freeze_from is not None and step >= self.freeze_from
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """One field of `Rates` for the parameters that a selector covers."""
+    """The value of one field of `Rates` for the parameters that a selector matches."""
 
     text: str
     kind: str
@@ -93,7 +94,8 @@ def parse_parameter_group(text: str) -> ParameterGroup:
     Raises
     ------
     TrainingError
-        Unknown selector or key, a value outside of its range, or an invalid regex.
+        The selector or key is unknown, the value is out of range, or the regular expression is
+        invalid.
 
     Examples
     --------
@@ -120,7 +122,7 @@ def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
     except ValueError as error:
         raise TrainingError(f"'{text}': '{raw}' is not a number.") from error
     if not (math.isfinite(value) and value >= 0):
-        raise TrainingError(f"'{text}': {key} = {raw}. It is 0 or above.")
+        raise TrainingError(f"'{text}': {key} = {raw}. Give 0 or more.")
     return key, value
 
 
@@ -132,25 +134,25 @@ def parameter_rates(
     *,
     part: bool = False,
 ) -> dict[str, Rates]:
-    """Return how each parameter is trained.
+    """Return the rates of each parameter.
 
     Parameters
     ----------
     parameters : dict of str to array
-        What is trained, by the input's name in the training form.
+        The trained parameters, by the input's name in the training form.
     roles : mapping of str to str
-        Which of them are a ``scale`` or a ``zero_point``.
+        The parameters that are a ``scale`` or a ``zero_point``.
     model : QuantizedModel
-        The Q/DQ model, which says what the nodes read.
+        The Q/DQ model, from which the inputs of nodes are read.
     config : Config
-        Rates and groups.
+        The rates and groups.
     part : bool
-        Whether the model is a part of another, in which a group may cover nothing.
+        Whether the model is a part of another, in which a group may match nothing.
 
     Raises
     ------
     TrainingError
-        A group is wrong, or covers nothing.
+        A group is wrong, or matches nothing.
     """
     every = {n: "bias" if v.ndim <= 1 else "weight" for n, v in parameters.items()} | dict(roles)
     rates, lr = {}, base_rate(config, model)
@@ -162,14 +164,16 @@ def parameter_rates(
         if group.key == "weight_decay":
             covered = [n for n in covered if every[n] != "zero_point"]
         if not covered and not part:
-            raise TrainingError(f"'{group.text}' covers nothing that is trained.")
+            raise TrainingError(
+                f"'{group.text}' matches no trained parameter. Name one that is trained."
+            )
         for name in covered:
             setattr(rates[name], group.key, group.value)
     return rates
 
 
 def asked_for(config: Config) -> frozenset[str]:
-    """Return the tensors that a group names in full, other than to freeze them."""
+    """Return the tensors whose complete name a group gives, except to freeze them."""
     groups = [g for g in map(parse_parameter_group, config.groups) if g.kind == "tensor"]
     return frozenset(
         re.sub(r"\\(.)", r"\1", g.pattern)
@@ -179,11 +183,10 @@ def asked_for(config: Config) -> frozenset[str]:
 
 
 def base_rate(config: Config, model: QuantizedModel) -> float:
-    """Return the learning rate of weights that have none of their own.
+    """Return the learning rate of weights without their own rate.
 
-    Where none is given, Adam's is smaller if everything has eight bits or more: the calibrated
-    network is then close to the best one, and larger steps lead away from it further than
-    training leads back.
+    The default of Adam is smaller if everything has 8 bits or more: the calibrated network is then
+    already close to the best one, and larger steps would lose more than training regains.
     """
     if config.lr is not None:
         return config.lr
@@ -202,7 +205,7 @@ def _covered(
 
 
 def _read_by(pattern: str, model: QuantizedModel) -> set[str]:
-    """Return the tensors that matching nodes read, and the scales and zero_points of these."""
+    """Return the tensors that matching nodes read, and their scales and zero_points."""
     nodes = {n.name: n for n in model.floats.graph.nodes if matches(pattern, n.name)}
     names: set[Any] = {tensor.name for node in nodes.values() for tensor in node.inputs}
     for point in model.plan.grid_points():

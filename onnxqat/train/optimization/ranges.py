@@ -1,13 +1,13 @@
-"""Clipping ranges that follow what is observed while training: the method ``moving-average``.
+"""Clipping ranges that follow the observed ranges in training: the method ``moving-average``.
 
 ================  ===============================================================================
-activation        ``low += c * (batch_low - low)``, the same for ``high``, beginning with the
-                  calibrated range; c is Horizon's and PyTorch's averaging constant, and 0 leaves
-                  the range as it is
-weight            the smallest and the largest value of the present weights
+activation        ``low += c * (batch_low - low)``, and the same for ``high``, starting with the
+                  calibrated range; c is Horizon's and PyTorch's averaging constant; with 0 the
+                  range does not change
+weight            the smallest and the largest value of the current weights
 ================  ===============================================================================
 
-A step quantizes with the range that the steps before it left.
+A step quantizes with the range after the previous step.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["Ranges"]
 
 
 class Ranges:
-    """The ranges of all sets of parameters that follow what is observed.
+    """The ranges of all quantization parameters that follow the observed ranges.
 
     Parameters
     ----------
     form : TrainingForm
-        Says which they are.
+        The training form, which lists these parameters.
     values : Flat
-        Its scales and zero_points are set, its weights are read.
+        The parameter values; scales and zero_points are set, weights are read.
     model : QuantizedModel
         The Q/DQ model: the plan and the calibrated parameters.
     constant : float
@@ -46,7 +46,7 @@ class Ranges:
     Attributes
     ----------
     averages : float32 of shape (sets, 2)
-        The clipping ranges of the activations; rows of weights stay.
+        The clipping ranges of the activations; the rows of weights do not change.
     """
 
     def __init__(
@@ -66,29 +66,29 @@ class Ranges:
                 row[...] = _clipping_range(params[name], points[0])
 
     def begin(self) -> None:
-        """Forget what the step before showed."""
+        """Reset the observed ranges at the beginning of a step."""
         self.seen[...] = (np.inf, -np.inf)
 
     def see(self, extremes: Mapping[str, tuple[float, float]]) -> None:
-        """Take in the smallest and the largest value of each set in one batch."""
+        """Add the smallest and the largest value of each tensor in one batch."""
         for row, name in zip(self.seen, self.points, strict=True):
             low, high = extremes.get(name, (np.inf, -np.inf))
             row[...] = min(row[0], low), max(row[1], high)
 
     def step(self, workers: Workers, frozen: Callable[[str], bool]) -> None:
-        """Move the ranges, and set scales and zero_points by them.
+        """Move the ranges, and set scales and zero_points accordingly.
 
         Parameters
         ----------
         workers : Workers
-            Whose batches count too.
+            The processes whose batches are included.
         frozen : callable
-            Whether the scale of this name stays.
+            Returns whether the scale of a name is frozen.
 
         Raises
         ------
         TrainingError
-            An activation holds infinity.
+            An activation is infinite.
         """
         workers.widen(self.seen)
         for row, seen, (name, points) in zip(
@@ -104,7 +104,7 @@ class Ranges:
                 self._set(name, points[0], row[0], row[1])
 
     def _with_weights(self, seen: FloatArray, points: list[QuantPoint]) -> FloatArray:
-        """Return a range that covers the constants too which share it."""
+        """Return a range that also covers the constants that share it."""
         weights = [self.values.views[p.tensor] for p in points if p.role == "weight"]
         low, high = seen
         for weight in weights:
@@ -124,7 +124,7 @@ class Ranges:
 
 
 def _activations(points: list[QuantPoint]) -> bool:
-    """Whether a set of parameters is measured on activations."""
+    """Whether the range of these points is observed on activations."""
     return any(point.role == "activation" for point in points)
 
 

@@ -2,15 +2,15 @@
 
 ==========  =====================================================================================
 constant    1
-step        1, a tenth from half of the steps on, a hundredth from three quarters on (He et al.
-            2016, https://arxiv.org/abs/1512.03385, section 4.2)
+step        1; 0.1 from half of the steps; 0.01 from three quarters of the steps (He et al. 2016,
+            https://arxiv.org/abs/1512.03385, section 4.2)
 cosine      half a cosine from 1 to 0 (Loshchilov and Hutter 2017,
             https://arxiv.org/abs/1608.03983, equation 5 without restarts)
-one-cycle   half a cosine from 1 to 0 behind a long warm-up (Smith and Topin 2018,
-            https://arxiv.org/abs/1708.07120; with cosines, as PyTorch has it; momentum stays)
+one-cycle   half a cosine from 1 to 0 after a long warm-up (Smith and Topin 2018,
+            https://arxiv.org/abs/1708.07120; with cosines, as in PyTorch; constant momentum)
 ==========  =====================================================================================
 
-All begin with a warm-up: linear from 0, of one-cycle half a cosine from 1/25.
+All begin with a warm-up: linear from 0; for one-cycle, half a cosine from 1/25.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnxqat.train.config import Config
 
 __all__ = ["rate_factor"]
 
-WARMUP, CYCLE_WARMUP = 0.05, 0.3  # of all steps
+WARMUP, CYCLE_WARMUP = 0.05, 0.3  # fractions of all steps
 CYCLE_START = 1 / 25
 
 
@@ -31,11 +31,11 @@ def rate_factor(config: Config, step: int, steps: int, *, first: int = 0) -> flo
     Parameters
     ----------
     config : Config
-        Names the schedule, and says how long the warm-up is.
+        The hyper-parameters with the schedule and the length of the warm-up.
     step, steps : int
-        Which step, from 0, and how many there are.
+        The index of the step, from 0, and the number of steps.
     first : int
-        How many steps at the start have factor 0; the schedule spans the others.
+        The number of first steps with factor 0; the schedule spans the other steps.
 
     Examples
     --------

@@ -1,19 +1,19 @@
-"""One step of descent: weights relative to their size, scales in the log domain.
+"""One step of gradient descent: weights move relative to their size, scales in the log domain.
 
-``w -= rate * unit * direction`` with Adam's directions of about 1 and ``unit`` the root mean square
-of the weight's output channel: a network that takes raw 0..255 pixels and one whose folded
-channels differ by orders of magnitude then need the same rate. ``s *= exp(-rate * direction)``
-keeps scales positive. A zero_point moves in units of its quantized range, so that one rate suits
-both ends of a clipping range; the forward pass rounds it.
+``w -= rate * unit * direction``, where Adam's directions are about 1 and ``unit`` is the root mean
+square of the weight's output channel. A network that reads raw 0..255 pixels, and one whose folded
+channels differ by orders of magnitude, can then use the same rate. ``s *= exp(-rate * direction)``
+keeps scales positive. A zero_point moves in units of its quantized range, so that the same rate
+suits both ends of a clipping range; the forward pass rounds it.
 
-Where the chip's scales are powers of two, a latent scale moves like that, and the scale is the
-power of two nearest to it (trained quantization thresholds: Jain et al. 2020,
-https://arxiv.org/abs/1903.08066, section 3; they round up from a threshold between two powers, here
-training starts on one).
+If the chip's scales are powers of two, a latent scale moves in this way, and the scale is the power
+of two nearest to it (trained quantization thresholds: Jain et al. 2020,
+https://arxiv.org/abs/1903.08066, section 3; the paper rounds up from a threshold between two
+powers, here training starts at a power).
 
 Weight decay is decoupled, ``w *= 1 - rate * decay`` (AdamW: Loshchilov and Hutter 2019,
-https://arxiv.org/abs/1711.05101, algorithm 2); of ``adam`` alone it is a part of the gradient of
-weights. That of a scale, ``s *= exp(-rate * decay)``, pulls a clipping range together (pact:
+https://arxiv.org/abs/1711.05101, algorithm 2); only for ``adam`` it is added to the gradients of
+weights. The decay of a scale, ``s *= exp(-rate * decay)``, narrows its clipping range (pact:
 https://arxiv.org/abs/1805.06085, section 3.1).
 """
 
@@ -44,24 +44,24 @@ class Updater:
     Parameters
     ----------
     form : TrainingForm
-        Says which parameters are scales.
+        The training form, which distinguishes scales from weights.
     values, gradients : Flat
-        What is changed, and by which gradients; the gradients are overwritten.
+        The parameters to change, and their gradients, which are overwritten.
     model : QuantizedModel
         The Q/DQ model: the plan and the grids.
     config : Config
-        Rates and optimizer.
+        The rates and the optimizer.
     part : bool
         Whether the model is a part of another, see `parameter_rates`.
     still : collection of str
-        Parameters that stay as they are.
+        Parameters that are not changed.
 
     Attributes
     ----------
     lr : float
-        Learning rate of weights that have none of their own.
+        The learning rate of weights without their own rate.
     latents : dict of str to float32 array
-        What moves in the place of scales that are powers of two, by name.
+        The latent scales of scales that are powers of two, by name.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Updater:
         return [n for n in self.gradients.views if self.roles.get(n) == role]
 
     def _rates(self, form: TrainingForm, model: QuantizedModel, *, part: bool) -> dict[str, Rates]:
-        """Return the rates of what learns; and of scales that follow, which have none to learn."""
+        """Return the rates of all learned parameters, and of scales that follow observed ranges."""
         moved = dict(self.gradients.views)
         moved |= {n: self.values.views[n] for n in (scale_name(name) for name in form.observed)}
         roles = {n: role for n, role in self.roles.items() if n in moved}
@@ -110,11 +110,10 @@ class Updater:
         return Adam(size)
 
     def _units(self, plan: QuantPlan, model: QuantizedModel) -> dict[str, FloatArray | float]:
-        """Return the size of a step of Adam for each weight: its root mean square.
+        """Return the unit of Adam's steps for each weight: its root mean square.
 
-        It is that of an output channel also where all channels share one scale: those of a
-        depthwise convolution differ by orders of magnitude, and the rate that moves the largest
-        would drown the others.
+        The unit is computed per output channel, even when the whole weight shares one scale:
+        depthwise channels differ by orders of magnitude, and one unit would swamp the small ones.
         """
         if self.config.optimizer == "sgd":
             return dict.fromkeys(self.weights, 1.0)
@@ -122,7 +121,7 @@ class Updater:
         return {n: _rms(self.values.views[n], axes.get(n)) for n in self.weights}
 
     def step(self, factor: float, step: int) -> None:
-        """Move every parameter at ``factor`` times its learning rate; ``step`` counts from 0."""
+        """Move all parameters with ``factor`` times their learning rates; ``step`` is from 0."""
         self._prepare_gradients(step)
         self.optimizer.direct(self.gradients.buffer)
         for name, direction in self.gradients.views.items():
@@ -148,11 +147,11 @@ class Updater:
                 value[...] = nearest_power_of_two(moved)
 
     def frozen(self, name: str, step: int) -> bool:
-        """Return whether a scale that follows what is observed stays as it is at ``step``."""
+        """Return whether a scale that follows observed ranges is frozen at ``step``."""
         return self.rates[name].frozen(step)
 
     def _prepare_gradients(self, step: int) -> None:
-        """Turn the gradients into those that the optimizer sees."""
+        """Convert the gradients to the form that the optimizer uses."""
         gradients = self.gradients.views
         for name in self.scales:  # into the log domain, with the LSQ factor
             factor = self.factors[parameters_of(name)]
@@ -171,7 +170,7 @@ class Updater:
 
 
 def _channel_axes(plan: QuantPlan, model: QuantizedModel) -> dict[str, int | None]:
-    """Return the axis of the output channels of weights, by tensor; a vector has none."""
+    """Return the axis of the output channels of weights, by tensor (None for vectors)."""
     nodes, tensors = (
         {node.name: node for node in model.floats.graph.nodes},
         model.floats.graph.tensors(),
@@ -185,7 +184,7 @@ def _channel_axes(plan: QuantPlan, model: QuantizedModel) -> dict[str, int | Non
 
 
 def _limits(plan: QuantPlan, params: Mapping[str, QuantParams]) -> dict[str, tuple[int, int]]:
-    """Return the quantized range of each set of parameters."""
+    """Return the quantized range, by the name of the parameters."""
     return {
         p.parameters: quantized_range(p.spec, signed=params[p.parameters].signed)
         for p in plan.grid_points()
@@ -193,7 +192,7 @@ def _limits(plan: QuantPlan, params: Mapping[str, QuantParams]) -> dict[str, tup
 
 
 def _floors(plan: QuantPlan, limits: dict[str, tuple[int, int]]) -> dict[str, np.float32]:
-    """Return the smallest scale that the rule allows, by name of the scale."""
+    """Return the smallest scale that the rule allows, by the name of the scale."""
     floors: dict[str, np.float32] = {}
     for point in plan.grid_points():
         low, high = limits[point.parameters]
@@ -204,7 +203,7 @@ def _floors(plan: QuantPlan, limits: dict[str, tuple[int, int]]) -> dict[str, np
 
 
 def _rms(values: FloatArray, axis: int | None) -> FloatArray:
-    """Return the root mean square, of each channel where ``axis`` is given, never zero."""
+    """Return the root mean square, per channel if ``axis`` is given; it is never zero."""
     squared = np.square(values, dtype=np.float64)
     whole = np.asarray(np.mean(squared))
     axes = tuple(i for i in range(values.ndim) if i != axis)
@@ -220,10 +219,10 @@ def _scale_gradient_factors(
     limits: dict[str, tuple[int, int]],
     model: QuantizedModel,
 ) -> dict[str, np.float32]:
-    """Return g = 1 / sqrt(N * Qp) of each set of parameters (LSQ, section 2.2).
+    """Return g = 1 / sqrt(N * Qp) for each scale (LSQ, section 2.2).
 
-    N is the number of elements that share one scale: of a channel of a weight, of one sample of
-    an activation. Qp is qmax - zero_point.
+    N is the number of elements that share one scale: in one channel of a weight, or in one sample
+    of an activation. Qp is qmax - zero_point.
     """
     tensors = model.floats.graph.tensors()
     factors: dict[str, np.float32] = {}
