@@ -186,7 +186,7 @@ def test_a_teacher_with_other_tensors_within_is_refused(coarse, data):
     first.inputs[2].values = first.inputs[2].values * np.float32(4)
     weights[1].values = weights[1].values / np.float32(4)
 
-    with pytest.raises(TrainingError, match="at which a block ends, holds other values"):
+    with pytest.raises(TrainingError, match="at which a block ends, has other values"):
         finetune(coarse, data, teacher=teacher, config=Config(**FAST))
 
 

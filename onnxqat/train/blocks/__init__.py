@@ -1,8 +1,8 @@
-"""Block reconstruction: one part of the graph at a time, against the float model's tensors.
+"""Block reconstruction: train one part of the graph at a time against the float model's tensors.
 
 ====================  ============================================================================
-`cut`                 where the graph is cut into blocks
-`parts`               a block as a model of its own
+`cut`                 the cutting of the graph into blocks
+`parts`               a block as a separate model
 `activations`         tensors of the samples between the blocks, in memory and on disk
 `block`               the training of one block
 `rounding`            the rounding of its weights, where that is learned

@@ -1,4 +1,4 @@
-"""Tensors of many samples: in memory up to a limit, behind it in files of a temporary folder."""
+"""Store tensors of many samples in memory up to a limit, and the others in temporary files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Array = NDArray[Any]
 
 
 class Rows:
-    """One tensor: a row for each sample, or for each batch where the model is fixed to one.
+    """One tensor with a row for each sample, or for each batch if the model's batch is fixed.
 
-    It is written once, from the first row to the last, and then read in any order.
+    The rows are written once, in order, and can then be read in any order.
 
     Attributes
     ----------
     in_memory : int
-        Bytes of memory that it holds.
+        Bytes of memory in use.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], path: Path | None) -> None:
@@ -42,7 +42,7 @@ class Rows:
         Raises
         ------
         TrainingError
-            The disk refuses them.
+            The rows cannot be written to the disk.
         """
         start, self._written = self._written, self._written + len(values)
         if self._file is None:
@@ -56,11 +56,11 @@ class Rows:
         except OSError as error:
             raise TrainingError(
                 f"{self._path}: the tensors between blocks cannot be written ({error.strerror}). "
-                "Free space there, let TMPDIR name another folder, or give fewer --block-samples."
+                "Free space there, set TMPDIR to another folder, or give fewer --block-samples."
             ) from error
 
     def take(self, indices: NDArray[np.int64]) -> Array:
-        """Return some rows, copied."""
+        """Return a copy of some rows."""
         if self._array is None:
             assert self._file is not None
             assert self._path is not None
@@ -69,7 +69,7 @@ class Rows:
         return np.array(self._array[indices])
 
     def remove(self) -> None:
-        """Give back memory and disk."""
+        """Free memory and disk space."""
         self._array, self.in_memory = None, 0
         if self._file is not None and self._path is not None:
             self._file.close()
@@ -77,7 +77,7 @@ class Rows:
 
 
 class Activations:
-    """Makes `Rows`, in memory as long as they fit; a context manager that removes their files.
+    """Creates `Rows`, in memory if they fit; a context manager that removes their files.
 
     Parameters
     ----------
@@ -108,6 +108,6 @@ class Activations:
         return made
 
     def remove(self, rows: Rows) -> None:
-        """Give back what rows take; nothing where that was done."""
+        """Free the memory and disk space of rows, if that was not done before."""
         self.used -= rows.in_memory
         rows.remove()

@@ -1,4 +1,4 @@
-"""The training of one block: its weights and scales, by its outputs in the float model."""
+"""Train the weights and scales of one block so that its outputs match the float model's."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Feeds = dict[str, NDArray[Any]]
 
 
 def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
-    """Return the loss of a block: the squared error of each output, by the output's variance.
+    """Return the loss of a block: the squared error of each output, divided by its variance.
 
-    An output that holds no float32, or one value alone, teaches nothing; None where all do.
+    Outputs that are not float32, or have a constant value, are left out; None if none remains.
     """
     floats = [name for name in outputs if samples.floats[name].dtype == np.float32]
     spreads = variances(
@@ -48,22 +48,22 @@ def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
 
 
 class BlockTraining:
-    """One block in training.
+    """The training of one block.
 
     Parameters
     ----------
     model : QuantizedModel
         The block, see `onnxqat.train.blocks.parts.block_model`.
     form : TrainingForm
-        Its training form.
+        The training form of the block.
     loss : Loss
         See `block_loss`.
     config : Config
-        Optimizer, rates, batch size, steps; ``lr`` is set.
+        Optimizer, rates, batch size and steps; ``lr`` is set.
     still : collection of str
-        Parameters that stay as they are: an earlier block has tuned them.
+        Parameters that are not changed, because an earlier block has tuned them.
     steps : int
-        How many are taken.
+        The number of training steps.
     """
 
     def __init__(
@@ -88,22 +88,22 @@ class BlockTraining:
 
     @property
     def tuned(self) -> set[str]:
-        """Names of the parameters that training moves."""
+        """Names of the parameters that training changes."""
         return set(self.updater.rates) - self.still
 
     @property
     def values(self) -> Mapping[str, FloatArray]:
-        """The parameters as they are now, by name; weights as they are rounded."""
+        """The current values of the parameters, by name; learned roundings give rounded weights."""
         return self.session.values.views | self.rounding.weights()
 
     def feeds(self, samples: Samples, rows: NDArray[np.int64], inputs: Feeds) -> Feeds:
-        """Return what the session takes: inputs, and the outputs of the float model."""
+        """Return the feeds of the session: inputs, and the outputs of the float model."""
         read = [str(term.output) for term in self.loss.terms]
         outputs = samples.take(samples.floats, read, rows)
         return inputs | {teacher_input(name): value for name, value in outputs.items()}
 
     def step(self, batches: Iterator[Feeds], factor: float, number: int) -> float:
-        """Take one step and return its loss; where that is not finite, nothing moves."""
+        """Run one step and return its loss; if it is not finite, nothing is changed."""
         session, gradients = self.session, self.session.gradients
         self.ranges.begin()
         losses = []
@@ -125,7 +125,7 @@ class BlockTraining:
         return name in self.still or self.updater.frozen(name, number)
 
     def error(self, samples: Samples) -> float:
-        """Return the mean loss over samples, all inputs being those of the quantized network."""
+        """Return the mean loss over samples, with all inputs from the quantized network."""
         with self.rounding.decided():
             return self._error(samples)
 
@@ -152,7 +152,7 @@ class BlockTraining:
         """
         self.rounding.error = error
         inputs = [n for n in self.session.inputs if n in (*samples.quantized, *samples.constants)]
-        inputs.sort()  # the draws follow their order
+        inputs.sort()  # random numbers are drawn in this order
         rng, parts = np.random.default_rng(seed), self.config.batches
         order = self._order(samples, rng)
 
@@ -162,14 +162,14 @@ class BlockTraining:
                 mixed = samples.mixed(inputs, rows, self.config.block_mix, rng)
                 yield self.feeds(samples, rows, mixed)
 
-        first = min(RECENT_STEPS, self.steps // 10)  # fill Adam's means, and change nothing
+        first = min(RECENT_STEPS, self.steps // 10)  # initialize Adam's means; change nothing
         for number in range(self.steps):
             factor = rate_factor(self.config, number, self.steps, first=first)
             yield self.step(batches(), factor, number)
 
     @staticmethod
     def _order(samples: Samples, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-        """Yield batches of rows, in another order each time all were seen."""
+        """Yield batches of rows forever, in a new order after each pass over all rows."""
         count = samples.count // samples.batch
         while True:
             chosen = rng.permutation(samples.count)[: count * samples.batch]

@@ -1,18 +1,18 @@
-"""Where a graph is cut into blocks.
+"""Cut a graph into blocks.
 
-Nodes are taken in the order of the graph, and a block is a stretch of them: what it reads from
-before are its inputs, what is read behind it are its outputs. A cut is possible where everything
-that crosses it has one row for each sample. Of the ways to cut, the best one has, in this order,
+A block is a range of nodes in graph order. Its inputs are the tensors that it reads from earlier
+nodes, and its outputs are the tensors that later nodes read. A cut is possible where each tensor
+that crosses it has one row per sample. Among the possible cuts, the best has, in this order,
 
-1. the fewest layers in excess of twice the limit,
-2. the fewest tensors that cross a cut besides its first: a residual block stays whole, and the
-   branches of a detector part where few of them run side by side,
-3. the fewest layers in excess of the limit,
+1. the fewest layers beyond twice the limit,
+2. the fewest additional tensors that cross a cut (beyond one): residual blocks stay whole, and the
+   branches of a detector are cut where few run side by side,
+3. the fewest layers beyond the limit,
 4. the fewest blocks,
 5. blocks of equal size.
 
-Between two layers there are many such places, as before and behind an activation function. The
-last one counts, so that a block ends behind the Relu of its last layer.
+Between two layers there are several possible places, for example before and behind an activation
+function. The last one is used, so that a block ends behind the Relu of its last layer.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Cost = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A stretch of the nodes of a graph.
+    """A range of the nodes of a graph.
 
     Attributes
     ----------
     inputs : tuple of str
-        The tensors that it reads: inputs of the model, and outputs of the blocks before.
+        The tensors that the block reads: inputs of the model, and outputs of earlier blocks.
     outputs : tuple of str
-        The tensors that it computes and that are read behind it, or are outputs of the model.
+        The tensors of the block that later blocks read, or that are outputs of the model.
     nodes, layers : tuple of str
-        Names of its nodes, and of those with a weight.
+        Names of the nodes, and of the nodes with a weight.
     """
 
     inputs: tuple[str, ...]
@@ -52,23 +52,23 @@ class Block:
 
 
 def cut(model: Model, shapes: Mapping[str, tuple[int | str, ...]], limit: int) -> tuple[Block, ...]:
-    """Return the blocks of a float model, in order; together they hold every node once.
+    """Return the blocks of a float model, in order; each node is in exactly one block.
 
     Parameters
     ----------
     model : Model
-        Prepared: its nodes are sorted and have names.
+        A prepared model, whose nodes are sorted and have names.
     shapes : mapping of str to tuple
         The tensors that may cross a cut, see `onnxqat.train.lowering.sample_shapes`.
     limit : int
-        How many layers with a weight a block has, where the graph can be cut so at one tensor;
-        twice as many where several tensors run side by side.
+        The most layers with a weight in a block if the graph can be cut there at one tensor; twice
+        as many if several tensors run side by side.
     """
     stretch = _Stretches(model.graph)
     places = [-1, *_places(stretch, shapes), len(stretch.nodes) - 1]
     best: list[tuple[Cost, int]] = [
         ((0, 0, 0, 0, 0), -1)
-    ]  # up to each place; where it was cut last
+    ]  # for each place: the best cost up to it, and the previous cut
     for end in range(1, len(places)):
         crossing = max(len(stretch.crossing(places[end])) - 1, 0)
         found = []
@@ -89,8 +89,8 @@ def cut(model: Model, shapes: Mapping[str, tuple[int | str, ...]], limit: int) -
 
 
 def _places(stretch: _Stretches, shapes: Mapping[str, tuple[int | str, ...]]) -> Iterator[int]:
-    """Yield the nodes behind which to cut: between two layers the last of the best."""
-    best: tuple[int, int] | None = None  # how many tensors cross, and the place
+    """Yield the nodes behind which to cut: between two layers, the last of the best places."""
+    best: tuple[int, int] | None = None  # the number of crossing tensors, and the place
     for place, node in enumerate(stretch.nodes[:-1]):
         if weight_index(node) is not None and best is not None:
             yield best[1]
@@ -105,13 +105,13 @@ def _places(stretch: _Stretches, shapes: Mapping[str, tuple[int | str, ...]]) ->
 
 
 class _Stretches:
-    """Who writes and who reads the tensors of a graph, by the positions of its nodes."""
+    """The writers and readers of the tensors of a graph, by the positions of the nodes."""
 
     def __init__(self, graph: gs.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.outputs = [tensor.name for tensor in graph.outputs]
         self.made = {tensor.name: -1 for tensor in graph.inputs}
-        self.last: dict[str, int] = {}  # where a tensor is read last
+        self.last: dict[str, int] = {}  # the position of the last reader of each tensor
         self.reads: list[list[str]] = []
         self._layers = [0]
         for position, node in enumerate(self.nodes):
@@ -124,7 +124,7 @@ class _Stretches:
         self._crossing = self._count_crossing()
 
     def _count_crossing(self) -> list[list[str]]:
-        """Return what crosses behind each node: computed before, and read later."""
+        """Return the tensors that cross behind each node: computed before it, and read later."""
         found: list[list[str]] = [[] for _ in self.nodes]
         for name, made in self.made.items():
             if made >= 0:
@@ -137,7 +137,7 @@ class _Stretches:
         return self._crossing[position]
 
     def layers_between(self, before: int, last: int) -> int:
-        """Return how many layers lie behind node ``before``, up to ``last``."""
+        """Return the number of layers behind node ``before``, up to ``last``."""
         return self._layers[last + 1] - self._layers[before + 1]
 
     def block(self, before: int, last: int) -> Block:

@@ -1,4 +1,4 @@
-"""A network that is cut into blocks, and the tensors of its samples at the cuts."""
+"""A network cut into blocks, and the tensors of the samples at the cuts."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from onnxqat.train.lowering import sample_shapes
 __all__ = ["CutNetwork"]
 
 HELD_OUT = 128  # samples that judge a block
-UNLIKE = 0.5  # squared difference of a tensor by its variance, from which on it is another one
+UNLIKE = 0.5  # from this squared difference, divided by the variance, tensors count as different
 
 Tick = Callable[[], None]
 
 
 class CutNetwork:
-    """The blocks of a network, of which one after the other is computed for all samples.
+    """The blocks of a network, which are computed one after the other for all samples.
 
     Parameters
     ----------
     model : QuantizedModel
-        As it is at the start.
+        The model at the start.
     reference : Model
         The float model whose tensors are learned.
     config : Config
-        How long blocks are, how many samples they see, and how many at a time.
+        Length of the blocks, number of samples, and batch size.
 
     Attributes
     ----------
     blocks : tuple of Block
-        In order.
+        The blocks, in order.
     samples, judges : Samples
-        What blocks are trained on, and judged by.
+        The samples on which blocks are trained, and those that judge them.
     """
 
     samples: Samples
@@ -69,30 +69,30 @@ class CutNetwork:
         Parameters
         ----------
         store : Activations
-            Where what is known of them is kept.
+            Stores the tensors of the samples.
         ticking : callable
-            Takes how many batches there are, and returns what is called after each.
+            Takes the number of batches, and returns a function to call after each.
         """
         size, config = self.config.samples, self.config
         rng = np.random.default_rng(config.seed)
         count = min(len(training), config.block_samples)
         chosen = rng.permutation(len(training))[: count - count % size]
         judging = rng.permutation(len(held_out))[:HELD_OUT]
-        if held_out.fixed_batch is not None:  # whole batches
+        if held_out.fixed_batch is not None:  # complete batches only
             judging = np.resize(judging, max(len(judging) // size, 1) * size)
         tick = ticking(-(-len(chosen) // size) + -(-len(judging) // size))
         self.samples = Samples(training, np.sort(chosen), size, store, tick)
         self.judges = Samples(held_out, np.sort(judging), size, store, tick)
 
     def check_teacher(self, student: str) -> None:
-        """Refuse a float model whose tensors between the blocks are others.
+        """Refuse a float model whose tensors between the blocks differ from the student's.
 
-        An equalized network computes what the network before does, and scales the channels within.
+        The channels inside an equalized network are scaled, although its outputs are the same.
 
         Raises
         ------
         TrainingError
-            A tensor is missing, or holds other values than in the student without quantization.
+            A tensor is missing, or its values differ from the student's without quantization.
         """
         ours, theirs = self.floats, self.reference
         if theirs is ours:
@@ -120,21 +120,21 @@ class CutNetwork:
             a, b = (np.asarray(v[name], np.float64) for v in (values, wanted))
             if a.shape != b.shape or np.square(a - b).mean() > UNLIKE * b.var():
                 raise TrainingError(
-                    f"{theirs.name}: '{name}', at which a block ends, holds other values in the "
+                    f"{theirs.name}: '{name}', at which a block ends, has other values in the "
                     f"teacher than in {student} without quantization. {advice}"
                 )
 
     def block(self, number: int, model: QuantizedModel) -> QuantizedModel:
-        """Return a block of the network, ``model`` being the network as it is now."""
+        """Return a block of ``model``, the network in its current state."""
         return block_model(model, self.blocks[number], self.crossings, self.shapes)
 
     @property
     def batches(self) -> int:
-        """How many batches computing a block takes."""
+        """The number of batches to compute a block."""
         return sum(-(-s.count // s.batch) for s in (self.samples, self.judges))
 
     def compute_floats(self, number: int, tick: Tick) -> None:
-        """Compute what the float model has at the end of a block."""
+        """Compute the float model's tensors at the end of a block."""
         block = self.blocks[number]
         floats = between(self.reference, block.inputs, block.outputs, self.shapes)
         session = model_session(floats, "float", threads=self.config.threads)
@@ -142,7 +142,7 @@ class CutNetwork:
             samples.compute(samples.floats, block.inputs, block.outputs, session, tick)
 
     def compute_quantized(self, number: int, model: QuantizedModel, tick: Tick) -> None:
-        """Compute what a tuned block hands on, and forget what no later block reads."""
+        """Compute the outputs of a tuned block, and free the tensors that no later block reads."""
         block, part, threads = self.blocks[number], self.block(number, model), self.config.threads
         name = model.name
         session = open_session(part.to_proto(), optimization="basic", threads=threads, name=name)

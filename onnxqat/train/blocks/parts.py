@@ -1,4 +1,4 @@
-"""A block as a model of its own: cut out of the float graph, with the pairs that it has there."""
+"""Make a block a separate model: a part of the float graph, with its Q/DQ pairs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def between(
     Parameters
     ----------
     model : Model
-        Not changed.
+        The model; it is not changed.
     inputs, outputs : collection of str
         Names of tensors.
     shapes : mapping of str to tuple
-        Of what is no input of the model itself, see `onnxqat.train.lowering.sample_shapes`.
+        Shapes of inputs that are not inputs of the model, see
+        `onnxqat.train.lowering.sample_shapes`.
     """
     part = model.copy()
     graph, tensors = part.graph, part.graph.tensors()
@@ -52,17 +53,17 @@ def between(
 
 
 def quantized_crossings(model: QuantizedModel, blocks: Iterable[Block]) -> frozenset[str]:
-    """Return the outputs of blocks that all who read them outside read behind their pair.
+    """Return the outputs of blocks that all outside readers read behind their Q/DQ pair.
 
-    They cross a cut on their grid, and the pair belongs to the block that computes them. The
-    others cross as they are before their pair.
+    These cross a cut as quantized values, and their pair belongs to the block that computes them.
+    Other outputs cross as float values, before their pair.
     """
     graph = model.floats.graph
     points = {point.tensor: point for point in model.plan.grid_points()}
     block_of = {node: number for number, block in enumerate(blocks) for node in block.nodes}
     made_in = {t.name: block_of[node.name] for node in graph.nodes for t in node.outputs}
     edges: dict[str, set[Edge]] = {}
-    hidden: set[str] = set()  # read in a subgraph, where no pair is
+    hidden: set[str] = set()  # read in a subgraph, which has no pairs
     for node in graph.nodes:
         hidden |= names_in_subgraphs([node])
         for index, tensor in enumerate(node.inputs):
@@ -83,14 +84,14 @@ def block_model(
     crossings: frozenset[str],
     shapes: Mapping[str, tuple[int | str, ...]],
 ) -> QuantizedModel:
-    """Return a block of a quantized model, with the parameters that it has there.
+    """Return a block of a quantized model as a separate quantized model.
 
     Parameters
     ----------
     model : QuantizedModel
-        The whole one, as it is at this moment. Not changed; weights are shared.
+        The whole model in its current state. It is not changed; weights are shared.
     crossings : frozenset of str
-        See `quantized_crossings`: such an input comes on its grid, such an output leaves on it.
+        See `quantized_crossings`: these inputs and outputs of the block are quantized values.
     """
     floats = between(model.floats, block.inputs, block.outputs, shapes)
     nodes = {node.name for node in floats.graph.nodes}
@@ -112,7 +113,7 @@ def block_model(
 
 
 def values_of(model: QuantizedModel, weights: Iterable[str]) -> dict[str, FloatArray]:
-    """Return weights, scales and zero points by the names that they have in a training form."""
+    """Return weights, scales and zero points by their names in a training form."""
     tensors = model.floats.graph.tensors()
     found = {name: np.asarray(tensors[name].values, np.float32) for name in weights}
     for name, params in model.params.items():

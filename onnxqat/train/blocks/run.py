@@ -1,10 +1,10 @@
-"""All blocks of a network, one after the other.
+"""Tune the blocks of a network, one after the other.
 
-Each block learns the tensors that the float model has at its end, from inputs that the blocks
-before it give (BRECQ: Li et al. 2021, https://arxiv.org/abs/2102.05426, section 3.2; weights and
-scales together: AdaQuant, Hubara et al. 2020, https://arxiv.org/abs/2006.10518, section 3).
-A block whose error on held-out samples does not fall keeps the parameters that it had; and where
-the network as a whole is no better on them, it keeps all.
+Each block learns the float model's tensors at its end, from inputs that the blocks before it
+compute (BRECQ: Li et al. 2021, https://arxiv.org/abs/2102.05426, section 3.2; weights and scales
+together: AdaQuant, Hubara et al. 2020, https://arxiv.org/abs/2006.10518, section 3). If the error
+of a block on held-out samples does not fall, it keeps its old parameters. If the whole network is
+not better on these samples, all blocks keep their old parameters.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ MEGABYTE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstructed:
-    """The outcome.
+    """The result of block reconstruction.
 
     Attributes
     ----------
     model : QuantizedModel
-        With tuned blocks; the start itself if they were not better.
+        The model with tuned blocks; the start if they were not better.
     before, after : Evaluation
-        On the held-out data, of the start and of ``model``.
+        The figures of the start and of ``model`` on the held-out data.
     better : bool
-        Whether the blocks were kept.
+        Whether the tuned blocks were kept.
     blocks : tuple of BlockFigures
-        Of each block.
+        The result of each block.
     seconds : float
         Wall time.
     notes : tuple of str
-        What did not go well.
+        Messages on blocks that were not kept.
     """
 
     model: QuantizedModel
@@ -80,22 +80,22 @@ class Reconstructed:
 
 
 class BlockRecord(msgspec.Struct, kw_only=True):
-    """What a run has come to at the end of a block, besides its arrays.
+    """The state of a run at the end of a block, without its arrays.
 
     Attributes
     ----------
     before : Evaluation
-        Of the start.
+        The figures of the start.
     after : Evaluation or None
-        Of the network with all blocks tuned.
+        The figures of the network with all blocks tuned.
     blocks : list of BlockFigures
-        Of those that are done.
+        The results of the finished blocks.
     tuned : list of str
-        The parameters that they moved, and later ones leave alone.
+        The parameters that finished blocks have tuned; later blocks do not change them.
     seconds : float
         Wall time so far.
     finished : bool
-        Whether nothing is to be trained behind them.
+        Whether the run has finished, with no training after the blocks.
     """
 
     before: Evaluation
@@ -108,32 +108,32 @@ class BlockRecord(msgspec.Struct, kw_only=True):
 
 @dataclass(kw_only=True)
 class Reconstruction:
-    """Tunes the blocks of a network; everything is settled.
+    """Tunes the blocks of a network.
 
     Parameters
     ----------
     model : QuantizedModel
-        The whole model, which is returned tuned.
+        The whole model to tune.
     rest : QuantizedModel
-        What onnxruntime can run of it.
+        The part of it that onnxruntime can run.
     reference : Model
         The float model whose tensors are learned.
     training, held_out : DataSet
-        What is trained on, and what judges.
+        The training samples, and the samples that judge.
     config : Config
-        Hyper-parameters; the batch size is set.
+        The hyper-parameters; the batch size is set.
     validate, selection
-        Evaluate the network, and choose.
+        The evaluation of the network, and the figure that chooses.
     report, stage, say : callable
         See `onnxqat.train.finetune`.
     checkpoints : Checkpoints or None
         Where the state is saved at the end of each block.
     identity : callable
-        Returns what must be the same for a run to go on.
+        Returns the values that must be the same when a run resumes.
     stop : callable
-        Whether to stop here.
+        Returns whether to stop.
     last : bool
-        Whether nothing is trained behind the blocks.
+        Whether nothing is trained after the blocks.
     """
 
     model: QuantizedModel
@@ -153,20 +153,20 @@ class Reconstruction:
     last: bool
 
     def run(self) -> Reconstructed:
-        """Tune every block, and return the network if it is better for it.
+        """Tune all blocks, and return the tuned network if it is better than the start.
 
         Raises
         ------
         TrainingError
-            There is nothing to learn from, or a group of `Config` covers nothing.
+            There is nothing to learn from, or a group of `Config` matches nothing.
         StoppedError
-            ``stop`` said so.
+            ``stop`` returned true.
         """
         self.started = time.monotonic()
         self._prepare()
         self._announce()
         if self.checkpoints:
-            self.identity()  # now, since the data may be gone when a checkpoint is due
+            self.identity()  # now, because the data may be gone when a checkpoint is due
         self.record = self._first_record()
         if self.record.after is None:
             self._tune_blocks()
@@ -178,7 +178,7 @@ class Reconstruction:
         return self._result(self.record.after)
 
     def _prepare(self) -> None:
-        """Cut the graph, and take the parameters that may move."""
+        """Cut the graph, and collect the parameters that can be trained."""
         floats, config = self.rest.floats, self.config
         self.network = CutNetwork(self.rest, self.reference, config)
         self.asked = asked_for(config)
@@ -188,7 +188,7 @@ class Reconstruction:
         self.config = msgspec.structs.replace(config, lr=base_rate(config, self.rest))
         roles = {scale_name(name): "scale" for name in self.rest.params}
         roles |= {zero_point_name(name): "zero_point" for name in self.rest.params}
-        parameter_rates(values, roles, self.rest, self.config)  # a wrong group is said at once
+        parameter_rates(values, roles, self.rest, self.config)  # a wrong group is refused at once
         self.note, self.loss = "", 0.0
         self.copies = {id(m): m.floats.copy() for m in (self.model, self.rest)}
 
@@ -216,7 +216,7 @@ class Reconstruction:
         return self.validate(model, self._ticking(f"evaluating {title}", self.validate.batches))
 
     def _ticking(self, title: str, total: int) -> Callable[[], None]:
-        """Return what is called after each of ``total`` batches."""
+        """Return a function to call after each of ``total`` batches."""
         done = 0
 
         def tick() -> None:
@@ -235,12 +235,12 @@ class Reconstruction:
             raise StoppedError("Interrupted before the end of the first block. Nothing was kept.")
         done, total = len(self.record.blocks), len(self.network.blocks)
         raise StoppedError(
-            f"Interrupted behind block {done} of {total}, kept in {checkpoints.path}. Go on with "
-            "the same command and --resume."
+            f"Interrupted after block {done} of {total}, saved in {checkpoints.path}. Continue "
+            "with the same command and --resume."
         )
 
     def _current(self, model: QuantizedModel, *, fit_biases: bool = True) -> QuantizedModel:
-        """Return a model with the parameters as they are now; the next call changes its weights."""
+        """Return a model with the current parameters; the next call overwrites its weights."""
         return with_values(
             model,
             self.copies[id(model)],
@@ -260,7 +260,9 @@ class Reconstruction:
                 title = self._title(number)
                 tick = self._ticking(f"{title}, float tensors", network.batches)
                 network.compute_floats(number, tick)
-                if number >= len(self.record.blocks):  # else tuned before an interruption
+                if number >= len(
+                    self.record.blocks
+                ):  # otherwise it was tuned before an interruption
                     self._tune(number)
                     self._save()
                 if number + 1 < len(network.blocks):
@@ -276,7 +278,7 @@ class Reconstruction:
         return self.network.block(number, self._current(self.rest, fit_biases=False))
 
     def _steps(self) -> int:
-        """Return how many steps a block is trained."""
+        """Return the number of training steps of a block."""
         samples = self.network.samples
         rows = samples.batch * self.config.batches
         return max(self.config.block_epochs * samples.count // rows, 1)
@@ -293,7 +295,7 @@ class Reconstruction:
             self._end_block(number, msgspec.structs.replace(found, note=str(error)))
             return
         if training is None:
-            note = "it has no parameters that learn"
+            note = "it has no parameters to train"
             self._end_block(number, msgspec.structs.replace(found, note=note))
             return
         before, steps = training.error(judges), self._steps()
@@ -314,11 +316,11 @@ class Reconstruction:
                 self.values.views[name][...] = tuned
             self.record.tuned += sorted(training.tuned)
         figures = {"before": before, "after": after if finite else None, "kept": kept}
-        note = "" if kept else "no better on held-out samples, stays as it was"
+        note = "" if kept else "not better on held-out samples, so unchanged"
         self._end_block(number, msgspec.structs.replace(found, **figures, note=note))
 
     def _training(self, model: QuantizedModel, loss: Loss | None) -> BlockTraining | None:
-        """Return a block in training; None where nothing in it learns."""
+        """Return the training of a block, or None if nothing in it can be trained."""
         if loss is None:
             return None
         read = loss.terms[0].output

@@ -1,4 +1,4 @@
-"""What crosses the cuts for a set of samples, as the float and as the quantized network has it."""
+"""The tensors of samples at the cuts, in the float and in the quantized network."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class Samples:
     Parameters
     ----------
     data : DataSet
-        Read once.
+        The data, which are read once.
     indices : int64 of shape (n,)
-        Which samples of it.
+        The indices of the samples.
     batch : int
-        Samples at a time.
+        Samples per batch.
     store : Activations
-        Where the tensors are kept.
+        Stores the tensors.
     progress : callable
-        Called after each batch that is read.
+        Called after reading each batch.
 
     Attributes
     ----------
     quantized, floats : dict of str to Rows
-        Tensors by name. Where both networks have the same, it is kept once.
+        Tensors by name. A tensor that is equal in both networks is stored once.
     count : int
-        How many rows each one has: samples, or batches where the model is fixed to a batch.
+        The number of rows of each tensor: samples, or batches if the model's batch is fixed.
     batch : int
-        Rows at a time.
+        Rows per batch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Samples:
     def take(
         self, tensors: Tensors, names: Iterable[str], indices: NDArray[np.int64]
     ) -> dict[str, Array]:
-        """Return a batch of some tensors, and the inputs that all samples share."""
+        """Return a batch of some tensors, with the inputs that all samples share."""
         found = {}
         for name in names:
             if name in self.constants:
@@ -87,7 +87,7 @@ class Samples:
         return found
 
     def batches(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the rows of each batch, in order; the last one may have fewer."""
+        """Yield the rows of each batch, in order; the last batch can be smaller."""
         for start in range(0, self.count, self.batch):
             yield np.arange(start, min(start + self.batch, self.count))
 
@@ -99,17 +99,19 @@ class Samples:
         session: ort.InferenceSession,
         progress: Callable[[], None],
     ) -> None:
-        """Add the outputs of a block to the tensors of the network that ``session`` is of."""
+        """Compute the outputs of a block and add them to the tensors of the session's network."""
         for indices in self.batches():
             values = session.run(None, self.take(tensors, inputs, indices))
             self._append(tensors, dict(zip(outputs, values, strict=True)))
             progress()
 
     def forget(self, needed: Collection[str]) -> None:
-        """Give back what no later block reads."""
+        """Free the tensors that no later block reads."""
         for tensors in (self.floats, self.quantized):
             for name in set(tensors) - set(needed):
-                self.store.remove(tensors.pop(name))  # again, where both have the same
+                self.store.remove(
+                    tensors.pop(name)
+                )  # may be called twice for tensors that both networks share
 
     def mixed(
         self,
@@ -123,7 +125,7 @@ class Samples:
         Parameters
         ----------
         share : float
-            The probability of each value to be so (QDrop: Wei et al. 2022,
+            The probability of each value to come from the float network (QDrop: Wei et al. 2022,
             https://arxiv.org/abs/2203.05740, section 3.3, at the input of the block).
         """
         found = self.take(self.quantized, names, indices)
