@@ -55,9 +55,7 @@ def read_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, NDArray[
                 load_external_data_for_tensor(tensor, str(folder))
             except _UNREADABLE as error:
                 raise _unreadable(tensor, path, error) from error
-            tensor.ClearField(
-                "data_location"
-            )  # writing the default value would change the file's bytes
+            tensor.ClearField("data_location")  # writing the default would change the file's bytes
             del tensor.external_data[:]
     return mapped
 
@@ -88,11 +86,7 @@ def _file_of(tensor: onnx.TensorProto, folder: Path, path: Path) -> Path:
         location = next((e.value for e in tensor.external_data if e.key == "location"), "")
         target = (folder / location).resolve()
         missing = not target.exists()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # not text, a NUL, a loop of symbolic links
+    except (OSError, RuntimeError, ValueError) as error:  # not text, a NUL, a loop of links
         raise _unreadable(tensor, path, error) from error
     if not location or not target.is_relative_to(folder):
         raise ModelError(

@@ -230,9 +230,8 @@ def _commit(temporary: tuple[Path, ...], folder: Path, outdated: Iterable[Path])
     """Move written files to their destination: data, then the model, then the other files."""
     staging, model = temporary[0].parent, folder / temporary[0].name
     beside = {made.name for made in staging.iterdir()} - {made.name for made in temporary}
-    new = sorted(
-        name for name in beside if not (folder / name).exists()
-    )  # others have the same bytes
+    # data files that exist already have the same bytes
+    new = sorted(name for name in beside if not (folder / name).exists())
     old = sorted(path.name for path in _data_of(model) if path.name not in beside)
     with noted_data(temporary[0], new, old):
         for name in new:

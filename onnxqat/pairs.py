@@ -127,9 +127,7 @@ class _Lookups:
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
         self.tensors = graph.tensors()
-        self.nodes = {
-            n.name: n for n in graph.nodes
-        }  # not those of subgraphs, which may share names
+        self.nodes = {n.name: n for n in graph.nodes}  # without subgraphs, which may share names
         self.output_names = {t.name for t in graph.outputs}
 
     def check(self, point: QuantPoint, params: Mapping[str, QuantParams]) -> None:
@@ -202,9 +200,8 @@ class _Adder:
         pending = {p.tensor: p for p in plan.grid_points()}
         nodes: list[gs.Node] = []
         for node in list(self.graph.nodes):
-            for tensor in list(
-                node.inputs
-            ):  # the pairs of weights and graph inputs stand before the first reader
+            # the pairs of weights and graph inputs stand before the first reader
+            for tensor in list(node.inputs):
                 if tensor.name in pending:
                     nodes += self._pair(pending.pop(tensor.name))
             nodes.append(node)

@@ -19,10 +19,7 @@ from onnxqat.errors import TrainingError
 __all__ = ["Workers", "join_workers"]
 
 T = TypeVar("T")
-SIZES = (
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-)  # set by mpirun of MPICH and Intel MPI, and of Open MPI
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by mpirun of MPICH, Intel MPI and Open MPI
 
 
 class Workers:

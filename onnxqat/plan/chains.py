@@ -44,9 +44,8 @@ def _match(
     for kind in pattern[1:]:
         readers = index.readers.get(found[-1].outputs[0].name, [])
         names = {index.unit_of[e.node].name if e.node else "" for e in readers}
-        if (
-            len(names) != 1 or "" in names
-        ):  # an inner tensor must have one reader and not be an output
+        # an inner tensor must have one reader and not be an output
+        if len(names) != 1 or "" in names:
             return None
         follower = index.unit_of[readers[0].node]
         if follower.name not in allowed or not _is_kind(follower, kind):

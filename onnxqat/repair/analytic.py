@@ -68,9 +68,8 @@ def _shift(
     model: QuantizedModel, layer: Layer | None, expectations: Expectations
 ) -> NDArray[np.float64] | None:
     """Return the shift of each output channel's mean by rounding the layer's weight, if known."""
-    if layer is None or is_op(
-        layer.node, "ConvTranspose"
-    ):  # the number of taps depends on the position
+    # in a ConvTranspose, the number of taps depends on the position
+    if layer is None or is_op(layer.node, "ConvTranspose"):
         return None
     means = expectations.read_by(layer)
     if means is None:

@@ -183,9 +183,7 @@ class _Walk:
         ids = self._of(tensor)
         if ids is not None:
             if ids.shape[axis : axis + 1] == (ids.size,) and ids.size in (1, count):
-                return np.broadcast_to(
-                    ids.reshape(-1), count
-                )  # a single channel: all have the same number
+                return np.broadcast_to(ids.reshape(-1), count)  # one channel has one number
             self.sets.fix(ids, f"'{node.name}' ({node.op}) sums over another axis")
         fresh = self.sets.new(count)
         self.sets.fix(fresh, f"'{tensor.name}' is not computed by a layer that can be scaled")

@@ -109,9 +109,8 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
         LOSS: evaluation.loss,
     }
     found = {name: value for name, value in others.items() if value is not None}
-    return (
-        evaluation.metrics | found | evaluation.metrics
-    )  # in this order; metrics override figures of the same name
+    # in this order; metrics override figures of the same name
+    return evaluation.metrics | found | evaluation.metrics
 
 
 def score(evaluation: Evaluation, select: str | None) -> tuple[float, ...]:

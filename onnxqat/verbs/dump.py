@@ -91,9 +91,8 @@ def dump(
         wanted, count = min(samples, len(found)), 0
         with listener.batches("dumping", wanted) as advance:
             for index in range(wanted):
-                for batch in found.batches(
-                    size, indices=np.array([index])
-                ):  # empty if the sample cannot be read
+                # empty if the sample cannot be read
+                for batch in found.batches(size, indices=np.array([index])):
                     tensors = run(batch.inputs)
                     counting = {name: batch.counting(value) for name, value in tensors.items()}
                     write_sample(folder, count, counting, level)

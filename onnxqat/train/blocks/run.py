@@ -260,9 +260,7 @@ class Reconstruction:
                 title = self._title(number)
                 tick = self._ticking(f"{title}, float tensors", network.batches)
                 network.compute_floats(number, tick)
-                if number >= len(
-                    self.record.blocks
-                ):  # otherwise it was tuned before an interruption
+                if number >= len(self.record.blocks):  # else tuned before an interruption
                     self._tune(number)
                     self._save()
                 if number + 1 < len(network.blocks):

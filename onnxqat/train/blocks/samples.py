@@ -109,9 +109,8 @@ class Samples:
         """Free the tensors that no later block reads."""
         for tensors in (self.floats, self.quantized):
             for name in set(tensors) - set(needed):
-                self.store.remove(
-                    tensors.pop(name)
-                )  # may be called twice for tensors that both networks share
+                # called twice for tensors that both networks share
+                self.store.remove(tensors.pop(name))
 
     def mixed(
         self,

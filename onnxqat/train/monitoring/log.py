@@ -123,9 +123,7 @@ class TrainingLog:
                 act(writer)
             except OSError as error:
                 self.writers.remove(writer)
-                with suppress(
-                    OSError, AttributeError
-                ):  # a writer that was never opened has no file
+                with suppress(OSError, AttributeError):  # an unopened writer has no file
                     writer.close()
                 logger.warning(
                     "%s: cannot be written (%s). Training continues without this %s.",
