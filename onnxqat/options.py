@@ -1,4 +1,4 @@
-"""What the commands accept: click's options, and how their text becomes values."""
+"""The options of the commands, and the functions that convert their text to values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _floats(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
 
 
 def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    """Let a preset's values stand for options that are not given."""
+    """Use a preset's values as the defaults of options that are not given."""
     if value is not None:
         from onnxqat.errors import TrainingError
         from onnxqat.train.presets import preset
@@ -92,14 +92,14 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> An
 
 
 def _pairs(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
-    """Read repeated ``NAME=ARRAY``; a model's names may have a ``=`` in them, arrays not."""
+    """Read repeated ``NAME=ARRAY``; the name may contain a ``=``, the array may not."""
     pairs: dict[str, str] = {}
     for item in value:
         name, _, array = item.rpartition("=")
         if not (name and array):
             raise click.BadParameter(f"'{item}' is not of the form NAME=ARRAY")
         if pairs.setdefault(name, array) != array:
-            raise click.BadParameter(f"'{name}' is given the arrays {pairs[name]} and {array}")
+            raise click.BadParameter(f"'{name}' has two arrays: {pairs[name]} and {array}")
     return pairs or None
 
 
@@ -121,7 +121,7 @@ def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | No
     chosen = tuple(part.strip() for part in value.split(","))
     for name in chosen:
         if name not in AUGMENTATIONS:
-            raise click.BadParameter(f"unknown '{name}'; {', '.join(AUGMENTATIONS)} exist")
+            raise click.BadParameter(f"'{name}' is not one of {', '.join(AUGMENTATIONS)}")
     return chosen
 
 
@@ -150,19 +150,19 @@ def _scope(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
     chosen = tuple(part.strip() for part in value.split(","))
     if chosen not in SCOPES:
         known = ", ".join(map(",".join, SCOPES[:-1]))
-        raise click.BadParameter(f"'{value}' is none of {known} and {','.join(SCOPES[-1])}")
+        raise click.BadParameter(f"'{value}' is not one of {known} and {','.join(SCOPES[-1])}")
     return chosen
 
 
 def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
-    """Read ``200steps``, ``5min`` or ``never`` as what `onnxqat.train.Checkpoints` takes."""
+    """Read ``200steps``, ``5min`` or ``never`` as arguments of `onnxqat.train.Checkpoints`."""
     if value == "never":
         return None
     if re.fullmatch(r"[1-9]\d{0,8}steps", value):
         return {"steps": int(value.removesuffix("steps"))}
     if re.fullmatch(r"\d{1,6}(\.\d{1,6})?min", value):
         return {"minutes": float(value.removesuffix("min"))}
-    raise click.BadParameter(f"'{value}' is none of 200steps, 5min, never and their like")
+    raise click.BadParameter(f"'{value}' is not an interval such as 200steps, 5min or never")
 
 
 _images = under("Preprocessing")
@@ -184,33 +184,35 @@ _output = under("Output")
 
 data_options = _options(
     _images("--mean", metavar="M,...", callback=_floats,
-            help="Subtract this mean, one number per channel: x = (x - mean) * scale."),
+            help="Subtract this mean, one number per channel: x = (x - mean) * scale (default 0)."),
     _images("--scale", metavar="S,...", callback=_floats,
-            help="Multiply by this scale after the mean, one number per channel."),
+            help="Multiply by this scale after subtracting the mean, one number per channel "
+            "(default 1)."),
     _images("--resize-dims", metavar="H,W", callback=_size,
             help="Resize images to this height and width."),
     _images("--resize-by", type=click.Choice(["pillow", "opencv"]),
             help="Resize bilinearly as this package does (default pillow)."),
     _images("--crop", metavar="H,W", callback=_size,
-            help="Cut this height and width from the middle of each image."),
+            help="Crop this height and width from the middle of each image."),
     _images("--keep-aspect-ratio", is_flag=True, default=None,
-            help="Keep each image's shape when resizing, and pad the rest (letterbox)."),
+            help="Keep the aspect ratio when resizing, and pad the rest (letterbox)."),
     _images("--pad-value", type=float, metavar="PIXEL",
-            help="Pixel value around a letterboxed image (default 0)."),
+            help="Pixel value of the padding of a letterboxed image (default 0)."),
     _images("--pixel-format", type=click.Choice(["rgb", "bgr", "gray"]),
-            help="Order of the colour channels that the model expects (default rgb). --mean and "
-            "--scale are given in this order."),
+            help="Order of the colour channels that the model expects (default rgb). Give --mean "
+            "and --scale in this order."),
     _data("--split", type=click.Choice(["train", "val", "test"]),
-          help="Read this part of a folder that is divided into parts (default: train where a "
-          "command learns, val where it measures)."),
+          help="Read this part of a divided folder (default: train for commands that learn, val "
+          "for commands that measure)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
-          help="Layout of image arrays; needed only where their shape fits both."),
+          help="Layout of image arrays; needed only if their shape fits both."),
     _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",
           help="Read a model input from this array of the data; repeatable."),
-    _data("--label", metavar="NAME", help="Read the labels from this array, or from none."),
+    _data("--label", metavar="NAME",
+          help="Read the labels from this array; 'none' for no labels."),
     _data("--classes", metavar="FILE",
-          help="Read the class index of each folder name from FILE: one name a line, JSON, or CSV "
-          "of name and index."),
+          help="Read the class index of each folder name from FILE: one name per line, JSON, or "
+          "CSV with name and index."),
     _data("--skip-broken", is_flag=True,
           help="Skip files that cannot be read, and name each one."),
     _text("--tokenizer", metavar="FILE",
@@ -228,7 +230,7 @@ def run_options(batch_size: int) -> Callable[[Command], Command]:
     """Return the options of every command that runs a model; ``batch_size`` is the default."""
     return _options(
         _running("--batch-size", type=click.IntRange(1), metavar="N",
-                 help="Run N samples at a time (default: the model's own batch where it is fixed, "
+                 help="Run N samples at a time (default: the model's batch size if it is fixed, "
                  f"else {batch_size})."),
         _running("--threads", type=click.IntRange(0), default=0, metavar="N",
                  help="Use N threads (default 0: all cores)."),
@@ -240,22 +242,22 @@ bias_correction_option = _options(
             help="After calibration, correct each bias by the mean error that quantization causes "
             "on the data."),
     _repair("--analytic-bias-correction", "bias_correction", flag_value="analytic",
-            help="After calibration, correct each bias by the mean error that its rounded weights "
-            "cause, computed from BatchNormalization without data."),
+            help="After calibration, correct each bias by the mean error that rounding the weights "
+            "causes, computed from BatchNormalization without data."),
 )  # fmt: skip
 relu6_option = _repair(
     "--relu6",
     type=click.Choice(["auto", "keep", "replace"]),
     default="auto",
     show_default=True,
-    help="What to do where a ReLU6 stands between two layers that could be equalized: keep it and "
-    "skip them, replace it by a Relu and report what that changes, or replace it only if the "
-    "outputs on the data hardly change (auto).",
+    help="Handle a ReLU6 between two layers that could be equalized: keep it and do not equalize "
+    "them (keep), replace it by a Relu and report the change of the outputs (replace), or replace "
+    "it only if the outputs on the data hardly change (auto).",
 )
 calibration_options = _options(
     _calibration("--observer", type=click.Choice(get_args(ObserverName)),
                  default="mse", show_default=True,
-                 help="How a clipping range is chosen, unless --set or the rule says."),
+                 help="Choose clipping ranges by this method, unless --set or the rule names one."),
     _calibration("--samples", type=click.IntRange(1), default=512, show_default=True, metavar="N",
                  help="Calibrate on N samples, chosen at random."),
 )  # fmt: skip
@@ -263,27 +265,27 @@ rule_options = _options(
     _rule("--rules", default="onnxruntime-cpu", show_default=True, metavar="RULE",
           help="Use a bundled rule (see 'onnxqat rules list') or your own .toml file."),
     _rule("--overrides", "overrides_file", metavar="FILE",
-          help="Read overrides of the rule from a TOML file, one table per selector. --set wins "
-          "over it."),
+          help="Read overrides of the rule from a TOML file, one table per selector; --set takes "
+          "precedence."),
     _rule("--set", "overrides", multiple=True, metavar="SELECTOR.KEY=VALUE",
-          help="Override the rule, for example weight.bits=4; repeatable, the last one wins."),
+          help="Override the rule, for example weight.bits=4; repeatable, the last one applies."),
 )  # fmt: skip
 table_option = _output(
     "--format",
     "format_name",
     metavar="NAME",
-    help="Write this calibration table, or none; see docs/formats.md (default: the rule's own).",
+    help="Format of the calibration table, or none; see docs/formats.md (default: the rule's).",
 )
 truth_options = _options(
     _data("--truth", multiple=True, callback=_pairs, metavar="OUTPUT=ARRAY",
-          help="Compare an output with this array of the data, where a metric needs it; "
+          help="Compare an output with this array of the data, if a metric needs it; "
           "repeatable."),
     _data("--boxes", metavar="PATH",
-          help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy of "
-          "rows (image, class, cx, cy, w, h) (default: labels beside images, if there is one)."),
+          help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy with "
+          "rows (image, class, cx, cy, w, h) (default: a folder labels beside images, if any)."),
     _data("--masks", metavar="DIR",
-          help="Folder with a mask of each image: an image file or .npy with the class of each "
-          "pixel (default: masks beside images, if there is one)."),
+          help="Folder with a mask for each image: an image file or .npy with the class of each "
+          "pixel (default: a folder masks beside images, if any)."),
 )  # fmt: skip
 samples_option = _data(
     "--samples",
@@ -302,7 +304,7 @@ train_samples_option = _training(
 decode_option = _measure(
     "--decode",
     metavar="NAME",
-    help="Decode the outputs to boxes as nanodet, yolov5, yolov8, yolo11 or yolox does (default: "
+    help="Decode the outputs to boxes like nanodet, yolov5, yolov8, yolo11 or yolox (default: "
     "found by their shapes, and printed).",
 )
 metric_options = _options(
@@ -314,15 +316,15 @@ metric_options = _options(
 )  # fmt: skip
 _scope_options = _options(
     _blocks("--scope", callback=_scope, default="network", show_default=True, metavar="SCOPE",
-            help="Train the network from end to end (network); its blocks, one after the other, to "
-            "compute the float model's tensors, without labels (blocks); or one after the other "
-            "(blocks,network)."),
+            help="Train the network from end to end (network); its blocks one after the other to "
+            "match the float model's tensors, without labels (blocks); or first the blocks, then "
+            "the network (blocks,network)."),
     _blocks("--block-epochs", type=click.IntRange(1), default=10, show_default=True, metavar="N",
             help="Train each block for N epochs."),
     _blocks("--block-samples", type=click.IntRange(1), default=1024, show_default=True,
             metavar="N", help="Train blocks on at most N samples of DATA."),
     _blocks("--block-layers", type=click.IntRange(1), default=4, show_default=True, metavar="N",
-            help="Put N layers with a weight into a block; up to 2 N in a residual block, or where "
+            help="Put N layers with a weight into a block; up to 2 N in a residual block, or if "
             "branches run side by side."),
     _blocks("--block-mix", type=click.FloatRange(0, 1), default=0.5, show_default=True,
             metavar="SHARE",
@@ -330,7 +332,7 @@ _scope_options = _options(
     _blocks("--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest",
             show_default=True,
             help="Train the weights of a block, and round them to the nearest level (nearest), or "
-            "leave them, and learn which level each is rounded to (adaround)."),
+            "leave them, and learn to which level each weight is rounded (adaround)."),
     _blocks("--block-memory", type=click.IntRange(0), default=1024, show_default=True,
             metavar="MB",
             help="Keep at most MB megabytes of the tensors between blocks in memory, the others in "
@@ -339,11 +341,12 @@ _scope_options = _options(
 training_options = _options(
     _scope_options,
     _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
-              help="Start from a vendor's recommended settings: horizon. Other options win over "
-              "it."),
+              help="Use a vendor's recommended settings (horizon) as defaults of the other "
+              "options."),
     _loss("--loss", metavar="LOSS",
           help="Minimize cross-entropy, kl, mse, l1, smooth-l1, bce, an ONNX file, or a weighted "
-          "sum such as cross-entropy+0.5*kl:OUTPUT (default: chosen by what each output holds)."),
+          "sum such as cross-entropy+0.5*kl:OUTPUT (default: chosen by the content of each "
+          "output)."),
     _loss("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="SHARE",
           help="Spread this share of each label over all classes; for cross-entropy (default 0)."),
     _loss("--ignore-index", type=int, metavar="LABEL",
@@ -353,21 +356,21 @@ training_options = _options(
     _training("--epochs", type=click.IntRange(1), metavar="N",
               help="Train for N epochs (default: about 2,000 steps, at most 10 epochs)."),
     _training("--accumulate", type=click.IntRange(1), metavar="N",
-              help="Average the gradients of N batches per step (default 1; where the model's "
-              "batch is fixed, as many as make 16 samples)."),
+              help="Average the gradients of N batches per step (default 1; if the model's batch "
+              "is fixed, as many as make 16 samples)."),
     _training("--method", type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average",
                                              "ste"]),
               default="lsq", show_default=True,
-              help="How scales are trained where the plan does not say."),
+              help="Train scales by this method, unless the plan names one."),
     _training("--averaging-constant", type=click.FloatRange(0, 1), metavar="WEIGHT",
               help="Weight of each new batch in a moving average; for --method moving-average "
               "(default 0.01)."),
     _training("--quant-delay", type=click.IntRange(0), metavar="STEPS",
               help="Train without quantization for the first STEPS steps (default 0)."),
     _training("--select", metavar="METRIC",
-              help="Keep the epoch that is best by this figure or metric, or by your own "
-              "module:function; as integer:METRIC, in the chip's integers (default: chosen by "
-              "the data, and printed)."),
+              help="Keep the epoch that is best by this figure, metric or your own "
+              "module:function; integer:METRIC measures it in the chip's integer arithmetic "
+              "(default: chosen by the data, and printed)."),
     truth_options,
     decode_option,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
@@ -393,14 +396,14 @@ training_options = _options(
                "(default 0)."),
     _optimizer("--group", "groups", multiple=True, metavar="SELECTOR.KEY=VALUE",
                help="Set lr, weight_decay, freeze or freeze_from for weight, bias, scale, "
-               "zero_point, name:REGEX or tensor:REGEX; repeatable, the last one wins."),
+               "zero_point, name:REGEX or tensor:REGEX; repeatable, the last one applies."),
     _optimizer("--clip-norm", type=click.FloatRange(0, min_open=True), metavar="NORM",
-               help="Scale the gradient down to at most this length (default: no limit)."),
+               help="Scale the gradient down to at most this norm (default: no limit)."),
     _optimizer("--clip-value", type=click.FloatRange(0, min_open=True), metavar="VALUE",
-               help="Limit each number of the gradient to this size (default: no limit)."),
+               help="Limit each element of the gradient to this magnitude (default: no limit)."),
     _optimizer("--schedule", type=click.Choice(["cosine", "constant", "step", "one-cycle"]),
                default="cosine", show_default=True,
-               help="How the learning rates change during training."),
+               help="Change the learning rates over the steps by this schedule."),
     _optimizer("--warmup", type=click.FloatRange(0, 1), metavar="FRACTION",
                help="Raise the rates over this fraction of all steps (default 0.05; one-cycle "
                "0.3)."),
@@ -416,7 +419,7 @@ keep_epochs_option = _progress(
     "--keep-epochs",
     type=click.IntRange(1),
     metavar="N",
-    help="Write the N best epochs beside the output too, as OUTPUT.epoch1.onnx and so on.",
+    help="Also write the N best epochs beside the output, as OUTPUT.epoch1.onnx and so on.",
 )
 log_options = _options(
     _progress("--log", metavar="FILE",
@@ -433,42 +436,43 @@ seed_option = _running(
 equalize_option = _repair(
     "--equalize",
     is_flag=True,
-    help="First equalize the ranges of the channels of each layer, and print what that does to the "
-    "outputs.",
+    help="First equalize the channel ranges of the layers, and print the change of the outputs.",
 )
 trainable_option = _rule(
     "--train", is_flag=True, help="Also name the nodes that prevent fine-tuning."
 )
 teacher_option = _loss(
     "--teacher", metavar="MODEL",
-    help="Distil from this float model (default: the float model that insert saw).",
+    help="Distil from this float model (default: the float model inside MODEL).",
 )  # fmt: skip
 analysis_options = _options(
     _analysis("--metric", default="error", show_default=True, metavar="METRIC",
-              help="What a layer costs: noise per signal of the outputs (error), or what a metric "
-              "loses: any of evaluate's, or your own module:function."),
+              help="Measure the cost of a layer by the noise of the outputs relative to the signal "
+              "(error), or by the loss of a metric: one of evaluate, or your own "
+              "module:function."),
     truth_options,
     decode_option,
     _analysis("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
-              help="Run N samples, once for each layer and direction."),
+              help="Run N samples, twice for each layer."),
 )  # fmt: skip
 search_options = _options(
     _search("--bits", type=click.FloatRange(1, 16), metavar="AVERAGE",
-            help="Lose as little as possible with at most this average, over the elements of all "
-            "weights."),
+            help="Lose as little as possible with at most this average width over the elements of "
+            "all weights."),
     _search("--max-loss", type=click.FloatRange(0), metavar="POINTS",
-            help="Use as few bits as possible, losing at most so many points of the metric."),
+            help="Use as few bits as possible, losing at most this many points of the metric."),
     _search("--widths", callback=_widths, metavar="BITS,...",
-            help="Choose from these, as in 4,8 (default: the widths of the rule's chip)."),
+            help="Choose from these widths, as in 4,8 (default: those of the rule's chip)."),
     _search("--metric", default="top1", show_default=True, metavar="METRIC",
-            help="What a model loses: any metric of evaluate, your own module:function, or noise "
-            "in percent of the variance of the outputs (error)."),
+            help="Measure the loss of a model by a metric of evaluate, your own module:function, "
+            "or the noise in percent of the variance of the outputs (error)."),
     truth_options,
     decode_option,
     _search("--samples", type=click.IntRange(1), default=64, show_default=True, metavar="N",
             help="Rank the weights on N samples."),
     _search("--val-data", metavar="DATA",
-            help="Measure models on these (default: samples of DATA that do not rank)."),
+            help="Measure models on this data (default: samples of DATA that do not rank "
+            "weights)."),
     _search("--val-samples", type=click.IntRange(1), default=1000, show_default=True, metavar="N",
             help="Measure each model on at most N samples."),
 )  # fmt: skip
@@ -477,23 +481,23 @@ weights_option = _output(
     type=click.Choice(["snapped", "tuned"]),
     default="snapped",
     show_default=True,
-    help="Write weights rounded to their grid, as training computed with them (snapped), or before "
-    "rounding (tuned).",
+    help="Write weights rounded to their grid, as used in training (snapped), or before rounding "
+    "(tuned).",
 )
 shape_options = _options(
     _output("--batch", type=click.IntRange(1), metavar="N",
-            help="Fix the batch of the float model to N (default: as it was exported)."),
+            help="Fix the batch size of the float model to N (default: as exported)."),
     _output("--input-shape", "input_shapes", multiple=True, callback=_shapes,
             metavar="NAME:1,3,H,W",
-            help="Fix the whole shape of an input; repeatable."),
+            help="Fix the complete shape of an input; repeatable."),
 )  # fmt: skip
 export_options = _options(
     _output("--format", "format_name", required=True,
             type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
-            help="Write integer weights behind Q/DQ, or QLinear operators (qoperator); see "
+            help="Write Q/DQ with integer weights, or QLinear operators (qoperator); see "
             "docs/formats.md."),
     _output("--int4", is_flag=True,
-            help="Store weights of 4 bits or fewer two to a byte (opset 21)."),
+            help="Store weights of 4 bits or fewer as INT4, two per byte (opset 21)."),
 )  # fmt: skip
 force_option = _output("--force", is_flag=True, help="Replace an existing output.")
 json_option = _output("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -564,7 +564,7 @@ def test_the_environment_sets_the_usual_level(monkeypatch):
 
     monkeypatch.setenv("ONNXQAT_LOG", "loud")
     said = error("rules", "list", code=2)
-    assert "ONNXQAT_LOG: 'loud' is none of error, warning, info, debug." in said
+    assert "ONNXQAT_LOG: 'loud' is not one of error, warning, info, debug." in said
     monkeypatch.delenv("ONNXQAT_LOG")
     run("rules", "list")
 
