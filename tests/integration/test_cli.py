@@ -466,11 +466,7 @@ WRONG = [
     (f"finetune {{q}} {{data}} --val-data {{wrong}}/none.npz {OUT}", 1, "none.npz: no such file"),
     (f"finetune {{q}} {{data}} --teacher {{q}} {OUT}", 1, "Give a float model as --teacher"),
     (f"finetune {{q}} {{data}} --teacher {{wrong}}/none.onnx {OUT}", 1, "none.onnx: no such file"),
-    (
-        f"finetune {{q}} {{data}} --augment flop {OUT}",
-        2,
-        "unknown 'flop'; flip, crop, resized-crop, jitter exist",
-    ),
+    (f"finetune {{q}} {{data}} --augment flop {OUT}", 2, "'flop' is not one of flip, crop"),
     (f"finetune {{work}}/w4.qat.onnx {{data}} {OUT}", 1, "--teacher"),
     ("evaluate {q} {data} --mean 1", 1, "--mean is 1.0 now, but was 128.0 when"),
     ("evaluate {q} {data} --max-drop 0.1", 2, "--max-drop needs --against"),
