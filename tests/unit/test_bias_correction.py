@@ -98,7 +98,7 @@ def test_what_cannot_be_corrected_is_refused():
 
     with pytest.raises(PlanError, match="not calibrated"):
         correct_biases(empty, lambda: [{"input": samples(convnet(), 4)}])
-    with pytest.raises(DataError, match="no data to correct biases on"):
+    with pytest.raises(DataError, match="no data to correct biases with"):
         correct_biases(model, list)
     with pytest.raises(DataError, match="not finite"):
         correct_biases(model, lambda: [{"input": np.full((1, 3, 8, 8), np.inf, np.float32)}])

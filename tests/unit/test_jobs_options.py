@@ -93,7 +93,10 @@ def test_every_key_is_an_option_of_the_command(name):
         ({"finetune": {"epochs": "many"}}, "[finetune] 'epochs': expected 'int', got 'str'."),
         ({"finetune": {"epochs": 0}}, "[finetune] 'epochs': expected 'int' >= 1."),
         ({"finetune": {"method": "lqs"}}, "[finetune] 'method': invalid enum value 'lqs'."),
-        ({"finetune": {"augment": "flap"}}, "[finetune] 'augment': 'flap' is not one of flip, crop"),
+        (
+            {"finetune": {"augment": "flap"}},
+            "[finetune] 'augment': 'flap' is not one of flip, crop",
+        ),
         ({"finetune": {"preset": "none"}}, "[finetune] 'preset': No preset 'none'"),
         ({"finetune": {"resume": True}}, "[finetune] has no key 'resume'"),
         ({"finetune": 3}, "[finetune] is 3. Write a table."),

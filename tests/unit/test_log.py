@@ -266,11 +266,11 @@ def test_a_run_that_is_refused_leaves_the_log_as_it_was(model, data, tmp_path):
         ('{"event":"step","step":3,"epoch":1,"loss":1.0,"lr":0,"scale_lr":0}\n', "contains no run"),
         ("step,epoch,name,value\n", "line 1 does not belong to a log"),
         ('{"event":"start"}\n{"event":"stop"}\n', "line 2 does not belong to a log"),
-        ('{"event":"start"}\n{"event":"note","step":-1,"note":""}\n', "line 2 is not"),
-        ('{"event":"start"}\n{"event":"note","step":1e99,"note":""}\n', "line 2 is not"),
-        ('{"event":"start","schema":"onnxqat.log/2"}\n', "line 1 is not"),
-        ("[" * 100_000 + "\n", "line 1 is not"),
-        ("\udcff\n", "line 1 is not"),
+        ('{"event":"start"}\n{"event":"note","step":-1,"note":""}\n', "line 2 does not belong"),
+        ('{"event":"start"}\n{"event":"note","step":1e99,"note":""}\n', "line 2 does not belong"),
+        ('{"event":"start","schema":"onnxqat.log/2"}\n', "line 1 does not belong"),
+        ("[" * 100_000 + "\n", "line 1 does not belong"),
+        ("\udcff\n", "line 1 does not belong"),
     ],
 )
 def test_what_is_not_a_log_is_said(tmp_path, text, message):

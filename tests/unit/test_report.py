@@ -247,7 +247,7 @@ def test_a_log_is_drawn_while_training_goes_on(bare, tmp_path):
     path = logged(tmp_path, [e for e in ordered(EVENTS) if not isinstance(e, Note)][:13])
     found = Page(oq.report(bare, log=path).html)
 
-    assert "the result of this run is not in the model" in found.text
+    assert "does not contain the result of this run" in found.text
     places([0, 1], [0.25, 0.45], found.chart("top-1").curves()[0])
     assert len(found.chart("training loss").curves()[0]) == 11
     noted = logged(tmp_path, [*ordered(EVENTS)[:5], Note(step=1, note="<b>again</b>")])
