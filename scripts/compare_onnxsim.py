@@ -41,6 +41,7 @@ def run_peer(model: Path, out: Path, steps: int) -> None:
     floats = onnx.load(model)
     for value in (*floats.graph.input, *floats.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = BATCH  # it infers shapes of fixed batches
+    floats, _ = onnxsim.simplify(floats)  # without it, all but the first layer stay float
     x, _ = images("train", IMAGES)
     data = [{"input": x[i : i + BATCH]} for i in range(0, IMAGES, BATCH)]
     start = time.perf_counter()
@@ -100,6 +101,20 @@ def figures(path: Path, floats: Any, batch: int) -> tuple[float, float]:
     return float(np.mean(y.argmax(1) == labels[:count])), float(-10 * np.log10(max(noise, 1e-12)))
 
 
+def trained_weights(out: Path) -> str:
+    """Return how many weights (tensors of two axes and more) training has changed."""
+    import onnx
+    from onnx import numpy_helper
+
+    before, after = (
+        {one.name: numpy_helper.to_array(one) for one in onnx.load(out / name).graph.initializer}
+        for name in ("start.onnx", "tuned.onnx")
+    )
+    weights = [name for name, value in before.items() if value.ndim > 1]
+    changed = [name for name in weights if not np.array_equal(before[name], after.get(name))]
+    return f"{len(changed)} of {len(weights)} weights trained"
+
+
 def main() -> None:
     """Run both and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -134,7 +149,7 @@ def main() -> None:
             for when in ("start", "tuned"):
                 top1, sqnr = figures(out / f"{when}.onnx", floats, BATCH)
                 print(f"{name:<8} {when:<6} top-1 {100 * top1:.2f} %, outputs {sqnr:.1f} dB")
-            print(f"{name:<8} {said}")
+            print(f"{name:<8} {said}, {trained_weights(out)}")
 
 
 if __name__ == "__main__":
