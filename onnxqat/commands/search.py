@@ -117,7 +117,7 @@ def _print(result: Searched, rule: str, metric: str, seconds: float, output: str
         "output": output,
     }
     rows = [
-        ("samples", f"{result.samples} ranked the weights, {result.val_samples} measured models"),
+        ("samples", f"{result.samples} to rank weights, {result.val_samples} to measure models"),
         *((f"all {width} bits", _described(one, metric))
           for width, one in sorted(found.uniform.items())),
         ("found", _described(found.chosen, metric)),

@@ -56,7 +56,7 @@ class OutputFigures:
         if self.kind == "integers":
             return f"of the integers of '{self.output}' equal those of the reference model"
         if self.kind == "values":
-            return f"root mean square error of '{self.output}', by its standard deviation"
+            return f"root mean square error of '{self.output}', relative to its standard deviation"
         places = "samples"
         if self.positions not in (None, 1):
             places = f"positions ({self.positions} per sample)"

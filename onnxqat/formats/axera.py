@@ -94,7 +94,10 @@ def _put(
     signed = bool(np.issubdtype(zero_point.dtype, np.signedinteger))
     integers = np.issubdtype(zero_point.dtype, np.integer)
     if scale.dtype != np.float32 or not integers or zero_point.size != scale.size:
-        raise FormatError(f"{found.source}: '{point.tensor}' has no float32 scale and zero_point.")
+        raise FormatError(
+            f"{found.source}: '{point.tensor}' has no float32 scale and zero_point. Write the "
+            "model again."
+        )
     found.put(point, scale.ravel(), zero_point.ravel(), signed=signed, name=point.tensor)
 
 
@@ -113,7 +116,10 @@ def _pairs(table: Table) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any
         )
         if known:
             if len(node.input) < 3 or not arrays.keys() >= set(node.input[1:3]):
-                raise FormatError(f"{table.name}: '{node.name[:80]}' has no constant scale.")
+                raise FormatError(
+                    f"{table.name}: '{node.name[:80]}' has no constant scale. Write the model "
+                    "again."
+                )
             found[node.input[0]] = (arrays[node.input[1]], arrays[node.input[2]])
     return found
 

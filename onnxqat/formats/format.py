@@ -254,7 +254,7 @@ class Found:
         wanted = point.spec.signedness
         if wanted != "from_range" and signed != (wanted == "signed"):
             raise FormatError(
-                f"{place} is {'signed' if signed else 'unsigned'}, the plan has it {wanted}. "
+                f"{place} is {'signed' if signed else 'unsigned'}, but {wanted} in the plan. "
                 "Are --rules and --set those that the table was made with?"
             )
         if zeros.min() < qmin or zeros.max() > qmax:
@@ -264,7 +264,7 @@ class Found:
             )
         if point.spec.symmetric and zeros.any():
             raise FormatError(
-                f"{place} has a zero_point other than 0; the plan has it symmetric. Are --rules "
+                f"{place} has a zero_point other than 0, but is symmetric in the plan. Are --rules "
                 "and --set those that the table was made with?"
             )
 

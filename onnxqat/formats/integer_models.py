@@ -80,8 +80,8 @@ def qoperator_model(model: QuantizedModel) -> Model:
 
 def _refuse_clips(model: QuantizedModel, runtime: str) -> None:
     clips = (
-        f"'{point.tensor}' has a narrowed range"
+        f"'{point.tensor}' needs a Clip between Q and DQ"
         for point, params in Calibrated(model).points("activation")
         if has_clip(point, params)
     )
-    refuse(clips, f"{runtime} reads plain Q/DQ pairs; use all of 8 bits for activations")
+    refuse(clips, f"{runtime} reads plain Q/DQ pairs; use the full range of 8 bits")

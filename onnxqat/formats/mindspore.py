@@ -136,8 +136,10 @@ def _put(found: Found, point: QuantPoint, ends: tuple[Any, Any], name: str) -> N
     signed = found.signed(point, name, lowest=not any(ends[0] < 0))
     qmin, qmax = quantized_range(point.spec, signed=signed)
     if ends[0].shape != ends[1].shape:
-        message = f"{found.source}: '{name}' has more or fewer minq than maxq. Write it again."
-        raise FormatError(message)
+        raise FormatError(
+            f"{found.source}: '{name}' has different numbers of minq and maxq. Write the table "
+            "again."
+        )
     with np.errstate(all="ignore"):  # `put` refuses scales that are not finite
         scale = (ends[1] - ends[0]) / (qmax - qmin)
         levels = np.rint(qmin - ends[0] / scale)

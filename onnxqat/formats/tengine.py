@@ -71,7 +71,9 @@ def _read(table: Table, graph: gs.Graph, plan: QuantPlan) -> Found:
             continue
         scale, zero_point = lines[point.tensor]
         if zero_point != int(zero_point):
-            raise FormatError(f"{table.name}: '{point.tensor}' has zero_point {zero_point}.")
+            raise FormatError(
+                f"{table.name}: '{point.tensor}' has zero_point {zero_point}. Write an integer."
+            )
         signed = found.signed(point, point.tensor)
         found.put(point, scale, int(zero_point), signed=signed, name=point.tensor)
     found.put_weights_by_absmax(plan)

@@ -18,7 +18,7 @@ def trtexec(facts: Facts) -> dict[str, str]:
         "TensorRT below 10, with the calibration cache:",
         command("trtexec", f"--onnx={facts.model}", "--int8", f"--calib={facts.files['table']}",
                 f"--shapes={shapes}", "--saveEngine=model.engine"),
-        "TensorRT 10 and newer, with what 'onnxqat export --format tensorrt' writes:",
+        "TensorRT 10 and newer, with the model from 'onnxqat export --format tensorrt':",
         command("trtexec", "--onnx=model.int8.onnx", "--int8", f"--shapes={shapes}",
                 "--saveEngine=model.engine"),
     ]  # fmt: skip

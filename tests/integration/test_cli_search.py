@@ -63,7 +63,7 @@ def test_a_budget_of_accuracy_is_kept(work):
 
     assert points <= 10
     assert 2 <= average < 8
-    assert "16 ranked the weights, 48 measured models" in out
+    assert "16 to rank weights, 48 to measure models" in out
     assert "--set 'tensor:fc1\\.weight.bits=" in out
 
 

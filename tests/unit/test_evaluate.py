@@ -133,7 +133,7 @@ def test_values_have_an_error_and_no_agreement(rng, shape):
     assert found.agreement is None
     assert found.relative_error == pytest.approx(expected, rel=1e-9)
     assert found.max_abs_diff == np.abs(difference).max()
-    assert found.meaning == "root mean square error of 'out', by its standard deviation"
+    assert found.meaning == "root mean square error of 'out', relative to its standard deviation"
 
 
 def test_a_constant_reference_has_no_relative_error():

@@ -73,8 +73,8 @@ def test_tensorrt_has_int8_weights_float_biases_and_zero_points_of_zero(network)
         ("onnxruntime-cpu", (), "tensorrt", "'input' has a zero_point other than 0"),
         ("sophgo-bm1684x", (), "tensorrt", "'r1' has unsigned integers"),
         ("tensorrt", ("activation.bits=4",), "tensorrt", "'input' has 4 bits"),
-        ("ncnn", (), "tensorrt", "'input' has a narrowed range"),
-        ("openvino", ("activation.bits=4",), "openvino", "'input' has a narrowed range"),
+        ("ncnn", (), "tensorrt", "'input' needs a Clip between Q and DQ"),
+        ("openvino", ("activation.bits=4",), "openvino", "'input' needs a Clip between Q and DQ"),
     ],
 )
 def test_what_a_runtime_cannot_read_is_refused(rule, overrides, export, message):

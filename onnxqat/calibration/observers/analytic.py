@@ -73,7 +73,7 @@ class _AnalyticObserver(Observer):
     keeps_histogram = True
 
     def pick(self, seen: Seen) -> Range:
-        """Return the observed range, cut at the best distance from the centre."""
+        """Return the observed range, clipped at the best distance from the centre."""
         moments = _moments(seen, about_zero=self._spec.symmetric)
         reach = self._reach(moments, levels_above_zero(self._spec, seen.low))
         centre = moments.centre
