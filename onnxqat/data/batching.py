@@ -138,7 +138,10 @@ def _fixed_length(where: str, firsts: Mapping[str, int | str | None]) -> tuple[s
         )
     by, length = next(iter(fixed.items()), ("", None))
     if length is not None and length < 1:
-        raise DataError(f"{where}: model input {by!r} takes batches of {length}. Export it again.")
+        raise DataError(
+            f"{where}: model input {by!r} takes batches of {length}. Export it for batches of 1 or "
+            "more."
+        )
     return by, length
 
 

@@ -160,7 +160,9 @@ def _joined(rows: Rows) -> dict[str, int]:
 def _index(cell: Any, found: Sequence[Any]) -> int:
     index = int(cell) if isinstance(cell, str) and _is_index(cell) else cell
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= MAX_INDEX:
-        raise ValueError(f"the index of {str(*found[:1])[:80]!r} is {str(cell)[:80]!r}")
+        raise ValueError(
+            f"the index of {str(*found[:1])[:80]!r} is {str(cell)[:80]!r}, not an integer from 0"
+        )
     return index
 
 

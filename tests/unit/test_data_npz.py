@@ -448,6 +448,6 @@ def test_an_index_that_a_table_lacks_names_the_sample(tmp_path: Path) -> None:
         (batch,) = data.subset([0, 1, 2, 4]).batches(4)
         np.testing.assert_array_equal(batch.inputs["ids"], ids[[0, 1, 2, 4]])
         for row, value in ((3, "10"), (5, "-11")):
-            text = rf"sample {row} of array 'ids' holds {value}, and .* of 10 rows, 0 to 9"
+            text = rf"sample {row} of array 'ids' holds {value}, but .* of 10 rows, 0 to 9"
             with pytest.raises(DataError, match=text):
                 list(data.subset([0, row]).batches(2))

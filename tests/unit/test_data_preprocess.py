@@ -170,8 +170,8 @@ def test_a_crop_larger_than_the_arrays(tmp_path: Path) -> None:
         ({"mean": (float("nan"),)}, r"--mean: .* are not finite numbers"),
         ({"scale": (1.0, 0.0, 1.0)}, r"--scale: .* makes a channel constant"),
         ({"mean": (1.0, 2.0, 3.0), "pixel_format": "gray"}, r"3 values for gray images"),
-        ({"resize_dims": (0, 4)}, r"--resize-dims: \(0, 4\) is not a size"),
-        ({"crop": (4, -1)}, r"--crop: \(4, -1\) is not a size"),
+        ({"resize_dims": (0, 4)}, r"--resize-dims: \(0, 4\) is not a valid size"),
+        ({"crop": (4, -1)}, r"--crop: \(4, -1\) is not a valid size"),
         ({"resize_dims": (8, 8), "crop": (8, 9)}, r"--crop: \(8, 9\) does not fit"),
         ({"pad_value": 1.0}, r"--pad-value: 1\.0 has no effect"),
         ({"pad_value": float("inf"), "keep_aspect_ratio": True}, r"--pad-value: inf is not"),
@@ -185,8 +185,8 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (1.0, 2.0)}, r"has 3 channels, but --mean 2 values"),
-        ({"scale": (1.0, 2.0, 3.0, 4.0)}, r"has 3 channels, but --scale 4 values"),
+        ({"mean": (1.0, 2.0)}, r"has 3 channels, but --mean has 2 values"),
+        ({"scale": (1.0, 2.0, 3.0, 4.0)}, r"has 3 channels, but --scale has 4 values"),
         ({"pixel_format": "gray"}, r"has 3 channels, but --pixel-format is 'gray'"),
     ],
 )

@@ -162,8 +162,8 @@ def test_names_that_are_not_text_are_refused(model):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (Settings(mean=(1.0, 2.0)), "input 'input' has 3 channels, but --mean 2 values"),
-        (Settings(scale=(1.0,) * 4), "input 'input' has 3 channels, but --scale 4 values"),
+        (Settings(mean=(1.0, 2.0)), "input 'input' has 3 channels, but --mean has 2 values"),
+        (Settings(scale=(1.0,) * 4), "input 'input' has 3 channels, but --scale has 4 values"),
         (Settings(pixel_format="gray"), "has 3 channels, but --pixel-format is 'gray'"),
     ],
 )
