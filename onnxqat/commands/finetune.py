@@ -121,7 +121,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
 
 
 def _validation(source: Any, data: str) -> Any:
-    """Return validation data, of which the same is said as of DATA but for its size and part."""
+    """Return the validation data, read like DATA, but all samples of their own split."""
     return replace(source, source=data, samples=None, split=None)
 
 

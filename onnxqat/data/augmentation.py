@@ -131,7 +131,8 @@ class Augmentation:
                 f"--augment: the images of a sample have the sizes {sorted(sizes)}. Leave it out."
             )
         self._layouts = {name: layout_of_shape(array.shape) for name, array in images.items()}
-        self._size: tuple[int, int] = next(iter(sizes))
+        height, width = next(iter(sizes))
+        self._size = (height, width)
         count = len(next(iter(images.values())))
         self._draw = _Draw(
             mirrored=rng.random(count) < 0.5 if "flip" in kinds else None,
@@ -288,6 +289,6 @@ def _jittered(
 def _grey(pixels: NDArray[np.float32], pixel_format: str) -> NDArray[np.float32]:
     """Return how bright each pixel is, of shape (n, 1, height, width)."""
     if pixels.shape[1] != len(LUMA):
-        return pixels.mean(axis=1, keepdims=True)
+        return np.asarray(pixels.mean(axis=1, keepdims=True))
     weights = np.array(LUMA[:: -1 if pixel_format == "bgr" else 1], np.float32)
     return np.asarray((pixels * weights[:, None, None]).sum(axis=1, keepdims=True))

@@ -8,10 +8,10 @@ what is in the folder      what it is
                            sample each
 images                     one sample each
 folders of the latter two  the same, of the classes that the folders are called
-folders called like parts  one of them: ``train``, ``images/train``, `onnxqat.data.splits`
+folders of splits          one of them, see `onnxqat.data.splits`
 =========================  ==================================================================
 
-Other files are skipped, and so are hidden ones.
+Other files and hidden files are skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onnxqat.data.npy import open_npy
 from onnxqat.data.npz import open_npz
 from onnxqat.data.request import Request
 from onnxqat.data.sample_files import is_sample, open_files
-from onnxqat.data.splits import part_of
+from onnxqat.data.splits import folder_of_split
 from onnxqat.errors import DataError
 
 __all__ = ["LABEL_NAMES", "open_folder"]
@@ -43,7 +43,7 @@ def open_folder(path: Path, request: Request) -> Source:
         It cannot be listed, holds none, or it is not clear which.
     """
     try:
-        return _opened(part_of(path, request.split), request)
+        return _opened(folder_of_split(path, request.split), request)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error.strerror}). Check it.") from error
 

@@ -82,7 +82,7 @@ def open_data(
     masks : str or Path, optional
         Folder with the class of each pixel of images, see `onnxqat.data.masks`.
     split : str, optional
-        Part of a folder to read: ``train``, ``val`` or ``test``, see `onnxqat.data.splits`.
+        Split of a folder to read: ``train``, ``val`` or ``test``, see `onnxqat.data.splits`.
     text : Text, optional
         How the texts of a ``.jsonl`` file become numbers, see `onnxqat.data.text`.
 

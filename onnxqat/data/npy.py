@@ -164,9 +164,8 @@ class ArrayReader:
             It cannot be read, or holds no numbers.
         """
         array = _loaded(Path(path), mapped=False)[1]
-        if array.ndim == self._rank and len(array) == 1:
-            return array[0]
-        return array
+        batch_of_one = array.ndim == self._rank and len(array) == 1
+        return array.reshape(array.shape[1:]) if batch_of_one else array
 
     def described(self, array: NDArray[Any]) -> str:
         """Return dtype and shape."""

@@ -67,7 +67,7 @@ class Request:
     boxes, masks : Path or None
         What lies beside images.
     split : str or None
-        The part of the data that is read, where a folder has several.
+        The split to read of a folder that has splits.
     text : Text or None
         How text becomes numbers.
     """

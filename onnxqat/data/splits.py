@@ -1,7 +1,7 @@
-"""The parts that people divide data into, as folders.
+"""Folders of data that are divided into splits: train, val and test.
 
-``images/train`` beside ``labels/train`` (YOLO's layout), ``train/images`` beside ``train/labels``,
-or ``train`` beside ``val``; a year may stand behind the name, as in ``train2017``.
+The layouts are ``images/train`` beside ``labels/train`` (YOLO), ``train/images`` beside
+``train/labels``, and ``train`` beside ``val``. A year may follow the name, as in ``train2017``.
 """
 
 from __future__ import annotations
@@ -13,77 +13,83 @@ from pathlib import Path
 from onnxqat.data.sample_files import is_sample
 from onnxqat.errors import DataError
 
-__all__ = ["SPLITS", "part_of", "usual_part"]
+__all__ = ["folder_of_split", "splits_in", "usual_split"]
 
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-BESIDE = ("annotations", "images", "labels", "masks")  # folders that are no classes beside parts
+BESIDE = ("annotations", "images", "labels", "masks")  # folders that may lie beside splits
 YEAR = re.compile(r"(19|20)\d\d$")
 
 
-def usual_part(source: object, wanted: Sequence[str]) -> str | None:
-    """Return which part of a folder to read where the user names none.
+def usual_split(source: object, wanted: Sequence[str]) -> str | None:
+    """Return the split to read if the user names none.
 
     Parameters
     ----------
     source : str or Path
-        What the user named; anything else has no parts.
+        Path of the data; anything else has no splits.
     wanted : sequence of str
-        The parts that would do, the best first.
+        Splits that suit the command, the best one first.
 
     Returns
     -------
     str or None
-        None where the folder has no parts, or none of those.
+        The first of ``wanted`` that exists; None without any.
     """
     if not isinstance(source, str | Path):
         return None
     try:
-        found = _parts(Path(source))
-    except (OSError, ValueError):  # whoever opens it says what is wrong
+        found = splits_in(Path(source))
+    except (OSError, ValueError):  # opening the data raises an error that says why
         return None
-    return next((part for part in wanted if part in found), None)
+    return next((split for split in wanted if split in found), None)
 
 
-def part_of(folder: Path, split: str | None) -> Path:
-    """Return the folder of a part of the data; the whole where no part is named.
+def folder_of_split(folder: Path, split: str | None) -> Path:
+    """Return the folder of a split; the folder itself without one.
 
     Raises
     ------
     DataError
-        There is no such part.
+        The split does not exist.
     """
     if split is None:
         return folder
-    found = _parts(folder)
+    found = splits_in(folder)
     if split not in found:
-        has = ", ".join(f"'{part}'" for part in found) or "none"
+        has = ", ".join(f"'{name}'" for name in found) or "none"
         raise DataError(
-            f"--split {split}: '{folder}' has no such part; it has {has}. Parts are folders such "
+            f"--split {split}: '{folder}' has no such split; it has {has}. Splits are folders such "
             f"as '{folder / 'images' / split}' and '{folder / split}'."
         )
     return found[split]
 
 
-def _parts(folder: Path) -> dict[str, Path]:
-    """Return the folder of samples of each part."""
+def splits_in(folder: Path) -> dict[str, Path]:
+    """Return the folder of samples of each split, by ``train``, ``val`` and ``test``.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be listed.
+    """
     entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     if any(is_sample(entry) or entry.suffix.lower() == ".npz" for entry in entries):
         return {}
     folders = [entry for entry in entries if entry.is_dir()]
-    found = {part: path for path in folders if (part := _part(path.name)) is not None}
+    found = {split: path for path in folders if (split := _split(path.name)) is not None}
     if any(path.name not in BESIDE for path in folders if path not in found.values()):
-        return {}  # classes, one of which may be called train
+        return {}  # the folders are classes, and one of them has the name of a split
     if not found:
         images = folder / "images"
-        return _parts(images) if images.is_dir() and folder.name != "images" else {}
-    inner = {part: path / "images" for part, path in found.items()}
-    return {part: inner[part] if inner[part].is_dir() else path for part, path in found.items()}
+        return splits_in(images) if images.is_dir() and folder.name != "images" else {}
+    inner = {split: path / "images" for split, path in found.items()}
+    return {split: inner[split] if inner[split].is_dir() else path for split, path in found.items()}
 
 
-def _part(name: str) -> str | None:
+def _split(name: str) -> str | None:
     word = YEAR.sub("", name.lower())
-    return next((part for part, words in SPLITS.items() if word in words), None)
+    return next((split for split, words in SPLITS.items() if word in words), None)

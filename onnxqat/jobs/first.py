@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxqat.data.splits import splits_in
 from onnxqat.errors import JobError, OnnxQatError
 from onnxqat.files import check_writable, write_text
 from onnxqat.model import Model
@@ -124,11 +125,14 @@ def _splits(source: Path) -> tuple[dict[str, Path], str]:
 
 
 def _inside(folder: Path) -> dict[str, Path]:
-    """Return the folders and .npz files in a folder whose names are those of splits."""
+    """Return the splits of a folder; without any, the files in it with the names of splits."""
+    found = splits_in(folder)
+    if found:
+        return {"validation" if name == "val" else name: path for name, path in found.items()}
     named = {
         path.stem.lower(): path
         for path in sorted(folder.iterdir())
-        if path.is_dir() or path.suffix == ".npz"
+        if path.is_dir() or path.suffix in (".npz", ".npy", ".csv", ".txt", ".json", ".jsonl")
     }
     return {
         split: named[word] for split, words in SPLITS.items() for word in words if word in named

@@ -83,7 +83,7 @@ def dump(
         raise OptionError("rules: are of mode 'integer'. Leave them out.")
     loaded = any_model(model)
     with (
-        opened(loaded, data, settings, listener, labels=False, parts=TO_MEASURE) as found,
+        opened(loaded, data, settings, listener, labels=False, splits=TO_MEASURE) as found,
         atomic_folder(output, force=force, check=check_replaceable) as folder,
     ):
         run = run_of(loaded, mode, rule=None if rules is None else rule_of(rules), threads=threads)

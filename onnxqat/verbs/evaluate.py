@@ -83,7 +83,7 @@ def evaluate(
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
     read_alike(loaded, reference, settings)
-    with opened(loaded, data, settings, listener, beside=reference, parts=TO_MEASURE) as samples:
+    with opened(loaded, data, settings, listener, beside=reference, splits=TO_MEASURE) as samples:
         if labelled and not samples.has_labels:
             raise DataError(
                 f"{samples.name}: has no labels, which are needed here. Name them with --label."

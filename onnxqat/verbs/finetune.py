@@ -120,8 +120,8 @@ def finetune(
     taught_by = None if teacher is None else _teacher(teacher, loaded)
     with ExitStack() as stack:
 
-        def from_source(source: AnyData, *parts: str) -> DataSet:
-            context = opened(loaded, source, settings, listener, beside=taught_by, parts=parts)
+        def from_source(source: AnyData, *splits: str) -> DataSet:
+            context = opened(loaded, source, settings, listener, beside=taught_by, splits=splits)
             return stack.enter_context(context)
 
         training = from_source(data, *TO_LEARN)

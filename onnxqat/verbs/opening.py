@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from onnxqat.calibration import unlike_training
 from onnxqat.data import DataSet, Text, open_data
 from onnxqat.data.preprocess import Layout
-from onnxqat.data.splits import usual_part
+from onnxqat.data.splits import usual_split
 from onnxqat.errors import OptionError
 from onnxqat.quantized import AnyModel
 from onnxqat.settings import Settings, adopt, class_count, input_specs, settings_of, settle
@@ -34,8 +34,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The parts of divided data that a verb reads where the user names none, the best first. What is
-# measured on the test data chooses nothing.
+# The splits that a verb reads if the user names none, the best one first. The test data never
+# choose anything.
 TO_LEARN = ("train",)
 TO_CHOOSE = ("val",)
 TO_MEASURE = ("val", "test")
@@ -63,7 +63,7 @@ class DataSource:
     masks : str or Path, optional
         Folder with the class of each pixel of images, see `onnxqat.data.masks`.
     split : {"train", "val", "test"}, optional
-        Part to read of a folder that is divided; by default what suits the verb.
+        Split to read of a folder that has splits (default: what suits the verb).
     text : Text, optional
         How the texts of a ``.jsonl`` file become numbers.
     """
@@ -104,7 +104,7 @@ def opened(
     *,
     beside: AnyModel | None = None,
     labels: bool = True,
-    parts: Sequence[str] = TO_LEARN,
+    splits: Sequence[str] = TO_LEARN,
 ) -> Iterator[DataSet]:
     """Yield the opened data for a model, and store the data settings in the model.
 
@@ -120,8 +120,8 @@ def opened(
         Another model that runs on the same batches.
     labels : bool
         Whether labels are read.
-    parts : sequence of str
-        The parts of a divided folder that may be read, in order of preference.
+    splits : sequence of str
+        The splits that may be read if the user names none, in order of preference.
 
     Raises
     ------
@@ -135,9 +135,9 @@ def opened(
         yield source
         return
     this = source if isinstance(source, DataSource) else DataSource(source=source)
-    if this.split is None and (part := usual_part(this.source, parts)) is not None:
-        listener.note(f"{this.source}: is divided into parts; '{part}' is read.")
-        this = replace(this, split=part)
+    if this.split is None and (split := usual_split(this.source, splits)) is not None:
+        listener.note(f"{this.source}: reading the split '{split}'.")
+        this = replace(this, split=split)
     with _open(model, this, given, listener, beside, labels=labels) as data:
         yield _thinned(data, this.samples)
 

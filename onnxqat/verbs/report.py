@@ -120,7 +120,7 @@ def report(
         for other in (*others, reference):
             read_alike(loaded, other, settings)
         with opened(
-            loaded, data, settings, listener, beside=reference, parts=TO_MEASURE
+            loaded, data, settings, listener, beside=reference, splits=TO_MEASURE
         ) as samples:
             names = [tensor.name for tensor in loaded.floats.graph.outputs]
             samples, wanted = fitted(

@@ -133,7 +133,7 @@ def search(
         opened(loaded, data, settings, listener, beside=reference, labels=labels) as found,
         opened(loaded, found if val_data is None else val_data,
                Settings() if val_data is None else settings, listener,
-               beside=reference, labels=labels, parts=TO_CHOOSE) as held,
+               beside=reference, labels=labels, splits=TO_CHOOSE) as held,
     ):  # fmt: skip
         chosen, kept = _parts(found, None if held is found else held, samples, val_samples, seed)
         size = found.batch_size(batch_size)

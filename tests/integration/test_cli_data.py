@@ -130,14 +130,14 @@ def test_pipes_are_no_input(digits: Path, tmp_path: Path, words: Any) -> None:
 
 @pytest.fixture(scope="module")
 def everywhere(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits as an image folder with parts, as lists, and as arrays in files of their own."""
+    """The digits as an image folder with splits, as lists, and as arrays in files of their own."""
     root = tmp_path_factory.mktemp("everywhere")
-    folder = image_folder(root / "parts/images/val", digits, [str(n) for n in range(10)])
-    (root / "parts/images/train").symlink_to(folder)
+    folder = image_folder(root / "splits/images/val", digits, [str(n) for n in range(10)])
+    (root / "splits/images/train").symlink_to(folder)
     files = sorted(folder.rglob("*.png"))
     lines = [f"{file.relative_to(root)} {file.parent.name}" for file in files]
     (root / "list.txt").write_text("\n".join(lines))
-    names = [f"parts/images/val/{f.parent.name}/{f.name},digit {f.parent.name}" for f in files]
+    names = [f"splits/images/val/{f.parent.name}/{f.name},digit {f.parent.name}" for f in files]
     (root / "list.csv").write_text("\n".join(["path,class", *names]))
     (root / "classes.txt").write_text("\n".join(f"digit {n}" for n in range(10)))
     (root / "arrays").mkdir()
@@ -152,9 +152,9 @@ def test_data_give_the_same_figures_however_they_are_stored(
 ) -> None:
     expected = document("evaluate", LENET, digits, *NORM)
     for name, *words in (
-        ("parts",),
-        ("parts/images/val",),
-        ("parts", "--split", "train"),
+        ("splits",),
+        ("splits/images/val",),
+        ("splits", "--split", "train"),
         ("list.txt",),
         ("list.csv", "--classes", everywhere / "classes.txt"),
         ("arrays",),
@@ -175,21 +175,21 @@ def test_as_many_samples_are_read_as_asked_for(
     words = ("--train-samples", 60, "--val-data", digits, *TUNE)
     assert document("finetune", model, digits, *words, "-o", out)["samples"] == 120
     words = ("--train-samples", 60, *TUNE)
-    tuned = document("finetune", model, everywhere / "parts", *words, "--force", "-o", out)
+    tuned = document("finetune", model, everywhere / "splits", *words, "--force", "-o", out)
     assert tuned["samples"] == 6  # a tenth of them
     assert 0 <= tuned["waiting_for_data"] < 1
     run("report", out, digits, "--samples", 10, "-o", tmp_path / "r.html")
     assert "10 samples" in (tmp_path / "r.html").read_text()
 
 
-def test_a_part_that_is_chosen_is_named(everywhere: Path, tmp_path: Path) -> None:
+def test_the_split_that_is_read_is_named(everywhere: Path, tmp_path: Path) -> None:
     said = subprocess.run(
-        process("evaluate", LENET, everywhere / "parts", *NORM),
+        process("evaluate", LENET, everywhere / "splits", *NORM),
         capture_output=True,
         text=True,
         check=True,
     ).stderr
-    assert "is divided into parts; 'val' is read" in said
+    assert "reading the split 'val'" in said
 
 
 def test_answers_in_text_give_the_figures_of_their_tokens(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that are divided into parts, in the layouts that people have, and COCO's files."""
+"""Folders with splits in the layouts that people have, and COCO's files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from onnxqat.data import InputSpec, open_data
-from onnxqat.data.splits import usual_part
+from onnxqat.data.splits import usual_split
 from onnxqat.errors import DataError
 
 SPEC = InputSpec(name="x", shape=("n", 3, 8, 8), dtype="float32")
@@ -22,64 +22,64 @@ def save(path, shade):
 
 
 def yolo(root):
-    for part, shade in SHADES.items():
-        save(root / "images" / part / "a.png", shade)
-        (root / "labels" / part).mkdir(parents=True)
-        (root / "labels" / part / "a.txt").write_text(f"{shade} 0.5 0.5 0.25 0.5\n")
+    for split, shade in SHADES.items():
+        save(root / "images" / split / "a.png", shade)
+        (root / "labels" / split).mkdir(parents=True)
+        (root / "labels" / split / "a.txt").write_text(f"{shade} 0.5 0.5 0.25 0.5\n")
 
 
-def yolo_by_part(root):
-    for part, shade in SHADES.items():
-        save(root / part / "images" / "a.png", shade)
-        (root / part / "labels").mkdir(parents=True)
-        (root / part / "labels" / "a.txt").write_text(f"{shade} 0.5 0.5 0.25 0.5\n")
+def yolo_by_split(root):
+    for split, shade in SHADES.items():
+        save(root / split / "images" / "a.png", shade)
+        (root / split / "labels").mkdir(parents=True)
+        (root / split / "labels" / "a.txt").write_text(f"{shade} 0.5 0.5 0.25 0.5\n")
 
 
 def by_class(root):
-    for part, shade in SHADES.items():
+    for split, shade in SHADES.items():
         for name in ("0", "1"):
-            save(root / part / name / "a.png", shade)
+            save(root / split / name / "a.png", shade)
 
 
 def by_year(root):
-    for part, shade in SHADES.items():
-        save(root / f"{part}2017" / "a.png", shade)
+    for split, shade in SHADES.items():
+        save(root / f"{split}2017" / "a.png", shade)
     (root / "annotations").mkdir()
 
 
-@pytest.mark.parametrize("made", [yolo, yolo_by_part, by_class, by_year])
-def test_a_part_is_chosen_by_its_name(tmp_path, made):
+@pytest.mark.parametrize("made", [yolo, yolo_by_split, by_class, by_year])
+def test_a_split_is_chosen_by_its_name(tmp_path, made):
     made(tmp_path)
-    for part, shade in SHADES.items():
-        with open_data(tmp_path, [SPEC], split=part) as data:
+    for split, shade in SHADES.items():
+        with open_data(tmp_path, [SPEC], split=split) as data:
             boxes = {"b": ("boxes", "float64")} if "boxes" in data.array_names else {}
             (batch,) = data.with_arrays(boxes).batches(4) if boxes else data.batches(4)
         assert set(batch.inputs["x"].flat) == {shade}
         if boxes:
             assert batch.arrays["b"][0, 0].tolist() == [shade, 0.5, 0.5, 0.25, 0.5, 0]
         assert (batch.labels is not None) == (made is by_class)
-    assert bool(boxes) == (made in (yolo, yolo_by_part))
-    assert usual_part(tmp_path, ("test", "val")) == "val"
-    assert usual_part(tmp_path, ("test",)) is None
+    assert bool(boxes) == (made in (yolo, yolo_by_split))
+    assert usual_split(tmp_path, ("test", "val")) == "val"
+    assert usual_split(tmp_path, ("test",)) is None
     with pytest.raises(
-        DataError, match=r"--split test: .* has no such part; it has 'train', 'val'"
+        DataError, match=r"--split test: .* has no such split; it has 'train', 'val'"
     ):
         open_data(tmp_path, [SPEC], split="test")
 
 
-def test_a_class_may_be_called_like_a_part(tmp_path):
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
     for name in ("car", "train"):
         save(tmp_path / name / "a.png", 1)
-    assert usual_part(tmp_path, ("train",)) is None
+    assert usual_split(tmp_path, ("train",)) is None
 
 
-def test_what_is_no_folder_has_no_parts(tmp_path):
+def test_only_folders_have_splits(tmp_path):
     save(tmp_path / "train" / "a.png", 1)
     save(tmp_path / "b.png", 1)
-    assert usual_part(tmp_path, ("train",)) is None  # images of its own
-    assert usual_part(tmp_path / "b.png", ("train",)) is None
-    assert usual_part("module:function", ("train",)) is None
-    assert usual_part({"x": np.zeros(1)}, ("train",)) is None
+    assert usual_split(tmp_path, ("train",)) is None  # images of its own
+    assert usual_split(tmp_path / "b.png", ("train",)) is None
+    assert usual_split("module:function", ("train",)) is None
+    assert usual_split({"x": np.zeros(1)}, ("train",)) is None
     with pytest.raises(DataError, match=r"--split: is of a folder, and '.*b\.png' is none"):
         open_data(tmp_path / "b.png", [SPEC], split="train")
 

@@ -209,3 +209,15 @@ def test_what_a_list_names_and_what_lies_beside_images_is_part_of_the_data(tmp_p
     assert [a == b for a, b in zip(second, third, strict=True)] == [True, False]
     (tmp_path / "images/a.png").write_text("22")
     assert [a == b for a, b in zip(third, seen(), strict=True)] == [False, False]
+
+
+def test_a_first_job_finds_the_splits_of_a_folder(tmp_path):
+    from onnxqat.jobs.first import _splits
+
+    for name in ("images/train", "images/val", "labels/train"):
+        (tmp_path / name).mkdir(parents=True)
+    found, doubt = _splits(tmp_path)
+
+    assert found == {name: tmp_path / "images" / split
+                     for name, split in (("train", "train"), ("test", "val"))}  # fmt: skip
+    assert "no test data were found" in doubt
