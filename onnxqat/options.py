@@ -202,8 +202,8 @@ data_options = _options(
             help="Order of the colour channels that the model expects (default rgb). Give --mean "
             "and --scale in this order."),
     _data("--split", type=click.Choice(["train", "val", "test"]),
-          help="Read this split of a folder that has splits (default: train for commands that learn, "
-          "val for commands that measure)."),
+          help="Read this split of a folder that has splits (default: train for commands that "
+          "learn, val for commands that measure)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
           help="Layout of image arrays; needed only if their shape fits both."),
     _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",

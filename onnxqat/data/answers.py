@@ -1,4 +1,4 @@
-"""Answers in a text, as positions of tokens."""
+"""Answers as positions of tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Spans:
             spans, indices.tolist(), self._encoder.tokens(indices).encodings, strict=True
         ):
             answers = self._answers(index)
-            row[0] = 0  # where there is no answer
+            row[0] = 0  # stays if there is no answer
             for place, (text, start) in enumerate(
                 zip(answers.text, answers.answer_start, strict=True)
             ):
@@ -79,7 +79,7 @@ class Spans:
 
 
 def _span(encoding: Any, start: int, stop: int, texts: int) -> tuple[int, int]:
-    """Return the first and the last token of some characters; 0 where they were cut off."""
+    """Return the first and the last token of some characters; 0 if they were truncated."""
     held = [
         token
         for token, (text, (first, last)) in enumerate(

@@ -1,4 +1,4 @@
-"""Random changes to training images; boxes and masks are moved along.
+"""Random changes of training images, and of their boxes and masks.
 
 ================  =================================================================================
 ``flip``          mirrored left to right with probability one half
@@ -11,8 +11,8 @@
                   order (torchvision's ColorJitter)
 ================  =================================================================================
 
-They follow in this order. All images of a sample are changed alike. A box of which less than a
-tenth is left is dropped, see `onnxqat.data.beside`; a pixel of a mask takes the nearest class.
+They are applied in this order. All images of a sample get the same change. A box is dropped if less
+than a tenth of it is left, see `onnxqat.data.beside`. Masks take the class of the nearest pixel.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def augment(
         Images of a `Batch`; their layout follows from the shape, see `layout_of_shape`. Not
         changed.
     kinds : sequence of {"flip", "crop", "resized-crop", "jitter"}
-        See above. Their order makes no difference.
+        See the module's docstring. The order does not matter.
     rng : numpy.random.Generator
         Source of random numbers; the same state gives the same result.
     pixels : Preprocessing, optional
-        What made the images of pixels from 0 to 255; ``jitter`` needs it.
+        The preprocessing that made the images of pixels from 0 to 255; ``jitter`` needs it.
 
     Raises
     ------
@@ -72,18 +72,18 @@ def augment(
 
 @dataclass(frozen=True)
 class _Draw:
-    """What happens to each image of a batch; None: nothing.
+    """The random numbers of a batch; None for a change that is not asked for.
 
     Attributes
     ----------
     mirrored : bool of shape (n,)
-        Whether left becomes right.
+        Whether to mirror the image.
     shift : int64 of shape (n, 2)
-        First row and column of what is cut out of the padded image.
+        First row and column of the crop of the padded image.
     window : float64 of shape (n, 4)
         Top, left, height and width, as fractions of the image.
     factors : float64 of shape (n, 3)
-        Of brightness, contrast and saturation.
+        Factors of brightness, contrast and saturation.
     """
 
     mirrored: NDArray[np.bool_] | None
@@ -93,21 +93,21 @@ class _Draw:
 
 
 class Augmentation:
-    """Changes of one batch, drawn once for all that belongs to it.
+    """The changes of one batch, drawn once for its images, boxes and masks.
 
     Parameters
     ----------
     images : mapping of str to array
-        The images of each input, see `augment`; all of one size.
+        Images by model input, see `augment`; all of one size.
     kinds : sequence of str
         See `augment`.
     rng : numpy.random.Generator
-        Draws; the same state gives the same changes.
+        Source of random numbers; the same state gives the same changes.
 
     Raises
     ------
     DataError
-        An unknown kind, or an array that is no batch of images of the size of the others.
+        A kind is unknown, or an array is not a batch of images of the size of the others.
     """
 
     def __init__(
@@ -149,12 +149,12 @@ class Augmentation:
         Parameters
         ----------
         pixels : mapping of str to Preprocessing or None
-            By input, what made its images of pixels from 0 to 255.
+            By input, the preprocessing that made its images of pixels from 0 to 255.
 
         Raises
         ------
         DataError
-            Colours are to be changed of what are no pixels.
+            ``jitter`` is asked for, and the images are not made of such pixels.
         """
         found = {}
         for name, view in self._images.items():
@@ -167,7 +167,7 @@ class Augmentation:
         return found
 
     def masks(self, masks: NDArray[Any]) -> NDArray[Any]:
-        """Return masks of shape (n, height, width), moved as the images are."""
+        """Return masks of shape (n, height, width), moved like the images."""
         moved = masks[:, None].copy()
         self._move(moved, _enlarge_nearest)
         return moved[:, 0]
@@ -186,7 +186,7 @@ class Augmentation:
                 view[index] = enlarge(view[index], window)
 
     def targets(self, targets: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return boxes of shape (n, most, 5), moved as the images are; what is left comes first.
+        """Return the boxes moved like the images; the ones that are left come first.
 
         Parameters
         ----------
@@ -269,8 +269,8 @@ def _jittered(
     """Change brightness, contrast and saturation, in this order, of (n, channels, h, w)."""
     if preprocessing is None:
         raise DataError(
-            f"--augment jitter: model input {name!r} gets no pixels from 0 to 255, so that nothing "
-            "says what is black. Leave it out."
+            f"--augment jitter: model input {name!r} does not get pixels from 0 to 255, so the "
+            "value of black is not known. Leave jitter out."
         )
     mean, scale = (
         np.array(values, np.float32).reshape(1, -1, 1, 1)

@@ -1,13 +1,13 @@
-"""What lies beside images: the boxes of their objects, and masks.
+"""Boxes and masks that lie beside images, as arrays.
 
 ==============  =========================================================================
 ``boxes``       of shape (N, most, 6): class, centre, width, height, relative to the image file, and
                 1 for a crowd; -1 as the class where an image has fewer
 ``size``        height and width of the image file
-``targets``     of shape (N, most, 5): class, centre, width, height, relative to what the model sees
-                of the image; first those that are to be seen, then rows of -1. Crowds are left out
-``targets_count``  how many there are
-``mask``        of shape (N, height, width): the class of each pixel of what the model sees
+``targets``     of shape (N, most, 5): class, centre, width, height, relative to the model's
+                input, clipped to it; rows of -1 follow. Crowds are left out
+``targets_count``  number of targets
+``mask``        of shape (N, height, width): the class of each pixel of the model's input
 ==============  =========================================================================
 """
 
@@ -42,8 +42,8 @@ __all__ = [
 
 BOXES, SIZE, MASK = "boxes", "size", "mask"
 TARGETS, TARGETS_COUNT = "targets", "targets_count"
-MOVED = frozenset({MASK, TARGETS, TARGETS_COUNT})  # what augmentation moves along
-VISIBLE = 0.1  # of a box's area, the least share that has to be inside of the input
+MOVED = frozenset({MASK, TARGETS, TARGETS_COUNT})  # arrays that augmentation moves
+VISIBLE = 0.1  # the least share of a box's area that has to be inside of the input
 ROW = 5  # class, cx, cy, w, h
 
 
@@ -56,25 +56,25 @@ def columns_beside(
     boxes: Path | None,
     masks: Path | None,
 ) -> dict[str, Column]:
-    """Return the columns of what lies beside images.
+    """Return the columns of boxes and masks.
 
     Parameters
     ----------
     name : str
         What the user called the data.
     images : sequence of str
-        The files.
+        The image files.
     preprocessing : Preprocessing
-        What becomes of them; with the size of the model's input.
+        Preprocessing of the images, with the size of the model's input.
     unreadable : Unreadable
-        What becomes of those that cannot be read.
+        What happens to masks that cannot be read.
     boxes, masks : Path or None
-        Where they are; by default beside a folder ``images``.
+        File or folder of boxes, folder of masks (default: beside a folder ``images``).
 
     Raises
     ------
     DataError
-        An image has no mask, where others have.
+        There is a folder of masks, and an image has none in it.
     """
     folder = Path(images[0]).parent
     columns: dict[str, Column] = {}
@@ -113,7 +113,7 @@ class _Sizes:
 
 
 class _Targets:
-    """The boxes of each image in what the model sees of it."""
+    """The boxes of each image, relative to the model's input."""
 
     decoded = False
 
@@ -139,7 +139,7 @@ class _Targets:
 
 
 class _Counts:
-    """How many targets each image has."""
+    """Number of targets of each image."""
 
     decoded = False
 
@@ -160,10 +160,10 @@ class _Counts:
 def _seen(
     boxes: NDArray[np.float64], size: tuple[int, int], preprocessing: Preprocessing
 ) -> NDArray[np.float64]:
-    """Return class, centre, width and height in what the model sees, of one image's boxes."""
+    """Return class, centre, width and height of one image's boxes, relative to the input."""
     boxes = boxes[(boxes[:, 0] >= 0) & (boxes[:, 5] == 0)]
     seen = output_size(*size, preprocessing)
-    if seen is None or 0 in size:  # whoever reads the pixels says what is wrong
+    if seen is None or 0 in size:  # reading the pixels raises an error that says why
         return boxes[:0, :ROW]
     pixels = np.array([size[1], size[0]] * 2, np.float64)
     corners = boxes_in_input(corners_of(boxes[:, 1:5]) * pixels, size, seen, preprocessing)
@@ -185,9 +185,9 @@ def centres_of(corners: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def visible(corners: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Return which boxes lie inside of the unit square, and these, clipped to it.
+    """Return which boxes lie inside of the unit square, and these boxes clipped to it.
 
-    A box of which less than a tenth is inside is none any more.
+    A box is dropped if less than a tenth of its area is inside.
 
     Parameters
     ----------

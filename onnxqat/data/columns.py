@@ -1,6 +1,6 @@
-"""Samples column by column: one file or one value of each, as folders and lists of files have them.
+"""Columns of samples: folders and lists of files give one file or one value for each sample.
 
-Files are read by a few threads, which share the cores: decoders leave Python's lock meanwhile.
+A few threads read the files of a batch. Decoders release Python's lock, so that they run at once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MAX_NAMED = 1000
 
 
 class Column(Protocol):
-    """One array of the samples."""
+    """One array, read sample by sample."""
 
-    decoded: bool  # images, resized and cropped already
+    decoded: bool  # whether the samples are images that are already resized and cropped
 
     def sample(self) -> Header:
         """Return shape and dtype of the first sample."""
@@ -46,8 +46,8 @@ class Reader(Protocol):
     """Reads the file of one sample."""
 
     decoded: bool
-    kind: str  # what the files are, in the plural
-    advice: str  # what to do where two differ in shape
+    kind: str  # what the files are, in the plural, for messages
+    advice: str  # what to do if two files differ in shape, for messages
 
     def __call__(self, path: str) -> NDArray[Any]:
         """Return what the file holds.
@@ -63,19 +63,19 @@ class Reader(Protocol):
 
 
 class Unreadable:
-    """The samples that cannot be read: an error, or named and left out.
+    """What happens to samples that cannot be read: an error, or a warning and a skip.
 
     Parameters
     ----------
     name : str
         What the user called the data.
     skip : bool
-        Name them, and do without them.
+        Log and skip them.
 
     Attributes
     ----------
     samples : set of int
-        Those that were left out so far.
+        The samples that were skipped so far.
     """
 
     def __init__(self, name: str, *, skip: bool) -> None:
@@ -83,7 +83,7 @@ class Unreadable:
         self.samples: set[int] = set()
 
     def refuse(self, errors: Mapping[int, DataError]) -> NoReturn:
-        """Raise the first error or, where samples may be skipped, name and note them all."""
+        """Raise the first error; if samples may be skipped, log and record all of them."""
         if not self.skip:
             raise next(iter(errors.values()))
         for index, error in errors.items():
@@ -96,14 +96,14 @@ class Unreadable:
 
 
 class ValueColumn:
-    """Values in memory, read when they are first asked for.
+    """Values in memory, read on first use.
 
     Parameters
     ----------
     name : str
-        Where they come from.
+        File of the values, for messages.
     read : callable
-        Returns the array, first axis = samples.
+        Returns the array; its first axis counts samples.
     """
 
     decoded = False
@@ -129,7 +129,7 @@ class ValueColumn:
 
 
 class FileColumn:
-    """One file of each sample.
+    """One file for each sample.
 
     Parameters
     ----------
@@ -138,9 +138,9 @@ class FileColumn:
     paths : sequence of str
         The files.
     reader : Reader
-        Reads one.
+        Reads a file.
     unreadable : Unreadable
-        What becomes of those that cannot be read.
+        What happens to files that cannot be read.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class FileColumn:
             A file cannot be read, or differs in shape or dtype from the first of the batch.
         """
         chosen = indices.tolist()
-        # of this call alone: no thread outlives an iterator that is given up
+        # a pool for this call only, so that no thread remains if an iteration is abandoned
         with ThreadPoolExecutor(READERS, thread_name_prefix="onnxqat-decode") as pool:
             found = list(pool.map(self._attempt, chosen))
         errors = {i: f for i, f in zip(chosen, found, strict=True) if isinstance(f, DataError)}
@@ -203,24 +203,24 @@ class FileColumn:
 
 
 class ColumnSource:
-    """Columns of the same samples.
+    """Several columns of the same samples.
 
     Parameters
     ----------
     name : str
         What the user called the data.
     length : int
-        How many samples there are.
+        Number of samples.
     columns : mapping of str to Column
-        By the name of the array.
+        Columns by name of the array.
     unreadable : Unreadable
-        That of the columns.
+        The one that the columns share.
     classes : mapping of str to int, optional
         Class index by name.
     extras : set of str
-        Arrays that are neither inputs nor labels, unless they are named.
+        Arrays that are neither inputs nor labels, unless the user names them.
     moved : set of str
-        Arrays of places in the images.
+        Arrays of positions in the images.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class ColumnSource:
         return self._length
 
     def header(self, key: str) -> Header:
-        """Return shape and dtype of a whole array, if all samples are like the first."""
+        """Return shape and dtype of a whole array; samples are assumed to be like the first."""
         shape, dtype = self.sample(key)
         return Header((self._length, *shape), dtype)
 
@@ -272,4 +272,4 @@ class ColumnSource:
         return f"{self._columns[key].origin(index)}: array {key!r}"
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is kept open."""

@@ -40,7 +40,7 @@ def open_folder(path: Path, request: Request) -> Source:
     Raises
     ------
     DataError
-        It cannot be listed, holds none, or it is not clear which.
+        The folder cannot be listed, holds no samples, or mixes kinds of files.
     """
     try:
         return _opened(folder_of_split(path, request.split), request)

@@ -1,4 +1,4 @@
-"""Lists of samples: a path a line as text, or a table with titles as CSV.
+"""Lists of samples: text with a path on each line, or CSV with titles.
 
 ========  =================================================================================
 ``.txt``  ``PATH`` or ``PATH LABEL`` a line; the label is an integer behind the last space
@@ -7,8 +7,8 @@
           titles the first column has paths, the second one labels
 ========  =================================================================================
 
-Paths are relative to the folder of the list, or absolute. Each names an image or a ``.npy`` file
-of one sample; nothing else is read. Blank lines do not count. In a CSV a cell may be a number, too.
+Paths are relative to the folder of the list, or absolute. Each is an image or a ``.npy`` file of
+one sample; other files are refused. Blank lines are skipped. Cells of a CSV may also be numbers.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Table = dict[str, list[str]]
 
 
 def open_list(path: Path, request: Request) -> ColumnSource:
-    """Return the samples that a list names.
+    """Return the samples of a list.
 
     Raises
     ------
     DataError
-        It is too large, no list, or names what cannot be read.
+        The file is too large or not a list, or it names files that are not samples.
     """
     table = _table(path)
     if not any(table.values()):
@@ -95,7 +95,7 @@ def read_text(path: Path) -> str:
     Raises
     ------
     DataError
-        It cannot be read, is too large or no UTF-8.
+        The file cannot be read, is too large, or is not UTF-8.
     """
     check_readable(path, DataError)
     try:
@@ -125,20 +125,20 @@ def read_lines(path: Path, text: str) -> list[str]:
 
 
 def _lines(path: Path, text: str) -> Table:
-    """Return paths, and labels where each line has one."""
+    """Return paths, and labels if the lines have some."""
     cells = [_divided(line) for line in read_lines(path, text)]
     labelled = sum(label is not None for _, label in cells)
     if labelled not in (0, len(cells)):
         bare = next(file for file, label in cells if label is None)
         raise DataError(
-            f"{path}: '{bare}' has no label, and other lines have one. Give each line one, or none."
+            f"{path}: '{bare}' has no label, but other lines have one. Give each line one, or none."
         )
     table: Table = {"path": [file for file, _ in cells]}
     return table | ({LABEL: [label or "" for _, label in cells]} if labelled else {})
 
 
 def _divided(line: str) -> tuple[str, str | None]:
-    """Return path and label of a line; the label is what follows the last space, if a number."""
+    """Return path and label of a line; the label is a number behind the last space."""
     file, _, last = line.rpartition(" ") if " " in line else line.rpartition("\t")
     if file and last.isascii() and last.isdecimal():
         return file.rstrip(), last
@@ -149,7 +149,7 @@ def _csv(path: Path, text: str) -> Table:
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except csv.Error as error:
-        raise DataError(f"{path}: is no CSV ({reason(error)}). Save it again.") from error
+        raise DataError(f"{path}: is not CSV ({reason(error)}). Save it again.") from error
     if not rows:
         return {}
     first = [cell.strip() for cell in rows[0]]
@@ -164,7 +164,7 @@ def _csv(path: Path, text: str) -> Table:
     for number, row in enumerate(rows):
         if len(row) != len(titles):
             raise DataError(
-                f"{path}: row {number + 1} of the samples has {len(row)} cells, and there are "
+                f"{path}: row {number + 1} of the samples has {len(row)} cells, but there are "
                 f"{len(titles)} columns. Quote cells with commas in them."
             )
     return {title: [row[i].strip() for row in rows] for i, title in enumerate(titles)}
@@ -179,7 +179,7 @@ def _check_titles(path: Path, titles: Sequence[str], columns: int) -> None:
     for title in titles:
         if not title or titles.count(title) > 1:
             raise DataError(
-                f"{path}: the title '{title}' is empty or there twice. Give each column a name."
+                f"{path}: the title '{title}' is empty or appears twice. Give each column a name."
             )
 
 
@@ -188,8 +188,8 @@ def _files(path: Path, cells: Sequence[str]) -> list[str]:
     for number, cell in enumerate(cells):
         if not is_sample(Path(cell)):
             raise DataError(
-                f"{path}: sample {number + 1} is '{cell[:200]}', which is no image and no .npy "
-                "file. Lists name such files."
+                f"{path}: sample {number + 1} is '{cell[:200]}', which is neither an image nor a "
+                ".npy file. Lists name such files."
             )
     folder = path.parent
     return [str(folder / cell) for cell in cells]
@@ -202,7 +202,7 @@ def _is_paths(cells: Sequence[str]) -> bool:
 def _labels(
     path: Path, table: Table, request: Request
 ) -> tuple[list[int] | None, Mapping[str, int] | None]:
-    """Take the labels out of a table; names are looked up as those of folders are."""
+    """Take the labels out of a table; names are looked up like those of class folders."""
     title = next((t for t in LABELS if t in table and request.spec_of(t) is None), None)
     if title is None or request.classes is None:
         return None, None
@@ -211,7 +211,7 @@ def _labels(
         del table[title]
         return [int(cell) for cell in cells], None
     if all(_number(cell) is not None for cell in cells):
-        return None, None  # numbers that are no classes: an array
+        return None, None  # other numbers are an array
     found = sorted(set(cells))
     try:
         numbers, classes = class_indices(path, found, request.classes, "names")
@@ -232,14 +232,14 @@ def _number(cell: str) -> float | None:
 
 
 class _Columns:
-    """Makes a column of each column of a table.
+    """Makes arrays of the columns of a table.
 
     Parameters
     ----------
     path : Path
         The list.
     request : Request
-        What the model wants.
+        What is asked of the data.
     """
 
     def __init__(self, path: Path, request: Request) -> None:
@@ -250,9 +250,9 @@ class _Columns:
     def source(
         self, table: Table, labels: list[int] | None, classes: Mapping[str, int] | None
     ) -> ColumnSource:
-        """Return the samples of a table, whose labels are taken out already."""
+        """Return the samples of a table without its labels, which are given apart."""
         name, request = str(self._path), self._request
-        # masks need the images whose pixels they are of
+        # masks come last, since they need the images
         order = sorted(table, key=lambda title: title == MASK)
         made = {title: self._column(title, table[title]) for title in order}
         columns = {title: column for title in table if (column := made[title]) is not None}
@@ -269,7 +269,7 @@ class _Columns:
                 boxes=request.boxes,
                 masks=request.masks,
             )
-        # numbers without an input of their name are none of the only input's
+        # numbers feed an input only by its name
         numbers = {t for t, c in columns.items() if isinstance(c, ValueColumn)}
         extras = {t for t in numbers if t not in LABELS and request.spec_of(t) is None}
         extras |= {MASK, *beside}
@@ -288,7 +288,7 @@ class _Columns:
         )
 
     def _column(self, title: str, cells: list[str]) -> Column | None:
-        """Return one column; None for text that no input takes."""
+        """Return one column; None for text, which is skipped."""
         if _is_paths(cells):
             return self._files(title, _files(self._path, cells))
         numbers = self._numbers(title, cells)
@@ -314,7 +314,7 @@ class _Columns:
 
     def _masks(self, files: list[str]) -> MaskReader:
         if self._images is None:
-            raise DataError(f"{self._path}: has masks and no images. Add a column of images.")
+            raise DataError(f"{self._path}: has masks but no images. Add a column of images.")
         images, reader = self._images
         return MaskReader(dict(zip(files, images, strict=True)), reader.preprocessing)
 

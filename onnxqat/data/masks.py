@@ -1,4 +1,4 @@
-"""Masks of segmentation: a file beside each image, with the class of each pixel."""
+"""Masks of segmentation: a file for each image, with the class of each pixel."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from onnxqat.files import check_readable
 
 __all__ = ["VOID", "MaskReader", "masks_beside", "masks_of"]
 
-VOID = 255  # pixels of no class; what letterboxes are padded with
-SUFFIXES = (".png", ".bmp", ".gif", ".npy", ".pgm", ".tif", ".tiff")  # all without loss
+VOID = 255  # the class of pixels that do not count, and of the padding of a letterbox
+SUFFIXES = (".png", ".bmp", ".gif", ".npy", ".pgm", ".tif", ".tiff")  # lossless formats
 FOLDERS = ("masks", "annotations")
 
 
 class MaskReader:
-    """Reads the classes of an image's pixels, moved and cropped as the image is.
+    """Reads the mask of an image, resized and cropped like the image.
 
     Parameters
     ----------
     images : mapping of str to str
-        Image by mask.
+        Image file by mask file.
     preprocessing : Preprocessing
-        That of the images.
+        Preprocessing of the images.
     """
 
     decoded = False
@@ -48,11 +48,11 @@ class MaskReader:
         Raises
         ------
         DataError
-            It cannot be read, holds colours, or has another size than its image.
+            The mask cannot be read, holds colours, or differs in size from its image.
         """
         mask = self._read(path)
         size = image_size(self._images[path])
-        if size != (0, 0) and mask.shape != size:  # without a size, the image is the error
+        if size != (0, 0) and mask.shape != size:  # without a size, reading the image raises
             raise DataError(
                 f"{path}: has {self.described(mask)}, but its image '{self._images[path]}' has "
                 f"{size[0]} x {size[1]}. Store a class for each pixel of the image."

@@ -1,6 +1,6 @@
-"""Arrays in ``.npy`` files, whatever a hostile file declares; nothing is unpickled.
+"""Arrays in ``.npy`` files. A file may declare anything; nothing is unpickled.
 
-A file holds all samples of one array along its first axis and is memory-mapped, or one sample.
+A file holds all samples of an array along its first axis, and is memory-mapped; or one sample.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def read_header(where: str, stream: IO[bytes], size: int, again: str) -> Header:
     Parameters
     ----------
     where : str
-        The file, for messages.
+        Name of the file, for messages.
     stream : binary file
-        At its beginning.
+        The file, at its beginning.
     size : int
-        How many bytes the file has.
+        Size of the file in bytes.
     again : str
-        The function of numpy that saves such a file, for messages.
+        Function of numpy that saves such a file, for messages.
 
     Raises
     ------
     DataError
-        The array holds no numbers, or its sizes contradict each other.
+        The array does not hold numbers, or its sizes contradict each other.
     ValueError
-        It is no such file.
+        The file is not an array.
     """
     # version 3 is only needed for structured dtypes
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -100,9 +100,9 @@ class NpyPart:
     Parameters
     ----------
     name : str
-        What the user called them.
+        What the user called the data.
     paths : mapping of str to Path
-        By the name of the array.
+        Files by name of the array.
     """
 
     def __init__(self, name: str, paths: Mapping[str, Path]) -> None:
@@ -144,8 +144,8 @@ class ArrayReader:
     Parameters
     ----------
     spec : InputSpec or None
-        The model input that takes it: a first axis of length 1, which stands for the batch there,
-        is taken off.
+        The model input for the samples. If a file has its rank and a first axis of length 1, that
+        axis is the batch and is removed.
     """
 
     decoded = False

@@ -19,7 +19,7 @@ Record: TypeAlias = dict[str, Any]
 
 
 class Records:
-    """The objects of a file, decoded when they are asked for.
+    """The objects of a file, decoded on use.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Records:
             return self._decode(self._lines[index])
         except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
             raise DataError(
-                f"{self.path}: sample {index} is no JSON object ({reason(error)}). Write one "
+                f"{self.path}: sample {index} is not a JSON object ({reason(error)}). Write one "
                 "object a line."
             ) from error
 

@@ -1,4 +1,4 @@
-"""What a model wants of data, and what the user says about them."""
+"""What is asked of a path of data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Request", "Text"]
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """How text becomes numbers, see `onnxqat.data.text`.
+    """How text becomes tokens, see `onnxqat.data.text`.
 
     Attributes
     ----------
@@ -26,13 +26,13 @@ class Text:
     fields : tuple of str
         The one or two fields that are the text; by default those that are called as is usual.
     length : int or None
-        How many tokens a sample has. None: what the model is fixed to; else those of the longest
-        sample, at most 512.
+        Number of tokens of a sample. None: the model's own length if it is fixed, else that of the
+        longest sample, at most 512.
 
     Raises
     ------
     DataError
-        There are more fields, or the length is below 1.
+        There are more than two fields, or the length is below 1.
     """
 
     tokenizer: Path
@@ -55,21 +55,21 @@ class Request:
     Attributes
     ----------
     inputs : sequence of InputSpec
-        Those of the model.
+        Inputs of the model.
     preprocessing : Preprocessing
-        What becomes of images.
+        Preprocessing of images.
     classes : Classes or None
-        Say which class a name is; None: no labels are read.
+        Classes of names; None: no labels are read.
     input_map : mapping of str to str
         Array by model input, where names differ.
     skip_broken : bool
-        Do without files that cannot be read.
+        Log and skip files that cannot be read.
     boxes, masks : Path or None
-        What lies beside images.
+        File or folder of boxes, folder of masks.
     split : str or None
         The split to read of a folder that has splits.
     text : Text or None
-        How text becomes numbers.
+        How text becomes tokens.
     """
 
     inputs: Sequence[InputSpec]
@@ -83,7 +83,7 @@ class Request:
     text: Text | None = None
 
     def spec_of(self, key: str) -> InputSpec | None:
-        """Return the model input that takes an array by its name; None where none does."""
+        """Return the model input that takes an array by its name; None without one."""
         keys = {spec.name: self.input_map.get(spec.name, spec.name) for spec in self.inputs}
         return next((spec for spec in self.inputs if keys[spec.name] == key), None)
 
@@ -103,12 +103,12 @@ class Request:
         return self.inputs[0]
 
     def refuse_beside(self, where: str) -> None:
-        """Refuse boxes and masks, where the data are no images.
+        """Refuse boxes and masks for data that are not images.
 
         Raises
         ------
         DataError
-            Some are given.
+            The user gave some.
         """
         for option, given in (("boxes", self.boxes), ("masks", self.masks)):
             if given is not None:

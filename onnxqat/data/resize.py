@@ -1,7 +1,7 @@
 """Images of another size, bilinearly, as the packages do it that models were made with.
 
-Pillow widens its filter where an image becomes smaller, so that every pixel counts; OpenCV's
-``INTER_LINEAR`` reads two pixels along each axis, however far apart.
+Pillow widens its filter when an image becomes smaller, so that every pixel counts. OpenCV's
+``INTER_LINEAR`` always reads two neighbouring pixels along each axis.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def resize_by_pillow(image: NDArray[Any], height: int, width: int) -> NDArray[An
 def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """Return an image of another size, as OpenCV's ``INTER_LINEAR`` gives it.
 
-    Of uint8 the bytes are those of cv2.resize (``modules/imgproc/src/resize.cpp``): rows first, in
-    integers, then columns, of which 4 and 16 bits are dropped before and behind the weights. At
-    exactly half the size each pixel is the mean of four. Of float32 it is the same formula, where
-    cv2's own sums may differ in the last bits.
+    uint8 images get the bytes of cv2.resize (``modules/imgproc/src/resize.cpp`` of OpenCV): integer
+    sums along the rows, then along the columns, where 4 bits are dropped before the weights and 16
+    behind them. At exactly half the size, each pixel is the mean of four. float32 images get the
+    same formula; cv2's own sums may differ in the last bits.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[An
     rows, columns = (
         _Taps(there, length) for there, length in zip(image.shape[:2], (height, width), strict=True)
     )
-    # beyond the edge, columns count whole; of rows both taps are the one at the edge
+    # beyond the edge, a column gets the whole weight; rows use the edge row twice
     inside = (columns.at >= 0) & (columns.at < image.shape[1] - 1)
     left, right = columns.weights(np.where(inside, columns.fraction, np.float32(0)), exact=exact)
     upper, lower = rows.weights(rows.fraction, exact=exact)
@@ -82,24 +82,24 @@ def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[An
 
 
 class _Taps:
-    """Which two pixels each new one lies between, along one axis.
+    """The two pixels that each new pixel lies between, along one axis.
 
     Attributes
     ----------
     at : int64 of shape (new,)
-        The first of the two; -1 and the last pixel at the ends.
+        The first of the two pixels; -1 or the last pixel at the ends.
     fraction : float32 of shape (new,)
-        How far it is to the second.
+        Distance to the first pixel.
     """
 
     def __init__(self, there: int, length: int) -> None:
-        scale = 1 / (length / there)  # as OpenCV has it, which need not be there / length
+        scale = 1 / (length / there)  # OpenCV's rounding, which differs from there / length
         place = ((np.arange(length) + 0.5) * scale - 0.5).astype(np.float32)
         whole = np.floor(place)
         self.at, self.fraction = whole.astype(np.int64), place - whole
 
     def weights(self, fraction: NDArray[np.float32], *, exact: bool) -> list[NDArray[Any]]:
-        """Return the weights of both pixels; integers where the image is of bytes."""
+        """Return the weights of both pixels; integers for images of bytes."""
         found = [np.float32(1) - fraction, fraction]
         if not exact:
             return found
@@ -120,7 +120,7 @@ def _halved(image: NDArray[Any]) -> NDArray[Any]:
 
 
 def nearest(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    """Return an image of another size, each pixel that whose middle is nearest.
+    """Return an image of another size by the nearest pixel.
 
     Parameters
     ----------

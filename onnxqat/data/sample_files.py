@@ -1,4 +1,4 @@
-"""One file of each sample: images, or ``.npy`` files."""
+"""Samples that are one file each: images, or ``.npy`` files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARRAY, IMAGE, LABEL = "array", "image", "label"
 
 
 def is_sample(path: Path) -> bool:
-    """Return whether a file counts as a sample: an image or an array, by its suffix."""
+    """Return whether a file is an image or an array, by its suffix; hidden files are neither."""
     return is_image(path) or (path.suffix.lower() == ".npy" and not path.name.startswith("."))
 
 
@@ -32,7 +32,7 @@ def open_files(
     labels: Sequence[int] | None = None,
     classes: Mapping[str, int] | None = None,
 ) -> ColumnSource:
-    """Return samples that are one file each, as ``image`` or ``array``, and ``label``.
+    """Return samples with the array ``image`` or ``array``, and ``label`` if there are labels.
 
     Parameters
     ----------
@@ -41,16 +41,16 @@ def open_files(
     paths : sequence of str
         The files, at least one; all images, or all ``.npy``.
     request : Request
-        What the model wants. It has one input.
+        What is asked of the data. The model has one input.
     labels : sequence of int, optional
-        Class of each.
+        Class of each file.
     classes : mapping of str to int, optional
         Class index by name.
 
     Raises
     ------
     DataError
-        Files of both kinds are there, or the model's input does not take them.
+        There are files of both kinds, or the model's input does not fit them.
     """
     unreadable = Unreadable(name, skip=request.skip_broken)
     images = [path for path in paths if is_image(Path(path))]

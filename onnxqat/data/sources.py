@@ -36,25 +36,25 @@ __all__ = ["open_source", "read_besides"]
 
 
 def open_source(name: str, request: Request) -> Source:
-    """Return the samples that a path or ``module:function`` stands for.
+    """Open the data of a path or of ``module:function``.
 
     Parameters
     ----------
     name : str
         What the user called the data.
     request : Request
-        What the model wants.
+        What is asked of the data.
 
     Raises
     ------
     DataError
-        There is nothing of that name, or it is no data.
+        There is nothing of that name, or it is not data.
     """
     path = Path(name)
     if path.is_dir():
         return open_folder(path, request)
     if request.split is not None:
-        raise DataError(f"--split: is of a folder, and '{name}' is none. Leave it out.")
+        raise DataError(f"--split: '{name}' is not a folder with splits. Leave --split out.")
     if path.exists():
         check_readable(path, DataError)
         return _open_file(path, request)
@@ -65,10 +65,10 @@ def open_source(name: str, request: Request) -> Source:
 
 
 def read_besides(path: Path) -> list[Path]:
-    """Return the files and folders that are read with a path, for those who watch for changes.
+    """Return the other files and folders that are read with a path, to notice their changes.
 
-    These are the files that a list or COCO's file names, and the folders of labels and masks beside
-    a folder of images. Of what cannot be read there are none.
+    These are the files that a list or a COCO file names, and the folders of labels and masks beside
+    a folder of images. A list that cannot be read names none.
     """
     try:
         if path.is_dir():
@@ -80,7 +80,7 @@ def read_besides(path: Path) -> list[Path]:
             names = coco_images(path)
             folder = _folder_of(path, names)
             return [folder / name for name in names]
-    except (DataError, OSError):  # whoever opens it says what is wrong
+    except (DataError, OSError):  # opening the data raises an error that says why
         pass
     return []
 
@@ -96,8 +96,8 @@ def _open_file(path: Path, request: Request) -> Source:
     }
     if suffix not in openers:
         raise DataError(
-            f"{path}: is no data. Give an .npz or .npy file, a .txt or .csv list of files, .jsonl, "
-            "COCO's .json, or a folder."
+            f"{path}: is not data. Give an .npz or .npy file, a .txt or .csv list of files, a "
+            ".jsonl file, COCO's .json, or a folder."
         )
     return openers[suffix](path, request)
 
@@ -113,23 +113,25 @@ def _open_npy(path: Path, request: Request) -> Source:
 
 
 def _open_coco(path: Path, request: Request) -> Source:
-    """Return the images that COCO's file names, and their boxes."""
+    """Return the images that a COCO file names, with their boxes."""
     if request.boxes is not None:
         raise DataError(f"--boxes: '{path}' has boxes of its own. Leave it out.")
     names = coco_images(path)
     for name in names:
         if not is_image(Path(name)):
-            raise DataError(f"{path}: image '{name[:200]}' is none by its suffix. Check the file.")
+            raise DataError(
+                f"{path}: '{name[:200]}' does not have the suffix of an image. Check the file."
+            )
     folder = _folder_of(path, names)
     files = [str(folder / name) for name in names]
     return open_files(str(path), files, replace(request, boxes=path))
 
 
 def _folder_of(path: Path, names: list[str]) -> Path:
-    """Return where the images lie.
+    """Return the folder of the images.
 
-    The file is ``annotations/instances_val2017.json`` beside ``val2017`` or ``images/val2017``,
-    or it lies beside the images.
+    For ``annotations/instances_val2017.json`` this is ``val2017`` or ``images/val2017``. It may
+    also be the folder of the file.
     """
     part, root = path.stem.rpartition("_")[2], path.parent.parent
     tried = (root / part, root / "images" / part, path.parent, root / "images", root)

@@ -1,4 +1,4 @@
-"""Text as jsonl: an object a line, whose texts a tokenizer file turns into numbers.
+"""Text as jsonl: each line is an object; a tokenizer file turns its texts into tokens.
 
 =================  =================================================================================
 ``input_ids``,     of shape (N, length): the tokens, which of them are no padding, and of which text
@@ -52,9 +52,9 @@ def open_jsonl(path: Path, request: Request) -> ColumnSource:
     Raises
     ------
     DataError
-        It cannot be read, or its lines are no objects alike.
+        The file cannot be read, or its lines are not objects with the same fields.
     OptionError
-        There are texts and no tokenizer, or the package of tokenizers is not installed.
+        There are texts but no tokenizer, or the package tokenizers is not installed.
     """
     request.refuse_beside(str(path))
     lines = read_lines(path, read_text(path))
@@ -73,7 +73,7 @@ def open_jsonl(path: Path, request: Request) -> ColumnSource:
     for name, value in first.items():
         if name not in (*fields, label, ANSWERS) and _is_numeric(value):
             columns.setdefault(name, ValueColumn(str(path), partial(records.array, name)))
-    # of text, only the tokens are taken for an input of another name; else only lists
+    # an input of another name takes the tokens of text; without text, a list of numbers
     others = (n for n in columns if n != IDS and (fields or not isinstance(first.get(n), list)))
     extras = {n for n in others if n != "label" and request.spec_of(n) is None}
     unreadable = Unreadable(str(path), skip=False)
@@ -87,7 +87,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _text_fields(path: Path, first: Record, text: Text | None) -> tuple[str, ...]:
-    """Return which fields are the text of a sample, one or two; none without a tokenizer."""
+    """Return the one or two fields with the text of a sample; none without a tokenizer."""
     if text is not None and text.fields:
         missing = [name for name in text.fields if name not in first]
         if missing:
@@ -99,8 +99,8 @@ def _text_fields(path: Path, first: Record, text: Text | None) -> tuple[str, ...
     found = next((p for p in PAIRS if all(isinstance(first.get(n), str) for n in p)), ())
     if text is not None and not found:
         raise DataError(
-            f"{path}: nothing says which of its fields {', '.join(map(repr, first))} are the text. "
-            "Name one, or two, with --text."
+            f"{path}: which of its fields {', '.join(map(repr, first))} is the text is not known. "
+            "Name it, or a pair, with --text."
         )
     numbers = any(_is_numeric(value) for name, value in first.items() if name not in LABELS)
     if found and text is None and not numbers:

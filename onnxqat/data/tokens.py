@@ -21,33 +21,33 @@ from onnxqat.files import check_readable
 __all__ = ["ANSWERS", "IDS", "TOKENS_MASK", "TYPES", "Encoder", "TokenColumn"]
 
 IDS, TOKENS_MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
-ANSWERS = "answers"  # where a sample has some, only its second text is cut
-LONGEST = 512  # tokens, where neither the model nor the user says
+ANSWERS = "answers"  # field; with it, only the second text of a pair is truncated
+LONGEST = 512  # tokens, if neither the model nor the user sets a length
 MAX_BYTES = 2**27  # of a tokenizer file
 PADDING = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of some samples: by array, and where each one begins and ends in its text."""
+    """The tokens of some samples, by array, and the encodings, which have their offsets."""
 
     arrays: dict[str, NDArray[np.int64]]
     encodings: list[Any]
 
 
 class Encoder:
-    """Encodes texts; the last batch is kept, since several arrays are read of it.
+    """Encodes texts; keeps the last batch, since several arrays are read from it.
 
     Parameters
     ----------
     records : Records
         The samples.
     fields : tuple of str
-        One text, or two.
+        The fields with the text, one or two.
     text : Text
-        Which tokenizer, and how many tokens at most.
+        Tokenizer, and number of tokens.
     fixed : int or None
-        How many tokens the model takes.
+        Number of tokens that the model takes, if it is fixed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Encoder:
         )
 
     def _longest(self) -> int:
-        """Return the length of the longest sample, so far as one may be."""
+        """Return the length of the longest sample, at most 512."""
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         count = len(self.records)
@@ -94,7 +94,7 @@ class Encoder:
             return call()
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the package is no Exception
+        except BaseException as error:  # a panic of the package is not an Exception
             raise DataError(
                 f"{self.records.path}: the tokenizer fails on its texts ({reason(error)}). Check "
                 "that it is the model's, and --max-tokens."
@@ -129,9 +129,9 @@ def _loaded(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the package is no Exception
+    except BaseException as error:  # a panic of the package is not an Exception
         raise DataError(
-            f"{path}: is no tokenizer ({reason(error)}). Give the tokenizer.json of the package "
+            f"{path}: is not a tokenizer ({reason(error)}). Give the tokenizer.json of the package "
             "tokenizers."
         ) from error
 

@@ -131,7 +131,7 @@ def test_jitter_of_bytes_and_of_grey_images():
 def test_what_cannot_be_changed():
     rng = np.random.default_rng(0)
     images = np.zeros((2, 3, 4, 4), np.float32)
-    with pytest.raises(DataError, match="'x' gets no pixels from 0 to 255"):
+    with pytest.raises(DataError, match="'x' does not get pixels from 0 to 255"):
         Augmentation({"x": images}, ("jitter",), rng).images({"x": None})
     with pytest.raises(DataError, match=r"have the sizes \[\(2, 4\), \(4, 4\)\]"):
         Augmentation({"x": images, "y": images[:, :, :2]}, ("flip",), rng)

@@ -127,7 +127,7 @@ def test_lists_are_arrays_of_float64() -> None:
         ("broken_loader:make", r"raised ZeroDivisionError"),
         ("missing_loader:make", r"raised ModuleNotFoundError"),
         ("missing_folder/a.npz", r"missing_folder/a\.npz: no such file or directory"),
-        ("user_loader.py", r"user_loader\.py: is no data\. Give an \.npz or"),
+        ("user_loader.py", r"user_loader\.py: is not data\. Give an \.npz or"),
     ],
 )
 def test_what_cannot_be_used(name: str, message: str) -> None:

@@ -84,7 +84,7 @@ def test_names_need_a_list_of_classes_or_as_many_as_the_model_has(folder):
     path = written(folder, "path,label\n../my images/1.png,b\n../my images/0.png,a\n", "list.csv")
     _, batch = read(path, class_count=2)
     assert batch.labels.tolist() == [1, 0]
-    with pytest.raises(DataError, match=r"list\.csv: has 2 names \('a', 'b', \.\.\.\), and the"):
+    with pytest.raises(DataError, match=r"list\.csv: has 2 names \('a', 'b', \.\.\.\), but the"):
         read(path, class_count=3)
 
 
@@ -127,14 +127,14 @@ def test_a_vanished_file_is_named_or_skipped(folder):
     ("name", "text", "said"),
     [
         ("a.txt", "", r"a\.txt: names no samples"),
-        ("a.txt", "../0.npy 1\n../1.npy\n", r"'\.\./1\.npy' has no label, and other lines"),
-        ("a.txt", "../secret.key\n", r"sample 1 is '\.\./secret\.key', which is no image"),
+        ("a.txt", "../0.npy 1\n../1.npy\n", r"'\.\./1\.npy' has no label, but other lines"),
+        ("a.txt", "../secret.key\n", r"sample 1 is '\.\./secret\.key', which is neither an image"),
         ("a.txt", "../0.npy\n../my images/0.png\n", r"has images \('.*0\.png'\) and arrays"),
         ("a.txt", "\x00.png\n", "cannot be read"),
-        ("a.csv", "path,path\nx.png,1\n", "the title 'path' is empty or there twice"),
+        ("a.csv", "path,path\nx.png,1\n", "the title 'path' is empty or appears twice"),
         ("a.csv", "x.png,1,2\n", "has 3 columns without titles"),
-        ("a.csv", "path,label\nx.png\n", "row 1 of the samples has 1 cells, and there are 2"),
-        ("a.csv", 'path,label\n"x.png,1\n', "is no CSV"),
+        ("a.csv", "path,label\nx.png\n", "row 1 of the samples has 1 cells, but there are 2"),
+        ("a.csv", 'path,label\n"x.png,1\n', "is not CSV"),
         ("a.csv", "other\n../my images/0.png\n", "of column 'other' feed no input"),
         ("a.csv", "path,input\n../my images/0.png,word\n", "sample 1 of column 'input' is 'word'"),
         ("a.csv", "path,label\n../my images/0.png,0.5\n", "labels 'label' are float64"),

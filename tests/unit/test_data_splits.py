@@ -80,7 +80,7 @@ def test_only_folders_have_splits(tmp_path):
     assert usual_split(tmp_path / "b.png", ("train",)) is None
     assert usual_split("module:function", ("train",)) is None
     assert usual_split({"x": np.zeros(1)}, ("train",)) is None
-    with pytest.raises(DataError, match=r"--split: is of a folder, and '.*b\.png' is none"):
+    with pytest.raises(DataError, match=r"--split: '.*b\.png' is not a folder with splits"):
         open_data(tmp_path / "b.png", [SPEC], split="train")
 
 

@@ -127,18 +127,18 @@ def test_lists_of_numbers_need_no_tokenizer(tmp_path):
     ("records", "said"),
     [
         ([], "has no samples"),
-        (["[1]"], "sample 0 is no JSON object"),
-        ([answered(), "{"], "sample 1 is no JSON object"),
+        (["[1]"], "sample 0 is not a JSON object"),
+        ([answered(), "{"], "sample 1 is not a JSON object"),
         ([answered(), {}], "sample 1 has no field"),
         ([answered(), answered() | {"context": 1}], "field 'context' of sample 1 is '1'. Write"),
-        ([{"body": "a"}], "nothing says which of its fields 'body' are the text"),
+        ([{"body": "a"}], "which of its fields 'body' is the text is not known"),
         ([answered() | {"answers": 3}], "'answers' of sample 0 is not SQuAD's"),
         ([answered() | {"answers": {"text": ["a"], "answer_start": []}}], "1 texts and 0 starts"),
         (
             [answered() | {"answers": {"text": ["x"], "answer_start": [0]}}],
             "'x' of sample 0 is not",
         ),
-        (["[" * 100000], "sample 0 is no JSON object"),
+        (["[" * 100000], "sample 0 is not a JSON object"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tokenizer, tmp_path, records, said):
@@ -153,7 +153,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tokenizer, tmp_path):
     with pytest.raises(OptionError, match=r"its samples are text \('text'\). Give --tokenizer"):
         read(path, specs())
     (tmp_path / "bad.json").write_text('{"model": {}}')
-    with pytest.raises(DataError, match=r"bad\.json: is no tokenizer"):
+    with pytest.raises(DataError, match=r"bad\.json: is not a tokenizer"):
         read(path, specs(), text=Text(tokenizer=tmp_path / "bad.json"))
     with pytest.raises(DataError, match="--max-tokens 9: the model takes 8 tokens"):
         read(path, specs(), text=Text(tokenizer=tokenizer, length=9))
