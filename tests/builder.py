@@ -1,4 +1,4 @@
-"""The gradients of onnxruntime's own builder, which a training build has: an oracle for ours."""
+"""Gradients by the builder of onnxruntime's training build, an oracle for our gradients."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FATAL = 4
 
 
 def built(model: onnx.ModelProto, learned: set[str]) -> onnx.ModelProto:
-    """Return the graph that also computes the gradients, by onnxruntime's builder.
+    """Return the graph with gradients added by onnxruntime's builder.
 
-    A function whose gradient is beside it is registered, for the life of the process, with the
-    nodes of that gradient.
+    A function of the model that has a gradient function is registered with the nodes of that
+    gradient, until the process ends.
     """
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
@@ -40,7 +40,7 @@ def built(model: onnx.ModelProto, learned: set[str]) -> onnx.ModelProto:
     if all(imported.domain != "com.microsoft" for imported in plain.opset_import):
         plain.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = FATAL  # the builder reports on every pass it tries
+    quiet.log_severity_level = FATAL  # the builder logs all its passes
     data = plain.SerializeToString()
     builder = internals.GradientGraphBuilder(data, {"loss"}, learned, "loss", quiet)
     builder.build()
@@ -50,7 +50,7 @@ def built(model: onnx.ModelProto, learned: set[str]) -> onnx.ModelProto:
 def put_learned_first(
     graph: onnx.GraphProto, forward: onnx.FunctionProto, gradient: onnx.FunctionProto
 ) -> None:
-    """Reorder the inputs of a function and of its calls: the first must have a gradient."""
+    """Reorder the inputs of a function and of its calls, because the first must have a gradient."""
     names = list(forward.input)
     order = sorted(range(len(names)), key=lambda i: f"d{names[i]}" not in gradient.output)
     calls = [n for n in graph.node if (n.domain, n.op_type) == (forward.domain, forward.name)]
@@ -61,7 +61,7 @@ def put_learned_first(
 
 
 def register(forward: onnx.FunctionProto, gradient: onnx.FunctionProto) -> None:
-    """Register one node that is the function, or its nodes where the builder would drop outputs."""
+    """Register a call of the gradient function, or its nodes if the builder would drop outputs."""
     roles = {name: f"I({i})" for i, name in enumerate(forward.input)}
     roles |= {f"d{name}": f"GI({i})" for i, name in enumerate(forward.input)}
     roles |= {"y": "O(0)", "dy": "GO(0)"}

@@ -1,4 +1,4 @@
-"""What a Q/DQ file says but for the words that made it."""
+"""The content of a Q/DQ file without the record of the commands that made it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx
 
 
 def content(path: Path) -> bytes:
-    """Return a file without its history, which names the options and inputs of each command."""
+    """Return the bytes of a file without its history (the options and inputs of each command)."""
     model = onnx.load(path)
     kept = [entry for entry in model.metadata_props if entry.key != "onnxqat.history"]
     assert len(kept) == len(model.metadata_props) - 1

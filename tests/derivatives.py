@@ -88,7 +88,7 @@ def gradients(model, inputs, learned, upstream, **options):
         session = open_session(build(proto, set(learned)), optimization="basic", threads=1)
         outputs = (o.name for o in session.get_outputs())
         results[title] = dict(zip(outputs, session.run(None, feeds), strict=True))
-    # onnxruntime's gradient of a scalar may come as (1,),
+    # onnxruntime's gradient of a scalar can have the shape (1,),
     found = {n: results["standard"][f"{n}_grad"].reshape(inputs[n].shape) for n in learned}
     for title, others in results.items():
         for name, gradient in found.items():
@@ -98,7 +98,7 @@ def gradients(model, inputs, learned, upstream, **options):
     return found
 
 
-FORMS = 1e-4  # relative; how far the forms of a definition may lie apart
+FORMS = 1e-4  # relative tolerance between the forms of a definition
 BUILDERS = {
     "standard": lambda model, learned: add_gradients(model, learned, kernels=frozenset()),
     "kernels": lambda model, learned: add_gradients(model, learned, kernels=installed_kernels()),
@@ -117,7 +117,10 @@ def check_node(op_type, inputs, constants=None, learned=None, **options):
 def check_model(
     model, inputs, learned=None, *, tolerance=2e-4, step=1e-6, oracle=None, all_reach_loss=True
 ):
-    """Compare forward bit for bit, and gradients with finite differences along random lines."""
+    """Compare the forward pass bit for bit, and gradients with finite differences.
+
+    The differences are along random directions.
+    """
     learned = list(learned or inputs)
     expected = run_ort(model, inputs)
     actual = run_ort(lowered(model, learned, all_reach_loss=all_reach_loss), inputs)

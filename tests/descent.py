@@ -1,4 +1,4 @@
-"""Parameters that move by given gradients: the step of training without its graph."""
+"""Move parameters by given gradients: a training step without the training graph."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Gradients = Callable[[str, NDArray[Any]], Any]
 
 
 class Trained:
-    """The parameters of a Q/DQ model, as they start and as they are moved.
+    """The parameters of a Q/DQ model at the start, and after steps.
 
     Parameters
     ----------
     settings
-        Of `Config`.
+        Fields of `Config`.
     """
 
     def __init__(self, model: Model, **settings: Any) -> None:
@@ -35,14 +35,14 @@ class Trained:
         self.updater = Updater(form, self.values, self.gradients, model, Config(**settings))
 
     def step(self, gradients: Gradients, step: int = 0) -> Trained:
-        """Move once; ``gradients`` says those of each parameter, by its name and shape."""
+        """Run one step; ``gradients`` returns a parameter's gradient from its name and shape."""
         for name, view in self.gradients.views.items():
             view[...] = gradients(name, view)
         self.updater.step(1.0, step)
         return self
 
     def steps(self, count: int) -> Trained:
-        """Move by gradients that are the same in every test."""
+        """Run steps with gradients that are the same in all tests."""
         rng = np.random.default_rng(1)
         for step in range(count):
             self.step(lambda _, view: rng.normal(size=view.shape), step)
@@ -50,5 +50,5 @@ class Trained:
 
     @property
     def moved(self) -> set[str]:
-        """Names of what is not as it started."""
+        """Names of the parameters that have changed."""
         return {n for n, v in self.values.views.items() if not np.array_equal(v, self.start[n])}

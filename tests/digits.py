@@ -1,4 +1,4 @@
-"""The bundled digits, and LeNet-5 calibrated on some of them."""
+"""The bundled digits, and a LeNet-5 calibrated on some of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 
 @contextmanager
 def training_digits(count: int) -> Iterator[DataSet]:
-    """Open the first ``count`` digits to train on, as LeNet-5 takes them."""
+    """Open the first ``count`` training digits with the preprocessing of LeNet-5."""
     with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
         yield opened.subset(np.arange(count))
 
 
 def calibrated_lenet(data: DataSet, *overrides: str, rule: str = "sophgo-bm1684x") -> Model:
-    """Return LeNet-5 with Q/DQ pairs by a rule and overrides of it."""
+    """Return a calibrated LeNet-5 with Q/DQ pairs by a rule and overrides."""
     floats = prepare(load_model(MODELS / "lenet5.onnx"))
     plan = make_plan(floats.graph, load_rule(rule), list(map(parse_override, overrides)))
     empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")

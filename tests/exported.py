@@ -1,4 +1,4 @@
-"""Graphs that real exporters wrote, their weights drawn from a seed (scripts/drop_weights.py)."""
+"""Graphs written by real exporters, with random weights from a seed (scripts/drop_weights.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXPORTED = tuple(sorted(path.stem for path in FOLDER.glob("*.onnx")))
 
 
 def exported(name: str) -> onnx.ModelProto:
-    """Return a graph with its weights: normal over the fan-in, vectors from 0.5 to 1.5."""
+    """Return a graph with random weights: normal by the fan-in, and vectors from 0.5 to 1.5."""
     model = onnx.load(FOLDER / f"{name}.onnx")
     rng = np.random.default_rng(0)
     for tensor in model.graph.initializer:

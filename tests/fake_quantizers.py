@@ -1,4 +1,4 @@
-"""One fake-quantize op by itself: its gradients, and inputs that reach every branch of it."""
+"""A single fake-quantize op: its gradients, and inputs that reach all of its branches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECS = {
 
 
 def variant_of(spec, params, rank, *, learns_x=True, method="lsq", moves_zero_point=False):
-    """Return the op that stands for a spec with its parameters."""
+    """Return the variant of the op for a spec and its parameters."""
     qmin, qmax = quantized_range(spec, signed=params.signed)
     return FakeQuantize(
         dtype=params.zero_point.dtype.name,
@@ -39,7 +39,7 @@ def variant_of(spec, params, rank, *, learns_x=True, method="lsq", moves_zero_po
 
 
 def one_op(variant, x, params, upstream, opset=17):
-    """Return dL/dx, dL/ds and dL/dz of one fake-quantize with L = sum(upstream * y)."""
+    """Return dL/dx, dL/ds and dL/dz of one fake-quantize op, with L = sum(upstream * y)."""
     value = helper.make_tensor_value_info
     s = params.scale
     nodes = [
@@ -76,7 +76,7 @@ def one_op(variant, x, params, upstream, opset=17):
 
 
 def values_with_ties_and_ends(spec, params, shape=(4, 6, 5)):
-    """Random values, and exact ties, range ends and values just past them."""
+    """Return random values, exact ties, the ends of the range, and values just beyond them."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
     s = float(params.scale.flat[0])

@@ -1,4 +1,4 @@
-"""A loss of given outputs and its gradient, as training computes them, and finite differences."""
+"""Losses and gradients of given outputs, computed as in training, and finite differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 class Stored:
-    """Arrays of data, by name."""
+    """Data arrays, by name."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
@@ -32,7 +32,7 @@ class Stored:
 def form_of(
     outputs: Mapping[str, Array], *, opset: int = 17, last: str = "Identity", **attributes: Any
 ) -> TrainingForm:
-    """Return a form of ``outputs`` plus weights of their shape, which are zero, and ``last``."""
+    """Return a training form that adds zero weights to ``outputs``, followed by ``last``."""
     value = helper.make_tensor_value_info
     inputs, nodes, made = [], [], []
     weights = {f"w/{name}": np.zeros_like(array) for name, array in outputs.items()}
@@ -67,7 +67,7 @@ def loss_and_gradients(
     last: str = "Identity",
     **attributes: Any,
 ) -> tuple[float, dict[str, Array]]:
-    """Return the loss of float32 ``outputs``, and its gradient by each of them that it reads."""
+    """Return the loss of float32 ``outputs``, and its gradient for each output that it reads."""
     stored = Stored(arrays or {})
     batch = len(next(iter(outputs.values())))
     form = form_of(outputs, opset=opset, last=last, **attributes)
@@ -106,7 +106,7 @@ def check_loss(
     outputs: Mapping[str, Array],
     **given: Any,
 ) -> None:
-    """Compare value and gradients with a float64 function of the outputs."""
+    """Compare the value and the gradients of a loss with a float64 function of the outputs."""
     value, found = loss_and_gradients(loss, outputs, **given)
     expected = function({name: array.astype(np.float64) for name, array in outputs.items()})
     assert abs(value - expected) <= 1e-5 * max(abs(expected), 1e-2), (value, expected)

@@ -1,6 +1,6 @@
-"""What each format's file says, read by nothing but its documented meaning.
+"""Readers of each format, written from its documentation only, as oracles.
 
-Knows nothing of plans: a table becomes grids on tensors, or on inputs of nodes, and grids become
+They do not know plans. A table becomes grids on tensors or on inputs of nodes, and the grids become
 Q/DQ nodes in a float model.
 """
 
@@ -18,12 +18,12 @@ import onnx
 from onnx import helper, numpy_helper
 
 Array = np.ndarray[Any, Any]
-Edge = tuple[str, int]  # node and input; "" and output
+Edge = tuple[str, int]  # node and input index; "" and output index
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers from low to high, whose 0.0 is at ``zero``."""
+    """Integers from low to high, of which ``zero`` stands for 0.0."""
 
     scale: Any
     zero: Any = 0
@@ -57,7 +57,7 @@ class Reading:
                 yield node, node.input[1], axis
 
     def weights_by_absmax(self, *, low: int = -128) -> None:
-        """Quantize weights as compilers do: per output channel, absmax / 127, in float32."""
+        """Quantize weights like compilers: per output channel, absmax / 127, in float32."""
         for node, name, axis in self.weights():
             if (node.name, 0) not in self.edges:
                 continue  # runs in float
@@ -73,7 +73,7 @@ class Reading:
         self.edges[node, 1] = Grid(scales if scales.size > 1 else scales[0], axis=axis, **grid)
 
     def fake_quantized(self) -> onnx.ModelProto:
-        """Return the model with Q, Clip, DQ on every edge that has a grid."""
+        """Return the model with Q, Clip, DQ on each edge that has a grid."""
         result = onnx.ModelProto()
         result.CopyFrom(self.model)
         graph, made = result.graph, []
@@ -142,7 +142,7 @@ def neutral(data: bytes, found: Reading) -> None:
 
 def tensorrt_cache(data: bytes, found: Reading) -> None:
     for line in data.decode().splitlines()[1:]:
-        name, digits = line.split(": ")  # as TensorRT-Model-Optimizer reads it
+        name, digits = line.split(": ")  # as in TensorRT-Model-Optimizer
         found.on_tensor(name, Grid(struct.unpack("!f", bytes.fromhex(digits))[0]))
     found.weights_by_absmax()
 
@@ -282,7 +282,7 @@ def mindspore(data: bytes, found: Reading) -> None:
 
 
 def mnn(data: bytes, found: Reading) -> None:
-    """The converter looks a layer up by the name of its output, after it fused Relu and Clip."""
+    """Read MNN's JSON; its converter finds a layer by its output, after fusing Relu and Clip."""
     document = json.loads(data)
     assert isinstance(document["version"], str)  # without it the converter ignores the file
     (algorithm,) = document["algo"]

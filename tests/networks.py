@@ -1,4 +1,4 @@
-"""Small networks that hold the patterns real exporters write."""
+"""Small networks with the patterns that real exporters write."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class _Graph:
 def convnet(
     *, seed: int = 0, activation: str = "Relu", opset: int = 17, kinks: bool = True
 ) -> onnx.ModelProto:
-    """Conv-act, depthwise, residual Add-Relu, MaxPool, Concat, pooling, Gemm.
+    """Return a network of convolutions, a residual Add, MaxPool, Concat, pooling and a Gemm.
 
-    Without ``kinks`` nothing that bends follows a quantized tensor: values on a grid often are
-    exactly zero or exactly equal, where Relu and MaxPool have no derivative to compare with.
+    Without ``kinks``, no Relu or MaxPool follows a quantized tensor: values on a grid are often
+    exactly zero or equal, where these ops have no derivative to compare with.
     """
     g = _Graph(seed)
     pads = {"pads": [1, 1, 1, 1]}
@@ -88,7 +88,7 @@ def convnet(
 
 
 def attention(*, seed: int = 0) -> onnx.ModelProto:
-    """One self-attention block: MatMul + bias, MatMul of activations, Softmax, LayerNorm."""
+    """Return one self-attention block, with biases, Softmax and LayerNormalization."""
     g = _Graph(seed)
     for name in ("q", "k", "v"):
         g.node("MatMul", ["input", g.weight(f"w{name}", 8, 8)], f"{name}0")
@@ -107,10 +107,11 @@ def attention(*, seed: int = 0) -> onnx.ModelProto:
 
 
 def upsampling(*, seed: int = 0) -> onnx.ModelProto:
-    """What detection and segmentation networks write: ops that training needs a stand-in for.
+    """Return a network with ops of detectors and segmenters that training has to replace.
 
-    Softplus, InstanceNormalization, squeeze and excite with HardSigmoid, ConvTranspose, linear
-    Resize, reflect Pad, DepthToSpace, Einsum, Mish; nothing bends behind a quantized tensor.
+    They are Softplus, InstanceNormalization, squeeze and excite with HardSigmoid, ConvTranspose,
+    linear Resize, reflect Pad, DepthToSpace, Einsum and Mish. No op with a kink follows a
+    quantized tensor.
     """
     g = _Graph(seed)
     pads = {"pads": [1, 1, 1, 1]}
@@ -138,7 +139,7 @@ def upsampling(*, seed: int = 0) -> onnx.ModelProto:
 
 
 def detector(*, seed: int = 0) -> onnx.ModelProto:
-    """Convolutions to a grid: one channel of objectness logits, four of a box."""
+    """Return a detector: convolutions to a grid with one objectness logit and four box channels."""
     g = _Graph(seed)
     down = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
     g.node("Conv", ["input", g.weight("w1", 16, 3, 3, 3), g.weight("b1", 16)], "c1", **down)
@@ -150,7 +151,7 @@ def detector(*, seed: int = 0) -> onnx.ModelProto:
 
 
 def answering(*, seed: int = 0) -> onnx.ModelProto:
-    """Question answering: the logits of where an answer starts and where it ends."""
+    """Return a question answering network: logits of the start and the end of the answer."""
     g = _Graph(seed)
     g.node("MatMul", ["input", g.weight("w1", 16, 64)], "m1")
     g.node("Add", ["m1", g.weight("b1", 64)], "a1")
@@ -172,7 +173,7 @@ def answering(*, seed: int = 0) -> onnx.ModelProto:
 
 
 def joined_to_a_constant() -> onnx.ModelProto:
-    """A Concat with a constant of larger values, for batches of 4."""
+    """Return a network with a Concat of an activation and a constant of larger values (batch 4)."""
     g = _Graph(0)
     g.node("Conv", ["input", g.weight("w1", 4, 3, 1, 1)], "c1")
     g.node("Relu", ["c1"], "r1")

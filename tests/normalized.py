@@ -1,4 +1,4 @@
-"""A network whose BatchNormalization remembers what numpy and onnxruntime measured there."""
+"""A network whose BatchNormalization has statistics measured by numpy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.oracles import run_ort
 __all__ = ["IMAGES", "MEAN", "SCALE", "graph", "network"]
 
 RNG = np.random.default_rng(5)
-# images differ in brightness, as real ones do
+# the images differ in brightness, like real ones
 IMAGES = (RNG.normal(120, 45, (96, 1, 1, 1)) + RNG.normal(0, 45, (96, 8, 8, 3))).clip(0, 255)
 MEAN, SCALE = (120.0, 121.0, 119.0), (0.016, 0.016, 0.016)
 KERNEL = RNG.normal(size=(8, 3, 3, 3)).astype(np.float32)
 
 
 def network(*, first: bool = True, between: str = "Identity", **batchnorm: Any) -> Model:
-    """Conv, an activation, BatchNormalization with what training would have measured there."""
+    """Return Conv, activation, BatchNormalization, with the statistics that training would have."""
     layers = [
         helper.make_node("Conv", ["x", "w"], ["c"], name="conv", pads=[1, 1, 1, 1]),
         helper.make_node(between, ["c"], ["a"], name="between"),
@@ -48,7 +48,7 @@ def network(*, first: bool = True, between: str = "Identity", **batchnorm: Any) 
 
 
 def graph(nodes: list[onnx.NodeProto], output: str, arrays: Any = None) -> onnx.ModelProto:
-    if not nodes:  # onnxruntime wants one
+    if not nodes:  # onnxruntime needs a node
         nodes, output = [helper.make_node("Identity", ["x"], ["same"])], "same"
     made = helper.make_graph(
         nodes,

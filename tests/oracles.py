@@ -1,4 +1,4 @@
-"""Independent judges of what the code computes: onnxruntime as it is, and distances in ulp."""
+"""Independent oracles: onnxruntime without onnxqat's session settings, and distances in ulp."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def run_ort(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> list[Array]:
 
 
 def max_ulp(actual: Array, expected: Array) -> int:
-    """Return how many representable values lie between two arrays, at most.
+    """Return the largest distance between two arrays, in units in the last place.
 
-    Both have the same shape and float type; the two zeros are one value.
+    Both arrays have the same shape and float type; +0 and -0 are equal.
     """
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -45,7 +45,7 @@ def _ordinals(values: Array) -> Array:
 
 
 def sqnr_db(expected: Array, actual: Array) -> float:
-    """Return the signal to quantization noise ratio in dB."""
+    """Return the signal-to-quantization-noise ratio in dB."""
     noise = float(np.square(actual.astype(float) - expected).sum())
     signal = float(np.square(expected.astype(float)).sum())
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)

@@ -1,4 +1,4 @@
-"""An HTML page as a test reads it: tables by caption, charts, texts."""
+"""Parse an HTML page for tests: tables by caption, charts and texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 @dataclass
 class Chart:
-    """An SVG picture: its title, its elements with their attributes, and the texts in it."""
+    """An SVG picture: its title, its elements with attributes, and its texts."""
 
     title: str = ""
     label: str = ""
@@ -21,7 +21,7 @@ class Chart:
     texts: list[str] = field(default_factory=list)
 
     def curves(self, kind="main"):
-        """Return the places of the points of each curve, in units of the picture."""
+        """Return the coordinates of the points of each curve, in units of the picture."""
         paths = [
             a["d"] for tag, a in self.shapes if tag == "path" and f"curve {kind}" in a["class"]
         ]
@@ -32,18 +32,18 @@ class Chart:
 
 
 class Page(HTMLParser):
-    """What a page holds.
+    """The parsed content of a page.
 
     Attributes
     ----------
     tables : dict of str to list of list of str
-        Rows of cells, the head first, by caption.
+        Rows of cells, with the heading first, by caption.
     charts : list of Chart
-        Those within figures.
+        The charts inside figures.
     tags, attributes : set, list
-        What it is made of.
+        The tags and attributes of the page.
     text : str
-        All that is to be read, without the style.
+        All visible text.
     """
 
     def __init__(self, text):
@@ -103,11 +103,11 @@ class Page(HTMLParser):
                 self._chart.texts.append(data)
 
     def table(self, start):
-        """Return the table whose caption begins so."""
+        """Return the table whose caption begins with ``start``."""
         (found,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
         return found
 
     def chart(self, start):
-        """Return the chart whose title begins so."""
+        """Return the chart whose title begins with ``start``."""
         (found,) = [chart for chart in self.charts if chart.title.startswith(start)]
         return found

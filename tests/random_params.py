@@ -1,4 +1,4 @@
-"""Parameters of a plan without calibration: any numbers that it allows."""
+"""Random parameters for a plan, without calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Found = tuple[Model, QuantPlan, Model]
 def random_params(
     floats: Model, plan: QuantPlan, *, seed: int, distinct: int | None = None
 ) -> dict[str, QuantParams]:
-    """Return parameters by `QuantPoint.parameters`; all scales are of ``distinct`` values."""
+    """Return parameters by `QuantPoint.parameters`, with scales of ``distinct`` values."""
     rng = np.random.default_rng(seed)
     pool = np.exp(rng.normal(-4, 2, size=distinct or 4096)).astype(np.float32)
     empty, found = placeholder_params(floats, plan), {}
@@ -42,7 +42,7 @@ def _drawn(
     low, high = quantized_range(spec, signed=signed)
     if spec.symmetric:
         low = high = 0
-    elif spec.signedness == "from_range" and not signed:  # a range from 0 upwards
+    elif spec.signedness == "from_range" and not signed:  # a range that starts at 0
         high = low
     zero_point = rng.integers(low, high + 1, size=scale.shape)
     dtype = storage_dtype(spec, signed=signed)

@@ -268,7 +268,7 @@ def test_an_error_of_one_process_ends_them_all(work):
     result = onnxqat(work, *words, workers=2)
 
     assert result.returncode != 0
-    assert "A label is 11; the model has 10 classes" in result.stderr
+    assert "A label is 11, but the model has 10 classes" in result.stderr
     assert not (work / "wrong.onnx").exists()
 
 

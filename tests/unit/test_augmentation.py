@@ -196,5 +196,5 @@ def test_a_training_gets_what_is_moved_along(folder):
 
 
 def test_what_does_not_move_along_is_refused(folder):
-    with pytest.raises(TrainingError, match="and not the array 'boxes' that the loss reads"):
+    with pytest.raises(TrainingError, match="but not the array 'boxes' that the loss reads"):
         list(steps(folder, {array_input("boxes", "float32")}, augment=("flip",)))

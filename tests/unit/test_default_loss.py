@@ -34,7 +34,7 @@ def test_each_output_has_the_kind_of_its_meaning():
 
     assert terms == [("mse", "boxes", 0.00125), ("kl", "y", 1.0)]
     assert [p.kind for p in parts] == ["mse", "kl", None]
-    assert str(parts[2]).startswith("'kept' left out: it holds no float32")
+    assert str(parts[2]).startswith("'kept' left out: it is not float32")
     assert str(parts[1]) == (
         "kl of 'y': 5 class scores along axis 1 of its shape (if not, pass --loss mse:y)"
     )

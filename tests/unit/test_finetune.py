@@ -264,7 +264,7 @@ def test_label_beyond_the_classes_is_refused_before_it_is_read(coarse, data, tmp
     np.savez(tmp_path / "wrong.npz", images=images, label=labels)
     with (
         open_data(tmp_path / "wrong.npz", [INPUT], preprocessing=PIXELS) as wrong,
-        pytest.raises(DataError, match="A label is 10; the model has 10 classes, 0 to 9"),
+        pytest.raises(DataError, match="A label is 10, but the model has 10 classes, 0 to 9"),
     ):
         finetune(coarse, wrong, validation=data, config=Config(**FAST))
 

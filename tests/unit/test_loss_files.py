@@ -225,11 +225,11 @@ SCALAR = "{ value = ReduceMean <keepdims = 0> (y) }"
         ),
         (
             f"loss (float[N, 5] y, string[N] weighted) => (float value) {SCALAR}",
-            "loss.onnx: input 'weighted' is STRING",
+            "loss.onnx: input 'weighted' has the unsupported type STRING",
         ),
         (
             f"loss (float[N, 5] y, bfloat16[N] weighted) => (float value) {SCALAR}",
-            "loss.onnx: input 'weighted' is BFLOAT16",
+            "loss.onnx: input 'weighted' has the unsupported type BFLOAT16",
         ),
         (
             f"loss (double[N, 5] y) => (double value) {SCALAR}",

@@ -228,7 +228,7 @@ def test_a_label_beyond_the_classes_of_an_array(answers, tmp_path):
     starts[7] = 12
     task.save(starts=starts)
     config = Config(**FAST, loss="cross-entropy:output=starts")
-    with pytest.raises(DataError, match="A label is 12; the model has 12 classes, 0 to 11"):
+    with pytest.raises(DataError, match="A label is 12, but the model has 12 classes, 0 to 11"):
         task.tuned(config)
     result, _ = task.tuned(Config(**FAST, loss=config.loss, ignore_index=12))
     assert result.epochs == 10

@@ -283,7 +283,7 @@ def test_quantization_waits(model, data):
 
 
 def test_quantization_cannot_wait_for_ever(model, data):
-    with pytest.raises(TrainingError, match="--quant-delay 24: the run has 24 steps"):
+    with pytest.raises(TrainingError, match="--quant-delay 24: the run has only 24 steps"):
         finetune(model, data, config=Config(**FAST, quant_delay=24))
 
 

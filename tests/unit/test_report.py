@@ -236,7 +236,7 @@ def test_a_log_of_another_run_is_refused(model, tmp_path):
         else e
         for e in other
     ]
-    with pytest.raises(DataError, match=r"top1 after epoch 2 is 0.9 here, and 0.4612 in the"):
+    with pytest.raises(DataError, match=r"top1 after epoch 2 is 0.9 here, but 0.4612 in the"):
         oq.report(model, log=logged(tmp_path, changed))
     longer = [*other, msgspec.structs.replace(other[-1], epoch=4, step=32)]
     with pytest.raises(DataError, match="contains epoch 4, which the history of"):
