@@ -1,17 +1,17 @@
 """Learned rounding of weights: AdaRound (Nagel et al. 2020, https://arxiv.org/abs/2004.10568).
 
-A variable ``V`` of the weight's shape says, for each element, how far it lies from the level below
-to the level above (equations 22 to 24)::
+For each element of a weight, a variable ``V`` determines the position between the level below and
+the level above (equations 22 to 24)::
 
     h(V)      = clip(sigmoid(V) * (zeta - gamma) + gamma, 0, 1)      zeta = 1.1, gamma = -0.1
     w(V)      = clip(floor(w / s) + h(V), qmin - z, qmax - z) * s
     f_reg(V)  = sum(1 - |2 h(V) - 1| ** beta)
 
-``V`` begins where ``w(V)`` is the float weight, and ends as a choice: up where ``V >= 0``, which is
-``h >= 1 / 2``. The scale stays.
+At the start, ``w(V)`` is the float weight. At the end, the weight is rounded up where ``V >= 0``
+(``h >= 1 / 2``), and down elsewhere. The scale does not change.
 
-While a block is trained, the input of the training form that has the name of the weight is its
-``V``: what is said of a weight by its name, as a rate, holds for its rounding.
+In the training form of a block, the input with the name of the weight is its ``V``. Options that
+name the weight, such as a learning rate, therefore apply to its rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["AdaRound", "rectified_sigmoid", "regularizer", "regularizer_gradient
 
 ZETA, GAMMA = 1.1, -0.1
 DECIDED = 16.0  # a variable this far from 0 has h = 0 or h = 1 exactly
-TIE = 1e-6  # below 0, for the half that QuantizeLinear rounds to the even level below
+TIE = 1e-6  # distance below 0 for ties that QuantizeLinear rounds to the even level below
 
 Floats = NDArray[Any]  # float32 or float64
 
@@ -42,7 +42,7 @@ def rectified_sigmoid(v: Floats) -> Floats:
 
 
 def regularizer(v: Floats, beta: float) -> float:
-    """Return the mean of ``1 - |2 h(V) - 1| ** beta``, equation 24 by the number of weights."""
+    """Return the mean of ``1 - |2 h(V) - 1| ** beta`` (equation 24 per weight)."""
     return float(np.mean(1 - np.abs(2 * rectified_sigmoid(v) - 1) ** beta))
 
 
@@ -63,18 +63,18 @@ def _sigmoid(v: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdaRound:
-    """The choices that the elements of a weight have.
+    """The two levels between which each element of a weight can be rounded.
 
     Attributes
     ----------
     weight : float32 array
-        At the start.
+        The weight at the start.
     below : float32 of the same shape
-        The level below, within the quantized range, less the zero_point.
+        The level below, clipped to the quantized range, minus the zero_point.
     free : float32 of the same shape
-        1 where the level above is another one within the range, 0 where the weight is clipped.
+        1 if the level above is also in the quantized range, 0 if the weight is clipped.
     scale : float32
-        Broadcasts to the weight.
+        The scale, in a shape that broadcasts to the weight.
     """
 
     weight: FloatArray
@@ -84,7 +84,7 @@ class AdaRound:
 
     @classmethod
     def of(cls, weight: FloatArray, params: QuantParams, spec: QuantSpec) -> AdaRound:
-        """Return the choices of a weight."""
+        """Return the levels of a weight with these parameters."""
         scale, zero_point = (
             aligned(values, weight.ndim, spec.axis) for values in (params.scale, params.zero_point)
         )
@@ -101,9 +101,9 @@ class AdaRound:
         )
 
     def start(self) -> FloatArray:
-        """Return the variables of the float weight, float32 of its shape.
+        """Return the variables for the float weight, float32 of its shape.
 
-        Each one has the sign of the choice that QuantizeLinear makes.
+        Their signs agree with the rounding of QuantizeLinear.
         """
         position = (self.weight / self.scale).astype(np.float64)
         above = np.clip(position - np.floor(position), 0, 1)
@@ -114,15 +114,15 @@ class AdaRound:
 
     @staticmethod
     def decided(v: FloatArray) -> FloatArray:
-        """Return variables with which the graph computes what was chosen, bit for bit."""
+        """Return variables with which the graph computes the rounded weight, bit for bit."""
         return np.where(v >= 0, np.float32(DECIDED), np.float32(-DECIDED))
 
     def rounded(self, v: FloatArray) -> FloatArray:
-        """Return the weight as it was chosen: on its grid, float32 of its shape."""
+        """Return the rounded weight: values on its grid, float32 of its shape."""
         return (self.below + self.free * (v >= 0)).astype(np.float32) * self.scale
 
     def nodes(self, v: gs.Tensor, target: gs.Tensor) -> list[gs.Node]:
-        """Return nodes that compute ``target``, the weight, of its variables."""
+        """Return nodes that compute the weight ``target`` from its variables."""
         prefix = f"{v.name}/rounding"
         numbers = {"spread": ZETA - GAMMA, "gamma": GAMMA, "zero": 0.0, "one": 1.0}
         arrays = {name: np.asarray(value, np.float32) for name, value in numbers.items()}

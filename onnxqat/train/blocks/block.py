@@ -146,9 +146,9 @@ class BlockTraining:
         Parameters
         ----------
         seed : tuple of int
-            Of the order of samples, and of what is mixed in.
+            The seed of the order of samples, and of the values taken from the float network.
         error : float
-            That of the block before, see `error`.
+            The error of the block before training, see `error`.
         """
         self.rounding.error = error
         inputs = [n for n in self.session.inputs if n in (*samples.quantized, *samples.constants)]

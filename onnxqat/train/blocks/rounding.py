@@ -1,4 +1,4 @@
-"""The rounding of a block's weights in training, see `onnxqat.train.adaround`."""
+"""Train the rounding of a block's weights, see `onnxqat.train.adaround`."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from onnxqat.train.optimization.updater import Updater
 
 __all__ = ["LearnedRounding"]
 
-TRAVEL = 10.0  # how far a variable can move in all steps together; h = 0 and h = 1 lie 4.8 apart
-# The pressure to decide: none at first, then beta falls, and it reaches from the variables that
-# nearly have decided to all of them (Nagel et al. 2020, section 3.3).
-FREE_STEPS = 0.2  # share of the steps without
+TRAVEL = 10.0  # how far a variable can move in all steps; h = 0 and h = 1 are 4.8 apart
+# The regularizer is off at first. Then beta falls, so that it acts first on variables close to 0 or
+# 1, and at the end on all variables (Nagel et al. 2020, section 3.3).
+FREE_STEPS = 0.2  # share of the steps without the regularizer
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 PRESSURE = 100.0  # weight of the regularizer, per unit of the block's error with nearest rounding
 
 
 class LearnedRounding:
-    """The variables of rounding of one block.
+    """The rounding variables of one block.
 
     Parameters
     ----------
     form : TrainingForm
-        Says which they are.
+        The training form, which lists the weights with learned rounding.
     session : StepSession
-        Has their values and gradients.
+        Contains the values and gradients of the variables.
     updater : Updater
-        Moves them; their rates are set.
+        Moves the variables; their rates are set here.
     steps : int
-        How many are taken.
+        The number of training steps.
 
     Attributes
     ----------
     moving : dict of str to AdaRound
-        The weights whose rounding moves: neither frozen, nor without a way to the loss.
+        The weights whose rounding is trained: not frozen, and with a path to the loss.
     error : float
-        That of the block before training, in units of its loss.
+        The error of the block before training, in units of its loss.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class LearnedRounding:
         }
         for name in self.moving:
             updater.units[name] = 1.0
-            rates[name].weight_decay = 0.0  # its weight stays
-            if rates[name].lr == updater.lr:  # no group says otherwise
+            rates[name].weight_decay = 0.0  # the weight itself does not change
+            if rates[name].lr == updater.lr:  # no group sets another rate
                 rates[name].lr = TRAVEL / steps
         for name in self.roundings.keys() - self.moving.keys():
             self.values[name][...] = self.roundings[name].decided(self.values[name])
 
     def press(self, number: int) -> None:
-        """Add the gradient of the regularizer to those of the variables, for step ``number``."""
+        """Add the gradient of the regularizer to that of the variables, at step ``number``."""
         done = (number / self.steps - FREE_STEPS) / (1 - FREE_STEPS)
         if done < 0:
             return
@@ -76,7 +76,7 @@ class LearnedRounding:
 
     @contextmanager
     def decided(self) -> Iterator[None]:
-        """Let weights be rounded as they would be if training ended now."""
+        """In the block, round weights as if training ended now."""
         variables = {name: self.values[name].copy() for name in self.moving}
         try:
             for name, rounding in self.moving.items():
@@ -87,7 +87,7 @@ class LearnedRounding:
                 self.values[name][...] = values
 
     def weights(self) -> dict[str, FloatArray]:
-        """Return the weights, on their grid where their rounding moves."""
+        """Return the weights with learned rounding, as values on their grid."""
         found = {name: rounding.weight for name, rounding in self.roundings.items()}
         moved = {name: r.rounded(self.values[name]) for name, r in self.moving.items()}
         return found | moved
