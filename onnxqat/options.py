@@ -376,8 +376,8 @@ training_options = _options(
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without a better one (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
-              help="Change training images at random, and their boxes and masks along: flip, crop, "
-              "resized-crop, jitter or several (default: none)."),
+              help="Change training images at random, with their boxes and masks: flip, crop, "
+              "resized-crop, jitter, or several with commas (default: none)."),
     _training("--ema", type=click.FloatRange(0, 1, max_open=True), metavar="DECAY",
               help="Evaluate and keep the moving average of weights and scales with this decay "
               "(default: no average)."),
@@ -385,7 +385,7 @@ training_options = _options(
                show_default=True, help="Optimizer of weights and scales."),
     _optimizer("--lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
                help="Learning rate of the weights; for adam and adamw relative to the size of each "
-               "channel (default 0.0005, and 0.002 if anything has fewer than 8 bits)."),
+               "channel (default 0.0005, or 0.002 if a tensor has fewer than 8 bits)."),
     _optimizer("--scale-lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
                help="Learning rate of the scales' logarithms (default 0.001)."),
     _optimizer("--momentum", type=click.FloatRange(0, 1), metavar="M",

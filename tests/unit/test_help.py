@@ -11,11 +11,16 @@ import pytest
 from onnxqat.calibration import Calibration
 from onnxqat.cli import main
 from onnxqat.data.preprocess import Preprocessing
+from onnxqat.evaluation.decoders.found import ALIASES, DECODERS
+from onnxqat.evaluation.metrics import BUILT_IN as METRICS
 from onnxqat.formats import EXPORTS
+from onnxqat.options import AUGMENTATIONS
 from onnxqat.train import Config
 from onnxqat.train.config import CHOICES
+from onnxqat.train.losses.terms import KINDS
 from onnxqat.train.optimization.parameter_groups import FINE_RATE, RATE
 from onnxqat.train.optimization.schedules import CYCLE_WARMUP, WARMUP
+from onnxqat.train.presets import preset_names
 
 COMMANDS = {
     **{name: command for name, command in main.commands.items() if name != "rules"},
@@ -72,7 +77,7 @@ def test_a_default_in_the_text_is_the_real_one(name, real):
 
 
 def test_both_rates_and_both_warm_ups_are_the_real_ones():
-    assert f"and {RATE} if" in FINETUNE["lr"].help
+    assert f"or {RATE} if" in FINETUNE["lr"].help
     assert f"one-cycle {CYCLE_WARMUP})" in FINETUNE["warmup"].help
 
 
@@ -88,6 +93,20 @@ def test_choices_and_defaults_of_calibration_are_the_real_ones():
     assert set(FINETUNE["observer"].type.choices) == set(OBSERVERS)
     assert FINETUNE["observer"].default == Calibration().observer
     assert FINETUNE["samples"].default == Calibration().samples
+
+
+def test_names_in_a_text_are_those_that_exist():
+    assert set(METRICS) <= names_in("evaluate", "metrics")
+    assert {*DECODERS, *ALIASES} <= names_in("evaluate", "decode")
+    assert set(KINDS) <= names_in("finetune", "loss")
+    assert set(preset_names()) <= names_in("finetune", "preset")
+    assert set(AUGMENTATIONS) <= names_in("finetune", "augment")
+
+
+def names_in(command, name):
+    """Return the words of an option's help, such as ``mean-iou``."""
+    (option,) = (p for p in COMMANDS[command].params if p.name == name)
+    return set(re.findall(r"[\w-]+", option.help))
 
 
 def test_choices_of_export_are_the_formats_that_exist():
