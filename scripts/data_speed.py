@@ -3,8 +3,8 @@
     python scripts/data_speed.py [MODEL --size HEIGHT WIDTH --batch-size N]
 
 Writes 2,000 JPEG files into a temporary folder, reads them in batches, resized as Pillow and as
-OpenCV do, and fine-tunes MODEL on them for one epoch, without labels. The last lines say which share
-of the time the steps waited for data, and how much memory the process took.
+OpenCV do, and fine-tunes MODEL on them for one epoch, without labels. The last lines say which
+share of the time the steps waited for data, and how much memory the process took.
 """
 
 from __future__ import annotations
