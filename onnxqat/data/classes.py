@@ -17,6 +17,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from onnxqat.data.arrays import names, reason
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 
-__all__ = ["Classes", "check_count", "class_indices", "read_classes", "refuse_splits"]
+__all__ = ["YEAR", "Classes", "check_count", "class_indices", "read_classes", "refuse_splits"]
 
 SPLITS = frozenset(
     {"images", "labels", "test", "testing", "train", "training", "val", "valid", "validation"}
 )
+YEAR = re.compile(r"(19|20)\d\d$")  # may follow the name of a split
 MAX_BYTES = 2**24
 MAX_INDEX = 2**31 - 1
 
@@ -181,7 +183,9 @@ def refuse_splits(folder: Path, found: Sequence[str], known: Mapping[str, int] |
     DataError
         A folder has the name of a split, and the list of classes does not have this name.
     """
-    splits = [name for name in found if name.lower() in SPLITS and name not in (known or {})]
+    splits = [
+        name for name in found if YEAR.sub("", name.lower()) in SPLITS and name not in (known or {})
+    ]
     if splits:
         offered = [name for name in splits if name.lower() != "labels"] or ["IMAGES"]
         paths = " or ".join(f"'{folder / name}'" for name in offered)

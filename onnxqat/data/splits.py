@@ -6,10 +6,10 @@ The layouts are ``images/train`` beside ``labels/train`` (YOLO), ``train/images`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from onnxqat.data.classes import YEAR
 from onnxqat.data.sample_files import is_sample
 from onnxqat.errors import DataError
 
@@ -21,7 +21,6 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 BESIDE = ("annotations", "images", "labels", "masks")  # folders that may lie beside splits
-YEAR = re.compile(r"(19|20)\d\d$")
 
 
 def usual_split(source: object, wanted: Sequence[str]) -> str | None:
@@ -76,10 +75,11 @@ def splits_in(folder: Path) -> dict[str, Path]:
     OSError
         The folder cannot be listed.
     """
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
-    if any(is_sample(entry) or entry.suffix.lower() == ".npz" for entry in entries):
+    # the first sample ends the search: a folder may hold millions
+    if any(is_sample(entry) or entry.suffix.lower() == ".npz" for entry in folder.iterdir()):
         return {}
-    folders = [entry for entry in entries if entry.is_dir()]
+    visible = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
+    folders = [entry for entry in visible if entry.is_dir()]
     found = {split: path for path in folders if (split := _split(path.name)) is not None}
     if any(path.name not in BESIDE for path in folders if path not in found.values()):
         return {}  # the folders are classes, and one of them has the name of a split

@@ -158,7 +158,7 @@ def test_numbers_are_indices_unless_the_list_has_numbers(tmp_path: Path) -> None
         labels(data)
 
 
-@pytest.mark.parametrize("name", ["train", "Val", "TEST", "images", "valid", "validation"])
+@pytest.mark.parametrize("name", ["train", "Val", "TEST", "images", "valid", "train2017"])
 @pytest.mark.parametrize("options", [{"class_count": 2}, {"labels": False}, {"label": "none"}])
 def test_parts_of_the_data_are_no_classes(tmp_path: Path, name: str, options: Any) -> None:
     data = folders(tmp_path, "ant", name)
