@@ -144,7 +144,7 @@ def load_model(path: str | Path) -> Model:
         # the format is given, because onnx would otherwise choose it by the file's suffix
         proto = onnx.load(str(path), format="protobuf", load_external_data=False)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}). Check the file.") from error
     except DecodeError as error:
         raise ModelError(f"{path}: not an ONNX file. Give the exported .onnx.") from error
     if not proto.graph.node and not proto.graph.output:
@@ -178,7 +178,9 @@ def _wrapped(proto: onnx.ModelProto, name: str) -> Model:
     except OnnxQatError:
         raise
     except Exception as error:  # graphsurgeon raises any type of error for malformed files
-        raise ModelError(f"{name}: malformed ONNX graph ({_one_line(error)}).") from error
+        raise ModelError(
+            f"{name}: malformed ONNX graph ({_one_line(error)}). Export it again."
+        ) from error
     graph.import_domains = _copy_opsets(proto.opset_import)
     _set_versions(graph, rest, opset)
     _forget_impossible_lengths(graph)
@@ -227,7 +229,9 @@ def _typed(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     try:
         inferred = {value.name: value for value in native.infer_shapes(proto).graph.output}
     except native.NativeError as error:
-        raise ModelError(f"{name}: shapes cannot be inferred ({error}).") from error
+        raise ModelError(
+            f"{name}: shapes cannot be inferred ({error}). Export it again."
+        ) from error
     for value in typed.graph.output:
         if value.name in bare:
             if not _has_type(inferred[value.name]):

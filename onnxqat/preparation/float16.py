@@ -149,7 +149,9 @@ def narrow_to_float16(model: Model, note: str) -> Model:
     try:
         names = msgspec.json.decode(note, type=Float16Names)
     except msgspec.MsgspecError as error:
-        message = f"{model.name}: '{FLOAT16_KEY}' cannot be read ({error}). Insert again."
+        message = (
+            f"{model.name}: '{FLOAT16_KEY}' cannot be read ({error}). Run 'onnxqat insert' again."
+        )
         raise ModelError(message) from error
     result = model.copy()
     _Narrower(result.graph, names.tensors).run()

@@ -66,9 +66,9 @@ def _match_opset(function: onnx.FunctionProto, model: Model) -> None:
         changed = changed_node(function.node, opset, model.graph.opset)
     if changed is not None:
         raise ModelError(
-            f"{model.name}: function '{function.domain}.{function.name}' is of opset {opset}, the "
-            f"model of {model.graph.opset}; its {changed.op_type} differs between them. Export "
-            "again with one opset."
+            f"{model.name}: function '{function.domain}.{function.name}' has opset {opset}, "
+            f"but the model {model.graph.opset}, and its {changed.op_type} differs between them. "
+            "Export again with one opset."
         )
     for entry in function.opset_import:
         if entry.domain in ONNX_DOMAINS:

@@ -33,7 +33,7 @@ def _lines(rule: HardwareRule) -> Iterator[str]:
     if rule.fuse:
         yield "run as one: " + ", ".join("+".join(chain) for chain in rule.fuse)
     if rule.split:
-        yield "run one by one: the parts of " + ", ".join(rule.split)
+        yield "run node by node: " + ", ".join(rule.split)
     yield from (f"float: {op}: {why}" for op, why in rule.kept_float.items())
     yield from (f"unsupported: {op}: {why}" for op, why in rule.unsupported.items())
     yield from (f"exception: {_exception(e)}" for e in rule.exceptions)

@@ -80,7 +80,7 @@ def dump(
     if samples < 1:
         raise OptionError(f"samples {samples}: give 1 or more.")
     if rules is not None and mode != "integer":
-        raise OptionError("rules: are of mode 'integer'. Leave them out.")
+        raise OptionError("rules: apply to mode 'integer' only. Leave them out.")
     loaded = any_model(model)
     with (
         opened(loaded, data, settings, listener, labels=False, splits=TO_MEASURE) as found,

@@ -78,7 +78,7 @@ def evaluate(
     """
     check_choice("mode", mode, MODES)
     if rules is not None and mode != "integer":
-        raise OptionError("rules: are of mode 'integer'. Leave them out.")
+        raise OptionError("rules: apply to mode 'integer' only. Leave them out.")
     chosen = [read_metric(metric) for metric in metrics]
     loaded = any_model(model)
     reference = None if against is None else any_model(against)

@@ -99,9 +99,9 @@ def report(
     """
     loaded, others = quantized_model(model), [quantized_model(one) for one in beside]
     if data is None and (against is not None or others):
-        raise OptionError("against, beside: are compared on data. Give data.")
+        raise OptionError("against, beside: models are compared on data. Give data.")
     if data is None and metrics:
-        raise OptionError("metrics: are measured on data. Give data.")
+        raise OptionError("metrics: need data. Give data.")
     chosen = [read_metric(metric) for metric in metrics]
     reference = None if against is None else float_model(against)
     floats = reference or next(filter(None, map(floats_of, [*others, loaded])), None)

@@ -71,5 +71,5 @@ def test_what_is_missing_is_told(work):
     words = ("search", work / "q.onnx", work / "train.npz")
 
     assert "Give either --max-loss or --bits." in error(*words, code=2)
-    assert "weights of 8 bits alone" in error(*words, "--bits", 6)
+    assert "only weights of 8 bits" in error(*words, "--bits", 6)
     assert "'4;8' is not a list" in error(*words, "--bits", 6, "--widths", "4;8", code=2)

@@ -90,7 +90,8 @@ def test_a_function_of_another_opset_is_inlined_where_that_means_the_same() -> N
     assert np.array_equal(run_ort(result, x)[0], act(x["x"]))
     softmax = """<domain: "my", opset_import: ["": 11]> soft (p) => (q) { q = Softmax(p) }"""
     with pytest.raises(
-        ModelError, match=r"function 'my\.soft' is of opset 11, the model of 17; its Softmax differ"
+        ModelError,
+        match=r"function 'my\.soft' has opset 11, but the model 17, and its Softmax differ",
     ):
         prepare(from_proto(model("y = my.soft(x)", softmax)))
 

@@ -425,7 +425,7 @@ def test_the_plan_is_told_with_what_stays_float(model):
 
 
 def test_models_are_compared_on_data_only(bare):
-    with pytest.raises(OptionError, match="are compared on data"):
+    with pytest.raises(OptionError, match="models are compared on data"):
         oq.report(bare, beside=[bare])
 
 

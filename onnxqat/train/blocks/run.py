@@ -198,7 +198,7 @@ class Reconstruction:
         layers = max(len(block.layers) for block in blocks)
         self.say(
             f"{len(blocks)} blocks of up to {layers} layers learn the float model's tensors at "
-            f"their ends, from {samples} samples, {config.block_epochs} times"
+            f"their ends, on {samples} samples for {config.block_epochs} epochs"
         )
         self.say(f"chooses the state by {self.selection.figure}: {self.selection.reason}")
 
@@ -373,7 +373,7 @@ class Reconstruction:
         if not better:
             ours, theirs = (figures_of(e)[figure] for e in (after, before))
             notes.append(
-                f"the blocks were not kept: {figure} {ours:.4g} behind them, {theirs:.4g} at the "
+                f"the blocks were not kept: {figure} {ours:.4g} after them, {theirs:.4g} at the "
                 "start"
             )
         return Reconstructed(

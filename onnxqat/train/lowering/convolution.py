@@ -26,7 +26,7 @@ def conv_transpose(node: gs.Node) -> Gradient:
     dilations = list(node.attrs.get("dilations", ones))
     extra = list(node.attrs.get("output_padding", [0] * len(kernel)))
     if any(e >= s for e, s in zip(extra, strides, strict=True)):
-        raise Refusal(f"its output_padding {extra} reaches its strides {strides}")
+        raise Refusal(f"its output_padding {extra} is not smaller than its strides {strides}")
     attributes = (
         f"group = {node.attrs.get('group', 1)}, kernel_shape = {kernel}, strides = {strides}, "
         f"dilations = {dilations}, pads = {_pads(node, kernel, strides, dilations, extra)}"
