@@ -37,6 +37,7 @@ __all__ = [
     "is_plain_product",
     "keeps_grid",
     "kernel_size",
+    "may_be_float32",
     "output_channels",
     "runs_along",
     "takes_grid",
@@ -58,6 +59,14 @@ def is_float(tensor: gs.Tensor) -> bool:
     if tensor.dtype is None or isinstance(tensor.dtype, int):
         return False
     return bool(np.dtype(tensor.dtype) == np.float32)
+
+
+def may_be_float32(tensor: gs.Tensor) -> bool:
+    """Return whether a tensor is float32, or its type is not known: then it takes a gradient.
+
+    ``dtype in (None, np.float32)`` holds for float64, too: numpy takes None for it.
+    """
+    return tensor.dtype is None or bool(tensor.dtype == np.float32)
 
 
 def is_constant(tensor: gs.Tensor) -> bool:

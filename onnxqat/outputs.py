@@ -24,6 +24,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
+from onnxqat.nodes import may_be_float32
 from onnxqat.operators import MATRIX_PRODUCTS, moving
 
 __all__ = ["Joined", "Output", "OutputTracer", "Scores", "outputs_of"]
@@ -120,7 +121,7 @@ def outputs_of(graph: gs.Graph) -> tuple[Output, ...]:
 
 
 def _output(tensor: gs.Tensor, tracer: OutputTracer) -> Output:
-    learned = tensor.dtype in (None, np.float32)
+    learned = may_be_float32(tensor)
     source = None if learned else _float_before(tensor)
     return Output(
         name=tensor.name,

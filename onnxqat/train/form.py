@@ -22,7 +22,7 @@ from onnxqat.computable import computable
 from onnxqat.errors import ModelError, TrainingError
 from onnxqat.gradients.reaching import Links, leading_to
 from onnxqat.model import Model
-from onnxqat.nodes import data_inputs, keeps_grid
+from onnxqat.nodes import data_inputs, keeps_grid, may_be_float32
 from onnxqat.pairs import dequantized_name, float_name, node_name, scale_name, zero_point_name
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import FloatArray, Method, quantized_range
@@ -284,7 +284,7 @@ class _Builder:
         grids = {self.grid.get(t.name) for t in data_inputs(node)}
         if keeps_grid(node) and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
-        floats = [t.name for t in node.outputs if t.dtype in (None, np.float32)]
+        floats = [t.name for t in node.outputs if may_be_float32(t)]
         learned = [i for i, t in enumerate(node.inputs) if t.name in self.trained]
         if not floats or not learned:
             return [node]
@@ -439,7 +439,7 @@ def reaching(graph: gs.Graph, read: str | None = None) -> set[str]:
     """Return the tensors with a path of float32 values to ``read`` (default: the first output)."""
     end = graph.outputs[0].name if read is None else read
     read_by_nodes = (t for node in graph.nodes for t in node.inputs)
-    floats = {t.name for t in read_by_nodes if t.dtype in (None, np.float32)}
+    floats = {t.name for t in read_by_nodes if may_be_float32(t)}
     return leading_to({end}, _links(graph), floats.__contains__)
 
 

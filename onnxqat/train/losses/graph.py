@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnxqat.choices import nearest
 from onnxqat.errors import TrainingError
 from onnxqat.model import Model
+from onnxqat.nodes import may_be_float32
 from onnxqat.preparation import prepare
 from onnxqat.train.form import reaching
 from onnxqat.train.losses.terms import Loss
@@ -181,7 +182,7 @@ def _lower(graph: gs.Graph, learned: set[str], name: str) -> list[CustomOp]:
     refused: list[str] = []
     for node in list(graph.nodes):
         indices = [i for i, t in enumerate(node.inputs) if t.name in trained]
-        floats = {t.name for t in node.outputs if t.dtype in (None, np.float32)}
+        floats = {t.name for t in node.outputs if may_be_float32(t)}
         if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
             refused.append(f"'{node.name}' ({node.op}: a loss cannot contain subgraphs)")
             continue
