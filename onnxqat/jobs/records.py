@@ -111,7 +111,7 @@ def _splits(job: Job) -> tuple[str, ...]:
 
 def _read(job: Job, step: Step) -> tuple[str, ...]:
     """Return the splits that a step reads."""
-    if step.row.reads is None:
+    if step.row.reads is None or not step.row.reads_for(job, step.variant):
         return ()
     held_out = step.row.reads == "train" and "validation" in job.data
     return (step.row.reads, "validation") if held_out else (step.row.reads,)

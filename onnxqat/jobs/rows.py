@@ -20,6 +20,7 @@ from onnxqat.options import (
     relu6_option,
     rule_options,
     run_options,
+    search_options,
     seed_option,
     shape_options,
     table_option,
@@ -55,6 +56,16 @@ def _measured(job: Job) -> tuple[str, ...]:
     return ("float", *_quantized(job), *tuned, "integer")
 
 
+def _calibrated(job: Job) -> tuple[str, ...]:
+    del job
+    return ("post-training",)
+
+
+def _always(job: Job, variant: str) -> bool:
+    del job, variant
+    return True
+
+
 def _last(job: Job) -> tuple[str, ...]:
     return (job.last,)
 
@@ -84,6 +95,8 @@ class Row:
         Job -> the variants of the model that the stage runs on.
     reads : str or None
         Split of the data that it reads.
+    reads_for : callable
+        Job, variant -> whether it reads the split for this variant.
     makes : bool
         Whether it writes a model for later stages.
     always : bool
@@ -97,6 +110,7 @@ class Row:
     also: tuple[str, ...] = ()
     variants: Callable[[Job], tuple[str, ...]] = _whole
     reads: str | None = None
+    reads_for: Callable[[Job, str], bool] = _always
     makes: bool = False
     always: bool = False
 
@@ -144,6 +158,8 @@ ROWS = (
         run=stages.insert,
         options=(rule_options, equalize_option, relu6_option, table_option),
         variants=_quantized,
+        reads="calibration",
+        reads_for=stages.equalizes,
         makes=True,
         always=True,
     ),
@@ -183,6 +199,15 @@ ROWS = (
         options=(analysis_options, run_options(32), seed_option),
         without=("truth", "boxes", "masks"),
         variants=_last,
+        reads="validation",
+    ),
+    Row(
+        name="search",
+        run=stages.search,
+        options=(search_options, run_options(32), seed_option),
+        without=("truth", "boxes", "masks", "val-data"),
+        also=("insert",),
+        variants=_calibrated,
         reads="validation",
     ),
     Row(

@@ -15,26 +15,30 @@ from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import read_metric
 from onnxqat.files import write_text
 from onnxqat.jobs.work import Result, Work
+from onnxqat.overrides import overrides_text
 from onnxqat.quantized import load_model, require_quantized
 from onnxqat.train import Checkpoints
 
 if TYPE_CHECKING:
+    from onnxqat.jobs.job import Job
     from onnxqat.jobs.rows import Step
 
 __all__ = [
     "analyze",
     "calibrate",
     "check",
+    "equalizes",
     "evaluate",
     "export",
     "finetune",
     "insert",
     "report",
+    "search",
     "strip",
 ]
 
 NAMED = 3  # nodes that a message names
-LOG, ANALYSIS = "finetune.jsonl", "analysis.json"
+LOG, ANALYSIS, WIDTHS = "finetune.jsonl", "analysis.json", "widths.toml"
 
 
 def check(work: Work, step: Step) -> Result:
@@ -67,19 +71,27 @@ def check(work: Work, step: Step) -> Result:
 def insert(work: Work, step: Step) -> Result:
     """Insert the pairs; equalize the repaired variant first, if the job asks for it."""
     options = work.options("insert")
+    equalize = equalizes(work.job, step.variant)
     strip_format = work.options("strip")["format_name"] if work.job.runs("strip") else None
     made = work.made(step)
     verbs.insert(
         work.job.model,
         rules=options["rules"],
         overrides=take_overrides(options),
+        data=work.source("calibration") if equalize else None,
         settings=work.settings,
-        equalize=options["equalize"] and step.variant == "repaired",
+        calibration=None,  # the next stage
+        equalize=equalize,
         relu6=options["relu6"],
         format_name=strip_format or options["format_name"],
         listener=work.listener,
     ).save(made, force=True)
     return Result(files=_model_files(made))
+
+
+def equalizes(job: Job, variant: str) -> bool:
+    """Return whether inserting pairs into a variant equalizes it first, and so reads data."""
+    return variant == "repaired" and bool(job.options["insert"]["equalize"])
 
 
 def calibrate(work: Work, step: Step) -> Result:
@@ -195,6 +207,29 @@ def analyze(work: Work, step: Step) -> Result:
     return Result(
         figures={"cost": _finite(found.cost)}, notes=tuple(worst), files=(overrides, figures)
     )
+
+
+def search(work: Work, step: Step) -> Result:
+    """Write a width for each weight within a budget, as overrides for another job."""
+    options = work.options("search")
+    if (options["max_loss"] is None) == (options["bits"] is None):
+        raise JobError(f"{work.job.draft.file}: [search] needs either 'max-loss' or 'bits'.")
+    for name in ("samples", "val_samples"):
+        options[name] = min(options[name], work.job.samples or options[name])
+    rules = work.options("insert")["rules"]
+    found = verbs.search(
+        work.model(step.source),
+        work.source("validation"),
+        rules=rules if rules.endswith(".toml") else None,
+        settings=work.settings,
+        listener=work.listener,
+        **options,
+    )
+    widths, chosen = work.folder / WIDTHS, found.search.chosen
+    write_text(widths, overrides_text(found.search.overrides), force=True)
+    figures = {"average bits": chosen.average, "cost": _finite(chosen.cost)}
+    note = f"{WIDTHS}: {chosen.average:.2f} bits on average. Give it as 'overrides' of [insert]."
+    return Result(figures=figures, notes=(note,), files=(widths,))
 
 
 def strip(work: Work, step: Step) -> Result:

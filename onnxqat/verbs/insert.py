@@ -45,7 +45,7 @@ def insert(
     overrides: Overrides = (),
     data: AnyData | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
-    calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+    calibration: Calibration | None = Calibration(),  # noqa: B008 (frozen)
     equalize: bool = False,
     relu6: Relu6 = "auto",
     format_name: str | None = None,
@@ -69,8 +69,9 @@ def insert(
         Samples for calibration. Without them, the scales are placeholders.
     settings : Settings
         How data become model inputs; the model stores these settings.
-    calibration : Calibration
-        The calibration settings, used with ``data``.
+    calibration : Calibration or None
+        The calibration settings, used with ``data``. None: ``data`` are read to equalize only, and
+        the scales stay placeholders.
     equalize, relu6 : bool, {"auto", "keep", "replace"}
         Whether channel ranges are equalized first, and how ReLU6 is handled, see
         `onnxqat.repair.equalize`. Steps that need samples use ``data``.
@@ -111,7 +112,7 @@ def insert(
             for line in repairs(prepared, found, name_of(model)):
                 listener.note(line)
         result = result.with_stage(_stage(name_of(model), rule, found, equalization))
-        if data is None:
+        if data is None or calibration is None:
             return result
         shared: Any = {"calibration": calibration, "listener": listener, "workers": workers}
         if equalization.samples is not None:  # already open: an iterator can be read only once
