@@ -15,6 +15,11 @@ from scripts import reference_pages
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+OF_OTHERS = {  # options of scripts and of other tools that pages name
+    *("--compressionParamsFile", "--fast_test", "--grid", "--images", "--logdir", "--markdown"),
+    *("--minutes", "--models", "--no-deps", "--only", "--pre_eval_and_export", "--python"),
+    *("--seeds", "--small", "--strict", "--tolerance", "--update-golden", "--work"),
+}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -48,6 +53,19 @@ def test_links_of_a_page_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
         # the site holds the pages, and nothing beside them
         assert page.parent == ROOT or target.is_relative_to(DOCS), link
+
+
+def test_options_that_pages_name_exist():
+    params = (param for _, command in reference_pages.commands() for param in command.params)
+    ours = {opt for param in params if isinstance(param, click.Option) for opt in param.opts}
+    unknown = {
+        f"{page.name}: {option}"
+        for page in (ROOT / "README.md", *PAGES)
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
+        if option not in ours | OF_OTHERS | {"--help", "--version"}
+    }
+
+    assert unknown == set()
 
 
 def test_the_page_of_commands_has_every_option():
