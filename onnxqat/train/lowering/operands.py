@@ -4,8 +4,8 @@
 Sum       chain of Add                          in the order in which onnxruntime adds
 Mean      chain of Add, Mul by 1 / count
 Max, Min  chain of two-operand Max, Min         their gradient needs two operands
-Split     one Slice per output                  if not all outputs need a gradient, since the
-                                                gradient of Split needs all of them
+Split     one Slice per output                  if not all outputs need a gradient: the gradient
+                                                of Split adds zeros for the others
 ========  ====================================  =============================================
 
 The values are the same bit for bit.
