@@ -87,7 +87,7 @@ class LearnedRounding:
                 self.values[name][...] = values
 
     def weights(self) -> dict[str, FloatArray]:
-        """Return the weights with learned rounding, as values on their grid."""
+        """Return the weights with learned rounding, rounded unless their rounding is frozen."""
         found = {name: rounding.weight for name, rounding in self.roundings.items()}
         moved = {name: r.rounded(self.values[name]) for name, r in self.moving.items()}
         return found | moved
