@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxqat.analysis import Analysis
     from onnxqat.calibration import Calibration, placeholder_params, unlike_training
-    from onnxqat.data import Batch, DataSet, InputSpec, Preprocessing, open_data
+    from onnxqat.data import Batch, DataSet, InputSpec, Preprocessing, Tokenization, open_data
     from onnxqat.deploy import Deployment, deployed_model, write_deployment
     from onnxqat.errors import OnnxQatError
     from onnxqat.evaluation import Evaluation
@@ -76,6 +76,7 @@ _HOMES = {
     "Settings": "settings",
     "Stage": "quantized",
     "Summary": "jobs",
+    "Tokenization": "data",
     "TrainingLogs": "verbs.finetune",
     "analyze": "verbs.analyze",
     "bundled_rules": "rules",
@@ -139,6 +140,7 @@ __all__ = [
     "Settings",
     "Stage",
     "Summary",
+    "Tokenization",
     "TrainingLogs",
     "analyze",
     "bundled_rules",

@@ -40,7 +40,7 @@ def take_settings(options: dict[str, Any]) -> Settings:
 
 def take_source(source: str | None, options: dict[str, Any]) -> Any:
     """Take the data source, with the options that are not stored, from a command's options."""
-    from onnxqat.data import Text
+    from onnxqat.data import Tokenization
     from onnxqat.errors import OptionError
     from onnxqat.verbs import DataSource
 
@@ -49,7 +49,7 @@ def take_source(source: str | None, options: dict[str, Any]) -> Any:
     said["samples"] = options.pop("data_samples", None)
     tokenizer, fields, length = (options.pop(name, None) for name in TEXT)
     if tokenizer is not None:
-        said["text"] = Text(tokenizer=Path(tokenizer), fields=fields or (), length=length)
+        said["text"] = Tokenization(tokenizer=Path(tokenizer), fields=fields or (), length=length)
     elif fields is not None or length is not None:
         raise OptionError("--text, --max-tokens: need --tokenizer.")
     return None if source is None else DataSource(source=source, **said)

@@ -14,7 +14,7 @@ from onnxqat.data.division import split
 from onnxqat.data.feeds import InputSpec, check_preprocessing
 from onnxqat.data.loader import open_data
 from onnxqat.data.preprocess import Preprocessing
-from onnxqat.data.request import Text
+from onnxqat.data.request import Tokenization
 
 __all__ = [
     "Augmentation",
@@ -23,7 +23,7 @@ __all__ = [
     "DataSet",
     "InputSpec",
     "Preprocessing",
-    "Text",
+    "Tokenization",
     "augment",
     "check_count",
     "check_preprocessing",

@@ -17,7 +17,7 @@ from onnxqat.data.feeds import InputSpec, check_preprocessing, make_feed
 from onnxqat.data.folders import LABEL_NAMES
 from onnxqat.data.function import open_arrays
 from onnxqat.data.preprocess import Preprocessing, Said
-from onnxqat.data.request import Request, Text
+from onnxqat.data.request import Request, Tokenization
 from onnxqat.data.sources import open_source
 from onnxqat.errors import DataError
 
@@ -44,7 +44,7 @@ def open_data(
     boxes: str | Path | None = None,
     masks: str | Path | None = None,
     split: str | None = None,
-    text: Text | None = None,
+    text: Tokenization | None = None,
 ) -> DataSet:
     """Open data for a model.
 
@@ -83,7 +83,7 @@ def open_data(
         Folder with the class of each pixel of images, see `onnxqat.data.masks`.
     split : str, optional
         Split of a folder to read: ``train``, ``val`` or ``test``, see `onnxqat.data.splits`.
-    text : Text, optional
+    text : Tokenization, optional
         How the texts of a ``.jsonl`` file become numbers, see `onnxqat.data.text`.
 
     Raises

@@ -12,11 +12,11 @@ from onnxqat.data.feeds import InputSpec
 from onnxqat.data.preprocess import Preprocessing
 from onnxqat.errors import DataError
 
-__all__ = ["Request", "Text"]
+__all__ = ["Request", "Tokenization"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Tokenization:
     """How text becomes tokens, see `onnxqat.data.text`.
 
     Attributes
@@ -68,7 +68,7 @@ class Request:
         File or folder of boxes, folder of masks.
     split : str or None
         The split to read of a folder that has splits.
-    text : Text or None
+    text : Tokenization or None
         How text becomes tokens.
     """
 
@@ -80,7 +80,7 @@ class Request:
     boxes: Path | None = None
     masks: Path | None = None
     split: str | None = None
-    text: Text | None = None
+    text: Tokenization | None = None
 
     def spec_of(self, key: str) -> InputSpec | None:
         """Return the model input that takes an array by its name; None without one."""

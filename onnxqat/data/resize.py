@@ -46,7 +46,7 @@ def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[An
 
     uint8 images get the bytes of cv2.resize (``modules/imgproc/src/resize.cpp`` of OpenCV): integer
     sums along the rows, then along the columns, where 4 bits are dropped before the weights and 16
-    behind them. At exactly half the size, each pixel is the mean of four. float32 images get the
+    behind them. float32 images get the
     same formula; cv2's own sums may differ in the last bits.
 
     Parameters
@@ -60,8 +60,6 @@ def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[An
         return image
     image = _floats_or_bytes(image)
     exact = image.dtype == np.uint8
-    if image.shape[:2] == (2 * height, 2 * width):
-        return _halved(image)
     rows, columns = (
         _Taps(there, length) for there, length in zip(image.shape[:2], (height, width), strict=True)
     )
@@ -108,15 +106,6 @@ class _Taps:
     def pixels(self, there: int) -> list[NDArray[np.int64]]:
         """Return both pixels, inside of the image."""
         return [np.clip(self.at + step, 0, there - 1) for step in (0, 1)]
-
-
-def _halved(image: NDArray[Any]) -> NDArray[Any]:
-    """Return the mean of each square of four pixels."""
-    wide = image.astype(np.int32) if image.dtype == np.uint8 else image
-    total = wide[::2, ::2] + wide[::2, 1::2] + wide[1::2, ::2] + wide[1::2, 1::2]
-    if image.dtype == np.uint8:
-        return ((total + 2) >> 2).astype(np.uint8)
-    return np.asarray(total * np.float32(0.25))
 
 
 def nearest(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:

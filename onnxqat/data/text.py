@@ -28,7 +28,7 @@ from onnxqat.data.classes import class_indices
 from onnxqat.data.columns import Column, ColumnSource, Unreadable, ValueColumn
 from onnxqat.data.lists import read_lines, read_text
 from onnxqat.data.records import Record, Records
-from onnxqat.data.request import Request, Text
+from onnxqat.data.request import Request, Tokenization
 from onnxqat.data.tokens import ANSWERS, IDS, TOKENS_MASK, TYPES, Encoder, TokenColumn
 from onnxqat.errors import DataError, OptionError
 
@@ -86,7 +86,7 @@ def _is_numeric(value: Any) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def _text_fields(path: Path, first: Record, text: Text | None) -> tuple[str, ...]:
+def _text_fields(path: Path, first: Record, text: Tokenization | None) -> tuple[str, ...]:
     """Return the one or two fields with the text of a sample; none without a tokenizer."""
     if text is not None and text.fields:
         missing = [name for name in text.fields if name not in first]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxqat.data.arrays import Header, reason
 from onnxqat.data.records import Records
-from onnxqat.data.request import Text
+from onnxqat.data.request import Tokenization
 from onnxqat.errors import DataError, OptionError
 from onnxqat.files import check_readable
 
@@ -44,14 +44,14 @@ class Encoder:
         The samples.
     fields : tuple of str
         The fields with the text, one or two.
-    text : Text
+    text : Tokenization
         Tokenizer, and number of tokens.
     fixed : int or None
         Number of tokens that the model takes, if it is fixed.
     """
 
     def __init__(
-        self, records: Records, fields: tuple[str, ...], text: Text, fixed: int | None
+        self, records: Records, fields: tuple[str, ...], text: Tokenization, fixed: int | None
     ) -> None:
         self.records, self.fields = records, fields
         self._tokenizer = _loaded(text.tokenizer)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from onnxqat.calibration import unlike_training
-from onnxqat.data import DataSet, Text, open_data
+from onnxqat.data import DataSet, Tokenization, open_data
 from onnxqat.data.preprocess import Layout
 from onnxqat.data.splits import usual_split
 from onnxqat.errors import OptionError
@@ -64,7 +64,7 @@ class DataSource:
         Folder with the class of each pixel of images, see `onnxqat.data.masks`.
     split : {"train", "val", "test"}, optional
         Split to read of a folder that has splits (default: what suits the verb).
-    text : Text, optional
+    text : Tokenization, optional
         How the texts of a ``.jsonl`` file become numbers.
     """
 
@@ -76,7 +76,7 @@ class DataSource:
     boxes: str | Path | None = None
     masks: str | Path | None = None
     split: str | None = None
-    text: Text | None = None
+    text: Tokenization | None = None
 
 
 AnyData: TypeAlias = str | Path | Arrays | Iterable[Arrays] | DataSource | DataSet

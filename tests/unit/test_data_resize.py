@@ -10,7 +10,7 @@ from onnxqat.data import InputSpec, Preprocessing, open_data
 from onnxqat.data.resize import nearest, resize_by_opencv
 
 SIZES = [  # from height and width to height and width
-    ((48, 64), (24, 32)),  # exactly half: another formula
+    ((48, 64), (24, 32)),  # exactly half: OpenCV takes the mean of four
     ((48, 64), (24, 64)),
     ((48, 64), (48, 32)),
     ((37, 53), (224, 97)),

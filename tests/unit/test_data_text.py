@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from onnxqat.data import InputSpec, Text, open_data
+from onnxqat.data import InputSpec, Tokenization, open_data
 from onnxqat.errors import DataError, OptionError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "who", "came", "the", "old", "cat", "and", "dog", "."]
@@ -48,7 +48,7 @@ def read(path, inputs, *arrays, **options):
 
 def test_texts_and_labels(tokenizer, tmp_path):
     path = written(tmp_path, {"text": "the cat came", "label": 1}, {"text": "dog mice", "label": 0})
-    _, batch = read(path, specs(6), text=Text(tokenizer=tokenizer))
+    _, batch = read(path, specs(6), text=Tokenization(tokenizer=tokenizer))
 
     first, second = [2, *ids("the cat came"), 3, 0], [2, *ids("dog"), 1, 3, 0, 0]
     assert batch.inputs["input_ids"].tolist() == [first, second]
@@ -60,7 +60,7 @@ def test_texts_and_labels(tokenizer, tmp_path):
 def test_a_model_of_one_input_gets_the_tokens(tokenizer, tmp_path):
     path = written(tmp_path, {"body": "the cat", "size": 3}, {"body": "the old cat", "size": 4})
     inputs = specs("length", names=("tokens",), dtype="int32")
-    _, batch = read(path, inputs, "size", text=Text(tokenizer=tokenizer, fields=("body",)))
+    _, batch = read(path, inputs, "size", text=Tokenization(tokenizer=tokenizer, fields=("body",)))
 
     # as long as the longest, since neither the model nor the user says
     assert batch.inputs["tokens"].tolist() == [[2, 6, 8, 3, 0], [2, 6, 7, 8, 3]]
@@ -70,7 +70,7 @@ def test_a_model_of_one_input_gets_the_tokens(tokenizer, tmp_path):
 
 def test_names_of_classes(tokenizer, tmp_path):
     path = written(tmp_path, {"text": "the", "label": "good"}, {"text": "the", "label": "bad"})
-    text = Text(tokenizer=tokenizer)
+    text = Tokenization(tokenizer=tokenizer)
     data, batch = read(path, specs(), text=text, classes={"bad": 0, "good": 1})
     assert batch.labels.tolist() == [1, 0]
     assert data.classes == {"bad": 0, "good": 1}
@@ -96,7 +96,7 @@ def test_answers_become_positions_of_tokens(tokenizer, tmp_path):
     records = [answered((0, 11), (8, 11)), answered((16, 23)), answered(), answered((5, 6))]
     path = written(tmp_path, *records)
     names = ("start_positions", "end_positions")
-    _, batch = read(path, specs(14), *names, text=Text(tokenizer=tokenizer))
+    _, batch = read(path, specs(14), *names, text=Tokenization(tokenizer=tokenizer))
 
     assert batch.arrays["start_positions"].tolist() == [[4, 6], [8, -1], [0, -1], [5, -1]]
     assert batch.arrays["end_positions"].tolist() == [[6, 6], [9, -1], [0, -1], [5, -1]]
@@ -107,7 +107,7 @@ def test_answers_become_positions_of_tokens(tokenizer, tmp_path):
 def test_an_answer_that_is_cut_off_is_none(tokenizer, tmp_path):
     path = written(tmp_path, answered((0, 11)), answered((16, 23)))
     names = ("start_positions", "end_positions")
-    text = Text(tokenizer=tokenizer, length=10)  # ... cat and the [SEP]
+    text = Tokenization(tokenizer=tokenizer, length=10)  # ... cat and the [SEP]
     _, batch = read(path, specs("length"), *names, text=text)
 
     assert batch.inputs["input_ids"].shape == (2, 10)
@@ -144,7 +144,7 @@ def test_lists_of_numbers_need_no_tokenizer(tmp_path):
 def test_what_is_wrong_with_a_file_is_one_line(tokenizer, tmp_path, records, said):
     path, names = written(tmp_path, *records), ("start_positions", "end_positions")
     with pytest.raises(DataError, match=said) as caught:
-        read(path, specs(), *names, text=Text(tokenizer=tokenizer))
+        read(path, specs(), *names, text=Tokenization(tokenizer=tokenizer))
     assert "\n" not in str(caught.value)
 
 
@@ -154,13 +154,13 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tokenizer, tmp_path):
         read(path, specs())
     (tmp_path / "bad.json").write_text('{"model": {}}')
     with pytest.raises(DataError, match=r"bad\.json: is not a tokenizer"):
-        read(path, specs(), text=Text(tokenizer=tmp_path / "bad.json"))
+        read(path, specs(), text=Tokenization(tokenizer=tmp_path / "bad.json"))
     with pytest.raises(DataError, match="--max-tokens 9: the model takes 8 tokens"):
-        read(path, specs(), text=Text(tokenizer=tokenizer, length=9))
+        read(path, specs(), text=Tokenization(tokenizer=tokenizer, length=9))
     with pytest.raises(DataError, match="has no field 'title'"):
-        read(path, specs(), text=Text(tokenizer=tokenizer, fields=("title",)))
+        read(path, specs(), text=Tokenization(tokenizer=tokenizer, fields=("title",)))
     with pytest.raises(DataError, match="are 3 fields"):
-        Text(tokenizer=tokenizer, fields=("a", "b", "c"))
+        Tokenization(tokenizer=tokenizer, fields=("a", "b", "c"))
 
 
 def test_lists_of_different_length_are_refused(tmp_path):
