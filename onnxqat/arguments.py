@@ -6,7 +6,6 @@ Each function removes the options that it needs from the parsed options (named i
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def take_source(source: str | None, options: dict[str, Any]) -> Any:
     said["samples"] = options.pop("data_samples", None)
     tokenizer, fields, length = (options.pop(name, None) for name in TEXT)
     if tokenizer is not None:
-        said["text"] = Tokenization(tokenizer=Path(tokenizer), fields=fields or (), length=length)
+        said["text"] = Tokenization(tokenizer=tokenizer, fields=fields or (), length=length)
     elif fields is not None or length is not None:
         raise OptionError("--text, --max-tokens: need --tokenizer.")
     return None if source is None else DataSource(source=source, **said)

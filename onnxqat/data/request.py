@@ -21,10 +21,10 @@ class Tokenization:
 
     Attributes
     ----------
-    tokenizer : Path
+    tokenizer : str or Path
         A ``tokenizer.json`` of the package tokenizers.
     fields : tuple of str
-        The one or two fields that are the text; by default those that are called as is usual.
+        The one or two fields that are the text (default: those of `onnxqat.data.text.PAIRS`).
     length : int or None
         Number of tokens of a sample. None: the model's own length if it is fixed, else that of the
         longest sample, at most 512.
@@ -35,7 +35,7 @@ class Tokenization:
         There are more than two fields, or the length is below 1.
     """
 
-    tokenizer: Path
+    tokenizer: str | Path
     fields: tuple[str, ...] = ()
     length: int | None = None
 

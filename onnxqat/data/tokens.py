@@ -54,7 +54,7 @@ class Encoder:
         self, records: Records, fields: tuple[str, ...], text: Tokenization, fixed: int | None
     ) -> None:
         self.records, self.fields = records, fields
-        self._tokenizer = _loaded(text.tokenizer)
+        self._tokenizer = _loaded(Path(text.tokenizer))
         self._lock = threading.Lock()
         self._kept: tuple[bytes, Tokens] | None = None
         if fixed is not None and text.length not in (None, fixed):
