@@ -13,6 +13,7 @@ from onnxqat.operators import (
     CONVOLUTIONS,
     ONNX_DOMAINS,
     OPERATORS,
+    RECURRENT,
     Role,
     convolution_channels,
     role_of,
@@ -28,6 +29,7 @@ __all__ = [
     "data_inputs",
     "input_role",
     "is_bias_add",
+    "is_cell",
     "is_constant",
     "is_convolution",
     "is_depthwise",
@@ -45,7 +47,9 @@ __all__ = [
 ]
 
 # Inputs that a chip may read as integers with their own parameters.
-GRID_ROLES: tuple[Role, ...] = ("data", "factor", "weight", "scale")
+GRID_ROLES: tuple[Role, ...] = ("data", "factor", "weight", "scale", "gate")
+WEIGHTS: tuple[Role, ...] = ("factor", "weight", "gate")
+CELL = 2  # the output of an LSTM that holds its cell
 
 
 def is_op(node: gs.Node, *ops: str) -> bool:
@@ -87,9 +91,15 @@ def input_role(node: gs.Node, index: int) -> Role:
 def takes_grid(node: gs.Node, index: int) -> bool:
     """Return whether a chip may read an input as integers with their own parameters.
 
-    This is false for a bias, whose scale follows from others, a slope, a statistic or a setting.
+    This is false for a bias, whose scale follows from others, a slope, a statistic or a setting;
+    and for peepholes and initial states, which chips store with more bits.
     """
     return input_role(node, index) in GRID_ROLES
+
+
+def is_cell(node: gs.Node, index: int) -> bool:
+    """Return whether an output is the cell of an LSTM, which chips keep wider than activations."""
+    return is_op(node, "LSTM") and index == CELL
 
 
 def data_inputs(node: gs.Node) -> list[gs.Tensor]:
@@ -98,11 +108,11 @@ def data_inputs(node: gs.Node) -> list[gs.Tensor]:
 
 
 def weight_index(node: gs.Node) -> int | None:
-    """Return the index of a node's constant weight, or None."""
+    """Return the index of a node's constant weight (the last one of several), or None."""
     found = [
         i
         for i, tensor in enumerate(node.inputs)
-        if input_role(node, i) in ("weight", "factor") and is_constant(tensor) and is_float(tensor)
+        if input_role(node, i) in WEIGHTS and is_constant(tensor) and is_float(tensor)
     ]
     return found[-1] if found else None
 
@@ -120,7 +130,7 @@ def channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
     has no output channels, and for a stack of matrices, for which the fused kernels of runtimes
     need a single scale (QLinearMatMul of onnxruntime 1.19.2 does not run with more).
     """
-    if input_role(node, index) not in ("weight", "factor"):
+    if input_role(node, index) not in WEIGHTS:
         return None
     if node.op == "Gemm":
         flipped = bool(node.attrs.get("transB" if index else "transA", 0))
@@ -133,8 +143,10 @@ def channel_axis(node: gs.Node, index: int, rank: int) -> int | None:
 def output_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
     """Return the number of output channels of a node whose weight or right operand has ``shape``.
 
-    Returns None for a MatMul with a vector.
+    Returns None for a MatMul with a vector, and for a recurrent layer.
     """
+    if is_op(node, *RECURRENT):
+        return None
     if is_convolution(node):
         return convolution_channels(node.op, shape, int(node.attrs.get("group", 1)))
     axis = channel_axis(node, 1, 2)  # the axis of each matrix, if there is a stack of them
@@ -153,7 +165,7 @@ def bias_channels(node: gs.Node, shape: Sequence[int]) -> int | None:
     """Return the number of channels of the bias of a node whose right operand has ``shape``.
 
     Returns None if the bias cannot be integers with the scale s_x * s_w, because the operand is a
-    vector or a Gemm scales its product or its bias.
+    vector, a Gemm scales its product or its bias, or a recurrent layer adds two products.
     """
     return output_channels(node, shape) if is_plain_product(node) else None
 

@@ -13,6 +13,9 @@ role           the meaning of an input
 ``scale``      the factor of each channel in a normalization
 ``statistic``  mean or variance that a normalization learned in training
 ``slope``      the factor of negative values in PRelu
+``gate``       a weight of the gates of a recurrent layer: (directions, gates * units, ...)
+``peephole``   the factors of the cell in the gates of an LSTM
+``state``      the initial state of a recurrent layer
 ``setting``    not data: a shape, axes, indices, sizes, limits, a fill value
 =============  ====================================================================================
 
@@ -65,7 +68,10 @@ __all__ = [
     "role_of",
 ]
 
-Role = Literal["data", "factor", "weight", "bias", "scale", "statistic", "slope", "setting"]
+Role = Literal[
+    "data", "factor", "weight", "bias", "scale", "statistic", "slope", "gate", "peephole", "state",
+    "setting",
+]  # fmt: skip
 Homogeneity = Literal["values", "windows", "axes", "operands"]
 Movement = Literal["axes", "blocks", "repeats", "picks", "joins", "extremes", "fills"]
 
@@ -88,7 +94,8 @@ class Operator:
         How scaling the inputs scales the outputs; None if it does not, or if that depends on the
         node. For operators that only move values, ``movement`` is more precise.
     channel_axis : int or None
-        The axis of the output channels of a ``weight``; with groups, of one group's channels.
+        The axis of the output channels of a ``weight``; with groups, of one group's channels. Of a
+        ``gate``, the axis of the rows of all gates.
     window : bool
         Whether a window slides over the spatial axes: ``kernel_shape``, ``pads``, ``auto_pad``.
     nonnegative : bool
@@ -112,6 +119,7 @@ class Operator:
 
 _SETTINGS: tuple[Role, ...] = ("data", "setting")
 _NORMALIZATION: tuple[Role, ...] = ("data", "scale", "bias")
+_RECURRENT: tuple[Role, ...] = ("data", "gate", "gate", "bias", "setting", "state")
 
 OPERATORS: dict[str, Operator] = {
     # products with a weight
@@ -155,17 +163,17 @@ OPERATORS: dict[str, Operator] = {
     "Add": Operator(homogeneous="operands"),
     "AveragePool": Operator(window=True, homogeneous="windows"),
     "Clip": Operator(inputs=_SETTINGS),
-    "GRU": Operator(gates=3),
+    "GRU": Operator(inputs=_RECURRENT, channel_axis=1, gates=3),
     "GlobalAveragePool": Operator(homogeneous="windows"),
     "HardSigmoid": Operator(nonnegative=True),
     "If": Operator(subgraphs=True),
-    "LSTM": Operator(gates=4),
+    "LSTM": Operator(inputs=(*_RECURRENT, "state", "peephole"), channel_axis=1, gates=4),
     "LeakyRelu": Operator(homogeneous="values"),
     "Loop": Operator(subgraphs=True),
     "LpPool": Operator(window=True),
     "Neg": Operator(homogeneous="values"),
     "PRelu": Operator(inputs=("data", "slope"), homogeneous="values"),
-    "RNN": Operator(gates=1),
+    "RNN": Operator(inputs=_RECURRENT, channel_axis=1, gates=1),
     "ReduceMean": Operator(inputs=_SETTINGS, homogeneous="axes"),
     "ReduceSum": Operator(inputs=_SETTINGS, homogeneous="axes"),
     "Scan": Operator(subgraphs=True),

@@ -183,6 +183,25 @@ def joined_to_a_constant() -> onnx.ModelProto:
     return g.model([4, 3, 8, 8], [4, 4, 1, 1])
 
 
+def spotter(*, seed: int = 0, length: Any = 5) -> onnx.ModelProto:
+    """Sequences to classes: an LSTM of two directions, then a GRU, of which the last state counts.
+
+    ``length`` is that of the sequences.
+    """
+    g = _Graph(seed)
+    g.node("Transpose", ["input"], "t", perm=[1, 0, 2])
+    lstm = [g.weight("w1", 2, 16, 3), g.weight("r1", 2, 16, 4), g.weight("b1", 2, 32)]
+    g.node("LSTM", ["t", *lstm], "h1", hidden_size=4, direction="bidirectional")
+    g.node("Transpose", ["h1"], "h2", perm=[0, 2, 1, 3])
+    g.node("Reshape", ["h2", g.constant("shape", np.int64([0, 0, 8]))], "h3")
+    gru = [g.weight("w2", 1, 15, 8), g.weight("r2", 1, 15, 5), g.weight("b2", 1, 30)]
+    node = helper.make_node("GRU", ["h3", *gru], ["", "last"], name="n_last", hidden_size=5)
+    g.nodes.append(node)
+    g.node("Squeeze", ["last", g.constant("axis", np.int64([0]))], "s")
+    g.node("Gemm", ["s", g.weight("w3", 5, 4), g.weight("b3", 4)], "output")
+    return g.model(["N", length, 3], ["N", 4])
+
+
 def samples(model: onnx.ModelProto, count: int, *, seed: int = 1) -> np.ndarray[Any, Any]:
     """Return random inputs of a network, float32."""
     dims = model.graph.input[0].type.tensor_type.shape.dim[1:]

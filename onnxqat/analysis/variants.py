@@ -15,7 +15,7 @@ import msgspec
 
 from onnxqat.errors import ModelError
 from onnxqat.nodes import is_op
-from onnxqat.operators import WEIGHTED
+from onnxqat.operators import RECURRENT, WEIGHTED
 from onnxqat.overrides import Override, parse_override
 from onnxqat.plan import EmptyPlanError, QuantPlan, QuantPoint, make_plan
 from onnxqat.quantized import QuantizedModel
@@ -132,5 +132,5 @@ def layers_of(model: QuantizedModel) -> tuple[Layer, ...]:
             nodes=chains.get(node.name, (node.name,)),
         )
         for node in model.floats.graph.nodes
-        if is_op(node, *WEIGHTED) and (node.name, "weight") in read
+        if is_op(node, *WEIGHTED, *RECURRENT) and (node.name, "weight") in read
     )

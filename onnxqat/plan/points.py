@@ -15,6 +15,7 @@ from onnxqat.nodes import (
     channel_axis,
     clips_from_zero,
     is_bias_add,
+    is_cell,
     is_constant,
     is_empty,
     is_float,
@@ -90,8 +91,9 @@ class PointDrafter:
                 if is_float(tensor) and tensor.name not in self.inner | self.drowned:
                     self._mark_input(unit, node, op, i, tensor)
             outputs = op.outputs or self.ops[self._head(unit).name].outputs
-            for tensor in unit.outputs:
-                if outputs and is_float(tensor) and tensor.name not in self.inner:
+            for i, tensor in enumerate(unit.outputs):
+                inside = tensor.name in self.inner or is_cell(unit.nodes[-1], i)
+                if outputs and is_float(tensor) and not inside:
                     self._mark_output(unit, tensor, outputs)
 
     def _head(self, unit: Unit) -> Unit:

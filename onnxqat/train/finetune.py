@@ -42,6 +42,7 @@ from onnxqat.train.given import (
     check_enough,
     divide,
     in_batches_of,
+    in_steps_of,
     teacher_of,
     teaching_session,
     with_arrays,
@@ -127,6 +128,7 @@ def finetune(
     )
     check_enough(len(data), training, held_out, config, workers)
     rest, reference = computable(model), teacher_of(model, teacher)
+    rest = replace(rest, model=in_steps_of(rest.model, data))
     if rest.lost:
         reference = computable(reference).model
         say(rest.note)
@@ -164,7 +166,8 @@ def finetune(
         return _of_blocks(blocks, run)
     if checkpoints is not None:
         checkpoints.resume = checkpoints.behind_blocks
-    tuned = replace(run, model=blocks.model, rest=computable(blocks.model)).network()
+    rest = replace(rest, model=in_steps_of(computable(blocks.model).model, data))
+    tuned = replace(run, model=blocks.model, rest=rest).network()
     return replace(
         tuned,
         before=blocks.before,

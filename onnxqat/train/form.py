@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ from onnxqat.train.lowering import (
     fixed_shapes,
     handing_on,
     lower,
+    with_steps,
 )
 from onnxqat.train.trained import trained_initializers
 
@@ -159,6 +160,7 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
     """Return the nodes that prevent fine-tuning of a model with a plan; empty if there are none.
 
     Ops that onnxruntime lacks behind the last point are no obstacle: training ends before them.
+    Nor are sequences of unknown length: fine-tuning takes the length of the data.
 
     Parameters
     ----------
@@ -170,6 +172,7 @@ def untrainable_nodes(model: Model, plan: QuantPlan) -> list[Untrainable]:
     quantized = insert_pairs(model, plan, placeholder_params(model, plan), state="uncalibrated")
     with suppress(ModelError):  # if the model cannot run, its nodes are named below
         quantized = computable(quantized).model
+        quantized = replace(quantized, floats=with_steps(quantized.floats, {}))
     return _build(quantized)[2].refused
 
 
@@ -284,7 +287,7 @@ class _Builder:
         grids = {self.grid.get(t.name) for t in data_inputs(node)}
         if keeps_grid(node) and len(grids) == 1 and None not in grids:
             self.grid.update(dict.fromkeys((t.name for t in node.outputs), grids.pop()))
-        floats = [t.name for t in node.outputs if may_be_float32(t)]
+        floats = [t.name for t in node.outputs if t.name and may_be_float32(t)]
         learned = [i for i, t in enumerate(node.inputs) if t.name in self.trained]
         if not floats or not learned:
             return [node]
@@ -438,7 +441,7 @@ def _pair_nodes(node: gs.Node) -> list[gs.Node]:
 def reaching(graph: gs.Graph, read: str | None = None) -> set[str]:
     """Return the tensors with a path of float32 values to ``read`` (default: the first output)."""
     end = graph.outputs[0].name if read is None else read
-    read_by_nodes = (t for node in graph.nodes for t in node.inputs)
+    read_by_nodes = (t for node in graph.nodes for t in node.inputs if t.name)
     floats = {t.name for t in read_by_nodes if may_be_float32(t)}
     return leading_to({end}, _links(graph), floats.__contains__)
 

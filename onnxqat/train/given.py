@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import onnxruntime as ort
 
@@ -17,12 +18,14 @@ from onnxqat.quantized import QuantizedModel, weights_hash
 from onnxqat.repair import original
 from onnxqat.train.config import STEP, Config
 from onnxqat.train.losses import TENSOR, array_input, array_of, teacher_input
+from onnxqat.train.lowering import with_steps
 
 __all__ = [
     "batches_per_step",
     "check_enough",
     "divide",
     "in_batches_of",
+    "in_steps_of",
     "teacher_of",
     "teaching_session",
     "with_arrays",
@@ -36,6 +39,13 @@ def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
         if isinstance(length, int) and tensor.name in data.sample_inputs:
             return data.in_batches_of(length, tensor.name)
     return data
+
+
+def in_steps_of(model: QuantizedModel, data: DataSet) -> QuantizedModel:
+    """Return a model whose recurrent layers have as many steps as the data."""
+    sample = data.sample(0).inputs
+    floats = with_steps(model.floats, {name: array.shape for name, array in sample.items()})
+    return replace(model, floats=floats)
 
 
 def batches_per_step(data: DataSet, size: int, config: Config, workers: Workers) -> int:

@@ -1,10 +1,10 @@
 """Choose the initializers of a model that are trained.
 
-Trained are the weights and biases of weighted nodes, parameters of normalizations and slopes of
-PRelu, and those constants of an Add, a Mul and similar ops that were learned: a bias, a LayerScale,
-a table of positions. Constants that belong to the structure are trained only if the user names
-them: a single number (1.0, 0.5, 1 / sqrt(d), an epsilon), and a grid or strides of anchors, whose
-values are different multiples of one half.
+Trained are the weights and biases of weighted nodes and recurrent layers, parameters of
+normalizations and slopes of PRelu, and those constants of an Add, a Mul and similar ops that were
+learned: a bias, a LayerScale, a table of positions. Constants that belong to the structure are
+trained only if the user names them: a single number (1.0, 0.5, 1 / sqrt(d), an epsilon), and a grid
+or strides of anchors, whose values are different multiples of one half.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxqat.train.lowering import FIRST_INPUT_ONLY
 
 __all__ = ["is_structure", "trained_initializers"]
 
-PARAMETERS: tuple[Role, ...] = ("factor", "weight", "bias", "scale", "slope")
+PARAMETERS: tuple[Role, ...] = ("factor", "weight", "bias", "scale", "slope", "gate", "peephole")
 
 
 def trained_initializers(

@@ -26,18 +26,16 @@ def test_check_says_what_runs_in_float():
 
 def test_check_says_what_keeps_a_model_from_being_fine_tuned(tmp_path):
     text = (
-        '<ir_version: 8, opset_import: ["": 17]> g (float[4,1,4] x) => (float[4,1,1,2] y) '
-        "<float[1,4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, "
-        "float[1,8,4] a = {0.5,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}, "
-        "float[1,8,2] b = {0.5,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}> "
-        "{h = MatMul(x, w) y = LSTM<hidden_size=2>(h, a, b)}"
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2,1,2,4] x) => (float[2,1,1,1] y) '
+        "<float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, float[2,1,1,2] p = {0,0.5,-0.5,0}> "
+        "{h = MatMul(x, w) y = GridSample(h, p)}"
     )
-    path = tmp_path / "lstm.onnx"
+    path = tmp_path / "sampled.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
     result = invoke("check", path, "--rules", "tensorrt", "--train")
 
     assert result.exit_code == 1
-    assert "untrainable  LSTM" in result.stdout
+    assert "untrainable  GridSample" in result.stdout
     assert "Error: The model cannot be fine-tuned because of 1 nodes." in result.stderr
     assert document("check", LENET, "--train")["untrainable"] == []
 

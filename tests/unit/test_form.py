@@ -145,31 +145,25 @@ def test_16_bits_of_opset_21_train_and_equal_the_file_bit_for_bit(rule):
     assert all(np.any(gradient) for gradient in session.gradients.views.values())
 
 
-def recurrent():
-    text = """<ir_version: 8, opset_import: ["": 17]>
-    g (float[N,2,4] x) => (float[N,1,2,4] y)
-    <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1},
-     float[3,4] v = {1,0,0,2, 0,1,0,0, 0,0,1,0}> {
-        [first] a = MatMul(x, w)
-        [gru] h, last = GRU <hidden_size = 3> (a, i, r)
-        [second] y = MatMul(h, v)
-    }"""
-    network = onnx.parser.parse_model(text)
-    for name, shape in (("i", (1, 9, 4)), ("r", (1, 9, 3))):
-        values = np.ones(shape, np.float32)
-        network.graph.initializer.append(numpy_helper.from_array(values, name))
-    return network
+SAMPLED = """<ir_version: 8, opset_import: ["": 17]>
+g (float[2,1,2,4] x) => (float[2,1,1,3] y)
+<float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 3,0,0,1}, float[1,3] v = {1,0.5,2},
+ float[2,1,1,2] grid = {0,0.5,-0.5,0}> {
+    [first] a = MatMul(x, w)
+    [sample] h = GridSample(a, grid)
+    [second] y = MatMul(h, v)
+}"""
 
 
-def test_recurrent_layer_is_refused_with_its_reason():
-    _, qdq = quantized_text(recurrent())
-    message = r"Node 'gru' \(GRU: a recurrent layer has no .*--set 'name:REGEX.quantize=false'"
+def test_sampling_at_positions_is_refused_with_its_reason():
+    _, qdq = quantized_text(SAMPLED)
+    message = r"Node 'sample' \(GridSample: sampling at .*--set 'name:\.\.\.quantize=false'"
     with pytest.raises(TrainingError, match=message):
         training_form(qdq)
 
 
 def test_what_stands_before_it_can_be_excluded_and_is_not_trained():
-    _, qdq = quantized_text(recurrent(), overrides=("name:first.quantize=false",))
+    _, qdq = quantized_text(SAMPLED, overrides=("name:first.quantize=false",))
     form = training_form(qdq)
 
     assert form.weights.keys() == {"v"}

@@ -69,8 +69,8 @@ def test_a_float_input_is_a_setting_only_where_it_limits_or_fills(op):
 
 @ROWS
 def test_an_input_that_cannot_be_float_is_a_setting(op):
-    if op in (*SUBGRAPHS, *RECURRENT):
-        return  # what a subgraph reads is its own; sequence_lens is read by no stage
+    if op in SUBGRAPHS:
+        return  # what a subgraph reads is its own
     others = [i for i, (_, is_float) in enumerate(formal_inputs(op)) if not is_float]
 
     assert {role_of(op, i) for i in others} <= {"setting"}
@@ -80,7 +80,8 @@ def test_an_input_that_cannot_be_float_is_a_setting(op):
 def test_parameters_bear_the_names_of_the_schema(op):
     names = {"weight": {"W"}, "bias": {"B", "C", "bias"}, "scale": {"scale", "Scale"},
              "slope": {"slope"}, "statistic": {"input_mean", "input_var"},
-             "factor": {"A", "B"}}  # fmt: skip
+             "factor": {"A", "B"}, "gate": {"W", "R"}, "peephole": {"P"},
+             "state": {"initial_h", "initial_c"}}  # fmt: skip
     for index, (name, _) in enumerate(formal_inputs(op)):
         assert name in names.get(role_of(op, index), {name})
 

@@ -69,8 +69,8 @@ class FusedOp:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the outputs of the last node."""
-        return [t.name for t in self.nodes[-1].outputs]
+        """Names of the outputs of the last node, without those that are left out."""
+        return [t.name for t in self.nodes[-1].outputs if t.name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,7 @@ class _Reference:
                 params = model.params[point.parameters]
                 self.levels[point.tensor] = integers_name(point, params)
                 self.floats[point.tensor] = source_name(point, outputs)
-        others = (t.name for node in graph.nodes for t in node.outputs)
+        others = (t.name for node in graph.nodes for t in node.outputs if t.name)
         self.floats |= {name: name for name in others if name not in self.floats}
         read = sorted({*self.levels.values(), *self.floats.values()} - inputs)
         self.reader = TensorReader(

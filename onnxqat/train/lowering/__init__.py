@@ -4,10 +4,12 @@ The saved model keeps the original ops. In the training form, a node is (the fir
 
 1. refused, with a reason (`REFUSED`, or a form that its gradient does not support);
 2. kept, if `onnxqat.gradients` defines its gradient (`NATIVE`);
-3. rewritten into such nodes (`onnxqat.train.lowering.operands`);
+3. rewritten into such nodes (`onnxqat.train.lowering.operands`); a recurrent
+   layer is unrolled (`onnxqat.train.lowering.recurrent`);
 4. replaced by a custom op: the original node as forward pass, and a gradient in ONNX text.
 
-All of them compute the same values as the original node, bit for bit.
+All of them compute the same values as the original node, bit for bit, except GRU, RNN and LSTM with
+peepholes, which differ by a few units in the last place.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from onnxqat.train.lowering.rearranging import (
     product_with_vector,
     space_to_depth,
 )
-from onnxqat.train.lowering.shapes import fixed_shapes, sample_shapes
+from onnxqat.train.lowering.recurrent import unrolled
+from onnxqat.train.lowering.shapes import fixed_shapes, sample_shapes, with_steps
 
 __all__ = [
     "FIRST_INPUT_ONLY",
@@ -50,6 +53,7 @@ __all__ = [
     "handing_on",
     "lower",
     "sample_shapes",
+    "with_steps",
 ]
 
 NATIVE = frozenset(
@@ -65,7 +69,6 @@ NATIVE = frozenset(
 FIRST_INPUT_ONLY = ("Clip", "Pow")  # ops whose other inputs have no correct gradient
 RUNTIME_DOMAIN = "com.microsoft"
 REFUSED = {
-    **dict.fromkeys(RECURRENT, "a recurrent layer has no gradient here"),
     **dict.fromkeys(SUBGRAPHS, "onnxqat has no gradients for subgraphs"),
     "GridSample": "onnxqat has no gradient for sampling at computed positions",
 }
@@ -115,6 +118,8 @@ def lower(
         raise Refusal(f"onnxqat has no gradients for the domain '{node.domain}'{cause}")
     if node.op in REFUSED:
         raise Refusal(REFUSED[node.op])
+    if node.op in RECURRENT:
+        return _unrolled(node, opset)
     rewritten = _rewritten(node, all_reach_loss=all_reach_loss)
     if rewritten is not None:
         return rewritten, []
@@ -136,6 +141,22 @@ def handing_on(
     """Return the replacement of a Relu or Clip whose mask its point includes, see `ceiling`."""
     op, made = custom_op(node, straight(), learned, opset)
     return [made], [op]
+
+
+def _unrolled(node: gs.Node, opset: int) -> tuple[list[gs.Node], list[CustomOp]]:
+    """Return the steps of a recurrent layer, with what stands for its activations."""
+    nodes: list[gs.Node] = []
+    ops: dict[str, CustomOp] = {}  # by op type: all steps have the same
+    for made in unrolled(node):
+        stand_in, found = [made], []
+        if made.op in ("Clip", "LeakyRelu", *pointwise.SLOPES):
+            stand_in, found = lower(made, [0], opset=opset, all_reach_loss=True)
+        if stand_in[0] is not made:
+            made.inputs.clear()
+            made.outputs.clear()
+        nodes += stand_in
+        ops |= {op.op_type: op for op in found}
+    return nodes, list(ops.values())
 
 
 def _rewritten(node: gs.Node, *, all_reach_loss: bool) -> list[gs.Node] | None:

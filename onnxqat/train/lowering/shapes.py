@@ -1,15 +1,52 @@
-"""Infer shapes that shape inference cannot find because of a dynamic batch."""
+"""Infer shapes that shape inference cannot find because of a dynamic batch or length."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
 from onnxqat.model import Model
+from onnxqat.nodes import is_op
+from onnxqat.operators import RECURRENT
 from onnxqat.preparation.shapes import infer_shapes
 
-__all__ = ["fixed_shapes", "sample_shapes"]
+__all__ = ["fixed_shapes", "sample_shapes", "with_steps"]
 
 BATCHES = (2, 3)
+ANY_LENGTH = 64
+
+
+def with_steps(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
+    """Return a model whose recurrent layers have a known number of steps.
+
+    Parameters
+    ----------
+    model : Model
+        It is not changed, and returned as it is where it has no recurrent layer.
+    shapes : mapping of str to sequence of int
+        A shape of inputs, whose lengths behind the first axis stand for those that are free; 64
+        stands for the lengths of other inputs.
+    """
+    if not any(is_op(node, *RECURRENT) for node in model.graph.nodes):
+        return model
+    fixed = model.copy()
+    inputs = {tensor.name: tensor for tensor in fixed.graph.inputs}
+    for name, tensor in inputs.items():
+        if tensor.shape:
+            given = shapes.get(name, [ANY_LENGTH] * len(tensor.shape))
+            pairs = zip(tensor.shape[1:], given[1:], strict=True)
+            rest = (length if isinstance(length, int) else known for length, known in pairs)
+            tensor.shape = [tensor.shape[0], *rest]
+    free = {}
+    for name, tensor in fixed.graph.tensors().items():
+        if name not in inputs and not all(isinstance(n, int) for n in tensor.shape or ()):
+            free[name], tensor.shape = tensor.shape, None
+    infer_shapes(fixed.graph)
+    for name, tensor in fixed.graph.tensors().items():
+        if tensor.shape is None and name in free:  # the inference does not know its operator
+            tensor.shape = free[name]
+    return fixed
 
 
 def fixed_shapes(model: Model) -> dict[str, list[int | None]]:
