@@ -126,8 +126,9 @@ def _skip_loose_followers(
     chained = {unit.name for chain in chains for unit in chain}
     for unit in index.units:
         table = choice.ops.get(unit.name)
-        alone = table is not None and unit.name not in chained
-        if alone and not (table.inputs or table.outputs or table.weight):
+        if table is None or unit.name in chained:
+            continue
+        if not (table.inputs or table.outputs or table.weight):
             del choice.ops[unit.name]
             choice.skip(unit, f"rule {rule.name} quantizes {unit.kind} only behind a fused op")
 

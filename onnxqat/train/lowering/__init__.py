@@ -148,9 +148,10 @@ def _unrolled(node: gs.Node, opset: int) -> tuple[list[gs.Node], list[CustomOp]]
     nodes: list[gs.Node] = []
     ops: dict[str, CustomOp] = {}  # by op type: all steps have the same
     for made in unrolled(node):
-        stand_in, found = [made], []
-        if made.op in ("Clip", "LeakyRelu", *pointwise.SLOPES):
-            stand_in, found = lower(made, [0], opset=opset, all_reach_loss=True)
+        if made.op not in ("Clip", "LeakyRelu", *pointwise.SLOPES):
+            nodes.append(made)
+            continue
+        stand_in, found = lower(made, [0], opset=opset, all_reach_loss=True)
         if stand_in[0] is not made:
             made.inputs.clear()
             made.outputs.clear()
