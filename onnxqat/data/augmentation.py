@@ -17,6 +17,7 @@ than a tenth of it is left, see `onnxqat.data.beside`. Masks take the class of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,9 +221,10 @@ def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
 
 
 def _windows(count: int, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw top, left, height and width of windows, as fractions; the whole where none fits."""
+    """Draw top, left, height and width of windows, as fractions; the whole image if none fits."""
     area = rng.uniform(*AREA, (count, TRIES))
-    aspect = np.exp(rng.uniform(*np.log(ASPECT), (count, TRIES)))  # width by height, in pixels
+    low, high = map(math.log, ASPECT)
+    aspect = np.exp(rng.uniform(low, high, (count, TRIES)))  # width by height, in pixels
     corner = rng.random((count, 2))
     shape = size[0] / size[1]
     wide, tall = np.sqrt(area * aspect * shape), np.sqrt(area / aspect / shape)
@@ -283,7 +285,7 @@ def _jittered(
     grey = _grey(pixels, preprocessing.pixel_format)
     pixels = np.clip(grey + (pixels - grey) * saturation, 0, WHITE)
     result = (pixels - mean) * scale
-    return (np.rint(result) if images.dtype.kind in "iu" else result).astype(images.dtype)
+    return np.asarray(np.rint(result) if images.dtype.kind in "iu" else result, images.dtype)
 
 
 def _grey(pixels: NDArray[np.float32], pixel_format: str) -> NDArray[np.float32]:

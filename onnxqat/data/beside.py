@@ -84,8 +84,8 @@ def columns_beside(
             lambda: read_boxes(boxes, list(map(Path, images))),
         )
         targets = _Targets(images, found, preprocessing)
-        columns |= {BOXES: found, SIZE: _Sizes(images), TARGETS: targets}
-        columns[TARGETS_COUNT] = _Counts(targets)
+        columns[BOXES], columns[SIZE] = found, _Sizes(images)
+        columns[TARGETS], columns[TARGETS_COUNT] = targets, _Counts(targets)
     masks = masks or masks_beside(folder)
     if masks is not None:
         files = masks_of(images, masks)

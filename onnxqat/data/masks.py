@@ -57,7 +57,8 @@ class MaskReader:
                 f"{path}: has {self.described(mask)}, but its image '{self._images[path]}' has "
                 f"{size[0]} x {size[1]}. Store a class for each pixel of the image."
             )
-        if output_size(*mask.shape, self._preprocessing) is None:
+        height, width = mask.shape
+        if output_size(height, width, self._preprocessing) is None:
             raise DataError(
                 f"{path}: has {self.described(mask)}, less than --crop "
                 f"{self._preprocessing.crop}. Give --resize-dims."

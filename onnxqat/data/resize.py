@@ -72,11 +72,12 @@ def resize_by_opencv(image: NDArray[Any], height: int, width: int) -> NDArray[An
     wide = values[:, first] * left[:, None] + values[:, second] * right[:, None]
     first, second = rows.pixels(image.shape[0])
     if not exact:
-        return wide[first] * upper[:, None, None] + wide[second] * lower[:, None, None]
+        mixed = wide[first] * upper[:, None, None] + wide[second] * lower[:, None, None]
+        return np.asarray(mixed)
     wide >>= 4
     above = (wide[first] * upper[:, None, None]) >> 16
     below = (wide[second] * lower[:, None, None]) >> 16
-    return ((above + below + 2) >> 2).astype(np.uint8)
+    return np.asarray((above + below + 2) >> 2, np.uint8)
 
 
 class _Taps:
@@ -122,7 +123,7 @@ def nearest(image: NDArray[Any], height: int, width: int) -> NDArray[Any]:
         ((2 * np.arange(length) + 1) * there) // (2 * length)
         for there, length in zip(image.shape[:2], (height, width), strict=True)
     )
-    return image[rows[:, None], columns]
+    return np.asarray(image[rows[:, None], columns])
 
 
 def _floats_or_bytes(image: NDArray[Any]) -> NDArray[Any]:
