@@ -17,8 +17,9 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OF_OTHERS = {  # options of scripts and of other tools that pages name
     *("--compressionParamsFile", "--fast_test", "--grid", "--images", "--logdir", "--markdown"),
-    *("--minutes", "--models", "--no-deps", "--only", "--pre_eval_and_export", "--python"),
-    *("--seeds", "--small", "--strict", "--tolerance", "--update-golden", "--work"),
+    *("--minutes", "--model", "--models", "--no-deps", "--only", "--peer", "--python", "--seeds"),
+    *("--pre_eval_and_export", "--small", "--steps", "--strict", "--tolerance", "--work"),
+    "--update-golden",
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
