@@ -39,7 +39,7 @@ __all__ = ["LIST_SUFFIXES", "listed_files", "open_list", "read_lines", "read_tex
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv")
 MAX_BYTES = 2**28
 MAX_LINES = 10**7
-MAX_CELLS = 2 * 10**7  # of a CSV
+MAX_CELLS, MAX_COLUMNS = 2 * 10**7, 1000  # of a CSV
 PATHS = ("path", "file", "filename")
 LABELS = ("label", "labels", "y", "class")
 
@@ -146,28 +146,40 @@ def _divided(line: str) -> tuple[str, str | None]:
 
 
 def _csv(path: Path, text: str) -> Table:
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
-    except csv.Error as error:
-        raise DataError(f"{path}: is not CSV ({reason(error)}). Save it again.") from error
+    rows = _rows(path, text)
     if not rows:
         return {}
     first = [cell.strip() for cell in rows[0]]
     if any(is_sample(Path(cell)) for cell in first):
         titles = ["path", LABEL][: len(first)]
-        rows = [first, *rows[1:]]
     else:
         titles, rows = first, rows[1:]
     _check_titles(path, titles, len(first))
-    if len(rows) > MAX_LINES or len(rows) * len(titles) > MAX_CELLS:
-        raise DataError(f"{path}: has more than {MAX_CELLS} cells. Divide the list.")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         if len(row) != len(titles):
             raise DataError(
-                f"{path}: row {number + 1} of the samples has {len(row)} cells, but there are "
+                f"{path}: row {number} of the samples has {len(row)} cells, but there are "
                 f"{len(titles)} columns. Quote cells with commas in them."
             )
     return {title: [row[i].strip() for row in rows] for i, title in enumerate(titles)}
+
+
+def _rows(path: Path, text: str) -> list[list[str]]:
+    """Return the rows that are not blank; stop as soon as there are too many."""
+    rows: list[list[str]] = []
+    cells = 0
+    try:
+        for row in csv.reader(io.StringIO(text, newline=""), strict=True):
+            cells += len(row)
+            if len(rows) > MAX_LINES or cells > MAX_CELLS:
+                raise DataError(
+                    f"{path}: has more than {MAX_LINES} lines or {MAX_CELLS} cells. Divide it."
+                )
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}: is not CSV ({reason(error)}). Save it again.") from error
+    return rows
 
 
 def _check_titles(path: Path, titles: Sequence[str], columns: int) -> None:
@@ -176,6 +188,8 @@ def _check_titles(path: Path, titles: Sequence[str], columns: int) -> None:
             f"{path}: has {columns} columns without titles. Write titles into the first row, the "
             "names of the arrays."
         )
+    if columns > MAX_COLUMNS:
+        raise DataError(f"{path}: has {columns} columns. At most {MAX_COLUMNS} are read.")
     for title in titles:
         if not title or titles.count(title) > 1:
             raise DataError(

@@ -132,6 +132,7 @@ def test_a_vanished_file_is_named_or_skipped(folder):
         ("a.txt", "../0.npy\n../my images/0.png\n", r"has images \('.*0\.png'\) and arrays"),
         ("a.txt", "\x00.png\n", "cannot be read"),
         ("a.csv", "path,path\nx.png,1\n", "the title 'path' is empty or appears twice"),
+        ("a.csv", "a," * 2000 + "b\nx.png\n", "has 2001 columns. At most 1000 are read"),
         ("a.csv", "x.png,1,2\n", "has 3 columns without titles"),
         ("a.csv", "path,label\nx.png\n", "row 1 of the samples has 1 cells, but there are 2"),
         ("a.csv", 'path,label\n"x.png,1\n', "is not CSV"),
@@ -155,7 +156,7 @@ def test_lists_are_bounded(folder, monkeypatch):
     with pytest.raises(DataError, match="has more than 10 bytes"):
         read(path)
     monkeypatch.setattr("onnxqat.data.lists.MAX_BYTES", 1000)
-    with pytest.raises(DataError, match=r"has more than .* cells"):
+    with pytest.raises(DataError, match=r"has more than 10 lines or .* cells"):
         read(written(folder, "path\n" + "../0.npy\n" * 20, "a.csv"))
 
 
