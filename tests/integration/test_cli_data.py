@@ -16,7 +16,7 @@ from PIL import Image
 
 from onnxqat.quantized import load_model
 from onnxqat.settings import stored_settings
-from tests.integration.test_cli import LENET, NORM, RULE, TUNE, document, process, run
+from tests.integration.test_cli import LENET, NORM, RULE, TUNE, document, invoke, process, run
 from tests.normalized import IMAGES, MEAN, SCALE, network
 
 SAID = "times the standard deviation that the network saw in training"
@@ -182,14 +182,10 @@ def test_as_many_samples_are_read_as_asked_for(
     assert "10 samples" in (tmp_path / "r.html").read_text()
 
 
-def test_the_split_that_is_read_is_named(everywhere: Path, tmp_path: Path) -> None:
-    said = subprocess.run(
-        process("evaluate", LENET, everywhere / "splits", *NORM),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    assert "reading the split 'val'" in said
+def test_the_split_that_is_read_is_named(everywhere: Path) -> None:
+    assert (
+        "reading the split 'val'" in invoke("evaluate", LENET, everywhere / "splits", *NORM).stderr
+    )
 
 
 def test_answers_in_text_give_the_figures_of_their_tokens(tmp_path: Path) -> None:
