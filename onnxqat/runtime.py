@@ -89,7 +89,12 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
     ) -> None:
         self.name, self._outputs_of_unnamed = name, outputs_of_unnamed
         try:
-            super().__init__(model, options, providers=["CPUExecutionProvider"])
+            super().__init__(
+                model,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ReshapeFusion"],  # its nodes would be the last to run
+            )
         except Exception as error:  # the bindings raise a class per status code
             raise _load_error(name, _said(error)) from error
 
@@ -235,6 +240,8 @@ def open_session(
     # otherwise onnxruntime plans one block from the first run, beside the memory of that run: twice
     # the memory
     options.enable_mem_pattern = False
+    # otherwise onnxruntime walks back from one output after the other, and keeps what others need
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[optimization])
     outputs: dict[str, list[str]] = {}

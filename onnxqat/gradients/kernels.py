@@ -28,7 +28,12 @@ __all__ = ["KERNELS", "installed_kernels"]
 #   TanhGrad                              7    6  AveragePoolGrad                      17  17
 #
 # ConvGrad is not used for small feature maps, see `onnxqat.gradients.small_maps`.
-KERNELS = frozenset(("ConvGrad", "GeluGrad", "MaxPoolGrad", "SigmoidGrad", "TanhGrad"))
+#
+# Without a kernel for SoftmaxCrossEntropyLoss, onnxruntime replaces the node by nodes that it runs
+# last; a gradient that read their output would wait, and all tensors with it.
+KERNELS = frozenset(
+    ("ConvGrad", "GeluGrad", "MaxPoolGrad", "SigmoidGrad", "SoftmaxCrossEntropyLoss", "TanhGrad")
+)
 IR_VERSION = 8
 
 

@@ -24,7 +24,8 @@ TINY = 1e-30  # avoids a division by 0 if all labels are ignored
 
 
 def _cross_entropy(b: Backward) -> Found:
-    log_p, labels = b.output(1), b.input(1)
+    labels = b.input(1)
+    log_p = b.output(1) if b.has("SoftmaxCrossEntropyLoss") else b.op("LogSoftmax", b.x, axis=1)
     integers = b.op("Cast", labels, to=TensorProto.INT64, like=labels)
     counted = None
     if (ignored := b.attribute("ignore_index")) is not None:

@@ -109,6 +109,9 @@ class StepSession:
         tensors = sorted({t for tensors in self._observed.values() for t in tensors})
         _add_extremes(graph, tensors)
         drop_unread(graph)
+        # onnxruntime runs the nodes of functions last: what gradients compute from the same tensors
+        # would come first, and stay in memory through the whole forward pass
+        graph = native.inline_functions(graph)
         self._session = open_session(
             graph, optimization="basic", threads=threads, name="the training graph"
         )
