@@ -17,7 +17,15 @@ from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import bundled_rules, load_rule
-from tests.networks import _Graph, attention, convnet, detector, joined_to_a_constant, samples
+from tests.networks import (
+    _Graph,
+    attention,
+    convnet,
+    detector,
+    joined_to_a_constant,
+    samples,
+    spotter,
+)
 from tests.oracles import run_ort
 from tests.random_params import with_random_params
 
@@ -62,7 +70,7 @@ def constants() -> onnx.ModelProto:
 
 NETWORKS = {
     f.__name__: f
-    for f in (attention, called_twice, constants, convnet, detector, joined_to_a_constant)
+    for f in (attention, called_twice, constants, convnet, detector, joined_to_a_constant, spotter)
 }
 OVERRIDES = [(), ("weight.bits=4",), ("activation.bits=4",), ("activation.bits=16",),
              ("weight.axis=none",), ("weight.axis=channel",), ("weight.narrow_range=true",),
@@ -99,7 +107,7 @@ def check(name: str, written: Written, floats: Model, plan: QuantPlan, model: Mo
                     assert same, f"{name}, {kind}: '{point.tensor}' has other parameters"
 
 
-@pytest.mark.parametrize("network_name", ["called_twice", "constants"])
+@pytest.mark.parametrize("network_name", ["called_twice", "constants", "spotter"])
 @pytest.mark.parametrize(("rule", "table"), OWN, ids=[rule for rule, _ in OWN])
 def test_the_table_of_a_rule_holds_shared_weights_and_constants_of_any_rank(
     rule, table, network_name

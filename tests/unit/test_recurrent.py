@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxqat import Config, finetune
 from onnxqat.calibration import placeholder_params
 from onnxqat.deploy import write_deployment
 from onnxqat.errors import FormatError, RuleError, TrainingError
@@ -127,6 +128,16 @@ def test_sequences_of_unknown_length_take_that_of_the_data():
     assert np.abs(found - run_ort(calibrated.to_proto(), x)[0]).max() <= float(
         calibrated.params["output"].scale
     )
+
+
+def test_fine_tuning_unrolls_as_many_steps_as_the_data_have():
+    floats, plan = planned(spotter(length="T"), "onnxruntime-cpu")
+    model = insert_pairs(floats, plan, placeholder_params(floats, plan), state="calibrated")
+    x = np.random.default_rng(0).normal(size=(24, 6, 3)).astype(np.float32)
+    tuned = finetune(model, {"input": x}, config=Config(epochs=1, batch_size=8, threads=1))
+
+    assert tuned.epochs == len(tuned.tried) == 1
+    assert tuned.model.floats.graph.inputs[0].shape == ["N", "T", 3]
 
 
 def test_the_deployed_graph_keeps_its_layers_and_their_weights_are_integers(trained, tmp_path):
