@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from onnxqat import Config, finetune
@@ -16,6 +17,7 @@ from onnxqat.evaluation import IntegerProgram
 from onnxqat.formats import FORMATS
 from onnxqat.formats.format import Calibrated, Table
 from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.nodes import bias_channels
 from onnxqat.quantized import insert_pairs
 from onnxqat.train import engine
 from onnxqat.train.engine import StepSession, forward_session
@@ -52,6 +54,13 @@ def test_weights_are_quantized_where_the_sources_of_a_rule_say_so(rule):
     assert not points.keys() & {"b1", "b2"}  # two products add up: no scale is that of a bias
     if rule in QUANTIZED and rule not in RUN_TIME:
         assert ("n_h1", 0) in readers
+
+
+def test_no_bias_of_a_layer_has_the_scale_of_one_product():
+    """With 8 inputs and 1 unit, an LSTM has as many biases as inputs."""
+    node = gs.Node("LSTM", "lstm", {"hidden_size": 1}, [gs.Variable(n) for n in "xwrb"], [])
+
+    assert bias_channels(node, (1, 4, 8)) is None
 
 
 def test_the_first_weights_of_a_spotter_are_those_of_its_recurrent_layer():

@@ -144,9 +144,9 @@ def handing_on(
 
 
 def _unrolled(node: gs.Node, opset: int) -> tuple[list[gs.Node], list[CustomOp]]:
-    """Return the steps of a recurrent layer, with what stands for its activations."""
+    """Return the nodes of all steps of a recurrent layer, their activations with gradients."""
     nodes: list[gs.Node] = []
-    ops: dict[str, CustomOp] = {}  # by op type: all steps have the same
+    ops: dict[str, CustomOp] = {}  # by op type, because all steps use the same ops
     for made in unrolled(node):
         if made.op not in ("Clip", "LeakyRelu", *pointwise.SLOPES):
             nodes.append(made)

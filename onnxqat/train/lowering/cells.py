@@ -1,9 +1,9 @@
-"""One step of an LSTM, a GRU or an RNN, as plain nodes.
+"""Add the plain nodes of one step of an LSTM, a GRU or an RNN.
 
 The formulas are those of https://onnx.ai/onnx/operators/onnx__LSTM.html, onnx__GRU.html and
 onnx__RNN.html (Hochreiter and Schmidhuber 1997; Cho et al. 2014, https://arxiv.org/abs/1406.1078).
-A step is given ``X_t W^T``, adds ``h R^T`` and the bias, and activates the sum, clipped if the
-layer says so.
+A step takes ``X_t W^T``, adds ``h R^T`` and the bias, clips the sum if the layer has ``clip``, and
+applies the activations.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from onnxqat.train.lowering.gradient import Refusal
 __all__ = ["CELLS", "Activation", "Cell", "Nodes", "State", "read_activations"]
 
 DEFAULTS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
-# By activation, the factors that it takes, in their order, and what they are if they are not
-# given; None where ONNX and onnxruntime disagree on that, as they do on each factor of an RNN.
+# The factors of each activation, in their order, with their defaults. None: ONNX and onnxruntime
+# have different defaults. They differ for all factors of an RNN.
 ACTIVATIONS: dict[str, dict[str, float | None]] = {
     **{name: {} for name in ("Relu", "Sigmoid", "Softplus", "Softsign", "Tanh")},
     "Affine": {"alpha": None, "beta": None},
@@ -41,7 +41,7 @@ class Activation(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step hands on, each of shape (N, units); only an LSTM has a cell."""
+    """The state behind a step, each tensor of shape (N, units); only an LSTM has a cell."""
 
     hidden: gs.Tensor
     cell: gs.Tensor | None
@@ -50,12 +50,13 @@ class State(NamedTuple):
 def read_activations(node: gs.Node, directions: int) -> list[tuple[Activation, ...]]:
     """Return the activations of each direction.
 
-    Factors are taken in the order of the activations, by those that have such a factor.
+    The values of ``activation_alpha`` and ``activation_beta`` go, in order, to the activations that
+    have such a factor.
 
     Raises
     ------
     Refusal
-        One is not known, or lacks a factor.
+        An activation is not supported, or a factor is missing.
     """
     usual = DEFAULTS[node.op]
     names = node.attrs.get("activations") or usual * directions
@@ -82,12 +83,12 @@ def _activation(name: str, given: Mapping[str, Iterator[float]], *, has_usual: b
 
 
 class Nodes:
-    """Nodes that are added one by one, with names of their own.
+    """Collect nodes and give them names.
 
     Parameters
     ----------
     prefix : str
-        What their names begin with.
+        The beginning of all names.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -96,7 +97,7 @@ class Nodes:
         self._constants: dict[tuple[str, tuple[float, ...]], gs.Constant] = {}
 
     def add(self, op_type: str, *inputs: gs.Tensor, **attributes: Any) -> gs.Variable:
-        """Add a node, and return what it writes."""
+        """Add a node, and return its output."""
         name = f"{self._prefix}/step{len(self.made)}"
         output = gs.Variable(name)
         self.made.append(gs.Node(op_type, name, attributes, list(inputs), [output]))
@@ -111,21 +112,21 @@ class Nodes:
         return outputs
 
     def unstack(self, tensor: gs.Tensor, count: int, axis: int) -> list[gs.Variable]:
-        """Add nodes that return the ``count`` slices along an axis, without that axis."""
+        """Cut a tensor into ``count`` slices along an axis, and remove that axis."""
         parts = [tensor] if count == 1 else self.split(tensor, [1] * count, axis)
         return [self.add("Squeeze", part, self.integers(axis)) for part in parts]
 
     def write(self, tensor: gs.Tensor, target: gs.Tensor) -> None:
-        """Add a node that writes a value to a tensor of the model."""
+        """Add a node that writes a tensor to an output of the layer."""
         name = f"{self._prefix}/step{len(self.made)}"
         self.made.append(gs.Node("Identity", name, {}, [tensor], [target]))
 
     def integers(self, *values: int) -> gs.Constant:
-        """Return an int64 constant of one axis; equal ones are one."""
+        """Return an int64 constant with one axis; the same values give the same constant."""
         return self._constant("integers", values, np.array(values, np.int64))
 
     def number(self, value: float) -> gs.Constant:
-        """Return a float32 constant of shape (); equal ones are one."""
+        """Return a float32 constant of shape (); the same value gives the same constant."""
         return self._constant("number", (value,), np.array(value, np.float32))
 
     def _constant(self, kind: str, key: tuple[float, ...], values: Any) -> gs.Constant:
@@ -136,22 +137,22 @@ class Nodes:
 
 
 class Cell:
-    """One direction of a layer.
+    """Add the steps of one direction of a layer.
 
     Parameters
     ----------
     nodes : Nodes
-        Where nodes are added.
+        Takes the nodes.
     node : gs.Node
         The layer.
     activations : tuple of Activation
-        Those of the direction.
+        The activations of the direction.
     recurrence : Tensor of shape (gates * units, units)
-        Its R.
+        R of the direction.
     bias : Tensor of shape (2 * gates * units,) or None
-        Its Wb and Rb.
+        Wb and Rb of the direction.
     peepholes : Tensor of shape (3 * units,) or None
-        Its P.
+        P of the direction.
     """
 
     gates: int
@@ -177,19 +178,19 @@ class Cell:
         )
 
     def step(self, product: gs.Tensor, old: State) -> State:
-        """Add a step, and return its state.
+        """Add a step, and return the state behind it.
 
         Parameters
         ----------
         product : Tensor of shape (N, gates * units)
             ``X_t W^T``.
         old : State
-            That of the step before.
+            The state before the step.
         """
         raise NotImplementedError
 
     def product(self, left: gs.Tensor, right: gs.Tensor, added: gs.Tensor | None) -> gs.Variable:
-        """Return ``left right^T + added``, by one kernel that begins with what is added."""
+        """Return ``left right^T + added``; the kernel adds the products to ``added``."""
         operands = [left, right] if added is None else [left, right, added]
         return self.nodes.add("Gemm", *operands, transB=1)
 
@@ -198,7 +199,7 @@ class Cell:
         return tensor if bias is None else self.nodes.add("Add", tensor, bias)
 
     def activated(self, index: int, tensor: gs.Tensor, *, clipped: bool = True) -> gs.Variable:
-        """Return an activation of a direction, by its index, of a value that is clipped before."""
+        """Clip a tensor if the layer has ``clip``, and apply activation ``index``."""
         nodes, (name, factors) = self.nodes, self.activations[index]
         limit = self.node.attrs.get("clip")
         if clipped and limit is not None:
@@ -212,7 +213,7 @@ class Cell:
         return nodes.add(name, tensor, **factors)
 
     def rest(self, tensor: gs.Tensor) -> gs.Variable:
-        """Return 1 minus a value."""
+        """Return 1 minus a tensor."""
         return self.nodes.add("Sub", self.nodes.number(1.0), tensor)
 
 
@@ -242,7 +243,7 @@ class _Lstm(Cell):
 
 
 class _Gru(Cell):
-    """``h = (1 - z) * g(...) + z * h``; r resets h before or behind the product with R."""
+    """``h = (1 - z) * g(...) + z * h``; r is applied before or behind the product with R."""
 
     gates = 3
 

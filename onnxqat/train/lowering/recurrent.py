@@ -1,11 +1,12 @@
-"""LSTM, GRU and RNN, unrolled: one step behind the other, of plain nodes that share the weights.
+"""Unroll LSTM, GRU and RNN: replace a layer by the plain nodes of all its steps.
 
-``X W^T`` is one product for all steps; what follows is a step of `onnxqat.train.lowering.cells`
-for each position of the sequences, forwards, backwards or both. The nodes add in the order of
-onnxruntime's kernels (``onnxruntime/core/providers/cpu/rnn``): an LSTM without peepholes is the
-same bit for bit; a GRU and an RNN differ by a few units in the last place, since their kernels
-approximate Sigmoid and Tanh in a way of their own. A sequence that ends early keeps its state from
-there on, and its outputs are 0 there; an empty one has the last state 0.
+One product ``X W^T`` serves all steps. `onnxqat.train.lowering.cells` adds the nodes of each step,
+forwards, backwards or both; all steps read the same weights. The nodes add in the same order as
+onnxruntime's kernels (``onnxruntime/core/providers/cpu/rnn``). So an LSTM without peepholes gives
+the same values, bit for bit. A GRU and an RNN differ by a few units in the last place, because
+their kernels use their own approximations of Sigmoid and Tanh. A sequence that ends early keeps
+its state from there on, and its outputs behind the end are 0; the last state of an empty sequence
+is 0.
 """
 
 from __future__ import annotations
@@ -22,31 +23,35 @@ from onnxqat.train.lowering.gradient import Refusal, ShapeUnknown
 
 __all__ = ["MAX_STEPS", "unrolled"]
 
-MAX_STEPS = 1000  # a step has up to 20 nodes, and gradients three times as many
+MAX_STEPS = 1000  # a step has up to 20 nodes, and its gradients three times as many
 X, W, R, B, LENGTHS, HIDDEN, CELL, PEEPHOLES = range(8)  # inputs
 FLOAT = 1  # onnx.TensorProto.FLOAT
 REVERSED = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
 
 
 class Mask(NamedTuple):
-    """Float32 of shape (N, 1) for one step: 1 where a sequence goes on, and where it has ended."""
+    """Two float32 tensors of shape (N, 1) for one step.
+
+    ``going`` is 1 for a sequence that has this step, ``ended`` for one that does not; else they
+    are 0.
+    """
 
     going: gs.Tensor
     ended: gs.Tensor
 
 
 def unrolled(node: gs.Node) -> list[gs.Node]:
-    """Return the plain nodes that compute what an LSTM, a GRU or an RNN does.
+    """Return the plain nodes that compute an LSTM, a GRU or an RNN.
 
     Parameters
     ----------
     node : gs.Node
-        The layer; the last nodes write its outputs.
+        The layer; the returned nodes write to its outputs.
 
     Raises
     ------
     Refusal
-        The number of steps is not known, or too large; or an activation is not known.
+        The number of steps is unknown or too large, or an activation is not supported.
     """
     return _Layer(node).run()
 
@@ -125,7 +130,7 @@ class _Layer:
         return [None] * count if tensor is None else self.nodes.unstack(tensor, count, axis)
 
     def _initial(self, index: int, data: gs.Tensor) -> list[gs.Tensor | None]:
-        """Return hidden or cell before the first step, by direction; zeros if none is given."""
+        """Return the initial hidden state or cell of each direction; zeros if none is given."""
         if index == CELL and self.node.op != "LSTM":
             return [None] * len(self.reversed)
         if self._input(index) is not None:
@@ -137,7 +142,7 @@ class _Layer:
         return [nodes.add("ConstantOfShape", wanted)] * len(self.reversed)
 
     def _masks(self) -> list[Mask] | None:
-        """Return the mask of each step; None where every sequence has all steps."""
+        """Return the mask of each step; None if every sequence has all steps."""
         lengths, nodes = self._input(LENGTHS), self.nodes
         values = None if lengths is None else constant_values(lengths)
         if lengths is None or (values is not None and np.all(values == self.steps)):
@@ -151,12 +156,12 @@ class _Layer:
         return [Mask(*pair) for pair in zip(*by_step, strict=True)]
 
     def _of_some_length(self, first: Mask, state: State) -> State:
-        """Return the last state, 0 for an empty sequence."""
+        """Return the last state, which is 0 for an empty sequence."""
         add = self.nodes.add
         return State(*(None if v is None else add("Mul", v, first.going) for v in state))
 
     def _write(self, written: list[list[gs.Tensor]], ends: list[State]) -> None:
-        """Write the outputs that are asked for: Y, Y_h and Y_c."""
+        """Write those of the outputs Y, Y_h and Y_c that the layer has."""
         targets = [*self.node.outputs, None, None][:3]
         nodes, units = self.nodes, self.units
         if targets[0] is not None and targets[0].name:
@@ -169,7 +174,7 @@ class _Layer:
                 self._join([nodes.add("Reshape", v, shape) for v in values], 0, target)
 
     def _join(self, parts: list[gs.Tensor], axis: int, target: gs.Tensor) -> None:
-        """Write the parts of all directions, which lie along ``axis``, to an output."""
+        """Join the parts of all directions along ``axis``, and write them to an output."""
         whole = parts[0] if len(parts) == 1 else self.nodes.add("Concat", *parts, axis=axis)
         if self.batch_first:
             perm = [2, 0, 1, 3] if axis else [1, 0, 2]

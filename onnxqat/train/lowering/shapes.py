@@ -23,10 +23,10 @@ def with_steps(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
     Parameters
     ----------
     model : Model
-        It is not changed, and returned as it is where it has no recurrent layer.
+        It is not changed. A model without a recurrent layer is returned as it is.
     shapes : mapping of str to sequence of int
-        A shape of inputs, whose lengths behind the first axis stand for those that are free; 64
-        stands for the lengths of other inputs.
+        A shape for each input; it replaces the dynamic lengths behind the first axis. The dynamic
+        lengths of other inputs become 64.
     """
     if not any(is_op(node, *RECURRENT) for node in model.graph.nodes):
         return model
@@ -44,7 +44,7 @@ def with_steps(model: Model, shapes: Mapping[str, Sequence[int]]) -> Model:
             free[name], tensor.shape = tensor.shape, None
     infer_shapes(fixed.graph)
     for name, tensor in fixed.graph.tensors().items():
-        if tensor.shape is None and name in free:  # the inference does not know its operator
+        if tensor.shape is None and name in free:  # shape inference does not know its operator
             tensor.shape = free[name]
     return fixed
 
