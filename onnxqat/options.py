@@ -145,8 +145,10 @@ def _widths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> 
         raise click.BadParameter(f"'{value}' is not a list of widths such as 4,8") from error
 
 
-def _scope(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
+def _scope(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
     """Read ``blocks,network``."""
+    if value is None:
+        return None
     chosen = tuple(part.strip() for part in value.split(","))
     if chosen not in SCOPES:
         known = ", ".join(map(",".join, SCOPES[:-1]))
@@ -315,10 +317,11 @@ metric_options = _options(
     decode_option,
 )  # fmt: skip
 _scope_options = _options(
-    _blocks("--scope", callback=_scope, default="network", show_default=True, metavar="SCOPE",
+    _blocks("--scope", callback=_scope, metavar="SCOPE",
             help="Train the network from end to end (network); its blocks one after the other to "
             "match the float model's tensors, without labels (blocks); or first the blocks, then "
-            "the network (blocks,network)."),
+            "the network (blocks,network) (default: blocks for up to 1,024 samples without labels, "
+            "otherwise network)."),
     _blocks("--block-epochs", type=click.IntRange(1), default=10, show_default=True, metavar="N",
             help="Train each block for N epochs."),
     _blocks("--block-samples", type=click.IntRange(1), default=1024, show_default=True,

@@ -38,9 +38,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     label_smoothing, ignore_index : float or None, int or None
         Settings of cross-entropy: the share of each label that is spread over all classes, and the
         label of positions that are ignored.
-    scope : tuple of {"blocks", "network"}
+    scope : tuple of {"blocks", "network"} or None
         What is trained, in this order: the blocks of the graph, one after the other, against the
-        float model's tensors (see `onnxqat.train.blocks`); the network from end to end.
+        float model's tensors (see `onnxqat.train.blocks`); the network from end to end. None:
+        depends on the data, see `onnxqat.train.scope.chosen_scope`.
     block_epochs : int
         The number of times that a block sees its samples.
     block_layers : int
@@ -125,7 +126,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     loss: str | None = None
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] | None = None
     ignore_index: int | None = None
-    scope: tuple[Scope, ...] = ("network",)
+    scope: tuple[Scope, ...] | None = None
     block_epochs: Count = 10
     block_layers: Count = 4
     block_samples: Count = 1024

@@ -12,7 +12,6 @@ import onnxruntime as ort
 
 from onnxqat.computable import Computable, computable
 from onnxqat.data import DataSet
-from onnxqat.errors import TrainingError
 from onnxqat.evaluation.metrics import Metric, fitted
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
@@ -51,6 +50,7 @@ from onnxqat.train.loop import Loop
 from onnxqat.train.losses import Loss, Part, add_loss, tensor_read
 from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
+from onnxqat.train.scope import check_scope, chosen_scope
 from onnxqat.train.selection import INTEGER, LOSS, Selection, metrics_of
 from onnxqat.train.validation import Validation
 
@@ -59,7 +59,6 @@ __all__ = ["finetune"]
 # The default number of epochs makes about this many steps, but is at most MAX_EPOCHS.
 TARGET_STEPS = 2000
 MAX_EPOCHS = 10
-NOT_OF_BLOCKS = ("augment", "ema", "epochs", "patience", "quant_delay")
 
 
 def finetune(
@@ -117,15 +116,16 @@ def finetune(
         ``stop`` returned true.
     """
     model.check_calibrated()
-    _check_scope(config, workers)
     data = in_batches_of(model, data)
     if validation is not None:
         validation = in_batches_of(model, validation)
     size = data.batch_size(config.batch_size, default=config.samples)
     training, held_out = divide(data, validation, config)
-    config = msgspec.structs.replace(
-        config, batch_size=size, accumulate=batches_per_step(training, size, config, workers)
-    )
+    own_teacher = teacher is not None
+    scope, reason = chosen_scope(config, training, workers, own_teacher=own_teacher)
+    check_scope(config, scope, workers)
+    accumulate = batches_per_step(training, size, config, workers)
+    config = msgspec.structs.replace(config, scope=scope, batch_size=size, accumulate=accumulate)
     check_enough(len(data), training, held_out, config, workers)
     rest, reference = computable(model), teacher_of(model, teacher)
     rest = replace(rest, model=in_steps_of(rest.model, data))
@@ -159,10 +159,12 @@ def finetune(
         stop=stop,
         workers=workers,
     )
-    if "blocks" not in config.scope:
+    if reason:
+        say(reason)
+    if "blocks" not in scope:
         return run.network()
     blocks = run.blocks()
-    if "network" not in config.scope:
+    if "network" not in scope:
         return _of_blocks(blocks, run)
     if checkpoints is not None:
         checkpoints.resume = checkpoints.behind_blocks
@@ -176,34 +178,6 @@ def finetune(
         blocks=blocks.blocks,
         blocks_kept=blocks.better,
     )
-
-
-def _check_scope(config: Config, workers: Workers) -> None:
-    """Refuse settings that block reconstruction does not support or would ignore."""
-    if "blocks" not in config.scope:
-        if config.rounding != "nearest":
-            raise TrainingError(
-                f"--rounding {config.rounding} is of blocks. Pass --scope blocks, or leave it out."
-            )
-        return
-    if config.rounding != "nearest" and config.optimizer == "sgd":
-        raise TrainingError(
-            f"--rounding {config.rounding} needs --optimizer adamw or adam: how far a variable of "
-            "rounding moves must not depend on the size of its gradient."
-        )
-    if workers.size > 1:
-        raise TrainingError(
-            "--scope blocks runs in one process only. Start it without mpirun, and then train the "
-            "network in a second run."
-        )
-    usual = Config()
-    given = [n for n in NOT_OF_BLOCKS if getattr(config, n) != getattr(usual, n)]
-    if given and "network" not in config.scope:
-        option = given[0].replace("_", "-")
-        raise TrainingError(
-            f"--{option} applies to training from end to end. Leave it out, or pass --scope "
-            "blocks,network."
-        )
 
 
 def _of_blocks(blocks: Reconstructed, run: _Run) -> Finetuned:
@@ -278,7 +252,7 @@ class _Run:
             checkpoints=self.checkpoints,
             identity=self._identity(self.training, held_out),
             stop=self.stop,
-            last="network" not in self.config.scope,
+            last="network" not in (self.config.scope or ()),
         ).run()
 
     def network(self) -> Finetuned:

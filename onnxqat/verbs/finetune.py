@@ -118,6 +118,8 @@ def finetune(
     """
     loaded = quantized_model(model)
     taught_by = None if teacher is None else _teacher(teacher, loaded)
+    if epochs is not None and config.scope is None:  # blocks have none
+        config = msgspec.structs.replace(config, scope=("network",))
     with ExitStack() as stack:
 
         def from_source(source: AnyData, *splits: str) -> DataSet:

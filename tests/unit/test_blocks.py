@@ -59,7 +59,7 @@ def stop_at(count: int):
 
 
 def test_blocks_regain_what_was_lost(coarse, data):
-    tuned = finetune(coarse, data, config=Config(**FAST | {"block_epochs": 10}, lr=8e-3))
+    tuned = finetune(coarse, data, config=Config(**FAST | {"block_epochs": 10}))
     unseen = next(iter(data.batches(200))).inputs
     wanted = run_ort(coarse.floats.to_proto(), unseen)[0]
     before, after = (
@@ -292,6 +292,36 @@ def test_parameters_of_an_earlier_block_stay(coarse):
     assert not np.array_equal(training.values[b_name], before[b_name])
     assert w_name not in training.tuned
     assert b_name in training.tuned
+
+
+def test_the_first_step_of_a_weight_is_a_share_of_its_level(coarse):
+    """Adam's first direction is 1; two levels by 40 steps are a twentieth of a level."""
+    node = coarse.floats.graph.nodes[-1]
+    block = last_layer(coarse, node)
+    x_name, w_name, _ = (tensor.name for tensor in node.inputs)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(8, node.inputs[1].shape[1])).astype(np.float32)
+    y_name = node.outputs[0].name
+    target = rng.normal(size=(8, node.inputs[1].shape[0])).astype(np.float32)
+    with Activations(1 << 20) as store:
+        tensors = [("quantized", x_name, x), ("floats", x_name, x), ("floats", y_name, target)]
+        found = Given(store, 8, tensors).samples
+        loss, form = block_loss(found, [y_name]), training_form(block)
+        moved = {}
+        for by_level, groups in ((True, ()), (False, ()), (True, ("weight.lr=0.25",))):
+            config = Config(scope=("blocks",), batch_size=8, lr=0.5, groups=groups)
+            training = BlockTraining(
+                block, form, loss, config, still=(), steps=40, by_level=by_level
+            )
+            before = training.values[w_name].copy()
+            training.step(iter([training.feeds(found, np.arange(8), {x_name: x})]), 1.0, 0)
+            moved[by_level, groups] = np.abs(training.values[w_name] - before)
+
+    level = float(block.params[w_name].scale.max())
+    own, plain, grouped = moved.values()
+    assert own.max() == pytest.approx(2 * level / 40, rel=1e-3)
+    np.testing.assert_allclose(grouped, plain / 2, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(own, plain)
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.parallel import Workers
-from onnxqat.qparams import FloatArray
+from onnxqat.qparams import FloatArray, aligned
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.blocks.rounding import LearnedRounding
 from onnxqat.train.blocks.samples import Samples
@@ -26,6 +26,8 @@ from onnxqat.train.optimization.updater import Updater
 __all__ = ["BlockTraining", "block_loss"]
 
 Feeds = dict[str, NDArray[Any]]
+
+REACH = 1.0  # levels that a weight can move in all steps together
 
 
 def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
@@ -64,6 +66,9 @@ class BlockTraining:
         Parameters that are not changed, because an earlier block has tuned them.
     steps : int
         The number of training steps.
+    by_level : bool
+        Whether the step size of weights is measured in levels: in all steps together a weight can
+        move by about `REACH` levels. Otherwise the rate is that of ``config``.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class BlockTraining:
         config: Config,
         still: Collection[str],
         steps: int,
+        by_level: bool = False,
     ) -> None:
         self.form, self.loss, self.config, self.still = form, loss, config, frozenset(still)
         self.steps = steps
@@ -83,8 +89,28 @@ class BlockTraining:
         self.updater = Updater(
             form, session.values, session.gradients, model, config, part=True, still=still
         )
+        if by_level:
+            self._set_rates(model)
         self.ranges = Ranges(form, session.values, model, config.averaging_constant)
         self.rounding = LearnedRounding(form, session, self.updater, steps)
+
+    def _set_rates(self, model: QuantizedModel) -> None:
+        """Measure the step size of weights in levels, unless a group sets their rate.
+
+        What counts is whether a weight reaches another level. At 8 bits levels are close together,
+        at 2 bits far apart, so that no rate relative to the weight suits both.
+        """
+        updater = self.updater
+        moving = updater.rates.keys() & updater.units.keys() - self.form.roundings.keys()
+        for point in model.plan.grid_points():
+            name = point.tensor
+            if point.role != "weight" or name not in moving:
+                continue
+            rates, rank = updater.rates[name], self.session.values.views[name].ndim
+            if rates.lr == updater.lr:
+                scale = model.params[point.parameters].scale
+                updater.units[name] = aligned(scale, rank, point.spec.axis)
+                rates.lr = 2 * REACH / self.steps  # the mean of the schedule is one half
 
     @property
     def tuned(self) -> set[str]:

@@ -185,6 +185,7 @@ class Reconstruction:
         self.weights = trained_initializers(floats.graph, self.rest.plan, self.asked)
         values = values_of(self.rest, self.weights)
         self.values = Flat(values)
+        self.by_level = config.lr is None and config.optimizer != "sgd"
         self.config = msgspec.structs.replace(config, lr=base_rate(config, self.rest))
         roles = {scale_name(name): "scale" for name in self.rest.params}
         roles |= {zero_point_name(name): "zero_point" for name in self.rest.params}
@@ -332,7 +333,13 @@ class Reconstruction:
         if not form.learned - {*self.record.tuned}:
             return None
         return BlockTraining(
-            model, form, loss, self.config, still=self.record.tuned, steps=self._steps()
+            model,
+            form,
+            loss,
+            self.config,
+            still=self.record.tuned,
+            steps=self._steps(),
+            by_level=self.by_level,
         )
 
     def _tell(self, number: int, step: int, steps: int, loss: float) -> None:
