@@ -320,7 +320,7 @@ _scope_options = _options(
     _blocks("--scope", callback=_scope, metavar="SCOPE",
             help="Train the network from end to end (network); its blocks one after the other to "
             "match the float model's tensors, without labels (blocks); or first the blocks, then "
-            "the network (blocks,network) (default: blocks for up to 1,024 samples without labels, "
+            "the network (blocks,network) (default: blocks for up to 256 samples without labels, "
             "otherwise network)."),
     _blocks("--block-epochs", type=click.IntRange(1), default=10, show_default=True, metavar="N",
             help="Train each block for N epochs."),

@@ -1,12 +1,11 @@
 """Compare block reconstruction with end-to-end training; print a table.
 
     python scripts/blocks.py --models DIR --data DIR --work DIR [--cases NAME,...] [--seeds N]
-        [--scopes blocks,network,both] [--options "--block-layers 6 ..."] [--samples N]
+        [--scopes blocks,network,both] [--options "--block-layers 6 ..."]
 
 The models and data are those of the development set. NanoDet also needs ``pip install
 pycocotools``. ``both`` stands for ``--scope blocks,network``. No labels are used. The options are
-passed to every ``onnxqat finetune``. With ``--samples``, calibration and training have only that
-many images. Results are kept in WORK/blocks.json by case, scope, options
+passed to every ``onnxqat finetune``. Results are kept in WORK/blocks.json by case, scope, options
 and seed, so that nothing is measured twice.
 """
 
@@ -15,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from accuracy import CIFAR, CIFAR_NORM, IMAGENET, IMAGENET_NORM, PER_TENSOR, W4A4, onnxqat
 
 SCOPES = {"network": "network", "blocks": "blocks", "both": "blocks,network"}
@@ -68,27 +65,6 @@ def cases() -> list[Case]:
     return found
 
 
-def fewer(training: Path, samples: int | None, work: Path) -> Path:
-    """Return so many of the images, evenly spread, as data of their own."""
-    if samples is None:
-        return training
-    target = work / f"{training.stem}-{samples}{training.suffix}"
-    if target.exists():
-        return target
-    if training.suffix == ".npz":
-        with np.load(training) as arrays:
-            count = len(arrays[arrays.files[0]])
-            rows = np.linspace(0, count - 1, min(samples, count)).astype(np.int64)
-            np.savez(target, **{name: arrays[name][rows] for name in arrays.files})
-        return target
-    images = sorted(path for path in training.rglob("*") if path.is_file())
-    for row in np.linspace(0, len(images) - 1, min(samples, len(images))).astype(np.int64):
-        copy = target / images[row].relative_to(training)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(images[row], copy)
-    return target
-
-
 def figure(case: Case, path: str, data: Path) -> float:
     """Return top-1 (for the detector mAP) in points."""
     if case.data == COCO:
@@ -99,10 +75,9 @@ def figure(case: Case, path: str, data: Path) -> float:
     return 100 * float(document["metrics"]["top1"])
 
 
-def started(case: Case, models: Path, training: Path, work: Path) -> str:
+def started(case: Case, models: Path, data: Path, work: Path) -> str:
     """Return the path of the calibrated Q/DQ file; make it if needed."""
-    name = f"{case.name}.{training.stem}".replace("/", "_").replace(" ", "_")
-    path = work / f"{name}.onnx"
+    path = work / f"{case.name.replace('/', '_').replace(' ', '_')}.onnx"
     if not path.exists():
         words = case.inserted
         if case.data == COCO:
@@ -110,17 +85,15 @@ def started(case: Case, models: Path, training: Path, work: Path) -> str:
 
             words = [*words, *PREPROCESSING]
         onnxqat("insert", str(models / f"{case.model}.onnx"), *words,
-                "--data", str(training), "-o", str(path))  # fmt: skip
+                "--data", str(data / case.data[0]), "-o", str(path))  # fmt: skip
     return str(path)
 
 
-def tuned(
-    case: Case, start: str, training: Path, scope: str, seed: int, options: list[str], data: Path
-) -> Any:
+def tuned(case: Case, start: str, scope: str, seed: int, options: list[str], data: Path) -> Any:
     """Fine-tune with one seed; return the results."""
     path, began = start.replace(".onnx", f".{scope}.{seed}.onnx"), time.monotonic()
     words = case.trained + ([] if scope == "blocks" else case.epochs)
-    document = onnxqat("finetune", start, str(training), "--scope", SCOPES[scope],
+    document = onnxqat("finetune", start, str(data / case.data[0]), "--scope", SCOPES[scope],
                        *words, *options, "--seed", str(seed), "-o", path, "--force")  # fmt: skip
     minutes = (time.monotonic() - began) / 60
     return {
@@ -157,7 +130,6 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="comma-separated parts of case names")
     parser.add_argument("--scopes", default=",".join(SCOPES))
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, starting with 0")
-    parser.add_argument("--samples", type=int, help="how many images there are (default: all)")
     parser.add_argument("--options", default="", help="options for onnxqat finetune")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -166,19 +138,16 @@ def main() -> None:
     for case in cases():
         if not any(part in case.name for part in given.cases.split(",")):
             continue
-        training = fewer(given.data / case.data[0], given.samples, given.work)
-        start = started(case, given.models, training, given.work)
-        name = f"{case.name}, {given.samples} images" if given.samples else case.name
-        if name not in results:
-            results[name] = {"start": figure(case, start, given.data), "tuned": {}}
+        start = started(case, given.models, given.data, given.work)
+        if case.name not in results:
+            results[case.name] = {"start": figure(case, start, given.data), "tuned": {}}
         for scope in given.scopes.split(","):
             way = f"{scope} {given.options}".strip()
-            by_seed = results[name]["tuned"].setdefault(way, {})
+            by_seed = results[case.name]["tuned"].setdefault(way, {})
             for seed in range(given.seeds):
                 if str(seed) not in by_seed:
                     options = shlex.split(given.options)
-                    found = tuned(case, start, training, scope, seed, options, given.data)
-                    by_seed[str(seed)] = found
+                    by_seed[str(seed)] = tuned(case, start, scope, seed, options, given.data)
                     path.write_text(json.dumps(results, indent=2))
     print(table(results))
 
