@@ -243,6 +243,15 @@ def test_stored_weights_lie_on_the_level_above_or_below(coarse, tuned):
     assert all(block.after < block.before for block in tuned.blocks if block.kept)
 
 
+def test_blocks_are_judged_by_rounded_weights(coarse, data, tuned):
+    """The first block's error before training is that of the nearest levels, bit for bit."""
+    plain = finetune(
+        coarse, data, config=Config(**FAST | {"rounding": "nearest", "block_epochs": 1})
+    )
+
+    assert tuned.blocks[0].before == plain.blocks[0].before
+
+
 def test_what_leaves_for_the_chip_computes_the_same(data, tuned):
     """The float model with snapped weights computes the Q/DQ file's bits behind its weights."""
     snapped = deployed_model(tuned.model, weights="snapped")
