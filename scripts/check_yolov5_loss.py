@@ -60,7 +60,7 @@ def package() -> Any:
 def ours(folder: Path) -> onnxruntime.InferenceSession:
     """Return our loss without its doubt about probabilities."""
     boxes = 3 * sum(HEIGHT // s * (WIDTH // s) for s in STRIDES)
-    loss = loss_of(Export("found", HEIGHT, WIDTH, boxes, KINDS), ANCHORS)
+    loss = loss_of(Export("found", HEIGHT, WIDTH, boxes, KINDS), ANCHORS, "boxes", None)
     for constant in loss.graph.initializer:
         if constant.name in ("yolov5/sure", "yolov5/doubt"):
             value = np.array(float(constant.name == "yolov5/sure"), np.float32)

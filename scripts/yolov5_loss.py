@@ -1,16 +1,18 @@
 """Write the loss of YOLOv5's training as an ONNX file, for ``onnxqat finetune --loss FILE``.
 
     python scripts/yolov5_loss.py yolov5s.onnx -o yolov5s-loss.onnx
-    python scripts/yolov5_loss.py MODEL.onnx --anchors 8,8,12,12,... --count COUNT -o loss.onnx
+    python scripts/yolov5_loss.py MODEL.onnx --anchors 8,8,12,12,... --boxes BOXES --count COUNT \
+        -o loss.onnx
 
 MODEL is an export of YOLOv5 with its boxes decoded: one output (N, boxes, 5 + classes) of centre
 and size in pixels, objectness and classes as probabilities, and an input of fixed size. It needs
-opset 16 or higher. The loss reads that output, by its name, and an array of the data:
+opset 16 or higher. The loss reads that output, by its name, and two arrays of the data, which a
+folder of images with boxes has (docs/data.md):
 
-``boxes``   (N, most, 5 or more) of class, cx, cy, w, h, relative to the model's input. A row whose
-            class is negative does not count: images with fewer boxes are padded by such rows.
-COUNT       With ``--count COUNT``: (N,), the number of rows of each image that count; what stands
-            behind them may be anything.
+``targets``        (N, most, 5 or more) of class, cx, cy, w, h, relative to the model's input. A row
+                   whose class is negative does not count. ``--boxes`` gives another name.
+``targets_count``  (N,) int64, the number of rows of each image that count; what stands behind them
+                   may be anything. ``--count`` gives another name, or none.
 
 What is computed (ultralytics/yolov5 v7.0, utils/loss.py: ComputeLoss). A box of the model predicts
 a target where each side of the target is at most 4 times as long as that of the box's anchor, or
@@ -317,7 +319,7 @@ def constants(model: Export, anchors: Array) -> dict[str, Array]:
     }
 
 
-def loss_of(model: Export, anchors: Array, count: str | None = None) -> onnx.ModelProto:
+def loss_of(model: Export, anchors: Array, boxes: str, count: str | None) -> onnx.ModelProto:
     """Return the loss of a model.
 
     Parameters
@@ -326,8 +328,8 @@ def loss_of(model: Export, anchors: Array, count: str | None = None) -> onnx.Mod
         What it is of.
     anchors : array of shape (3, 3, 2)
         Width and height in pixels of the anchors of each map.
-    count : str, optional
-        Array of the data that says how many rows of ``boxes`` count.
+    boxes, count : str, str or None
+        Names of the arrays of the data.
     """
     arrays = constants(model, anchors)
     # one class is never wrong: YOLOv5 leaves its loss out
@@ -347,7 +349,7 @@ def loss_of(model: Export, anchors: Array, count: str | None = None) -> onnx.Mod
     loss = onnx.parser.parse_model("\n".join(filter(None, lines)))
     for name, array in arrays.items():
         loss.graph.initializer.append(numpy_helper.from_array(array, name))
-    outside = {"prediction": model.output, "boxes": "boxes", "count": count or "", "loss": "loss"}
+    outside = {"prediction": model.output, "boxes": boxes, "count": count or "", "loss": "loss"}
     _rename(loss.graph, outside)
     onnx.checker.check_model(loss, full_check=True)
     return loss
@@ -374,14 +376,19 @@ def main() -> None:
         default=",".join(map(str, COCO)),
         help="width,height,... in pixels of the three anchors of each map (default: YOLOv5's)",
     )
-    parser.add_argument("--count", help="array of the data with the number of boxes of an image")
+    parser.add_argument("--boxes", default="targets", help="array of the data (default: targets)")
+    parser.add_argument(
+        "--count", default="targets_count", help="array of the data, or none (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the loss file")
     given = parser.parse_args()
     numbers = [float(number) for number in given.anchors.split(",")]
     if len(numbers) != 18:
         parser.error(f"--anchors: {len(numbers)} numbers; give 3 maps x 3 anchors x 2")
     anchors = np.array(numbers, np.float32).reshape(3, 3, 2)
-    onnx.save(loss_of(read_export(given.model), anchors, given.count), given.output)
+    count = None if given.count == "none" else given.count
+    loss = loss_of(read_export(given.model), anchors, given.boxes, count)
+    onnx.save(loss, given.output)
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ def test_a_crash_is_one_failed_job(here, monkeypatch):
     assert states(job)["insert.post-training"] == "done"
 
 
-def test_an_example_passes_the_fast_test(tmp_path):
-    name = "question-answering"  # the page in the docs runs the other one
+def test_question_answering_passes_the_fast_test(tmp_path):
+    name = "question-answering"  # a page in the docs runs the classifier
     result = invoke("run", EXAMPLES / f"{name}.toml", "--fast-test", "-o", tmp_path, "--json")
     (job,) = summary(result)["jobs"]
     record = json.loads(
@@ -289,6 +289,41 @@ def test_an_example_passes_the_fast_test(tmp_path):
     assert report.read_text().startswith("<!doctype html>")
     assert (tmp_path / f"{name}.fast-test/chip/model.onnx").is_file()
     assert {"float", "post-training", "tuned", "integer"} <= job["figures"].keys()
+
+
+SHORTER = """
+[calibrate]
+bias-correction = false
+
+[finetune]
+epochs = 1
+
+[matrix]
+learns = [{{name = "labels", finetune = {{loss = "{loss}"}}}}]
+"""
+
+
+def test_the_detector_passes_the_fast_test(tmp_path):
+    pytest.importorskip("pycocotools")
+    job_file = EXAMPLES / "detector.toml"
+    variants = [draft.table for draft in drafts(job_file)]
+    text = job_file.read_text().replace("../../models", str(MODELS))
+    (tmp_path / "whole.toml").write_text(text)
+    shorter = SHORTER.format(loss=MODELS / "shapes-loss.onnx")
+    (tmp_path / "detector.toml").write_text(f'extends = "whole.toml"\n{shorter}')
+    result = invoke("run", tmp_path / "detector.toml", "--fast-test", "-o", tmp_path, "--json")
+    (job,) = summary(result)["jobs"]
+    figures = {variant: found["map"] for variant, found in job["figures"].items()}
+
+    assert result.exit_code == 0, result.output
+    assert [table["finetune"].get("loss") for table in variants] == [
+        "../../models/shapes-loss.onnx",
+        None,
+    ]
+    assert list(figures) == ["float", "post-training", "tuned", "integer"]
+    assert figures["float"] > figures["post-training"] + 0.02
+    assert min(figures.values()) > 0.4
+    assert (tmp_path / "detector-labels.fast-test/chip/compile.sh").is_file()
 
 
 def test_init_writes_a_job_from_what_it_finds(here):

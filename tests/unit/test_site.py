@@ -19,7 +19,7 @@ OF_OTHERS = {  # options of scripts and of other tools that pages name
     *("--compressionParamsFile", "--fast_test", "--grid", "--images", "--logdir", "--markdown"),
     *("--minutes", "--model", "--models", "--no-deps", "--only", "--peer", "--python", "--seeds"),
     *("--pre_eval_and_export", "--small", "--steps", "--strict", "--tolerance", "--work"),
-    "--update-golden",
+    *("--anchors", "--count", "--include", "--opset", "--update-golden"),
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

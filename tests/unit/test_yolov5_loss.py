@@ -22,8 +22,8 @@ MODEL = Export("found", SIZE, SIZE, BOXES, CLASSES)
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("losses")
-    onnx.save(loss_of(MODEL, ANCHORS), folder / "padded.onnx")
-    onnx.save(loss_of(MODEL, ANCHORS, "how many"), folder / "counted.onnx")
+    onnx.save(loss_of(MODEL, ANCHORS, "boxes", None), folder / "padded.onnx")
+    onnx.save(loss_of(MODEL, ANCHORS, "boxes", "how many"), folder / "counted.onnx")
     return {path.stem: read_loss(str(path)) for path in folder.iterdir()}
 
 
