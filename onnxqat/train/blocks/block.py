@@ -28,6 +28,7 @@ __all__ = ["BlockTraining", "block_loss"]
 Feeds = dict[str, NDArray[Any]]
 
 REACH = 1.0  # levels that a weight can move in all steps together
+FEWEST_STEPS = 20  # in fewer steps, weights move less far: their gradients are too few to trust
 
 
 def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
@@ -110,7 +111,8 @@ class BlockTraining:
             if rates.lr == updater.lr:
                 scale = model.params[point.parameters].scale
                 updater.units[name] = aligned(scale, rank, point.spec.axis)
-                rates.lr = 2 * REACH / self.steps  # the mean of the schedule is one half
+                # the mean of the schedule is one half
+                rates.lr = 2 * REACH / max(self.steps, FEWEST_STEPS)
 
     @property
     def tuned(self) -> set[str]:
