@@ -80,6 +80,9 @@ def simulated(
     np.savez(folder / "inputs.npz", **inputs)
     words = [python, "-c", SIMULATE, str(count), name]
     variables = environment(python)
-    subprocess.run(words, cwd=folder, env=variables, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(words, cwd=folder, env=variables, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        sys.exit(f"the simulator failed:\n{done.stderr[-3000:]}")
     with np.load(folder / "outputs.npz") as found:
         return {key: found[key] for key in found.files}
