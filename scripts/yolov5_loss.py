@@ -14,24 +14,27 @@ folder of images with boxes has (docs/data.md):
 ``targets_count``  (N,) int64, the number of rows of each image that count; what stands behind them
                    may be anything. ``--count`` gives another name, or none.
 
-What is computed (ultralytics/yolov5 v7.0, utils/loss.py: ComputeLoss). A box of the model predicts
-a target where each side of the target is at most 4 times as long as that of the box's anchor, or
-as short, and the target's centre lies in the box's cell or nearer to it than to the cell on the
-other side. Then the loss is the sum over the maps of
+The loss is that of ultralytics/yolov5 v7.0, utils/loss.py: ComputeLoss. A box of the model predicts
+a target under two conditions. Width and height of the target and of the box's anchor differ by less
+than 4 times. And the centre of the target lies in the box's cell, or within half a cell of it to
+the left, right, top or bottom. The loss is the sum over the three maps of
 
 - the mean over these boxes of 1 - CIoU (Zheng et al. 2020, https://arxiv.org/abs/1911.08287v1,
-  equations 10 and 11; no gradient passes through alpha);
+  equations 8 to 11; no gradient passes through alpha);
 - the mean over all boxes of the binary cross-entropy of the objectness, whose target is the CIoU
   where there is a target, at least 0, and 0 elsewhere. No gradient passes through it;
 - the mean over these boxes and the classes of the binary cross-entropy of the classes.
 
 Their weights are those of YOLOv5's train.py: 0.05, (size / 640)^2 times 4, 1 and 0.4 for the maps,
-and classes / 160. Two things differ. Of several targets of one box, the mean CIoU is the target,
-where YOLOv5 takes that of one of them. And since the loss reads probabilities, which a chip may
-round to 0 and 1, each is mixed with 1/512 of doubt. YOLOv5 multiplies by the batch size, which
-the optimizers of onnxqat do not see, or nearly so: it is left out.
+and classes / 160. Three things differ from YOLOv5:
 
-Nothing but onnx and numpy is needed. The text below is ONNX as `onnx.parser` reads it.
+- If a box predicts several targets, their mean CIoU is the target of its objectness; YOLOv5 takes
+  the CIoU of one of them.
+- The loss reads probabilities, which a chip may round to 0 and 1. Each probability p becomes
+  1/512 + p * (1 - 2/512), so that its logarithm is finite.
+- YOLOv5 multiplies the sum by the batch size. AdamW does not depend on such a factor.
+
+The script needs onnx and numpy only. The text below is ONNX as `onnx.parser` reads it.
 """
 
 from __future__ import annotations
