@@ -56,7 +56,11 @@ def models(tmp_path_factory):
 def started(models, tmp_path_factory):
     """The folder in which the first page was followed; other pages go on from its files."""
     folder = tmp_path_factory.mktemp("started")
-    (folder / "models").symlink_to(models)
+    shutil.copytree(models, folder / "models", symlinks=True)
+    path = folder / "models/digits-train.npz"
+    with np.load(path) as arrays:
+        few = {name: array[:128] for name, array in arrays.items()}
+    np.savez(path, **few)
     with contextlib.chdir(folder):
         run_commands("docs/index.md")
     return folder
