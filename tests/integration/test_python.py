@@ -172,7 +172,7 @@ def test_a_model_remembers_what_an_open_data_set_was_opened_with(work):
     pixels = oq.Preprocessing(mean=(128.0,), scale=(0.0078125,))
     with oq.open_data(work / "data.npz", oq.input_specs(model), preprocessing=pixels) as data:
         found = oq.insert(model, rules=RULE, data=data)
-        with pytest.raises(oq.OnnxQatError, match="is open"):
+        with pytest.raises(oq.OnnxQatError, match="is already open"):
             oq.calibrate(found, data, settings=PIXELS)
     expected = oq.insert(model, rules=RULE, data=work / "data.npz", settings=PIXELS)
 
