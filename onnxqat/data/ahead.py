@@ -1,4 +1,4 @@
-"""Batches prepared ahead of the one in use."""
+"""Prepare the next batch while the current one is used."""
 
 from __future__ import annotations
 

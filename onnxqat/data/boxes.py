@@ -117,7 +117,7 @@ def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float6
 
 
 def _labels_of(images: Sequence[Path]) -> list[tuple[Path | None, Path]]:
-    """Return the folder of labels beside that of each image, if there is one, and the image."""
+    """Return the folder of labels beside an image's folder, if there is one, and the image."""
     found = {folder: labels_beside(folder) for folder in {image.parent for image in images}}
     return [(found[image.parent], image) for image in images]
 
@@ -173,7 +173,7 @@ def coco_images(path: Path) -> list[str]:
     Raises
     ------
     DataError
-        It cannot be read, or has none.
+        The file cannot be read, or has no images.
     """
     try:
         names = [image.file_name for image in _coco_document(path).images]

@@ -132,12 +132,12 @@ class DataSet:
 
     @property
     def moved_arrays(self) -> Set[str]:
-        """The arrays of places in the images, which augmentation moves along."""
+        """The arrays of positions in the images, which augmentation moves too."""
         return self._source.moved
 
     @property
     def pixels(self) -> dict[str, Preprocessing | None]:
-        """By input, what makes its values of pixels from 0 to 255; None where they are none."""
+        """By input: the preprocessing of its pixels from 0 to 255; None if it has no pixels."""
         return {
             feed.spec.name: feed.preprocessing if self._of_pixels(feed) else None
             for feed in self._intake.feeds

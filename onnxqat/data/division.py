@@ -1,4 +1,4 @@
-"""Samples divided at random into those to train on and those held out."""
+"""Divide samples at random into training samples and held-out samples."""
 
 from __future__ import annotations
 

@@ -40,12 +40,12 @@ def is_image(path: Path) -> bool:
 
 
 class ImageReader:
-    """Decodes an image as a model input takes it: height, width, channels.
+    """Decodes an image file for a model input, to shape (height, width, channels).
 
     Parameters
     ----------
     name : str
-        What the user called the data.
+        Name of the data, for messages.
     spec : InputSpec
         The model input for the images. It determines the channels, and the size if
         ``preprocessing`` does not.
@@ -73,7 +73,7 @@ class ImageReader:
         Raises
         ------
         DataError
-            It cannot be decoded, or is smaller than the crop.
+            The file cannot be decoded, or is smaller than the crop.
         """
         check_readable(path, DataError)
         try:
@@ -143,7 +143,7 @@ def _mode(name: str, spec: InputSpec, preprocessing: Preprocessing) -> str:
 
 
 def decoded_as(spec: InputSpec, preprocessing: Preprocessing) -> Preprocessing:
-    """Return the preprocessing with the size of a model input, where it names none."""
+    """Return the preprocessing; if it has no size, resize to the model's input."""
     height, width = spec.shape[2:4] if model_layout(spec) == "nchw" else spec.shape[1:3]
     if preprocessing.changes_size or not isinstance(height, int) or not isinstance(width, int):
         return preprocessing

@@ -53,7 +53,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     crop : (int, int), optional
         Height and width of the centre crop after resizing.
     resize_by : {"pillow", "opencv"}
-        Whose bilinear resize it is, see `onnxqat.data.resize`.
+        The package whose bilinear resize is reproduced, see `onnxqat.data.resize`.
     keep_aspect_ratio : bool
         Resize without distortion so that the image fits ``resize_dims``, centre it, and pad the
         rest.
@@ -193,16 +193,16 @@ def resize_and_crop(image: NDArray[Any], preprocessing: Preprocessing) -> NDArra
 
 
 def fit_mask(mask: NDArray[Any], preprocessing: Preprocessing, void: int) -> NDArray[Any]:
-    """Bring a mask to the size of its image, moved as that is.
+    """Resize and crop a mask like its image.
 
     Parameters
     ----------
     mask : integers of shape (height, width)
-        Classes. Each pixel takes that of the nearest one.
+        Classes. Each new pixel takes the class of the nearest old pixel.
     preprocessing : Preprocessing
-        That of the image.
+        Preprocessing of the image.
     void : int
-        What a letterbox is padded with.
+        Value of the padding of a letterbox.
     """
     return _fitted(mask[:, :, None], preprocessing, nearest, void)[:, :, 0]
 
@@ -233,9 +233,9 @@ def boxes_in_input(
     seen: tuple[int, int],
     preprocessing: Preprocessing,
 ) -> NDArray[np.float64]:
-    """Return boxes in pixels of what a model sees of an image, of boxes in pixels of its file.
+    """Map boxes from pixels of the image file to pixels of the model's input.
 
-    The inverse of `boxes_in_image`, with the same parameters. What lies beyond the input stays.
+    The inverse of `boxes_in_image`, with the same parameters; boxes are not clipped.
     """
     shift, factor = _moved(image, seen, preprocessing)
     found: NDArray[np.float64] = corners / factor - shift
@@ -285,7 +285,7 @@ def _moved(
 
 
 def _padded(inner: NDArray[Any], height: int, width: int, pad: float) -> NDArray[Any]:
-    """Return an image in the middle of a canvas."""
+    """Return a canvas with the image in its centre."""
     exact = inner.dtype.kind in "iu" and pad in range(256)
     canvas = np.full((height, width, inner.shape[2]), pad, inner.dtype if exact else np.float32)
     top, left = (height - inner.shape[0]) // 2, (width - inner.shape[1]) // 2
