@@ -4,9 +4,9 @@
 
 PYTHON is the interpreter of an environment with onnxsim 0.8.1 and onnxruntime. Both tools quantize
 weights per channel and activations per tensor to 8 bits, calibrate by minimum and maximum on the
-first 512 training images, and train blocks on them against the float model, without labels.
-Each uses its own placement of Q/DQ pairs and its own default rates. Printed are top-1, and the
-SQNR of the outputs against the float model's, on the 1,200 test images by plain onnxruntime.
+first 512 training images, and train blocks on them against the float model, without labels. Each
+tool uses its own placement of Q/DQ pairs and its own default rates. The script prints top-1, and
+the SQNR of the outputs against the float model's, on the 1,200 test images in plain onnxruntime.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def images(split: str, count: int | None = None) -> tuple[Any, Any]:
 
 
 def run_peer(model: Path, out: Path, steps: int) -> None:
-    """Quantize and train by onnxsim; write both models, and print what was trained."""
+    """Quantize and train with onnxsim; write both models, and print how many weights changed."""
     import onnx
     import onnxsim
 
     floats = onnx.load(model)
     for value in (*floats.graph.input, *floats.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = BATCH  # it infers shapes of fixed batches
-    floats, _ = onnxsim.simplify(floats)  # without it, all but the first layer stay float
+        value.type.tensor_type.shape.dim[0].dim_value = BATCH  # it infers shapes for this only
+    floats, _ = onnxsim.simplify(floats)  # otherwise only the first layer is quantized
     x, _ = images("train", IMAGES)
     data = [{"input": x[i : i + BATCH]} for i in range(0, IMAGES, BATCH)]
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def run_peer(model: Path, out: Path, steps: int) -> None:
 
 
 def run_ours(model: Path, out: Path, steps: int) -> dict[str, Any]:
-    """Do the same by onnxqat."""
+    """Do the same with onnxqat."""
     import onnxqat as oq
 
     x, _ = images("train", IMAGES)
@@ -86,7 +86,7 @@ def run_ours(model: Path, out: Path, steps: int) -> dict[str, Any]:
 
 
 def figures(path: Path, floats: Any, batch: int) -> tuple[float, float]:
-    """Return top-1 and the SQNR of the output in dB, node by node as the file says."""
+    """Return top-1 and the SQNR of the output in dB; run the file node by node, without fusion."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -102,7 +102,7 @@ def figures(path: Path, floats: Any, batch: int) -> tuple[float, float]:
 
 
 def trained_weights(out: Path) -> str:
-    """Return how many weights (tensors of two axes and more) training has changed."""
+    """Return how many weights (tensors of rank 2 or more) training has changed, as text."""
     import onnx
     from onnx import numpy_helper
 

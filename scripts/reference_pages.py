@@ -1,8 +1,8 @@
 """Write the reference pages of the documentation site from the program itself.
 
-mkdocs calls `on_page_markdown` for each page (`hooks` in mkdocs.yml). A page with one of the marks
-below gets the text in its place: the commands from click's help, the Python functions and classes
-from their docstrings, and the changelog from its file. So none of these can be out of date.
+mkdocs calls `on_page_markdown` for each page (`hooks` in mkdocs.yml). It replaces the marks below
+by text: the commands from click's help, the Python functions and classes from their docstrings,
+and the changelog from its file. These pages are therefore always up to date.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADING = re.compile(rf"^({'|'.join(SECTIONS)})\n-+\n", flags=re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return a page's text with generated text in the place of its marks."""
+    """Return a page's text with its marks replaced by generated text."""
     for mark, write in MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, write())
@@ -34,14 +34,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def write_commands() -> str:
-    """Return one section for each command, with a table of options for each title."""
+    """Return a section for each command, with a table of options for each title."""
     return "\n\n".join(
         section for name, command in commands() for section in command_sections(name, command)
     )
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Yield each command with the words that call it; those of a group one by one."""
+    """Yield the words that call each command, and the command; a group yields its commands."""
     for name, command in main.commands.items():
         if isinstance(command, click.Group):
             for inner, one in command.commands.items():
@@ -51,7 +51,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 
 
 def command_sections(name: str, command: click.Command) -> Iterator[str]:
-    """Yield the Markdown of one command: what it does, how it is called, its options."""
+    """Yield the Markdown of one command: description, usage, options."""
     context = click.Context(command, info_name=f"onnxqat {name}")
     yield f"## {name}"
     yield inspect.cleandoc(command.help or "")
@@ -84,7 +84,7 @@ def write_python() -> str:
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """Return how a function is called as a block of code, defaults as its source has them."""
+    """Return a function's signature as a block of code, with the defaults from its source."""
     source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(source, ast.FunctionDef)
     words = ast.unparse(source.args)

@@ -121,7 +121,7 @@ def finetune(model: str, data: str, val_data: str | None, teacher: str | None,
 
 
 def _validation(source: Any, data: str) -> Any:
-    """Return the validation data, read like DATA, but all samples of their own split."""
+    """Return the validation data, with the settings of DATA except its size and split."""
     return replace(source, source=data, samples=None, split=None)
 
 

@@ -173,7 +173,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def _tables() -> dict[str, OptionTable]:
     texts = {name: Annotated[Text, Meta(description=text)] for name, text in SPLITS.items()}
-    # each split is named by itself
+    # a job names each split by a key of its own
     params = params_of([data_options, truth_options], without=["split"])
     found = {"data": OptionTable("data", params, texts)}
     return found | {row.name: _table(row) for row in ROWS}

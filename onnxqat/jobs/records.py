@@ -175,7 +175,7 @@ def _statuses(folder: Path, files: Iterable[Path]) -> str:
     """Return a hash of the names, sizes and modification times of files."""
     digest = hashlib.sha256()
     for file in files:
-        with suppress(OSError, ValueError):  # a broken link, or what is no path
+        with suppress(OSError, ValueError):  # a broken link, or not a path
             status = file.stat()
             name = os.path.relpath(file, folder)
             line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"

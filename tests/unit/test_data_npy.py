@@ -72,7 +72,7 @@ def test_broken_files_are_skipped_where_asked(tmp_path):
 def test_files_that_differ_in_shape_are_named(tmp_path):
     np.save(tmp_path / "0.npy", ROWS[0])
     np.save(tmp_path / "1.npy", ROWS[0][:2])
-    said = r"1\.npy: has float32 values of shape \(2, 4\), but another file .* Store the same dtype"
+    said = r"1\.npy: has float32 values of shape \(2, 4\), but another file .* Make them alike"
     with pytest.raises(DataError, match=said):
         read(tmp_path)
 

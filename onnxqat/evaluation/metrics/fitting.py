@@ -103,7 +103,9 @@ def _truth(data: DataSet, outputs: Sequence[str]) -> dict[str, str]:
 def _found_truth(data: DataSet, outputs: Sequence[str], metric: str) -> dict[str, str]:
     """Return the arrays named like outputs; else the only array, if there is only one output."""
     boxes = {BOXES, SIZE, TARGETS, TARGETS_COUNT} if TARGETS in data.moved_arrays else set()
-    arrays = [name for name in data.other_arrays if name not in boxes]  # no output equals boxes
+    arrays = [
+        name for name in data.other_arrays if name not in boxes
+    ]  # boxes are never an output's truth
     named = {name: name for name in outputs if name in arrays}
     if named:
         return named
