@@ -25,6 +25,10 @@ __all__ = [
 TEXT = ("tokenizer", "text_fields", "max_tokens")
 
 
+# Said of the calibration and of the training together.
+SHARED = ("batch_size", "seed", "threads", "device", "precision")
+
+
 def take_settings(options: dict[str, Any]) -> Settings:
     """Take the data settings that a model file stores from a command's options."""
     from onnxqat.data import read_classes
@@ -62,7 +66,7 @@ def take_calibration(options: dict[str, Any]) -> Calibration:
     from onnxqat.calibration import Calibration
 
     taken = {name: options.pop(name) for name in ("observer", "samples")}
-    shared = () if "epochs" in options else ("batch_size", "seed", "threads")
+    shared = () if "epochs" in options else SHARED
     taken["bias_correction"] = options.pop("bias_correction", None)
     return Calibration(**taken, **{name: options.pop(name) for name in shared})
 

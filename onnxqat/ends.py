@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
+from onnxqat.device import CPU, Device
 from onnxqat.errors import ModelError
 from onnxqat.preserve import subgraphs
 from onnxqat.runtime import Optimization, Session, UnknownOpError, open_session
@@ -192,7 +193,7 @@ class TensorReader:
         The model; it is changed.
     names : iterable of str
         The tensors to read; they must not be graph inputs.
-    optimization, threads, name
+    optimization, threads, name, device
         As `onnxqat.runtime.open_session`.
 
     Raises
@@ -209,6 +210,7 @@ class TensorReader:
         optimization: Optimization,
         threads: int = 0,
         name: str = "the model",
+        device: Device = CPU,
     ) -> None:
         self.names = list(names)
         prune(model, self.names)
@@ -218,7 +220,7 @@ class TensorReader:
             return
         try:
             self.session = open_session(
-                model, optimization=optimization, threads=threads, name=name
+                model, optimization=optimization, threads=threads, name=name, device=device
             )
         except UnknownOpError as error:
             raise _before(model.graph, self.names, error) from error

@@ -17,13 +17,23 @@ from pathlib import Path
 
 from onnxqat.errors import OnnxQatError
 
-__all__ = ["check_environment", "check_packages", "mending", "package_versions"]
+__all__ = [
+    "changing_to_cuda",
+    "check_environment",
+    "check_packages",
+    "mending",
+    "package_versions",
+    "runtime_distribution",
+]
 
 # As in pyproject.toml: the training build, where it has wheels.
 HAS_TRAINING_BUILD = sys.version_info < (3, 13) and (
     sys.platform == "darwin" or platform.machine() in ("x86_64", "AMD64")
 )
 ENGINE = "onnxruntime-training-cpu" if HAS_TRAINING_BUILD else "onnxruntime"
+# With the libraries of CUDA and cuDNN that they are built for; its files overwrite those of ENGINE.
+CUDA_ENGINE = "onnxruntime-gpu[cuda,cudnn]>=1.30"
+CUDA_12_ENGINE = "onnxruntime-gpu[cuda,cudnn]<1.25"
 IMPORTED = ("numpy", "google.protobuf", "onnx", "onnx_graphsurgeon", "onnxruntime")
 LIBRARIES = {"google.protobuf": ("protobuf", "onnx"), "onnx": ("onnx", "protobuf")}
 USED = ("InferenceSession", "SessionOptions", "GraphOptimizationLevel")
@@ -86,6 +96,18 @@ def mending() -> str:
     installed = [entry.partition(" ")[0] for entry in _distributions()]
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
     return f"Run: {remove}pip install {_requirement(ENGINE)}"
+
+
+def changing_to_cuda() -> str:
+    """Return the commands that put the onnxruntime for CUDA in the place of the one installed."""
+    installed = [entry.partition(" ")[0] for entry in _distributions()]
+    remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
+    return f"Run: {remove}pip install '{CUDA_ENGINE}' (for CUDA 13), or '{CUDA_12_ENGINE}'."
+
+
+def runtime_distribution() -> str:
+    """Return the distribution of onnxruntime that is installed, with its version."""
+    return " and ".join(_distributions()) or "onnxruntime"
 
 
 def _mending(name: str) -> str:

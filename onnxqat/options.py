@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from onnxqat.choices import ObserverName
+from onnxqat.device import DEVICE, Precision
 from onnxqat.help_text import Command, under
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "checkpoint_options",
     "data_options",
     "decode_option",
+    "device_options",
     "equalize_option",
     "export_options",
     "force_option",
@@ -156,6 +158,13 @@ def _scope(_ctx: click.Context, _param: click.Parameter, value: str | None) -> A
     return chosen
 
 
+def _device(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """Read ``auto``, ``cpu``, ``cuda`` or ``cuda:1``."""
+    if not DEVICE.fullmatch(value):
+        raise click.BadParameter(f"'{value}' is none of auto, cpu, cuda, cuda:0, cuda:1 and so on")
+    return value
+
+
 def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
     """Read ``200steps``, ``5min`` or ``never`` as arguments of `onnxqat.train.Checkpoints`."""
     if value == "never":
@@ -236,6 +245,18 @@ def run_options(batch_size: int) -> Callable[[Command], Command]:
                  f"else {batch_size})."),
         _running("--threads", type=click.IntRange(0), default=0, metavar="N",
                  help="Use N threads (default 0: all cores)."),
+    )  # fmt: skip
+
+
+def device_options(default: str) -> Callable[[Command], Command]:
+    """Return the options of a command that may run a model on a GPU."""
+    usual = "a GPU if one can be used, else the CPU" if default == "auto" else "cpu"
+    return _options(
+        _running("--device", callback=_device, default=default, metavar="DEVICE",
+                 help="Compute on the CPU (cpu), on a GPU by CUDA (cuda, cuda:1), or on a GPU if "
+                 f"one can be used (auto) (default: {usual})."),
+        _running("--precision", type=click.Choice(get_args(Precision)),
+                 help="Multiply on a GPU in TF32 or in float32 (default: tf32)."),
     )  # fmt: skip
 
 
@@ -358,9 +379,15 @@ training_options = _options(
           help="Train on the labels even if the float model almost never predicts them."),
     _training("--epochs", type=click.IntRange(1), metavar="N",
               help="Train for N epochs (default: about 2,000 steps, at most 10 epochs)."),
+    _training("--minutes", type=click.FloatRange(0, min_open=True), metavar="N",
+              help="Train as many epochs as fit into N minutes, by the time that the first steps "
+              "take; at least one (default: see --epochs)."),
     _training("--accumulate", type=click.IntRange(1), metavar="N",
               help="Average the gradients of N batches per step (default 1; if the model's batch "
               "is fixed, as many as make 16 samples)."),
+    _training("--memory-budget", type=click.IntRange(1), metavar="MB",
+              help="Divide batches so that a step takes about MB megabytes at most, and average "
+              "their gradients (default: as much as it takes)."),
     _training("--method", type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average",
                                              "ste"]),
               default="lsq", show_default=True,

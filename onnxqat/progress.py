@@ -200,7 +200,13 @@ class FinetuneReport:
         self._last, self._stage = progress, ""
         self.start = min(self.start, progress.step - 1)  # training may restart
         title = f"{progress.part} {progress.epoch}/{progress.epochs}"
-        self.bar.update(self.task, completed=progress.step, description=title, figures=figures)
+        self.bar.update(
+            self.task,
+            completed=progress.step,
+            total=progress.steps,
+            description=title,
+            figures=figures,
+        )
         if progress.note != self.note:
             self.note = progress.note
             self.say(progress.note)

@@ -78,6 +78,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         The messages that the user got.
     versions : dict of str to str
         Versions of Python and of the packages that affect computed values.
+    device : str
+        Where it was computed, and in which precision: ``cuda:0 (tf32)``.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     epochs: tuple[dict[str, float | None], ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
+    device: str = ""
 
     def document(self) -> dict[str, Any]:
         """Return the record as stored in a file, without empty fields (as in earlier versions)."""

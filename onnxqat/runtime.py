@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnxqat.device import CPU, Device
 from onnxqat.errors import DataError, ModelError, OnnxQatError
 
 __all__ = ["Optimization", "Session", "UnknownOpError", "open_session"]
@@ -78,6 +79,8 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         See onnxruntime.
     outputs_of_unnamed : mapping of str to list of str
         The first outputs of the nodes without a name, by op.
+    device : Device
+        Where it computes.
     """
 
     def __init__(
@@ -86,17 +89,24 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         model: bytes,
         options: ort.SessionOptions,
         outputs_of_unnamed: Mapping[str, list[str]],
+        device: Device = CPU,
     ) -> None:
         self.name, self._outputs_of_unnamed = name, outputs_of_unnamed
         try:
             super().__init__(
                 model,
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=device.providers,
                 disabled_optimizers=["ReshapeFusion"],  # its nodes would be the last to run
             )
         except Exception as error:  # the bindings raise a class per status code
             raise _load_error(name, _said(error)) from error
+        if device.kind == "cuda" and "CUDAExecutionProvider" not in self.get_providers():
+            raise ModelError(
+                f"{name}: onnxruntime could not open it on {device.name}, and took the CPU. See "
+                "whether another process uses the GPU's memory (nvidia-smi), or pass --device cpu."
+            )
+        self.disable_fallback()  # to the CPU, of which nobody would know
 
     def run(self, *arguments: Any, **others: Any) -> Any:
         """Return the outputs, see onnxruntime.
@@ -211,8 +221,9 @@ def open_session(
     optimization: Optimization,
     threads: int = 0,
     name: str = "the model",
+    device: Device = CPU,
 ) -> Session:
-    """Return a CPU session.
+    """Return a session.
 
     Q/DQ pairs are never fused into integer kernels, so the arithmetic is that of the file.
 
@@ -226,6 +237,8 @@ def open_session(
         The number of threads; 0: all cores.
     name : str
         The name of the model in messages.
+    device : Device
+        Where it computes; what a GPU has no kernel for is computed by the CPU.
 
     Raises
     ------
@@ -250,4 +263,4 @@ def open_session(
             if not node.name and node.output:
                 outputs.setdefault(node.op_type, []).append(node.output[0])
         model = model.SerializeToString()
-    return Session(name, model, options, outputs)
+    return Session(name, model, options, outputs, device)

@@ -3,9 +3,8 @@
     python bench_step_peer.py NAME SIZE BATCH export FILE
     python bench_step_peer.py NAME SIZE BATCH float|qat
 
-`bench_step.py` starts it with the Python of an environment that has torch, torchvision and onnx.
-``qat`` is FX graph-mode QAT with learnable fake-quantize (torch.ao.quantization), 8 bits,
-per-tensor.
+Started by that script with the Python of an environment that has torch, torchvision and onnx.
+``qat``: see `torch_qat`.
 """
 
 from __future__ import annotations
@@ -19,22 +18,7 @@ import torch
 from architectures import _torchvision_models
 from step_server import serve
 from torch import nn
-from torch.ao.quantization import MovingAverageMinMaxObserver, QConfig, QConfigMapping
-from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
-
-def learnable(low: int, high: int, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    return _LearnableFakeQuantize.with_args(
-        observer=MovingAverageMinMaxObserver,
-        quant_min=low,
-        quant_max=high,
-        dtype=dtype,
-        qscheme=torch.per_tensor_affine,
-        scale=0.1,
-        zero_point=0.0,
-        use_grad_scaling=True,
-    )
+from torch_qat import quantized
 
 
 def step_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -47,19 +31,6 @@ def step_of(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> Cal
         optimizer.step()
 
     return step
-
-
-def quantized(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
-    qconfig = QConfig(
-        activation=learnable(0, 255, torch.quint8), weight=learnable(-128, 127, torch.qint8)
-    )
-    # an embedding only takes weights with a scale per row
-    mapping = QConfigMapping().set_global(qconfig).set_object_type(nn.Embedding, None)
-    model = prepare_qat_fx(model, mapping, example_inputs=(inputs,))
-    for module in model.modules():
-        if isinstance(module, _LearnableFakeQuantize):
-            module.enable_param_learning()
-    return model
 
 
 def main() -> None:

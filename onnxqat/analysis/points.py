@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from onnxqat.analysis.channels import ChannelRanges, channels_of
 from onnxqat.analysis.histogram import Histogram, LevelCounts
 from onnxqat.data import Batch
+from onnxqat.device import CPU, Device
 from onnxqat.ends import TensorReader
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluation.similarity import Similarity
@@ -141,6 +143,7 @@ def compare_points(
     *,
     floats: Model,
     threads: int = 0,
+    device: Device = CPU,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[PointFigures, ...]:
     """Return the figures of each weight and activation, in the order of the plan.
@@ -154,6 +157,8 @@ def compare_points(
         Calibrated or fine-tuned.
     floats : Model
         The prepared float model to compare with, often ``model.floats``.
+    device : Device
+        Where the models run.
 
     Raises
     ------
@@ -178,7 +183,8 @@ def compare_points(
             rounded = fake_quantize(values, params, point.spec)
             counts[point.tensor].add(tensors[point.tensor].values, rounded)
     computed = [point for point in points if not is_constant(ours[point.tensor])]
-    _compare_computed(model, floats, computed, counts, batches, threads, progress)
+    open_reader = partial(TensorReader, threads=threads, device=device)
+    _compare_computed(model, floats, computed, counts, batches, open_reader, progress)
     return tuple(counts[point.tensor].result() for point in points)
 
 
@@ -201,7 +207,7 @@ def _compare_computed(
     points: list[QuantPoint],
     counts: Mapping[str, _Counts],
     batches: Iterable[Batch],
-    threads: int,
+    open_reader: Callable[..., TensorReader],
     progress: Callable[[], None],
 ) -> None:
     outputs = {tensor.name for tensor in model.floats.graph.outputs}
@@ -210,16 +216,9 @@ def _compare_computed(
         renamed = source_name(point, outputs) != point.tensor
         names[point.tensor] = point.tensor if renamed else dequantized_name(point.tensor)
     fed = {tensor.name for tensor in floats.graph.inputs}
-    theirs = TensorReader(
-        floats.to_proto(),
-        [point.tensor for point in points if point.tensor not in fed],
-        optimization="basic",
-        threads=threads,
-        name=floats.name,
-    )
-    ours = TensorReader(
-        model.to_proto(), names.values(), optimization="none", threads=threads, name=model.name
-    )
+    fetched = [point.tensor for point in points if point.tensor not in fed]
+    theirs = open_reader(floats.to_proto(), fetched, optimization="basic", name=floats.name)
+    ours = open_reader(model.to_proto(), names.values(), optimization="none", name=model.name)
     seen = False
     for batch in batches:
         seen = True

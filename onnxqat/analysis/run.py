@@ -11,6 +11,7 @@ from onnxqat.analysis.points import PointFigures, compare_points
 from onnxqat.analysis.sensitivity import ERROR, LayerFigures, Probe, measure_layers
 from onnxqat.analysis.variants import Variants, layers_of
 from onnxqat.data import Batch
+from onnxqat.device import CPU, Device
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import AnyMetric
 from onnxqat.model import Model
@@ -72,6 +73,7 @@ def analyze(
     metric: AnyMetric = ERROR,
     rule: HardwareRule | None = None,
     threads: int = 0,
+    device: Device = CPU,
     progress: Callable[[], None] = lambda: None,
 ) -> Analysis:
     """Measure where a quantized model differs from the float model, and which layers cost most.
@@ -89,6 +91,8 @@ def analyze(
         Metric that defines the cost of a layer, see `onnxqat.analysis.sensitivity`.
     rule : HardwareRule, optional
         The rule that the model was made with (default: the bundled rule of that name).
+    device : Device
+        Where the models run.
     progress : callable
         Called after each batch of each of the `passes`.
 
@@ -108,10 +112,12 @@ def analyze(
     floats = original(model.floats)
     if against is not None:
         floats = prepare(against, opset=model.floats.graph.opset)
-    probe = Probe(floats, batches, metric=metric, threads=threads, progress=progress)
+    probe = Probe(floats, batches, metric=metric, threads=threads, device=device, progress=progress)
     whole = probe.evaluation(model)
     cost = probe.cost(whole)  # raises early if the metric does not fit
-    points = compare_points(model, batches(), floats=floats, threads=threads, progress=progress)
+    points = compare_points(
+        model, batches(), floats=floats, threads=threads, device=device, progress=progress
+    )
     layers = measure_layers(variants, probe)
     advice = advise(variants, layers, points, probe, cost=cost)
     return Analysis(

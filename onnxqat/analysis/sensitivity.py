@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from onnxqat.analysis.variants import Layer, Variants
 from onnxqat.data import Batch
+from onnxqat.device import CPU, Device
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation, evaluate
 from onnxqat.evaluation.metrics import AnyMetric, Metric, read_metric
@@ -115,6 +116,8 @@ class Probe:
         Returns a new iterator over the batches.
     metric : str, callable or Metric
         Metric that defines the cost, see the module's docstring.
+    device : Device
+        Where the models run.
     progress : callable
         Called after each batch.
     """
@@ -126,11 +129,12 @@ class Probe:
         *,
         metric: AnyMetric = ERROR,
         threads: int = 0,
+        device: Device = CPU,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.reference, self.batches = reference, batches
         self.measured = next(iter(metrics_of(metric)), None)
-        self.threads, self.progress = threads, progress
+        self.threads, self.device, self.progress = threads, device, progress
 
     def evaluation(self, model: QuantizedModel) -> Evaluation:
         """Compare a fake-quantized model with the reference; return the figures."""
@@ -140,6 +144,7 @@ class Probe:
             against=self.reference,
             metrics=[self.measured] if self.measured else [],
             threads=self.threads,
+            device=self.device,
             progress=self.progress,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from onnxqat.calibration.biases import fit_bias_range
 from onnxqat.calibration.observers import OBSERVERS, Observer, Range, weight_method, weight_range
 from onnxqat.choices import check_choice
 from onnxqat.data import Batch
+from onnxqat.device import CPU, Device
 from onnxqat.ends import TensorReader
 from onnxqat.errors import ModelError
 from onnxqat.model import Model
@@ -34,6 +36,7 @@ def calibrate(
     *,
     observer: str = "mse",
     threads: int = 0,
+    device: Device = CPU,
     progress: Callable[[], None] = lambda: None,
     workers: Workers = Workers(),  # noqa: B008 (without state)
 ) -> QuantizedModel:
@@ -50,6 +53,8 @@ def calibrate(
     observer : str
         A name in `OBSERVERS`, for the points whose spec has none. With ``mse`` and ``auto``,
         weights get the range with the least squared error; with others, their extremes.
+    device : Device
+        Where the model runs; the observers look at its tensors on the CPU.
     progress : callable
         Called after each batch.
     workers : Workers
@@ -75,7 +80,8 @@ def calibrate(
     params = _weight_params(plan, tensors, observer)
     taken = {name: model.params[name] for name in model.taken}
     params |= taken
-    watched, ranges = _observe(floats, plan, batches, observer, threads, progress, workers)
+    open_reader = partial(TensorReader, optimization="basic", threads=threads, device=device)
+    watched, ranges = _observe(floats, plan, batches, observer, open_reader, progress, workers)
 
     def measured() -> tuple[dict[str, QuantParams], QuantPlan]:
         for point in plan.grid_points():
@@ -117,7 +123,7 @@ def _observe(
     plan: QuantPlan,
     batches: Iterable[Batch | Mapping[str, NDArray[Any]]],
     observer: str,
-    threads: int,
+    open_reader: Callable[..., TensorReader],
     progress: Callable[[], None],
     workers: Workers,
 ) -> tuple[dict[str, Observer], dict[str, Range]]:
@@ -142,9 +148,7 @@ def _observe(
             activations.append(point)
     fed = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in fed]
-    reader = TensorReader(
-        floats.to_proto(), fetched, optimization="basic", threads=threads, name=floats.name
-    )
+    reader = open_reader(floats.to_proto(), fetched, name=floats.name)
     ranges: dict[str, Range] = {}
     for batch in batches:
         inputs, counting = _opened(batch)

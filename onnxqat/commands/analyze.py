@@ -22,6 +22,7 @@ from onnxqat.help_text import command, under
 from onnxqat.options import (
     analysis_options,
     data_options,
+    device_options,
     force_option,
     json_option,
     output_option,
@@ -51,6 +52,7 @@ WORST = 10  # rows of a table
 @analysis_options
 @data_options
 @run_options(32)
+@device_options("cpu")
 @seed_option
 @output_option("Write the advice as an overrides file, for insert --overrides.")
 @force_option

@@ -19,6 +19,7 @@ from onnxqat.options import (
     bias_correction_option,
     calibration_options,
     data_options,
+    device_options,
     force_option,
     json_option,
     output_option,
@@ -36,6 +37,7 @@ __all__ = ["calibrate"]
 @bias_correction_option
 @data_options
 @run_options(32)
+@device_options("auto")
 @seed_option
 @output_option("Write the model here (default: MODEL with .calibrated before its suffix).")
 @force_option

@@ -19,7 +19,14 @@ from onnxqat.commands.common import (
     print_result,
 )
 from onnxqat.help_text import command, under
-from onnxqat.options import data_options, json_option, metric_options, run_options, samples_option
+from onnxqat.options import (
+    data_options,
+    device_options,
+    json_option,
+    metric_options,
+    run_options,
+    samples_option,
+)
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
@@ -59,6 +66,7 @@ __all__ = ["evaluate"]
 @samples_option
 @data_options
 @run_options(32)
+@device_options("cpu")
 @json_option
 def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str | None,
              max_drop: float | None, metrics: tuple[str, ...], decode: str | None, as_json: bool,
@@ -85,6 +93,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
         batch_size=batch_size,
         threads=threads,
         listener=listener_of(Workers()),
+        **options,
     )
     _print_evaluation(result, mode, against is not None or mode == "integer", as_json)
     if max_drop is not None:

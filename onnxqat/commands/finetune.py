@@ -30,6 +30,7 @@ from onnxqat.options import (
     calibration_options,
     checkpoint_options,
     data_options,
+    device_options,
     force_option,
     json_option,
     keep_epochs_option,
@@ -71,6 +72,7 @@ __all__ = ["finetune"]
 @calibration_options
 @data_options
 @run_options(16)
+@device_options("auto")
 @seed_option
 @output_option("Write the tuned model here (default: MODEL with .qat before its suffix).")
 @force_option
@@ -162,7 +164,7 @@ def _checkpoints(
     from onnxqat.train import Checkpoints
 
     if resume:
-        return Checkpoints(path, **(every or {}), resume=True)
+        return Checkpoints(path, **(every or {}), resume=True, elsewhere=force)
     if Path(path).is_file() and not force:
         raise TrainingError(
             f"{path}: is left from an interrupted run. Pass --resume to continue it, or --force to "
@@ -247,6 +249,8 @@ def _print_finetuned(
         "best_epoch": result.best_epoch,
         "seconds": round(result.seconds, 1),
         "waiting_for_data": result.waiting,
+        "samples_per_second": result.samples_per_second,
+        "device": result.device,
         "notes": list(result.notes),
         "epoch_files": list(epochs),
         "output": target,
@@ -264,6 +268,7 @@ def _print_finetuned(
         ("kept", f"{result.kept}, chosen by {result.selection.figure}"),
         ("seconds", document["seconds"]),
         *_waiting_row(result),
+        *_rows_of_pace(result),
         *(("note", note) for note in result.notes),
         *(("epoch file", path) for path in epochs),
         ("output", target),
@@ -275,6 +280,13 @@ def _waiting_row(result: Finetuned) -> list[tuple[str, Any]]:
     if result.waiting is None:
         return []
     return [("waiting for data", f"{100 * result.waiting:.0f} % of the time of the steps")]
+
+
+def _rows_of_pace(result: Finetuned) -> list[tuple[str, Any]]:
+    """Return where the steps ran, and how fast."""
+    if result.samples_per_second is None:
+        return []
+    return [("speed", f"{result.samples_per_second:.4g} samples a second on {result.device}")]
 
 
 def _rows_of_training(result: Finetuned) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxqat.choices import check_choice
 from onnxqat.computable import computable
 from onnxqat.data import Batch
+from onnxqat.device import CPU, Device
 from onnxqat.errors import DataError, ModelError
 from onnxqat.evaluation.integer import IntegerProgram, PointDifference
 from onnxqat.evaluation.labels import Hits, doubt
@@ -122,7 +123,11 @@ class _Runner(Protocol):
 
 
 def model_session(
-    model: AnyModel, mode: Literal["float", "qdq"], *, threads: int = 0
+    model: AnyModel,
+    mode: Literal["float", "qdq"],
+    *,
+    threads: int = 0,
+    device: Device = CPU,
 ) -> ort.InferenceSession:
     """Return a session of ``model`` in a mode; both modes run a float model as it is."""
     if mode == "float":
@@ -132,7 +137,11 @@ def model_session(
         model.check_calibrated()
         optimization = "none"
     return open_session(
-        model.to_proto(), optimization=optimization, threads=threads, name=model.name
+        model.to_proto(),
+        optimization=optimization,
+        threads=threads,
+        name=model.name,
+        device=device,
     )
 
 
@@ -145,6 +154,7 @@ def evaluate(
     rule: HardwareRule | None = None,
     metrics: Sequence[Metric] = (),
     threads: int = 0,
+    device: Device = CPU,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Run a model over data; return its accuracy, its metrics and its agreement with a reference.
@@ -164,6 +174,8 @@ def evaluate(
         Rule whose arithmetic ``integer`` uses (default: the bundled rule of the model's plan).
     metrics : sequence of Metric
         Further metrics; the batches must have the arrays that they need.
+    device : Device
+        Where the models run; integers are computed on the CPU.
     progress : callable
         Called after each batch.
 
@@ -182,14 +194,14 @@ def evaluate(
     if against is not None:
         check_interface(model, against)
     try:
-        program, runs = _runs(model, mode, against, rule, threads)
+        program, runs = _runs(model, mode, against, rule, threads, device)
         lost = None
     except UnknownOpError:
         lost = computable(model)
         model, against = lost.model, against and computable(against).model
         if against is not None:
             check_interface(model, against)
-        program, runs = _runs(model, mode, against, rule, threads)
+        program, runs = _runs(model, mode, against, rule, threads, device)
     with Meters(metrics, outputs_of(float_part(model).graph), compared=len(runs) > 1) as meters:
         counts = _Counts(model, meters, labelled=lost is None or not lost.first_lost)
         for batch in batches:
@@ -200,18 +212,23 @@ def evaluate(
 
 
 def _runs(
-    model: AnyModel, mode: Mode, against: AnyModel | None, rule: HardwareRule | None, threads: int
+    model: AnyModel,
+    mode: Mode,
+    against: AnyModel | None,
+    rule: HardwareRule | None,
+    threads: int,
+    device: Device,
 ) -> tuple[IntegerProgram | None, list[tuple[_Runner, AnyModel]]]:
     """Return the integer program, if any, and a runner for the model and for its reference."""
     integer = mode == "integer"
     program = IntegerProgram(require_quantized(model), rule, threads=threads) if integer else None
     against = model if program and against is None else against
     ours: _Runner = program or model_session(
-        model, "float" if mode == "float" else "qdq", threads=threads
+        model, "float" if mode == "float" else "qdq", threads=threads, device=device
     )
     runs = [(ours, model)]
     if against is not None:
-        runs.append((model_session(against, "qdq", threads=threads), against))
+        runs.append((model_session(against, "qdq", threads=threads, device=device), against))
     return program, runs
 
 

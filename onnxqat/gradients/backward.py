@@ -34,6 +34,8 @@ class Scope:
         The shape of each value whose rank is known; None stands for an unknown length.
     kernels : frozenset of str
         Gradient ops of the runtime that are used, see `onnxqat.gradients.kernels`.
+    wide : bool
+        Whether arithmetic costs little next to passes over memory, as on a GPU.
     names : set of str
         All names in use.
     known : dict of str to array
@@ -46,6 +48,7 @@ class Scope:
     shapes: dict[str, Shape]
     kernels: frozenset[str]
     names: set[str]
+    wide: bool = False
     known: dict[str, Array] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)

@@ -50,7 +50,11 @@ DEFINITIONS: dict[str, Callable[[Backward], dict[int, str]]] = {
 
 
 def add_gradients(
-    model: onnx.ModelProto, learned: Collection[str], *, kernels: frozenset[str]
+    model: onnx.ModelProto,
+    learned: Collection[str],
+    *,
+    kernels: frozenset[str],
+    wide: bool = False,
 ) -> onnx.ModelProto:
     """Return a model that computes the loss, and the gradients of some inputs.
 
@@ -67,6 +71,8 @@ def add_gradients(
         no output.
     kernels : frozenset of str
         Gradient ops of the runtime that are used, see `onnxqat.gradients.kernels`.
+    wide : bool
+        Whether arithmetic costs little next to passes over memory, as on a GPU.
 
     Returns
     -------
@@ -86,6 +92,7 @@ def add_gradients(
         opset=default_opset(made.opset_import) or MIN_OPSET,
         shapes=dict(_shapes(graph)),
         kernels=kernels,
+        wide=wide,
         names=_names(graph),
         known=dict(_constants(graph)),
     )

@@ -19,6 +19,9 @@ im2col       one product of dy with a matrix whose rows are the values that each
              processing", section 3)
 taps         one product per tap, if the im2col matrix would be large or lengths are unknown
 depthwise    for each tap, the sum of dy times the values that the tap reads
+bands        depthwise, where arithmetic is cheap: for each row of the kernel one product of what
+             it reads with dy, over samples and rows. It holds the sums for every pair of columns;
+             those of a tap are added up from its diagonals
 ===========  =====================================================================================
 """
 
@@ -51,6 +54,8 @@ Found = dict[int, str]
 MANY_POSITIONS = 196  # from this size on, dx is a Conv unless the convolution is depthwise
 FEW_POSITIONS = 196  # below this size, depthwise products by rows are slower than by values
 MOST_COLUMNS = 1 << 26  # the most elements of the im2col matrix: 256 MB
+MOST_BAND_COLUMNS = 512  # from which on the superfluous multiplications of bands would weigh
+MOST_JOINED = 32  # inputs of a Concat that a graph of CUDA may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +180,7 @@ def convolution(
         dilations=list(attribute("dilations", ones)),
     )
     geometry = conv.geometry()
-    if geometry is not None and gains(geometry):
+    if geometry is not None and not b.scope.wide and gains(geometry):
         return products(b, geometry, inputs, wanted)
     found = {}
     if wanted[0] and conv.gains_by_conv:
@@ -233,7 +238,7 @@ def _of_weight(conv: _Conv) -> str:
     b = conv.b
     filters, channels = conv.filters()
     if conv.is_depthwise:
-        return _depthwise(conv)
+        return _bands(conv) if _takes_bands(conv) else _depthwise(conv)
     if conv.group == 1 and conv.is_plain:
         rows = [b.reshape(v, [0, n, -1]) for v, n in ((conv.dy, filters), (conv.x, channels))]
         each = b.product(*rows, trans_b=True)
@@ -263,6 +268,47 @@ def _depthwise(conv: _Conv) -> str:
     return b.shaped_like(_joined(conv, columns, axis=2), conv.w)
 
 
+def _takes_bands(conv: _Conv) -> bool:
+    """Whether dw of a depthwise convolution is summed from products of rows with all columns.
+
+    That is as many multiplications as the map has columns times those that are needed, and a third
+    of the passes over memory.
+    """
+    x, dy = conv.b.fixed(conv.x), conv.b.fixed(conv.dy)
+    if not conv.b.scope.wide or conv.rank != 2 or x is None or dy is None:
+        return False
+    return len(conv.taps) > 1 and dy[3] <= MOST_BAND_COLUMNS
+
+
+def _bands(conv: _Conv) -> str:
+    b, dy, x = conv.b, conv.b.fixed(conv.dy) or [], conv.b.fixed(conv.x) or []
+    rows, columns = dy[2:]
+    (high, wide), (down, across), (apart, aside) = conv.kernel, conv.strides, conv.dilations
+    padded = conv.x
+    if any(conv.pads):
+        begins, ends = conv.pads[:2], conv.pads[2:]
+        padded = b.op("Pad", padded, np.array([0, 0, *begins, 0, 0, *ends], np.int64))
+    width = x[3] + conv.pads[1] + conv.pads[3]
+    exchange = [1, 0, 2, 3]  # the samples behind the channels
+    padded = b.op("Transpose", padded, perm=exchange)
+    upstream = b.reshape(b.op("Transpose", conv.dy, perm=exchange), [conv.group, -1, columns])
+    products = []
+    for row in range(high):
+        start = row * apart
+        bounds = ([start], [start + (rows - 1) * down + 1], [2], [down])
+        read = b.op("Slice", padded, *(np.array(one, np.int64) for one in bounds))
+        band = b.product(b.reshape(read, [conv.group, -1, width]), upstream, trans_a=True)
+        products.append(b.reshape(band, [conv.group, -1]))
+    at = np.arange(columns)
+    diagonals = [
+        row * width * columns + (at * across + column * aside) * columns + at
+        for row in range(high)
+        for column in range(wide)
+    ]
+    terms = b.op("Gather", _joined(conv, products, axis=1), np.array(diagonals), axis=1)
+    return b.shaped_like(b.reduce("ReduceSum", terms, [2], keepdims=False), conv.w)
+
+
 def _im2col(conv: _Conv) -> str:
     b = conv.b
     filters, channels = conv.filters()
@@ -290,6 +336,9 @@ def _by_tap(conv: _Conv) -> str:
 
 
 def _joined(conv: _Conv, parts: list[str], axis: int) -> str:
+    if conv.b.scope.wide and len(parts) > MOST_JOINED:
+        groups = [parts[i : i + MOST_JOINED] for i in range(0, len(parts), MOST_JOINED)]
+        parts = [_joined(conv, group, axis) for group in groups]
     return conv.b.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
 
 

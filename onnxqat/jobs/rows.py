@@ -13,6 +13,7 @@ from onnxqat.options import (
     bias_correction_option,
     calibration_options,
     checkpoint_options,
+    device_options,
     equalize_option,
     export_options,
     log_options,
@@ -166,7 +167,13 @@ ROWS = (
     Row(
         name="calibrate",
         run=stages.calibrate,
-        options=(calibration_options, bias_correction_option, run_options(32), seed_option),
+        options=(
+            calibration_options,
+            bias_correction_option,
+            run_options(32),
+            device_options("auto"),
+            seed_option,
+        ),
         variants=_quantized,
         reads="calibration",
         makes=True,
@@ -177,7 +184,7 @@ ROWS = (
         run=stages.finetune,
         options=(
             *(teacher_option, training_options, checkpoint_options, log_options),
-            *(run_options(16), seed_option),
+            *(run_options(16), device_options("auto"), seed_option),
         ),
         without=("resume", "log", "tensorboard", "truth", "boxes", "masks"),
         variants=_tuned,
@@ -187,7 +194,7 @@ ROWS = (
     Row(
         name="evaluate",
         run=stages.evaluate,
-        options=(metric_options, run_options(32)),
+        options=(metric_options, run_options(32), device_options("cpu")),
         without=("truth", "boxes", "masks"),
         variants=_measured,
         reads="test",
@@ -196,7 +203,7 @@ ROWS = (
     Row(
         name="analyze",
         run=stages.analyze,
-        options=(analysis_options, run_options(32), seed_option),
+        options=(analysis_options, run_options(32), device_options("cpu"), seed_option),
         without=("truth", "boxes", "masks"),
         variants=_last,
         reads="validation",

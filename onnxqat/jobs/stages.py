@@ -151,6 +151,8 @@ def evaluate(work: Work, step: Step) -> Result:
     variant, options = step.variant, work.options("evaluate")
     if variant == "float":  # it has no reference
         options["metrics"] = [m for m in options["metrics"] if not read_metric(m).compares]
+    if variant == "integer":  # which the CPU computes
+        options["device"] = "cpu"
     modes: dict[str, Any] = {"float": "float", "integer": "integer"}
     rules = work.options("insert")["rules"]
     own_rule = variant == "integer" and rules.endswith(".toml")

@@ -188,7 +188,8 @@ def _done(model: QuantizedModel) -> Element:
     rows: list[list[Child]] = []
     for stages, words in commands_of(model):
         read = ", ".join(f"{name} {file}" for name, file in stages[0].inputs.items())
-        versions = ", ".join(f"{name} {version}" for name, version in stages[0].versions.items())
+        computed = [f"{name} {version}" for name, version in stages[0].versions.items()]
+        versions = ", ".join([*computed, *([stages[0].device] if stages[0].device else [])])
         rows.append(
             [
                 ", ".join(stage.name for stage in stages),

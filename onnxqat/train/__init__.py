@@ -5,6 +5,7 @@ from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
 from onnxqat.train.form import Untrainable, untrainable_nodes
+from onnxqat.train.given import training_device
 from onnxqat.train.monitoring.log import TrainingLog
 from onnxqat.train.monitoring.tensorboard import check_event_folder
 from onnxqat.train.monitoring.writers import read_log
@@ -24,5 +25,6 @@ __all__ = [
     "finetune",
     "join_workers",
     "read_log",
+    "training_device",
     "untrainable_nodes",
 ]

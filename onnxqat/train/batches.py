@@ -7,11 +7,11 @@ step, so that a run can resume at any step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -25,8 +25,9 @@ from onnxqat.parallel import Workers
 from onnxqat.train.config import Config
 from onnxqat.train.losses import LABELS, TENSOR, array_input, array_of, teacher_input
 
-__all__ = ["Feeds", "TrainingBatches", "feeds_of"]
+__all__ = ["Feeds", "TrainingBatches", "feeds_of", "taught"]
 
+T = TypeVar("T")
 Feeds = dict[str, NDArray[Any]]
 NONE = np.zeros(0, np.int64)
 
@@ -35,13 +36,19 @@ def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) 
     """Return the feeds of a batch: ``inputs``, the teacher's outputs, labels and other arrays."""
     feeds = dict(inputs)
     if teacher is not None:
-        outputs = teacher.run(None, inputs)
-        names = [o.name for o in teacher.get_outputs()]
-        for prefix in ("", TENSOR):  # a loss may also name an output as a tensor
-            feeds |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
+        feeds |= taught(teacher, teacher.run(None, inputs))
     if batch.labels is not None:
         feeds[LABELS] = np.resize(batch.labels, batch.size)
     return feeds | batch.arrays
+
+
+def taught(teacher: ort.InferenceSession, outputs: Sequence[T]) -> dict[str, T]:
+    """Return the teacher's outputs by the names of the inputs that a loss reads them as."""
+    found = {}
+    names = [o.name for o in teacher.get_outputs()]
+    for prefix in ("", TENSOR):  # a loss may call an output a tensor
+        found |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
+    return found
 
 
 class TrainingBatches:
@@ -61,6 +68,8 @@ class TrainingBatches:
         The processes that share the samples.
     classes : mapping of str to (int, int or None), optional
         For each input of labels: the number of classes, and the label that is ignored.
+    finish : callable, optional
+        Makes of all batches, one after the other, what the training session takes.
 
     Attributes
     ----------
@@ -76,8 +85,10 @@ class TrainingBatches:
         config: Config,
         workers: Workers,
         classes: Mapping[str, tuple[int, int | None]] | None = None,
+        finish: Callable[[Iterator[Feeds]], Iterator[Any]] = iter,
     ) -> None:
         self.data, self.teacher, self.config, self.workers = data, teacher, config, workers
+        self.finish = finish
         shape = list(model.graph.outputs[0].shape or ())
         counted = len(shape) > 1 and isinstance(shape[1], int)
         self.classes = ({LABELS: (shape[1], None)} if counted else {}) | dict(classes or {})
@@ -90,10 +101,10 @@ class TrainingBatches:
         """Share of their time that the steps so far waited for data; None before the first."""
         return self._waited / self._seconds if self._seconds else None
 
-    def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Feeds]]:
+    def epoch(self, number: int, *, done: int = 0) -> Iterator[Iterator[Any]]:
         """Yield the batches of each step of an epoch (from 1), without the first ``done`` steps."""
         parts = self.config.batches
-        batches = self._batches(number, done)
+        batches = self.finish(self._batches(number, done))
         for _ in range(done, self.steps):
             yield islice(batches, parts)
 

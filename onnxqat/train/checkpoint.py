@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.data import BrokenError, DataSet
+from onnxqat.device import Device
+from onnxqat.environment import runtime_distribution
 from onnxqat.errors import OnnxQatError, TrainingError
 from onnxqat.files import atomic_output
 from onnxqat.quantized import AnyModel
@@ -31,6 +33,7 @@ __all__ = [
     "Identity",
     "data_identity",
     "model_identity",
+    "place_identity",
     "settings_identity",
 ]
 
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SAMPLES = 64  # samples that are compared to recognize the data
 RECORD = "record"  # the member of the file that is not an array of the run
+PLACE = ("the engine", "--device", "--precision")
 BLOCKS = "blocks/"  # prefix of the arrays at the end of block reconstruction
 
 # The values that must be the same when a run resumes, by names that the user knows.
@@ -68,6 +72,8 @@ class Checkpoints:
         or after this time.
     resume : bool
         Whether the run resumes from the file, which must exist.
+    elsewhere : bool
+        Whether it may go on on another device, or with another onnxruntime.
 
     Attributes
     ----------
@@ -84,8 +90,9 @@ class Checkpoints:
         steps: int | None = None,
         minutes: float | None = None,
         resume: bool = False,
+        elsewhere: bool = False,
     ) -> None:
-        self.path, self.resume = Path(path), resume
+        self.path, self.resume, self.elsewhere = Path(path), resume, elsewhere
         self.steps, self.minutes = steps, minutes
         self.written = self.finished = self.behind_blocks = False
         self._blocks: _Stage | None = None
@@ -193,6 +200,13 @@ class Checkpoints:
         for name, value in ours.items():
             if theirs.get(name) != value:
                 was, now = ("not given" if v is None else v for v in (theirs.get(name), value))
+                if name in PLACE:
+                    if self.elsewhere:
+                        continue
+                    raise TrainingError(
+                        f"{self.path}: {name} was {was}, and is {now} now, which changes the last "
+                        "bits. Go on as the run was started, or pass --force too to go on here."
+                    )
                 raise TrainingError(
                     f"{self.path}: {name} was {was}, but is {now} now. Use the same options and "
                     "files as at the start, or leave out --resume and pass --force to start again."
@@ -221,8 +235,17 @@ def settings_identity(config: Config) -> Identity:
     """Return the hyper-parameters by the names of their options."""
     settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
     settings["group"] = settings.pop("groups")
-    del settings["force_labels"]  # has no effect on a run that resumes
+    # what changes nothing of a run that goes on; and what `place_identity` says as it turned out
+    for name in ("force_labels", "device", "precision"):
+        del settings[name]
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+
+
+def place_identity(device: Device) -> Identity:
+    """Return where a run computes, and with which onnxruntime."""
+    kept = " with its arrays" if device.resident and device.kind == "cpu" else ""
+    found = (runtime_distribution(), f"{device.name}{kept}", device.precision)
+    return dict(zip(PLACE, found, strict=True))
 
 
 def model_identity(model: AnyModel) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from onnxqat.choices import check_choice
+from onnxqat.device import DEVICE, Precision
 from onnxqat.errors import TrainingError
 from onnxqat.qparams import Method
 
@@ -61,12 +62,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         chooses for each weight whether it is rounded down or up, see `onnxqat.train.adaround`.
     epochs : int or None
         The number of epochs. None: enough for about 2,000 steps, at most 10.
+    minutes : float or None
+        In the place of ``epochs``: as many as fit into this time, by the time of the first steps.
     batch_size : int or None
         Samples per batch. None: the model's fixed batch size, or 16.
     accumulate : int or None
         Batches per step, whose gradients are averaged; apart from the order of summation, the
         result is that of one larger batch. None: 1; if the model's batch is fixed, as many as make
         steps of about 16 samples over all processes.
+    memory_budget : int or None
+        Megabytes that a step may take, by an estimate; batches are divided so that it does, and
+        their gradients averaged. None: whatever it takes.
     method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
         How scales and zero_points are trained if the plan does not say, see
         `onnxqat.train.fake_quantize`.
@@ -121,6 +127,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         The seed for the order of samples, the held-out slice and augmentation.
     threads : int
         The number of threads (0: all cores).
+    device : str
+        ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
+    precision : {"tf32", "fp32"} or None
+        Of products on a GPU, see `onnxqat.device.Device`. None: ``tf32``.
     """
 
     loss: str | None = None
@@ -134,8 +144,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     block_memory: Annotated[int, Meta(ge=0)] = 1024
     rounding: BlockRounding = "nearest"
     epochs: Count | None = None
+    minutes: Limit | None = None
     batch_size: Count | None = None
     accumulate: Count | None = None
+    memory_budget: Count | None = None
     method: Method = "lsq"
     averaging_constant: Fraction = 0.01
     quant_delay: Annotated[int, Meta(ge=0)] = 0
@@ -159,6 +171,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     force_labels: bool = False
     seed: Annotated[int, Meta(ge=0)] = 0
     threads: Annotated[int, Meta(ge=0)] = 0
+    device: Annotated[str, Meta(pattern=f"^({DEVICE.pattern})$")] = "auto"
+    precision: Precision | None = None
 
     @property
     def samples(self) -> int:
@@ -177,6 +191,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.convert(msgspec.to_builtins(msgspec.structs.asdict(self)), _fields())
         except (msgspec.ValidationError, TypeError) as error:
             raise TrainingError(f"Config: {error}.") from error
+        if None not in (self.epochs, self.minutes):
+            raise TrainingError("Config: epochs and minutes are both given. Leave one out.")
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

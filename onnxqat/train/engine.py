@@ -8,6 +8,7 @@ to them in place, without copying.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxqat import native
+from onnxqat.device import CPU, Device
 from onnxqat.errors import TrainingError
 from onnxqat.gradients import add_gradients, drop_unread, installed_kernels
 from onnxqat.qparams import FloatArray
@@ -23,7 +25,16 @@ from onnxqat.runtime import open_session
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.losses import Arrays, Loss, add_loss
 
-__all__ = ["Flat", "StepSession", "fix_batch", "forward_session"]
+__all__ = [
+    "HIGHEST",
+    "LOWEST",
+    "Flat",
+    "StepGraph",
+    "StepSession",
+    "fix_batch",
+    "forward_session",
+    "step_graph",
+]
 
 LOWEST, HIGHEST = "/lowest", "/highest"
 FLOAT = onnx.TensorProto.FLOAT
@@ -53,6 +64,56 @@ class Flat:
 def forward_session(form: TrainingForm, *, threads: int = 0) -> ort.InferenceSession:
     """Return a session of the training form's forward pass; parameters are its inputs."""
     return open_session(form.proto, optimization="basic", threads=threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGraph:
+    """The graph of a loss and its gradients.
+
+    Attributes
+    ----------
+    model : onnx.ModelProto
+        Outputs: ``loss``, ``<parameter>_grad``, and the extremes of ``tensors``.
+    classes : dict of str to (int, int or None)
+        By input of labels: how many classes there are, and the label that does not count.
+    observed : dict of str to tuple of str
+        The tensors that move a clipping range, by `QuantPoint.parameters`.
+    tensors : list of str
+        All of them, each once: ``<tensor>/lowest`` and ``<tensor>/highest`` are outputs.
+    """
+
+    model: onnx.ModelProto
+    classes: dict[str, tuple[int, int | None]]
+    observed: dict[str, tuple[str, ...]]
+    tensors: list[str]
+
+
+def step_graph(
+    form: TrainingForm,
+    loss: Loss,
+    *,
+    batch_size: int,
+    arrays: Arrays | None = None,
+    device: Device = CPU,
+) -> StepGraph:
+    """Return the graph of a training form's loss and gradients, as it suits a device.
+
+    The other parameters are those of `StepSession`.
+    """
+    on_gpu = device.kind == "cuda"
+    kernels: frozenset[str] = frozenset() if on_gpu else installed_kernels()
+    parameters = set(form.parameters)
+    fixed = fix_batch(form.proto, parameters, batch_size)
+    model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
+    graph = add_gradients(model, form.learned, kernels=kernels, wide=on_gpu)
+    observed = {name: tensors for name, tensors in form.observed.items() if tensors}
+    tensors = sorted({t for tensors in observed.values() for t in tensors})
+    _add_extremes(graph, tensors)
+    drop_unread(graph)
+    # onnxruntime runs the nodes of functions last: what gradients compute from the same tensors
+    # would come first, and stay in memory through the whole forward pass
+    graph = native.inline_functions(graph)
+    return StepGraph(model=graph, classes=_classes(model), observed=observed, tensors=tensors)
 
 
 class StepSession:
@@ -100,20 +161,10 @@ class StepSession:
         other: StepSession | None = None,
     ) -> None:
         self.values: Flat = Flat(form.parameters) if other is None else other.values
-        parameters = set(form.parameters)
-        fixed = fix_batch(form.proto, parameters, batch_size)
-        model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
-        self.classes = _classes(model)
-        graph = add_gradients(model, form.learned, kernels=installed_kernels())
-        self._observed = {name: tensors for name, tensors in form.observed.items() if tensors}
-        tensors = sorted({t for tensors in self._observed.values() for t in tensors})
-        _add_extremes(graph, tensors)
-        drop_unread(graph)
-        # onnxruntime runs the nodes of functions last: what gradients compute from the same tensors
-        # would come first, and stay in memory through the whole forward pass
-        graph = native.inline_functions(graph)
+        graph = step_graph(form, loss, batch_size=batch_size, arrays=arrays)
+        self.classes, self._observed, tensors = graph.classes, graph.observed, graph.tensors
         self._session = open_session(
-            graph, optimization="basic", threads=threads, name="the training graph"
+            graph.model, optimization="basic", threads=threads, name="the training graph"
         )
         outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = {i.name for i in self._session.get_inputs()}

@@ -12,6 +12,8 @@ import onnxruntime as ort
 
 from onnxqat.computable import Computable, computable
 from onnxqat.data import DataSet
+from onnxqat.device import Device
+from onnxqat.errors import TrainingError
 from onnxqat.evaluation.metrics import Metric, fitted
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
@@ -31,10 +33,11 @@ from onnxqat.train.checkpoint import (
     Identity,
     data_identity,
     model_identity,
+    place_identity,
     settings_identity,
 )
 from onnxqat.train.config import Config
-from onnxqat.train.engine import StepSession, fix_batch
+from onnxqat.train.engine import fix_batch, step_graph
 from onnxqat.train.form import TrainingForm, training_form
 from onnxqat.train.given import (
     batches_per_step,
@@ -44,10 +47,13 @@ from onnxqat.train.given import (
     in_steps_of,
     teacher_of,
     teaching_session,
+    training_device,
     with_arrays,
 )
 from onnxqat.train.loop import Loop
 from onnxqat.train.losses import Loss, Part, add_loss, tensor_read
+from onnxqat.train.memory import fitted_to_memory
+from onnxqat.train.opening import bringing, open_descent
 from onnxqat.train.optimization.parameter_groups import asked_for
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.scope import check_scope, chosen_scope
@@ -74,6 +80,7 @@ def finetune(
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], bool] = lambda: False,
     workers: Workers = Workers(),  # noqa: B008 (without state)
+    device: Device | None = None,
 ) -> Finetuned:
     """Fine-tune weights and scales with simulated quantization.
 
@@ -104,6 +111,8 @@ def finetune(
     workers : Workers
         The processes that train together, see `onnxqat.parallel`. All call this function
         with the same arguments, and all return the same.
+    device : Device, optional
+        Where it happens; by default what ``config`` names.
 
     Raises
     ------
@@ -116,6 +125,7 @@ def finetune(
         ``stop`` returned true.
     """
     model.check_calibrated()
+    device = training_device(config, workers) if device is None else device
     data = in_batches_of(model, data)
     if validation is not None:
         validation = in_batches_of(model, validation)
@@ -158,6 +168,7 @@ def finetune(
         checkpoints=checkpoints,
         stop=stop,
         workers=workers,
+        device=device,
     )
     if reason:
         say(reason)
@@ -231,6 +242,7 @@ class _Run:
     checkpoints: Checkpoints | None
     stop: Callable[[], bool]
     workers: Workers
+    device: Device
 
     def blocks(self) -> Reconstructed:
         """Tune one block after the other."""
@@ -261,30 +273,35 @@ class _Run:
         read = tensor_read(self.loss, rest.floats)
         asked = asked_for(config)
         form = training_form(rest, method=config.method, read=read, asked=asked)
-        opened = partial(
-            StepSession,
+        if config.memory_budget is not None:
+            return self._within(form, config.memory_budget).network()
+        delayed = _float_form(rest, form, read, asked) if config.quant_delay else None
+        descent, classes = open_descent(
+            form,
+            delayed,
+            self.model,
             loss=self.loss,
-            batch_size=config.samples,
-            threads=config.threads,
             arrays=self.data,
+            config=config,
+            workers=self.workers,
+            device=self.device,
         )
-        session = opened(form)
-        delayed = (
-            opened(_float_form(rest, form, read, asked), other=session)
-            if config.quant_delay
-            else None
-        )
-        training = with_arrays(self.training, session.inputs, config)
-        teaching = teaching_session(self.reference, session.inputs)
-        held_out = self._judging(session.inputs)
+        training = with_arrays(self.training, descent.inputs, config)
+        teaching = teaching_session(self.reference, descent.inputs, self.device)
+        held_out = self._judging(descent.inputs)
         step_batches = TrainingBatches(
-            rest.floats, training, teaching, config, self.workers, session.classes
+            rest.floats,
+            training,
+            None if self.device.resident else teaching,
+            config,
+            self.workers,
+            classes,
+            bringing(self.device, teaching, descent.inputs),
         )
         loop = Loop(
             model=self.model,
             form=form,
-            session=session,
-            delayed=delayed,
+            descent=descent,
             step_batches=step_batches,
             config=config,
             validate=self._validation(held_out, teaching),
@@ -300,7 +317,27 @@ class _Run:
             stop=self.stop,
             workers=self.workers,
         )
-        return loop.run()
+        return replace(loop.run(), device=str(self.device))
+
+    def _within(self, form: TrainingForm, budget: int) -> _Run:
+        """Return the run with batches that fit into so many megabytes."""
+        if self.training.fixed_batch is not None:
+            raise TrainingError(
+                f"--memory-budget {budget}: {self.model.name} takes "
+                f"{self.training.fixed_batch} samples at a time. Export it with a free batch."
+            )
+        config, needed = fitted_to_memory(
+            self.config,
+            form,
+            lambda size: (
+                step_graph(
+                    form, self.loss, batch_size=size, arrays=self.data, device=self.device
+                ).model
+            ),
+            budget,
+        )
+        self.say(f"{config.batches} batches of {config.samples} a step, in about {needed} MB")
+        return replace(self, config=config)
 
     def _judging(self, read: set[str]) -> DataSet:
         """Return the held-out data with the arrays that the loss reads."""
@@ -317,6 +354,7 @@ class _Run:
             metrics=self.metrics,
             integer=self.selection.figure.startswith(INTEGER),
             whole=not self.rest.lost,
+            device=self.device,
         )
 
     def _identity(self, training: DataSet, held_out: DataSet) -> Callable[[], Identity]:
@@ -331,6 +369,7 @@ class _Run:
                 self.config,
                 self.workers,
                 self.loss,
+                self.device,
             )
         )
 
@@ -357,6 +396,7 @@ def _identity(
     config: Config,
     workers: Workers,
     loss: Loss,
+    device: Device,
 ) -> Identity:
     files = {f"the loss '{path}'": model_identity(graph) for path, graph in loss.graphs.items()}
     others = {
@@ -366,4 +406,4 @@ def _identity(
         "the training data": data_identity(training),
         "the held-out data": data_identity(held_out),
     }
-    return settings_identity(config) | files | others
+    return settings_identity(config) | files | others | place_identity(device)

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from onnxqat.choices import nearest
 from onnxqat.data import DataSet, split
 from onnxqat.data.beside import TARGETS, TARGETS_COUNT
+from onnxqat.device import CPU, Device, find_device
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
@@ -28,8 +29,26 @@ __all__ = [
     "in_steps_of",
     "teacher_of",
     "teaching_session",
+    "training_device",
     "with_arrays",
 ]
+
+
+def training_device(config: Config, workers: Workers) -> Device:
+    """Return where to train; blocks are tuned on the CPU alone.
+
+    Raises
+    ------
+    OptionError, TrainingError
+        The device that is asked for cannot be used.
+    """
+    if "blocks" not in (config.scope or ()):
+        return find_device(config.device, config.precision, rank=workers.rank, size=workers.size)
+    if config.device not in ("auto", "cpu"):
+        raise TrainingError(
+            f"--device {config.device}: --scope blocks trains on the CPU. Leave one of them out."
+        )
+    return find_device("cpu", config.precision)
 
 
 def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
@@ -100,8 +119,10 @@ def with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
     return data.with_arrays(arrays) if arrays else data
 
 
-def teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession | None:
-    """Return a session of the teacher with the tensors that the loss reads, or None if none."""
+def teaching_session(
+    reference: Model, inputs: set[str], device: Device = CPU
+) -> ort.InferenceSession | None:
+    """Return a session of the teacher with the tensors that the loss reads; None if none."""
     read = {name for name in inputs if name.startswith(teacher_input(""))}
     if not read:
         return None
@@ -117,7 +138,7 @@ def teaching_session(reference: Model, inputs: set[str]) -> ort.InferenceSession
                 f"{nearest(name, sorted(tensors))}"
             )
         teacher.graph.outputs.append(tensors[name])
-    return model_session(teacher, "float")
+    return model_session(teacher, "float", device=device)
 
 
 def teacher_of(model: QuantizedModel, teacher: Model | None) -> Model:

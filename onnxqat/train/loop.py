@@ -5,36 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NoReturn
 
 import msgspec
-import numpy as np
 
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray
 from onnxqat.quantized import QuantizedModel
-from onnxqat.train.batches import Feeds, TrainingBatches
+from onnxqat.train.batches import TrainingBatches
 from onnxqat.train.checkpoint import Checkpoints, Identity
 from onnxqat.train.config import Config
-from onnxqat.train.engine import Flat, StepSession
+from onnxqat.train.descent import Descent
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.losses import Part
 from onnxqat.train.monitoring.divergence import (
     RECENT_STEPS,
     LossHistory,
     explain_gradients,
-    explain_loss,
-    not_finite,
 )
+from onnxqat.train.monitoring.pace import Pace, duration, peak_memory
 from onnxqat.train.monitoring.verdict import verdict
-from onnxqat.train.optimization.ranges import Ranges
 from onnxqat.train.optimization.schedules import rate_factor
-from onnxqat.train.optimization.updater import Updater
 from onnxqat.train.records import DivergedError, Finetuned, Progress, Record, StoppedError
 from onnxqat.train.selection import Selection, figures_of, score
 from onnxqat.train.state import with_values
@@ -45,6 +40,8 @@ __all__ = ["Loop"]
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFFS = 3
+TIMED = 10  # steps, after which it is known how long a run takes
+LONG = 120  # seconds, from which on that is told
 
 
 @dataclass
@@ -53,10 +50,10 @@ class Loop:
 
     Parameters
     ----------
-    model, form, session, step_batches, config
-        The Q/DQ model, its training form, the session, the feeds and the hyper-parameters.
-    delayed : StepSession or None
-        The float network, which the first steps train.
+    model, form, step_batches, config
+        What is trained, how, on what.
+    descent : Descent
+        What training changes, and its steps.
     validate : Validation
         Evaluates a Q/DQ model on the held-out data.
     parts, selection
@@ -81,8 +78,7 @@ class Loop:
 
     model: QuantizedModel
     form: TrainingForm
-    session: StepSession
-    delayed: StepSession | None
+    descent: Descent
     step_batches: TrainingBatches
     config: Config
     validate: Validation
@@ -103,12 +99,8 @@ class Loop:
         self.started = time.monotonic()
         self.steps = self.epochs * self.step_batches.steps
         self._check_delay()
-        values = self.session.values
-        self.best = Flat(values.views)
-        self.factor = 0.0
-        self.kept = values if self.config.ema is None else Flat(values.views)
-        self.tuned = self.model.floats.copy()  # receives the weights of each evaluated state
-        self._reset()
+        self.factor, self.pace, self.evaluating = 0.0, Pace(), 0.0
+        self.tuned = self.model.floats.copy()  # takes the weights of one state after the other
         if self.checkpoints and self.workers.rank == 0:
             self.identity()  # now, because the data may be gone when a checkpoint is due
         self.record = self._first_record()
@@ -116,7 +108,7 @@ class Loop:
             for line in self.announcement:
                 self.say(line)
             while not self._train():
-                self._reset()
+                self.descent.reset()
                 self.record = self._again()
             self.record.finished = True
             self._save()
@@ -137,8 +129,12 @@ class Loop:
             selection=selection,
             notes=(*record.notes, *said),
             tried=tuple(record.tried),
-            waiting=self.step_batches.waiting,
+            samples_per_second=self.pace.rate(self._samples_per_step()),
+            waiting=self.step_batches.waiting if self.pace.steps < 1 else self.pace.waiting,
         )
+
+    def _samples_per_step(self) -> int:
+        return self.config.samples * self.config.batches * self.workers.size
 
     def _check_delay(self) -> None:
         if self.config.quant_delay >= self.steps:
@@ -147,37 +143,28 @@ class Loop:
                 "all of them without quantization. Give fewer, or more --epochs."
             )
 
-    def _reset(self) -> None:
-        """Reset all arrays that training changes to their values at the start."""
-        session = self.session
-        for name, value in self.form.parameters.items():
-            if name in session.values.views:
-                session.values.views[name][...] = value
-        self.kept.buffer[...] = session.values.buffer
-        self.updater = Updater(
-            self.form, session.values, session.gradients, self.model, self.config
-        )
-        constant = self.config.averaging_constant
-        self.ranges = Ranges(self.form, session.values, self.model, constant)
-
     def _first_record(self) -> Record:
         """Evaluate the start, or load the state of the checkpoint."""
         if self.checkpoints and self.checkpoints.resume:
-            record = self.workers.first(self._load)
-            for array in self._arrays().values():
+            arrays = self.descent.arrays()
+            record = self.workers.first(lambda: self._load(arrays))
+            for array in arrays.values():
                 self.workers.spread(array)
-            self.updater.optimizer.steps = record.step
+            self.descent.restore(arrays, record.step)
+            self._run_epochs(record.epochs or self.epochs)
             self.started -= record.seconds
             return record
+        started = time.monotonic()
         before = self._evaluate("the start", self.model, self._stop_at_start)
+        self.evaluating = time.monotonic() - started
         score(before, self.selection.figure)  # an unknown figure is refused at once
         self._check_start(before)
         check_labels(before, self.model.name, force=self.config.force_labels)
         return Record(before=before, best=before, losses=self._no_losses())
 
-    def _load(self) -> Record:
+    def _load(self, arrays: dict[str, FloatArray]) -> Record:
         assert self.checkpoints is not None
-        return self.checkpoints.load(self.identity(), Record, self._arrays())
+        return self.checkpoints.load(self.identity(), Record, arrays)
 
     def _check_start(self, before: Evaluation) -> None:
         """Refuse a start whose figure is not finite, so that no state can be compared with it."""
@@ -211,17 +198,6 @@ class Loop:
     def _no_losses(self) -> LossHistory:
         return LossHistory(window=min(RECENT_STEPS, self.steps // 10))
 
-    def _arrays(self) -> dict[str, FloatArray]:
-        """Return all arrays that training changes."""
-        moments = self.updater.optimizer.buffers
-        arrays = {f"optimizer/{name}": buffer for name, buffer in moments.items()}
-        arrays |= {f"latent/{name}": latent for name, latent in self.updater.latents.items()}
-        if self.form.observed:
-            arrays["ranges"] = self.ranges.averages
-        if self.config.ema is not None:
-            arrays["average"] = self.kept.buffer
-        return arrays | {"values": self.session.values.buffer, "best": self.best.buffer}
-
     def _seconds(self) -> float:
         return time.monotonic() - self.started
 
@@ -234,7 +210,7 @@ class Loop:
         if self.workers.rank != 0:
             return True
         return self.checkpoints.save(
-            self.identity(), record, self._arrays(), finished=record.finished
+            self.identity(), record, self.descent.arrays(), finished=record.finished
         )
 
     def _stop_at_start(self) -> None:
@@ -263,16 +239,16 @@ class Loop:
             for batches in self.step_batches.epoch(record.epoch + 1, done=done):
                 if record.step == self.config.quant_delay > 0:
                     record.losses = self._no_losses()  # losses of the float network are lower
-                loss = self._gradient(batches)
+                loss = self.descent.gradient(self.pace.begin(batches), record.step)
                 self._check_finite(loss)
                 record.losses.add(loss)
                 if record.losses.rising():
                     return not self._back_off()
                 self.factor = self._rate()
-                self.updater.step(self.factor, record.step)
-                self.ranges.step(self.workers, partial(self.updater.frozen, step=record.step))
-                self._average()
+                self.descent.move(self.factor, record.step)
+                self.pace.end()
                 record.step += 1
+                self._look_at_the_clock()
                 self._tell()
                 self._stop_if_asked()
                 if self.checkpoints and self.checkpoints.due(record.step):
@@ -280,30 +256,29 @@ class Loop:
             self._end_epoch()
         return True
 
-    def _gradient(self, batches: Iterator[Feeds]) -> float:
-        """Set the gradients to their mean over a step's batches of all workers; return the loss."""
-        session, gradients = self.session, self.session.gradients.buffer
-        if self.delayed and self.record.step < self.config.quant_delay:
-            session = self.delayed
-            gradients[...] = 0  # the float network has no gradients for scales
-        self.ranges.begin()
+    def _run_epochs(self, count: int) -> None:
+        self.epochs, self.steps = count, count * self.step_batches.steps
 
-        def run(feeds: Feeds) -> float:
-            loss = session.run(feeds)
-            self.ranges.see(session.extremes())
-            return loss
-
-        losses = [run(next(batches))]
-        if self.config.batches > 1:
-            total = gradients.copy()
-            for feeds in batches:
-                losses.append(run(feeds))
-                total += gradients
-            np.divide(total, np.float32(len(losses)), out=gradients)
-        self.workers.average(gradients)
-        loss = np.array(sum(losses) / len(losses))
-        self.workers.average(loss)
-        return float(loss)
+    def _look_at_the_clock(self) -> None:
+        """Once the first steps are timed: choose the epochs by the time, and tell how long."""
+        record, pace, minutes = self.record, self.pace, self.config.minutes
+        if pace.steps != max(1, min(TIMED, self.steps - 1)) or record.backoffs:
+            return
+        epoch = self.step_batches.steps * pace.step + self.evaluating
+        if minutes is not None and not record.epochs:
+            left = 60 * minutes - self._seconds() + record.step * pace.step
+            delayed = self.config.quant_delay // self.step_batches.steps + 1
+            fitting = self.workers.first(lambda: max(delayed, record.epoch + 1, int(left / epoch)))
+            record.epochs = fitting
+            self._run_epochs(fitting)
+        whole = self.epochs * epoch
+        if minutes is not None or whole >= LONG:
+            memory, times = peak_memory(), "epoch" if self.epochs == 1 else "epochs"
+            held = f"; {memory:.2g} GB of memory so far" if memory is not None else ""
+            self.say(
+                f"{self.epochs} {times} take about {duration(whole)}: {duration(pace.step)} a "
+                f"step, {duration(self.evaluating)} to evaluate{held}"
+            )
 
     def _rate(self) -> float:
         """Return the factor of the learning rate at this step.
@@ -315,21 +290,14 @@ class Loop:
         factor = rate_factor(self.config, record.step, self.steps, first=record.losses.window)
         return 0.25**record.backoffs * factor
 
-    def _average(self) -> None:
-        """Update the moving average of the values, if one is kept."""
-        if self.config.ema is not None:
-            self.kept.buffer *= np.float32(self.config.ema)
-            self.kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
-
     def _check_finite(self, loss: float) -> None:
-        """Stop if the loss or a gradient is not finite, and name the tensor."""
-        record, session = self.record, self.session
+        """Stop where the loss or a gradient is no number, and name the tensor."""
+        record = self.record
         moved = record.step > record.losses.window
         if not math.isfinite(loss):
-            reason = explain_loss(session.values.views, session.values.buffer, moved=moved)
+            reason = self.descent.explained(moved=moved)
             self._diverged(f"The loss became {loss} at step {record.step + 1}: {reason}.")
-        wrong = not_finite(session.gradients.views, session.gradients.buffer)
-        wrong = [n for n in wrong if not self.updater.rates[n].frozen(record.step)]
+        wrong = self.descent.wrong(record.step)
         if wrong:
             reason = explain_gradients(self.form.proto.graph, wrong, moved=moved)
             self._diverged(f"Step {record.step + 1}: {reason}.")
@@ -361,7 +329,7 @@ class Loop:
             epoch=record.epoch + (figures is None),
             epochs=self.epochs,
             loss=record.losses.mean,
-            lr=self.factor * self.updater.lr,
+            lr=self.factor * self.descent.lr,
             scale_lr=self.factor * self.config.scale_lr,
             validation=figures,
             model=model,
@@ -372,16 +340,16 @@ class Loop:
         self.report(progress)
 
     def _end_epoch(self) -> None:
-        """Evaluate the state, and keep it if it is the best."""
-        record, kept = self.record, self.kept
-        candidate = self._written_back(kept.views)
+        """Evaluate, and keep the state if it is the best."""
+        record = self.record
+        candidate = self._written_back(self.descent.kept)
         figures = self._evaluate(f"epoch {record.epoch + 1}", candidate, self._stop_if_asked)
         record.epoch += 1
         record.waited += 1
         record.tried.append((record.epoch, figures))
         if score(figures, self.selection.figure) > score(record.best, self.selection.figure):
             record.best, record.best_epoch, record.waited = figures, record.epoch, 0
-            self.best.buffer[...] = kept.buffer
+            self.descent.keep()
         self._tell(figures, candidate)
 
     def _patient(self) -> bool:
@@ -397,7 +365,7 @@ class Loop:
     def _best_model(self) -> QuantizedModel:
         if self.record.best_epoch == 0:
             return self.model
-        return self._written_back(self.best.views)
+        return self._written_back(self.descent.best)
 
     def _written_back(self, views: Mapping[str, FloatArray]) -> QuantizedModel:
         """Return the model with trained weights and scales; the next call changes its weights."""

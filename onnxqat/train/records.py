@@ -123,6 +123,10 @@ class Finetuned:
         Whether the tuned blocks are in the model, or in the state from which the epochs started.
     waiting : float or None
         The share of the time of this process's steps spent waiting for data; None without steps.
+    samples_per_second : float or None
+        How fast the steps of the epochs were; None with fewer than two.
+    device : str
+        Where they ran: ``cuda:0 (tf32)``.
     """
 
     model: QuantizedModel
@@ -137,7 +141,9 @@ class Finetuned:
     tried: tuple[tuple[int, Evaluation], ...] = ()
     blocks: tuple[BlockFigures, ...] = ()
     blocks_kept: bool = False
+    samples_per_second: float | None = None
     waiting: float | None = None
+    device: str = ""
 
     @property
     def kept(self) -> str:
@@ -194,6 +200,8 @@ class Record(msgspec.Struct, kw_only=True):
         Messages on restarts after a rising loss, and on an early end.
     seconds : float
         Wall time so far.
+    epochs : int
+        How many to run, where the time says it; 0 where it is not known yet.
     finished : bool
         Whether the run has finished.
     """
@@ -209,4 +217,5 @@ class Record(msgspec.Struct, kw_only=True):
     tried: list[tuple[int, Evaluation]] = []
     notes: list[str] = []
     seconds: float = 0.0
+    epochs: int = 0
     finished: bool = False

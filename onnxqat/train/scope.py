@@ -9,7 +9,7 @@ from onnxqat.train.config import Config, Scope
 
 __all__ = ["check_scope", "chosen_scope"]
 
-OF_NETWORK = ("augment", "ema", "epochs", "patience", "quant_delay")
+OF_NETWORK = ("augment", "ema", "epochs", "memory_budget", "minutes", "patience", "quant_delay")
 FEW = 256  # training samples; with more, the network is trained from end to end
 
 

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from onnxqat.computable import computable
 from onnxqat.data import DataSet
+from onnxqat.device import CPU, Device
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation, evaluate
 from onnxqat.evaluation.labels import CAUSES
@@ -54,6 +55,8 @@ class Validation:
         Whether to evaluate in the chip's integer arithmetic, too.
     whole : bool
         Whether onnxruntime can run all of the model; the reference is the part that it can run.
+    device : Device
+        Where the models run.
     """
 
     data: DataSet
@@ -65,6 +68,7 @@ class Validation:
     metrics: tuple[Metric, ...] = ()
     integer: bool = False
     whole: bool = True
+    device: Device = CPU
 
     @property
     def batches(self) -> int:
@@ -84,6 +88,7 @@ class Validation:
             against=self.reference,
             metrics=self.metrics,
             threads=threads,
+            device=self.device,
             progress=progress,
         )
         figures = run(self.data.batches(self.config.samples))
@@ -102,7 +107,11 @@ class Validation:
         size = self.data.fixed_batch or min(self.config.samples, len(self.data))
         proto = add_loss(fix_batch(model.to_proto(), set(), size), self.loss, self.data)
         session = open_session(
-            proto, optimization="none", threads=self.config.threads, name=model.name
+            proto,
+            optimization="none",
+            threads=self.config.threads,
+            name=model.name,
+            device=self.device,
         )
         wanted = {value.name for value in session.get_inputs()}
         losses: list[float] = []

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxqat.analysis import Analysis, metrics_of, passes
 from onnxqat.analysis import analyze as run
+from onnxqat.device import find_device
 from onnxqat.evaluation.metrics import AnyMetric, fitted
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
@@ -33,6 +34,8 @@ def analyze(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     threads: int = 0,
+    device: str = "cpu",
+    precision: str | None = None,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Analysis:
     """Return the tensors and layers that differ most between quantized and float model.
@@ -64,6 +67,10 @@ def analyze(
         Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
         The number of threads (0: all cores).
+    device : str
+        ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
+    precision : {"tf32", "fp32"}, optional
+        Of products on a GPU, see `onnxqat.device.Device`; ``tf32`` by default.
     listener : Listener
         Gets messages and progress.
 
@@ -73,6 +80,7 @@ def analyze(
         A file cannot be read, an argument is wrong, the data do not fit the model, or the model
         does not run.
     """
+    place = find_device(device, precision)
     wanted = metrics_of(metric)
     loaded = quantized_model(model)
     reference = None if against is None else float_model(against)
@@ -93,6 +101,7 @@ def analyze(
                 metric=wanted[0] if wanted else metric,
                 rule=None if rules is None else rule_of(rules),
                 threads=threads,
+                device=place,
                 progress=advance,
             )
     return replace(result, data=Path(found.name).name)

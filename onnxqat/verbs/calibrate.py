@@ -11,6 +11,7 @@ import numpy as np
 from onnxqat.calibration import Calibration
 from onnxqat.calibration import calibrate as run
 from onnxqat.data import Batch, DataSet
+from onnxqat.device import find_device
 from onnxqat.errors import DataError
 from onnxqat.parallel import Workers
 from onnxqat.quantized import QuantizedModel, Stage
@@ -78,6 +79,9 @@ def _calibrated(
     default_size: int,
 ) -> QuantizedModel:
     threads = calibration.threads
+    device = find_device(
+        calibration.device, calibration.precision, rank=workers.rank, size=workers.size
+    )
     rng = np.random.default_rng(calibration.seed)
     chosen = rng.permutation(len(data))[: calibration.samples]
     size = data.batch_size(calibration.batch_size, default=default_size)
@@ -91,6 +95,7 @@ def _calibrated(
             data.batches(size, indices=mine),
             observer=calibration.observer,
             threads=threads,
+            device=device,
             progress=advance,
             workers=workers,
         )
@@ -105,12 +110,19 @@ def _calibrated(
     seen = workers.first(lambda: len(chosen) - sum(broken))
     said = {name: getattr(calibration, name) for name in ("observer", "samples", "seed")}
     said |= {"batch_size": size} if size != DEFAULT_SIZE else {}
+    usual = Calibration()
+    for name in ("device", "precision"):
+        if (value := getattr(calibration, name)) != getattr(usual, name):
+            said[name] = value
     figures: dict[str, float | None] = {"samples": float(seen)}
     if calibration.bias_correction:
         said["bias_correction"] = calibration.bias_correction
         figures["corrected"] = float(corrected)
     inputs = {"data": Path(data.name).name}
-    return result.with_stage(Stage(name="calibrate", settings=said, figures=figures, inputs=inputs))
+    stage = Stage(
+        name="calibrate", settings=said, figures=figures, inputs=inputs, device=str(device)
+    )
+    return result.with_stage(stage)
 
 
 def _with_corrected_biases(

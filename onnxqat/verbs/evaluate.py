@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from onnxqat.choices import check_choice
+from onnxqat.device import CPU, find_device
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation import evaluate as run
@@ -37,6 +38,8 @@ def evaluate(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     threads: int = 0,
+    device: str = "cpu",
+    precision: str | None = None,
     listener: Listener = Listener(),  # noqa: B008 (without state)
 ) -> Evaluation:
     """Return the figures of a model on data, like ``onnxqat evaluate``.
@@ -67,6 +70,10 @@ def evaluate(
         Samples per batch (default: the model's fixed batch size, or 32).
     threads : int
         The number of threads (0: all cores).
+    device : str
+        ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
+    precision : {"tf32", "fp32"}, optional
+        Of products on a GPU, see `onnxqat.device.Device`; ``tf32`` by default.
     listener : Listener
         Gets messages and progress.
 
@@ -79,6 +86,9 @@ def evaluate(
     check_choice("mode", mode, MODES)
     if rules is not None and mode != "integer":
         raise OptionError("rules: apply to mode 'integer' only. Leave them out.")
+    if mode == "integer" and device not in ("cpu", "auto"):
+        raise OptionError("--device: integers are computed on the CPU. Leave it out.")
+    place = CPU if mode == "integer" else find_device(device, precision)
     chosen = [read_metric(metric) for metric in metrics]
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
@@ -102,6 +112,7 @@ def evaluate(
                 rule=None if rules is None else rule_of(rules),
                 metrics=wanted,
                 threads=threads,
+                device=place,
                 progress=advance,
             )
     if result.doubt is not None:

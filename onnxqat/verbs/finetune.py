@@ -14,6 +14,7 @@ import msgspec
 
 from onnxqat.calibration import Calibration
 from onnxqat.data import DataSet
+from onnxqat.device import Device
 from onnxqat.errors import ModelError
 from onnxqat.evaluation import check_interface
 from onnxqat.model import Model
@@ -21,7 +22,15 @@ from onnxqat.parallel import Workers
 from onnxqat.preparation import prepare
 from onnxqat.quantized import QuantizedModel, Stage
 from onnxqat.settings import Settings
-from onnxqat.train import Checkpoints, Config, DivergedError, Finetuned, Progress, TrainingLog
+from onnxqat.train import (
+    Checkpoints,
+    Config,
+    DivergedError,
+    Finetuned,
+    Progress,
+    TrainingLog,
+    training_device,
+)
 from onnxqat.train import finetune as run
 from onnxqat.train.epochs import KeptEpochs
 from onnxqat.train.losses import parse_loss
@@ -131,17 +140,18 @@ def finetune(
         loaded = _calibrated(loaded, training, config, calibration, listener, workers)
         speaker = listener if workers.rank == 0 else Listener()
         heard = stack.enter_context(speaker.training())
+        device = training_device(config, workers)
         reports: list[Callable[[Progress], None]] = [heard]
         if workers.rank == 0 and (logs.path or logs.tensorboard):
             resume = checkpoints is not None and checkpoints.resume
-            log = _log(loaded, held_out or training, config, logs, resume=resume)
+            log = _log(loaded, held_out or training, config, logs, device, resume=resume)
             reports.append(stack.enter_context(log))
         if workers.rank == 0 and epochs is not None:
             reports.append(epochs)
         inputs = {"data": training.name}
         inputs |= {"val_data": held_out.name} if held_out else {}
         inputs |= {"teacher": taught_by.name} if taught_by else {}
-        recorded = partial(_recorded, config=config, inputs=inputs)
+        recorded = partial(_recorded, config=config, inputs=inputs, device=device)
         try:
             result = run(
                 loaded,
@@ -155,6 +165,7 @@ def finetune(
                 checkpoints=checkpoints,
                 stop=stop,
                 workers=workers,
+                device=device,
             )
         except DivergedError as error:
             raise DivergedError(str(error), recorded(error.outcome, str(error))) from error
@@ -180,7 +191,8 @@ def _calibrated(
             size, threads = config.batch_size, config.threads
             warn_if_unlike_training(model, data, batch_size=size, threads=threads)
         return model
-    shared = {name: getattr(config, name) for name in ("batch_size", "seed", "threads")}
+    names = ("batch_size", "seed", "threads", "device", "precision")
+    shared = {name: getattr(config, name) for name in names}
     return calibrate(
         model,
         data,
@@ -192,7 +204,13 @@ def _calibrated(
 
 
 def _log(
-    model: QuantizedModel, data: DataSet, config: Config, logs: TrainingLogs, *, resume: bool
+    model: QuantizedModel,
+    data: DataSet,
+    config: Config,
+    logs: TrainingLogs,
+    device: Device,
+    *,
+    resume: bool,
 ) -> TrainingLog:
     size = data.batch_size(config.batch_size, default=config.samples)
     batch = next(iter(data.batches(size))).inputs
@@ -203,12 +221,13 @@ def _log(
         every=logs.every,
         resume=resume,
         threads=config.threads,
+        device=device,
         tensorboard=logs.tensorboard,
     )
 
 
 def _recorded(
-    result: Finetuned, *notes: str, config: Config, inputs: Mapping[str, str]
+    result: Finetuned, *notes: str, config: Config, inputs: Mapping[str, str], device: Device
 ) -> Finetuned:
     """Return the outcome with the fine-tuning recorded in the model's history."""
     usual = msgspec.to_builtins(Config())
@@ -234,6 +253,7 @@ def _recorded(
             *result.notes,
             *notes,
         ),
+        device=str(device),
     )
     return replace(result, model=result.model.with_stage(stage))
 

@@ -19,12 +19,13 @@ import pytest
 from click.testing import CliRunner
 
 from onnxqat.cli import main
+from onnxqat.device import Device
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
 from onnxqat.parallel import Workers, join_workers
 from onnxqat.quantized import load_model
 from onnxqat.settings import Settings
-from onnxqat.train import Config
+from onnxqat.train import Config, given
 from onnxqat.train.batches import TrainingBatches
 from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
@@ -53,13 +54,15 @@ RATE = 1e-4
 UNIT = 2.0**-24  # of rounding to float32
 
 
-def onnxqat(folder: Path, *words: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a command in so many processes; one is that of the test."""
+def onnxqat(
+    folder: Path, *words: str, workers: int = 1, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in so many processes, which do something before; one is that of the test."""
     if workers == 1:
         with contextlib.chdir(folder):
             done = CliRunner().invoke(main, words)
         return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
-    code = "from onnxqat.cli import main; main()"
+    code = f"{before}from onnxqat.cli import main; main()"
     command = [str(MPIRUN), "-n", str(workers), sys.executable, "-c", code, *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -111,6 +114,25 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
             for name, gradient in session.gradients.views.items():
                 total[name] = total[name] + np.abs(gradient, dtype=np.float64)
     return {name: value / BATCH for name, value in total.items()}
+
+
+# Lets training keep its arrays on a device as on a GPU, which is the CPU.
+RESIDENT = (
+    "from onnxqat.device import Device; from onnxqat.train import given; "
+    "given.find_device = lambda *_, **__: Device(resident=True); "
+)
+
+
+@needs_mpi
+def test_processes_that_keep_arrays_on_a_device_average_them_too(work, monkeypatch):
+    words = (*TUNE, *SGD, "--force", "--batch-size", str(BATCH // 2))
+    together = onnxqat(work, *words, "-o", "d2.onnx", workers=2, before=RESIDENT)
+    monkeypatch.setattr(given, "find_device", lambda *_, **__: Device(resident=True))
+    alone = onnxqat(work, *words, "--accumulate", "2", "-o", "d1x2.onnx")
+
+    assert (alone.returncode, together.returncode) == (0, 0), together.stderr
+    assert "best 2" in together.stdout
+    assert content(work / "d2.onnx") == content(work / "d1x2.onnx")
 
 
 @needs_mpi

@@ -79,7 +79,9 @@ def expected(dy, x, w, attributes):
     return {"x": dx, "w": dw, "b": dy.sum((0, *range(2, dy.ndim)))}
 
 
-def differentiated(node, inputs, dy, learned, kernels=frozenset(), free=(), opset=17):
+def differentiated(
+    node, inputs, dy, learned, kernels=frozenset(), free=(), opset=17, *, wide=False
+):
     """Return the gradients of ``sum(dy * first output)``; ``free`` axes have no known length."""
     shapes = {n: [None if i in free and n == "x" else k for i, k in enumerate(a.shape)]
               for n, a in inputs.items()}  # fmt: skip
@@ -97,7 +99,7 @@ def differentiated(node, inputs, dy, learned, kernels=frozenset(), free=(), opse
     opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    built = add_gradients(model, learned, kernels=kernels)
+    built = add_gradients(model, learned, kernels=kernels, wide=wide)
     session = open_session(built, optimization="basic", threads=1)
     names = [o.name for o in session.get_outputs()]
     found = dict(zip(names, session.run(None, inputs), strict=True))
@@ -114,20 +116,49 @@ def conv(name, bias=True):
     return node, inputs, dy, expected(dy, inputs["x"], inputs["w"], attributes)
 
 
-@pytest.mark.parametrize("form", ["columns", "taps", "free", "conv", "kernels", "kernels, conv"])
+@pytest.mark.parametrize(
+    "form", ["columns", "taps", "free", "conv", "wide", "kernels", "kernels, conv"]
+)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name, form, monkeypatch):
     if form == "taps":
         monkeypatch.setattr(convolution, "MOST_COLUMNS", 0)
     if "conv" in form:
         monkeypatch.setattr(convolution, "MANY_POSITIONS", 0)
+    monkeypatch.setattr(convolution, "MOST_JOINED", 4)
     node, inputs, dy, wanted = conv(name)
     kernels = installed_kernels() if "kernels" in form else frozenset()
     free = range(2, dy.ndim) if form == "free" else ()
-    found, _ = differentiated(node, inputs, dy, set(inputs), kernels, free)
+    wide = form == "wide"
+    found, _ = differentiated(node, inputs, dy, set(inputs), kernels, free, wide=wide)
     for which, values in wanted.items():
         assert found[which].shape == values.shape
         np.testing.assert_array_equal(found[which], values, err_msg=which)
+
+
+def test_a_depthwise_gradient_for_a_gpu_reads_each_row_of_the_kernel_once():
+    node, inputs, dy, _ = conv("depthwise")
+    kinds = []
+    for wide in (False, True):
+        built = differentiated(node, inputs, dy, {"w"}, wide=wide)[1]
+        kinds.append([n.op_type for n in built.graph.node])
+
+    assert [k.count("Slice") for k in kinds] == [9, 3]
+    assert kinds[1].count("FusedMatMul") == 3
+    assert kinds[1].count("ReduceSum") == 2
+
+
+def test_no_concat_for_a_gpu_has_more_than_32_inputs():
+    """A graph of CUDA may hold no larger one; a kernel of 7x7 has 49 taps."""
+    rng = np.random.default_rng(0)
+    inputs = {"x": integers(rng, (1, 2, 9, 9)), "w": integers(rng, (2, 2, 7, 7))}
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    dy = integers(rng, (1, 2, 3, 3))
+    found, built = differentiated(node, inputs, dy, {"w"}, wide=True)
+    joined = [len(n.input) for n in built.graph.node if n.op_type == "Concat"]
+
+    assert sorted(joined) == [2, 17, 32]
+    np.testing.assert_array_equal(found["w"], expected(dy, inputs["x"], inputs["w"], {})["w"])
 
 
 WANTED = [set(w) for r in (1, 2) for w in itertools.combinations("xwb", r)]

@@ -25,11 +25,17 @@ class Start(_Event, frozen=True, kw_only=True):
     ----------
     metrics : dict of str to float or None
         Figures of the start on the held-out data; None where not finite.
+    engine, device, precision : str
+        Where the run computes: ``onnxruntime-gpu 1.31.1``, ``cuda:0``, ``tf32``; empty in logs of
+        earlier versions.
     """
 
     schema: Schema = "onnxqat.log/1"
     step: Count = 0
     metrics: dict[str, float | None] = {}
+    engine: str = ""
+    device: str = ""
+    precision: str = ""
 
 
 class Resume(_Event, frozen=True, kw_only=True):

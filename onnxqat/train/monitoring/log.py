@@ -12,6 +12,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from onnxqat.device import CPU, Device
+from onnxqat.environment import runtime_distribution
 from onnxqat.evaluation import Evaluation
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.monitoring.drift import clipped_shares, scale_drift
@@ -42,6 +44,8 @@ class TrainingLog:
         The number of steps between events.
     threads : int
         The number of threads (0: all cores).
+    device : Device
+        Where the run computes.
     tensorboard : str or Path, optional
         A folder of event files. Existing ones are removed, or continued with ``resume``.
 
@@ -58,9 +62,11 @@ class TrainingLog:
         every: int = 20,
         resume: bool = False,
         threads: int = 0,
+        device: Device = CPU,
         tensorboard: str | Path | None = None,
     ) -> None:
         self.start, self.batch, self.every, self.threads = start, batch, every, threads
+        self.device = device
         self.note, self.resume, self.begun = "", resume, False
         self.writers: list[LogWriter] = []
         if path is not None:
@@ -90,7 +96,12 @@ class TrainingLog:
             self._each(lambda writer: writer.open())
             # the checkpoint is from the step before, or from the last step of the epoch
             before = max(step - (progress.validation is None), 0)
-            start = Start(metrics=_metrics(progress.before))
+            start = Start(
+                metrics=_metrics(progress.before),
+                engine=runtime_distribution(),
+                device=self.device.name,
+                precision=self.device.precision,
+            )
             self._write(Resume(step=before) if self.resume else start)
         if progress.note != self.note:
             self.note = progress.note

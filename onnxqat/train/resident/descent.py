@@ -1,0 +1,248 @@
+"""All that training changes, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import onnx
+
+from onnxqat.device import Device
+from onnxqat.parallel import Workers
+from onnxqat.qparams import FloatArray
+from onnxqat.quantized import QuantizedModel
+from onnxqat.runtime import open_session
+from onnxqat.train.config import Config
+from onnxqat.train.descent import Descent
+from onnxqat.train.engine import Flat, StepGraph
+from onnxqat.train.form import TrainingForm
+from onnxqat.train.monitoring.divergence import explain_loss, not_finite
+from onnxqat.train.optimization.updater import Updater
+from onnxqat.train.resident.arrays import DeviceVector
+from onnxqat.train.resident.graphs import add_graph, average_graph, copy_graph, mean_graph
+from onnxqat.train.resident.ranges import DeviceRanges
+from onnxqat.train.resident.step import DeviceStep, Values
+from onnxqat.train.resident.updater import DeviceUpdater, layout_of
+
+__all__ = ["DeviceDescent"]
+
+
+class DeviceDescent(Descent):
+    """One network in training on a device, and the steps that it takes.
+
+    A checkpoint holds the arrays that `HostDescent` has, so that a run can go on elsewhere.
+
+    Parameters
+    ----------
+    form : TrainingForm
+        What is trained.
+    graph : StepGraph
+        Loss and gradients.
+    delayed : StepGraph or None
+        The same of the float network, which the first steps train.
+    model, config, workers
+        As `HostDescent` takes them.
+    device : Device
+        Where it happens.
+    """
+
+    def __init__(
+        self,
+        form: TrainingForm,
+        graph: StepGraph,
+        delayed: StepGraph | None,
+        model: QuantizedModel,
+        config: Config,
+        workers: Workers,
+        device: Device,
+    ) -> None:
+        self.form, self.model, self.config = form, model, config
+        self.workers, self.device = workers, device
+        outputs = {value.name for value in graph.model.graph.output}
+        reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
+        self._best = Flat(form.parameters)
+        self._plan = Updater(form, Flat(form.parameters), Flat(reached), model, config)
+        self.layout = layout_of(self._plan, {n: v.shape for n, v in form.parameters.items()})
+        size = self.layout.size
+        self.values, self.gradients = DeviceVector(device, size), DeviceVector(device, size)
+        opened = partial(
+            DeviceStep,
+            layout=self.layout,
+            values=self.values,
+            gradients=self.gradients,
+            device=device,
+            threads=config.threads,
+        )
+        self._step = opened(graph)
+        self._delayed = None if delayed is None else opened(delayed)
+        self.inputs = self._step.inputs
+        self._open_sums(size)
+        self.reset()
+
+    def _open_sums(self, size: int) -> None:
+        """Open the graphs that average gradients and values."""
+        opened = partial(_Operation, device=self.device)
+        config, gradients = self.config, self.gradients
+        if config.batches > 1:
+            total = DeviceVector(self.device, size)
+            sums = {"total": total, "gradient": gradients, "target": total}
+            self._begin_sum = opened(copy_graph(size), source=gradients, target=total)
+            self._add = opened(add_graph(size), **sums)
+            self._divide = opened(mean_graph(size, config.batches), total=total, target=gradients)
+        self._kept = self.values
+        if config.ema is not None:
+            self._kept = DeviceVector(self.device, size)
+            ends = {"average": self._kept, "values": self.values, "target": self._kept}
+            self._average = opened(average_graph(size, config.ema), **ends)
+
+    @property
+    def best(self) -> Mapping[str, FloatArray]:
+        """The parameters of the best state, by name."""
+        return self._best.views
+
+    @property
+    def kept(self) -> Mapping[str, FloatArray]:
+        """The parameters that are evaluated now, downloaded."""
+        return self._downloaded(self._kept)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of weights that have none of their own."""
+        return self._plan.lr
+
+    def _downloaded(self, vector: DeviceVector) -> dict[str, FloatArray]:
+        return self.layout.views(vector.get())
+
+    def reset(self) -> None:
+        """Set everything but the best state to the start."""
+        start = self.layout.joined(self.form.parameters)
+        self.values.set(start)
+        self._kept.set(start)
+        self.gradients.set(np.zeros_like(start))
+        self.updater = DeviceUpdater(
+            self._plan, self.layout, self.values, self.gradients, self.device
+        )
+        self.ranges = None
+        if self.form.observed:
+            constant = self.config.averaging_constant
+            self.ranges = DeviceRanges(
+                self.form, self.model, constant, self.layout, self.values, self.device
+            )
+        self._finite = True
+
+    def gradient(self, batches: Iterator[Values], step: int) -> float:
+        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        late = self._delayed is not None and step < self.config.quant_delay
+        session = self._delayed if late and self._delayed is not None else self._step
+        if self.ranges is not None:
+            self.ranges.begin()
+        losses, self._finite = [], True
+        for number, feeds in enumerate(batches):
+            loss, finite = session.run(feeds)
+            losses.append(loss)
+            self._finite = self._finite and finite
+            if self.ranges is not None:
+                self.ranges.see(session.extremes())
+            if self.config.batches > 1:
+                (self._add if number else self._begin_sum)()
+        if self.config.batches > 1:
+            self._divide()
+        mean = np.array(sum(losses) / len(losses))
+        if self.workers.size > 1:
+            gradients = self.gradients.get()
+            self.workers.average(gradients)
+            self.gradients.set(gradients)
+            self._finite = bool(np.isfinite(gradients).all())
+            self.workers.average(mean)
+        return float(mean)
+
+    def wrong(self, step: int) -> list[str]:
+        """Return the parameters that move at ``step``, and whose gradients are not all finite."""
+        if self._finite:
+            return []
+        vector = self.gradients.get()
+        wrong = not_finite(self.layout.views(vector), vector)
+        return [n for n in wrong if n in self._plan.rates and not self._plan.frozen(n, step)]
+
+    def explained(self, *, moved: bool) -> str:
+        """Return why the loss is no number, see `explain_loss`."""
+        vector = self.values.get()
+        return explain_loss(self.layout.views(vector), vector, moved=moved)
+
+    def move(self, factor: float, step: int) -> None:
+        """Take a step at ``factor`` times the learning rates; ``step`` counts from 0."""
+        self.updater.step(factor, step)
+        if self.ranges is not None:
+            self.ranges.step(self.workers, partial(self._plan.frozen, step=step))
+        if self.config.ema is not None:
+            self._average()
+
+    def keep(self) -> None:
+        """Make the present state the best."""
+        for name, value in self.kept.items():
+            self._best.views[name][...] = value
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Return every array that training changes, as numpy has them."""
+        learned, every = self._plan.gradients.views, self.form.parameters
+        arrays = {}
+        for name, vector in self.updater.state.items():
+            found = self._downloaded(vector)
+            if name == "latent":
+                arrays |= {f"latent/{n}": found[n] for n in self._plan.latents}
+            else:
+                arrays[f"optimizer/{name}"] = _joined(found, learned)
+        if self.ranges is not None:
+            arrays["ranges"] = self.ranges.ranges.averages
+        if self.config.ema is not None:
+            arrays["average"] = _joined(self.kept, every)
+        values = _joined(self._downloaded(self.values), every)
+        return arrays | {"values": values, "best": self._best.buffer}
+
+    def restore(self, arrays: Mapping[str, FloatArray], step: int) -> None:
+        """Go on from what `arrays` returned and a checkpoint filled, behind ``step`` steps."""
+        learned, every = self._plan.gradients.views, self.form.parameters
+        for name, vector in self.updater.state.items():
+            if name == "latent":
+                found = {n: arrays[f"latent/{n}"] for n in self._plan.latents}
+            else:
+                found = _parted(arrays[f"optimizer/{name}"], learned)
+            vector.set(self.layout.joined(found))
+        values = _parted(arrays["values"], every)
+        self.values.set(self.layout.joined(values))
+        if self.config.ema is not None:
+            self._kept.set(self.layout.joined(_parted(arrays["average"], every)))
+        if self.ranges is not None:
+            self.ranges.restore(values)
+        self.updater.steps = step
+
+
+class _Operation:
+    """A graph of whole vectors."""
+
+    def __init__(self, graph: onnx.ModelProto, device: Device, **vectors: DeviceVector) -> None:
+        self._vectors = vectors  # held for as long as they are bound
+        self._session = open_session(graph, optimization="basic", device=device)
+        self._binding = self._session.io_binding()
+        for value in self._session.get_inputs():
+            vector = vectors[value.name]
+            vector.bind(self._binding.bind_input, value.name, (vector.size,))
+        for value in self._session.get_outputs():
+            vector = vectors[value.name]
+            vector.bind(self._binding.bind_output, value.name, (vector.size,))
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def _joined(views: Mapping[str, FloatArray], names: Iterable[str]) -> FloatArray:
+    """Return arrays one behind the other, as `Flat` has them."""
+    return Flat({name: views[name] for name in names}).buffer
+
+
+def _parted(buffer: FloatArray, shaped: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Return the arrays of such a buffer."""
+    flat = Flat(shaped)
+    flat.buffer[...] = buffer
+    return flat.views

@@ -1,0 +1,481 @@
+"""Time training on a GPU next to PyTorch's, check its gradients, and fine-tune from end to end.
+
+    python scripts/bench_gpu.py [--python TORCH_PYTHON] [--only NAME ...]
+    python scripts/bench_gpu.py --cpu --python TORCH_PYTHON       tiny networks, to try the script
+
+It takes under 4 minutes and no network; graphs are made here, with random weights from a seed.
+The machine has PyTorch (torch.onnx and torch.ao.quantization; no torchvision) and onnxruntime-gpu,
+in one environment or with ``--python`` in two. What has to be carried to it are these wheels, for
+CPython 3.11 on x86-64 Linux, and the checkout itself (``pip install --no-deps .``, 1 MB):
+
+    onnx 18 MB, numpy 17 MB, onnx_graphsurgeon 0.1 MB, protobuf 0.3 MB, ml_dtypes 5 MB,
+    typing_extensions 0.1 MB, msgspec 0.2 MB, click 0.1 MB, pillow 7 MB, rich 0.3 MB and its
+    pygments 1.2 MB, markdown_it_py 0.1 MB, mdurl
+    onnxruntime-gpu 1.31 (CUDA 13) where it is missing: about 210 MB, and cuDNN 9 and the libraries
+    of CUDA 13, which PyTorch's own wheels for CUDA 13 bring along
+
+One network after the other:
+
+1. Gradients in float32 of two samples on the GPU against the CPU's, float and quantized: for each
+   parameter the length of the difference by the length of the gradient, of which the largest is
+   printed. More than 1e-3 fails.
+2. Milliseconds of a step on resident data, updates included (SGD with momentum): ours float and
+   LSQ (rule onnxruntime-cpu, per-tensor weights), PyTorch's float and FX QAT with learnable
+   fake-quantize; TF32 on both sides, medians. BatchNormalization is folded in ours, as in every
+   fine-tuning of an exported model; PyTorch trains it.
+3. What of our LSQ step onnxruntime placed on the CPU, and the step with CUDA graphs, where
+   onnxruntime takes it.
+
+At last ``onnxqat finetune --device cuda`` trains resnet18 on a folder of images that are made here,
+and its samples per second and share of waiting are printed. The exit code is 1 if a gradient
+differed, a part could not be run, or less than all fit into ``--seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SEED, CHECKED, TOLERANCE = 0, 2, 1e-3
+WARM_UP, STEPS = 5, 20
+SMALLEST = 1e-4  # of the median gradient: shorter ones are noise alone, of a key's bias for example
+IMAGES, CLASSES = 512, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network as both sides see it; what `gpu_networks` says of it, without torch."""
+
+    name: str
+    size: int
+    batch: int
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def feeds(self, batch: int) -> dict[str, np.ndarray]:
+        """Return images, and labels or targets, by the names that a loss reads them as."""
+        from onnxqat.train.losses import LABELS, teacher_input
+
+        rng = np.random.default_rng(SEED)
+        images = rng.normal(size=(batch, 3, self.size, self.size)).astype(np.float32)
+        if len(self.outputs) == 1:
+            return {"input": images, LABELS: rng.integers(0, self.shapes[0][1], batch)}
+        targets = {
+            teacher_input(name): rng.normal(size=(batch, *shape[1:])).astype(np.float32)
+            for name, shape in zip(self.outputs, self.shapes, strict=True)
+        }
+        return {"input": images} | targets
+
+    @property
+    def loss(self) -> str:
+        if len(self.outputs) == 1:
+            return "cross-entropy"
+        return "+".join(f"mse:{name}" for name in self.outputs)
+
+
+# --- PyTorch's side, in a process of its own
+
+
+def run_peer(folder: Path, names: list[str], *, tiny: bool) -> None:
+    """Export every network, then time it; write what is found to ``peer.json`` as it comes."""
+    import torch
+    from gpu_networks import NETWORKS
+
+    place = torch.device("cpu" if tiny else "cuda")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    said: dict[str, Any] = {"torch": torch.__version__, "cases": {}, "ms": {}, "errors": {}}
+    if not tiny:
+        said["gpu"] = torch.cuda.get_device_name()
+    for name in names:
+        network = NETWORKS[name]
+        torch.manual_seed(SEED)
+        model = network.tiny() if tiny else network.usual()
+        size, batch = (
+            (network.tiny_size, network.tiny_batch) if tiny else (network.size, network.batch)
+        )
+        settle(model.to(place), size, place)
+        shapes = export(model.cpu(), folder / name, size, batch, network.outputs)
+        said["cases"][name] = {
+            "name": name, "size": size, "batch": batch, "outputs": network.outputs, "shapes": shapes
+        }  # fmt: skip
+    for name in names:
+        case = said["cases"][name]
+        for kind in ("float", "QAT"):
+            network = NETWORKS[name]
+            torch.manual_seed(SEED)
+            model = (network.tiny() if tiny else network.usual()).to(place)
+            try:
+                step = torch_step(model, kind, case, place)
+                said["ms"][f"{name} {kind}"] = timed(step, lambda: synchronize(place), tiny=tiny)
+            except Exception as error:  # the others are worth having
+                said["errors"][f"{name} {kind}"] = repr(error)[:300]
+            (folder / "peer.json").write_text(json.dumps(said))
+            del model
+            if not tiny:
+                torch.cuda.empty_cache()
+
+
+def settle(model: Any, size: int, place: Any) -> None:
+    """Let batch normalization gather its statistics, and leave the model in evaluation mode."""
+    import torch
+
+    with torch.no_grad():
+        model.train()
+        for _ in range(3):
+            model(torch.randn(8, 3, size, size, device=place))
+    model.eval()
+
+
+def export(
+    model: Any, path: Path, size: int, batch: int, outputs: tuple[str, ...]
+) -> list[list[int]]:
+    """Write the graph for a step and for the check, and return the shapes of its outputs."""
+    import torch
+
+    for count, ending in ((batch, ""), (CHECKED, ".check")):
+        images = torch.randn(count, 3, size, size)
+        torch.onnx.export(model, (images,), f"{path}{ending}.onnx", dynamo=False, opset_version=17,
+                          input_names=["input"], output_names=list(outputs))  # fmt: skip
+    with torch.no_grad():
+        found = model(images)
+    return [list(o.shape) for o in (found if isinstance(found, tuple) else (found,))]
+
+
+def torch_step(model: Any, kind: str, case: dict[str, Any], place: Any) -> Callable[[], Any]:
+    """Return PyTorch's training step on data that lie on the device."""
+    import torch
+    from torch import nn
+    from torch_qat import quantized
+
+    size, batch = case["size"], case["batch"]
+    images = torch.randn(batch, 3, size, size, device=place)
+    model = model.train()
+    if kind == "QAT":
+        model = quantized(model, images).to(place)
+        with torch.no_grad():
+            model(images)  # observers and learned scales begin here
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    if len(case["outputs"]) == 1:
+        labels = torch.randint(0, case["shapes"][0][1], (batch,), device=place)
+        one = nn.CrossEntropyLoss()
+
+        def loss(found: Any) -> Any:
+            return one(found, labels)
+
+    else:
+        targets = [torch.randn(batch, *shape[1:], device=place) for shape in case["shapes"]]
+
+        def loss(found: Any) -> Any:
+            pairs = zip(found, targets, strict=True)
+            return sum(nn.functional.mse_loss(ours, target) for ours, target in pairs)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        value = loss(model(images))
+        value.backward()
+        optimizer.step()
+        return float(value)
+
+    return step
+
+
+def synchronize(place: Any) -> None:
+    import torch
+
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Callable[[], Any], wait: Callable[[], None], *, tiny: bool) -> float:
+    """Return the median of milliseconds."""
+    times = []
+    for _ in range(3 if tiny else WARM_UP + STEPS):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1 if tiny else WARM_UP :])
+
+
+# --- our side
+
+
+def prepared(path: Path, kind: str, images: np.ndarray, device: Any) -> Any:
+    """Return the Q/DQ model, or that without any points for ``float``."""
+    from onnxqat.calibration import calibrate, placeholder_params
+    from onnxqat.overrides import parse_override
+    from onnxqat.plan import QuantPlan, make_plan
+    from onnxqat.preparation import prepare
+    from onnxqat.quantized import insert_pairs, load_model
+    from onnxqat.rules import load_rule
+
+    floats = prepare(load_model(path))
+    plan = make_plan(
+        floats.graph, load_rule("onnxruntime-cpu"), [parse_override("weight.axis=none")]
+    )
+    if kind == "float":
+        nothing = QuantPlan(rule=plan.rule, points=(), skips=())
+        return insert_pairs(floats, nothing, {}, state="calibrated")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+    return calibrate(empty, [{"input": images}], observer="minmax", device=device)
+
+
+def trained(model: Any, case: Case, batch: int, device: Any) -> Any:
+    """Return what trains a model, with sgd."""
+    from onnxqat.parallel import Workers
+    from onnxqat.train import Config
+    from onnxqat.train.form import training_form
+    from onnxqat.train.losses import read_loss
+    from onnxqat.train.opening import open_descent
+
+    return open_descent(
+        training_form(model),
+        None,
+        model,
+        loss=read_loss(case.loss),
+        arrays=None,
+        config=Config(optimizer="sgd", lr=1e-4, batch_size=batch),
+        workers=Workers(),
+        device=device,
+    )[0]
+
+
+def gradients_of(descent: Any, feeds: dict[str, np.ndarray], device: Any) -> dict[str, np.ndarray]:
+    """Return every gradient of a batch, by parameter."""
+    from onnxqat.train.resident.feeds import Uploader
+
+    if not device.resident:
+        descent.gradient(iter([feeds]), 0)
+        return {name: view.copy() for name, view in descent.session.gradients.views.items()}
+    descent.gradient(iter([Uploader(device, None, descent.inputs)(feeds)]), 0)
+    return dict(descent.layout.views(descent.gradients.get()))
+
+
+def worst_difference(folder: Path, case: Case, kind: str, device: Any) -> tuple[float, str]:
+    """Return the largest relative difference of a gradient on the device, and whose it is."""
+    from onnxqat.device import CPU
+
+    feeds = case.feeds(CHECKED)
+    model = prepared(folder / f"{case.name}.check.onnx", kind, feeds["input"], CPU)
+    found, expected = (
+        gradients_of(trained(model, case, CHECKED, place), feeds, place) for place in (device, CPU)
+    )
+    lengths = {name: float(np.linalg.norm(g)) for name, g in expected.items()}
+    least = SMALLEST * statistics.median(lengths.values())
+    differences = {
+        name: float(np.linalg.norm(found[name] - g)) / max(lengths[name], least)
+        for name, g in expected.items()
+    }
+    name = max(differences, key=lambda n: differences[n])
+    return differences[name], name
+
+
+def own_step(folder: Path, case: Case, kind: str, device: Any) -> tuple[Any, Callable[[], Any]]:
+    """Return what trains, and a step on data that lie on the device."""
+    from onnxqat.train.resident.feeds import Uploader
+
+    feeds = case.feeds(case.batch)
+    model = prepared(folder / f"{case.name}.onnx", kind, feeds["input"], device)
+    descent = trained(model, case, case.batch, device)
+    values = Uploader(device, None, descent.inputs)(feeds)
+
+    def step() -> float:
+        loss: float = descent.gradient(iter([values]), 0)
+        descent.move(1.0, 0)
+        return loss
+
+    return descent, step
+
+
+def on_the_cpu(folder: Path, case: Case, device: Any) -> str:
+    """Return how many nodes of the LSQ step onnxruntime placed on the CPU, by op."""
+    import onnxruntime as ort
+
+    class Profiled(ort.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.enable_profiling = True
+            self.profile_file_prefix = tempfile.mkdtemp(dir=folder) + "/kernels"
+
+    plain, ort.SessionOptions = ort.SessionOptions, Profiled
+    try:
+        descent, step = own_step(folder, case, "LSQ", device)
+        step()
+        events = json.loads(
+            Path(descent._step._session.end_profiling()).read_text(encoding="utf-8")
+        )
+    finally:
+        ort.SessionOptions = plain
+    nodes = {
+        (e["name"], e["args"].get("op_name", "?"), e["args"].get("provider", "?"))
+        for e in events
+        if e["name"].endswith("_kernel_time")
+    }
+    counts = collections.Counter(op for _, op, provider in nodes if provider.startswith("CPU"))
+    text = ", ".join(f"{count} {op}" for op, count in counts.most_common(8))
+    return f"{sum(counts.values())} of {len(nodes)} nodes{': ' if text else ''}{text}"
+
+
+def captured(device: Any) -> Any:
+    """Return the device with CUDA graphs."""
+    from onnxqat.device import Device
+
+    class Captured(Device):
+        @property
+        def providers(self) -> list[Any]:
+            (name, options), *others = super().providers
+            return [(name, options | {"enable_cuda_graph": "1"}), *others]
+
+    return Captured(kind=device.kind, index=device.index, precision=device.precision, resident=True)
+
+
+def end_to_end(folder: Path, case: Case, *, tiny: bool) -> str:
+    """Fine-tune by the command line on images that are made here, and return what it says."""
+    from PIL import Image
+
+    images, rng = folder / "images", np.random.default_rng(SEED)
+    count, side = (24, 80) if tiny else (IMAGES, 256)
+    for index in range(count):
+        target = images / str(index % CLASSES) / f"{index}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(target)
+    onnxqat = [sys.executable, "-m", "onnxqat"]
+    quantized, tuned = folder / "e2e.qdq.onnx", folder / "e2e.qat.onnx"
+    size = f"{case.size},{case.size}"
+    run([*onnxqat, "insert", folder / f"{case.name}.onnx", "-o", quantized, "--mean", "128,128,128",
+         "--scale", "0.01,0.01,0.01", "--resize-dims", size])  # fmt: skip
+    start = time.perf_counter()
+    said = run([*onnxqat, "finetune", quantized, images, "-o", tuned, "--epochs", "2", "--json",
+                "--device", "cpu" if tiny else "cuda", "--force-labels", "--samples", "64",
+                "--checkpoint-every", "never"])  # fmt: skip
+    seconds = time.perf_counter() - start
+    found = json.loads(said)
+    return (
+        f"{found['samples_per_second']:.0f} samples/s, waiting for data "
+        f"{found['waiting_for_data']:.0%} of it; {found['device']}; "
+        f"{seconds:.0f} s for {count} images, 2 epochs, in all"
+    )
+
+
+def run(command: list[Any]) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[3]}: {done.stderr.strip()[-400:]}")
+    return done.stdout
+
+
+class Report:
+    """Prints one line after the other; remembers whether something went wrong."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.failed = time.monotonic() + seconds, False
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def measure(self, title: str, make: Callable[[], str]) -> None:
+        """Print what ``make`` returns, or what kept it."""
+        if time.monotonic() > self.end:
+            self.failed = True
+            self.say(f"  {title:<34} not run: out of time")
+            return
+        try:
+            found = make()
+        except Exception as error:  # the other parts are worth having
+            self.failed = True
+            found = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            traceback.print_exc(limit=-3)
+        self.say(f"  {title:<34} {found}")
+
+
+def report_case(
+    report: Report, folder: Path, case: Case, peer: dict[str, Any], device: Any, exact: Any
+) -> None:
+    """Print the lines of one network."""
+    tiny = device.kind == "cpu"
+    report.say(f"{case.name}, batch {case.batch}, {case.size}x{case.size}")
+
+    def check(kind: str) -> str:
+        difference, name = worst_difference(folder, case, kind, exact)
+        wrong = not difference <= TOLERANCE
+        report.failed = report.failed or wrong
+        return f"{difference:.1e} ({name}){'  FAILED' if wrong else ''}"
+
+    def milliseconds(kind: str, other: str, place: Any) -> str:
+        ms = timed(own_step(folder, case, kind, place)[1], lambda: None, tiny=tiny)
+        theirs = peer["ms"].get(f"{case.name} {other}")
+        if theirs is None:
+            return f"{ms:8.2f} ms; PyTorch {other}: {peer['errors'].get(f'{case.name} {other}')}"
+        return f"{ms:8.2f} ms; PyTorch {other} {theirs:8.2f} ms; {ms / theirs:.2f} of it"
+
+    for kind in ("float", "LSQ"):
+        report.measure(f"{kind}, gradients against the CPU", lambda k=kind: check(k))
+    for kind, other in (("float", "float"), ("LSQ", "QAT")):
+        report.measure(f"{kind}, step", lambda k=kind, o=other: milliseconds(k, o, device))
+    report.measure("LSQ, placed on the CPU", lambda: on_the_cpu(folder, case, device))
+    if tiny:
+        return
+    failed = report.failed
+    report.measure(
+        "LSQ, step with CUDA graphs", lambda: milliseconds("LSQ", "QAT", captured(device))
+    )
+    report.failed = failed  # onnxruntime need not take it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default=sys.executable, help="of an environment with torch")
+    parser.add_argument("--cpu", action="store_true", help="tiny networks on the CPU")
+    parser.add_argument("--seconds", type=float, default=220, help="begin no part after these")
+    names = ("resnet18", "mobilenet_v2", "yolov5s_like", "vit_tiny")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        run_peer(arguments.peer, arguments.only, tiny=arguments.cpu)
+        return
+    from onnxqat.device import Device, find_device
+
+    report = Report(arguments.seconds)
+    if arguments.cpu:
+        device = exact = Device(resident=True)
+    else:
+        device, exact = find_device("cuda"), find_device("cuda", "fp32")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer_command = [arguments.python, __file__, "--peer", name, "--only", *arguments.only]
+        peer_command += ["--cpu"] if arguments.cpu else []
+        done = subprocess.run(peer_command, stdout=subprocess.DEVNULL, check=False)
+        if not (folder / "peer.json").is_file():
+            sys.exit(f"PyTorch's side ended with {done.returncode}, and made no graphs.")
+        peer = json.loads((folder / "peer.json").read_text())
+        from onnxqat.environment import runtime_distribution
+
+        where = peer.get("gpu", "the CPU")
+        report.say(f"{where}; torch {peer['torch']}; {runtime_distribution()}; {device}")
+        cases = [Case(**case) for case in peer["cases"].values()]
+        for case in cases:
+            report_case(report, folder, case, peer, device, exact)
+        report.say(f"{cases[0].name}, onnxqat finetune on a folder of images")
+        report.measure("end to end", lambda: end_to_end(folder, cases[0], tiny=arguments.cpu))
+    sys.exit(report.failed)
+
+
+if __name__ == "__main__":
+    main()
