@@ -33,7 +33,7 @@ def test_a_budget_divides_the_batch_and_the_step_stays():
         network, said = calibrated_lenet(data, "weight.bits=2"), []
         usual = Config(epochs=1, batch_size=16, threads=1)
         whole = finetune(network, data, config=usual)
-        tight = Config(epochs=1, batch_size=16, threads=1, memory_budget=4)
+        tight = Config(epochs=1, batch_size=16, threads=1, memory_budget=3)
         result = finetune(network, data, config=tight, say=said.append)
         with pytest.raises(TrainingError, match="--memory-budget 1: a step of one sample takes"):
             finetune(network, data, config=Config(epochs=1, memory_budget=1))
