@@ -44,7 +44,7 @@ def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) 
 
 def taught(teacher: ort.InferenceSession, outputs: Sequence[T]) -> dict[str, T]:
     """Return the teacher's outputs by the names of the inputs that a loss reads them as."""
-    found = {}
+    found: dict[str, T] = {}
     names = [o.name for o in teacher.get_outputs()]
     for prefix in ("", TENSOR):  # a loss may call an output a tensor
         found |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}

@@ -60,14 +60,14 @@ def open_descent(
         drawn = partial(
             step_graph, loss=loss, batch_size=config.samples, arrays=arrays, device=device
         )
-        graph, late = drawn(form), delayed and drawn(delayed)
+        graph, late = drawn(form), None if delayed is None else drawn(delayed)
         on_device = DeviceDescent(form, graph, late, model, config, workers, device)
         return on_device, graph.classes
     opened = partial(
         StepSession, loss=loss, batch_size=config.samples, threads=config.threads, arrays=arrays
     )
     session = opened(form)
-    other = delayed and opened(delayed, other=session)
+    other = None if delayed is None else opened(delayed, other=session)
     return HostDescent(form, session, other, model, config, workers), session.classes
 
 

@@ -86,15 +86,18 @@ class DeviceDescent(Descent):
         config, gradients = self.config, self.gradients
         if config.batches > 1:
             total = DeviceVector(self.device, size)
-            sums = {"total": total, "gradient": gradients, "target": total}
             self._begin_sum = opened(copy_graph(size), source=gradients, target=total)
-            self._add = opened(add_graph(size), **sums)
+            self._add = opened(add_graph(size), total=total, gradient=gradients, target=total)
             self._divide = opened(mean_graph(size, config.batches), total=total, target=gradients)
         self._kept = self.values
         if config.ema is not None:
             self._kept = DeviceVector(self.device, size)
-            ends = {"average": self._kept, "values": self.values, "target": self._kept}
-            self._average = opened(average_graph(size, config.ema), **ends)
+            self._average = opened(
+                average_graph(size, config.ema),
+                average=self._kept,
+                values=self.values,
+                target=self._kept,
+            )
 
     @property
     def best(self) -> Mapping[str, FloatArray]:
@@ -186,7 +189,7 @@ class DeviceDescent(Descent):
     def arrays(self) -> dict[str, FloatArray]:
         """Return every array that training changes, as numpy has them."""
         learned, every = self._plan.gradients.views, self.form.parameters
-        arrays = {}
+        arrays: dict[str, FloatArray] = {}
         for name, vector in self.updater.state.items():
             found = self._downloaded(vector)
             if name == "latent":

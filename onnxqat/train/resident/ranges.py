@@ -157,10 +157,10 @@ def _model(
     inputs: list[tuple[str, tuple[int, ...]]],
     outputs: list[tuple[str, tuple[int, ...]]] | list[tuple[str, None]],
 ) -> onnx.ModelProto:
-    ends = (
+    given, made = (
         [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in found]
         for found in (inputs, outputs)
     )
-    graph = helper.make_graph(nodes, "ranges", *ends)
+    graph = helper.make_graph(nodes, "ranges", given, made)
     opsets = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
