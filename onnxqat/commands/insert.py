@@ -21,6 +21,7 @@ from onnxqat.options import (
     bias_correction_option,
     calibration_options,
     data_options,
+    device_options,
     equalize_option,
     force_option,
     json_option,
@@ -60,6 +61,7 @@ __all__ = ["insert"]
 @bias_correction_option
 @data_options
 @run_options(32)
+@device_options("auto")
 @seed_option
 @output_option("Write the Q/DQ model here (default: MODEL with .qdq before its suffix).")
 @force_option
