@@ -62,9 +62,9 @@ def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
 
 def in_steps_of(model: QuantizedModel, data: DataSet) -> QuantizedModel:
     """Return a model whose recurrent layers have as many steps as the data."""
-    sample = data.sample(0).inputs
-    floats = with_steps(model.floats, {name: array.shape for name, array in sample.items()})
-    return replace(model, floats=floats)
+    batch = next(iter(data.batches()), None)  # the first with a sample that can be read
+    shapes = {} if batch is None else {name: a.shape for name, a in batch.inputs.items()}
+    return replace(model, floats=with_steps(model.floats, shapes))
 
 
 def batches_per_step(data: DataSet, size: int, config: Config, workers: Workers) -> int:

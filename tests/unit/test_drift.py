@@ -96,7 +96,9 @@ def test_a_log_has_a_line_per_interval_and_epoch(model, data, tmp_path):
     lines = read(tmp_path / "l")
 
     figures = lines[0].pop("metrics")
-    assert lines[0] == {"event": "start", "schema": "onnxqat.log/1", "step": 0}
+    assert lines[0].pop("engine").startswith("onnxruntime")
+    where = {"device": "cpu", "precision": "fp32"}
+    assert lines[0] == {"event": "start", "schema": "onnxqat.log/1", "step": 0, **where}
     assert figures["loss"] == result.before.loss
     assert figures["top1"] == result.before.metrics["top1"]
     assert [(line["event"], line["step"]) for line in lines[1:]] == [

@@ -29,6 +29,8 @@ OWN_LISTS = {
     "repair/norms.py": "the normalizations whose scale can take a channel's",
     "runtime.py": "advice for failures of onnxruntime",
     "train/lowering/": "which gradients there are",
+    "train/memory.py": "whose output is the memory of their input",
+    "train/resident/ranges.py": "the smallest and the largest value",
     "validate/": "what onnxruntime dies of, and shapes",
     "versions.py": "operators that opsets changed",
 }
@@ -44,6 +46,7 @@ BUILDERS = {
     "train/engine.py": "the loss that the runtime has",
     "train/fake_quantize.py": "the arithmetic of fake quantization",
     "train/losses/": "the arithmetic of losses",
+    "train/resident/": "the arithmetic of optimizers",
 }
 
 

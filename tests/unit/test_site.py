@@ -89,5 +89,5 @@ def test_the_page_of_python_has_every_public_name():
 def test_the_page_of_changes_is_the_changelog():
     text = reference_pages.on_page_markdown((DOCS / "changelog.md").read_text(encoding="utf-8"))
 
-    assert "## Unreleased" in text
+    assert "## 0.2.0" in text
     assert text.count("# Changelog\n") == 1
