@@ -1,7 +1,7 @@
-"""Where a model is computed: the CPU, or a GPU that onnxruntime reaches by CUDA.
+"""The device that runs a model: the CPU, or a GPU through onnxruntime's CUDA provider.
 
-onnxruntime's packages for the CPU and for CUDA hold the same module, so that an environment has
-one of them. A GPU is usable where a session with its provider can be opened.
+onnxruntime's packages for the CPU and for CUDA contain the same module, so an environment can hold
+only one of them. A GPU is usable if a session with the CUDA provider can be opened on it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ __all__ = ["CPU", "DEVICE", "Device", "Precision", "check_device", "find_device"
 Precision: TypeAlias = Literal["tf32", "fp32"]
 PRECISIONS = get_args(Precision)
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-# Set by the mpirun of Open MPI; of MPICH and Intel MPI; by Slurm: the number of a process on its
-# machine.
+# The number of a process on its machine. Set by Open MPI, by MPICH and Intel MPI, and by Slurm.
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where sessions compute.
+    """The device on which sessions run.
 
     Attributes
     ----------
     kind : {"cpu", "cuda"}
-        As onnxruntime calls it.
+        The device type, as onnxruntime calls it.
     index : int
-        Which GPU.
+        The number of the GPU.
     precision : {"tf32", "fp32"}
-        Of products of matrices and convolutions: float32, or TF32, whose factors have 10 bits
-        behind the point and whose sums are float32 (NVIDIA, "TF32 precision format",
+        Precision of matrix products and convolutions: float32, or TF32, which rounds the factors
+        to 10 bits after the binary point and sums in float32 (NVIDIA, "TF32 precision format",
         https://blogs.nvidia.com/blog/tensorfloat-32-precision-format/).
     resident : bool
-        Whether training keeps its arrays on the device between steps and its optimizer is a graph
-        that runs there, as it is on a GPU. Of the CPU, numpy holds the arrays otherwise.
+        Whether training keeps its arrays on the device between steps and runs the optimizer there
+        as a graph. Always true on a GPU. If false, numpy holds the arrays.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
@@ -53,12 +52,12 @@ class Device:
 
     @property
     def name(self) -> str:
-        """What a user calls it: ``cpu`` or ``cuda:0``."""
+        """The name that a user gives: ``cpu`` or ``cuda:0``."""
         return "cpu" if self.kind == "cpu" else f"{self.kind}:{self.index}"
 
     @property
     def providers(self) -> list[Any]:
-        """What onnxruntime is to use, by order of preference."""
+        """The execution providers for onnxruntime, in order of preference."""
         if self.kind == "cpu":
             return ["CPUExecutionProvider"]
         options = {
@@ -77,12 +76,12 @@ CPU = Device()
 
 
 def check_device(where: str, device: str, precision: str | None) -> None:
-    """Refuse words that name no device or precision.
+    """Refuse text that names no device or precision.
 
     Raises
     ------
     OptionError
-        The word is quoted.
+        The text is not valid; the message quotes it.
     """
     if not DEVICE.fullmatch(device):
         raise OptionError(f"{where}: device is '{device}'. Give auto, cpu, cuda or cuda:N.")
@@ -96,17 +95,17 @@ def find_device(text: str, precision: str | None = None, *, rank: int = 0, size:
     Parameters
     ----------
     text : str
-        ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a usable GPU, else the CPU. Without a number
-        each process of a machine takes a GPU of its own.
+        ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a usable GPU, else the CPU. Without a number,
+        each process on a machine uses its own GPU.
     precision : {"tf32", "fp32"} or None
-        None: TF32 on a GPU, and float32 on the CPU, which has nothing else.
+        None: TF32 on a GPU. The CPU always uses float32.
     rank, size : int
-        Which of the processes that work together this is, and how many there are.
+        The number of this process among those that work together, and their count.
 
     Raises
     ------
     OptionError
-        The device cannot be used; what to install is said.
+        The device cannot be used; the message says what to install.
     """
     check_device("--device", text, precision)
     kind, _, number = text.partition(":")
@@ -129,22 +128,22 @@ def find_device(text: str, precision: str | None = None, *, rank: int = 0, size:
 
 
 def _local_rank(rank: int) -> int:
-    """Return the number of this process on its machine, which is that of its GPU."""
+    """Return the number of this process on its machine; its GPU has the same number."""
     numbers = [os.environ[name] for name in LOCAL_RANKS if name in os.environ]
     return int(numbers[0]) if rank and numbers else rank
 
 
 @cache
 def _problem(index: int) -> str | None:
-    """Return why a GPU cannot be used, and what to do about it; None where it can."""
+    """Return why a GPU cannot be used and what to do about it; None if it can be used."""
     import onnxruntime as ort
 
     installed = runtime_distribution()
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return f"{installed} computes on the CPU alone. {changing_to_cuda()}"
     said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):  # onnxruntime prints what it tries
-        if hasattr(ort, "preload_dlls"):  # the libraries of CUDA that pip installed
+    with redirect_stdout(said), redirect_stderr(said):  # onnxruntime prints its attempts
+        if hasattr(ort, "preload_dlls"):  # loads the CUDA libraries that pip installed
             ort.preload_dlls()
         reason = _refusal(index)
     if reason is None:
@@ -156,7 +155,7 @@ def _problem(index: int) -> str | None:
 
 
 def _refusal(index: int) -> str | None:
-    """Return what onnxruntime says against a session on a GPU."""
+    """Return why onnxruntime cannot open a session on a GPU; None if it can."""
     import onnxruntime as ort
     from onnx import TensorProto, helper
 

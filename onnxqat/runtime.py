@@ -80,7 +80,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
     outputs_of_unnamed : mapping of str to list of str
         The first outputs of the nodes without a name, by op.
     device : Device
-        Where it computes.
+        The device that runs the model.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
             raise _load_error(name, _said(error)) from error
         if device.kind == "cuda" and "CUDAExecutionProvider" not in self.get_providers():
             raise ModelError(
-                f"{name}: onnxruntime could not open it on {device.name}, and took the CPU. See "
+                f"{name}: onnxruntime could not open it on {device.name}. Check "
                 "whether another process uses the GPU's memory (nvidia-smi), or pass --device cpu."
             )
-        self.disable_fallback()  # to the CPU, of which nobody would know
+        self.disable_fallback()  # a silent fallback to the CPU would go unnoticed
 
     def run(self, *arguments: Any, **others: Any) -> Any:
         """Return the outputs, see onnxruntime.
@@ -238,7 +238,7 @@ def open_session(
     name : str
         The name of the model in messages.
     device : Device
-        Where it computes; what a GPU has no kernel for is computed by the CPU.
+        The device that runs the model; ops without a CUDA kernel run on the CPU.
 
     Raises
     ------

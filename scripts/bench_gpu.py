@@ -3,32 +3,32 @@
     python scripts/bench_gpu.py [--python TORCH_PYTHON] [--only NAME ...]
     python scripts/bench_gpu.py --cpu --python TORCH_PYTHON       tiny networks, to try the script
 
-It takes under 4 minutes and no network; graphs are made here, with random weights from a seed.
-The machine has PyTorch (torch.onnx and torch.ao.quantization; no torchvision) and onnxruntime-gpu,
-in one environment or with ``--python`` in two. What has to be carried to it are these wheels, for
-CPython 3.11 on x86-64 Linux, and the checkout itself (``pip install --no-deps .``, 1 MB):
+It takes under 4 minutes and needs no internet; it makes the graphs itself, with seeded random
+weights. The machine must have PyTorch (torch.onnx and torch.ao.quantization; no torchvision) and
+onnxruntime-gpu, in one environment, or in two with ``--python``. Copy these wheels to it, for
+CPython 3.11 on x86-64 Linux, and the checkout (``pip install --no-deps .``, 1 MB):
 
     onnx 18 MB, numpy 17 MB, onnx_graphsurgeon 0.1 MB, protobuf 0.3 MB, ml_dtypes 5 MB,
     typing_extensions 0.1 MB, msgspec 0.2 MB, click 0.1 MB, pillow 7 MB, rich 0.3 MB and its
     pygments 1.2 MB, markdown_it_py 0.1 MB, mdurl
     onnxruntime-gpu 1.31 (CUDA 13) where it is missing: about 210 MB, and cuDNN 9 and the libraries
-    of CUDA 13, which PyTorch's own wheels for CUDA 13 bring along
+    of CUDA 13, which PyTorch's own wheels for CUDA 13 include
 
-One network after the other:
+For each network, the script measures:
 
 1. Gradients in float32 of two samples on the GPU against the CPU's, float and quantized: for each
-   parameter the length of the difference by the length of the gradient, of which the largest is
+   parameter the norm of the difference divided by the norm of the gradient. The largest ratio is
    printed. More than 1e-3 fails.
 2. Milliseconds of a step on resident data, updates included (SGD with momentum): ours float and
    LSQ (rule onnxruntime-cpu, per-tensor weights), PyTorch's float and FX QAT with learnable
    fake-quantize; TF32 on both sides, medians. BatchNormalization is folded in ours, as in every
    fine-tuning of an exported model; PyTorch trains it.
-3. What of our LSQ step onnxruntime placed on the CPU, and the step with CUDA graphs, where
-   onnxruntime takes it.
+3. The nodes of our LSQ step that onnxruntime placed on the CPU, and the time of the step with CUDA
+   graphs, if onnxruntime supports it.
 
-At last ``onnxqat finetune --device cuda`` trains resnet18 on a folder of images that are made here,
-and its samples per second and share of waiting are printed. The exit code is 1 if a gradient
-differed, a part could not be run, or less than all fit into ``--seconds``.
+Finally ``onnxqat finetune --device cuda`` trains resnet18 on a folder of generated images; the
+script prints its samples per second and its share of time spent waiting for data. The exit code is
+1 if a gradient differed, a part failed, or not everything ran within ``--seconds``.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ import numpy as np
 
 SEED, CHECKED, TOLERANCE = 0, 2, 1e-3
 WARM_UP, STEPS = 5, 20
-SMALLEST = 1e-4  # of the median gradient: shorter ones are noise alone, of a key's bias for example
+# times the median norm: smaller gradients are only noise, such as those of a key's bias
+SMALLEST = 1e-4
 IMAGES, CLASSES = 512, 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network as both sides see it; what `gpu_networks` says of it, without torch."""
+    """One network, as described in `gpu_networks`, without torch."""
 
     name: str
     size: int
@@ -86,11 +87,11 @@ class Case:
         return "+".join(f"mse:{name}" for name in self.outputs)
 
 
-# --- PyTorch's side, in a process of its own
+# --- PyTorch's side, in a separate process
 
 
 def run_peer(folder: Path, names: list[str], *, tiny: bool) -> None:
-    """Export every network, then time it; write what is found to ``peer.json`` as it comes."""
+    """Export and time every network; write each result to ``peer.json`` at once."""
     import torch
     from gpu_networks import NETWORKS
 
@@ -121,7 +122,7 @@ def run_peer(folder: Path, names: list[str], *, tiny: bool) -> None:
             try:
                 step = torch_step(model, kind, case, place)
                 said["ms"][f"{name} {kind}"] = timed(step, lambda: synchronize(place), tiny=tiny)
-            except Exception as error:  # the others are worth having
+            except Exception as error:  # continue with the others
                 said["errors"][f"{name} {kind}"] = repr(error)[:300]
             (folder / "peer.json").write_text(json.dumps(said))
             del model
@@ -156,7 +157,7 @@ def export(
 
 
 def torch_step(model: Any, kind: str, case: dict[str, Any], place: Any) -> Callable[[], Any]:
-    """Return PyTorch's training step on data that lie on the device."""
+    """Return PyTorch's training step on data on the device."""
     import torch
     from torch import nn
     from torch_qat import quantized
@@ -167,7 +168,7 @@ def torch_step(model: Any, kind: str, case: dict[str, Any], place: Any) -> Calla
     if kind == "QAT":
         model = quantized(model, images).to(place)
         with torch.no_grad():
-            model(images)  # observers and learned scales begin here
+            model(images)  # initializes observers and learned scales
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     if len(case["outputs"]) == 1:
         labels = torch.randint(0, case["shapes"][0][1], (batch,), device=place)
@@ -201,7 +202,7 @@ def synchronize(place: Any) -> None:
 
 
 def timed(step: Callable[[], Any], wait: Callable[[], None], *, tiny: bool) -> float:
-    """Return the median of milliseconds."""
+    """Return the median time of a step in milliseconds."""
     times = []
     for _ in range(3 if tiny else WARM_UP + STEPS):
         wait()
@@ -216,7 +217,7 @@ def timed(step: Callable[[], Any], wait: Callable[[], None], *, tiny: bool) -> f
 
 
 def prepared(path: Path, kind: str, images: np.ndarray, device: Any) -> Any:
-    """Return the Q/DQ model, or that without any points for ``float``."""
+    """Return the Q/DQ model; for ``float``, the model without quantization points."""
     from onnxqat.calibration import calibrate, placeholder_params
     from onnxqat.overrides import parse_override
     from onnxqat.plan import QuantPlan, make_plan
@@ -236,7 +237,7 @@ def prepared(path: Path, kind: str, images: np.ndarray, device: Any) -> Any:
 
 
 def trained(model: Any, case: Case, batch: int, device: Any) -> Any:
-    """Return what trains a model, with sgd."""
+    """Return the training state of a model, with SGD."""
     from onnxqat.parallel import Workers
     from onnxqat.train import Config
     from onnxqat.train.form import training_form
@@ -267,7 +268,7 @@ def gradients_of(descent: Any, feeds: dict[str, np.ndarray], device: Any) -> dic
 
 
 def worst_difference(folder: Path, case: Case, kind: str, device: Any) -> tuple[float, str]:
-    """Return the largest relative difference of a gradient on the device, and whose it is."""
+    """Return the largest relative difference of a gradient on the device, and its parameter."""
     from onnxqat.device import CPU
 
     feeds = case.feeds(CHECKED)
@@ -286,7 +287,7 @@ def worst_difference(folder: Path, case: Case, kind: str, device: Any) -> tuple[
 
 
 def own_step(folder: Path, case: Case, kind: str, device: Any) -> tuple[Any, Callable[[], Any]]:
-    """Return what trains, and a step on data that lie on the device."""
+    """Return the training state, and a step on data on the device."""
     from onnxqat.train.resident.feeds import Uploader
 
     feeds = case.feeds(case.batch)
@@ -332,7 +333,7 @@ def on_the_cpu(folder: Path, case: Case, device: Any) -> str:
 
 
 def captured(device: Any) -> Any:
-    """Return the device with CUDA graphs."""
+    """Return the device with CUDA graphs enabled."""
     from onnxqat.device import Device
 
     class Captured(Device):
@@ -345,7 +346,7 @@ def captured(device: Any) -> Any:
 
 
 def end_to_end(folder: Path, case: Case, *, tiny: bool) -> str:
-    """Fine-tune by the command line on images that are made here, and return what it says."""
+    """Fine-tune by the command line on generated images, and return its figures as text."""
     from PIL import Image
 
     images, rng = folder / "images", np.random.default_rng(SEED)
@@ -381,7 +382,7 @@ def run(command: list[Any]) -> str:
 
 
 class Report:
-    """Prints one line after the other; remembers whether something went wrong."""
+    """Prints lines, and remembers whether a part failed."""
 
     def __init__(self, seconds: float) -> None:
         self.end, self.failed = time.monotonic() + seconds, False
@@ -390,14 +391,14 @@ class Report:
         print(text, flush=True)
 
     def measure(self, title: str, make: Callable[[], str]) -> None:
-        """Print what ``make`` returns, or what kept it."""
+        """Print what ``make`` returns, or why it failed."""
         if time.monotonic() > self.end:
             self.failed = True
             self.say(f"  {title:<34} not run: out of time")
             return
         try:
             found = make()
-        except Exception as error:  # the other parts are worth having
+        except Exception as error:  # continue with the other parts
             self.failed = True
             found = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             traceback.print_exc(limit=-3)
@@ -435,7 +436,7 @@ def report_case(
     report.measure(
         "LSQ, step with CUDA graphs", lambda: milliseconds("LSQ", "QAT", captured(device))
     )
-    report.failed = failed  # onnxruntime need not take it
+    report.failed = failed  # onnxruntime may not support it, which is no failure
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Networks that `bench_gpu.py` times, in plain torch: no torchvision is needed.
 
-Each has a usual size and a tiny one, with which the script is tried on a CPU. Weights are random.
+Each has a usual size and a tiny size, for trying the script on a CPU. Weights are random.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def mobilenet_v2(stages: int, last: int, classes: int) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 and a 3x3 convolution with a shortcut, as YOLOv5 has them."""
+    """A 1x1 and a 3x3 convolution with a shortcut, as in YOLOv5."""
 
     def __init__(self, channels: int, *, shortcut: bool) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Bottleneck(nn.Module):
 
 
 class C3(nn.Module):
-    """A cross-stage partial block (https://arxiv.org/abs/1911.11929), as YOLOv5 has it."""
+    """A cross-stage partial block (https://arxiv.org/abs/1911.11929), as in YOLOv5."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, shortcut: bool = True) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class C3(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Poolings one behind the other, joined, as YOLOv5 has them (SPPF)."""
+    """Successive poolings whose outputs are concatenated, as in YOLOv5 (SPPF)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def quantized(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     qconfig = QConfig(
         activation=learnable(0, 255, torch.quint8), weight=learnable(-128, 127, torch.qint8)
     )
-    # an embedding takes weights per row alone
+    # for an embedding, PyTorch supports only per-row weights
     mapping = QConfigMapping().set_global(qconfig).set_object_type(nn.Embedding, None)
     model = prepare_qat_fx(model, mapping, example_inputs=(inputs,))
     for module in model.modules():

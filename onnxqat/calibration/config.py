@@ -33,7 +33,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     device : str
         ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
     precision : {"tf32", "fp32"} or None
-        Of products on a GPU, see `onnxqat.device.Device`. None: ``tf32``.
+        Precision of matrix products on a GPU, see `onnxqat.device.Device`. None: ``tf32``.
     bias_correction : {"empirical", "analytic"} or None
         Subtract from each bias the error that quantization adds to the mean of its layer. It is
         measured on the data (``empirical``), or computed from the statistics of

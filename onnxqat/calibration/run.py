@@ -54,7 +54,7 @@ def calibrate(
         A name in `OBSERVERS`, for the points whose spec has none. With ``mse`` and ``auto``,
         weights get the range with the least squared error; with others, their extremes.
     device : Device
-        Where the model runs; the observers look at its tensors on the CPU.
+        The device that runs the model; the observers process its tensors on the CPU.
     progress : callable
         Called after each batch.
     workers : Workers

@@ -175,7 +175,7 @@ def evaluate(
     metrics : sequence of Metric
         Further metrics; the batches must have the arrays that they need.
     device : Device
-        Where the models run; integers are computed on the CPU.
+        The device that runs the models; mode ``integer`` always uses the CPU.
     progress : callable
         Called after each batch.
 

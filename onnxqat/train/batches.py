@@ -43,10 +43,10 @@ def feeds_of(batch: Batch, inputs: Feeds, teacher: ort.InferenceSession | None) 
 
 
 def taught(teacher: ort.InferenceSession, outputs: Sequence[T]) -> dict[str, T]:
-    """Return the teacher's outputs by the names of the inputs that a loss reads them as."""
+    """Return the teacher's outputs, by the names of the loss's inputs that read them."""
     found: dict[str, T] = {}
     names = [o.name for o in teacher.get_outputs()]
-    for prefix in ("", TENSOR):  # a loss may call an output a tensor
+    for prefix in ("", TENSOR):  # a loss may also name an output as a tensor
         found |= {teacher_input(f"{prefix}{n}"): o for n, o in zip(names, outputs, strict=True)}
     return found
 
@@ -69,7 +69,7 @@ class TrainingBatches:
     classes : mapping of str to (int, int or None), optional
         For each input of labels: the number of classes, and the label that is ignored.
     finish : callable, optional
-        Makes of all batches, one after the other, what the training session takes.
+        Converts the iterator of batches to what the training session takes.
 
     Attributes
     ----------

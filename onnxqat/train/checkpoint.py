@@ -73,7 +73,7 @@ class Checkpoints:
     resume : bool
         Whether the run resumes from the file, which must exist.
     elsewhere : bool
-        Whether it may go on on another device, or with another onnxruntime.
+        Whether the run may resume on another device or with another onnxruntime.
 
     Attributes
     ----------
@@ -204,8 +204,8 @@ class Checkpoints:
                     if self.elsewhere:
                         continue
                     raise TrainingError(
-                        f"{self.path}: {name} was {was}, and is {now} now, which changes the last "
-                        "bits. Go on as the run was started, or pass --force too to go on here."
+                        f"{self.path}: {name} was {was}, but is {now} now, which changes the last "
+                        "bits. Resume as at the start, or also pass --force to resume here."
                     )
                 raise TrainingError(
                     f"{self.path}: {name} was {was}, but is {now} now. Use the same options and "
@@ -235,14 +235,14 @@ def settings_identity(config: Config) -> Identity:
     """Return the hyper-parameters by the names of their options."""
     settings: dict[str, Any] = json.loads(msgspec.json.encode(config))
     settings["group"] = settings.pop("groups")
-    # what changes nothing of a run that goes on; and what `place_identity` says as it turned out
+    # force_labels has no effect on a run that resumes; `place_identity` has the device in use
     for name in ("force_labels", "device", "precision"):
         del settings[name]
     return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
 def place_identity(device: Device) -> Identity:
-    """Return where a run computes, and with which onnxruntime."""
+    """Return the onnxruntime package, the device and the precision of a run."""
     kept = " with its arrays" if device.resident and device.kind == "cpu" else ""
     found = (runtime_distribution(), f"{device.name}{kept}", device.precision)
     return dict(zip(PLACE, found, strict=True))

@@ -130,7 +130,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     device : str
         ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
     precision : {"tf32", "fp32"} or None
-        Of products on a GPU, see `onnxqat.device.Device`. None: ``tf32``.
+        Precision of matrix products on a GPU, see `onnxqat.device.Device`. None: ``tf32``.
     """
 
     loss: str | None = None

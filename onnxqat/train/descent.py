@@ -1,7 +1,7 @@
-"""All that training changes: parameters, gradients, the optimizer, averages, the best state.
+"""The state that training changes: parameters, gradients, optimizer, averages, best state.
 
-Here they are numpy arrays, that the session reads and writes in place; `onnxqat.train.resident`
-has the same on a device.
+Here it consists of numpy arrays, which the session reads and writes in place.
+`onnxqat.train.resident` keeps the same state on a device.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Descent", "HostDescent"]
 
 
 class Descent(ABC):
-    """One network in training, and the steps that it takes.
+    """The state of one network during training, and its training steps.
 
     Attributes
     ----------
     inputs : set of str
-        What a batch is made of, and the parameters.
+        The names of the inputs of the training graph: a batch's arrays and the parameters.
     """
 
     inputs: set[str]
@@ -46,28 +46,28 @@ class Descent(ABC):
     @property
     @abstractmethod
     def kept(self) -> Mapping[str, FloatArray]:
-        """The parameters that are evaluated now, by name: the moving average, if there is one."""
+        """The parameters to evaluate, by name: the moving average, if there is one."""
 
     @property
     @abstractmethod
     def lr(self) -> float:
-        """Learning rate of weights that have none of their own."""
+        """The learning rate of weights without a learning rate of their own."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Set everything but the best state to the start."""
+        """Reset everything except the best state to its value at the start."""
 
     @abstractmethod
     def gradient(self, batches: Iterator[Any], step: int) -> float:
-        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        """Set the gradients to their mean over a step's batches and workers; return the loss."""
 
     @abstractmethod
     def wrong(self, step: int) -> list[str]:
-        """Return the parameters that move at ``step``, and whose gradients are not all finite."""
+        """Return the parameters that change at ``step`` and have a gradient that is not finite."""
 
     @abstractmethod
     def explained(self, *, moved: bool) -> str:
-        """Return why the loss is no number, see `explain_loss`."""
+        """Return why the loss is not finite, see `explain_loss`."""
 
     @abstractmethod
     def move(self, factor: float, step: int) -> None:
@@ -75,7 +75,7 @@ class Descent(ABC):
 
     @abstractmethod
     def keep(self) -> None:
-        """Make the present state the best."""
+        """Save the current state as the best."""
 
     @abstractmethod
     def arrays(self) -> dict[str, FloatArray]:
@@ -83,26 +83,26 @@ class Descent(ABC):
 
     @abstractmethod
     def restore(self, arrays: Mapping[str, FloatArray], step: int) -> None:
-        """Go on from what `arrays` returned and a checkpoint filled, behind ``step`` steps."""
+        """Continue after ``step`` steps with the arrays of a checkpoint, named as in `arrays`."""
 
 
 class HostDescent(Descent):
-    """Training whose arrays are numpy's.
+    """Training with its arrays in numpy.
 
     Parameters
     ----------
     form : TrainingForm
-        What is trained.
+        The training form of the network.
     session : StepSession
-        Computes loss and gradients.
+        Computes the loss and the gradients.
     delayed : StepSession or None
-        The same for the float network, which the first steps train.
+        The same for the float network, if the first steps train it.
     model : QuantizedModel
         The Q/DQ model: the plan and the calibrated parameters.
     config : Config
-        Rates and optimizer.
+        The learning rates and the optimizer.
     workers : Workers
-        Who trains together.
+        The processes that train together.
     """
 
     def __init__(
@@ -129,16 +129,16 @@ class HostDescent(Descent):
 
     @property
     def kept(self) -> Mapping[str, FloatArray]:
-        """The parameters that are evaluated now, by name: the moving average, if there is one."""
+        """The parameters to evaluate, by name: the moving average, if there is one."""
         return self._kept.views
 
     @property
     def lr(self) -> float:
-        """Learning rate of weights that have none of their own."""
+        """The learning rate of weights without a learning rate of their own."""
         return self.updater.lr
 
     def reset(self) -> None:
-        """Set everything but the best state to the start."""
+        """Reset everything except the best state to its value at the start."""
         session = self.session
         for name, value in self.form.parameters.items():
             if name in session.values.views:
@@ -151,11 +151,11 @@ class HostDescent(Descent):
         self.ranges = Ranges(self.form, session.values, self.model, constant)
 
     def gradient(self, batches: Iterator[Feeds], step: int) -> float:
-        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        """Set the gradients to their mean over a step's batches and workers; return the loss."""
         session, gradients = self.session, self.session.gradients.buffer
         if self.delayed and step < self.config.quant_delay:
             session = self.delayed
-            gradients[...] = 0  # the float network has none for scales
+            gradients[...] = 0  # the float network has no gradients for scales
         self.ranges.begin()
 
         def run(feeds: Feeds) -> float:
@@ -176,13 +176,13 @@ class HostDescent(Descent):
         return float(loss)
 
     def wrong(self, step: int) -> list[str]:
-        """Return the parameters that move at ``step``, and whose gradients are not all finite."""
+        """Return the parameters that change at ``step`` and have a gradient that is not finite."""
         gradients = self.session.gradients
         wrong = not_finite(gradients.views, gradients.buffer)
         return [name for name in wrong if not self.updater.rates[name].frozen(step)]
 
     def explained(self, *, moved: bool) -> str:
-        """Return why the loss is no number, see `explain_loss`."""
+        """Return why the loss is not finite, see `explain_loss`."""
         values = self.session.values
         return explain_loss(values.views, values.buffer, moved=moved)
 
@@ -195,7 +195,7 @@ class HostDescent(Descent):
             self._kept.buffer += np.float32(1 - self.config.ema) * self.session.values.buffer
 
     def keep(self) -> None:
-        """Make the present state the best."""
+        """Save the current state as the best."""
         self._best.buffer[...] = self._kept.buffer
 
     def arrays(self) -> dict[str, FloatArray]:
@@ -210,6 +210,6 @@ class HostDescent(Descent):
         return arrays | {"values": self.session.values.buffer, "best": self._best.buffer}
 
     def restore(self, arrays: Mapping[str, FloatArray], step: int) -> None:
-        """Go on from what `arrays` returned and a checkpoint filled, behind ``step`` steps."""
-        del arrays  # they are the very ones
+        """Continue after ``step`` steps with the arrays of a checkpoint, named as in `arrays`."""
+        del arrays  # the checkpoint has filled them in place
         self.updater.optimizer.steps = step

@@ -73,13 +73,13 @@ class StepGraph:
     Attributes
     ----------
     model : onnx.ModelProto
-        Outputs: ``loss``, ``<parameter>_grad``, and the extremes of ``tensors``.
+        The graph. Its outputs: ``loss``, ``<parameter>_grad``, the extremes of ``tensors``.
     classes : dict of str to (int, int or None)
-        By input of labels: how many classes there are, and the label that does not count.
+        For each input of labels: the number of classes, and the label that is ignored.
     observed : dict of str to tuple of str
-        The tensors that move a clipping range, by `QuantPoint.parameters`.
+        The tensors that determine a clipping range, by `QuantPoint.parameters`.
     tensors : list of str
-        All of them, each once: ``<tensor>/lowest`` and ``<tensor>/highest`` are outputs.
+        All observed tensors, each once; ``<tensor>/lowest`` and ``<tensor>/highest`` are outputs.
     """
 
     model: onnx.ModelProto
@@ -96,9 +96,9 @@ def step_graph(
     arrays: Arrays | None = None,
     device: Device = CPU,
 ) -> StepGraph:
-    """Return the graph of a training form's loss and gradients, as it suits a device.
+    """Return the graph of a training form's loss and gradients for a device.
 
-    The other parameters are those of `StepSession`.
+    For the other parameters, see `StepSession`.
     """
     on_gpu = device.kind == "cuda"
     kernels: frozenset[str] = frozenset() if on_gpu else installed_kernels()

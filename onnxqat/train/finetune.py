@@ -112,7 +112,7 @@ def finetune(
         The processes that train together, see `onnxqat.parallel`. All call this function
         with the same arguments, and all return the same.
     device : Device, optional
-        Where it happens; by default what ``config`` names.
+        The device that trains (default: the device that ``config`` names).
 
     Raises
     ------
@@ -320,7 +320,7 @@ class _Run:
         return replace(loop.run(), device=str(self.device))
 
     def _within(self, form: TrainingForm, budget: int) -> _Run:
-        """Return the run with batches that fit into so many megabytes."""
+        """Return the run with batches that fit into ``budget`` megabytes."""
         if self.training.fixed_batch is not None:
             raise TrainingError(
                 f"--memory-budget {budget}: {self.model.name} takes "

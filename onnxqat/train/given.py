@@ -35,12 +35,12 @@ __all__ = [
 
 
 def training_device(config: Config, workers: Workers) -> Device:
-    """Return where to train; blocks are tuned on the CPU alone.
+    """Return the device that trains; blocks are always tuned on the CPU.
 
     Raises
     ------
     OptionError, TrainingError
-        The device that is asked for cannot be used.
+        The requested device cannot be used.
     """
     if "blocks" not in (config.scope or ()):
         return find_device(config.device, config.precision, rank=workers.rank, size=workers.size)
@@ -62,7 +62,7 @@ def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:
 
 def in_steps_of(model: QuantizedModel, data: DataSet) -> QuantizedModel:
     """Return a model whose recurrent layers have as many steps as the data."""
-    batch = next(iter(data.batches()), None)  # the first with a sample that can be read
+    batch = next(iter(data.batches()), None)  # the first batch with a readable sample
     shapes = {} if batch is None else {name: a.shape for name, a in batch.inputs.items()}
     return replace(model, floats=with_steps(model.floats, shapes))
 
@@ -122,7 +122,7 @@ def with_arrays(data: DataSet, inputs: set[str], config: Config) -> DataSet:
 def teaching_session(
     reference: Model, inputs: set[str], device: Device = CPU
 ) -> ort.InferenceSession | None:
-    """Return a session of the teacher with the tensors that the loss reads; None if none."""
+    """Return a session of the teacher with the tensors that the loss reads, or None if none."""
     read = {name for name in inputs if name.startswith(teacher_input(""))}
     if not read:
         return None

@@ -40,8 +40,8 @@ __all__ = ["Loop"]
 logger = logging.getLogger(__name__)
 
 MAX_BACKOFFS = 3
-TIMED = 10  # steps, after which it is known how long a run takes
-LONG = 120  # seconds, from which on that is told
+TIMED = 10  # number of steps after which the duration of the run is estimated
+LONG = 120  # seconds; the estimate is printed for runs at least this long
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Loop:
     Parameters
     ----------
     model, form, step_batches, config
-        What is trained, how, on what.
+        The Q/DQ model, its training form, the feeds and the hyper-parameters.
     descent : Descent
-        What training changes, and its steps.
+        The state that training changes, and its steps.
     validate : Validation
         Evaluates a Q/DQ model on the held-out data.
     parts, selection
@@ -100,7 +100,7 @@ class Loop:
         self.steps = self.epochs * self.step_batches.steps
         self._check_delay()
         self.factor, self.pace, self.evaluating = 0.0, Pace(), 0.0
-        self.tuned = self.model.floats.copy()  # takes the weights of one state after the other
+        self.tuned = self.model.floats.copy()  # receives the weights of each evaluated state
         if self.checkpoints and self.workers.rank == 0:
             self.identity()  # now, because the data may be gone when a checkpoint is due
         self.record = self._first_record()
@@ -260,7 +260,7 @@ class Loop:
         self.epochs, self.steps = count, count * self.step_batches.steps
 
     def _look_at_the_clock(self) -> None:
-        """Once the first steps are timed: choose the epochs by the time, and tell how long."""
+        """After the first timed steps, fit the epochs into the time limit; print the duration."""
         record, pace, minutes = self.record, self.pace, self.config.minutes
         if pace.steps != max(1, min(TIMED, self.steps - 1)) or record.backoffs:
             return
@@ -291,7 +291,7 @@ class Loop:
         return 0.25**record.backoffs * factor
 
     def _check_finite(self, loss: float) -> None:
-        """Stop where the loss or a gradient is no number, and name the tensor."""
+        """Stop if the loss or a gradient is not finite, and name the tensor."""
         record = self.record
         moved = record.step > record.losses.window
         if not math.isfinite(loss):
@@ -340,7 +340,7 @@ class Loop:
         self.report(progress)
 
     def _end_epoch(self) -> None:
-        """Evaluate, and keep the state if it is the best."""
+        """Evaluate the state, and keep it if it is the best."""
         record = self.record
         candidate = self._written_back(self.descent.kept)
         figures = self._evaluate(f"epoch {record.epoch + 1}", candidate, self._stop_if_asked)

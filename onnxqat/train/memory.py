@@ -1,9 +1,9 @@
-"""How much memory a training step takes, and the batch that fits into a budget.
+"""Estimate the memory of a training step, and choose the batch that fits into a budget.
 
-The tensors of a graph are counted as they live: from the node that writes one to the last that
-reads it, in the order of the graph (Griewank and Walther 2008, "Evaluating Derivatives", chapter
-4: storage of the reverse mode). What a kernel needs besides, and what an allocator rounds up, is
-not in it.
+A tensor counts from the node that writes it to the last node that reads it, in the order of the
+graph (Griewank and Walther 2008, "Evaluating Derivatives", chapter
+4: storage of the reverse mode). The estimate excludes the workspace of kernels and the rounding of
+the allocator.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from onnxqat.train.form import TrainingForm
 __all__ = ["fitted_to_memory", "held_bytes", "parameter_bytes"]
 
 MEGABYTE = 2**20
-# Ops whose output is their first input's memory.
+# Ops whose output shares the memory of their first input.
 VIEWS = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
-STATES = {"sgd": 1, "adam": 2, "adamw": 2}  # arrays as large as the parameters
+STATES = {
+    "sgd": 1,
+    "adam": 2,
+    "adamw": 2,
+}  # number of optimizer arrays, each as large as the parameters
 
 
 def held_bytes(model: onnx.ModelProto) -> int:
-    """Return the most that the computed tensors of a graph take at once, in bytes.
+    """Return the peak memory of the computed tensors of a graph, in bytes.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Its inputs have fixed shapes. A tensor whose shape cannot be inferred counts nothing.
+        The graph; its inputs have fixed shapes. Tensors without an inferred shape are not counted.
     """
     graph = native.infer_shapes(model).graph
     sizes = dict(_sizes(graph))
-    root: dict[str, str] = {}  # of a view, whose memory it is
+    root: dict[str, str] = {}  # view -> tensor that owns its memory
     for node in graph.node:
         if node.op_type in VIEWS and not node.domain:
             root[node.output[0]] = root.get(node.input[0], node.input[0])
@@ -70,9 +74,9 @@ def _sizes(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:
 
 
 def parameter_bytes(form: TrainingForm, config: Config) -> int:
-    """Return the bytes of parameters, gradients, the optimizer, and the states that are kept."""
+    """Return the bytes of the parameters, gradients, optimizer and saved states."""
     size = sum(4 * value.size for value in form.parameters.values())
-    # the start, the present, the best, the gradients; their sum and the moving average
+    # start, current and best parameters, gradients; sum of gradients, moving average
     copies = 4 + (config.batches > 1) + (config.ema is not None)
     return (copies + STATES[config.optimizer]) * size
 
@@ -80,30 +84,30 @@ def parameter_bytes(form: TrainingForm, config: Config) -> int:
 def fitted_to_memory(
     config: Config, form: TrainingForm, drawn: Callable[[int], onnx.ModelProto], budget: int
 ) -> tuple[Config, int]:
-    """Return the settings with the largest batch that fits, and as many batches as make the step.
+    """Return settings with the largest batch that fits; a step has as many samples as before.
 
     Parameters
     ----------
     config : Config
-        With the batch of a step, and how many of them.
+        The settings; they include the batch size and the number of batches per step.
     form : TrainingForm
-        What is trained.
+        The training form of the network.
     drawn : callable
-        Returns the graph of a step for a batch size.
+        Returns the training graph for a batch size.
     budget : int
-        Megabytes.
+        The memory budget in megabytes.
 
     Returns
     -------
     config : Config
-        Its batch divides the one that was given.
+        The new settings; their batch size divides the given batch size.
     megabytes : int
-        What a step takes with it, see above.
+        The estimated memory of a step with these settings.
 
     Raises
     ------
     TrainingError
-        One sample does not fit.
+        A step with one sample does not fit.
     """
     size, one = config.samples, held_bytes(drawn(1))
     each = (held_bytes(drawn(size)) - one) / (size - 1) if size > 1 else 0

@@ -1,4 +1,4 @@
-"""What trains, opened where it is to happen: over numpy's arrays, or over those of a device."""
+"""Open the training state: in numpy, or on a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from onnxqat.train.resident.feeds import Uploader, ahead
 
 __all__ = ["bringing", "open_descent"]
 
-AHEAD = 2  # batches that lie on the device before they are needed
+AHEAD = 2  # number of batches uploaded in advance
 Classes: TypeAlias = dict[str, tuple[int, int | None]]
 
 
@@ -37,24 +37,24 @@ def open_descent(
     workers: Workers,
     device: Device,
 ) -> tuple[Descent, Classes]:
-    """Return what trains.
+    """Return the training state of a network on a device.
 
     Parameters
     ----------
     form, delayed : TrainingForm
-        Those of the quantized network, and of the float one, if that is trained first.
+        The training forms of the quantized network and, if it is trained first, the float network.
     model : QuantizedModel
         The Q/DQ model: the plan and the calibrated parameters.
     loss, arrays, config, workers
-        As `onnxqat.train.engine.StepSession` takes them.
+        See `onnxqat.train.engine.StepSession`, `Config` and `Workers`.
     device : Device
-        Where it happens.
+        The device that trains.
 
     Returns
     -------
     descent : Descent
     classes : dict of str to (int, int or None)
-        By input of labels: how many classes there are, and the label that does not count.
+        For each input of labels: the number of classes, and the label that is ignored.
     """
     if device.resident:
         drawn = partial(
@@ -74,14 +74,14 @@ def open_descent(
 def bringing(
     device: Device, teaching: ort.InferenceSession | None, inputs: set[str]
 ) -> Callable[[Iterator[Feeds]], Iterator[Any]]:
-    """Return what brings batches to where training is.
+    """Return a function that uploads batches to the device; `iter` if numpy holds the arrays.
 
     Parameters
     ----------
     teaching : InferenceSession or None
-        The teacher, on the device.
+        The teacher's session on the device.
     inputs : set of str
-        What the training graph reads.
+        The names of the inputs of the training graph.
     """
     if not device.resident:
         return iter

@@ -70,7 +70,7 @@ def analyze(
     device : str
         ``cpu``, ``cuda``, ``cuda:1`` and so on, or ``auto``: a usable GPU, else the CPU.
     precision : {"tf32", "fp32"}, optional
-        Of products on a GPU, see `onnxqat.device.Device`; ``tf32`` by default.
+        Precision of matrix products on a GPU, see `onnxqat.device.Device`; ``tf32`` by default.
     listener : Listener
         Gets messages and progress.
 

@@ -200,7 +200,7 @@ def test_a_run_goes_on_elsewhere_only_if_that_is_forced(coarse, data, tmp_path):
     with pytest.raises(StoppedError):
         finetune(coarse, data, config=config, checkpoints=Checkpoints(path),
                  stop=lambda: next(asked) >= 9)  # fmt: skip
-    with pytest.raises(TrainingError, match=r"--device was cpu, and is .*pass --force too"):
+    with pytest.raises(TrainingError, match=r"--device was cpu, but is .*also pass --force"):
         finetune(coarse, data, config=config, device=RESIDENT,
                  checkpoints=Checkpoints(path, resume=True))  # fmt: skip
     forced = Checkpoints(path, resume=True, elsewhere=True)

@@ -1,4 +1,4 @@
-"""How fast training goes, and how long it waits for data."""
+"""The speed of training, and the share of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def peak_memory() -> float | None:
-    """Return the largest memory of this process so far, in GB; None where the system has no answer.
+    """Return the peak memory of this process in GB; None if the system does not report it.
 
-    What lies on a GPU is not in it.
+    Memory on a GPU is not included.
     """
     try:
         import resource
@@ -26,7 +26,7 @@ def peak_memory() -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words.
+    """Return a duration as text with a unit.
 
     Examples
     --------
@@ -39,14 +39,14 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Times the steps; the first, in which a runtime warms up, is left out.
+    """Measures the time of the steps, except the first, in which onnxruntime warms up.
 
     Attributes
     ----------
     steps : int
-        How many were timed.
+        Number of timed steps; -1 until the first step ends.
     seconds, waited : float
-        How long they took, and how much of that they waited for data.
+        Total time of these steps, and the part spent waiting for data.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Pace:
         self._started = self._waited = 0.0
 
     def begin(self, batches: Iterator[T]) -> Iterator[T]:
-        """Begin a step, and return its batches, for which it waits."""
+        """Begin a step; yield its batches, and measure the time spent waiting for them."""
         self._started, self._waited = time.perf_counter(), 0.0
         end = object()
         while True:
@@ -74,14 +74,14 @@ class Pace:
 
     @property
     def waiting(self) -> float | None:
-        """Share of the time that was spent waiting for data; None where nothing was timed."""
+        """Share of the time spent waiting for data; None before the first timed step."""
         return self.waited / self.seconds if self.steps > 0 else None
 
     @property
     def step(self) -> float:
-        """Seconds of a step, once one was timed."""
+        """Mean seconds per step; at least one step must have been timed."""
         return self.seconds / self.steps
 
     def rate(self, samples: int) -> float | None:
-        """Return samples per second, of so many a step; None where nothing was timed."""
+        """Return samples per second for ``samples`` a step; None before the first timed step."""
         return samples * self.steps / self.seconds if self.steps > 0 else None

@@ -1,4 +1,4 @@
-"""Float32 vectors on a device, and where in them each parameter lies."""
+"""Float32 vectors on a device, and the position of each parameter in them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ ALIGNMENT = 64  # floats: 256 bytes, as CUDA aligns what it allocates
 
 
 class Layout:
-    """Named float32 arrays, one behind the other, each at a multiple of 256 bytes.
+    """Positions of named float32 arrays in one vector, each at a multiple of 256 bytes.
 
     Parameters
     ----------
     shapes : mapping of str to tuple of int
-        In order.
+        The shapes of the arrays, in their order in the vector.
 
     Attributes
     ----------
     starts : dict of str to int
-        Where each begins.
+        The index of the first element of each array.
     size : int
-        Length of the vector; what lies between arrays is 0.
+        Length of the vector; the gaps between arrays are 0.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -42,7 +42,7 @@ class Layout:
             self.size += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
 
     def joined(self, arrays: Mapping[str, FloatArray]) -> FloatArray:
-        """Return the vector of some arrays; one that is left out is 0."""
+        """Return the vector with the given arrays; missing arrays are 0."""
         vector = np.zeros(self.size, np.float32)
         views = self.views(vector)
         for name in views.keys() & arrays.keys():
@@ -50,14 +50,14 @@ class Layout:
         return vector
 
     def views(self, vector: FloatArray) -> dict[str, FloatArray]:
-        """Return each array as a part of a vector in numpy."""
+        """Return a view of each array in a numpy vector."""
         return {
             name: vector[self.starts[name] :][: math.prod(shape)].reshape(shape)
             for name, shape in self.shapes.items()
         }
 
     def span(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return start and length of arrays that lie side by side."""
+        """Return start and length of arrays that are adjacent in the vector."""
         chosen = set(names)
         starts = [start for name, start in self.starts.items() if name in chosen]
         behind = [start for start in (*self.starts.values(), self.size) if start > max(starts)]
@@ -70,9 +70,9 @@ class DeviceVector:
     Parameters
     ----------
     device : Device
-        Where it lies.
+        The device that holds the vector.
     size : int
-        Its length.
+        The length of the vector.
     """
 
     def __init__(self, device: Device, size: int) -> None:
@@ -91,18 +91,18 @@ class DeviceVector:
         return np.array(self._value.numpy())
 
     def bind(self, bind: Any, name: str, shape: tuple[int, ...], start: int = 0) -> None:
-        """Let a session read or write a part of it.
+        """Bind a part of the vector to an input or output of a session.
 
         Parameters
         ----------
         bind : callable
             ``bind_input`` or ``bind_output`` of a session's IO binding.
         name : str
-            Of the input or output.
+            The name of the input or output.
         shape : tuple of int
-            Its shape.
+            The shape of the input or output.
         start : int
-            Where the part begins.
+            The index of the part's first element.
         """
         address = self._value.data_ptr() + 4 * start
         bind(name, self.device.kind, self.device.index, np.float32, shape, address)

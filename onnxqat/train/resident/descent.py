@@ -1,4 +1,4 @@
-"""All that training changes, on a device."""
+"""The state that training changes, on a device."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ __all__ = ["DeviceDescent"]
 
 
 class DeviceDescent(Descent):
-    """One network in training on a device, and the steps that it takes.
+    """The state of one network during training on a device, and its training steps.
 
-    A checkpoint holds the arrays that `HostDescent` has, so that a run can go on elsewhere.
+    A checkpoint contains the same arrays as with `HostDescent`, so a run can resume on another
+    device.
 
     Parameters
     ----------
     form : TrainingForm
-        What is trained.
+        The training form of the network.
     graph : StepGraph
-        Loss and gradients.
+        The graph of the loss and the gradients.
     delayed : StepGraph or None
-        The same of the float network, which the first steps train.
+        The same for the float network, if the first steps train it.
     model, config, workers
-        As `HostDescent` takes them.
+        See `HostDescent`.
     device : Device
-        Where it happens.
+        The device that trains.
     """
 
     def __init__(
@@ -106,19 +107,19 @@ class DeviceDescent(Descent):
 
     @property
     def kept(self) -> Mapping[str, FloatArray]:
-        """The parameters that are evaluated now, downloaded."""
+        """The parameters to evaluate, by name, downloaded from the device."""
         return self._downloaded(self._kept)
 
     @property
     def lr(self) -> float:
-        """Learning rate of weights that have none of their own."""
+        """The learning rate of weights without a learning rate of their own."""
         return self._plan.lr
 
     def _downloaded(self, vector: DeviceVector) -> dict[str, FloatArray]:
         return self.layout.views(vector.get())
 
     def reset(self) -> None:
-        """Set everything but the best state to the start."""
+        """Reset everything except the best state to its value at the start."""
         start = self.layout.joined(self.form.parameters)
         self.values.set(start)
         self._kept.set(start)
@@ -135,7 +136,7 @@ class DeviceDescent(Descent):
         self._finite = True
 
     def gradient(self, batches: Iterator[Values], step: int) -> float:
-        """Set the gradients to their mean over a step's batches, of all workers; and the loss."""
+        """Set the gradients to their mean over a step's batches and workers; return the loss."""
         late = self._delayed is not None and step < self.config.quant_delay
         session = self._delayed if late and self._delayed is not None else self._step
         if self.ranges is not None:
@@ -161,7 +162,7 @@ class DeviceDescent(Descent):
         return float(mean)
 
     def wrong(self, step: int) -> list[str]:
-        """Return the parameters that move at ``step``, and whose gradients are not all finite."""
+        """Return the parameters that change at ``step`` and have a gradient that is not finite."""
         if self._finite:
             return []
         vector = self.gradients.get()
@@ -169,7 +170,7 @@ class DeviceDescent(Descent):
         return [n for n in wrong if n in self._plan.rates and not self._plan.frozen(n, step)]
 
     def explained(self, *, moved: bool) -> str:
-        """Return why the loss is no number, see `explain_loss`."""
+        """Return why the loss is not finite, see `explain_loss`."""
         vector = self.values.get()
         return explain_loss(self.layout.views(vector), vector, moved=moved)
 
@@ -182,12 +183,12 @@ class DeviceDescent(Descent):
             self._average()
 
     def keep(self) -> None:
-        """Make the present state the best."""
+        """Save the current state as the best."""
         for name, value in self.kept.items():
             self._best.views[name][...] = value
 
     def arrays(self) -> dict[str, FloatArray]:
-        """Return every array that training changes, as numpy has them."""
+        """Return every array that training changes, for a checkpoint, in numpy."""
         learned, every = self._plan.gradients.views, self.form.parameters
         arrays: dict[str, FloatArray] = {}
         for name, vector in self.updater.state.items():
@@ -204,7 +205,7 @@ class DeviceDescent(Descent):
         return arrays | {"values": values, "best": self._best.buffer}
 
     def restore(self, arrays: Mapping[str, FloatArray], step: int) -> None:
-        """Go on from what `arrays` returned and a checkpoint filled, behind ``step`` steps."""
+        """Continue after ``step`` steps with the arrays of a checkpoint, named as in `arrays`."""
         learned, every = self._plan.gradients.views, self.form.parameters
         for name, vector in self.updater.state.items():
             if name == "latent":
@@ -222,10 +223,10 @@ class DeviceDescent(Descent):
 
 
 class _Operation:
-    """A graph of whole vectors."""
+    """A session that computes one vector from others, element by element."""
 
     def __init__(self, graph: onnx.ModelProto, device: Device, **vectors: DeviceVector) -> None:
-        self._vectors = vectors  # held for as long as they are bound
+        self._vectors = vectors  # keeps their memory while the session uses it
         self._session = open_session(graph, optimization="basic", device=device)
         self._binding = self._session.io_binding()
         for value in self._session.get_inputs():
@@ -240,12 +241,12 @@ class _Operation:
 
 
 def _joined(views: Mapping[str, FloatArray], names: Iterable[str]) -> FloatArray:
-    """Return arrays one behind the other, as `Flat` has them."""
+    """Return the named arrays in one buffer, in the layout of `Flat`."""
     return Flat({name: views[name] for name in names}).buffer
 
 
 def _parted(buffer: FloatArray, shaped: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Return the arrays of such a buffer."""
+    """Return the arrays in a buffer with the layout of `Flat`."""
     flat = Flat(shaped)
     flat.buffer[...] = buffer
     return flat.views

@@ -1,4 +1,4 @@
-"""Batches on a device, with the teacher's outputs; made ahead by a thread."""
+"""Batches on a device, with the teacher's outputs; a thread prepares them in advance."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ T = TypeVar("T")
 
 
 class Uploader:
-    """Bring batches to a device; what the teacher makes of them stays there.
+    """Uploads batches to a device; the teacher's outputs stay on the device.
 
     Parameters
     ----------
     device : Device
-        Where to.
+        The device that receives the batches.
     teacher : InferenceSession or None
-        On that device; its outputs join the batch.
+        The teacher's session on that device; its outputs are added to the batch.
     read : collection of str
-        What the training graph reads.
+        The names of the inputs of the training graph.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Uploader:
         return {name: value for name, value in values.items() if name in self.read}
 
     def _uploaded(self, array: NDArray[Any]) -> ort.OrtValue:
-        # of an array on the CPU, onnxruntime takes the memory itself
+        # on the CPU, onnxruntime uses the array's memory without copying it
         array = np.array(array, order="C")
         return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.index)
 
@@ -63,7 +63,7 @@ class Uploader:
 
 
 def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield what an iterator gives, of which a thread takes ``count`` ahead."""
+    """Yield the items of an iterator; a thread computes ``count`` of them in advance."""
     with ThreadPoolExecutor(1) as pool:
         end = object()
         waiting: deque[Future[T | object]] = deque()

@@ -1,9 +1,9 @@
-"""Graphs over the vectors of a training: the optimizer's step, averages, sums.
+"""Graphs over the vectors of training: the optimizer's step, averages, sums.
 
-The arithmetic is that of `onnxqat.train.optimization`, operation by operation, so that both give
-the same parameters to a few units in the last place. A vector may be input and output of one
-graph: everything that reads it leads to the node that writes it, so that no node reads what is
-written already.
+The arithmetic is that of `onnxqat.train.optimization`, operation by operation, so both give the
+same parameters within a few units in the last place. A vector may be both input and output of one
+graph: the node that writes it depends on every node that reads it, so no node reads a value that
+is already overwritten.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ __all__ = [
 
 OPSET, IR_VERSION = 17, 8
 Role = Literal["weight", "scale", "zero_point"]
-# float32 powers of two, from the smallest that has all its bits
+# the float32 powers of two, from the smallest normal number
 POWERS = np.ldexp(np.float32(1), np.arange(-126, 128)).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Neighbours in a vector that are moved alike.
+    """Adjacent parameters in a vector that have the same update rule.
 
     Attributes
     ----------
     role : {"weight", "scale", "zero_point"}
-        What they are; a bias is a weight here.
+        The role of the parameters; a bias counts as a weight.
     names : tuple of str
-        Which parameters.
+        The names of the parameters.
     lr, decay : float
-        Their learning rate, and their weight decay.
+        The learning rate and the weight decay.
     freeze_from : int or None
-        The step from which on they stay as they are.
+        The first step at which they no longer change.
     latent : bool
-        Whether scales are powers of two, nearest to what moves in their place.
+        Whether scales are powers of two; training then changes latent scales, and each scale is
+        the power of two nearest to its latent scale.
     start, length : int
-        Where in the vector they lie.
+        Their position in the vector.
     """
 
     role: Role
@@ -74,7 +75,7 @@ class GraphBuilder:
         self.graph = onnx.GraphProto(name="training")
 
     def input(self, name: str, length: int | None = None, kind: int = TensorProto.FLOAT) -> str:
-        """Add an input: a vector, or without a length a number."""
+        """Add an input: a vector, or a scalar if no length is given."""
         shape = [] if length is None else [length]
         self.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
         return name
@@ -153,7 +154,7 @@ def check_graph(size: int) -> onnx.ModelProto:
 def update_graph(segments: Sequence[Segment], config: Config) -> onnx.ModelProto:
     """Return the graph of one step of the optimizer.
 
-    Inputs of segment ``i``, of which it has those that it needs, with vectors of its length::
+    Inputs of segment ``i``, as far as it needs them; vectors have the length of the segment::
 
         i/gradient, i/value, i/latent, i/mean, i/square, i/velocity
         i/unit                    weights with Adam: the size of a step, see `Updater`
@@ -204,7 +205,7 @@ def _prepared(b: GraphBuilder, i: int, segment: Segment, config: Config) -> str:
 
 
 def _shortening(b: GraphBuilder, gradients: Sequence[str], norm: float) -> str:
-    """Return what cuts all gradients together to a length, see `onnxqat.train.optimization`."""
+    """Return the factor that limits the norm of all gradients together to ``norm``."""
     wide = [b.op("Cast", g, to=TensorProto.DOUBLE) for g in gradients]
     squares = [b.op("ReduceSumSquare", g, keepdims=0) for g in wide]
     total = b.op("Sum", *squares) if len(squares) > 1 else squares[0]
@@ -278,7 +279,7 @@ def _move_scale(b: GraphBuilder, i: int, segment: Segment, direction: str, confi
 
 
 def _exponent(b: GraphBuilder, scale: str) -> str:
-    """Return which of the powers is `nearest_power_of_two`: that behind all smaller ones."""
+    """Return the index of `nearest_power_of_two` in `POWERS`."""
     reached = b.op("Mul", scale, np.array(0.5**0.5, np.float32))
     column = b.op("Unsqueeze", reached, np.array([1], np.int64))
     smaller = b.op("Cast", b.op("Greater", column, POWERS), to=TensorProto.FLOAT)

@@ -1,7 +1,7 @@
-"""Clipping ranges that follow what is observed, where the parameters lie on a device.
+"""Clipping ranges that follow the observed extremes, for parameters on a device.
 
-The extremes of weights are found on the device; the few numbers that they and the activations give
-become scales and zero_points in numpy, as on the CPU, and are uploaded.
+The device computes the extremes of weights. Numpy computes scales and zero_points from them and
+from the extremes of activations, as in training on the CPU; the result is uploaded.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ OPSET, IR_VERSION = 17, 8
 
 
 class DeviceRanges:
-    """What `Ranges` is for parameters in numpy.
+    """The counterpart of `Ranges` for parameters on a device.
 
     Parameters
     ----------
     form, model, constant
-        As `Ranges` takes them; the form observes something.
+        See `Ranges`; ``form.observed`` must not be empty.
     layout : Layout
-        Where the parameters lie.
+        The positions of the parameters in ``values``.
     values : DeviceVector
         The parameters: weights are read, scales and zero_points are set.
     device : Device
-        Where they lie.
+        The device that holds ``values``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DeviceRanges:
         sets = form.observed.keys()
         names = [f(n) for n in sets for f in (scale_name, zero_point_name)]
         self._set = [name for name in names if name in layout.shapes]
-        # axis of a per-axis range, by the weights whose ranges are followed
+        # weight whose range is followed -> axis of its range, or None
         self._axes = {
             p.tensor: p.spec.axis
             for p in model.plan.grid_points()
@@ -74,7 +74,7 @@ class DeviceRanges:
         self._extremes = self._opened_extremes() if self._axes else None
 
     def _opened_upload(self) -> Callable[[], None]:
-        """Return what copies scales and zero_points from the mirror to the device."""
+        """Return a function that copies scales and zero_points from numpy to the device."""
         nodes = [helper.make_node("Identity", [f"in/{n}"], [f"out/{n}"]) for n in self._set]
         values = [(n, self._layout.shapes[n]) for n in self._set]
         graph = _model(nodes, *([(f"{end}/{n}", s) for n, s in values] for end in ("in", "out")))
@@ -89,7 +89,7 @@ class DeviceRanges:
         return lambda: session.run_with_iobinding(binding)
 
     def _opened_extremes(self) -> Callable[[], list[FloatArray]]:
-        """Return what finds smallest and largest values of weights, per index of their axis."""
+        """Return a function that finds the extremes of weights, per index of their axis."""
         nodes, outputs = [], []
         for name, axis in self._axes.items():
             axes = [i for i in range(len(self._layout.shapes[name])) if i != axis]
@@ -114,7 +114,7 @@ class DeviceRanges:
         return run
 
     def step(self, workers: Workers, frozen: Callable[[str], bool]) -> None:
-        """Move the ranges, and set scales and zero_points by them, see `Ranges.step`."""
+        """Update the ranges, scales and zero_points, see `Ranges.step`."""
         if self._extremes is not None:
             found = iter(self._extremes())
             for name, axis in self._axes.items():
@@ -125,7 +125,7 @@ class DeviceRanges:
         self._upload()
 
     def restore(self, views: Mapping[str, FloatArray]) -> None:
-        """Take over scales and zero_points that were uploaded otherwise."""
+        """Copy scales and zero_points that a checkpoint restored on the device."""
         for name in self._set:
             self._mirror.views[name][...] = views[name]
 
@@ -141,7 +141,7 @@ def _extremes_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]
 
 
 def _at(index: int, axis: int | None) -> tuple[int | slice, ...]:
-    """Return where the smallest (0) or the largest values (1) stand in such a weight."""
+    """Return the position of the smallest (0) or largest (1) values in such a weight."""
     return (slice(None), index) if axis == 0 else (index,)
 
 

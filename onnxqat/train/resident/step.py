@@ -1,4 +1,4 @@
-"""Loss and gradients of a batch, on a device."""
+"""Compute the loss and the gradients of a batch on a device."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ Values = Mapping[str, ort.OrtValue]
 
 
 class DeviceStep:
-    """Compute loss and gradients of a batch into vectors on a device.
+    """Computes the loss and the gradients of a batch into vectors on a device.
 
     Parameters
     ----------
     graph : StepGraph
-        The loss and its gradients.
+        The graph of the loss and its gradients.
     layout : Layout
-        Where parameters and gradients lie.
+        The positions of the parameters and gradients in their vectors.
     values, gradients : DeviceVector
-        What is read and written.
+        The parameters, which are read, and the gradients, which are written.
     device : Device
-        Where they lie.
+        The device that holds these vectors.
     threads : int
-        Of the CPU; 0 takes all cores.
+        Number of CPU threads; 0: all cores.
 
     Attributes
     ----------
     inputs : set of str
-        What a batch is made of, and the parameters.
+        The names of the inputs of the training graph: a batch's arrays and the parameters.
     layout, written : Layout, DeviceVector
-        Where the gradients lie, and these.
+        The positions of the gradients, and the vector of gradients.
     check : callable
-        Returns the loss of the last batch, and whether every gradient is finite: all that a step
-        downloads.
+        Returns the loss of the last batch, and whether every gradient is finite. A step downloads
+        nothing else.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DeviceStep:
         -------
         loss : float
         finite : bool
-            Whether every gradient is.
+            Whether every gradient is finite.
         """
         for name in self.inputs & feeds.keys():
             self._binding.bind_ortvalue_input(name, feeds[name])
@@ -116,7 +116,7 @@ class DeviceStep:
 
 
 class _Check:
-    """The loss, and whether all gradients are finite: all that a step downloads."""
+    """Downloads the loss, and whether all gradients are finite."""
 
     def __init__(self, loss: DeviceVector, gradients: DeviceVector, device: Device) -> None:
         self._session = open_session(

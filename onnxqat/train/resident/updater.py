@@ -23,14 +23,14 @@ Key = tuple[str, bool, float, float, int | None]
 
 
 def layout_of(updater: Updater, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-    """Return where parameters lie: those side by side that are moved alike.
+    """Return a layout in which parameters with the same update rule are adjacent.
 
     Parameters
     ----------
     updater : Updater
-        Says how each is moved.
+        Has the role and the rates of each parameter.
     shapes : mapping of str to tuple of int
-        Of all parameters; those that have no gradient come last.
+        The shapes of all parameters; those without a gradient come last in the layout.
     """
     learned = [n for n in shapes if n in updater.gradients.views]
     ordered = sorted(learned, key=lambda name: str(_key(updater, name)))
@@ -39,7 +39,7 @@ def layout_of(updater: Updater, shapes: Mapping[str, tuple[int, ...]]) -> Layout
 
 
 def _key(updater: Updater, name: str) -> Key:
-    """Return what must be the same for parameters to be moved alike."""
+    """Return the values that parameters with the same update rule have in common."""
     rates = updater.rates[name]
     latent = name in updater.latents
     role = updater.roles.get(name, "weight")
@@ -47,7 +47,7 @@ def _key(updater: Updater, name: str) -> Key:
 
 
 def _segments(updater: Updater, layout: Layout) -> Iterator[Segment]:
-    """Yield what is moved; what is frozen from the first step on is not."""
+    """Yield the segments that training changes: all but those frozen from the first step."""
     learned = [n for n in layout.shapes if n in updater.gradients.views]
     for (role, latent, lr, decay, freeze_from), group in groupby(
         learned, key=lambda name: _key(updater, name)
@@ -70,26 +70,26 @@ def _segments(updater: Updater, layout: Layout) -> Iterator[Segment]:
 
 
 class DeviceUpdater:
-    """Apply one step to parameters on a device, as `Updater` does it in numpy.
+    """Updates parameters on a device, as `Updater` does in numpy.
 
     Parameters
     ----------
     updater : Updater
-        Rates, units, factors and limits; nothing in it moves.
+        The rates, units, factors and limits; they are only read.
     layout : Layout
-        As `layout_of` gives it.
+        The result of `layout_of`.
     values, gradients : DeviceVector
-        What is changed, and by which gradients.
+        The parameters to change, and their gradients.
     device : Device
-        Where they lie.
+        The device that holds them.
 
     Attributes
     ----------
     state : dict of str to DeviceVector
-        What the optimizer keeps between steps, by the names of `Optimizer.buffers`; and ``latent``,
-        where scales are powers of two.
+        The state of the optimizer, by the names of `Optimizer.buffers`, and ``latent`` if scales
+        are powers of two.
     steps : int
-        How many steps were taken.
+        Number of steps so far.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class DeviceUpdater:
         if updater.latents:
             self.state["latent"].set(layout.joined(updater.latents))
         self.segments = list(_segments(updater, layout))
-        self._constants: list[DeviceVector] = []  # held for as long as they are bound
+        self._constants: list[DeviceVector] = []  # keeps their memory while the session uses it
         self._numbers: dict[str, Any] = {}
         if self.segments:
             self._open(values, gradients)
@@ -138,7 +138,7 @@ class DeviceUpdater:
         self._read = read
 
     def _constants_of(self, segment: Segment) -> Iterator[tuple[str, FloatArray]]:
-        """Yield the vectors of a segment that stay as they are."""
+        """Yield the constant vectors of a segment."""
         plan = self.plan
         layout = Layout({name: self.layout.shapes[name] for name in segment.names})
 
@@ -168,7 +168,7 @@ class DeviceUpdater:
         yield "high", spread({name: high for name, (_, high) in ends.items()})
 
     def step(self, factor: float, step: int) -> None:
-        """Move every parameter at ``factor`` times its learning rate; ``step`` counts from 0."""
+        """Update every parameter at ``factor`` times its learning rate; ``step`` counts from 0."""
         self.steps += 1
         if not self.segments:
             return
