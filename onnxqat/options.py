@@ -355,8 +355,8 @@ _scope_options = _options(
             help="Take this share of the values at a block's inputs from the float model."),
     _blocks("--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest",
             show_default=True,
-            help="Train the weights of a block, and round them to the nearest level (nearest), or "
-            "leave them, and learn to which level each weight is rounded (adaround)."),
+            help="Train the weights of a block and round them to the nearest level (nearest), or "
+            "keep the weights and learn whether to round each one up or down (adaround)."),
     _blocks("--block-memory", type=click.IntRange(0), default=1024, show_default=True,
             metavar="MB",
             help="Keep at most MB megabytes of the tensors between blocks in memory, the others in "
@@ -380,14 +380,14 @@ training_options = _options(
     _training("--epochs", type=click.IntRange(1), metavar="N",
               help="Train for N epochs (default: about 2,000 steps, at most 10 epochs)."),
     _training("--minutes", type=click.FloatRange(0, min_open=True), metavar="N",
-              help="Train as many epochs as fit into N minutes, by the time that the first steps "
-              "take; at least one (default: see --epochs)."),
+              help="Train as many epochs as fit into N minutes, estimated from the first steps; at "
+              "least one (default: see --epochs)."),
     _training("--accumulate", type=click.IntRange(1), metavar="N",
               help="Average the gradients of N batches per step (default 1; if the model's batch "
               "is fixed, as many as make 16 samples)."),
     _training("--memory-budget", type=click.IntRange(1), metavar="MB",
               help="Divide batches so that a step takes about MB megabytes at most, and average "
-              "their gradients (default: as much as it takes)."),
+              "their gradients (default: no limit)."),
     _training("--method", type=click.Choice(["lsq", "lsq+", "pact", "dsq", "moving-average",
                                              "ste"]),
               default="lsq", show_default=True,
@@ -478,7 +478,7 @@ teacher_option = _loss(
 analysis_options = _options(
     _analysis("--metric", default="error", show_default=True, metavar="METRIC",
               help="Measure the cost of a layer by the noise of the outputs relative to the signal "
-              "(error), or by the loss of a metric: one of evaluate, or your own "
+              "(error), or by the drop of a metric: one of evaluate, or your own "
               "module:function."),
     truth_options,
     decode_option,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxqat.arguments import take_overrides
-from onnxqat.commands.common import plan_document
+from onnxqat.commands.common import counted, plan_document
 from onnxqat.help_text import command
 from onnxqat.options import json_option, rule_options, trainable_option
 from onnxqat.terminal import say, say_document
@@ -36,16 +36,16 @@ def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) ->
         _print_lines(found, train=train)
     if found.unsupported:
         raise click.ClickException(
-            f"{len(found.unsupported)} nodes cannot run on {found.plan.rule}."
+            f"{counted(len(found.unsupported), 'node')} cannot run on {found.plan.rule}."
         )
     if found.names:
         raise click.ClickException(
-            f"The table '{found.table}' cannot hold {len(found.names)} names. Rename them, or give "
-            "insert and strip --format onnxqat."
+            f"The table '{found.table}' cannot hold {counted(len(found.names), 'name')}. "
+            "Rename every one, or give insert and strip --format onnxqat."
         )
     if found.untrainable:
-        count = len(found.untrainable)
-        raise click.ClickException(f"The model cannot be fine-tuned because of {count} nodes.")
+        nodes = counted(len(found.untrainable), "node")
+        raise click.ClickException(f"The model cannot be fine-tuned because of {nodes}.")
 
 
 def _document(found: Check, *, train: bool) -> dict[str, Any]:

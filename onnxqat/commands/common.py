@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxqat.verbs import Listener, TrainingListener
 
 __all__ = [
+    "counted",
     "counts",
     "figure_rows",
     "finite_figures",
@@ -60,6 +61,11 @@ def listener_of(workers: Workers) -> Listener:
             return FinetuneReport()
 
     return Terminal()
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, such as ``1 node`` and ``2 nodes``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def counts(plan: QuantPlan) -> dict[str, int]:

@@ -40,7 +40,8 @@ __all__ = ["compare_dumps", "dump"]
     type=click.Choice(["0", "1", "2"]),
     default="2",
     show_default=True,
-    help="Write the first values of each tensor (0), two sums (1), or all values (2).",
+    help="Write the first values of each tensor (0), the sums of its values and of their "
+    "magnitudes (1), or all its values (2).",
 )
 @under("Dump")(
     "--samples",
@@ -139,8 +140,8 @@ def compare_dumps(dump: str, reference: str, as_json: bool, **tolerances: Any) -
         _print_tensors(found)
     if failed:
         raise click.ClickException(
-            f"{len(failed)} of {len(found.tensors)} tensors are outside the tolerances; the first "
-            f"one is '{failed[0].tensor}'."
+            f"The tolerances are not met by {len(failed)} of {len(found.tensors)} tensors; the "
+            f"first one is '{failed[0].tensor}'."
         )
 
 

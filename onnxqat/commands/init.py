@@ -17,7 +17,11 @@ _rule = under("Hardware rule")
 @command(example="onnxqat init model.onnx data/ --rules sophgo-bm1684x -o job.toml")
 @click.argument("model")
 @click.argument("data")
-@_rule("--rules", required=True, help="Use a bundled rule (see 'rules list') or a .toml file.")
+@_rule(
+    "--rules",
+    required=True,
+    help="Use a bundled rule (see 'onnxqat rules list') or your own .toml file.",
+)
 @output_option("Write the job file here (default: job.toml).")
 @force_option
 @json_option

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from onnxqat.commands.common import print_result
+from onnxqat.commands.common import counted, print_result
 from onnxqat.help_text import GroupedCommand
 from onnxqat.options import json_option
 from onnxqat.terminal import say, say_document
@@ -63,7 +63,7 @@ def rules_validate(file: str, as_json: bool) -> None:
     rows = [("wrong", text) for text in problems] or [("valid", file)]
     print_result(document, as_json, rows)
     if problems:
-        raise click.ClickException(f"{len(problems)} problems in {file}.")
+        raise click.ClickException(f"{counted(len(problems), 'problem')} in {file}.")
 
 
 @rules.command("schema")

@@ -50,7 +50,7 @@ class Spans:
         if len(found.text) != len(found.answer_start) or len(found.text) > MAX_ANSWERS:
             raise DataError(
                 f"{where} has {len(found.text)} texts and {len(found.answer_start)} starts. Write "
-                f"one of each for an answer, {MAX_ANSWERS} at most."
+                f"one text and one start for each answer, {MAX_ANSWERS} answers at most."
             )
         return found
 

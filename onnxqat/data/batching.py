@@ -108,7 +108,7 @@ def batching(
     if not samples:
         raise DataError(
             f"{where}: none of the model's inputs {names([spec.name for spec in specs])} has a "
-            "batch axis. Export the model with one, the first of an input's shape."
+            "batch axis. Export the model with the batch as the first axis of its inputs."
         )
     firsts = {spec.name: spec.shape[0] for spec in ranked if spec.name in samples}
     by, length = _fixed_length(where, firsts)

@@ -131,7 +131,7 @@ def _lines(path: Path, text: str) -> Table:
     if labelled not in (0, len(cells)):
         bare = next(file for file, label in cells if label is None)
         raise DataError(
-            f"{path}: '{bare}' has no label, but other lines have one. Give each line one, or none."
+            f"{path}: '{bare}' has no label, but other lines have one. Label every line, or none."
         )
     table: Table = {"path": [file for file, _ in cells]}
     return table | ({LABEL: [label or "" for _, label in cells]} if labelled else {})
@@ -319,8 +319,8 @@ class _Columns:
             return FileColumn(name, files, ArrayReader(spec), self._unreadable)
         if spec is None:
             raise DataError(
-                f"{name}: the images of column '{title}' feed no input of the model. Call the "
-                "column like one, give --input INPUT=COLUMN, or leave the column out."
+                f"{name}: the images of column '{title}' feed no input of the model. Name the "
+                "column after an input, give --input INPUT=COLUMN, or leave the column out."
             )
         reader = ImageReader(name, spec, request.preprocessing)
         self._images = self._images or (files, reader)

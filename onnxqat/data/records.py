@@ -71,7 +71,8 @@ class Records:
             array = np.array(values)
         except (ValueError, OverflowError) as error:
             raise DataError(
-                f"{self.path}: field '{name}' has lists of different length. Make them alike."
+                f"{self.path}: field '{name}' has lists of different length. Make them "
+                "equally long."
             ) from error
         if array.dtype.kind not in "biuf":
             raise DataError(

@@ -99,8 +99,8 @@ def _text_fields(path: Path, first: Record, text: Tokenization | None) -> tuple[
     found = next((p for p in PAIRS if all(isinstance(first.get(n), str) for n in p)), ())
     if text is not None and not found:
         raise DataError(
-            f"{path}: which of its fields {', '.join(map(repr, first))} is the text is not known. "
-            "Name it, or a pair, with --text."
+            f"{path}: it is not known which of its fields {', '.join(map(repr, first))} is the "
+            "text. Name it, or a pair, with --text."
         )
     numbers = any(_is_numeric(value) for name, value in first.items() if name not in LABELS)
     if found and text is None and not numbers:

@@ -144,8 +144,9 @@ def repairs(prepared: Model, plan: QuantPlan, path: str) -> list[str]:
         f"'{one.node}' ({one.before:.1f} octaves below the largest, {one.after:.1f} if equalized)"
         for one in uneven[:NAMED]
     )
+    counted = "1 weight" if len(uneven) == 1 else f"{len(uneven)} weights"
     advice = (
-        f"The channels of {len(uneven)} weights have very different ranges: {worst}. Equalize "
+        f"The channels of {counted} have very different ranges: {worst}. Equalize "
         f"them; this prints the change of the outputs: onnxqat insert {path} --equalize."
     )
     return [advice]

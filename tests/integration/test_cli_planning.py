@@ -14,7 +14,7 @@ def test_check_says_what_the_chip_cannot_run():
 
     assert result.exit_code == 1
     assert "unsupported  Gemm  1      /classifier/Gemm  there is no Linear" in result.stdout
-    assert result.stderr == "Error: 1 nodes cannot run on horizon-bernoulli2.\n"
+    assert result.stderr == "Error: 1 node cannot run on horizon-bernoulli2.\n"
 
 
 def test_check_says_what_runs_in_float():
@@ -36,7 +36,7 @@ def test_check_says_what_keeps_a_model_from_being_fine_tuned(tmp_path):
 
     assert result.exit_code == 1
     assert "untrainable  GridSample" in result.stdout
-    assert "Error: The model cannot be fine-tuned because of 1 nodes." in result.stderr
+    assert "Error: The model cannot be fine-tuned because of 1 node." in result.stderr
     assert document("check", LENET, "--train")["untrainable"] == []
 
 

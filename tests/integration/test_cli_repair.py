@@ -108,6 +108,7 @@ def test_insert_and_check_advise_it_where_channels_are_uneven_only(tmp_path):
     uneven = invoke("insert", MOBILENET, "-o", tmp_path / "b.onnx")
 
     assert "qualize" not in even.stderr
+    assert "The channels of 1 weight have very different ranges" in uneven.stderr
     assert f"onnxqat insert {MOBILENET} --equalize" in uneven.stderr
     assert "'/blocks/blocks.4/depthwise/conv/Conv'" in uneven.stderr
     assert document("check", LENET)["advice"] == []
