@@ -105,7 +105,7 @@ def step_graph(
     parameters = set(form.parameters)
     fixed = fix_batch(form.proto, parameters, batch_size)
     model = fix_batch(add_loss(fixed, loss, arrays, parameters), parameters, batch_size)
-    graph = add_gradients(model, form.learned, kernels=kernels, wide=on_gpu)
+    graph = add_gradients(model, form.learned - form.frozen, kernels=kernels, wide=on_gpu)
     observed = {name: tensors for name, tensors in form.observed.items() if tensors}
     tensors = sorted({t for tensors in observed.values() for t in tensors})
     _add_extremes(graph, tensors)
@@ -168,8 +168,9 @@ class StepSession:
         )
         outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = {i.name for i in self._session.get_inputs()}
-        reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
-        self.gradients: Flat = Flat(reached) if other is None else other.gradients
+        reached = form.with_gradient(outputs)
+        zeros = {name: np.zeros_like(value) for name, value in reached.items()}
+        self.gradients: Flat = Flat(zeros) if other is None else other.gradients
         self._loss = np.zeros((), np.float32)
         self._extremes = {t: np.zeros((2, 1), np.float32) for t in tensors}
         self._binding = self._session.io_binding()

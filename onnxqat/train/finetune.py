@@ -54,7 +54,7 @@ from onnxqat.train.loop import Loop
 from onnxqat.train.losses import Loss, Part, add_loss, tensor_read
 from onnxqat.train.memory import fitted_to_memory
 from onnxqat.train.opening import bringing, open_descent
-from onnxqat.train.optimization.parameter_groups import asked_for
+from onnxqat.train.optimization.parameter_groups import asked_for, frozen_throughout
 from onnxqat.train.records import Finetuned, Progress
 from onnxqat.train.scope import check_scope, chosen_scope
 from onnxqat.train.selection import INTEGER, LOSS, Selection, metrics_of
@@ -272,10 +272,12 @@ class _Run:
         config, rest = self.config, self.rest.model
         read = tensor_read(self.loss, rest.floats)
         asked = asked_for(config)
-        form = training_form(rest, method=config.method, read=read, asked=asked)
+        form = self._frozen(training_form(rest, method=config.method, read=read, asked=asked))
         if config.memory_budget is not None:
             return self._within(form, config.memory_budget).network()
-        delayed = _float_form(rest, form, read, asked) if config.quant_delay else None
+        delayed = None
+        if config.quant_delay:
+            delayed = self._frozen(_float_form(rest, form, read, asked))
         descent, classes = open_descent(
             form,
             delayed,
@@ -318,6 +320,12 @@ class _Run:
             workers=self.workers,
         )
         return replace(loop.run(), device=str(self.device))
+
+    def _frozen(self, form: TrainingForm) -> TrainingForm:
+        """Return the form with the names of the inputs that the user's groups freeze."""
+        learned = {name: form.parameters[name] for name in sorted(form.learned)}
+        frozen = frozen_throughout(learned, form.roles, self.model, self.config)
+        return replace(form, frozen=frozen)
 
     def _within(self, form: TrainingForm, budget: int) -> _Run:
         """Return the run with batches that fit into ``budget`` megabytes."""

@@ -65,6 +65,8 @@ class TrainingForm:
         The trained zero points, named ``<parameters>/zero_point``; the forward pass rounds them.
     learned : frozenset of str
         The inputs that have gradients.
+    frozen : frozenset of str
+        The learned inputs that no step changes: their gradient is not computed, and is zero.
     observed : dict of str to tuple of str
         The activations whose range moves a clipping range, by `QuantPoint.parameters`; empty for
         weights.
@@ -79,6 +81,21 @@ class TrainingForm:
     learned: frozenset[str]
     observed: dict[str, tuple[str, ...]]
     roundings: dict[str, AdaRound] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The parameters that are a ``scale`` or a ``zero_point``, by the input's name."""
+        scales = {scale_name(name): "scale" for name in self.scales}
+        return scales | {zero_point_name(name): "zero_point" for name in self.zero_points}
+
+    def with_gradient(self, outputs: Collection[str]) -> dict[str, FloatArray]:
+        """Return the parameters whose gradient a graph with these outputs has, or that is zero."""
+        return {
+            name: value
+            for name, value in self.parameters.items()
+            if f"{name}_grad" in outputs or name in self.frozen
+        }
 
     @property
     def parameters(self) -> dict[str, FloatArray]:

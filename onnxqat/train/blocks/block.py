@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,8 @@ class BlockTraining:
         self.form, self.loss, self.config, self.still = form, loss, config, frozenset(still)
         self.steps = steps
         size, threads = config.samples, config.threads
-        self.session = StepSession(form, loss, batch_size=size, threads=threads)
+        learning = replace(form, frozen=form.learned & self.still)
+        self.session = StepSession(learning, loss, batch_size=size, threads=threads)
         session = self.session
         self.updater = Updater(
             form, session.values, session.gradients, model, config, part=True, still=still

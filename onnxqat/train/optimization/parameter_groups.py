@@ -46,6 +46,7 @@ __all__ = [
     "Rates",
     "asked_for",
     "base_rate",
+    "frozen_throughout",
     "parameter_rates",
     "parse_parameter_group",
 ]
@@ -170,6 +171,17 @@ def parameter_rates(
         for name in covered:
             setattr(rates[name], group.key, group.value)
     return rates
+
+
+def frozen_throughout(
+    parameters: dict[str, FloatArray],
+    roles: Mapping[str, str],
+    model: QuantizedModel,
+    config: Config,
+) -> frozenset[str]:
+    """Return the parameters that are frozen from the first step, see `parameter_rates`."""
+    rates = parameter_rates(parameters, roles, model, config, part=True)
+    return frozenset(name for name, rate in rates.items() if rate.frozen(0))
 
 
 def asked_for(config: Config) -> frozenset[str]:

@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from onnxqat.nodes import channel_axis
-from onnxqat.pairs import parameters_of, scale_name, zero_point_name
+from onnxqat.pairs import parameters_of, scale_name
 from onnxqat.plan import QuantPlan
 from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two, quantized_range
 from onnxqat.quantized import QuantizedModel
@@ -77,8 +77,7 @@ class Updater:
     ) -> None:
         self.values, self.gradients, self.config = values, gradients, config
         plan, params = model.plan, model.params
-        self.roles = {scale_name(name): "scale" for name in form.scales}
-        self.roles |= {zero_point_name(name): "zero_point" for name in form.zero_points}
+        self.roles = form.roles
         self.weights = [n for n in gradients.views if n not in self.roles]
         self.scales = self._named("scale")
         self.zero_points = self._named("zero_point")

@@ -61,7 +61,7 @@ class DeviceDescent(Descent):
         self.form, self.model, self.config = form, model, config
         self.workers, self.device = workers, device
         outputs = {value.name for value in graph.model.graph.output}
-        reached = {n: v for n, v in form.parameters.items() if f"{n}_grad" in outputs}
+        reached = form.with_gradient(outputs)
         self._best = Flat(form.parameters)
         self._plan = Updater(form, Flat(form.parameters), Flat(reached), model, config)
         self.layout = layout_of(self._plan, {n: v.shape for n, v in form.parameters.items()})
