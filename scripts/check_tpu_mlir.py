@@ -1,41 +1,48 @@
 """Compare the integer evaluation with Sophgo's compiler and its simulator of the chip.
 
-    ONNXQAT_TPU_MLIR=PYTHON python scripts/check_tpu_mlir.py QDQ DATA [TENSOR_SAMPLES [SAMPLES]]
+    ONNXQAT_TPU_MLIR=PYTHON python scripts/check_tpu_mlir.py QDQ DATA [SAMPLES]
 
 PYTHON is the interpreter of a Python 3.10 environment with tpu_mlir 1.30.2 and its dependencies
 (docs/integer.md describes how to make it). QDQ is a calibrated or fine-tuned model of a Sophgo
 rule. The script strips it, compiles it to int8 with the script that strip writes, and runs it in
-tpu-mlir's simulator. Without the environment variable it prints a message and does nothing.
+tpu-mlir's simulator. scripts/vendor_check.py describes the form.
 
-Prints one JSON document: the number of weights and biases that differ from onnxqat's, the fraction
-of values that differ for each tensor on TENSOR_SAMPLES samples (32), and the fraction of
-predictions that agree on SAMPLES samples (500). Exits with 1 if a weight differs, if an activation
-differs by more than one level or in more than 0.1 % of its values, or if fewer than 99.5 % of the
-predictions agree.
+Each step of the integer evaluation is run alone, on the integers that the simulator computed for
+the first 32 samples, and its output compared with the simulator's. ``not_found`` names the tensors
+that the compiled model does not have, since the compiler fused the ops around them; the next step
+then reads ours. Fails if a weight differs, if a tensor differs by more than one level or in more
+than 0.1 % of its values, or if fewer than 99.5 % of the predictions agree.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from sophgo_simulator import VARIABLE, compiled, simulated
+from sophgo_simulator import TOOL, compiled, simulated
+from vendor_check import (
+    Array,
+    Environment,
+    Feeds,
+    Findings,
+    Integers,
+    Tolerance,
+    agreement,
+    levels_between,
+    main,
+)
 
-from onnxqat.data import open_data
 from onnxqat.evaluation.integer import IntegerProgram
+from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.steps import Values
-from onnxqat.model import Model
 from onnxqat.qparams import quantize
-from onnxqat.quantized import load_model
-from onnxqat.settings import input_specs, stored_settings
+from onnxqat.quantized import QuantizedModel
+
+TOLERANCE = Tolerance(differing=0.001, levels=1, predictions=0.995)
+TENSOR_SAMPLES = 32
 
 
-def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
+def compare_weights(model: QuantizedModel, folder: Path, name: str) -> dict[str, int]:
     """Return the number of integer weights, and how many of them differ."""
     (path,) = folder.glob(name.replace("_tpu.mlir", "_tpu*weights.npz"))
     params, tensors = model.params, model.floats.graph.tensors()
@@ -44,11 +51,8 @@ def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
         theirs = {k: weights[k] for k in weights.files if "_filter_" in k}
     nodes = {n.name: n.op for n in model.floats.graph.nodes}
     for point in model.plan.grid_points():
-        if point.role != "weight" or nodes[point.consumers[0].node] not in (
-            "Conv",
-            "Gemm",
-            "MatMul",
-        ):
+        op = nodes.get(point.consumers[0].node)
+        if point.role != "weight" or op not in ("Conv", "Gemm", "MatMul"):
             continue
         ours = quantize(tensors[point.tensor].values, params[point.parameters], point.spec)
         same_size = [w for w in theirs.values() if w.size == ours.size]
@@ -62,74 +66,60 @@ def compare_weights(model: Model, folder: Path, name: str) -> dict[str, int]:
     return counts
 
 
-def compare_tensors(
-    program: IntegerProgram, inputs: dict[str, Any], theirs: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def integers_of(tensor: str, shape: tuple[int, ...], grid: Grid, theirs: Feeds) -> Array | None:
+    """Return the simulator's integers of a tensor; None if the compiled model does not have it."""
+    names = [k for k in theirs if k == tensor or k.rsplit("_", 1)[0] == tensor]
+    same = [theirs[k] for k in names if theirs[k].size == np.prod(shape)]
+    if not same:
+        return None
+    array = same[0].reshape(shape)
+    whole = np.array_equal(array, np.rint(array))
+    levels = array if whole else np.clip(np.rint(array / grid.scale), *grid.limits)
+    return levels.astype(grid.params.zero_point.dtype)
+
+
+def compare_steps(
+    program: IntegerProgram, inputs: Feeds, theirs: Feeds
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """Return, by tensor, the share of values that differ and by how many levels, and the rest."""
     values, found, missing = Values(floats=dict(inputs)), {}, []
     for step in program.steps:
         result = step.run(values)
-        values.levels |= result.levels
-        values.floats |= result.floats
         for tensor, levels in result.levels.items():
             if tensor in inputs:  # the simulator returns inputs in float
                 continue
-            names = [k for k in theirs if k == tensor or k.rsplit("_", 1)[0] == tensor]
-            same = [k for k in names if theirs[k].size == levels.size]
-            if not same:
+            integers = integers_of(tensor, levels.shape, program.grids[tensor], theirs)
+            if integers is None:
                 missing.append(tensor)
-                continue
-            grid = program.grids[tensor]
-            array = theirs[same[0]].reshape(levels.shape)
-            whole = np.array_equal(array, np.rint(array))
-            integers = array if whole else np.clip(np.rint(array / grid.scale), *grid.limits)
-            difference = np.abs(integers - levels)
-            found[tensor] = [float(np.mean(difference > 0)), int(difference.max())]
+            else:
+                found[tensor] = levels_between(integers, levels)
+                result.levels[tensor] = integers
+        values.levels |= result.levels
+        values.floats |= result.floats
     return found, missing
 
 
-def main(path: str, data: str, count: int = 32, samples: int = 500) -> None:
-    python = os.environ.get(VARIABLE)
-    if not python:
-        print(f"skipped: {VARIABLE} does not name the Python of a tpu-mlir environment")
-        return
-    model = load_model(path)
-    settings = stored_settings(model)
-    with open_data(
-        data,
-        input_specs(model),
-        preprocessing=settings.preprocessing(),
-        label=settings.label,
-        input_map=settings.input_map,
-    ) as source:
-        batch = next(iter(source.batches(min(samples, len(source)))))
-    inputs = {name: np.asarray(x) for name, x in batch.inputs.items()}
-    program = IntegerProgram(model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        mlir, folder = compiled(model, python, folder), folder / "chip"
-        weights = compare_weights(model, folder, mlir)
-        theirs = simulated(mlir, python, folder, inputs, count)
-    first = {name: x[:count] for name, x in inputs.items()}
-    tensors, missing = compare_tensors(program, first, {k: v[:count] for k, v in theirs.items()})
-    output = program.outputs[0]
-    scores = next(v for k, v in theirs.items() if len(v) == len(next(iter(inputs.values())))
-                  and k.startswith(output))  # fmt: skip
-    ours = program.run(None, inputs)[0]
-    agreement = float(np.mean(scores.reshape(ours.shape).argmax(-1) == ours.argmax(-1)))
-    shares = [share for share, _ in tensors.values()]
-    document = {
-        **weights,
-        "tensors": tensors,
-        "not_found": missing,
-        "differing": float(np.mean(shares)),
-        "max_levels": max(levels for _, levels in tensors.values()),
-        "predictions": agreement,
-    }
-    print(json.dumps(document, indent=2))
-    good = not weights["weights_differing"] and document["max_levels"] <= 1
-    sys.exit(0 if good and document["differing"] <= 1e-3 and agreement >= 0.995 else 1)
+def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Findings:
+    """Run the stripped model in the simulator."""
+    mlir, ours = compiled(model, environment), Integers(model)
+    weights = compare_weights(model, environment.folder / "chip", mlir)
+    samples = len(next(iter(feeds.values())))
+    theirs = simulated(mlir, environment, feeds, TENSOR_SAMPLES)
+    first = {name: x[:TENSOR_SAMPLES] for name, x in feeds.items()}
+    few = {name: values[:TENSOR_SAMPLES] for name, values in theirs.items()}
+    tensors, missing = compare_steps(ours.program, first, few)
+    output = ours.program.outputs[0]
+    scores = next(v for k, v in theirs.items() if len(v) == samples and k.startswith(output))
+    shares = [differing for differing, _ in tensors.values()]
+    mean = {"differing": float(np.mean(shares))} if shares else {}
+    wrong = weights["weights_differing"]
+    return Findings(
+        agreement(scores, ours.whole(feeds)),
+        tensors,
+        more={**weights, **mean, "not_found": missing},
+        faults=[f"{wrong} weights differ"] if wrong else [],
+    )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(TOOL, TOLERANCE, check)

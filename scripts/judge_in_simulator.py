@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sophgo_simulator import VARIABLE, compiled, simulated
+from sophgo_simulator import TOOL, compiled, simulated
+from vendor_check import Environment
 
 from onnxqat.data import DataSet, open_data
 from onnxqat.evaluation import evaluate
@@ -39,8 +40,8 @@ class Simulated:
 
     def __init__(self, model: QuantizedModel, python: str, inputs: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as name:
-            mlir = compiled(model, python, Path(name))
-            found = simulated(mlir, python, Path(name) / "chip", inputs, 0)
+            environment = Environment(TOOL, python, Path(name))
+            found = simulated(compiled(model, environment), environment, inputs, 0)
         count = len(next(iter(inputs.values())))
         self.outputs = [
             next(v for k, v in found.items() if k.startswith(t.name) and len(v) == count)
@@ -95,9 +96,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="copy the best model here")
     given = parser.parse_args()
-    python = os.environ.get(VARIABLE)
+    python = os.environ.get(TOOL.variable)
     if not python:
-        sys.exit(f"skipped: {VARIABLE} does not name the Python of a tpu-mlir environment")
+        sys.exit(f"skipped: {TOOL.variable} does not name the Python of a tpu-mlir environment")
     print(f"{given.metric:40} fake-quantized  integer  simulator")
     found = {}
     for path in given.models:
