@@ -130,10 +130,9 @@ def test_the_function_stays(norm):
 
     before, after = (run_ort(m.to_proto(), {"input": inputs})[0] for m in (prepared, result.model))
     assert result.migrations
-    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
-    assert result.differences[0].max_abs_diff == pytest.approx(
-        np.abs(after - before).max(), abs=1e-4
-    )
+    bound = 1e-5 * np.abs(before).max()
+    assert np.abs(after - before).max() <= bound
+    assert 0 < result.differences[0].max_abs_diff <= bound
 
 
 def test_what_is_left_alone_says_why():
