@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from onnxqat.analysis.points import PointFigures
 from onnxqat.analysis.run import Analysis
 from onnxqat.analysis.sensitivity import LayerFigures
+from onnxqat.json_values import json_value
 from onnxqat.quantized import QuantizedModel
 
 __all__ = ["WORST", "analysis_document", "worst_points"]
@@ -48,15 +48,15 @@ def analysis_document(result: Analysis, model: QuantizedModel) -> dict[str, Any]
         "samples": result.evaluation.samples,
         "metric": result.metric,
         "figure": result.evaluation.first.get(result.metric, result.metric),
-        "cost": _json(result.cost),
+        "cost": json_value(result.cost),
         "sessions": result.sessions,
-        "outputs": _json(result.evaluation.outputs),
+        "outputs": json_value(result.evaluation.outputs),
         "layers": [_layer(one) for one in result.layers],
         "points": [_point(point, drawn) for point in result.points],
-        "biases": _json(result.biases),
+        "biases": json_value(result.biases),
         "advice": {
             "layers": [layer.node for layer in advice.layers],
-            "cost": _json(advice.cost),
+            "cost": json_value(advice.cost),
             "overrides": [str(override) for override in advice.overrides],
         },
         "note": result.evaluation.note,
@@ -64,21 +64,11 @@ def analysis_document(result: Analysis, model: QuantizedModel) -> dict[str, Any]
 
 
 def _layer(one: LayerFigures) -> dict[str, Any]:
-    costs = {"alone": _json(one.alone), "left_float": _json(one.left_float)}
-    return {**_json(one.layer), **costs}
+    costs = {"alone": json_value(one.alone), "left_float": json_value(one.left_float)}
+    return {**json_value(one.layer), **costs}
 
 
 def _point(point: PointFigures, drawn: set[str]) -> dict[str, Any]:
     """Return the figures of a point; with its histogram, if it is one of ``drawn``."""
-    found: dict[str, Any] = _json(point)
+    found: dict[str, Any] = json_value(point)
     return found if point.tensor in drawn else found | {"histogram": None}
-
-
-def _json(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {name: _json(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

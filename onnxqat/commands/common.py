@@ -22,10 +22,8 @@ __all__ = [
     "counted",
     "counts",
     "figure_rows",
-    "finite_figures",
     "join",
     "listener_of",
-    "output_documents",
     "output_rows",
     "plan_document",
     "print_result",
@@ -108,24 +106,6 @@ def figure_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
     from onnxqat.evaluation.metrics import figure_text
 
     return [(name, figure_text(name, value)) for name, value in metrics.items()]
-
-
-def finite_figures(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Return figures for JSON; those that are not finite become None."""
-    import math
-
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def output_documents(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the figures of each output for JSON; those that are not finite become None."""
-    import math
-    from dataclasses import asdict
-
-    def finite(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return [{k: finite(v) for k, v in asdict(one).items()} for one in evaluation.outputs]
 
 
 def output_rows(evaluation: Evaluation) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,7 @@ from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import listener_of, print_result, print_table
 from onnxqat.commands.outputs import check_apart
 from onnxqat.help_text import command, under
+from onnxqat.json_values import json_value
 from onnxqat.options import data_options, force_option, json_option
 from onnxqat.terminal import say
 
@@ -127,7 +127,7 @@ def compare_dumps(dump: str, reference: str, as_json: bool, **tolerances: Any) -
         "schema": "onnxqat.compare-dumps/1",
         "samples": found.samples,
         "passed": found.passed,
-        "tensors": [_finite(one) for one in found.tensors],
+        "tensors": [json_value(one) for one in found.tensors],
         "missing": list(found.missing),
         "more": list(found.more),
     }
@@ -143,14 +143,6 @@ def compare_dumps(dump: str, reference: str, as_json: bool, **tolerances: Any) -
             f"The tolerances are not met by {len(failed)} of {len(found.tensors)} tensors; the "
             f"first one is '{failed[0].tensor}'."
         )
-
-
-def _finite(one: TensorDifference) -> dict[str, Any]:
-    """Return a difference for JSON; figures that are not finite become None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(one).items()
-    }
 
 
 def _print_tensors(found: Comparison) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from onnxqat.commands.common import (
 )
 from onnxqat.commands.outputs import check_apart, hold
 from onnxqat.help_text import command, under
+from onnxqat.json_values import json_value
 from onnxqat.options import (
     data_options,
     force_option,
@@ -28,7 +27,7 @@ from onnxqat.options import (
 )
 
 if TYPE_CHECKING:
-    from onnxqat.repair import Difference, Equalized
+    from onnxqat.repair import Equalized
 
 __all__ = ["equalize"]
 
@@ -77,13 +76,13 @@ def _print_equalized(result: Equalized, target: str, as_json: bool) -> None:
         "layers": list(result.layers),
         "skips": [{"node": s.node, "op_type": s.op_type, "reason": s.reason} for s in result.skips],
         "spreads": [spread._asdict() for spread in result.spreads],
-        "differences": _documents(result.differences),
+        "differences": json_value(result.differences),
         "migrations": [asdict(one) for one in result.migrations],
         "relu6": list(result.relu6.nodes),
         "relu6_kept": list(result.relu6.kept),
-        "relu6_cost": _documents(result.relu6.cost),
+        "relu6_cost": json_value(result.relu6.cost),
         "absorbed": list(result.absorbed),
-        "absorption_cost": _documents(result.absorption_cost),
+        "absorption_cost": json_value(result.absorption_cost),
         "output": target,
     }
     before, after = (
@@ -94,11 +93,3 @@ def _print_equalized(result: Equalized, target: str, as_json: bool) -> None:
     rows += [("done", line) for line in told(result)]
     rows += [("left alone", f"{skip.node}: {skip.reason}") for skip in result.skips]
     print_result(document, as_json, [*rows, ("output", target)])
-
-
-def _documents(found: Iterable[Difference]) -> list[dict[str, Any]]:
-    """Return differences for JSON; figures that are not finite become None."""
-    return [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        for entry in map(asdict, found)
-    ]

@@ -12,13 +12,12 @@ import click
 from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
     figure_rows,
-    finite_figures,
     listener_of,
-    output_documents,
     output_rows,
     print_result,
 )
 from onnxqat.help_text import command, under
+from onnxqat.json_values import json_value
 from onnxqat.options import (
     data_options,
     device_options,
@@ -107,16 +106,16 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         "schema": "onnxqat.evaluate/1",
         "samples": result.samples,
         "mode": mode,
-        "metrics": finite_figures(result.metrics),
+        "metrics": json_value(result.metrics),
     }
     rows = [("samples", result.samples), ("mode", mode), *figure_rows(result.metrics)]
     if compared:
         difference = math.nan if result.max_abs_diff is None else result.max_abs_diff
         document |= {
-            "reference": finite_figures(result.reference),
+            "reference": json_value(result.reference),
             "agreement": result.agreement,
             "max_abs_diff": difference if math.isfinite(difference) else None,
-            "outputs": output_documents(result),
+            "outputs": json_value(result.outputs),
         }
         rows += [(f"reference {k}", v) for k, v in figure_rows(result.reference)]
         rows += output_rows(result)

@@ -15,10 +15,8 @@ import click
 from onnxqat.arguments import take_calibration, take_config, take_settings, take_source
 from onnxqat.commands.common import (
     figure_rows,
-    finite_figures,
     join,
     listener_of,
-    output_documents,
     output_rows,
     print_result,
     renamed,
@@ -26,6 +24,7 @@ from onnxqat.commands.common import (
 from onnxqat.commands.outputs import check_apart, command_line, hold
 from onnxqat.commands.signals import noted_signals
 from onnxqat.help_text import command, under
+from onnxqat.json_values import json_value
 from onnxqat.options import (
     calibration_options,
     checkpoint_options,
@@ -227,7 +226,10 @@ def _print_finetuned(
 
     def figures(evaluation: Any) -> dict[str, float | None]:
         others = {} if evaluation.agreement is None else {"agreement": evaluation.agreement}
-        return finite_figures(evaluation.metrics | others | evaluation.metrics)
+        found: dict[str, float | None] = json_value(
+            evaluation.metrics | others | evaluation.metrics
+        )
+        return found
 
     before, after = figures(result.before), figures(result.after)
     losses = {"before": result.before.loss, "after": result.after.loss}
@@ -241,8 +243,8 @@ def _print_finetuned(
         "kept": result.kept,
         "blocks": [to_builtins(block) for block in result.blocks],
         "outputs": {
-            "before": output_documents(result.before),
-            "after": output_documents(result.after),
+            "before": json_value(result.before.outputs),
+            "after": json_value(result.after.outputs),
         },
         "samples": result.after.samples,
         "epochs": result.epochs,

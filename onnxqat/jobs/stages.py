@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import read_metric
 from onnxqat.files import write_text
 from onnxqat.jobs.work import Result, Work
+from onnxqat.json_values import json_value
 from onnxqat.overrides import overrides_text
 from onnxqat.quantized import load_model, require_quantized
 from onnxqat.train import Checkpoints
@@ -182,11 +182,8 @@ def _figures(found: Evaluation) -> dict[str, float | None]:
         figures["agreement"] = found.agreement
     if errors:
         figures["error"] = max(errors)
-    return {name: _finite(value) for name, value in figures.items()}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite: dict[str, float | None] = json_value(figures)
+    return finite
 
 
 def analyze(work: Work, step: Step) -> Result:
@@ -207,7 +204,7 @@ def analyze(work: Work, step: Step) -> Result:
     write_text(figures, json.dumps(analysis_document(found, model), indent=1), force=True)
     worst = [f"'{one.layer.node}' costs most." for one in found.layers[:1]]
     return Result(
-        figures={"cost": _finite(found.cost)}, notes=tuple(worst), files=(overrides, figures)
+        figures={"cost": json_value(found.cost)}, notes=tuple(worst), files=(overrides, figures)
     )
 
 
@@ -229,7 +226,7 @@ def search(work: Work, step: Step) -> Result:
     )
     widths, chosen = work.folder / WIDTHS, found.search.chosen
     write_text(widths, overrides_text(found.search.overrides), force=True)
-    figures = {"average bits": chosen.average, "cost": _finite(chosen.cost)}
+    figures = {"average bits": chosen.average, "cost": json_value(chosen.cost)}
     note = f"{WIDTHS}: {chosen.average:.2f} bits on average. Give it as 'overrides' of [insert]."
     return Result(figures=figures, notes=(note,), files=(widths,))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from onnxqat.data import DataSet
 from onnxqat.device import Device
 from onnxqat.errors import ModelError
 from onnxqat.evaluation import check_interface
+from onnxqat.json_values import json_value
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.preparation import prepare
@@ -245,7 +245,7 @@ def _recorded(
         settings=told,
         figures=_figures(result),
         inputs={name: Path(file).name for name, file in inputs.items()},
-        epochs=tuple({"epoch": float(n), **_finite(figures_of(e))} for n, e in tried),
+        epochs=tuple({"epoch": float(n), **json_value(figures_of(e))} for n, e in tried),
         notes=(
             *(f"learns from: {part}" for part in result.parts),
             *(f"block {n} of {len(result.blocks)}: {b}" for n, b in enumerate(result.blocks, 1)),
@@ -274,14 +274,10 @@ def _figures(result: Finetuned) -> dict[str, float | None]:
     }
     if result.kept == "blocks":
         found["blocks_kept"] = 1.0
-    found |= {f"float.{name}": value for name, value in _finite(result.before.reference).items()}
+    found |= {f"float.{name}": value for name, value in json_value(result.before.reference).items()}
     for when, evaluation in (("before", result.before), ("after", result.after)):
-        found |= {f"{when}.{name}": v for name, v in _finite(figures_of(evaluation)).items()}
+        found |= {f"{when}.{name}": v for name, v in json_value(figures_of(evaluation)).items()}
     return found
-
-
-def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _teacher(source: AnySource, student: QuantizedModel) -> Model:

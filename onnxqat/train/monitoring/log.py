@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from onnxqat.device import CPU, Device
 from onnxqat.environment import runtime_distribution
 from onnxqat.evaluation import Evaluation
+from onnxqat.json_values import json_value
 from onnxqat.quantized import QuantizedModel
 from onnxqat.train.monitoring.drift import clipped_shares, scale_drift
 from onnxqat.train.monitoring.events import Epoch, Event, Note, Resume, Start, Step
@@ -146,5 +146,5 @@ class TrainingLog:
 
 def _metrics(evaluation: Evaluation | None) -> dict[str, float | None]:
     """Return the figures of a state, with None for values that are not finite."""
-    found = {} if evaluation is None else figures_of(evaluation)
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    found: dict[str, float | None] = json_value(figures_of(evaluation)) if evaluation else {}
+    return found
