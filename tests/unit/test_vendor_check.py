@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,9 +13,13 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxqat.formats import EXPORTS, FORMATS
+from onnxqat.rules import bundled_rules
 from tests.networks import convnet, quantized, samples
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+SCRIPTS, DOCS = ROOT / "scripts", ROOT / "docs"
+PROVEN = r"(simulator|compiler|runtime): .*\d.*|format only"
 CHECKS = [p for p in sorted(SCRIPTS.glob("check_*.py")) if "from vendor_check" in p.read_text()]
 VARIABLE = "ONNXQAT_TRIAL"
 LOAD = """
@@ -154,3 +159,34 @@ def test_a_python_that_is_not_there_is_named(form, monkeypatch):
 
     with pytest.raises(SystemExit, match="there is no program 'nowhere/python'"):
         form.main(form.Tool("trial", VARIABLE, "numpy"), form.Tolerance(0, 0, 1), None)
+
+
+def rows(page, heading):
+    """Return the cells of the first table behind a heading."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    table = re.search(r"(^\|.*\n)+", text, flags=re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table[2:]]
+
+
+def test_pages_say_how_each_rule_table_and_export_was_proven():
+    rules = [(name, row[1]) for row in rows("proof.md", "## Rules")
+             for name in re.findall(r"`([^`]+)`", row[0])]  # fmt: skip
+    tables = [(row[0].strip("` "), row[-1]) for row in rows("formats.md", "## Calibration tables")]
+    exports = [(row[0].strip("` "), row[-1]) for row in rows("formats.md", "## Exports")]
+
+    assert sorted(name for name, _ in rules) == sorted(bundled_rules())
+    assert sorted(name for name, _ in tables) == sorted(FORMATS)
+    assert sorted(name for name, _ in exports) == sorted(EXPORTS)
+    for name, proof in (*rules, *tables, *exports):
+        assert re.fullmatch(PROVEN, proof), name
+
+
+def test_the_page_of_the_check_scripts_names_each_with_its_variable():
+    named = [
+        (row[0].strip("` "), row[1].split("`")[1])
+        for row in rows("proof.md", "## The check scripts")
+    ]
+
+    assert sorted(named) == [
+        (p.name, f"ONNXQAT_{p.stem.removeprefix('check_').upper()}") for p in CHECKS
+    ]
