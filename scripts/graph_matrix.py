@@ -28,6 +28,12 @@ from graph_trial import LOW_DB, GraphTrial, first_line
 
 import onnxqat
 
+LOW_LEGEND = (
+    "The nodes are those of the rule with the lowest SQNR; two numbers are the SQNR in dB of a "
+    "node's worst input and of its output."
+)
+SKIP_LEGEND = 'In each reason, "the op" stands for the name of the op.'
+
 
 def try_graph(arguments: argparse.Namespace) -> None:
     """Print one JSON document for the graph, then one for every rule."""
@@ -123,8 +129,9 @@ def markdown(rows: list[dict[str, Any]], rules: list[str], observer: str) -> str
         lines.append(f"| {' | '.join(map(str, facts + cells))} |")
     lines += ["", "## Failures", "", *failure_lines(rows)]
     lines += ["", "## Refused", "", *refused_lines(rows)]
-    lines += ["", f"## Below {LOW_DB:.0f} dB", "", *low_lines(rows)]
-    lines += ["", "## Nodes left float, over all graphs", "", *skip_lines(rows, rules)]
+    lines += ["", f"## Below {LOW_DB:.0f} dB", "", LOW_LEGEND, "", *low_lines(rows)]
+    lines += ["", "## Nodes left float, over all graphs", "", SKIP_LEGEND, ""]
+    lines += skip_lines(rows, rules)
     return "\n".join(lines) + "\n"
 
 
@@ -166,16 +173,21 @@ def low_lines(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         found = [(cell["sqnr_db"], rule) for rule, cell in row["cells"].items() if is_low(cell)]
         if found:
-            worst, rule = min(found)
+            rule = min(found)[1]
             lost = [
                 f"{name} ({op}) {before:.1f} -> {after:.1f}"
                 for name, op, before, after in row["cells"][rule]["lost_in"]
             ]
-            lines.append(
-                f"- {row['graph']}: {len(found)} rules, from {worst:.1f} dB ({rule}) to "
-                f"{max(found)[0]:.1f} dB; most is lost in {', '.join(lost)}"
-            )
+            lines.append(f"- {row['graph']}: {_span(found)}; most is lost in {', '.join(lost)}")
     return lines or ["None."]
+
+
+def _span(found: list[tuple[float, str]]) -> str:
+    """Return how many rules have low SQNR, and the lowest and highest of these SQNR."""
+    worst, rule = min(found)
+    if len(found) == 1:
+        return f"1 rule, {worst:.1f} dB ({rule})"
+    return f"{len(found)} rules, from {worst:.1f} dB ({rule}) to {max(found)[0]:.1f} dB"
 
 
 def is_low(cell: dict[str, Any]) -> bool:
@@ -189,7 +201,8 @@ def skip_lines(rows: list[dict[str, Any]], rules: list[str]) -> list[str]:
         by_reason: dict[str, Counter[str]] = {}
         for row in rows:
             for _, op_type, reason in row["cells"].get(rule, {}).get("skips", ()):
-                general = re.sub("'.*'", "'...'", reason).replace(op_type, "the op")
+                general = re.sub("'.*'", "'...'", reason)
+                general = re.sub(rf"(this )?\b{op_type}\b", "the op", general)
                 by_reason.setdefault(general, Counter())[op_type] += 1
         for reason, counts in by_reason.items():
             nodes = ", ".join(f"{op} {count}" for op, count in counts.most_common())
