@@ -109,7 +109,7 @@ class _Checker:
             integers = node.outputs[0]
             known = {integers.name} & (self.inner | self.outputs)
             if known or [id(n) for n in integers.outputs] != [id(reader)]:
-                self.wrong(tensor, f"has integers that other nodes than its {reader.op} read")
+                self.wrong(tensor, f"has integers that nodes other than its {reader.op} read")
             if reader.inputs[0] is not integers:
                 self.wrong(tensor, f"has a {reader.op} that does not read its {node.op}")
         return nodes

@@ -231,8 +231,8 @@ def _tell(left_out: Mapping[str, tuple[str, ...]], regridded: Mapping[str, int])
         logger.info("The table leaves out %d %s: %s.", len(names), kind, listed(names))
     if regridded:
         logger.warning(
-            "The table does not contain the grid of %d weights; the compiler will choose other "
-            "integers than training (number of values): %s. See docs/formats.md.",
+            "The table does not contain the grid of %d weights, so the compiler will choose other "
+            "integers than training (in brackets: how many): %s. See docs/formats.md.",
             len(regridded),
             listed([f"{name} ({count})" for name, count in regridded.items()]),
         )

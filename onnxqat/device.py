@@ -149,8 +149,8 @@ def _problem(index: int) -> str | None:
     if reason is None:
         return None
     return (
-        f"{installed} cannot use GPU {index} ({reason}). See whether nvidia-smi shows it, and "
-        f"which CUDA its driver is for. {changing_to_cuda()}"
+        f"{installed} cannot use GPU {index} ({reason}). Run nvidia-smi: does it show the "
+        f"GPU, and does the driver support this version of CUDA? {changing_to_cuda()}"
     )
 
 

@@ -216,7 +216,7 @@ data_options = _options(
           help="Read this split of a folder that has splits (default: train for commands that "
           "learn, val for commands that measure)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
-          help="Layout of image arrays; needed only if their shape fits both."),
+          help="Layout of image arrays; needed only if the shape fits both layouts."),
     _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",
           help="Read a model input from this array of the data; repeatable."),
     _data("--label", metavar="NAME",
@@ -304,11 +304,12 @@ truth_options = _options(
           help="Compare an output with this array of the data, if a metric needs it; "
           "repeatable."),
     _data("--boxes", metavar="PATH",
-          help="Objects in a folder of images: YOLO's labels folder, COCO's .json, or an .npy with "
-          "rows (image, class, cx, cy, w, h) (default: a folder labels beside images, if any)."),
+          help="Read the boxes of images from a folder of YOLO's .txt files, COCO's .json, or an "
+          ".npy with rows (image, class, cx, cy, w, h) (default: the folder labels beside images, "
+          "if any)."),
     _data("--masks", metavar="DIR",
-          help="Folder with a mask for each image: an image file or .npy with the class of each "
-          "pixel (default: a folder masks beside images, if any)."),
+          help="Read the mask of each image from this folder: an image file or .npy with the class "
+          "of each pixel (default: the folder masks or annotations beside images, if any)."),
 )  # fmt: skip
 samples_option = _data(
     "--samples",
@@ -328,7 +329,7 @@ decode_option = _measure(
     "--decode",
     metavar="NAME",
     help="Decode the outputs to boxes like nanodet, yolov5, yolov8, yolo11 or yolox (default: "
-    "found by their shapes, and printed).",
+    "chosen by the shapes of the outputs, and printed).",
 )
 metric_options = _options(
     _measure("--metric", "metrics", multiple=True, metavar="METRIC",
@@ -404,7 +405,7 @@ training_options = _options(
     truth_options,
     decode_option,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
-              help="Stop after EPOCHS epochs without a better one (default: never)."),
+              help="Stop after EPOCHS epochs without improvement (default: never)."),
     _training("--augment", callback=_augmentations, metavar="NAMES",
               help="Change training images at random, with their boxes and masks: flip, crop, "
               "resized-crop, jitter, or several with commas (default: none)."),
@@ -487,8 +488,8 @@ analysis_options = _options(
 )  # fmt: skip
 search_options = _options(
     _search("--bits", type=click.FloatRange(1, 16), metavar="AVERAGE",
-            help="Lose as little as possible with at most this average width over the elements of "
-            "all weights."),
+            help="Find the widths that lose least, with at most this average number of bits over "
+            "the elements of all weights."),
     _search("--max-loss", type=click.FloatRange(0), metavar="POINTS",
             help="Use as few bits as possible, losing at most this many points of the metric."),
     _search("--widths", callback=_widths, metavar="BITS,...",

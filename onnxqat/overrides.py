@@ -221,7 +221,7 @@ def _value(text: str, key: str, raw: str) -> Any:
     if key == "spec":
         return raw
     if key not in SPEC_KEYS:
-        raise RuleError(f"'{text}': unknown key '{key}'. One of {', '.join(KEYS)}.")
+        raise RuleError(f"'{text}': unknown key '{key}'. Use one of {', '.join(KEYS)}.")
     try:
         spec = msgspec.convert({key: raw}, RuleSpec, strict=False)
     except msgspec.ValidationError as error:

@@ -208,7 +208,7 @@ def _load_error(name: str, said: str) -> ModelError:
             lacking = f"onnxruntime has no {op}"
             if pattern is WITHOUT_KERNEL:
                 where = f"node '{node}'" if node else "a node"
-                lacking = f"onnxruntime cannot run {where} ({op}) on its types"
+                lacking = f"onnxruntime cannot run {where} ({op}) with its data types"
             elif pattern is UNKNOWN and found[1]:
                 lacking += f" of the domain '{found[1]}'"
             return UnknownOpError(f"{name}: {lacking}. Export without it.", op, node)

@@ -54,7 +54,7 @@ def parse_assignment(
     found = next((s for s in selectors if s.partition(":")[0] == kind), None)
     if found is None or (":" in found) != bool(pattern):
         known = ", ".join(selectors)
-        raise error(f"'{text}': unknown selector '{selector}'. One of {known}.")
+        raise error(f"'{text}': unknown selector '{selector}'. Use one of {known}.")
     if found.endswith(REGEX):
         try:
             re.compile(pattern)

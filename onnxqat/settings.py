@@ -235,8 +235,8 @@ def input_specs(model: AnyModel, beside: AnyModel | None = None) -> list[InputSp
         if shape and other and isinstance(other[0], int) and shape[0] != other[0]:
             if beside is not None and isinstance(shape[0], int):
                 raise ModelError(
-                    f"{model.name}: input '{tensor.name}' needs batches of {shape[0]}, but that of "
-                    f"{beside.name} {other[0]}. Export one of them with a dynamic batch."
+                    f"{model.name}: input '{tensor.name}' needs batches of {shape[0]}, but in "
+                    f"{beside.name} batches of {other[0]}. Export one of them with a dynamic batch."
                 )
             shape = (other[0], *shape[1:])
         kind, rows = str(tensor.dtype), _rows_looked_up(tensor)

@@ -189,8 +189,8 @@ class Widths:
         name = self.model.name
         if self.model.state == "finetuned":
             raise ModelError(
-                f"{name}: is fine-tuned for its present widths. Search the file that 'onnxqat "
-                "insert --data' wrote, and fine-tune the result."
+                f"{name}: is fine-tuned for its present widths. Search in the file that 'onnxqat "
+                "insert --data' wrote, insert with the new widths, and fine-tune again."
             )
         self._check_widths()
         if not self.free:

@@ -41,7 +41,7 @@ def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) ->
     if found.names:
         raise click.ClickException(
             f"The table '{found.table}' cannot hold {counted(len(found.names), 'name')}. "
-            "Rename every one, or give insert and strip --format onnxqat."
+            "Rename these tensors, or pass --format onnxqat to insert and strip."
         )
     if found.untrainable:
         nodes = counted(len(found.untrainable), "node")

@@ -69,7 +69,9 @@ def run(files: tuple[str, ...], jobs: int, output: str, variables: tuple[str, ..
     if not found.passed:
         wrong = [one for one in found.outcomes if one.status != "done"]
         named = ", ".join(f"'{one.name}' {one.status}" for one in wrong[:3])
-        raise click.ClickException(f"{len(wrong)} of {len(found.outcomes)} jobs: {named}.")
+        raise click.ClickException(
+            f"{len(wrong)} of {len(found.outcomes)} jobs did not succeed: {named}."
+        )
 
 
 def _print_planned(planned: list[Planned], as_json: bool) -> None:

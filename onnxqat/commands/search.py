@@ -152,7 +152,7 @@ def _print_weights(found: Search, ranking: Ranking) -> None:
         return (weight.tensor, weight.op_type, f"{weight.elements:,}", bits, *shown)
 
     say("")
-    say(f"weights, and the cost of each alone at fewer bits (points of {ranking.metric}):")
+    say(f"the cost of each weight if it alone has fewer bits (points of {ranking.metric}):")
     heads = ("weight", "op", "elements", "bits", *(f"at {width}" for width in widths))
     print_table(heads, map(row, found.weights), 2)
 

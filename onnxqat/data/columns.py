@@ -90,7 +90,7 @@ class Unreadable:
             if len(self.samples) < MAX_NAMED:
                 logger.warning("Skipped: %s", error)
             elif len(self.samples) == MAX_NAMED:
-                logger.warning("Skipped: more files, which are not named.")
+                logger.warning("More files were skipped; they are not named.")
             self.samples.add(index)
         raise BrokenError(f"{self.name}: {len(errors)} files cannot be read.")
 

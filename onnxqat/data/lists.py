@@ -56,7 +56,7 @@ def open_list(path: Path, request: Request) -> ColumnSource:
     """
     table = _table(path)
     if not any(table.values()):
-        raise DataError(f"{path}: names no samples. Write one a line.")
+        raise DataError(f"{path}: names no samples. Write one sample on each line.")
     table = {_named(title, cells): cells for title, cells in table.items()}
     labels, classes = _labels(path, table, request)
     if len(table) == 1 and len(request.inputs) == 1 and next(iter(table)) in (IMAGE, ARRAY):

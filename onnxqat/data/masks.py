@@ -80,8 +80,8 @@ class MaskReader:
                 return _classes(image)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise DataError(
-                f"{path}: cannot be read as a mask ({reason(error)}). Store gray or palette PNG, "
-                "each pixel its class."
+                f"{path}: cannot be read as a mask ({reason(error)}). Store a gray or "
+                "palette PNG, in which each pixel is a class."
             ) from error
 
     def described(self, array: NDArray[Any]) -> str:

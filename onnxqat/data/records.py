@@ -42,7 +42,7 @@ class Records:
         except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
             raise DataError(
                 f"{self.path}: sample {index} is not a JSON object ({reason(error)}). Write one "
-                "object a line."
+                "object on each line."
             ) from error
 
     def field(self, index: int, name: str) -> Any:

@@ -115,7 +115,7 @@ def _open_npy(path: Path, request: Request) -> Source:
 def _open_coco(path: Path, request: Request) -> Source:
     """Return the images that a COCO file names, with their boxes."""
     if request.boxes is not None:
-        raise DataError(f"--boxes: '{path}' has boxes of its own. Leave it out.")
+        raise DataError(f"--boxes: '{path}' has boxes of its own. Leave --boxes out.")
     names = coco_images(path)
     for name in names:
         if not is_image(Path(name)):

@@ -59,7 +59,7 @@ def open_jsonl(path: Path, request: Request) -> ColumnSource:
     request.refuse_beside(str(path))
     lines = read_lines(path, read_text(path))
     if not lines:
-        raise DataError(f"{path}: has no samples. Write one object a line.")
+        raise DataError(f"{path}: has no samples. Write one object on each line.")
     records = Records(path, lines)
     first = records[0]
     columns: dict[str, Column] = {}

@@ -97,7 +97,7 @@ class Encoder:
         except BaseException as error:  # a panic of the package is not an Exception
             raise DataError(
                 f"{self.records.path}: the tokenizer fails on its texts ({reason(error)}). Check "
-                "that it is the model's, and --max-tokens."
+                "that the tokenizer belongs to the model, and check --max-tokens."
             ) from error
 
     def tokens(self, indices: NDArray[np.int64]) -> Tokens:

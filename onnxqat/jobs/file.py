@@ -108,7 +108,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> Table:
     """Read a file and the files that it extends; return them merged."""
     if path.resolve() in children or len(children) >= MAX_EXTENDS:
         raise JobError(
-            f"{path}: 'extends' forms a circle, or a row of more than {MAX_EXTENDS} files."
+            f"{path}: 'extends' forms a circle, or a chain of more than {MAX_EXTENDS} files."
         )
     table = read_toml(path, kind="a job file", error=JobError)
     parent = table.pop("extends", None)

@@ -120,7 +120,7 @@ def _splits(source: Path) -> tuple[dict[str, Path], str]:
         return found, "no test data were found; the validation data are used as test data"
     return (
         {"train": source, "test": source},
-        "one set is used for training and test, so the figures are too good; name separate data",
+        "training and test use the same data, so the figures are too good; name separate data",
     )
 
 

@@ -25,8 +25,8 @@ FAST_SAMPLES = 30  # samples of each split in a fast test
 SPLITS = {
     "train": "Samples to fine-tune on.",
     "calibration": "Samples to calibrate on (default: those of train).",
-    "validation": "Samples to choose the best state by (default: a tenth of train).",
-    "test": "Samples to measure the figures on; nothing is chosen by them.",
+    "validation": "Samples that choose the best state (default: a tenth of train).",
+    "test": "Samples on which the figures are measured; nothing is chosen on them.",
 }
 
 Tolerance: TypeAlias = dict[str, dict[str, float]]

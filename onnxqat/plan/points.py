@@ -171,7 +171,7 @@ class PointDrafter:
         known.consumers += [e for e in edges if e not in known.consumers]
         if role == "weight" and known.spec.axis != spec.axis:
             known.spec = msgspec.structs.replace(known.spec, axis=None)
-            known.reason += ", per-tensor: its consumers disagree on the channel axis"
+            known.reason += ", per-tensor: its consumers need scales along different axes"
 
     def biases(self) -> list[QuantPoint]:
         """Return the derived point of each bias whose node has a quantized input and weight."""

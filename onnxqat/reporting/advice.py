@@ -96,8 +96,8 @@ def _of_analysis(found: AnalysisDocument, model: QuantizedModel) -> Iterator[Ste
         now, then = (cost_text(found, cost) for cost in (found.cost, advice.cost))
         yield Step(
             text=f"These layers cost most: {', '.join(advice.layers)}. With them in float, "
-            f"{cost_name(found.metric)} {then} (now {now}). Where the chip has 16 bits, they get "
-            "these.",
+            f"{cost_name(found.metric)} {then} (now {now}). If the chip has 16 bits, this "
+            "command gives them 16 bits instead.",
             commands=(_with_overrides(advice.overrides, model),),
         )
 

@@ -179,7 +179,7 @@ def _findings(found: AnalysisDocument) -> list[Child]:
         element("p", f"{title}: {', '.join(names[:WORST])}{_more(names)}.")
         for title, names in (
             ("Dead channels, with one value in all samples", dead),
-            ("Biases that are cut off by their integer width", cut),
+            ("Biases that are clipped to the range of their integers", cut),
         )
         if names
     ]

@@ -59,13 +59,14 @@ def check_scope(config: Config, scope: tuple[Scope, ...], workers: Workers) -> N
     if "blocks" not in scope:
         if config.rounding != "nearest":
             raise TrainingError(
-                f"--rounding {config.rounding} is of blocks. Pass --scope blocks, or leave it out."
+                f"--rounding {config.rounding} applies to blocks only. Pass --scope blocks, or "
+                "leave it out."
             )
         return
     if config.rounding != "nearest" and config.optimizer == "sgd":
         raise TrainingError(
-            f"--rounding {config.rounding} needs --optimizer adamw or adam: how far a variable of "
-            "rounding moves must not depend on the size of its gradient."
+            f"--rounding {config.rounding} needs --optimizer adamw or adam: the step of a rounding "
+            "variable must not depend on the size of its gradient."
         )
     if workers.size > 1:
         raise TrainingError(

@@ -155,7 +155,7 @@ def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
     """Refuse names that `strip` could not write after training."""
     refuse(
         name_problems(prepared, plan, table),
-        f"The table '{table}' could not be read. Rename these in the model, or pass --format "
+        f"The table '{table}' cannot hold some names. Rename these tensors, or pass --format "
         "onnxqat to insert and strip, which allows any name",
     )
 

@@ -80,7 +80,9 @@ class Equalization:
             listener.note(f"{line}.")
         listener.note(f"Outputs were compared on {on}.")
         if self.result.relu6.nodes:
-            listener.note("Pass your float model as --teacher to finetune, because of its ReLU6.")
+            listener.note(
+                "Pass your float model as --teacher to finetune, because a ReLU6 was replaced."
+            )
 
 
 def compared_batches(data: DataSet, batch_size: int | None = None) -> list[Feeds]:
@@ -102,12 +104,12 @@ def told(result: Equalized) -> list[str]:
     elif relus.cost:
         lines.append(
             f"{len(relus.kept)} ReLU6 were kept: without them, an output has an SQNR below "
-            f"{SMALL_DB:g} dB. Replace them with --relu6 replace"
+            f"{SMALL_DB:g} dB. To replace them all the same, pass --relu6 replace"
         )
     elif relus.kept:
         lines.append(
-            f"{len(relus.kept)} ReLU6 were kept, across which nothing can be scaled. Give data to "
-            "measure the cost of replacing them by Relu, or pass --relu6 replace"
+            f"{len(relus.kept)} ReLU6 were kept, so the layers around them were not equalized. "
+            "Give data to measure the cost of replacing them by Relu, or pass --relu6 replace"
         )
     lines += [f"Without ReLU6, output {one}" for one in relus.cost]
     if result.absorbed:

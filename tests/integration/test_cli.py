@@ -247,8 +247,14 @@ def test_table_and_stripped_model_give_back_the_fine_tuned_one(work, digits, tmp
 def test_widths_the_chip_lacks_are_said_to_be_for_study(tmp_path, caplog):
     run("insert", LENET, *RULE, *W4A4, "-o", tmp_path / "w4.onnx")
 
-    assert "4 bits for weights are for study only: sophgo-bm1684x runs 8." in caplog.messages
-    assert "4 bits for activations are for study only: sophgo-bm1684x runs 8." in caplog.messages
+    assert (
+        "4 bits for weights are for study only: the chip of sophgo-bm1684x has only 8."
+        in caplog.messages
+    )
+    assert (
+        "4 bits for activations are for study only: the chip of sophgo-bm1684x has only 8."
+        in caplog.messages
+    )
 
 
 def test_export_is_small_and_predicts_the_same(work, digits, tmp_path):

@@ -256,7 +256,7 @@ def test_broken_jobs_do_not_stop_the_others(here):
     assert list(good["figures"]) == ["float", "post-training", "integer"]
     assert "broken.onnx" in bad["message"]
     assert "'modell' is unknown. The nearest: 'model'" in jobs["wrong"]["message"]
-    assert "3 of 3 jobs: 'matrix-lenet5-tensorrt' missed" in result.stderr
+    assert "3 of 3 jobs did not succeed: 'matrix-lenet5-tensorrt' missed" in result.stderr
 
 
 def test_a_crash_is_one_failed_job(here, monkeypatch):

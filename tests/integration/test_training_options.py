@@ -155,7 +155,7 @@ def test_frozen_weights_are_in_the_result_as_they_were(work, tmp_path):
         (("--resume",), 1, "no such file. Leave out --resume to start"),
         (("--log", "{folder}/none/log"), 1, "directory '{folder}/none' does not exist"),
         (("--quant-delay", 99), 1, "--quant-delay 99: the run has only 22 steps"),
-        (("--preset", "nobody"), 2, "No preset 'nobody'. One of horizon."),
+        (("--preset", "nobody"), 2, "No preset 'nobody'. Use one of horizon."),
         (("--accumulate", 99), 1, "too few for 99 batches of 16"),
     ],
 )

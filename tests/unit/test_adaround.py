@@ -273,7 +273,7 @@ def test_frozen_weights_stay_as_they_are(coarse, data):
 
 
 def test_rounding_is_learned_in_blocks_alone(coarse, data):
-    with pytest.raises(TrainingError, match="--rounding adaround is of blocks"):
+    with pytest.raises(TrainingError, match="--rounding adaround applies to blocks only"):
         finetune(coarse, data, config=Config(rounding="adaround"))
     with pytest.raises(TrainingError, match="rounding"):
         Config(rounding="stochastic")

@@ -42,5 +42,5 @@ def test_presets_are_right():
     assert preset_names() == ["horizon"]
     for name in preset_names():
         Config(**preset(name))
-    with pytest.raises(TrainingError, match=r"No preset 'sony'\. One of horizon"):
+    with pytest.raises(TrainingError, match=r"No preset 'sony'\. Use one of horizon"):
         preset("sony")

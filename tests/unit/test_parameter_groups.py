@@ -197,7 +197,7 @@ def test_clipping_leaves_frozen_parameters_out(model):
         ("weight:a.lr=1", "unknown selector 'weight:a'"),
         ("name:.lr=1", "unknown selector 'name:'"),
         ("name:(.lr=1", r"'\(' is not a regular expression"),
-        ("weight.rate=1", "unknown key 'rate'. One of lr, weight_decay"),
+        ("weight.rate=1", "unknown key 'rate'. Use one of lr, weight_decay"),
         ("weight.freeze=yes", "freeze takes true or false"),
         ("weight.lr=fast", "'fast' is not a number"),
         ("weight.lr=nan", "lr = nan. Give 0 or more"),

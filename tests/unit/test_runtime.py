@@ -102,7 +102,7 @@ def test_data_of_another_shape_or_dtype_are_an_error_of_the_data(feeds, message)
             model("Relu", [("x", TensorProto.BFLOAT16, ["N"])]),
             "Relu",
             "the_node",
-            r"cannot run node 'the_node' \(Relu\) on its types",
+            r"cannot run node 'the_node' \(Relu\) with its data types",
         ),
     ],
 )

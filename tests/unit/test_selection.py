@@ -155,8 +155,8 @@ def test_a_kept_start_is_said_with_the_numbers():
 
     (note,) = verdict(START, tried, 0, BY_LOSS)
     assert note == (
-        "the start was kept, and OUT contains its parameters: no epoch had a better loss, the best "
-        "being 2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, "
+        "the start was kept, and OUT contains its parameters: no epoch had a better loss; the best "
+        "epoch was 2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, "
         "0.3 after epoch 2)"
     )
     assert "no epoch was completed" in verdict(START, [], 0, BY_LOSS)[0]
@@ -168,7 +168,8 @@ def test_a_disagreement_is_said_with_both_choices():
     (note,) = verdict(START, tried, 2, BY_LOSS)
     assert note == (
         "loss and agreement disagree: the loss is lowest at epoch 2 (loss 0.1, agreement 94.00 %), "
-        "agreement highest at epoch 1 (loss 0.19, agreement 95.00 %); loss chose: few samples"
+        "agreement highest at epoch 1 (loss 0.19, agreement 95.00 %); the state is chosen by loss: "
+        "few samples"
     )
     assert verdict(START, [(1, figures(agreement=0.95, loss=0.1))], 1, BY_LOSS) == ()
     assert verdict(START, [(1, figures(agreement=0.9, loss=0.1))], 1, BY_LOSS) == ()

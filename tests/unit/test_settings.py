@@ -211,7 +211,7 @@ def test_models_that_run_beside_each_other_take_the_batch_of_the_one_that_is_fix
     for pair in ((model, other), (other, model)):
         assert input_specs(*pair)[0].shape == (2, 3, 8, 8)
     model.graph.inputs[0].shape = (4, 3, 8, 8)
-    with pytest.raises(ModelError, match=r"needs batches of 4, but that of other\.onnx 2"):
+    with pytest.raises(ModelError, match=r"needs batches of 4, but in other\.onnx batches of 2"):
         input_specs(model, other)
 
 

@@ -99,7 +99,7 @@ class CutNetwork:
             return
         names = [name for block in self.blocks for name in block.outputs]
         found = theirs.graph.tensors()
-        advice = "Give the float model that 'insert' was given, equalized if that one was."
+        advice = "Give the float model of 'insert'; after --equalize, the equalized one."
         for name in names:
             if name not in found:
                 raise TrainingError(

@@ -132,15 +132,17 @@ def _by_labels(output: Output, labels: int | None) -> Part:
     if labels is None or not isinstance(classes, int) or labels >= COVERED * classes:
         return Part(output=output.name, kind="cross-entropy", reason="the labels of the data")
     reason = (
-        f"the labels cover only {labels} of its {classes} classes, and training on them would "
-        "forget the others (to use them, pass --loss cross-entropy+kl)"
+        f"the labels cover only {labels} of its {classes} classes, and training on them would make "
+        "the model forget the others (to use them, pass --loss cross-entropy+kl)"
     )
     return Part(output=output.name, kind=None, reason=reason)
 
 
 def _part(output: Output) -> Part:
     if not output.learned:
-        return Part(output=output.name, kind=None, reason="it is not float32, so has no gradient")
+        return Part(
+            output=output.name, kind=None, reason="it is not float32, so it has no gradient"
+        )
     if output.scores is None:
         return Part(output=output.name, kind="mse", reason="values, not class scores")
     return Part(output=output.name, kind="kl", reason=_described(output.scores, output))
@@ -164,7 +166,7 @@ def _balanced(part: Part, output: Output, spreads: Mapping[Key, float]) -> Part:
     """Divide a term by the variance of its output, or by those of the output's parts."""
     variance = spreads[output.name, None, 0]
     if not variance > 0 or not np.isfinite(variance):
-        reason = f"the float model's variance there is {variance:g}, so it cannot be learned from"
+        reason = f"the float model's variance there is {variance:g}, so nothing can be learned"
         return replace(part, kind=None, reason=reason)
     apart = max(
         output.joined, key=lambda one: _ratio(_of_parts(output, one, spreads)), default=None

@@ -224,8 +224,8 @@ def _term(match: re.Match[str], where: str) -> Term:
         )
     if kind not in KINDS and (output or array):
         raise TrainingError(
-            f"--loss: '{kind}' {where} has an output or array behind it. The inputs of a file name "
-            "the values that they read. Leave it out."
+            f"--loss: '{kind}' {where} is followed by an output or array. Leave these out: the "
+            "inputs of the file name the values that they read."
         )
     if kind in KINDS and KINDS[kind] == "array" and array is None:
         raise TrainingError(

@@ -48,7 +48,7 @@ def _start_kept(before: Evaluation, tried: Tried, selection: Selection) -> str:
         for name, value in figures_of(before).items()
         if name in (figure, LOSS, *SHARES) and name in now
     )
-    return f"{kept}no epoch had a better {figure}, the best being {epoch} ({numbers})"
+    return f"{kept}no epoch had a better {figure}; the best epoch was {epoch} ({numbers})"
 
 
 def _other_choice(before: Evaluation, tried: Tried, selection: Selection) -> list[str]:
@@ -64,7 +64,8 @@ def _other_choice(before: Evaluation, tried: Tried, selection: Selection) -> lis
     note = (
         f"loss and {share} disagree: the loss is lowest at {_place(by_loss)} "
         f"({_both(found[by_loss], share)}), {share} highest at {_place(by_share)} "
-        f"({_both(found[by_share], share)}); {selection.figure} chose: {selection.reason}"
+        f"({_both(found[by_share], share)}); the state is chosen by {selection.figure}: "
+        f"{selection.reason}"
     )
     return [note]
 

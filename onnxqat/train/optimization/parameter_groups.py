@@ -113,7 +113,7 @@ def parse_parameter_group(text: str) -> ParameterGroup:
 def _field(text: str, key: str, raw: str) -> tuple[str, float | None]:
     """Return the field of `Rates` that ``KEY=VALUE`` sets, and its value."""
     if key not in KEYS:
-        raise TrainingError(f"'{text}': unknown key '{key}'. One of {', '.join(KEYS)}.")
+        raise TrainingError(f"'{text}': unknown key '{key}'. Use one of {', '.join(KEYS)}.")
     if key == "freeze":
         if raw not in ("true", "false"):
             raise TrainingError(f"'{text}': freeze takes true or false.")

@@ -31,6 +31,6 @@ def preset(name: str) -> dict[str, Any]:
     'moving-average'
     """
     if name not in preset_names():
-        raise TrainingError(f"No preset '{name}'. One of {', '.join(preset_names())}.")
+        raise TrainingError(f"No preset '{name}'. Use one of {', '.join(preset_names())}.")
     file = resources.files(__name__) / f"{name}.toml"
     return tomllib.loads(file.read_text(encoding="utf-8"))
