@@ -416,8 +416,8 @@ training_options = _options(
                show_default=True, help="Optimizer of weights and scales."),
     _optimizer("--lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
                help="Learning rate of the weights; for adam and adamw relative to the size of each "
-               "channel (default 0.0005, or 0.002 if the optimizer is sgd or a tensor has fewer than "
-               "8 bits)."),
+               "channel (default 0.0005, or 0.002 if the optimizer is sgd or a tensor has fewer "
+               "than 8 bits)."),
     _optimizer("--scale-lr", type=click.FloatRange(0, min_open=True), metavar="RATE",
                help="Learning rate of the scales' logarithms (default 0.001)."),
     _optimizer("--momentum", type=click.FloatRange(0, 1), metavar="M",
