@@ -156,8 +156,8 @@ def test_a_kept_start_is_said_with_the_numbers():
     (note,) = verdict(START, tried, 0, BY_LOSS)
     assert note == (
         "the start was kept, and OUT contains its parameters: no epoch had a better loss; the best "
-        "epoch was 2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the start, "
-        "0.3 after epoch 2)"
+        "epoch was 2 (agreement 90.00 % at the start, 88.00 % after epoch 2; loss 0.2 at the "
+        "start, 0.3 after epoch 2)"
     )
     assert "no epoch was completed" in verdict(START, [], 0, BY_LOSS)[0]
 
