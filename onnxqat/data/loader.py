@@ -52,12 +52,12 @@ def open_data(
     ----------
     source : str, Path, mapping of str to array, or iterable of such mappings
         A path, see `onnxqat.data.sources`, or ``module:function`` (which is imported and called).
-        Or arrays by name as an ``.npz`` file has them, whole or batch by batch: the latter are
-        written to temporary files once.
+        Or arrays by name as an ``.npz`` file has them, whole or batch by batch; batches are written
+        to temporary files once.
     inputs : sequence of InputSpec
         The model's inputs. Each takes the array of its name; a single input also takes the
         only array that is not the labels. Folders and lists of images have the arrays ``image``
-        and ``label``, and those of `onnxqat.data.beside`; of ``.npy`` files ``array``.
+        and ``label``, and those of `onnxqat.data.beside`; those of ``.npy`` files have ``array``.
     preprocessing : Preprocessing
         Preprocessing of image inputs (rank 4, float or uint8). Mean and scale apply to float inputs
         only.

@@ -63,7 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     epochs : int or None
         The number of epochs. None: enough for about 2,000 steps, at most 10.
     minutes : float or None
-        In the place of ``epochs``: as many as fit into this time, by the time of the first steps.
+        Instead of ``epochs``: as many epochs as fit into this time, estimated from the first steps.
     batch_size : int or None
         Samples per batch. None: the model's fixed batch size, or 16.
     accumulate : int or None
@@ -71,8 +71,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         result is that of one larger batch. None: 1; if the model's batch is fixed, as many as make
         steps of about 16 samples over all processes.
     memory_budget : int or None
-        Megabytes that a step may take, by an estimate; batches are divided so that it does, and
-        their gradients averaged. None: whatever it takes.
+        Megabytes that a step may take, estimated from the graph; batches are divided to stay below
+        this, and their gradients are averaged. None: no limit.
     method : {"lsq", "lsq+", "pact", "dsq", "moving-average", "ste"}
         How scales and zero_points are trained if the plan does not say, see
         `onnxqat.train.fake_quantize`.
@@ -87,7 +87,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     lr : float or None
         Learning rate of the weights. For Adam it is relative to the weight's size: a step moves
         a weight by about ``lr`` times the root mean square of its output channel. None: chosen by
-        the bits of the plan, see `onnxqat.train.optimization.parameter_groups.base_rate`.
+        the optimizer and the bits of the plan, see
+        `onnxqat.train.optimization.parameter_groups.base_rate`.
     scale_lr : float
         Learning rate of the logarithms of the scales.
     momentum, nesterov : float, bool
@@ -114,7 +115,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         or ``loss``, or a metric by name or ``module:function``. The prefix ``integer:`` measures it
         in the chip's integer arithmetic. None: see `onnxqat.train.selection.selection_of`.
     decode : str or None
-        How outputs are decoded to boxes, for a metric of boxes. None: found by their shapes.
+        How outputs are decoded to boxes, for a metric of boxes. None: chosen by their shapes.
     patience : int or None
         The number of epochs without a better state after which training ends.
     augment : tuple of str

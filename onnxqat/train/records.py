@@ -126,7 +126,7 @@ class Finetuned:
     samples_per_second : float or None
         How fast the steps of the epochs were; None with fewer than two.
     device : str
-        Where they ran: ``cuda:0 (tf32)``.
+        Where the steps ran, such as ``cuda:0 (tf32)``.
     """
 
     model: QuantizedModel

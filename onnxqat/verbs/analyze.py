@@ -53,7 +53,7 @@ def analyze(
         The cost of a layer: ``error``, the name of a built-in metric, or your own function or its
         name, see `onnxqat.analysis.sensitivity`.
     decode : str, optional
-        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: chosen by
         their shapes).
     rules : str, Path or HardwareRule, optional
         The rule that the model was made with (default: the bundled rule of that name).

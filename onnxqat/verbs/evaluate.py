@@ -60,7 +60,7 @@ def evaluate(
         Further metrics: names of built-in metrics, or your own functions or their names, see
         `onnxqat.evaluation.metrics.named`.
     decode : str, optional
-        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: chosen by
         their shapes).
     labelled : bool
         Refuse data without labels.

@@ -90,7 +90,7 @@ def search(
         The cost of a model: ``error``, the name of a metric, or your own function or its name; see
         `onnxqat.analysis.sensitivity`.
     decode : str, optional
-        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: found by
+        How outputs are decoded to boxes, see `onnxqat.evaluation.decoders` (default: chosen by
         their shapes).
     val_data : path, arrays or DataSet, optional
         Samples on which models are measured (default: those of ``data`` that do not rank weights).
