@@ -50,7 +50,7 @@ def test_a_gpu_that_cannot_be_used_is_told_with_what_to_look_at(monkeypatch):
     """As of the GPU's package on a machine without one: a session is given the CPU instead."""
     found = ["CUDAExecutionProvider", *ort.get_available_providers()]
     monkeypatch.setattr(ort, "get_available_providers", lambda: found)
-    said = rf"^--device cuda:2: .* cannot use GPU 2 \(.*\)\. See .* {INSTALL}"
+    said = rf"^--device cuda:2: .* cannot use GPU 2 \(.*\)\. Run nvidia-smi: .* {INSTALL}"
     with pytest.raises(OptionError, match=said):
         find_device("cuda:2")
     assert find_device("auto") == CPU
