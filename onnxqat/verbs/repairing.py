@@ -108,8 +108,9 @@ def told(result: Equalized) -> list[str]:
         )
     elif relus.kept:
         lines.append(
-            f"{len(relus.kept)} ReLU6 were kept, so the layers around them were not equalized. "
-            "Give data to measure the cost of replacing them by Relu, or pass --relu6 replace"
+            f"{len(relus.kept)} ReLU6 were kept, so the layers before and after each one were not "
+            "equalized with each other. Give data to measure the cost of replacing them by Relu, "
+            "or pass --relu6 replace"
         )
     lines += [f"Without ReLU6, output {one}" for one in relus.cost]
     if result.absorbed:

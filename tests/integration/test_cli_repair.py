@@ -160,7 +160,10 @@ def test_data_decide_whether_relu6_is_replaced(digits, tmp_path):
     assert "Without ReLU6, output 'output': largest difference" in with_data.stderr
     assert "Outputs were compared on at most 64 samples." in with_data.stderr
     assert "Clip" not in {node.op for node in load_model(tmp_path / "a.onnx").floats.graph.nodes}
-    assert "2 ReLU6 were kept, so the layers around them were not equalized." in without.stderr
+    assert (
+        "2 ReLU6 were kept, so the layers before and after each one were not equalized"
+        in without.stderr
+    )
     assert load_model(tmp_path / "b.onnx").source
 
 
