@@ -442,9 +442,11 @@ def report_case(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="of an environment with torch")
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python of an environment with torch"
+    )
     parser.add_argument("--cpu", action="store_true", help="tiny networks on the CPU")
-    parser.add_argument("--seconds", type=float, default=220, help="begin no part after these")
+    parser.add_argument("--seconds", type=float, default=220, help="begin no part after this time")
     names = ("resnet18", "mobilenet_v2", "yolov5s_like", "vit_tiny")
     parser.add_argument("--only", nargs="+", choices=names, default=list(names))
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)

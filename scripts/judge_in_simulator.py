@@ -92,8 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="samples that the training has not seen")
     parser.add_argument("models", type=Path, nargs="+", help="Q/DQ models of a Sophgo rule")
-    parser.add_argument("--metric", default="top1", help="as of evaluate (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument(
+        "--metric", default="top1", help="a metric of evaluate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=200, help="number of samples (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", type=Path, help="copy the best model here")
     given = parser.parse_args()
     python = os.environ.get(TOOL.variable)

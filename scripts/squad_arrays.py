@@ -105,10 +105,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("squad", type=Path, help="a .json file of SQuAD 1.1 or 2.0")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the model's tokenizer.json")
-    parser.add_argument("--length", type=int, default=LENGTH, help="tokens (default: %(default)s)")
-    parser.add_argument("--stride", type=int, default=STRIDE, help="tokens (default: %(default)s)")
-    parser.add_argument("--samples", type=int, help="so many questions, drawn from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="tokens in a part (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=STRIDE,
+        help="tokens by which parts overlap (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, help="number of questions, drawn at random (default: all)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random choice (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="an .npz file")
     given = parser.parse_args()
     found = list(questions(given.squad))
