@@ -8,18 +8,39 @@ rule qnn-htp or qnn-htp-16. The export is that of ``onnxqat export --format onnx
 batch of 1, as the HTP takes no free lengths. No node may run on the CPU: onnxruntime then refuses
 the model. scripts/vendor_check.py describes the form.
 
-Fails if a layer is more than two levels off, or if fewer than 99 % of the predictions agree.
+``integer`` compares the emulator with the integer evaluation instead: the predictions, and the
+same layers. Fails if a layer is more than two levels of 8 bits off the Q/DQ model, or if fewer than
+99 % of the predictions agree.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import onnx
-from vendor_check import Environment, Feeds, Findings, Tolerance, Tool, compare, main
+from vendor_check import (
+    LAYER_SAMPLES,
+    Environment,
+    Feeds,
+    Findings,
+    Integers,
+    Layer,
+    Tolerance,
+    Tool,
+    agreement,
+    compare,
+    inputs_of,
+    layers_of,
+    levels_between,
+    main,
+)
 
 from onnxqat.formats import EXPORTS
 from onnxqat.quantized import QuantizedModel
 
 TOOL = Tool("Qualcomm HTP emulator", "ONNXQAT_QNN", "onnxruntime-qnn")
+LEVELS_PER_8_BITS = 256  # of 16 bits
 TOLERANCE = Tolerance(differing=1.0, levels=2, predictions=0.99)
 LOAD = """
 from importlib.metadata import files
@@ -56,10 +77,33 @@ def one_sample(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True)
 
 
+def integer_findings(
+    model: QuantizedModel, layers: Sequence[Layer], feeds: Feeds, environment: Environment
+) -> dict[str, Any]:
+    """Return how the emulator's results, which were computed, compare with integer evaluation."""
+    ours = Integers(model)
+    values = inputs_of(model, layers, {k: v[:LAYER_SAMPLES] for k, v in feeds.items()})
+    alone = {}
+    for i, layer in enumerate(layers):
+        expected = ours.layer(layer, {name: values[name] for name in layer.inputs})
+        found = levels_between(environment.result(f"{i:04}"), expected, layer.scale)
+        alone[layer.output] = dict(zip(("differing", "max_levels"), found, strict=True))
+    agreeing = agreement(environment.result("whole"), ours.whole(feeds))
+    return {"predictions": agreeing, "layers": alone}
+
+
 def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Findings:
     """Run the export in the emulator."""
+    layers = layers_of(model)
     exported = one_sample(EXPORTS["onnxruntime"](model).to_proto())
-    return compare(environment, model, exported, feeds, LOAD)
+    findings = compare(environment, model, exported, feeds, LOAD, layers=layers)
+    findings.more["integer"] = integer_findings(model, layers, feeds, environment)
+    if model.plan.rule == "qnn-htp-16":
+        findings.layers = {
+            name: (differing, levels / LEVELS_PER_8_BITS)
+            for name, (differing, levels) in findings.layers.items()
+        }
+    return findings
 
 
 if __name__ == "__main__":

@@ -143,11 +143,12 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes
     ----------
-    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift"}
+    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift", "hmx"}
         How an accumulated sum becomes an output integer, with M = s_x * s_w / s_y. ``float``:
         multiply by M in float32; ``multiplier``: multiply by an integer, then one rounding shift
         (the pair nearest to M); ``gemmlowp``: multiply by an integer of 31 bits, round at 2**31,
-        then a rounding shift; ``shift``: M is a power of two.
+        then a rounding shift; ``shift``: M is a power of two; ``hmx``: as Qualcomm's HTP, see
+        `onnxqat.evaluation.integer.hmx`.
     rounding : {"half-even", "half-away", "half-up"}
         How the last step of the requantization rounds.
     bias_rounding : {"half-even", "half-away", "half-up"}
@@ -167,7 +168,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         only move values need no entry.
     """
 
-    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift"]
+    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift", "hmx"]
     rounding: Rounding = "half-even"
     bias_rounding: Rounding = "half-even"
     float_rounding: Rounding = "half-even"

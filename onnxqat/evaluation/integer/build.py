@@ -17,6 +17,7 @@ from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.averages import build_mean, is_spatial
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, fused_ops, make_context
 from onnxqat.evaluation.integer.epilogue import has_only_limits, make_target
+from onnxqat.evaluation.integer.hmx import concatenate_on_vectors
 from onnxqat.evaluation.integer.kernels import (
     add,
     add_constant,
@@ -47,7 +48,7 @@ KEEPS_SIZE = "Abs"  # |qmin| may be qmax + 1: the step saturates it
 MOVES = (*(op for op, facts in OPERATORS.items() if facts.movement), KEEPS_SIZE)
 MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 ELEMENTWISE = ("Add", "Sub", "Mul")
-INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu")
+INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu", "Concat")
 
 
 def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
@@ -111,7 +112,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
         return build_product
     if group.kind in MEANS:
         return build_mean if is_spatial(group.nodes[0]) else _float
-    return _elementwise if group.kind in ELEMENTWISE else _leaky_relu
+    return {"Concat": _concatenate, "LeakyRelu": _leaky_relu}.get(group.kind, _elementwise)
 
 
 def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
@@ -219,6 +220,26 @@ def _elementwise(context: Context, group: FusedOp, operands: Sequence[Operand]) 
         kernel = add(grids, target.grid, arithmetic, subtract=node.op == "Sub")
     sources = tuple(o.tensor for o in pair)
     return ElementwiseStep(sources=sources, constants=constants, kernel=kernel, target=target)
+
+
+def _concatenate(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
+    target = make_target(context, group)
+    if target is None:
+        return _float(context, group, operands)
+    if context.arithmetic.requantize != "hmx":
+        _refuse(context, group, "its arithmetic from several grids to one is unknown")
+    grids = [context.grids[o.tensor] for o in operands]
+    constants = {
+        o.tensor: grid.quantize(o.values, "half-even")
+        for o, grid in zip(operands, grids, strict=True)
+        if o.values is not None
+    }
+    return ElementwiseStep(
+        sources=tuple(o.tensor for o in operands),
+        constants=constants,
+        kernel=concatenate_on_vectors(grids, target.grid, int(group.nodes[0].attrs["axis"])),
+        target=target,
+    )
 
 
 def _with_constant(

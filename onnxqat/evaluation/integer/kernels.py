@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.grid import Grid
+from onnxqat.evaluation.integer.hmx import add_on_vectors
 from onnxqat.evaluation.integer.requantize import nearest_multiplier, ratio, requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array, divide, round_levels, shift_right
 from onnxqat.rules import Arithmetic
@@ -47,8 +48,10 @@ def add(
     ``multiplier`` with ``rescaled_operands``: round each operand to the output's scale, then add.
     ``gemmlowp``: add at twice the larger scale with 20 extra bits, then round
     (``reference/integer_ops/add.h``). ``shift``, and ``multiplier`` without ``rescaled_operands``:
-    add operands of equal scale, then round.
+    add operands of equal scale, then round. ``hmx``: see `add_on_vectors`.
     """
+    if arithmetic.requantize == "hmx":
+        return add_on_vectors(operands, output, subtract=subtract)
     a, b = operands
     sign = -1 if subtract else 1
     if arithmetic.requantize == "float":

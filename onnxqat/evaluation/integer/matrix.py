@@ -13,15 +13,17 @@ from onnxqat.errors import PlanError, RuleError
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
 from onnxqat.evaluation.integer.epilogue import float_limits, make_target
 from onnxqat.evaluation.integer.grid import Grid
+from onnxqat.evaluation.integer.hmx import HalvedConvolution, convert_sums
 from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
-from onnxqat.evaluation.integer.requantize import ratio, requantizer
+from onnxqat.evaluation.integer.requantize import Requantizer, ratio, requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
 from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Target
-from onnxqat.nodes import is_convolution, is_plain_product
+from onnxqat.nodes import is_convolution, is_depthwise, is_plain_product
 
 __all__ = ["build_product"]
 
 MAX_BITS = 8  # sums of products of wider integers may overflow int32
+HALVES_BITS = 16  # the HTP keeps the sums of wider activations in two halves
 
 
 def build_product(context: Context, group: FusedOp, operands: Sequence[Operand]) -> ProductStep:
@@ -29,7 +31,7 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name and o.index < 2]
     grids = [context.grids[o.tensor] for o in pair]
-    _check(node, grids)
+    _check(node, grids, HALVES_BITS if arithmetic.requantize == "hmx" else MAX_BITS)
     activations = [i for i, o in enumerate(pair) if o.values is None]
     target = make_target(context, group) or FloatTarget(
         tensor=group.outputs[0], limits=float_limits(group)
@@ -37,10 +39,19 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
     spread = _spreader(node, pair)
     scales = [spread(g.scale, g is grids[1]) for g in grids]
     bias, error = _bias(context, group, scales, spread)
-    requantize = None
+    requantize: Requantizer | None = None
     if isinstance(target, Target):
         scale = ratio(arithmetic, *scales, divisor=target.grid.scale)
-        requantize = requantizer(arithmetic, scale, arithmetic.multiplier_bits)
+        if arithmetic.requantize == "hmx" and not _is_on_vectors(node):
+            offsets = _offsets(node, pair, grids)
+            requantize = convert_sums(
+                scale,
+                target.grid,
+                bias=bias,
+                offsets=None if offsets is None else spread(offsets, True),
+            )
+        else:
+            requantize = requantizer(arithmetic, scale, arithmetic.multiplier_bits)
     return ProductStep(
         sources=tuple(pair[i].tensor for i in activations),
         grids=tuple(grids[i] for i in activations),
@@ -53,10 +64,31 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
     )
 
 
-def _check(node: gs.Node, grids: Sequence[Grid]) -> None:
-    if any(g.spec.bits > MAX_BITS for g in grids):
+def _is_on_vectors(node: gs.Node) -> bool:
+    """Return whether the HTP rounds a convolution only once, which its matrix unit does not."""
+    return is_depthwise(node) and any(stride > 1 for stride in node.attrs.get("strides", ()))
+
+
+def _offsets(node: gs.Node, pair: Sequence[Operand], grids: Sequence[Grid]) -> Int64Array | None:
+    """Return the zero point of the input times the sum of each output's weights, shape (O,).
+
+    None if there is no constant weight, or in a ConvTranspose, whose borders sum fewer of them.
+    """
+    weight = pair[1].values
+    if weight is None or node.op == "ConvTranspose":
+        return None
+    levels = grids[1].centered(grids[1].quantize(weight, "half-even")).astype(np.int64)
+    if is_convolution(node):
+        sums = levels.sum(axis=tuple(range(1, levels.ndim)))
+    else:
+        sums = levels.sum(axis=-1 if node.attrs.get("transB", 0) else 0)
+    return np.asarray(sums * np.int64(grids[0].params.zero_point))
+
+
+def _check(node: gs.Node, grids: Sequence[Grid], most: int) -> None:
+    if any(g.spec.bits > most for g in grids):
         raise RuleError(
-            f"Node '{node.name}': integer evaluation supports at most {MAX_BITS} bits. "
+            f"Node '{node.name}': integer evaluation supports at most {most} bits. "
             "Evaluate with --mode qdq."
         )
     if not is_plain_product(node):
@@ -135,9 +167,8 @@ def _sums(
         low, high = grids[0].limits
         zero_point = int(grids[0].params.zero_point)
         largest = max(zero_point - low, high - zero_point)
-        return ExactConvolution(
-            context.protos[node.name], weight, largest, context.opset, context.threads
-        )
+        kind = HalvedConvolution if grids[0].spec.bits > MAX_BITS else ExactConvolution
+        return kind(context.protos[node.name], weight, largest, context.opset, context.threads)
     return _matmul(node, constants)
 
 

@@ -102,6 +102,9 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
     if arithmetic.requantize == "float":
         factor = np.asarray(scale, np.float32)
         return lambda sums: round_levels(sums.astype(np.float32) * factor, rounding)
+    if arithmetic.requantize == "hmx":  # not of its matrix unit, see hmx.convert_sums
+        exact = np.asarray(scale, np.float64)
+        return lambda sums: round_levels(sums * exact, rounding)
     if arithmetic.requantize == "multiplier":
         multiplier, shift = nearest_multiplier(scale, bits)
         return lambda sums: shift_right(sums * multiplier, shift, rounding)
