@@ -5,6 +5,9 @@
 PYTHON is the interpreter of an environment with openvino. The export is that of
 ``onnxqat export --format openvino``, run on the CPU. scripts/vendor_check.py describes the form.
 
+On a CPU without VNNI, sums of two products saturate, and layers differ by more. Weights of 7 bits
+(``onnxqat insert --set weight.bits=7``) avoid it.
+
 Fails if a layer is more than one level off, if fewer than 99 % of the predictions agree, or if a
 convolution or matrix product does not run in 8 bits. ``kinds`` counts the nodes that OpenVINO made
 of the whole model, with their precisions.

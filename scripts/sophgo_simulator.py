@@ -25,10 +25,10 @@ SIMULATE = """
 import os, sys, numpy as np
 from tools.model_runner import mlir_inference
 os.chdir("chip")
-x, found = np.load("inputs.npz"), {}
+x, found = dict(np.load("inputs.npz")), {}
 count = int(sys.argv[1])
-for i in range(len(x[x.files[0]])):
-    one = {name: x[name][i : i + 1] for name in x.files}
+for i in range(len(next(iter(x.values())))):
+    one = {name: values[i : i + 1] for name, values in x.items()}
     for name, values in mlir_inference(one, sys.argv[2], dump_all=i < count).items():
         found.setdefault(name, []).append(values)
 np.savez("outputs.npz", **{name: np.concatenate(v) for name, v in found.items()})
@@ -43,7 +43,7 @@ def variables(environment: Environment) -> dict[str, str]:
     )
     base = Path(environment.run_code(find).splitlines()[-1])
     calls = environment.folder / "calls"  # run the tools with the given interpreter
-    calls.mkdir()
+    calls.mkdir(exist_ok=True)
     for tool in ("model_transform.py", "model_deploy.py"):
         call = calls / tool
         call.write_text(

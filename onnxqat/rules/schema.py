@@ -162,6 +162,9 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rescaled_operands : bool
         Whether an Add rounds each operand to the output's scale before adding, and constants of
         Add, Sub and Mul get the compiler's own scale: absmax / 127, or / 255.
+    fused_attention : bool
+        Whether the compiler makes one op of an attention block, see
+        `onnxqat.evaluation.integer.attention`.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
         Op types that run in integers (``integer``), by a look-up table over all integers
         (``table``), or in float between DequantizeLinear and QuantizeLinear (``float``). Ops that
@@ -175,6 +178,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     multiplier_bits: int = 32
     operand_bits: int = 32
     rescaled_operands: bool = False
+    fused_attention: bool = False
     integer: tuple[str, ...] = ()
     table: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = msgspec.field(default=(), name="float")

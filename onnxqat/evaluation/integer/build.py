@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
+from onnxqat.evaluation.integer.attention import attention_steps, find_attention
 from onnxqat.evaluation.integer.averages import build_mean, is_spatial
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, fused_ops, make_context
 from onnxqat.evaluation.integer.epilogue import has_only_limits, make_target
@@ -68,11 +69,13 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
     context = make_context(model, rule, arithmetic, threads)
     steps: list[Step] = []
     written = [t.name for t in context.graph.inputs]
-    for group in [None, *fused_ops(context, model.plan.chains)]:
+    groups = fused_ops(context, model.plan.chains)
+    fused = _attention(context, groups)
+    for group in [None, *groups]:
         if group is not None:
-            step, names = _build(context, group)
+            step = fused.get(group.outputs[0]) or _build(context, group)
             steps.append(step)
-            written = [] if not isinstance(step, FloatStep) else names
+            written = group.outputs if isinstance(step, FloatStep) else []
         steps += (
             QuantizeStep(tensor=name, grid=context.grids[name], rounding=arithmetic.float_rounding)
             for name in written
@@ -81,10 +84,18 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
     return steps
 
 
-def _build(context: Context, group: FusedOp) -> tuple[Step, list[str]]:
+def _build(context: Context, group: FusedOp) -> Step:
     operands = context.operands(group)
     make = _choose(context, group, operands)
-    return make(context, group, operands), group.outputs
+    return make(context, group, operands)
+
+
+def _attention(context: Context, groups: Sequence[FusedOp]) -> dict[str, Step]:
+    """Return the steps of the attention blocks that the chip's compiler fuses, by output."""
+    if not context.arithmetic.fused_attention:
+        return {}
+    blocks = find_attention(context, groups)
+    return dict(step for block in blocks for step in attention_steps(context, block))
 
 
 Maker = Callable[[Context, FusedOp, Sequence[Operand]], Step]
