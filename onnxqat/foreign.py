@@ -36,6 +36,7 @@ from onnxqat.preparation.passthrough import remove_passthroughs
 from onnxqat.qparams import (
     QuantParams,
     QuantSpec,
+    center,
     choose_qparams,
     power_of_two,
     quantized_range,
@@ -306,6 +307,7 @@ def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> Qu
         spec.signedness not in (kind, "from_range")
         or params.zero_point.dtype != storage_dtype(spec, signed=params.signed)
         or (spec.symmetric and np.any(params.zero_point))
+        or (spec.off_center and np.any(params.zero_point == center(params.zero_point.dtype)))
         or params.scale.size != (channels or 1)
         or (params.scale.size > 1 and foreign.axis != spec.axis)
         or (spec.power_of_two and not np.array_equal(power_of_two(params.scale), params.scale))

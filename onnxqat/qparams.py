@@ -36,6 +36,7 @@ __all__ = [
     "Rounding",
     "Signedness",
     "aligned",
+    "center",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
@@ -69,6 +70,9 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         zero_point is 0; the clipping range is ``[-t, t]`` (signed) or ``[0, t]`` (unsigned).
     narrow_range : bool
         Leave out the most negative integer, so that the range is ``[-qmax, qmax]``.
+    off_center : bool
+        zero_point is never the center of its dtype: 0 of int8, 128 of uint8 (asymmetric only). For
+        compilers that take such a tensor for a symmetric one and change its scale.
     power_of_two : bool
         The scale is the smallest power of two that covers the range (symmetric only).
     rounding : {"half-even", "half-away", "half-up"}
@@ -98,6 +102,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     signedness: Signedness = "signed"
     symmetric: bool = True
     narrow_range: bool = False
+    off_center: bool = False
     power_of_two: bool = False
     rounding: Rounding = "half-even"
     axis: int | None = None
@@ -239,9 +244,50 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     zero_point = (
         np.zeros_like(scale) if spec.symmetric else np.clip(np.rint(qmin - low / scale), qmin, qmax)
     )
+    dtype = storage_dtype(spec, signed=signed)
+    if spec.off_center and not spec.symmetric:
+        scale, zero_point = _moved_off_center(low, high, scale, zero_point, (qmin, qmax), dtype)
     return QuantParams(
-        scale=np.asarray(scale, np.float32),
-        zero_point=np.asarray(zero_point).astype(storage_dtype(spec, signed=signed)),
+        scale=np.asarray(scale, np.float32), zero_point=np.asarray(zero_point).astype(dtype)
+    )
+
+
+def center(dtype: np.dtype[Any]) -> int:
+    """Return the center of an integer dtype: 0 if it is signed, 128 for uint8.
+
+    Examples
+    --------
+    >>> center(np.dtype(np.int8)), center(np.dtype(np.uint8))
+    (0, 128)
+    """
+    limits = np.iinfo(dtype)
+    return (int(limits.min) + int(limits.max) + 1) // 2
+
+
+def _moved_off_center(
+    low: FloatArray,
+    high: FloatArray,
+    scale: FloatArray,
+    zero_point: FloatArray,
+    limits: tuple[int, int],
+    dtype: np.dtype[Any],
+) -> tuple[FloatArray, FloatArray]:
+    """Move zero_points at the center by one, to the side where the scale grows least.
+
+    The scale grows so far that the range still covers ``[low, high]``.
+    """
+    middle, (qmin, qmax) = center(dtype), limits
+    moved = [middle - 1, middle + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):  # no level is left on one side (2 bits)
+        scales = [
+            np.maximum(np.maximum(-low / (z - qmin), high / (qmax - z)), scale).astype(np.float32)
+            for z in map(np.float32, moved)
+        ]
+    below = scales[0] <= scales[1]
+    at_center = zero_point == middle
+    return (
+        np.where(at_center, np.where(below, *scales), scale),
+        np.where(at_center, np.where(below, *moved), zero_point),
     )
 
 

@@ -45,6 +45,8 @@ def _drawn(
     elif spec.signedness == "from_range" and not signed:  # a range that starts at 0
         high = low
     zero_point = rng.integers(low, high + 1, size=scale.shape)
+    if spec.off_center:
+        zero_point = zero_point + (zero_point == (0 if signed else 128))
     dtype = storage_dtype(spec, signed=signed)
     return QuantParams(
         scale=np.asarray(scale, np.float32), zero_point=np.asarray(zero_point, dtype)

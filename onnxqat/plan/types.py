@@ -148,6 +148,7 @@ def describe_spec(spec: QuantSpec) -> str:
     words = [kind.replace("|", f"{spec.bits}|") + str(spec.bits)]
     words.append("sym" if spec.symmetric else "asym")
     words += ["narrow"] if spec.narrow_range else []
+    words += ["off-center"] if spec.off_center else []
     words += ["pow2"] if spec.power_of_two else []
     words += [f"axis={spec.axis}"] if spec.axis is not None else []
     words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []

@@ -52,6 +52,7 @@ def _spec(spec: RuleSpec) -> str:
     words.append("symmetric" if spec.symmetric else "asymmetric")
     words.append("per output channel" if spec.axis == "channel" else "per-tensor")
     words += ["narrow range"] if spec.narrow_range else []
+    words += ["zero_point off the center"] if spec.off_center else []
     words += ["power-of-two scale"] if spec.power_of_two else []
     words += [f"fixed range {list(spec.fixed_range)}"] if spec.fixed_range else []
     words += [f"calibrated by {spec.observer}"] if spec.observer else []

@@ -111,6 +111,8 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         )
     if not spec.symmetric and spec.power_of_two:
         return "power_of_two needs symmetric = true."
+    if spec.symmetric and spec.off_center:
+        return "off_center needs symmetric = false: a symmetric zero_point is the center."
     low, high = spec.fixed_range or (0.0, 0.0)
     if not -math.inf < low <= 0 <= high < math.inf:
         return f"fixed_range = {[low, high]}. Give a finite range that contains 0."

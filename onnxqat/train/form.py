@@ -416,7 +416,9 @@ class _Builder:
         params = self.params[point.parameters]
         qmin, qmax = quantized_range(point.spec, signed=params.signed)
         method = self._method(point)
-        moves = method in ("lsq+", "moving-average") and not point.spec.symmetric
+        # a gradient could move a zero_point to the center, choose_qparams does not
+        moving = ("moving-average",) if point.spec.off_center else ("lsq+", "moving-average")
+        moves = method in moving and not point.spec.symmetric
         variant = FakeQuantize(
             dtype=params.zero_point.dtype.name,
             qmin=qmin,

@@ -298,3 +298,37 @@ def test_same_as_compares_every_bit() -> None:
     assert params.same_as(choose_qparams(np.float32(-1), np.float32(1), spec))
     assert not params.same_as(nudged)
     assert not params.same_as(choose_qparams(np.float32(-1), np.float32(1), unsigned))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    low=ENDS, ratio=st.floats(0.97, 1.03), bits=st.sampled_from([3, 4, 8]), unsigned=st.booleans()
+)
+def test_a_zero_point_off_the_center_costs_at_most_two_levels(
+    low: float, ratio: float, bits: int, unsigned: bool
+) -> None:
+    kind = "unsigned" if unsigned else "signed"
+    plain = QuantSpec(bits=bits, signedness=kind, symmetric=False)
+    spec = msgspec.structs.replace(plain, off_center=True)
+    ends = np.float32([-low, low * ratio])
+    params, before = (choose_qparams(*ends, s) for s in (spec, plain))
+    qmin, qmax = quantized_range(spec, signed=not unsigned)
+    levels = [(end - int(params.zero_point)) * float(params.scale) for end in (qmin, qmax)]
+
+    assert int(params.zero_point) != (128 if unsigned else 0)
+    if int(before.zero_point) != (128 if unsigned else 0):
+        assert params.same_as(before)
+        return
+    assert levels[0] <= ends[0] * (1 - 1e-6)  # nothing of the range is clipped
+    assert levels[1] >= ends[1] * (1 - 1e-6)
+    fewest = 2 ** (bits - 1) - 2  # levels that the shorter side has left
+    assert params.scale <= max(low, low * ratio) / fewest * (1 + 1e-6)
+
+
+def test_zero_points_off_the_center_per_axis() -> None:
+    spec = QuantSpec(symmetric=False, off_center=True, axis=0)
+    low, high = np.float32([-1, -1, -128]), np.float32([1, 3, 126])
+    params = choose_qparams(low, high, spec)
+
+    assert params.zero_point.tolist() == [-1, -64, 1]
+    np.testing.assert_allclose(params.scale, [1 / 127, 4 / 255, 1.0], rtol=1e-6)
