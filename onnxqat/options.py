@@ -525,7 +525,7 @@ shape_options = _options(
 )  # fmt: skip
 export_options = _options(
     _output("--format", "format_name", required=True,
-            type=click.Choice(["onnxruntime", "openvino", "qoperator", "tensorrt"]),
+            type=click.Choice(["onnxruntime", "openvino", "qoperator", "rockchip", "tensorrt"]),
             help="Write Q/DQ with integer weights, or QLinear operators (qoperator); see "
             "docs/formats.md."),
     _output("--int4", is_flag=True,

@@ -16,6 +16,7 @@ from onnxqat.formats.ncnn import NCNN
 from onnxqat.formats.neutral import NEUTRAL
 from onnxqat.formats.onnxruntime_calibration import ONNXRUNTIME_CALIBRATION
 from onnxqat.formats.onnxruntime_qdq import integer_model
+from onnxqat.formats.rockchip import ROCKCHIP, rockchip_model
 from onnxqat.formats.sophgo_names import SOPHGO
 from onnxqat.formats.tengine import TENGINE
 from onnxqat.formats.tensorrt import TENSORRT
@@ -46,6 +47,7 @@ FORMATS: Mapping[str, Format] = {
     "onnxruntime-calibration": ONNXRUNTIME_CALIBRATION,
     "qnn": ENCODINGS,
     "qnn-1.0.0": ENCODINGS_1,
+    "rockchip": ROCKCHIP,
     "sophgo": SOPHGO,
     "tengine": TENGINE,
     "tensorrt": TENSORRT,
@@ -56,5 +58,6 @@ EXPORTS: Mapping[str, Callable[[QuantizedModel], Model]] = {
     "onnxruntime": integer_model,
     "openvino": openvino_model,
     "qoperator": qoperator_model,
+    "rockchip": rockchip_model,
     "tensorrt": tensorrt_model,
 }

@@ -90,7 +90,8 @@ def _pairs(table: Table) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
                     "again."
                 )
             found[node.input[0]] = (arrays[node.input[1]], arrays[node.input[2]])
-    return found
+    # biases, whose scales follow from those of the other tensors
+    return {name: pair for name, pair in found.items() if pair[1].dtype != np.int32}
 
 
 def _stored(tensor: onnx.TensorProto) -> onnx.TensorProto:

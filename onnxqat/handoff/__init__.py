@@ -1,8 +1,8 @@
 """Write the commands of the vendor's compiler for a deployed model, with all values filled in.
 
-One module per vendor; `HANDOFFS` has them by the name of the calibration table. ``compile.sh`` is
-written only for tools that were run with such a script. ``compile.txt`` is not confirmed by a run,
-and its first line says so.
+One module per vendor; `HANDOFFS` has them by the name of the calibration table. ``compile.sh`` and
+``compile.py`` are written only for tools that were run with such a script. ``compile.txt`` is not
+confirmed by a run, and its first line says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from onnxqat.handoff.horizon import CONFIG, hb_mapper
 from onnxqat.handoff.mindspore import mindspore
 from onnxqat.handoff.ncnn import ncnn2int8
 from onnxqat.handoff.qnn import qairt
+from onnxqat.handoff.rockchip import COMPILE, rknn_toolkit
 from onnxqat.handoff.sophgo import tpu_mlir
 from onnxqat.handoff.tensorrt import trtexec
 
@@ -31,8 +32,9 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "ncnn": ncnn2int8,
     "qnn": qairt,
     "qnn-1.0.0": qairt,
+    "rockchip": rknn_toolkit,
     "sophgo": tpu_mlir,
     "tensorrt": trtexec,
 }
 # All files that they write; `strip` removes those of an earlier model.
-HANDOFF_FILES = ("compile.sh", "compile.txt", AIPP, CONFIG)
+HANDOFF_FILES = ("compile.sh", "compile.txt", COMPILE, AIPP, CONFIG)

@@ -18,7 +18,7 @@ def export(model: AnySource, *, format_name: str, int4: bool = False) -> Model:
     ----------
     model : str, Path or QuantizedModel
         A calibrated or fine-tuned model. It is not changed.
-    format_name : {"onnxruntime", "openvino", "qoperator", "tensorrt"}
+    format_name : {"onnxruntime", "openvino", "qoperator", "rockchip", "tensorrt"}
         The form: Q/DQ with integer weights, or QLinear operators (``qoperator``).
     int4 : bool
         Store weights of 4 bits or fewer as INT4, two per byte (opset 21).

@@ -401,3 +401,16 @@ def test_a_scale_that_is_no_power_of_two_does_not_fit_a_rule_of_shifts() -> None
     plan = make_plan(prepared.graph, load_rule("esp32-p4"))
 
     assert take_over(plan, prepared.graph, foreign)[0] == {}
+
+
+@pytest.mark.parametrize("zero_point", [3, 0])
+def test_a_zero_point_at_the_center_does_not_fit_a_rule_that_excludes_it(zero_point: int) -> None:
+    proto = pytorch()
+    (stored,) = (t for t in proto.graph.initializer if t.name == "xz")
+    stored.CopyFrom(numpy_helper.from_array(np.int8(zero_point), "xz"))
+    floats, foreign = read_foreign_qdq(from_proto(proto))
+    prepared = prepare(floats)
+    plan = make_plan(prepared.graph, load_rule("rockchip-rk3588"))
+    taken = take_over(plan, prepared.graph, foreign)[0]
+
+    assert ("x" in taken) == (zero_point != 0)

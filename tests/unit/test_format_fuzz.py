@@ -26,6 +26,7 @@ RULES = {
     "onnxruntime-calibration": ("tensorrt", ()),
     "qnn": ("qnn-htp", ()),
     "qnn-1.0.0": ("qnn-htp", ()),
+    "rockchip": ("rockchip-rk3588", ()),
     "sophgo": ("sophgo-bm1684x", ()),
     "tengine": ("axera-ax650", ()),
     "tensorrt": ("tensorrt", ()),

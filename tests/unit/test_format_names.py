@@ -21,8 +21,8 @@ RULES = {
     "amct": "ascend", "axera": "axera-ax650", "cambricon": "cambricon-mlu",
     "horizon": "horizon-bayes", "mindspore": "mindspore", "mnn": "sophgo-cv183x", "ncnn": "ncnn",
     "onnxqat": "tflite", "onnxruntime-calibration": "tensorrt", "qnn": "qnn-htp",
-    "qnn-1.0.0": "qnn-htp", "sophgo": "sophgo-bm1684x", "tengine": "axera-ax650",
-    "tensorrt": "tensorrt",
+    "qnn-1.0.0": "qnn-htp", "rockchip": "rockchip-rk3588", "sophgo": "sophgo-bm1684x",
+    "tengine": "axera-ax650", "tensorrt": "tensorrt",
 }  # fmt: skip
 ODD = ["a b", "a:b", "a: b", "a\tb", "a\nb", "a\r\nb", "a,b", "a'b", 'a"b', "a\\b", "a%sb", "a;b",
        "卷积", "naïve", "#a", "{a}", "a=b", "a/b.c::d", "a\u00a0b", "a\u2028b", "\ufeffa", "a\x7fb",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -57,12 +59,65 @@ def test_the_script_calls_the_compiler_with_what_the_model_was_trained_with(tmp_
     assert second[-2] == "--debug"
 
 
+RKNN = """
+class RKNN:
+    def __getattr__(self, name):
+        def call(*values, **named):
+            with open("calls.txt", "a") as file:
+                print((name, values, named), file=file)
+            return -1 if name == FAILING else 0
+        return call
+"""
+
+
+def calls_of(folder, *words, failing=None):
+    """Run compile.py with a module that writes down how it is called."""
+    (folder / "rknn").mkdir(exist_ok=True)
+    (folder / "rknn" / "api.py").write_text(f"FAILING = {failing!r}\n{RKNN}")
+    script = [sys.executable, str(folder / "chip/compile.py"), *words]
+    done = subprocess.run(
+        script, cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    lines = (folder / "calls.txt").read_text().splitlines()
+    (folder / "calls.txt").unlink()
+    return done, {name: (values, named) for name, values, named in map(ast.literal_eval, lines)}
+
+
+def test_rockchip_compiles_the_quantized_model_as_it_is(tmp_path):
+    deployed(tmp_path / "chip", "rockchip-rk3588", pixel_format="bgr")
+    done, calls = calls_of(tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert list(calls) == ["config", "load_onnx", "build", "export_rknn", "release"]
+    _, config = calls["config"]
+    assert (config["target_platform"], config["optimization_level"]) == ("rk3588", 2)
+    assert config["mean_values"] == [list(MEAN)]
+    np.testing.assert_allclose(np.divide(1, config["std_values"][0]), SCALE, rtol=1e-15)
+    _, load = calls["load_onnx"]
+    assert (load["inputs"], load["input_size_list"]) == (["input"], [[1, 3, 8, 8]])
+    onnx.checker.check_model(onnx.load(load["model"]))
+    assert calls["build"] == ((), {"do_quantization": False})
+    assert calls["export_rknn"] == ((str(tmp_path / "chip/model_rk3588.rknn"),), {})
+    assert "pixels: bgr" in (tmp_path / "chip/compile.py").read_text()
+
+
+def test_rockchips_script_stops_where_the_toolkit_fails(tmp_path):
+    deployed(tmp_path / "chip", "rockchip-rv1106")
+    done, calls = calls_of(tmp_path, "rv1103", failing="build")
+
+    assert (done.returncode, done.stderr) == (1, "build failed\n")
+    assert "export_rknn" not in calls
+    assert calls["config"][1]["target_platform"] == "rv1103"
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_only_a_script_that_was_run_says_nothing_of_it(rule, tmp_path):
     found = deployed(tmp_path, rule)
 
-    scripts = [name for name in found if name.endswith(".sh")]
-    assert scripts == (["compile.sh"] if rule.startswith("sophgo") else [])
+    scripts = [name for name in found if name.endswith((".sh", ".py"))]
+    run = {"sophgo": ["compile.sh"], "rockchip": ["compile.py"]}
+    assert scripts == run.get(rule.partition("-")[0], [])
     assert all("not run by us" in text.splitlines()[0] for n, text in found.items()
                if n not in scripts)  # fmt: skip
     assert found

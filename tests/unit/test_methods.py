@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from onnxqat.calibration import weight_range
 from onnxqat.errors import TrainingError
 from onnxqat.parallel import Workers
 from onnxqat.qparams import choose_qparams, quantize, quantized_range
+from onnxqat.quantized import insert_pairs
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.engine import Flat, forward_session
 from onnxqat.train.fake_quantize import DSQ_ALPHA
@@ -165,6 +167,20 @@ def test_what_moves(model, data, method):
     assert len(moved) == 0 if method == "ste" else len(moved) > len(before) / 2
     assert shifted <= asymmetric
     assert bool(shifted) == (method in ("lsq+", "moving-average"))
+
+
+def test_no_gradient_moves_a_zero_point_that_stays_off_the_center(model):
+    points = tuple(
+        msgspec.structs.replace(p, spec=msgspec.structs.replace(p.spec, off_center=True))
+        if not p.spec.symmetric else p
+        for p in model.plan.points
+    )  # fmt: skip
+    plan = msgspec.structs.replace(model.plan, points=points)
+    fixed = insert_pairs(model.floats, plan, model.params, state="calibrated")
+
+    assert training_form(model, method="lsq+").zero_points
+    assert not training_form(fixed, method="lsq+").zero_points
+    assert training_form(fixed, method="moving-average").zero_points
 
 
 def test_the_plan_names_the_method_of_a_point(data):

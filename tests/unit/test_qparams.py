@@ -327,8 +327,8 @@ def test_a_zero_point_off_the_center_costs_at_most_two_levels(
 
 def test_zero_points_off_the_center_per_axis() -> None:
     spec = QuantSpec(symmetric=False, off_center=True, axis=0)
-    low, high = np.float32([-1, -1, -128]), np.float32([1, 3, 126])
+    low, high = np.float32([-1, -1, -127.6]), np.float32([0.999, 3, 126.4])
     params = choose_qparams(low, high, spec)
 
     assert params.zero_point.tolist() == [-1, -64, 1]
-    np.testing.assert_allclose(params.scale, [1 / 127, 4 / 255, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(params.scale, [1 / 127, 4 / 255, 126.4 / 126], rtol=1e-6)
