@@ -20,7 +20,7 @@ from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
 from onnxqat.model import Model, write_model
-from onnxqat.plan import QuantPlan, QuantPoint, Skip
+from onnxqat.plan import QuantPlan, QuantPoint, Skip, remove_requantizations
 from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
 from onnxqat.quantized import QuantizedModel, require_quantized, without_notes
@@ -86,6 +86,7 @@ def deployed_model(model: QuantizedModel, *, weights: Weights) -> Model:
     if weights == "snapped":
         model.check_calibrated()
     floats = model.floats.copy()
+    remove_requantizations(floats.graph)
     note = floats.metadata.get(FLOAT16_KEY)
     floats.metadata = without_notes(floats.metadata)
     if weights == "snapped":

@@ -29,6 +29,7 @@ from onnxqat.pairs import add_pairs, check_points, params_of_pairs, remove_pairs
 from onnxqat.plan import QuantPlan
 from onnxqat.preparation.constants import lift_constants
 from onnxqat.qparams import QuantParams
+from onnxqat.requantizations import with_requantizations
 
 __all__ = [
     "OPSET_OF_16_BITS",
@@ -280,7 +281,8 @@ def insert_pairs(
     Parameters
     ----------
     floats : Model
-        The prepared float model that the plan was made for; shared, not changed.
+        The prepared float model that the plan was made for; shared, not changed. The result has a
+        copy with an Identity for each tensor that the plan requantizes.
     plan : QuantPlan
         The plan.
     params : mapping of str to QuantParams
@@ -303,8 +305,9 @@ def insert_pairs(
             f"{floats.name}: the plan has 16-bit points, which QuantizeLinear of opset "
             f"{floats.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, plan again."
         )
-    check_points(floats.graph, plan, params)
     source = weights_hash(floats.graph)
+    floats = with_requantizations(floats, plan)
+    check_points(floats.graph, plan, params)
     return QuantizedModel(floats=floats, plan=plan, params=params, state=state, source=source)
 
 

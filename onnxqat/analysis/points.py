@@ -33,6 +33,7 @@ from onnxqat.qparams import (
     rounded_levels,
 )
 from onnxqat.quantized import QuantizedModel
+from onnxqat.requantizations import with_requantizations
 
 __all__ = ["PointFigures", "compare_points"]
 
@@ -168,6 +169,7 @@ def compare_points(
         The float model lacks a tensor of the plan, or onnxruntime cannot run one of the models.
     """
     model.check_calibrated()
+    floats = with_requantizations(floats, model.plan)
     tensors, ours = floats.graph.tensors(), model.floats.graph.tensors()
     points = model.plan.grid_points()
     _check_tensors(floats, points, ours)

@@ -141,10 +141,12 @@ def _observe(
     tensors = floats.graph.tensors()
     activations = []
     for point in points:
+        if not point.observed:
+            continue
         if isinstance(tensors[point.tensor], gs.Constant):  # part of a group; observe it once
             if workers.rank == 0:
                 watched[point.parameters].update(tensors[point.tensor].values)
-        elif point.observed:
+        else:
             activations.append(point)
     fed = {t.name for t in floats.graph.inputs}
     fetched = [p.tensor for p in activations if p.tensor not in fed]

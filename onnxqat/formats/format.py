@@ -396,6 +396,8 @@ class Format:
         the file cannot hold every name (JSON can).
     misread : function
         name -> why the target would not read it as one name, or None.
+    per_reader : bool
+        Whether the file can hold one scale of a tensor for one reader, and another for others.
     """
 
     summary: str
@@ -404,10 +406,13 @@ class Format:
     read: Callable[[Table, gs.Graph, QuantPlan], Found]
     keys: Callable[[gs.Graph, QuantPlan], Iterable[Key]] = _no_keys
     misread: Callable[[str], str | None] = _any_name
+    per_reader: bool = False
 
     def name_problems(self, graph: gs.Graph, plan: QuantPlan) -> list[str]:
-        """Return the problems of a model's names; the model need not be calibrated."""
+        """Return the names that the file cannot hold; the model need not be calibrated."""
         problems: dict[str, None] = {}
+        for name in () if self.per_reader else plan.requantized().values():
+            problems[f"{name!r} has two scales; the table holds one for each tensor"] = None
         known: dict[tuple[str, str], str] = {}
         for key in self.keys(graph, plan):
             why = self.misread(key.name)
@@ -425,5 +430,8 @@ class Format:
         FormatError
             The model has names or a plan that the target could not read.
         """
-        refuse(self.name_problems(source.graph, source.plan), "Rename these in the model")
+        refuse(
+            self.name_problems(source.graph, source.plan),
+            "Use the table 'onnxqat', or rename these in the model",
+        )
         return self.writer(source)

@@ -13,11 +13,14 @@
 A point is quantized by
 ``y = (clip(round_half_even(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`` in float32.
 ``axis`` null means per-tensor, with one scale. ``dtype`` is the ONNX type that holds the integers.
-A bias has the scale s_x * s_w in float32 and zero_point 0.
+A bias has the scale s_x * s_w in float32 and zero_point 0. A point with ``requantizes`` is the
+tensor of that name, quantized a second time for the point's consumers; the tensor's own point does
+not list these. The model has no tensor with the point's name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -52,12 +55,18 @@ class _Document(msgspec.Struct):
     points: list[_Point]
 
 
-def _point(point: QuantPoint, params: QuantParams) -> dict[str, Any]:
+def _point(
+    point: QuantPoint, params: QuantParams, requantized: Mapping[str, str]
+) -> dict[str, Any]:
+    origin = {"requantizes": requantized[point.tensor]} if point.tensor in requantized else {}
     qmin, qmax = quantized_range(point.spec, signed=params.signed)
     return {
         "tensor": point.tensor,
+        **origin,
         "role": point.role,
-        "consumers": [{"node": e.node, "index": e.index} for e in point.consumers],
+        "consumers": [
+            {"node": e.node, "index": e.index} for e in point.consumers if e.node not in requantized
+        ],
         "dtype": params.zero_point.dtype.name,
         "bits": point.spec.bits,
         "qmin": qmin,
@@ -85,12 +94,12 @@ def _bias(source: Calibrated, point: QuantPoint) -> dict[str, Any]:
 
 
 def _write(source: Calibrated) -> Written:
-    plan = source.plan
+    plan, requantized = source.plan, source.plan.requantized()
     document = {
         "schema": _SCHEMA,
         "rule": plan.rule,
         "overrides": list(plan.overrides),
-        "points": [_point(p, source.params(p)) for p in plan.grid_points()],
+        "points": [_point(p, source.params(p), requantized) for p in plan.grid_points()],
         "biases": [_bias(source, p) for p in plan.points if p.role == "bias"],
         "float": [{"node": s.node, "op_type": s.op_type, "reason": s.reason} for s in plan.skips],
     }
@@ -126,4 +135,5 @@ NEUTRAL = Format(
     files={"table": "onnxqat.json"},
     writer=_write,
     read=_read,
+    per_reader=True,
 )

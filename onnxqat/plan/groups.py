@@ -15,19 +15,15 @@ __all__ = ["Quantized", "find_groups", "merged_spec", "unobserved_tensors"]
 
 
 class Quantized(NamedTuple):
-    """A quantized unit, its table, and the last unit of its chain (or itself).
+    """A quantized unit, its table, the last unit of its chain (or itself), and its inputs.
 
-    The outputs of the last unit are the outputs of the chip's op.
+    The outputs of the last unit are the outputs of the chip's op. ``inputs`` are names of tensors:
+    of a requantized input, that of the requantized tensor.
     """
 
-    unit: Unit
     op: OpRule
     end: Unit
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the unit's inputs."""
-        return [tensor.name for _, _, tensor in self.unit.inputs()]
+    inputs: list[str]
 
     @property
     def outputs(self) -> list[str]:
@@ -77,11 +73,14 @@ def find_groups(units: Iterable[Quantized], specs: Mapping[str, QuantSpec]) -> d
 
 
 def unobserved_tensors(units: Iterable[Quantized], groups: Mapping[str, str]) -> frozenset[str]:
-    """Return the tensors that get the range of their reader's output (``from_output``)."""
+    """Return the tensors that get the range of their reader's output.
+
+    These are the inputs of ops with ``from_output`` or ``align_to_output``.
+    """
     return frozenset(
         name
         for quantized in units
-        if quantized.op.parameters == "from_output"
+        if quantized.op.parameters in ("from_output", "align_to_output")
         for name in quantized.inputs
         if name in groups and any(groups.get(n) == groups[name] for n in quantized.outputs)
     )

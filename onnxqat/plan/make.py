@@ -28,7 +28,8 @@ from onnxqat.plan.groups import Quantized, find_groups, merged_spec, unobserved_
 from onnxqat.plan.masks import find_masks
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.plan.points import Draft, PointDrafter
-from onnxqat.plan.types import QuantPlan, QuantPoint
+from onnxqat.plan.requantization import without_requantizations
+from onnxqat.plan.types import Edge, QuantPlan, QuantPoint
 from onnxqat.rules import HardwareRule, wrong_spec
 
 __all__ = ["EmptyPlanError", "make_plan"]
@@ -44,7 +45,8 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     Parameters
     ----------
     graph : onnx_graphsurgeon.Graph
-        A prepared graph: unique node names, shapes inferred. It is not changed.
+        A prepared graph: unique node names, shapes inferred. It is not changed. Nodes that stand
+        for requantizations are planned anew.
     rule : HardwareRule
         The rule of the chip.
     overrides : sequence of Override
@@ -59,6 +61,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     RuleError
         An override matches nothing, or names a spec that the rule does not have.
     """
+    graph = without_requantizations(graph)
     index = GraphIndex(graph, [kind for kind in PATTERNS if kind not in rule.split])
     masks = find_masks(graph)
     choice = choose_ops(index, rule, overrides, masks)
@@ -77,7 +80,7 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
     return QuantPlan(
         rule=rule.name,
         points=(
-            *_points(index, choice, marker.drafts, chains),
+            *_points(index, choice, marker, chains),
             *(() if no_bias else marker.biases()),
         ),
         skips=tuple(choice.skips),
@@ -87,16 +90,23 @@ def make_plan(graph: gs.Graph, rule: HardwareRule, overrides: Sequence[Override]
 
 
 def _points(
-    index: GraphIndex, choice: Choice, drafts: dict[str, Draft], chains: list[tuple[Unit, ...]]
+    index: GraphIndex, choice: Choice, marker: PointDrafter, chains: list[tuple[Unit, ...]]
 ) -> tuple[QuantPoint, ...]:
     """Find the groups, and return a point for each draft."""
     ends = {unit.name: chain[-1] for chain in chains for unit in chain}
+    drafts, requantized = marker.drafts, marker.requantized
     units = [
-        Quantized(unit, choice.ops[unit.name], ends.get(unit.name, unit))
+        Quantized(
+            choice.ops[unit.name],
+            ends.get(unit.name, unit),
+            [requantized.get(Edge(n.name, i), t.name) for n, i, t in unit.inputs()],
+        )
         for unit in index.units
         if unit.name in choice.ops
     ]
-    groups = find_groups(units, {name: draft.spec for name, draft in drafts.items()})
+    # a group is named after its first tensor: not after a requantized one
+    ordered = sorted(drafts, key=lambda name: name in requantized.values())
+    groups = find_groups(units, {name: drafts[name].spec for name in ordered})
     unobserved = unobserved_tensors(units, groups)
     members: dict[str, list[Draft]] = {}
     for name, group in groups.items():

@@ -25,6 +25,7 @@ from onnxqat.nodes import (
 from onnxqat.operators import NONNEGATIVE, WEIGHTED
 from onnxqat.plan.choose import Choice
 from onnxqat.plan.graph import GraphIndex, Unit
+from onnxqat.plan.requantization import requantized_edges
 from onnxqat.plan.types import Edge, QuantPoint
 from onnxqat.qparams import FloatArray, QuantSpec
 from onnxqat.rules import HardwareRule, OpRule
@@ -79,6 +80,7 @@ class PointDrafter:
         self.heads = {unit.name: chain[0] for chain in chains for unit in chain}
         self.tails = {chain[0].name: chain[1:] for chain in chains}
         self.inner = {chain_unit.outputs[0].name for c in chains for chain_unit in c[:-1]}
+        self.requantized = requantized_edges(index, choice.ops)
         self.drafts: dict[str, Draft] = {}
 
     def mark(self) -> None:
@@ -95,6 +97,25 @@ class PointDrafter:
                 inside = tensor.name in self.inner or is_cell(unit.nodes[-1], i)
                 if outputs and is_float(tensor) and not inside:
                     self._mark_output(unit, tensor, outputs)
+        self._requantize()
+
+    def _requantize(self) -> None:
+        """Give each requantized input a draft of its own, behind the tensor's."""
+        drafts: dict[str, Draft] = {}
+        for name, draft in self.drafts.items():
+            drafts[name] = draft
+            for edge in [e for e in draft.consumers if e in self.requantized]:
+                target = self.requantized[edge]
+                unit = self.index.unit_of[edge.node]
+                if target not in drafts:
+                    spec = self.rule.specs[self.ops[unit.name].inputs or ""].resolve(None)
+                    reason = f"'{name}' requantized for {unit.kind}"
+                    drafts[target] = Draft("activation", spec, [], reason)
+                    draft.consumers[draft.consumers.index(edge)] = Edge(target, 0)
+                else:  # the node reads the tensor twice
+                    draft.consumers.remove(edge)
+                drafts[target].consumers.append(edge)
+        self.drafts = drafts
 
     def _head(self, unit: Unit) -> Unit:
         return self.heads.get(unit.name, unit)

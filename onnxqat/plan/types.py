@@ -9,7 +9,11 @@ import msgspec
 from onnxqat.errors import PlanError
 from onnxqat.qparams import QuantSpec
 
-__all__ = ["Edge", "QuantPlan", "QuantPoint", "Skip", "describe_spec"]
+__all__ = ["REQUANTIZED", "Edge", "QuantPlan", "QuantPoint", "Skip", "describe_spec"]
+
+
+# in the name of a requantized tensor, and of the node that writes it
+REQUANTIZED = "/requantized/"
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):
@@ -140,6 +144,19 @@ class QuantPlan(msgspec.Struct, frozen=True, kw_only=True):
     def grid_points(self) -> tuple[QuantPoint, ...]:
         """Return the points that have Q/DQ nodes (all except biases)."""
         return tuple(p for p in self.points if p.role != "bias")
+
+    def requantized(self) -> dict[str, str]:
+        """Return the tensor that each requantized tensor comes from, by the latter's name.
+
+        A node with the name of the requantized tensor stands for the requantization. It is the
+        consumer of the original tensor's point.
+        """
+        return {
+            edge.node: point.tensor
+            for point in self.points
+            for edge in point.consumers
+            if REQUANTIZED in edge.node
+        }
 
 
 def describe_spec(spec: QuantSpec) -> str:

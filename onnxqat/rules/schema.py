@@ -26,7 +26,9 @@ __all__ = [
     "RuleSpec",
 ]
 
-Parameters = Literal["own", "passthrough", "unify", "unify_inputs", "from_output"]
+Parameters = Literal[
+    "own", "passthrough", "unify", "unify_inputs", "from_output", "align_to_output"
+]
 
 
 class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,10 +64,12 @@ class OpRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reads : {"all", "residual"}
         ``residual``: quantize only the skip side of an Add, which is added to the output of a
         weighted node (or of the nodes fused into it).
-    parameters : {"own", "passthrough", "unify", "unify_inputs", "from_output"}
+    parameters : {"own", "passthrough", "unify", "unify_inputs", "from_output", "align_to_output"}
         ``passthrough``: the outputs share the parameters of input 0; ``unify``: all inputs
         and outputs share one set, which covers them all; ``unify_inputs``: all inputs share one
-        set; ``from_output``: all share one set, measured on the output alone.
+        set; ``from_output``: all share one set, measured on the output alone; ``align_to_output``:
+        the same, but a tensor that other ops read too, or that an op with ``passthrough`` writes,
+        keeps its own parameters and is requantized for this op.
     constant_scale : {"own", "output"}
         ``output``: the chip stores a constant operand as 8-bit integers with the output's scale;
         the output's range is therefore extended to cover the constant.

@@ -155,8 +155,8 @@ def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:
     """Refuse names that `strip` could not write after training."""
     refuse(
         name_problems(prepared, plan, table),
-        f"The table '{table}' cannot hold some names. Rename these tensors, or pass --format "
-        "onnxqat to insert and strip, which allows any name",
+        f"The table '{table}' cannot hold this. Rename tensors with such names, or pass --format "
+        "onnxqat to insert and strip, which allows any name, and several scales of a tensor",
     )
 
 

@@ -22,6 +22,7 @@ from onnxqat.evaluation.integer.hmx import concatenate_on_vectors
 from onnxqat.evaluation.integer.kernels import (
     add,
     add_constant,
+    change_scale,
     leaky_relu,
     multiply,
     multiply_constant,
@@ -49,7 +50,7 @@ KEEPS_SIZE = "Abs"  # |qmin| may be qmax + 1: the step saturates it
 MOVES = (*(op for op, facts in OPERATORS.items() if facts.movement), KEEPS_SIZE)
 MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 ELEMENTWISE = ("Add", "Sub", "Mul")
-INTEGER = (*WEIGHTED, *MEANS, *ELEMENTWISE, "LeakyRelu", "Concat")
+REQUANTIZE = "Identity"  # stands for a requantization, see onnxqat.plan.requantization
 
 
 def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) -> list[Step]:
@@ -115,15 +116,13 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
         return _float
     if group.kind in arithmetic.table and len({o.tensor for o in quantized}) == 1:
         return _table
-    if group.kind not in arithmetic.integer or group.kind not in INTEGER:
+    if group.kind not in arithmetic.integer or group.kind not in (*MEANS, *KERNELS):
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
     if not has_only_limits(group):
         _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
-    if group.kind in WEIGHTED:
-        return build_product
     if group.kind in MEANS:
         return build_mean if is_spatial(group.nodes[0]) else _float
-    return {"Concat": _concatenate, "LeakyRelu": _leaky_relu}.get(group.kind, _elementwise)
+    return KERNELS[group.kind]
 
 
 def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
@@ -272,6 +271,15 @@ def _with_constant(
     return ElementwiseStep(sources=(source,), constants={}, kernel=kernel, target=target)
 
 
+def _requantize(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
+    (source,) = operands
+    target = make_target(context, group)
+    if target is None:
+        return _float(context, group, operands)
+    kernel = change_scale(context.grids[source.tensor], target.grid, context.arithmetic)
+    return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)
+
+
 def _leaky_relu(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
     (source,) = operands
     target = make_target(context, group)
@@ -281,3 +289,12 @@ def _leaky_relu(context: Context, group: FusedOp, operands: Sequence[Operand]) -
     alpha = float(group.nodes[0].attrs.get("alpha", 0.01))
     kernel = leaky_relu(target.grid, context.arithmetic, alpha)
     return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)
+
+
+KERNELS: dict[str, Maker] = {
+    **dict.fromkeys(WEIGHTED, build_product),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    "Concat": _concatenate,
+    "LeakyRelu": _leaky_relu,
+    REQUANTIZE: _requantize,
+}

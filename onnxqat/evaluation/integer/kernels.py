@@ -27,6 +27,7 @@ __all__ = [
     "Window",
     "add",
     "add_constant",
+    "change_scale",
     "leaky_relu",
     "mean",
     "multiply",
@@ -111,6 +112,13 @@ def multiply(operands: Sequence[Grid], output: Grid, arithmetic: Arithmetic) -> 
     scale = ratio(arithmetic, a.scale, b.scale, divisor=output.scale)
     requantize = requantizer(arithmetic, scale, arithmetic.operand_bits)
     return lambda x, y: requantize(a.centered(x).astype(np.int64) * b.centered(y).astype(np.int64))
+
+
+def change_scale(grid: Grid, output: Grid, arithmetic: Arithmetic) -> Kernel:
+    """Return a kernel that requantizes integers from one scale to another."""
+    factor = ratio(arithmetic, grid.scale, divisor=output.scale)
+    requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
+    return lambda x: requantize(grid.centered(x).astype(np.int64))
 
 
 def mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | int) -> Kernel:
