@@ -45,10 +45,15 @@ def _add(graph: gs.Graph, sources: Mapping[str, str], points: Mapping[str, Quant
     nodes: list[gs.Node] = []
     for node in list(graph.nodes):
         for name in pending.get(node.name, ()):
-            source = tensors[sources[name]]
+            source = tensors.get(sources[name])
+            edges = points[name].consumers  # all are inputs of this node
+            if any(
+                e.index >= len(node.inputs) or node.inputs[e.index] is not source for e in edges
+            ):
+                continue  # another model: whoever needs the tensor reports it
             target = gs.Variable(name, source.dtype, source.shape)
             nodes.append(gs.Node("Identity", name, {}, [source], [target]))
-            for edge in points[name].consumers:  # all are inputs of this node
+            for edge in edges:
                 node.inputs[edge.index] = target
         nodes.append(node)
     graph.nodes.clear()

@@ -105,9 +105,17 @@ class Variants:
         except EmptyPlanError:  # the override leaves everything float
             planned = {}
 
+        requantized = model.plan.requantized()
+        behind = {p.tensor: p.consumers for p in model.plan.points if p.tensor in requantized}
+
         def kept(point: QuantPoint) -> QuantPoint:
             readers = planned[point.tensor].consumers if point.tensor in planned else ()
-            edges = tuple(edge for edge in point.consumers if edge in readers)
+            # the node of a requantization stays, and passes on what it reads
+            edges = tuple(
+                edge
+                for edge in point.consumers
+                if not {edge, *behind.get(edge.node, ())}.isdisjoint(readers)
+            )
             return msgspec.structs.replace(point, consumers=edges)
 
         points = tuple(point for point in map(kept, model.plan.points) if point.consumers)

@@ -29,7 +29,7 @@ from onnxqat.plan.masks import find_masks
 from onnxqat.plan.patterns import PATTERNS
 from onnxqat.plan.points import Draft, PointDrafter
 from onnxqat.plan.requantization import without_requantizations
-from onnxqat.plan.types import Edge, QuantPlan, QuantPoint
+from onnxqat.plan.types import REQUANTIZED, Edge, QuantPlan, QuantPoint
 from onnxqat.rules import HardwareRule, wrong_spec
 
 __all__ = ["EmptyPlanError", "make_plan"]
@@ -105,7 +105,7 @@ def _points(
         if unit.name in choice.ops
     ]
     # a group is named after its first tensor: not after a requantized one
-    ordered = sorted(drafts, key=lambda name: name in requantized.values())
+    ordered = sorted(drafts, key=set(requantized.values()).__contains__)
     groups = find_groups(units, {name: drafts[name].spec for name in ordered})
     unobserved = unobserved_tensors(units, groups)
     members: dict[str, list[Draft]] = {}
@@ -180,7 +180,18 @@ def _apply_overrides(
             if override.key != "quantize":
                 _change(index, rule, drafts[name], override, nodes)
             elif not override.selects_nodes:  # node overrides were handled by `choose_ops`
-                del drafts[name]
+                _leave_float(drafts, name)
+
+
+def _leave_float(drafts: dict[str, Draft], name: str) -> None:
+    """Remove a draft, those requantized from its tensor, and the readers that it was for."""
+    for edge in drafts.pop(name).consumers if name in drafts else ():
+        if REQUANTIZED in edge.node:
+            drafts.pop(edge.node, None)
+    for other, draft in list(drafts.items()) if REQUANTIZED in name else ():
+        draft.consumers = [edge for edge in draft.consumers if edge.node != name]
+        if not draft.consumers:
+            del drafts[other]
 
 
 def _change(

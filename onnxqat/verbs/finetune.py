@@ -21,6 +21,7 @@ from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.preparation import prepare
 from onnxqat.quantized import QuantizedModel, Stage
+from onnxqat.requantizations import with_requantizations
 from onnxqat.settings import Settings
 from onnxqat.train import (
     Checkpoints,
@@ -286,4 +287,4 @@ def _teacher(source: AnySource, student: QuantizedModel) -> Model:
     if isinstance(teacher, QuantizedModel):
         raise ModelError(f"{teacher.name}: contains Q/DQ pairs. Give a float model as --teacher.")
     check_interface(student, teacher, output_names=True)
-    return prepare(teacher)
+    return with_requantizations(prepare(teacher), student.plan)

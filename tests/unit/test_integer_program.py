@@ -115,9 +115,11 @@ def test_each_node_is_near_fake_quantize(rule, seed):
     program = IntegerProgram(qdq, threads=1)
     program.run(None, {"input": samples(network, 64, seed=5)})
 
-    assert len(program.points) == len({p.tensor for p in program.points}) == 12
+    count = 12 + len(qdq.plan.requantized())
+    assert len(program.points) == len({p.tensor for p in program.points}) == count
     for point in program.points:
-        coarse = rule in COARSE and point.tensor in ("r3", "v1", "v2")
+        summed = point.tensor in ("r3", "v1", "v2") or "/requantized/" in point.tensor
+        coarse = rule in COARSE and summed
         levels, share = (2, 0.3) if coarse else LIMITS.get(rule, (1, 2e-2))
         assert point.max_levels <= levels
         assert point.differing <= share

@@ -23,7 +23,9 @@ from onnxqat.preparation import prepare
 from onnxqat.qparams import QuantParams
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
+from onnxqat.train.engine import StepSession
 from onnxqat.train.form import training_form
+from onnxqat.train.losses import read_loss, teacher_input
 from tests.oracles import run_ort
 
 CONVS = (
@@ -116,6 +118,20 @@ def test_an_add_that_stays_float_reads_what_others_read():
     assert [p.group for p in plan.grid_points()] == [None] * len(plan.grid_points())
 
 
+@pytest.mark.parametrize(
+    ("tensor", "left"),
+    [("r", ["x", "k", "k/requantized/Add_s", "t", "y"]),
+     ("r/requantized/Add_s", ["x", "r", "k", "k/requantized/Add_s", "t", "y"]),
+     ("r.*", ["x", "k", "k/requantized/Add_s", "t", "y"])],
+)  # fmt: skip
+def test_tensor_that_stays_float_is_not_requantized(tensor, left):
+    floats, plan = planned(BODY, f"tensor:{tensor}.quantize=false")
+    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
+
+    assert [p.tensor for p in plan.grid_points()] == left
+    assert [n.name for n in empty.floats.graph.nodes if n.op == "Identity"] == left[-3:-2]
+
+
 def test_planning_a_model_with_requantizations_gives_the_same_plan():
     model = quantized(BODY)
 
@@ -185,6 +201,30 @@ def test_training_computes_the_same_and_the_output_has_the_only_scale():
         run_ort(form.proto, feeds)[0], run_ort(model.to_proto(), {"x": x})[0]
     )
     assert shared.count("k/scale") == 3  # the Add's inputs, and its output
+
+
+def test_gradient_of_the_scale_is_the_sum_over_all_tensors_that_have_it():
+    model = quantized("k = Sigmoid(x) y = Add(x, k)", x=-5, y=-3)
+    x, target = samples(), np.float32(1.0)
+    session = StepSession(training_form(model), read_loss("mse"), batch_size=len(x), threads=1)
+    session.run({"x": x, teacher_input("y"): np.full_like(x, target)})
+    s = 0.125
+
+    def fake(values):
+        levels = np.rint(values / s)
+        inside = (levels >= -128) & (levels <= 127)
+        clipped = np.clip(levels, -128, 127)
+        return clipped * s, inside, np.where(inside, clipped - values / s, clipped)
+
+    read = np.clip(np.rint(x.astype(np.float64) * 32), -128, 127) / 32
+    a, _, term_a = fake(read)
+    b, _, term_b = fake(1 / (1 + np.exp(-read)))
+    y, inside, term_y = fake(a + b)
+    upstream = 2 * (y - target) / y.size
+    expected = (upstream * (term_y + inside * (term_a + term_b))).sum()
+
+    assert abs((upstream * term_a).sum()) > 1e-3 < abs((upstream * term_b).sum())
+    assert session.gradients.views["k/scale"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_strip_leaves_no_trace_and_the_table_brings_it_back(tmp_path):
