@@ -271,6 +271,38 @@ def test_wider_integers_are_rounded_once():
 # --- networks ------------------------------------------------------------------------------------
 
 
+def strided(smallest):
+    """Return a depthwise Conv with strides whose second channel has small weights."""
+    rng = np.random.default_rng(6)
+    weight = rng.uniform(0.5, 1, (4, 1, 3, 3)).astype(np.float32)
+    weight[1] *= np.float32(smallest)
+    conv = onnx.helper.make_node(
+        "Conv", ["input", "w"], ["output"], "conv", group=4, strides=[2, 2], pads=[1] * 4
+    )
+    shape = ["N", 4, 16, 16]
+    graph = onnx.helper.make_graph(
+        [conv],
+        "strided",
+        [onnx.helper.make_tensor_value_info("input", 1, shape)],
+        [onnx.helper.make_tensor_value_info("output", 1, ["N", 4, 8, 8])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+
+
+@pytest.mark.parametrize(("smallest", "once"), [(0.5, True), (1e-3, False)])
+def test_strided_depthwise_convolutions_are_rounded_once_unless_a_scale_is_small(smallest, once):
+    network = strided(smallest)
+    _, qdq = quantized(network, "qnn-htp")
+    program = IntegerProgram(qdq, threads=1)
+    program.run(None, {"input": samples(network, 64, seed=5)})
+    (point,) = (p for p in program.points if p.tensor == "output")
+
+    assert (point.differing < 1e-3) == once
+
+
 @pytest.mark.parametrize(("rule", "levels"), [("qnn-htp", 1), ("qnn-htp-16", 40)])
 def test_networks_run_in_the_arithmetic_of_the_htp(rule, levels):
     network = convnet(activation="LeakyRelu")
