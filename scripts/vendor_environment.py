@@ -92,10 +92,12 @@ class Environment:
         ) as process:  # fmt: skip
             try:
                 printed, _ = process.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
+            except BaseException as error:  # an interrupt too must end what the tool started
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                sys.exit(f"{self.tool.name} did not finish in {limit:g} seconds")
+                if isinstance(error, subprocess.TimeoutExpired):
+                    sys.exit(f"{self.tool.name} did not finish in {limit:g} seconds")
+                raise
         if process.returncode:
             sys.exit(f"{self.tool.name} did not run:\n{printed[-3000:]}")
         return printed

@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,6 +153,19 @@ def test_a_tool_that_fails_or_hangs_ends_the_script(environment):
         environment.run_code("raise SystemExit('no module of mine')")
     with pytest.raises(SystemExit, match=r"trial did not finish in 0\.1 seconds"):
         environment.run(["sleep", "60"], limit=0.1)
+
+
+def test_an_interrupt_ends_the_tool_too(environment, monkeypatch):
+    def interrupted(process, timeout):
+        started.append(process)
+        raise KeyboardInterrupt
+
+    started = []
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        environment.run(["sleep", "60"])
+
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_python_that_is_not_there_is_named(form, monkeypatch):
