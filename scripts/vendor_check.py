@@ -173,12 +173,13 @@ class Integers:
     def layer(self, layer: Layer, feeds: Feeds) -> Array:
         """Return the output of a layer for the values of its inputs."""
         grids = self.program.grids
-        values = Values(levels={k: grids[k].quantize(x, "half-even") for k, x in feeds.items()})
+        given = {k: grids[k].quantize(x, "half-even") for k, x in feeds.items()}
+        values = Values(levels=dict(given))
         for step in self.program.steps:
             with contextlib.suppress(KeyError):  # the step reads tensors of other layers
                 found = step.run(values)
                 values.floats |= found.floats
-                values.levels |= found.levels
+                values.levels |= found.levels | given  # one input may be computed from another
                 if layer.output in found.levels:
                     return grids[layer.output].dequantize(found.levels[layer.output])
         raise ValueError(f"No step writes '{layer.output}'.")

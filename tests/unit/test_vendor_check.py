@@ -130,6 +130,19 @@ def test_the_integer_evaluation_computes_a_layer_as_in_the_whole(form, network):
     )
 
 
+def test_a_layer_reads_what_it_is_given(form, network):
+    """One operand of the Add is computed from the other; both are given, of other samples."""
+    x, model = network
+    (layer,) = form.layers_of(model, ("Add",))
+    values = form.inputs_of(model, [layer], {"input": x})
+    feeds = {name: values[name][::step] for name, step in zip(layer.inputs, (1, -1), strict=True)}
+    outputs = [one(model).layer(layer, feeds) for one in (form.Integers, form.FakeQuantized)]
+    differing, levels = form.levels_between(*outputs, layer.scale)
+
+    assert differing < 0.01
+    assert levels < 1.5
+
+
 def test_a_prediction_that_differs_fails(form):
     assert form.agreement(np.eye(4), np.eye(4)[[0, 1, 2, 2]]) == 0.75
     findings = form.Findings(0.75, {"y": (0.01, 1.0)})
