@@ -20,6 +20,7 @@ from typing import Any
 
 import onnx
 from vendor_check import (
+    KERNELS,
     LAYER_SAMPLES,
     Environment,
     Feeds,
@@ -40,6 +41,7 @@ from onnxqat.formats import EXPORTS
 from onnxqat.quantized import QuantizedModel
 
 TOOL = Tool("Qualcomm HTP emulator", "ONNXQAT_QNN", "onnxruntime-qnn")
+OPS = (*KERNELS, "MatMul")
 LEVELS_PER_8_BITS = 256  # of 16 bits
 TOLERANCE = Tolerance(differing=1.0, levels=2, predictions=0.99)
 LOAD = """
@@ -94,7 +96,7 @@ def integer_findings(
 
 def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Findings:
     """Run the export in the emulator."""
-    layers = layers_of(model)
+    layers = layers_of(model, OPS)
     exported = one_sample(EXPORTS["onnxruntime"](model).to_proto())
     findings = compare(environment, model, exported, feeds, LOAD, layers=layers)
     findings.more["integer"] = integer_findings(model, layers, feeds, environment)
