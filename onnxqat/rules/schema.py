@@ -169,6 +169,9 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fused_attention : bool
         Whether the compiler makes one op of an attention block, see
         `onnxqat.evaluation.integer.attention`.
+    in_float64 : tuple of str
+        Op types whose sums of products with a constant are multiplied by M in float64 and rounded
+        half away from zero, whatever ``requantize`` says.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
         Op types that run in integers (``integer``), by a look-up table over all integers
         (``table``), or in float between DequantizeLinear and QuantizeLinear (``float``). Ops that
@@ -183,6 +186,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     operand_bits: int = 32
     rescaled_operands: bool = False
     fused_attention: bool = False
+    in_float64: tuple[str, ...] = ()
     integer: tuple[str, ...] = ()
     table: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = msgspec.field(default=(), name="float")

@@ -19,10 +19,11 @@ from onnxqat.evaluation.integer.kernels import (
     mean,
     multiply,
     multiply_constant,
+    pool,
     window_sums,
 )
 from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
-from onnxqat.evaluation.integer.requantize import fixed_point, nearest_multiplier
+from onnxqat.evaluation.integer.requantize import fixed_point, in_float64, nearest_multiplier
 from onnxqat.qparams import QuantParams, QuantSpec
 from onnxqat.rules import Arithmetic
 from tests.unit.test_integer_arithmetic import divide_by_power, high_mul, rounded
@@ -234,7 +235,49 @@ def test_leaky_relu_scales_the_negative_side():
     m, n = (int(v) for v in nearest_multiplier(np.asarray(0.1), 8))
     expected = [int(v) if v >= 0 else rounded(Fraction(int(v) * m, 2**n), "half-up") for v in x]
 
-    assert leaky_relu(g, SOPHGO, 0.1)(x).tolist() == expected
+    assert leaky_relu(g, g, SOPHGO, 0.1)(x).tolist() == expected
+
+
+def by_multiplier(value, factor, count=1):
+    """Return ``value * factor / count`` as LiteRT's reference kernels compute it."""
+    multiplier, exponent = (int(v) for v in fixed_point(np.asarray(float(factor))))
+    if count > 1:
+        places = min(count.bit_length() - 1, 32, 31 + exponent)
+        multiplier, exponent = (multiplier << places) // count, exponent - places
+    return divide_by_power(high_mul(value << max(exponent, 0), multiplier), max(-exponent, 0))
+
+
+def test_gemmlowp_leaky_relu_goes_from_one_grid_to_another():
+    g, y = grid(0.031, 5), grid(0.0173, -20)
+    x = np.arange(-128, 128).astype(np.int8)
+    factors = np.float32(0.1) * g.scale / y.scale, g.scale / y.scale  # in float32
+    expected = [by_multiplier(int(v) - 5, factors[int(v) >= 5]) for v in x]
+
+    assert leaky_relu(g, y, TFLITE, 0.1)(x).tolist() == expected
+
+
+def test_factor_of_a_gemmlowp_product_is_float32():
+    differ = 0
+    for seed in range(20):
+        scales = np.random.default_rng(seed).uniform(0.01, 0.1, 3).astype(np.float32)
+        a, b, y = (grid(s, z) for s, z in zip(scales, (-7, 20, 3), strict=True))
+        x, z = levels(a, 2000, seed), levels(b, 2000, seed + 50)
+        single, double = scales[0] * scales[1] / scales[2], np.prod(scales[:2].astype(float))
+        terms = [(int(p) + 7) * (int(q) - 20) for p, q in zip(x, z, strict=True)]
+        expected = [by_multiplier(t, single) for t in terms]
+
+        assert multiply([a, b], y, TFLITE)(x, z).tolist() == expected
+        differ += fixed_point(np.asarray(float(single))) != fixed_point(double / scales[2])
+    assert differ  # the factor in float64 is another one
+
+
+def test_products_in_float64_are_rounded_once():
+    sums = np.random.default_rng(0).integers(-(2**22), 2**22, 5000)
+    scale = np.float64(np.float32(0.0213)) * np.float32(0.0031) / np.float32(0.047)
+    expected = [rounded(Fraction(float(s) * float(scale)), "half-away") for s in sums]
+
+    assert in_float64(np.asarray(scale))(sums).tolist() == expected
+    assert in_float64(np.asarray(0.5))(np.int64([-3, -1, 1, 3])).tolist() == [-2, -1, 1, 2]
 
 
 # --- averages -----------------------------------------------------------------------------------
@@ -251,19 +294,36 @@ def test_window_sums_are_a_convolution_with_ones(dilations, strides):
     np.testing.assert_array_equal(window_sums(x, window), expected)
 
 
-def test_mean_divides_or_multiplies():
+def test_mean_multiplies():
     a, y = grid(0.05, dtype=np.uint8), grid(0.022, dtype=np.uint8)
     sums = np.arange(0, 255 * 64, 37)
     count = Fraction(float(a.scale)) / Fraction(float(y.scale))
     m, n = nearest_multiplier(np.asarray(float(count / 64)), 8)
-    by_multiplier = [rounded(Fraction(int(s) * int(m), 2 ** int(n)), "half-up") for s in sums]
-    multiplier, exponent = (int(v) for v in fixed_point(np.asarray(float(count))))
-    scaled = [divide_by_power(high_mul(int(s) << exponent, multiplier), 0) for s in sums]
-    divided = [rounded(Fraction(s, 64), "half-away") for s in scaled]
+    by_eight_bits = [rounded(Fraction(int(s) * int(m), 2 ** int(n)), "half-up") for s in sums]
 
-    assert mean(a, y, SOPHGO, 64)(sums).tolist() == by_multiplier
-    assert mean(a, y, TFLITE, 64)(sums).tolist() == divided
+    assert mean(a, y, SOPHGO, 64)(sums).tolist() == by_eight_bits
     np.testing.assert_allclose(mean(a, y, FLOAT, 64)(sums), sums * float(count / 64), atol=0.501)
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 64, 100])
+def test_gemmlowp_mean_has_the_count_in_its_multiplier(count):
+    a, y = grid(0.05, -128), grid(0.022, -128)
+    sums = np.arange(0, 255 * count, max(count // 2, 1))
+    expected = [by_multiplier(int(s), float(a.scale) / float(y.scale), count) for s in sums]
+
+    assert mean(a, y, TFLITE, count)(sums).tolist() == expected
+
+
+def test_gemmlowp_pool_rounds_the_integers_themselves():
+    g, counts = grid(0.05, -7), np.int64([4, 6])
+    raw = np.random.default_rng(0).integers(-128, 128, (500, 2, 6))
+    raw[:, 0, 4:] = 0
+    averages = [[rounded(Fraction(int(r.sum()), int(n)), "half-away") + 7
+                 for r, n in zip(pair, counts, strict=True)] for pair in raw]  # fmt: skip
+
+    assert pool(g, counts)(raw.sum(-1) + 7 * counts).tolist() == averages
+    # -2.5 is a tie: it becomes -3, where the centered 4.5 would become 5, which is -2
+    assert pool(g, 4)(np.int64([-10 + 28])).tolist() == [-3 + 7]
 
 
 # --- grids --------------------------------------------------------------------------------------

@@ -310,8 +310,8 @@ def test_rule_without_documented_arithmetic_is_refused(rule):
 
 
 def test_op_without_documented_arithmetic_is_refused():
-    _, qdq = quantized(convnet(activation="LeakyRelu"), "tflite")
-    with pytest.raises(RuleError, match=r"node 'n_r1' \(LeakyRelu\): the arithmetic of LeakyRelu"):
+    _, qdq = quantized(convnet(activation="HardSwish"), "tflite")
+    with pytest.raises(RuleError, match=r"node 'n_r1' \(HardSwish\): the arithmetic of HardSwish"):
         IntegerProgram(qdq)
 
 

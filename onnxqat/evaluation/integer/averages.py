@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
 from onnxqat.evaluation.integer.epilogue import make_target
-from onnxqat.evaluation.integer.kernels import Window, mean, window_sums
+from onnxqat.evaluation.integer.kernels import Kernel, Window, mean, pool, window_sums
 from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.evaluation.integer.steps import Array, MeanStep
 
@@ -41,12 +41,19 @@ def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) ->
         )
     sums = _sums(node, window)
     output, arithmetic = target.grid, context.arithmetic
+    by_integers = window is not None and arithmetic.requantize == "gemmlowp"
+    if by_integers and not grid.params.same_as(output.params):
+        raise RuleError(
+            f"Node '{node.name}': the chip averages integers of one grid, but the grids of its "
+            "input and its output differ. Evaluate with --mode qdq."
+        )
+
+    def kernel_for(centered: Array) -> Kernel:
+        counts = _counts(node, window, centered)
+        return pool(grid, counts) if by_integers else mean(grid, output, arithmetic, counts)
+
     return MeanStep(
-        source=source.tensor,
-        grid=grid,
-        sums=sums,
-        kernel_for=lambda centered: mean(grid, output, arithmetic, _counts(node, window, centered)),
-        target=target,
+        source=source.tensor, grid=grid, sums=sums, kernel_for=kernel_for, target=target
     )
 
 

@@ -121,7 +121,8 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
     if not has_only_limits(group):
         _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
     if group.kind in MEANS:
-        return build_mean if is_spatial(group.nodes[0]) else _float
+        over_any_axes = arithmetic.requantize == "gemmlowp"
+        return build_mean if over_any_axes or is_spatial(group.nodes[0]) else _float
     return KERNELS[group.kind]
 
 
@@ -284,10 +285,11 @@ def _leaky_relu(context: Context, group: FusedOp, operands: Sequence[Operand]) -
     (source,) = operands
     target = make_target(context, group)
     shared = target and context.groups[target.tensor] == context.groups[source.tensor]
-    if target is None or not shared:
+    if target is None or not (shared or context.arithmetic.requantize == "gemmlowp"):
         _refuse(context, group, "its arithmetic from one grid to another is unknown")
     alpha = float(group.nodes[0].attrs.get("alpha", 0.01))
-    kernel = leaky_relu(target.grid, context.arithmetic, alpha)
+    grid = context.grids[source.tensor]
+    kernel = leaky_relu(grid, target.grid, context.arithmetic, alpha)
     return ElementwiseStep(sources=(source.tensor,), constants={}, kernel=kernel, target=target)
 
 

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import add_on_vectors
-from onnxqat.evaluation.integer.requantize import nearest_multiplier, ratio, requantizer
+from onnxqat.evaluation.integer.requantize import (
+    averager,
+    nearest_multiplier,
+    ratio,
+    requantizer,
+)
 from onnxqat.evaluation.integer.rounding import Int64Array, divide, round_levels, shift_right
 from onnxqat.rules import Arithmetic
 
@@ -31,6 +36,7 @@ __all__ = [
     "leaky_relu",
     "mean",
     "multiply",
+    "pool",
     "window_sums",
 ]
 
@@ -107,9 +113,14 @@ def _add_gemmlowp(a: Grid, b: Grid, output: Grid, arithmetic: Arithmetic, sign: 
 
 
 def multiply(operands: Sequence[Grid], output: Grid, arithmetic: Arithmetic) -> Kernel:
-    """Return a kernel for Mul: the product of the centered integers, requantized."""
+    """Return a kernel for Mul: the product of the centered integers, requantized.
+
+    ``gemmlowp``: the factor M is computed in float32 (google-ai-edge/LiteRT tflite/kernels/mul.cc).
+    """
     a, b = operands
     scale = ratio(arithmetic, a.scale, b.scale, divisor=output.scale)
+    if arithmetic.requantize == "gemmlowp":
+        scale = np.asarray(a.scale * b.scale / output.scale, np.float64)
     requantize = requantizer(arithmetic, scale, arithmetic.operand_bits)
     return lambda x, y: requantize(a.centered(x).astype(np.int64) * b.centered(y).astype(np.int64))
 
@@ -124,24 +135,43 @@ def change_scale(grid: Grid, output: Grid, arithmetic: Arithmetic) -> Kernel:
 def mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | int) -> Kernel:
     """Return a kernel for averages: int64 sums of ``counts`` centered values each.
 
-    ``gemmlowp``: requantize, then divide by the count (``reference/integer_ops/mean.h`` and
-    ``pooling.h``). Otherwise the count is part of the multiplier M.
+    ``gemmlowp``: `averager`, for a single count. Otherwise the count is part of the multiplier M.
     """
     if arithmetic.requantize == "gemmlowp":
-        multiplier = ratio(arithmetic, grid.scale, divisor=output.scale)
-        requantize = requantizer(arithmetic, multiplier, 32)
-        return lambda sums: divide(requantize(sums), counts)
+        factor = ratio(arithmetic, grid.scale, divisor=output.scale)
+        return averager(arithmetic, factor, int(counts))
     scale = ratio(arithmetic, grid.scale, divisor=output.scale * np.asarray(counts, np.float32))
     return requantizer(arithmetic, scale, arithmetic.operand_bits)
 
 
-def leaky_relu(grid: Grid, arithmetic: Arithmetic, alpha: float) -> Kernel:
-    """Return a kernel for LeakyRelu with one grid: negative integers times alpha, requantized."""
-    requantize = requantizer(arithmetic, np.asarray(alpha), arithmetic.operand_bits)
+def pool(grid: Grid, counts: Int64Array | int) -> Kernel:
+    """Return a kernel for an AveragePool of ``gemmlowp``, whose output has the grid of its input.
+
+    The average of the integers themselves, not of the centered ones, is rounded half away from
+    zero (google-ai-edge/LiteRT tflite/kernels/internal/reference/integer_ops/pooling.h).
+    """
+    zero_point = np.int64(grid.params.zero_point)
+    return lambda sums: divide(sums + zero_point * counts, counts) - zero_point
+
+
+def leaky_relu(grid: Grid, output: Grid, arithmetic: Arithmetic, alpha: float) -> Kernel:
+    """Return a kernel for LeakyRelu: negative integers times alpha, requantized.
+
+    ``gemmlowp``: the other integers are requantized too, and both factors are computed in float32
+    (google-ai-edge/LiteRT tflite/kernels/activations.cc and internal/reference/leaky_relu.h).
+    Otherwise both tensors have one grid.
+    """
+    factor, same = np.asarray(alpha), None
+    if arithmetic.requantize == "gemmlowp":
+        factor = np.asarray(grid.scale * np.float32(alpha) / output.scale, np.float64)
+        scale = np.asarray(grid.scale / output.scale, np.float64)
+        same = requantizer(arithmetic, scale, arithmetic.operand_bits)
+    requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
 
     def kernel(x: Levels) -> Int64Array:
         centered = grid.centered(x).astype(np.int64)
-        return np.where(centered < 0, requantize(centered), centered)
+        kept = centered if same is None else same(centered)
+        return np.where(centered < 0, requantize(centered), kept)
 
     return kernel
 

@@ -15,10 +15,11 @@ from onnxqat.evaluation.integer.epilogue import float_limits, make_target
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import HalvedConvolution, convert_sums
 from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
-from onnxqat.evaluation.integer.requantize import Requantizer, ratio, requantizer
+from onnxqat.evaluation.integer.requantize import Requantizer, in_float64, ratio, requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
 from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Target
 from onnxqat.nodes import is_convolution, is_depthwise, is_plain_product
+from onnxqat.rules import Arithmetic
 
 __all__ = ["build_product"]
 
@@ -52,7 +53,8 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
                 offsets=None if offsets is None else spread(offsets, True),
             )
         else:
-            requantize = requantizer(arithmetic, scale, arithmetic.multiplier_bits)
+            constant = len(activations) == 1
+            requantize = _requantizer(arithmetic, node.op, scales, target.grid, constant=constant)
     return ProductStep(
         sources=tuple(pair[i].tensor for i in activations),
         grids=tuple(grids[i] for i in activations),
@@ -63,6 +65,25 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
         requantize=requantize,
         target=target,
     )
+
+
+def _requantizer(
+    arithmetic: Arithmetic,
+    op: str,
+    scales: Sequence[NDArray[Any]],
+    output: Grid,
+    *,
+    constant: bool,
+) -> Requantizer:
+    scale = ratio(arithmetic, *scales, divisor=output.scale)
+    if constant and op in arithmetic.in_float64:
+        return in_float64(scale)
+    if not constant and arithmetic.requantize == "gemmlowp":
+        # the product is float32 in GetQuantizedConvolutionMultipler without a bias
+        # (google-ai-edge/LiteRT tflite/kernels/kernel_util.cc), which BATCH_MATMUL calls
+        product = np.asarray(scales[0] * scales[1], np.float32)
+        scale = ratio(arithmetic, product, divisor=output.scale)
+    return requantizer(arithmetic, scale, arithmetic.multiplier_bits)
 
 
 def _is_on_vectors(node: gs.Node, scale: NDArray[Any]) -> bool:

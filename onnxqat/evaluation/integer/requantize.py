@@ -16,7 +16,15 @@ from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels, shift_right
 from onnxqat.rules import Arithmetic
 
-__all__ = ["Requantizer", "fixed_point", "nearest_multiplier", "ratio", "requantizer"]
+__all__ = [
+    "Requantizer",
+    "averager",
+    "fixed_point",
+    "in_float64",
+    "nearest_multiplier",
+    "ratio",
+    "requantizer",
+]
 
 Requantizer: TypeAlias = Callable[[Int64Array], Int64Array]
 Scale: TypeAlias = NDArray[np.floating[Any]]
@@ -118,6 +126,29 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
         )
     places = 1 - exponent.astype(np.int64)
     return lambda sums: shift_right(sums, places, rounding)
+
+
+def in_float64(scale: Scale) -> Requantizer:
+    """Return the function that multiplies int64 sums by ``scale`` in float64 and rounds half away.
+
+    As ``FullyConnected`` and ``FullyConnectedPerChannel`` of google-ai-edge/LiteRT
+    tflite/kernels/internal/reference/integer_ops/fully_connected.h, in the functions that take
+    scales.
+    """
+    factor = np.asarray(scale, np.float64)
+    return lambda sums: round_levels(sums.astype(np.float64) * factor, "half-away")
+
+
+def averager(arithmetic: Arithmetic, scale: Scale, count: int) -> Requantizer:
+    """Return the function that multiplies int64 sums of ``count`` values by ``scale / count``.
+
+    As ``QuantizedMeanOrSum`` of google-ai-edge/LiteRT tflite/kernels/internal/reference/reduce.h:
+    the multiplier of ``scale`` is shifted to the left as far as the count allows, and divided by
+    the count without rounding.
+    """
+    multiplier, exponent = fixed_point(scale)
+    shift = np.minimum(min(count.bit_length() - 1, 32), 31 + exponent)
+    return _gemmlowp((multiplier << shift) // count, exponent - shift, arithmetic)
 
 
 def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, arithmetic: Arithmetic) -> Requantizer:
