@@ -155,13 +155,14 @@ def _handoff(
     table: str, model: QuantizedModel, floats: Model, files: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the files that call the vendor's compiler; empty if its commands are unknown."""
-    if table not in HANDOFFS:
-        return {}
     try:
         target = load_rule(model.plan.rule).target
     except RuleError:  # a rule file of the user
         target = None
-    return HANDOFFS[table](facts_of(model, floats, target=target, files=files))
+    tool = table if table in HANDOFFS else target or ""
+    if tool not in HANDOFFS:
+        return {}
+    return HANDOFFS[tool](facts_of(model, floats, target=target, files=files))
 
 
 def deployed_names() -> list[str]:

@@ -1,8 +1,9 @@
 """Write the commands of the vendor's compiler for a deployed model, with all values filled in.
 
-One module per vendor; `HANDOFFS` has them by the name of the calibration table. ``compile.sh`` and
-``compile.py`` are written only for tools that were run with such a script. ``compile.txt`` is not
-confirmed by a run, and its first line says so.
+One module per vendor; `HANDOFFS` has them by the name of the calibration table, or by the rule's
+name of the target where several tools read one table. ``compile.sh`` and ``compile.py`` are written
+only for tools that were run with such a script. ``compile.txt`` is not confirmed by a run, and its
+first line says so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from onnxqat.handoff.axera import pulsar2
 from onnxqat.handoff.cambricon import magicmind
 from onnxqat.handoff.facts import Facts, facts_of
 from onnxqat.handoff.horizon import CONFIG, hb_mapper
+from onnxqat.handoff.litert import CONVERTER, litert_converter
 from onnxqat.handoff.mindspore import mindspore
 from onnxqat.handoff.ncnn import ncnn2int8
 from onnxqat.handoff.qnn import qairt
@@ -28,6 +30,7 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "axera": pulsar2,
     "cambricon": magicmind,
     "horizon": hb_mapper,
+    "litert": litert_converter,
     "mindspore": mindspore,
     "ncnn": ncnn2int8,
     "qnn": qairt,
@@ -37,4 +40,4 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "tensorrt": trtexec,
 }
 # All files that they write; `strip` removes those of an earlier model.
-HANDOFF_FILES = ("compile.sh", "compile.txt", COMPILE, AIPP, CONFIG)
+HANDOFF_FILES = ("compile.sh", "compile.txt", COMPILE, CONVERTER, AIPP, CONFIG)

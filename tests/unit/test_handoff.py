@@ -7,13 +7,14 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 from onnxqat.deploy import write_deployment
-from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
+from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of, to_tflite
 from onnxqat.rules import bundled_rules, load_rule
 from onnxqat.settings import Settings, settle
 from tests.networks import _Graph, attention, convnet, quantized
@@ -121,6 +122,29 @@ def test_only_a_script_that_was_run_says_nothing_of_it(rule, tmp_path):
     assert all("not run by us" in text.splitlines()[0] for n, text in found.items()
                if n not in scripts)  # fmt: skip
     assert found
+
+
+def test_litert_is_converted_by_the_python_that_is_named(tmp_path):
+    found = deployed(tmp_path / "chip", "tflite", pixel_format="bgr")
+    (tmp_path / "python").write_text(TOOL)
+    (tmp_path / "python").chmod(0o755)
+    script = ["bash", str(tmp_path / "chip/compile.sh")]
+    environment = {"PYTHON": str(tmp_path / "python"), "PATH": "/usr/bin:/bin"}
+    subprocess.run(script, check=True, env=environment)
+
+    _, name, model, table, target = (tmp_path / "chip/words.txt").read_text().split()
+    assert all((tmp_path / "chip" / file).is_file() for file in (name, model, table))
+    assert target == "model.tflite"
+    assert found[name] == Path(to_tflite.__file__).read_text(encoding="utf-8")
+    assert "bgr" in found["compile.sh"]
+    assert str(MEAN[0]) in found["compile.sh"]
+
+
+def test_a_table_that_several_tools_read_names_no_tool(tmp_path):
+    assert deployed(tmp_path / "esp", "esp32-p4") == {}
+    _, model = quantized(convnet(), "tflite")
+    written = write_deployment(model, tmp_path / "none", table="none").files
+    assert written.keys() == {"model"}
 
 
 def test_axera_takes_divisors(tmp_path):
