@@ -63,7 +63,7 @@ def test_every_node_has_a_point_or_a_reason(name, rule):
     explained |= {edge.node for p in plan.points for edge in p.consumers if edge.node}
     explained |= {n.name for n in graph.nodes if points & {t.name for t in n.outputs}}
 
-    assert {n.name for n in graph.nodes} == explained
+    assert {n.name for n in graph.nodes} == explained - plan.requantized().keys()
     assert all(s.reason for s in plan.skips)
 
 
