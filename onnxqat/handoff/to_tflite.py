@@ -254,9 +254,19 @@ class Editor:
         return content, left
 
 
+def points_of(table: Path) -> list[Point]:
+    """Return the quantizers of a table; they have to be of int8."""
+    points: list[Point] = json.loads(table.read_text(encoding="utf-8"))["points"]
+    for point in points:
+        if point["dtype"] != "int8":
+            sys.exit(f"'{point['tensor']}' is {point['dtype']}; this script makes int8 models. "
+                     "Insert again under the rule tflite.")  # fmt: skip
+    return points
+
+
 def main(model: str, table: str, target: str) -> None:
     """Convert a model."""
-    points: list[Point] = json.loads(Path(table).read_text(encoding="utf-8"))["points"]
+    points = points_of(Path(table))
     floats = onnx.load(model)
     arrays = {t.name: numpy_helper.to_array(t) for t in floats.graph.initializer}
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from onnx import helper
@@ -11,6 +13,7 @@ from onnxqat.handoff.to_tflite import (
     by_values,
     channel_axis,
     key,
+    points_of,
     quantized_type,
     with_batch_of_one,
 )
@@ -97,6 +100,16 @@ def test_a_free_batch_is_one_wherever_it_is_named():
     }
     assert found == {"x": [1, 3, "m"], "z": [2, 1], "w": [1, 4], "y": [1, "k"], "t": [1, 7]}
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+
+
+def test_only_int8_is_taken(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"points": [point("x") | {"dtype": "int8"}]}))
+    assert points_of(table)[0]["tensor"] == "x"
+
+    table.write_text(json.dumps({"points": [point("y") | {"dtype": "int16"}]}))
+    with pytest.raises(SystemExit, match="'y' is int16; this script makes int8 models"):
+        points_of(table)
 
 
 def test_types_hold_the_numbers_of_the_table():
