@@ -15,6 +15,7 @@ from onnxqat.calibration import calibrate, placeholder_params
 from onnxqat.cli import main
 from onnxqat.errors import ModelError, PlanError, RuleError
 from onnxqat.evaluation import IntegerProgram, evaluate
+from onnxqat.evaluation.integer.requantize import fixed_point
 from onnxqat.evaluation.integer.steps import (
     ElementwiseStep,
     FloatStep,
@@ -33,6 +34,7 @@ from onnxqat.rules import describe_rule, load_rule
 from tests.networks import RULES, W4A4, attention, convnet, quantized, samples
 from tests.oracles import run_ort
 from tests.unit.test_evaluate import Batch, batches
+from tests.unit.test_integer_arithmetic import divide_by_power, high_mul
 
 DOCUMENTED = [
     name
@@ -297,6 +299,51 @@ def test_evaluation_compares_with_the_fake_quantized_model():
     assert len(found.points) == 12
     assert fake.points == ()
     assert found.agreement >= 0.95
+
+
+def half_away(values):
+    return np.sign(values) * np.floor(np.abs(values) + 0.5)
+
+
+def test_each_op_of_tflite_has_the_arithmetic_of_its_kernel():
+    _, qdq = quantized(convnet(), "tflite")
+    steps = IntegerProgram(qdq, threads=1).steps
+    products = {s.target.tensor: s for s in steps if isinstance(s, ProductStep)}
+    means = {s.target.tensor: s for s in steps if isinstance(s, MeanStep)}
+    sums = np.random.default_rng(0).integers(-(2**20), 2**20, (4000, 5))
+    gemm, conv = products["output"], products["c4"]
+    once = half_away(sums * (gemm.scale / np.float64(gemm.target.grid.scale)))
+    four = sums[:, :4, None, None]
+    twice = half_away(four * (conv.scale / np.float64(conv.target.grid.scale)))
+
+    assert np.array_equal(gemm.requantize(sums), once)
+    assert 0 < np.count_nonzero(conv.requantize(four) != twice) < 0.01 * four.size
+    # AVERAGE_POOL_2D averages the integers themselves; MEAN has the count in its multiplier
+    pool, zero = means["v1"], int(means["v1"].grid.params.zero_point)
+    raw = np.arange(-512, 509)
+    centered = np.zeros((1, 1, 2, 2), np.int32)
+    assert np.array_equal(pool.kernel_for(centered)(raw - 4 * zero), half_away(raw / 4) - zero)
+    mean = means["v2"]
+    found = mean.kernel_for(np.zeros((1, 1, 2, 2), np.int32))(raw)
+    factor = np.float64(mean.grid.scale) / mean.target.grid.scale / 4
+    assert np.abs(found - raw * factor).max() <= 0.5 + 1e-6
+
+
+def test_products_of_two_activations_have_a_float32_factor():
+    _, qdq = quantized(attention(), "tflite", ("op:Softmax.quantize=false",))
+    step = next(s for s in IntegerProgram(qdq, threads=1).steps
+                if isinstance(s, ProductStep) and len(s.sources) == 2)  # fmt: skip
+    x, y = (g.scale for g in step.grids)
+    output = np.float64(step.target.grid.scale)
+    sums = np.random.default_rng(0).integers(-(2**30), 2**30, 2000)
+
+    def expected(factor):
+        multiplier, exponent = (int(v) for v in fixed_point(np.asarray(factor)))
+        return [divide_by_power(high_mul(int(s), multiplier), -exponent) for s in sums]
+
+    found = step.requantize(sums).tolist()
+    assert found == expected(np.float64(x * y) / output)
+    assert found != expected(np.float64(x) * np.float64(y) / output)
 
 
 # --- what is refused -----------------------------------------------------------------------------
