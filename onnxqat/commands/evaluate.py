@@ -88,6 +88,7 @@ def evaluate(model: str, data: str, mode: Any, rules: str | None, against: str |
         metrics=metrics,
         decode=decode,
         labelled=max_drop is not None,
+        decides=None if max_drop is None else "--max-drop",
         settings=take_settings(options),
         batch_size=batch_size,
         threads=threads,
@@ -122,6 +123,9 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         rows.append(("max_abs_diff", f"{difference:.6g}  largest difference of any output value"))
     if mode == "integer":
         document["points"] = [asdict(point) for point in result.points]
+        document["assumed"] = json_value(result.assumed)
+        if result.assumption:
+            rows.append(("assumed", result.assumption))
     if result.note:
         document["note"] = result.note
         rows.append(("note", result.note))

@@ -7,6 +7,7 @@ it computes exactly what the pairs say. Mode ``integer`` uses the integer arithm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -19,7 +20,7 @@ from onnxqat.computable import computable
 from onnxqat.data import Batch
 from onnxqat.device import CPU, Device
 from onnxqat.errors import DataError, ModelError
-from onnxqat.evaluation.integer import IntegerProgram, PointDifference
+from onnxqat.evaluation.integer import IntegerProgram, PointDifference, other_programs
 from onnxqat.evaluation.labels import Hits, doubt
 from onnxqat.evaluation.likeness import Likeness, OutputFigures
 from onnxqat.evaluation.metrics import Meters, Metric, figure_text
@@ -28,7 +29,16 @@ from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quan
 from onnxqat.rules import HardwareRule
 from onnxqat.runtime import Optimization, UnknownOpError, open_session
 
-__all__ = ["MODES", "Evaluation", "Mode", "Samples", "check_interface", "evaluate", "model_session"]
+__all__ = [
+    "MODES",
+    "Assumed",
+    "Evaluation",
+    "Mode",
+    "Samples",
+    "check_interface",
+    "evaluate",
+    "model_session",
+]
 
 Mode = Literal["float", "qdq", "integer"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -80,6 +90,9 @@ class Evaluation:
         Mean of the largest probability, of the model and the reference; None without labels.
     note : str
         Which tensors replace outputs that onnxruntime cannot compute; empty if it computes all.
+    assumed : tuple of Assumed
+        With ``mode="integer"``, if the rule assumes a part of its chip's arithmetic: the figures of
+        each combination. The first one is that of the other attributes.
     """
 
     samples: int
@@ -94,12 +107,33 @@ class Evaluation:
     confidence: float | None = None
     reference_confidence: float | None = None
     note: str = ""
+    assumed: tuple[Assumed, ...] = ()
     first: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         found = self.metrics | ({} if self.agreement is None else {"agreement": self.agreement})
         figures = "".join(f", {name} {figure_text(name, value)}" for name, value in found.items())
         return f"Evaluation({self.samples} samples{figures})"
+
+    @property
+    def assumption(self) -> str:
+        """What the rule assumes, and the range of the figures; empty if it assumes nothing."""
+        if not self.assumed:
+            return ""
+        names = ", ".join(self.assumed[0].values)
+        found = [
+            one.metrics | ({} if one.agreement is None else {"agreement": one.agreement})
+            for one in self.assumed
+        ]
+        ranges = (
+            f"{name} {figure_text(name, min(f[name] for f in found))} to "
+            f"{figure_text(name, max(f[name] for f in found))}"
+            for name in found[0]
+        )
+        return (
+            f"not documented: {names}; {len(found)} assumed combinations gave "
+            f"{', '.join(ranges)}; the chip may lie outside"
+        )
 
     @property
     def doubt(self) -> str | None:
@@ -113,6 +147,23 @@ class Evaluation:
         if "top1" not in figures:
             return None
         return doubt(figures["top1"], self.samples, self.classes or 0, confidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """Figures for one combination of what a rule assumes of its chip's arithmetic.
+
+    Attributes
+    ----------
+    values : dict of str to str
+        The assumed values, by key of the rule's table ``arithmetic``.
+    metrics, agreement : dict of str to float, float or None
+        As in `Evaluation`.
+    """
+
+    values: dict[str, str]
+    metrics: dict[str, float]
+    agreement: float | None
 
 
 class _Runner(Protocol):
@@ -202,12 +253,36 @@ def evaluate(
         if against is not None:
             check_interface(model, against)
         program, runs = _runs(model, mode, against, rule, threads, device)
-    with Meters(metrics, outputs_of(float_part(model).graph), compared=len(runs) > 1) as meters:
-        counts = _Counts(model, meters, labelled=lost is None or not lost.first_lost)
+    labelled = lost is None or not lost.first_lost
+    values, programs = (
+        other_programs(require_quantized(model), rule, threads) if program else ([], [])
+    )
+    with ExitStack() as stack:
+        counts = [
+            _Counts(
+                model,
+                stack.enter_context(
+                    Meters(metrics, outputs_of(float_part(model).graph), compared=len(runs) > 1)
+                ),
+                labelled=labelled,
+            )
+            for _ in range(1 + len(programs))
+        ]
         for batch in batches:
-            counts.add(batch, *(_run(session, batch, run) for session, run in runs))
+            outputs, *expected = (_run(session, batch, run) for session, run in runs)
+            counts[0].add(batch, outputs, *expected)
+            for other, one in zip(programs, counts[1:], strict=True):
+                one.add(batch, _run(other, batch, model), *expected)
             progress()
-        result = replace(counts.result(), note=lost.note if lost else "")
+        result, *others = (one.result() for one in counts)
+    result = replace(
+        result,
+        note=lost.note if lost else "",
+        assumed=tuple(
+            Assumed(values=v, metrics=one.metrics, agreement=one.agreement)
+            for v, one in zip(values, (result, *others), strict=False)
+        ),
+    )
     return replace(result, points=program.points) if program else result
 
 

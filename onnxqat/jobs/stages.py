@@ -171,7 +171,8 @@ def evaluate(work: Work, step: Step) -> Result:
         if variant != "integer":
             raise
         return Result(notes=(f"integer: not measured. {error}",))
-    return Result(figures=_figures(found), notes=(found.note,) if found.note else ())
+    notes = tuple(filter(None, (found.note, found.assumption)))
+    return Result(figures=_figures(found), notes=notes)
 
 
 def _figures(found: Evaluation) -> dict[str, float | None]:

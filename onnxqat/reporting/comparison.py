@@ -117,6 +117,8 @@ def shown_comparison(found: Comparison) -> Element:
         name = element("span", row.kind, element("small", row.file))
         if not row.figures:
             return [name, element("span", row.note, class_="text"), *([NONE] * len(names))]
+        if row.note:
+            name = element("span", name, element("small", row.note))
         value = row.figures.get(main or "")
         drawn = bar((value or 0.0) / scale, row.kind) if value is not None else None
         return [name, drawn, *(value_text(n, row.figures.get(n)) for n in names)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from onnxqat.rules.assumed import assumptions
 from onnxqat.rules.schema import Arithmetic, HardwareRule, OpRule, RuleException, RuleSpec
 
 __all__ = ["describe_rule"]
@@ -81,11 +82,15 @@ def _arithmetic(arithmetic: Arithmetic | None) -> str:
     if arithmetic is None or arithmetic.requantize == "unknown":
         return "unknown; no integer evaluation"
     words = [f"requantize by {arithmetic.requantize}, {arithmetic.rounding}"]
+    if arithmetic.product_rounding:
+        words.append(f"products {arithmetic.product_rounding}")
     words.append(f"bias {arithmetic.bias_rounding}")
     words.append(f"float to integer {arithmetic.float_rounding}")
     for key, name in (("integer", "integer"), ("table", "table"), ("kept_float", "float")):
         if ops := getattr(arithmetic, key):
             words.append(f"{name}: {' '.join(ops)}")
+    for key, values in assumptions(arithmetic).items():
+        words.append(f"not documented, assumed: {key} {' or '.join(values)}")
     return "; ".join(words)
 
 

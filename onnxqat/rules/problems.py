@@ -14,6 +14,7 @@ import onnx
 
 from onnxqat.operators import PATTERN_NAMES
 from onnxqat.qparams import WIDTHS, QuantSpec
+from onnxqat.rules.assumed import wrong_assumptions
 from onnxqat.rules.schema import (
     Arithmetic,
     Changes,
@@ -192,6 +193,7 @@ def _wrong_arithmetic(arithmetic: Arithmetic) -> Iterator[Problem]:
     yield from _unknown_ops(path, ops)
     if twice := sorted({op for op in ops if ops.count(op) > 1}):
         yield Problem(path, f"lists {', '.join(twice)} more than once.")
+    yield from (Problem(path, message) for message in wrong_assumptions(arithmetic))
 
 
 def line_of(text: str, problem: Problem) -> int | None:

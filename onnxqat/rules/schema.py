@@ -11,7 +11,7 @@ An op type is ONNX's, or a pattern that exporters write as several nodes and a c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -24,8 +24,10 @@ __all__ = [
     "OpRule",
     "RuleException",
     "RuleSpec",
+    "ShiftRounding",
 ]
 
+ShiftRounding: TypeAlias = Rounding | Literal["floor"]
 Parameters = Literal[
     "own", "passthrough", "unify", "unify_inputs", "from_output", "align_to_output"
 ]
@@ -147,22 +149,39 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes
     ----------
-    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift", "hmx"}
+    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx"}
         How an accumulated sum becomes an output integer, with M = s_x * s_w / s_y. ``float``:
         multiply by M in float32; ``multiplier``: multiply by an integer, then one rounding shift
         (the pair nearest to M); ``gemmlowp``: multiply by an integer of 31 bits, round at 2**31,
-        then a rounding shift; ``shift``: M is a power of two; ``hmx``: as Qualcomm's HTP, see
+        then a rounding shift; ``shift``: M is a power of two; ``two-shifts``: shift right, multiply
+        by an integer of 16 bits, then a rounding shift; ``hmx``: as Qualcomm's HTP, see
         `onnxqat.evaluation.integer.hmx`.
-    rounding : {"half-even", "half-away", "half-up"}
+    rounding : {"half-even", "half-away", "half-up", "floor"}
         How the last step of the requantization rounds.
+    product_rounding : {"half-even", "half-away", "half-up", "floor"} or None
+        The same for convolutions and matrix products; None: as ``rounding``.
     bias_rounding : {"half-even", "half-away", "half-up"}
         How ``b / (s_x * s_w)`` is rounded.
     float_rounding : {"half-even", "half-away", "half-up"}
         How a float is rounded to an integer in model inputs, look-up tables and float ops.
+    float_scaling : {"divide", "multiply"}
+        How a float becomes an integer: divide by s, round, add the zero_point; or multiply by 1 / s
+        and add the zero_point, both in ``float_type``, then round.
+    float_type : {"float32", "float16"}
+        Type of the floats that leave a product and of those that become integers.
+    factor_type : {"float64", "float32", "float19", "float16"}
+        Type of the factor s_x * s_w of a product with a float output. ``float64`` also stands for
+        an exact product; with the others, sum and factor are multiplied in float32. ``float19`` is
+        float32 without its last 13 bits.
+    bias : {"plan", "int32"}
+        ``plan``: as the rule's ``bias`` says; ``int32``: the chip adds a bias to the sums, although
+        training leaves it float.
     multiplier_bits : int
         Width of the multiplier of a convolution or a matrix product, including its sign.
     operand_bits : int
         Width of the multiplier of elementwise ops and averages, including its sign.
+    product_bits : int
+        Largest width of an operand of a product: 8 or 16.
     rescaled_operands : bool
         Whether an Add rounds each operand to the output's scale before adding, and constants of
         Add, Sub and Mul get the compiler's own scale: absmax / 127, or / 255.
@@ -172,24 +191,46 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     in_float64 : tuple of str
         Op types whose sums of products with a constant are multiplied by M in float64 and rounded
         half away from zero, whatever ``requantize`` says.
+    add : {"plain", "shift-one", "multiply-both"}
+        How operands of ``two-shifts`` come to one scale. ``shift-one``: the one with the larger
+        scale is shifted, the other multiplied by an integer of 16 bits. ``multiply-both``: by
+        integers of 8 and 16 bits. ``plain``: see `onnxqat.evaluation.integer.kernels.add`.
+    round_averages_twice : bool
+        Whether an AveragePool of ``two-shifts`` also rounds its first shift.
+    raw_means : bool
+        Whether a mean requantizes integers with their zero_point, and corrects it afterwards.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
         Op types that run in integers (``integer``), by a look-up table over all integers
         (``table``), or in float between DequantizeLinear and QuantizeLinear (``float``). Ops that
         only move values need no entry.
+    assumed : dict of str to tuple of str
+        Keys of this table that no source documents, each with its plausible values, that of the
+        table among them. Evaluation computes all combinations and decides nothing by them. A key
+        with a single value is known.
     """
 
-    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift", "hmx"]
-    rounding: Rounding = "half-even"
+    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx"]
+    rounding: ShiftRounding = "half-even"
+    product_rounding: ShiftRounding | None = None
     bias_rounding: Rounding = "half-even"
     float_rounding: Rounding = "half-even"
+    float_scaling: Literal["divide", "multiply"] = "divide"
+    float_type: Literal["float32", "float16"] = "float32"
+    factor_type: Literal["float64", "float32", "float19", "float16"] = "float64"
+    bias: Literal["plan", "int32"] = "plan"
     multiplier_bits: int = 32
     operand_bits: int = 32
+    product_bits: Literal[8, 16] = 8
     rescaled_operands: bool = False
     fused_attention: bool = False
     in_float64: tuple[str, ...] = ()
+    add: Literal["plain", "shift-one", "multiply-both"] = "plain"
+    round_averages_twice: bool = False
+    raw_means: bool = False
     integer: tuple[str, ...] = ()
     table: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = msgspec.field(default=(), name="float")
+    assumed: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
 
 
 class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

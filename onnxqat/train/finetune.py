@@ -14,6 +14,7 @@ from onnxqat.computable import Computable, computable
 from onnxqat.data import DataSet
 from onnxqat.device import Device
 from onnxqat.errors import TrainingError
+from onnxqat.evaluation.integer import check_documented
 from onnxqat.evaluation.metrics import Metric, fitted
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
@@ -148,6 +149,8 @@ def finetune(
     selection = chosen_selection(outputs, held_out, config, loss, with_loss)
     names = [output.name for output in outputs]
     figure = selection.figure
+    if figure.startswith(INTEGER):
+        check_documented(model, None, f"--select {figure}")
     held_out, metrics = fitted(held_out, metrics_of(figure), names, decode=config.decode)
     run = _Run(
         model=model,

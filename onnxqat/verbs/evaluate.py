@@ -10,10 +10,11 @@ from onnxqat.device import CPU, find_device
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation import evaluate as run
+from onnxqat.evaluation.integer import check_documented
 from onnxqat.evaluation.labels import CAUSES
 from onnxqat.evaluation.metrics import AnyMetric, fitted, read_metric
 from onnxqat.evaluation.run import MODES, Mode
-from onnxqat.quantized import AnyModel, QuantizedModel, float_part
+from onnxqat.quantized import AnyModel, QuantizedModel, float_part, require_quantized
 from onnxqat.settings import Settings
 from onnxqat.verbs.listener import Listener
 from onnxqat.verbs.models import AnySource, any_model
@@ -35,6 +36,7 @@ def evaluate(
     metrics: Sequence[AnyMetric] = (),
     decode: str | None = None,
     labelled: bool = False,
+    decides: str | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     threads: int = 0,
@@ -64,6 +66,9 @@ def evaluate(
         their shapes).
     labelled : bool
         Refuse data without labels.
+    decides : str, optional
+        What the figures decide, as the subject of a sentence. Integer figures of a rule that
+        assumes a part of its arithmetic are then refused.
     settings : Settings
         How data become model inputs, for settings that the model does not store.
     batch_size : int, optional
@@ -92,6 +97,9 @@ def evaluate(
     chosen = [read_metric(metric) for metric in metrics]
     loaded = any_model(model)
     reference = None if against is None else any_model(against)
+    rule = None if rules is None else rule_of(rules)
+    if decides is not None and mode == "integer":
+        check_documented(require_quantized(loaded), rule, decides)
     read_alike(loaded, reference, settings)
     with opened(loaded, data, settings, listener, beside=reference, splits=TO_MEASURE) as samples:
         if labelled and not samples.has_labels:
@@ -109,7 +117,7 @@ def evaluate(
                 samples.batches(size),
                 mode=mode,
                 against=reference,
-                rule=None if rules is None else rule_of(rules),
+                rule=rule,
                 metrics=wanted,
                 threads=threads,
                 device=place,

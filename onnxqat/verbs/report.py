@@ -176,7 +176,7 @@ def _compared(
         found = figures_of_evaluation(result)
         if reference is None:  # integers are then compared with the model itself
             found = {name: found[name] for name in result.metrics}
-        rows.append(Row(kind="integer", file=last.name, figures=found))
+        rows.append(Row(kind="integer", file=last.name, figures=found, note=result.assumption))
     except RuleError as error:  # its arithmetic is not documented
         rows.append(Row(kind="integer", file=last.name, figures={}, note=str(error)))
     data = f"samples of {Path(samples.name).name}"

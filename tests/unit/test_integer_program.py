@@ -106,7 +106,13 @@ def test_whole_network_is_that_of_onnxruntimes_integer_kernels(tmp_path):
 # sums lie on ties (power-of-two grids, averages of four values) that the rule rounds otherwise.
 COARSE = {"sophgo-bm1684x", "sophgo-bm1688", "sophgo-bm1690", "esp32-s3", "tflite"}
 # The HTP multiplies by 11 bits, which is up to an eighth of a level of 8 bits, or 32 of 16.
-LIMITS = {"qnn-htp": (1, 0.13), "qnn-htp-16": (32, 1)}
+# Ascend has floats of half precision; Bernoulli2 does not round the last shift of a product.
+LIMITS = {
+    "qnn-htp": (1, 0.13),
+    "qnn-htp-16": (32, 1),
+    "ascend": (1, 0.06),
+    "horizon-bernoulli2": (1, 0.6),
+}
 
 
 @pytest.mark.parametrize("rule", DOCUMENTED)
@@ -117,8 +123,9 @@ def test_each_node_is_near_fake_quantize(rule, seed):
     program = IntegerProgram(qdq, threads=1)
     program.run(None, {"input": samples(network, 64, seed=5)})
 
-    count = 12 + len(qdq.plan.requantized())
-    assert len(program.points) == len({p.tensor for p in program.points}) == count
+    constants = {t.name for t in network.graph.initializer}
+    tensors = [p.tensor for p in program.points]
+    assert sorted(tensors) == sorted({p.tensor for p in qdq.plan.grid_points()} - constants)
     for point in program.points:
         summed = point.tensor in ("r3", "v1", "v2") or "/requantized/" in point.tensor
         coarse = rule in COARSE and summed
@@ -127,8 +134,9 @@ def test_each_node_is_near_fake_quantize(rule, seed):
         assert point.differing <= share
         assert point.bias_differing <= 1e-2
     weighted = {p.tensor: p.bias_differing for p in program.points}
-    assert weighted["c3"] == 0  # it has no bias
-    assert weighted["r1"] > 0
+    assert weighted.get("c3", 0) == 0  # it has no bias
+    if load_rule(rule).bias == "int32":
+        assert weighted["r1"] > 0
 
 
 POOL = "AveragePool<kernel_shape = [3, 3], pads = [1, 1, 0, 1]"

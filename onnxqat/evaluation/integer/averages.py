@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +16,8 @@ from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.evaluation.integer.steps import Array, MeanStep
 
 __all__ = ["build_mean", "is_spatial"]
+
+COUNTING_PADS = ("multiplier", "two-shifts")  # their sources average padding too
 
 
 def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) -> MeanStep:
@@ -34,23 +37,28 @@ def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) ->
             "Evaluate with --mode qdq."
         )
     window = _window(node) if node.op == "AveragePool" else None
-    if context.arithmetic.requantize == "multiplier" and _counts_differ(node, window):
+    arithmetic = context.arithmetic
+    if arithmetic.requantize in COUNTING_PADS and _counts_differ(node, window):
         raise RuleError(
             f"Node '{node.name}': the arithmetic of an AveragePool with count_include_pad = 0 is "
             "unknown. Evaluate with --mode qdq."
         )
     sums = _sums(node, window)
-    output, arithmetic = target.grid, context.arithmetic
+    output = target.grid
     by_integers = window is not None and arithmetic.requantize == "gemmlowp"
     if by_integers and not grid.params.same_as(output.params):
         raise RuleError(
             f"Node '{node.name}': the chip averages integers of one grid, but the grids of its "
             "input and its output differ. Evaluate with --mode qdq."
         )
+    twice = arithmetic.round_averages_twice and node.op != "ReduceMean"
+    average = partial(
+        mean, grid, output, arithmetic, first_rounding=arithmetic.rounding if twice else "floor"
+    )
 
     def kernel_for(centered: Array) -> Kernel:
         counts = _counts(node, window, centered)
-        return pool(grid, counts) if by_integers else mean(grid, output, arithmetic, counts)
+        return pool(grid, counts) if by_integers else average(counts)
 
     return MeanStep(
         source=source.tensor, grid=grid, sums=sums, kernel_for=kernel_for, target=target

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.attention import attention_steps, find_attention
 from onnxqat.evaluation.integer.averages import build_mean, is_spatial
-from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, fused_ops, make_context
+from onnxqat.evaluation.integer.context import (
+    Context,
+    FusedOp,
+    Operand,
+    fused_ops,
+    is_bias,
+    make_context,
+)
 from onnxqat.evaluation.integer.epilogue import has_only_limits, make_target
 from onnxqat.evaluation.integer.hmx import concatenate_on_vectors
 from onnxqat.evaluation.integer.kernels import (
@@ -78,7 +85,7 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
             steps.append(step)
             written = group.outputs if isinstance(step, FloatStep) else []
         steps += (
-            QuantizeStep(tensor=name, grid=context.grids[name], rounding=arithmetic.float_rounding)
+            QuantizeStep(tensor=name, grid=context.grids[name], arithmetic=arithmetic)
             for name in written
             if name in context.grids
         )
@@ -118,7 +125,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
         return _table
     if group.kind not in arithmetic.integer or group.kind not in (*MEANS, *KERNELS):
         _refuse(context, group, f"the arithmetic of {group.kind} is unknown")
-    if not has_only_limits(group):
+    if not has_only_limits(group, sums=_adds_to_sums(context, group)):
         _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
     if group.kind in MEANS:
         over_any_axes = arithmetic.requantize == "gemmlowp"
@@ -135,8 +142,15 @@ def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
         return False
     if input_role(node, operand.index) in ("setting", "slope"):
         return False
+    if context.rule.bias == "float" and is_bias(group, node, operand.index):
+        return False
     # the constants of a pattern are part of the function that it computes
     return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
+
+
+def _adds_to_sums(context: Context, group: FusedOp) -> bool:
+    """Return whether the chip adds an activation to the sums of a convolution or product."""
+    return group.kind in WEIGHTED and context.arithmetic.requantize == "two-shifts"
 
 
 def _refuse(context: Context, group: FusedOp, what: str) -> NoReturn:
@@ -201,13 +215,15 @@ def _table(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ste
         return _float(context, group, operands)
     step = _float(context, group, operands)
     grid = context.grids[source.tensor]
+    if grid.spec.bits > 8 and context.arithmetic.requantize == "two-shifts":
+        _refuse(context, group, "its table of 16-bit integers is unknown")
     low, high = grid.limits
     levels = np.arange(low, high + 1).astype(grid.params.zero_point.dtype)
     feeds = {dequantized_name(source.tensor): grid.dequantize(levels)}
     (values,) = step.session.run([target], feeds)
     if values.shape != levels.shape:
         _refuse(context, group, "it is not a function of a single value, so it has no table")
-    table = context.grids[target].quantize(values, context.arithmetic.float_rounding)
+    table = context.grids[target].quantize_as(values, context.arithmetic)
     return TableStep(source=source.tensor, target=target, lowest=low, table=table)
 
 

@@ -13,7 +13,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxqat.evaluation.integer.grid import Grid
-from onnxqat.operators import ONNX_DOMAINS
+from onnxqat.nodes import input_role, is_bias_add
+from onnxqat.operators import ONNX_DOMAINS, WEIGHTED
 from onnxqat.pairs import dequantized_name
 from onnxqat.plan.graph import GraphIndex
 from onnxqat.plan.patterns import PATTERNS
@@ -21,7 +22,7 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.rules import Arithmetic, HardwareRule
 from onnxqat.runtime import open_session
 
-__all__ = ["Context", "FusedOp", "Operand", "fused_ops", "make_context"]
+__all__ = ["Context", "FusedOp", "Operand", "fused_ops", "is_bias", "make_context"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,15 @@ class Context:
         )
         model = onnx.helper.make_model(graph, opset_imports=self.opsets, ir_version=8)
         return open_session(model, optimization="none", threads=self.threads)
+
+
+def is_bias(group: FusedOp, node: gs.Node, index: int) -> bool:
+    """Return whether an input is the constant bias of a convolution or product."""
+    if not isinstance(node.inputs[index], gs.Constant):
+        return False
+    if node is group.nodes[0]:
+        return input_role(node, index) == "bias"
+    return group.kind in WEIGHTED and is_bias_add(node)
 
 
 def make_context(

@@ -11,15 +11,28 @@ from onnxqat.evaluation.integer.context import Context, FusedOp
 from onnxqat.evaluation.integer.steps import Target, limits_of
 from onnxqat.nodes import is_bias_add
 
-__all__ = ["float_limits", "has_only_limits", "make_target"]
+__all__ = ["added", "float_limits", "has_only_limits", "make_target"]
 
 
-def has_only_limits(group: FusedOp) -> bool:
-    """Return whether only a bias, Relu or Clip with constant limits follows the first op."""
+def has_only_limits(group: FusedOp, *, sums: bool = False) -> bool:
+    """Return whether only a bias, Relu or Clip with constant limits follows the first op.
+
+    With ``sums``, an Add of an activation may come first.
+    """
+    first = added(group) if sums else None
     return all(
-        node.op == "Relu" or is_bias_add(node) or (node.op == "Clip" and _has_constant_limits(node))
+        node is first
+        or node.op == "Relu"
+        or is_bias_add(node)
+        or (node.op == "Clip" and _has_constant_limits(node))
         for node in group.epilogue
     )
+
+
+def added(group: FusedOp) -> gs.Node | None:
+    """Return the Add of an activation that follows the first op at once, if there is one."""
+    first = next(iter(group.epilogue), None)
+    return first if first is not None and first.op == "Add" and not is_bias_add(first) else None
 
 
 def _has_constant_limits(node: gs.Node) -> bool:

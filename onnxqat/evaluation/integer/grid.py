@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
 from onnxqat.qparams import (
     FloatArray,
     QuantParams,
     QuantSpec,
-    Rounding,
     dequantize,
     quantize,
     quantized_range,
 )
+from onnxqat.rules import Arithmetic, ShiftRounding
 
 __all__ = ["Grid"]
 
@@ -39,6 +40,11 @@ class Grid:
         """Smallest and largest integer."""
         return quantized_range(self.spec, signed=self.params.signed)
 
+    @property
+    def stored_zero_point(self) -> int:
+        """The zero_point of the signed integers that a runtime without unsigned ones stores."""
+        return int(self.params.zero_point) - (0 if self.params.signed else 128)
+
     def centered(self, levels: NDArray[Any]) -> NDArray[np.int32]:
         """Return the integers minus the zero_point, int32."""
         # only weights are per-axis, and they are symmetric
@@ -55,7 +61,7 @@ class Grid:
         """Return the float32 values of integers."""
         return dequantize(levels, self.params, self.spec)
 
-    def quantize(self, values: FloatArray, rounding: Rounding) -> NDArray[Any]:
+    def quantize(self, values: FloatArray, rounding: ShiftRounding) -> NDArray[Any]:
         """Return the integers of float32 values."""
         if rounding == "half-even":
             return quantize(values, self.params, self.spec)
@@ -64,3 +70,31 @@ class Grid:
         low, high = self.limits
         span = high - low + 1  # clipping to twice this changes nothing: such values saturate anyway
         return self.saturate(round_levels(np.clip(levels, -2 * span, 2 * span), rounding))
+
+    def quantize_as(self, values: FloatArray, arithmetic: Arithmetic) -> NDArray[Any]:
+        """Return the integers that the chip makes of floats, see `Arithmetic.float_scaling`."""
+        rounding = arithmetic.float_rounding
+        if arithmetic.float_scaling == "divide" and arithmetic.float_type == "float32":
+            return self.quantize(values, rounding)
+        dtype = np.dtype(arithmetic.float_type)
+        stored = self.stored_zero_point
+        with np.errstate(over="ignore"):
+            x = values.astype(dtype)
+            if arithmetic.float_scaling == "divide":
+                levels = x / self.scale.astype(dtype)
+            else:
+                levels = x * self._inverse(dtype) + dtype.type(stored)
+        low, high = self.limits
+        span = 2 * (high - low + 1)
+        rounded = round_levels(np.clip(levels.astype(np.float32), -span, span), rounding)
+        offset = stored if arithmetic.float_scaling == "multiply" else 0
+        return self.saturate(rounded - offset)
+
+    def _inverse(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        inverse = np.asarray(np.float32(1) / self.scale).astype(dtype)
+        if not np.isfinite(inverse).all():
+            raise RuleError(
+                f"Scale {float(self.scale):.3g} is too small: its inverse is no {dtype.name}. Give "
+                "the tensor a wider range with --set, such as min_range."
+            )
+        return inverse

@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
+from onnxqat.evaluation.integer.bpu import add_scaled
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import add_on_vectors
 from onnxqat.evaluation.integer.requantize import (
@@ -25,7 +26,7 @@ from onnxqat.evaluation.integer.requantize import (
     requantizer,
 )
 from onnxqat.evaluation.integer.rounding import Int64Array, divide, round_levels, shift_right
-from onnxqat.rules import Arithmetic
+from onnxqat.rules import Arithmetic, ShiftRounding
 
 __all__ = [
     "Kernel",
@@ -54,8 +55,9 @@ def add(
     ``float``: multiply both operands by their ratios of scales, add, round (MLAS ``qladd.cpp``).
     ``multiplier`` with ``rescaled_operands``: round each operand to the output's scale, then add.
     ``gemmlowp``: add at twice the larger scale with 20 extra bits, then round
-    (``reference/integer_ops/add.h``). ``shift``, and ``multiplier`` without ``rescaled_operands``:
-    add operands of equal scale, then round. ``hmx``: see `add_on_vectors`.
+    (``reference/integer_ops/add.h``). ``two-shifts``: see `onnxqat.evaluation.integer.bpu`.
+    ``shift``, and ``multiplier`` without ``rescaled_operands``: add operands of equal scale, then
+    round. ``hmx``: see `add_on_vectors`.
     """
     if arithmetic.requantize == "hmx":
         return add_on_vectors(operands, output, subtract=subtract)
@@ -70,6 +72,8 @@ def add(
         )
     if arithmetic.requantize == "gemmlowp":
         return _add_gemmlowp(a, b, output, arithmetic, sign)
+    if arithmetic.add != "plain":
+        return add_scaled(a, b, output, arithmetic, sign)
     if arithmetic.rescaled_operands:
         rescale = [_rescaler(g, output, arithmetic) for g in (a, b)]
         return lambda x, y: rescale[0](x) + sign * rescale[1](y)
@@ -132,16 +136,40 @@ def change_scale(grid: Grid, output: Grid, arithmetic: Arithmetic) -> Kernel:
     return lambda x: requantize(grid.centered(x).astype(np.int64))
 
 
-def mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | int) -> Kernel:
+def mean(
+    grid: Grid,
+    output: Grid,
+    arithmetic: Arithmetic,
+    counts: Int64Array | int,
+    *,
+    first_rounding: ShiftRounding = "floor",
+) -> Kernel:
     """Return a kernel for averages: int64 sums of ``counts`` centered values each.
 
-    ``gemmlowp``: `averager`, for a single count. Otherwise the count is part of the multiplier M.
+    ``gemmlowp``: `averager`, for a single count. Otherwise, and with ``raw_means``, the count is
+    part of the multiplier M.
     """
+    if arithmetic.raw_means:
+        return _raw_mean(grid, output, arithmetic, counts)
     if arithmetic.requantize == "gemmlowp":
         factor = ratio(arithmetic, grid.scale, divisor=output.scale)
         return averager(arithmetic, factor, int(counts))
     scale = ratio(arithmetic, grid.scale, divisor=output.scale * np.asarray(counts, np.float32))
-    return requantizer(arithmetic, scale, arithmetic.operand_bits)
+    return requantizer(arithmetic, scale, arithmetic.operand_bits, first_rounding=first_rounding)
+
+
+def _raw_mean(grid: Grid, output: Grid, arithmetic: Arithmetic, counts: Int64Array | int) -> Kernel:
+    """Return a kernel that requantizes sums of integers as they are stored.
+
+    As ``ReduceMeanHW`` of MindSpore Lite, nnacl/int8/reduce_int8.c, and its caller
+    ``ReduceMean4DCalQuantParam`` of reduce_int8.cc: what the zero_points add to the sum is
+    subtracted afterwards, as a number truncated to an integer.
+    """
+    before, after = grid.stored_zero_point, output.stored_zero_point
+    scales = [g.scale.astype(np.float64) for g in (grid, output)]
+    requantize = requantizer(arithmetic, np.asarray(scales[0] / (scales[1] * counts)), 32)
+    offset = int(np.trunc(after - before * scales[0] / scales[1])) - after
+    return lambda sums: requantize(sums + before * np.asarray(counts, np.int64)) + offset
 
 
 def pool(grid: Grid, counts: Int64Array | int) -> Kernel:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.errors import PlanError, RuleError
-from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
-from onnxqat.evaluation.integer.epilogue import float_limits, make_target
+from onnxqat.evaluation.integer.bpu import sum_factors
+from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, is_bias
+from onnxqat.evaluation.integer.epilogue import added, float_limits, make_target
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import HalvedConvolution, convert_sums
-from onnxqat.evaluation.integer.products import ExactConvolution, exact_matmul
-from onnxqat.evaluation.integer.requantize import Requantizer, in_float64, ratio, requantizer
+from onnxqat.evaluation.integer.products import (
+    ExactConvolution,
+    WideConvolution,
+    exact_matmul,
+)
+from onnxqat.evaluation.integer.requantize import (
+    Requantizer,
+    dequantizer,
+    in_float64,
+    ratio,
+    requantizer,
+)
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
-from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Target
+from onnxqat.evaluation.integer.steps import Addend, FloatTarget, ProductStep, Target
 from onnxqat.nodes import is_convolution, is_depthwise, is_plain_product
 from onnxqat.rules import Arithmetic
 
 __all__ = ["build_product"]
 
-MAX_BITS = 8  # sums of products of wider integers may overflow int32
+BYTE = 8
 LEAST_ON_VECTORS = 2.0**-16  # measured on the HTP emulator: between 1.43e-5 and 1.69e-5
-HALVES_BITS = 16  # the HTP keeps the sums of wider activations in two halves
 
 
 def build_product(context: Context, group: FusedOp, operands: Sequence[Operand]) -> ProductStep:
@@ -33,17 +43,25 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
     node, arithmetic = group.nodes[0], context.arithmetic
     pair = [o for o in operands if o.node == node.name and o.index < 2]
     grids = [context.grids[o.tensor] for o in pair]
-    _check(node, grids, HALVES_BITS if arithmetic.requantize == "hmx" else MAX_BITS)
+    _check(node, grids, arithmetic.product_bits)
     activations = [i for i, o in enumerate(pair) if o.values is None]
-    target = make_target(context, group) or FloatTarget(
-        tensor=group.outputs[0], limits=float_limits(group)
-    )
     spread = _spreader(node, pair)
-    scales = [spread(g.scale, g is grids[1]) for g in grids]
-    bias, error = _bias(context, group, scales, spread)
+    first, second = (spread(g.scale, g is grids[1]) for g in grids)
+    values = _bias_values(context, group, spread)
+    floats = values if context.rule.bias == "float" and arithmetic.bias == "plan" else None
+    bias, error = (
+        (None, None)
+        if values is None or floats is not None
+        else _integer_bias(context, values, first, second)
+    )
+    target = make_target(context, group) or FloatTarget(
+        tensor=group.outputs[0],
+        limits=float_limits(group),
+        dequantize=dequantizer(arithmetic, (first, second), None if floats is None else floats[1]),
+    )
     requantize: Requantizer | None = None
     if isinstance(target, Target):
-        scale = ratio(arithmetic, *scales, divisor=target.grid.scale)
+        scale = ratio(arithmetic, first, second, divisor=target.grid.scale)
         if arithmetic.requantize == "hmx" and not _is_on_vectors(node, scale):
             offsets = _offsets(node, pair, grids)
             requantize = convert_sums(
@@ -53,15 +71,22 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
                 offsets=None if offsets is None else spread(offsets, True),
             )
         else:
-            constant = len(activations) == 1
-            requantize = _requantizer(arithmetic, node.op, scales, target.grid, constant=constant)
+            requantize = _requantizer(
+                arithmetic,
+                node.op,
+                (first, second),
+                target.grid,
+                constant=len(activations) == 1,
+                offset=None if floats is None else floats[1] / target.grid.scale,
+            )
     return ProductStep(
         sources=tuple(pair[i].tensor for i in activations),
         grids=tuple(grids[i] for i in activations),
         sums=_sums(context, node, pair, grids),
         bias=bias,
         bias_error=error,
-        scale=np.asarray(scales[0], np.float64) * np.asarray(scales[1], np.float64),
+        addend=_addend(group, operands, np.asarray(first * second, np.float32)),
+        scale=np.asarray(first, np.float64) * np.asarray(second, np.float64),
         requantize=requantize,
         target=target,
     )
@@ -74,6 +99,7 @@ def _requantizer(
     output: Grid,
     *,
     constant: bool,
+    offset: NDArray[Any] | None,
 ) -> Requantizer:
     scale = ratio(arithmetic, *scales, divisor=output.scale)
     if constant and op in arithmetic.in_float64:
@@ -83,7 +109,13 @@ def _requantizer(
         # (google-ai-edge/LiteRT tflite/kernels/kernel_util.cc), which BATCH_MATMUL calls
         product = np.asarray(scales[0] * scales[1], np.float32)
         scale = ratio(arithmetic, product, divisor=output.scale)
-    return requantizer(arithmetic, scale, arithmetic.multiplier_bits)
+    return requantizer(
+        arithmetic,
+        scale,
+        arithmetic.multiplier_bits,
+        rounding=arithmetic.product_rounding,
+        offset=offset,
+    )
 
 
 def _is_on_vectors(node: gs.Node, scale: NDArray[Any]) -> bool:
@@ -109,9 +141,9 @@ def _offsets(node: gs.Node, pair: Sequence[Operand], grids: Sequence[Grid]) -> I
 
 
 def _check(node: gs.Node, grids: Sequence[Grid], most: int) -> None:
-    if any(g.spec.bits > most for g in grids):
+    if any(g.spec.bits > most for g in grids):  # the sums may overflow int32
         raise RuleError(
-            f"Node '{node.name}': integer evaluation supports at most {most} bits. "
+            f"Node '{node.name}': integer evaluation supports at most {most} bits under this rule. "
             "Evaluate with --mode qdq."
         )
     if not is_plain_product(node):
@@ -141,37 +173,60 @@ def _spreader(
     return spread
 
 
-def _bias(
-    context: Context,
-    group: FusedOp,
-    scales: Sequence[NDArray[Any]],
-    spread: Callable[[NDArray[Any], bool], NDArray[Any]],
-) -> tuple[Int64Array | None, NDArray[np.float64] | None]:
-    """Return the int32 bias and its rounding error, both broadcastable to the sums."""
+Bias: TypeAlias = tuple[str, NDArray[np.float64]]  # name, and values that broadcast to the sums
+
+
+def _bias_values(
+    context: Context, group: FusedOp, spread: Callable[[NDArray[Any], bool], NDArray[Any]]
+) -> Bias | None:
+    """Return the bias that the chip adds to the sums or to their floats, if there is one."""
+    kept_float = context.rule.bias == "float"
     found = [
         (node, tensor)
         for node in group.nodes
         for index, tensor in enumerate(node.inputs)
-        if (node.name, index) in context.biases
+        if (node.name, index) in context.biases or (kept_float and is_bias(group, node, index))
     ]
     if not found:
-        return None, None
+        return None
     ((node, tensor),) = found
     values = np.asarray(tensor.values, np.float64)
-    if is_convolution(node):
-        values = spread(values, False)
+    return tensor.name, spread(values, False) if is_convolution(node) else values
+
+
+def _integer_bias(
+    context: Context, bias: Bias, first: NDArray[Any], second: NDArray[Any]
+) -> tuple[Int64Array, NDArray[np.float64]]:
+    """Return the int32 bias and its rounding error, both broadcastable to the sums."""
+    name, values = bias
     dtype = np.float32 if context.arithmetic.requantize == "float" else np.float64
-    scale = np.asarray(scales[0], dtype) * np.asarray(scales[1], dtype)
-    exact = values / scale
+    exact = values / (np.asarray(first, dtype) * np.asarray(second, dtype))
     limit = 2 ** (context.rule.bias_bits - 1)
     if np.abs(exact).max(initial=0) >= limit:
         raise PlanError(
-            f"Bias '{tensor.name}': bias / (s_x * s_w) reaches {np.abs(exact).max():.3g}, beyond "
+            f"Bias '{name}': bias / (s_x * s_w) reaches {np.abs(exact).max():.3g}, beyond "
             f"{context.rule.bias_bits} bits. The weights of this layer are almost zero; calibrate "
             "again."
         )
     integers = round_levels(exact, context.arithmetic.bias_rounding)
     return integers, integers - exact
+
+
+def _addend(
+    group: FusedOp, operands: Sequence[Operand], scale: NDArray[np.float32]
+) -> Addend | None:
+    """Return the activation that a fused Add adds to the sums, whose scale is given."""
+    node = added(group)
+    if node is None:
+        return None
+    (operand,) = (o for o in operands if o.node == node.name)
+    if operand.grid is None or operand.values is not None:
+        raise RuleError(
+            f"Node '{node.name}': no source says how the chip adds a constant or a float to the "
+            "sums of a product. Evaluate with --mode qdq."
+        )
+    multiplier, shift = sum_factors(np.asarray(operand.grid.scale / scale))
+    return Addend(source=operand.tensor, grid=operand.grid, multiplier=multiplier, shift=shift)
 
 
 def _sums(
@@ -190,7 +245,11 @@ def _sums(
         low, high = grids[0].limits
         zero_point = int(grids[0].params.zero_point)
         largest = max(zero_point - low, high - zero_point)
-        kind = HalvedConvolution if grids[0].spec.bits > MAX_BITS else ExactConvolution
+        kind: type[ExactConvolution | HalvedConvolution | WideConvolution] = ExactConvolution
+        if grids[1].spec.bits > BYTE:
+            kind = WideConvolution
+        elif grids[0].spec.bits > BYTE:
+            kind = HalvedConvolution
         return kind(context.protos[node.name], weight, largest, context.opset, context.threads)
     return _matmul(node, constants)
 

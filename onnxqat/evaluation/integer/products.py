@@ -17,9 +17,10 @@ from onnxqat.errors import ModelError
 from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.runtime import open_session
 
-__all__ = ["ExactConvolution", "exact_matmul"]
+__all__ = ["ExactConvolution", "WideConvolution", "exact_matmul"]
 
 EXACT_FLOAT32 = 2**24
+HALF = 128
 
 
 class ExactConvolution:
@@ -74,6 +75,40 @@ class ExactConvolution:
         for part in sums[1:]:
             total += part.astype(np.int64)
         return total
+
+
+class WideConvolution:
+    """A Conv or ConvTranspose of integers of 16 bits: four of their halves.
+
+    The parameters are those of `ExactConvolution`. The sums are exact, although a chip's own sums
+    may be narrower.
+    """
+
+    def __init__(
+        self,
+        node: onnx.NodeProto,
+        weight: NDArray[np.int32],
+        largest: int,
+        opset: int,
+        threads: int,
+    ) -> None:
+        del largest  # a half has 8 bits
+        self.kernels = [
+            ExactConvolution(node, part, HALF, opset, threads) for part in _halves(weight)
+        ]
+
+    def __call__(self, centered: NDArray[np.int32]) -> Int64Array:
+        """Return the int64 sums of centered inputs."""
+        high, low = _halves(centered)
+        first, second = self.kernels
+        mixed = first(low) + second(high)
+        return np.asarray((first(high) << 16) + (mixed << 8) + second(low))
+
+
+def _halves(integers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return (high, low) with integers = 256 * high + low, and low from -128 to 127."""
+    high = (integers + HALF) >> 8
+    return high, integers - (high << 8)
 
 
 def _exact_parts(

@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels, shift_right
-from onnxqat.rules import Arithmetic
+from onnxqat.rules import Arithmetic, ShiftRounding
 
 __all__ = [
+    "Dequantizer",
     "Requantizer",
     "averager",
+    "dequantizer",
     "fixed_point",
     "in_float64",
     "nearest_multiplier",
     "ratio",
     "requantizer",
+    "two_shifts",
 ]
 
 Requantizer: TypeAlias = Callable[[Int64Array], Int64Array]
+Dequantizer: TypeAlias = Callable[[Int64Array], NDArray[np.floating[Any]]]
 Scale: TypeAlias = NDArray[np.floating[Any]]
 
 
@@ -82,16 +86,49 @@ def fixed_point(scale: Scale) -> tuple[Int64Array, Int64Array]:
     return np.where(tiny, 0, multiplier), np.where(tiny, 0, exponent)
 
 
+# hbdk 3, hbdk/torch_script/utils.py `gen_rescale_param`: 30 - 1 - 7 for 8-bit outputs
+MOST_AFTER = 22
+MOST_BEFORE = 31
+
+
+def two_shifts(scale: Scale) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Return the multiplier of 16 bits, the shift before it and the rounding shift behind it.
+
+    As ``gen_rescale_param`` of Horizon's hbdk 3, hbdk/torch_script/utils.py, for sums of 32 bits
+    that become 8 bits: the first shift is as small as the second one, of at most 22, allows. The
+    relative error of ``multiplier / 2**(before + after)`` is at most ``2**-15``.
+    """
+    bounded = np.clip(np.asarray(scale, np.float32), -32768, 32767)
+    mantissa, exponent = np.frexp(bounded)
+    multiplier = np.clip(np.floor(mantissa * np.float32(2**15) + 0.5), -32768, 32767)
+    shift = 15 - exponent.astype(np.int64)
+    before = np.clip(shift - MOST_AFTER, 0, MOST_BEFORE)
+    return multiplier.astype(np.int64), before, np.clip(shift - before, 0, 31)
+
+
 def ratio(arithmetic: Arithmetic, *scales: Scale, divisor: Scale) -> Scale:
-    """Return the product of ``scales`` divided by ``divisor``, in the precision of the kernels."""
-    dtype = np.float32 if arithmetic.requantize == "float" else np.float64
-    product = np.asarray(scales[0], dtype)
+    """Return the product of ``scales`` divided by ``divisor``, in the precision of the kernels.
+
+    With ``factor_type = "float32"`` the product is a float32, but not the quotient.
+    """
+    narrow = arithmetic.requantize in ("float", "two-shifts")
+    first = np.float32 if narrow or arithmetic.factor_type == "float32" else np.float64
+    last = np.float32 if narrow else np.float64
+    product = np.asarray(scales[0], first)
     for scale in scales[1:]:
-        product = product * np.asarray(scale, dtype)
-    return np.asarray(product / np.asarray(divisor, dtype), dtype)
+        product = product * np.asarray(scale, first)
+    return np.asarray(np.asarray(product, last) / np.asarray(divisor, last), last)
 
 
-def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
+def requantizer(
+    arithmetic: Arithmetic,
+    scale: Scale,
+    bits: int,
+    *,
+    rounding: ShiftRounding | None = None,
+    offset: Scale | None = None,
+    first_rounding: ShiftRounding = "floor",
+) -> Requantizer:
     """Return the function that multiplies int64 sums by ``scale`` and rounds.
 
     Parameters
@@ -100,16 +137,27 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
         The factor M, broadcastable to the sums.
     bits : int
         Width of the multiplier, for ``requantize = "multiplier"``.
+    rounding : str, optional
+        Rounding of the last step (default: the ``rounding`` of the arithmetic).
+    offset : float, optional
+        What ``requantize = "float"`` adds before it rounds: a float bias divided by s_y.
+    first_rounding : str
+        Rounding of the first shift of ``requantize = "two-shifts"``.
 
     Raises
     ------
     RuleError
-        The rule requantizes by a shift, and ``scale`` is not a power of two.
+        The rule requantizes by a shift, and ``scale`` is not a power of two; or an offset is given
+        that the rule cannot add.
     """
-    rounding = arithmetic.rounding
+    rounding = rounding or arithmetic.rounding
     if arithmetic.requantize == "float":
-        factor = np.asarray(scale, np.float32)
-        return lambda sums: round_levels(sums.astype(np.float32) * factor, rounding)
+        return _by_float(np.asarray(scale, np.float32), offset, rounding)
+    if offset is not None:
+        raise RuleError(
+            "The rule keeps the bias of a convolution in float, and requantizes integers. Set "
+            "requantize = 'float' or bias = 'int32' in its [arithmetic]."
+        )
     if arithmetic.requantize == "hmx":  # not of its matrix unit, see hmx.convert_sums
         exact = np.asarray(scale, np.float64)
         return lambda sums: round_levels(sums * exact, rounding)
@@ -117,7 +165,12 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
         multiplier, shift = nearest_multiplier(scale, bits)
         return lambda sums: shift_right(sums * multiplier, shift, rounding)
     if arithmetic.requantize == "gemmlowp":
-        return _gemmlowp(*fixed_point(scale), arithmetic)
+        return _gemmlowp(*fixed_point(scale), rounding)
+    if arithmetic.requantize == "two-shifts":
+        factor, before, after = two_shifts(scale)
+        return lambda sums: shift_right(
+            shift_right(sums, before, first_rounding) * factor, after, rounding
+        )
     mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
     if np.any(mantissa != 0.5):
         raise RuleError(
@@ -126,6 +179,48 @@ def requantizer(arithmetic: Arithmetic, scale: Scale, bits: int) -> Requantizer:
         )
     places = 1 - exponent.astype(np.int64)
     return lambda sums: shift_right(sums, places, rounding)
+
+
+def _by_float(factor: Scale, offset: Scale | None, rounding: ShiftRounding) -> Requantizer:
+    if offset is None:
+        return lambda sums: round_levels(sums.astype(np.float32) * factor, rounding)
+    added = np.asarray(offset, np.float32)
+    return lambda sums: round_levels(sums.astype(np.float32) * factor + added, rounding)
+
+
+def dequantizer(
+    arithmetic: Arithmetic, scales: tuple[Scale, Scale], bias: Scale | None = None
+) -> Dequantizer:
+    """Return the function that makes floats of int64 sums: times s_x * s_w, plus a float bias.
+
+    The floats have the ``float_type`` of the arithmetic, and are returned as float64 or float32.
+    """
+    if arithmetic.factor_type == "float64":
+        exact = np.asarray(scales[0], np.float64) * np.asarray(scales[1], np.float64)
+        if bias is None:
+            return lambda sums: np.asarray(sums * exact)
+        added = np.asarray(bias, np.float64)
+        return lambda sums: np.asarray(sums * exact + added)
+    factor = _rounded_factor(
+        np.asarray(scales[0], np.float32) * np.asarray(scales[1], np.float32), arithmetic
+    )
+
+    def apply(sums: Int64Array) -> NDArray[np.floating[Any]]:
+        values = sums.astype(np.float32) * factor
+        if bias is not None:
+            values = values + np.asarray(bias, np.float32)
+        with np.errstate(over="ignore"):
+            return np.asarray(values.astype(arithmetic.float_type), np.float32)
+
+    return apply
+
+
+def _rounded_factor(factor: NDArray[np.float32], arithmetic: Arithmetic) -> NDArray[np.float32]:
+    if arithmetic.factor_type == "float16":
+        return np.asarray(factor.astype(np.float16), np.float32)
+    if arithmetic.factor_type == "float19":
+        return np.asarray((factor.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32))
+    return factor
 
 
 def in_float64(scale: Scale) -> Requantizer:
@@ -148,10 +243,10 @@ def averager(arithmetic: Arithmetic, scale: Scale, count: int) -> Requantizer:
     """
     multiplier, exponent = fixed_point(scale)
     shift = np.minimum(min(count.bit_length() - 1, 32), 31 + exponent)
-    return _gemmlowp((multiplier << shift) // count, exponent - shift, arithmetic)
+    return _gemmlowp((multiplier << shift) // count, exponent - shift, arithmetic.rounding)
 
 
-def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, arithmetic: Arithmetic) -> Requantizer:
+def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, rounding: ShiftRounding) -> Requantizer:
     """Return ``MultiplyByQuantizedMultiplier`` of tensorflow/lite/kernels/internal/common.h.
 
     Its ``SaturatingRoundingDoublingHighMul`` rounds half up: for negative products it adds a nudge
@@ -161,6 +256,6 @@ def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, arithmetic: Arithmet
 
     def apply(sums: Int64Array) -> Int64Array:
         high = shift_right((sums << left) * multiplier, 31, "half-up")
-        return shift_right(high, right, arithmetic.rounding)
+        return shift_right(high, right, rounding)
 
     return apply

@@ -1,4 +1,4 @@
-"""Rounding modes of the rules, for integers and floats: ties to even, away from zero, or up."""
+"""Rounding modes of the rules: ties to even, away from zero, or up; and always down."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxqat.qparams import Rounding
+from onnxqat.rules import ShiftRounding
 
 __all__ = ["Int64Array", "divide", "round_levels", "shift_right"]
 
 Int64Array: TypeAlias = NDArray[np.int64]
 
 
-def round_levels(values: NDArray[Any], rounding: Rounding) -> Int64Array:
-    """Return float32 or float64 ``values`` rounded to the nearest integers, same shape."""
+def round_levels(values: NDArray[Any], rounding: ShiftRounding) -> Int64Array:
+    """Return float32 or float64 ``values`` rounded to integers, same shape."""
     if rounding == "half-even":
         return np.asarray(np.rint(values), np.int64)
     wide = values.astype(np.float64)
+    if rounding == "floor":
+        return np.asarray(np.floor(wide), np.int64)
     if rounding == "half-up":
         return np.asarray(np.floor(wide + 0.5), np.int64)
     return np.asarray(np.sign(wide) * np.floor(np.abs(wide) + 0.5), np.int64)
 
 
-def shift_right(values: Int64Array, shift: Int64Array | int, rounding: Rounding) -> Int64Array:
+def shift_right(values: Int64Array, shift: Int64Array | int, rounding: ShiftRounding) -> Int64Array:
     """Return ``values / 2**shift``, rounded; a negative shift shifts left.
 
     Parameters
@@ -45,6 +47,8 @@ def shift_right(values: Int64Array, shift: Int64Array | int, rounding: Rounding)
     if shift.min(initial=0) < 0:
         values = values << np.maximum(-shift, 0)
         shift = np.maximum(shift, 0)
+    if rounding == "floor":
+        return np.asarray(values >> shift)
     half = (np.int64(1) << shift) >> 1
     if rounding == "half-up":
         return np.asarray((values + half) >> shift)

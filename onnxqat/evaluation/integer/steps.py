@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.kernels import Kernel
-from onnxqat.evaluation.integer.requantize import Requantizer
+from onnxqat.evaluation.integer.requantize import Dequantizer, Requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.pairs import dequantized_name
-from onnxqat.qparams import Rounding
+from onnxqat.rules import Arithmetic
 
 __all__ = [
+    "Addend",
     "ElementwiseStep",
     "FloatStep",
     "FloatTarget",
@@ -60,12 +61,12 @@ class QuantizeStep:
 
     tensor: str
     grid: Grid
-    rounding: Rounding
+    arithmetic: Arithmetic
 
     def run(self, values: Values) -> Values:
         """Quantize the tensor."""
         x = values.floats[self.tensor]
-        return Values(levels={self.tensor: self.grid.quantize(x, self.rounding)})
+        return Values(levels={self.tensor: self.grid.quantize_as(x, self.arithmetic)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +211,43 @@ class FloatTarget:
         Name of the tensor.
     limits : tuple of float
         Smallest and largest value that a Relu or Clip after the kernel lets through.
+    dequantize : callable
+        Returns the floats of int64 sums.
     """
 
     tensor: str
     limits: tuple[float, float]
+    dequantize: Dequantizer
+
+    def write(self, sums: Int64Array) -> Values:
+        """Return the limited floats of sums."""
+        floats = np.clip(self.dequantize(sums), *self.limits).astype(np.float32)
+        return Values(floats={self.tensor: floats})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addend:
+    """An activation that a product adds to its sums.
+
+    Attributes
+    ----------
+    source : str
+        Name of the tensor.
+    grid : Grid
+        Grid of the tensor.
+    multiplier, shift : int64
+        Factors ``multiplier * 2**shift`` that bring it to the scale of the sums, broadcastable.
+    """
+
+    source: str
+    grid: Grid
+    multiplier: Int64Array
+    shift: Int64Array
+
+    def sums(self, levels: Array) -> Int64Array:
+        """Return what is added to the sums."""
+        shifted = self.grid.centered(levels).astype(np.int64) << self.shift
+        return np.asarray(shifted * self.multiplier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +263,9 @@ class ProductStep:
     sums : callable
         Returns the int64 sums of the centered operands.
     bias, bias_error : int64, float64 or None
-        The bias and its rounding error, broadcastable to the sums.
+        The integer bias and its rounding error, broadcastable to the sums.
+    addend : Addend or None
+        An activation that is added to the sums.
     scale : float64
         s_x * s_w, broadcastable to the sums.
     requantize : callable or None
@@ -243,6 +279,7 @@ class ProductStep:
     sums: Callable[..., Int64Array]
     bias: Int64Array | None
     bias_error: NDArray[np.float64] | None
+    addend: Addend | None
     scale: NDArray[np.float64]
     requantize: Requantizer | None
     target: Target | FloatTarget
@@ -254,18 +291,19 @@ class ProductStep:
     def finish(self, sums: Int64Array) -> Values:
         """Return the output for sums that include the bias."""
         if isinstance(self.target, FloatTarget):
-            floats = np.clip(sums * self.scale, *self.target.limits).astype(np.float32)
-            return Values(floats={self.target.tensor: floats})
+            return self.target.write(sums)
         assert self.requantize is not None
         return self.target.write(self.requantize(sums))
 
     def accumulate(self, values: Values) -> Int64Array:
-        """Return the sums, with the bias added."""
+        """Return the sums, with the bias and the addend added."""
         operands = (
             grid.centered(values.levels[name])
             for name, grid in zip(self.sources, self.grids, strict=True)
         )
         sums = self.sums(*operands)
+        if self.addend is not None:
+            sums = sums + self.addend.sums(values.levels[self.addend.source])
         return sums if self.bias is None else sums + self.bias
 
     def changed_by_bias(self, sums: Int64Array) -> int:
