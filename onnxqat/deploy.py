@@ -24,7 +24,7 @@ from onnxqat.plan import QuantPlan, QuantPoint, Skip, remove_requantizations
 from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
 from onnxqat.quantized import QuantizedModel, require_quantized, without_notes
-from onnxqat.rules import load_rule
+from onnxqat.rules import HardwareRule, load_rule
 from onnxqat.snap import snap_weights
 
 __all__ = [
@@ -132,12 +132,17 @@ def write_deployment(
     floats = deployed_model(model, weights=weights)
     if batch is not None or input_shapes:
         floats = fix_shapes(floats, batch, input_shapes or {})
-    written = chosen.write(Calibrated(model)) if chosen else Written(files={})
+    rule = _bundled_rule(model.plan.rule)
+    written = chosen.write(Calibrated(model, rule)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
     folder = Path(folder)
     paths = {"model": folder / MODEL_NAME}
     paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
-    handoff = _handoff(name, model, floats, {kind: path.name for kind, path in paths.items()})
+    handoff = {}  # the commands of some vendors' compilers are unknown
+    tool = name if name in HANDOFFS else (rule and rule.target) or ""
+    if tool in HANDOFFS:
+        names = {kind: path.name for kind, path in paths.items()}
+        handoff = HANDOFFS[tool](facts_of(model, floats, rule=rule, files=names))
     paths |= {file: folder / file for file in handoff}
     # a table of an earlier model could be taken for one of this model
     outdated = [folder / file for file in deployed_names()]
@@ -151,18 +156,12 @@ def write_deployment(
     return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
 
 
-def _handoff(
-    table: str, model: QuantizedModel, floats: Model, files: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the files that call the vendor's compiler; empty if its commands are unknown."""
+def _bundled_rule(name: str) -> HardwareRule | None:
+    """Return a bundled rule; None for a rule file of the user."""
     try:
-        target = load_rule(model.plan.rule).target
-    except RuleError:  # a rule file of the user
-        target = None
-    tool = table if table in HANDOFFS else target or ""
-    if tool not in HANDOFFS:
-        return {}
-    return HANDOFFS[tool](facts_of(model, floats, target=target, files=files))
+        return load_rule(name)
+    except RuleError:
+        return None
 
 
 def deployed_names() -> list[str]:

@@ -74,7 +74,8 @@ def integers_of(tensor: str, shape: tuple[int, ...], grid: Grid, theirs: Feeds) 
         return None
     array = same[0].reshape(shape)
     whole = np.array_equal(array, np.rint(array))
-    levels = array if whole else np.clip(np.rint(array / grid.scale), *grid.limits)
+    zero_point = int(grid.params.zero_point)
+    levels = array if whole else np.clip(np.rint(array / grid.scale) + zero_point, *grid.limits)
     return levels.astype(grid.params.zero_point.dtype)
 
 

@@ -16,7 +16,6 @@ from vendor_check import Environment, Feeds, Tool
 
 from onnxqat.deploy import write_deployment
 from onnxqat.model import Model
-from onnxqat.rules import load_rule
 
 __all__ = ["TOOL", "compiled", "simulated"]
 
@@ -65,11 +64,12 @@ def variables(environment: Environment) -> dict[str, str]:
 
 
 def compiled(model: Model, environment: Environment) -> str:
-    """Strip and compile a model into ``chip`` by its script; return the name of its int8 file."""
+    """Strip and compile a model into ``chip`` by its script; return the name of its MLIR file."""
     files = write_deployment(model, environment.folder / "chip", table="sophgo").files
     words = ["bash", files["compile.sh"], "--debug", "--skip_validation"]
     environment.run(words, variables=variables(environment))
-    return f"model_{load_rule(model.plan.rule).target}_int8_sym_tpu.mlir"
+    (found,) = (environment.folder / "chip").glob("model_*_int[48]_*sym_tpu.mlir")
+    return found.name
 
 
 def simulated(name: str, environment: Environment, inputs: Feeds, count: int) -> Feeds:

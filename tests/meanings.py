@@ -308,7 +308,12 @@ def _mnn_grid(entry: dict[str, Any]) -> Grid:
     return Grid(scale, entry["zeroPoint"], entry["clampMin"], entry["clampMax"])
 
 
-def sophgo(data: bytes, found: Reading) -> None:
+def sophgo_asymmetric(data: bytes, found: Reading) -> None:
+    """A table read by ``--asymmetric``: int8 with a zero point, or uint8 if the minimum is 0."""
+    sophgo(data, found, span=True)
+
+
+def sophgo(data: bytes, found: Reading, *, span: bool = False) -> None:
     lines = [line.split() for line in data.decode().splitlines() if line[:1] != "#"]
     names = {f"{t}_{n.op_type}": t for n in found.model.graph.node for t in n.output}
     names |= {t.name: t.name for t in found.model.graph.input}
@@ -323,10 +328,12 @@ def sophgo(data: bytes, found: Reading) -> None:
     }
     for name, *numbers in lines:
         if len(numbers) == 3 and name in names and names[name] not in inner:
-            threshold, low, _ = map(float, numbers)
+            threshold, low, high = map(float, numbers)
             signed = low < 0
             limits = (-128, 127) if signed else (0, 255)
-            found.on_tensor(names[name], Grid(threshold / limits[1], 0, *limits))
+            scale = (high - low) / 255 if span else threshold / limits[1]
+            zero_point = round(limits[0] - low / scale) if span else 0
+            found.on_tensor(names[name], Grid(scale, zero_point, *limits))
     weights = {f"{inner.get(n.output[0], n.output[0])}": n for n, _, _ in found.weights()}
     for name, count, *numbers in lines:
         tensor = re.sub(r"_[A-Za-z]+_weight$", "", name)

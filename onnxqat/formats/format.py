@@ -19,6 +19,7 @@ from onnxqat.errors import FormatError
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
 from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import HardwareRule
 
 __all__ = [
     "Calibrated",
@@ -60,6 +61,8 @@ class Calibrated:
         Its float graph, with the names that the target sees. Must not be changed.
     plan : QuantPlan
         The plan of the model.
+    rule : HardwareRule or None
+        The rule of the plan; None if it is a file of the user's.
 
     Raises
     ------
@@ -67,9 +70,10 @@ class Calibrated:
         The model is not calibrated.
     """
 
-    def __init__(self, model: QuantizedModel) -> None:
+    def __init__(self, model: QuantizedModel, rule: HardwareRule | None = None) -> None:
         model.check_calibrated()
         self.model = model
+        self.rule = rule
         self.graph = model.floats.graph
         self.plan = model.plan
         self._params = model.params

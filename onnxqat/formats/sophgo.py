@@ -9,22 +9,18 @@
     125_Relu 1.5 0.0 1.5                            the same, for tensors of 4 bits
     #weight_scale
     125_Relu_weight 2 0.01 0.02 0 0                 name N, N scales, N zero_points
+    #int4_op
+    125_Relu                                        ops that compute with 4 bits
 
-The threshold for a scale ``s`` (tpu-mlir ``lib/Support/Module.cpp``, ``getScale``):
+``#int4_op`` is written only if there are such ops; tpu-mlir (``lib/Dialect/Top/Transforms/
+ImportCalibration.cpp``) reads ``#int4_th`` for these alone.
 
-=========  ===============  =====================  =============
-bits       signed           unsigned               min, max
-=========  ===============  =====================  =============
-8          ``127 * s``      ``255 * s``            ``-th, th``
-4          ``7 * s``        ``15 * s``             unsigned:
-16         ``32767 * s``    ``65535 * s``          ``0, th``
-=========  ===============  =====================  =============
-
-sophgo-mq writes ``128 * s`` with seven decimals. This module does not: the compiler divides by 127,
-and with ``%.7f`` weight scales 196 of the 270,256 int8 weights of a ResNet-20 came out different. A
-float32 scale times any of these factors is exact in float64, and numbers are written as the
-shortest decimal that reads back to the same float64, so the scale survives bit for bit. The
-compiler aborts on an exponent, so exponents are neither written nor accepted.
+`onnxqat.formats.sophgo_grids` has the numbers of an activation. sophgo-mq writes ``128 * s`` with
+seven decimals. This module does not: the compiler divides by 127, and with ``%.7f`` weight scales
+196 of the 270,256 int8 weights of a ResNet-20 came out different. A float32 scale times any of
+these factors is exact in float64, and numbers are written as the shortest decimal that reads back
+to the same float64, so the scale survives bit for bit. The compiler aborts on an exponent, so
+exponents are neither written nor accepted.
 
 Compiler-checked: tpu-mlir 1.30.2 compiled models with the tables written here, and its simulator
 computed the integers of `onnxqat.evaluation.integer` (``scripts/check_tpu_mlir.py``).
@@ -34,7 +30,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -43,11 +39,10 @@ from onnxqat.errors import FormatError
 from onnxqat.formats import text_table
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 
-__all__ = ["WORK_MODES", "misread", "read", "scale_of", "threshold", "write", "write_qtable"]
+__all__ = ["WORK_MODES", "misread", "read", "write", "write_qtable"]
 
 WORK_MODES = ("QAT_all_int8", "int4_and_int8_mix", "int4_and_int8_mix_no_fc")
 
-_BITS = (4, 8, 16)
 _WORK_MODE = "# work_mode:"
 _WORK_MODE_NOTE = (
     f"#Automatically generated, do not modify, work_mode choice:[{', '.join(WORK_MODES)}]"
@@ -55,6 +50,8 @@ _WORK_MODE_NOTE = (
 _COLUMNS = "# op_name    threshold    min    max"
 _INT4 = "#int4_th"
 _WEIGHTS = "#weight_scale"
+_INT4_OPS = "#int4_op"
+_SECTIONS = (_INT4, _WEIGHTS, _INT4_OPS)
 
 _MAX_SIZE = 256 * 2**20  # characters; ten times what a billion-parameter network needs
 _MAX_SCALES = 2**20  # for one weight; no network has as many output channels
@@ -64,80 +61,6 @@ _INTEGER = re.compile(r"-?[0-9]{1,9}")
 _EXPONENT = re.compile(r"-?[0-9.]+[eE][-+]?[0-9]+")
 
 _Value = TypeVar("_Value")
-
-
-def _largest(bits: int, *, signed: bool) -> int:
-    """Return the integer that the threshold corresponds to."""
-    if bits not in _BITS:
-        raise FormatError(f"A Sophgo table holds 4, 8 or 16 bits, not {bits}. Change the rule.")
-    return 2 ** (bits - 1) - 1 if signed else int(2**bits - 1)
-
-
-def threshold(scale: float, bits: int, signed: bool) -> Threshold:
-    """Return the table entry of an activation with zero_point 0.
-
-    Parameters
-    ----------
-    scale : float
-        A float32 value, in units of the tensor per level; positive.
-    bits : {4, 8, 16}
-        Width of the integers.
-    signed : bool
-        Whether the integers are signed.
-
-    Raises
-    ------
-    FormatError
-        The scale is not positive and finite, or ``bits`` is another width.
-
-    Examples
-    --------
-    >>> threshold(0.5, 8, signed=True)
-    Threshold(threshold=63.5, low=-63.5, high=63.5)
-    >>> threshold(0.5, 4, signed=False)
-    Threshold(threshold=7.5, low=0.0, high=7.5)
-    """
-    th = float(scale) * _largest(bits, signed=signed)
-    if not (math.isfinite(th) and th > 0):
-        raise FormatError(f"Scale {scale} is not positive and finite. Calibrate again.")
-    return Threshold(threshold=th, low=-th if signed else 0.0, high=th)
-
-
-def scale_of(entry: Threshold, bits: int) -> tuple[np.float32, bool]:
-    """Return the scale and signedness that the compiler gives an entry: inverse of `threshold`.
-
-    Parameters
-    ----------
-    entry : Threshold
-        Signed if its ``low`` lies below zero.
-    bits : {4, 8, 16}
-        Width of the integers.
-
-    Returns
-    -------
-    scale : numpy.float32
-        Units of the tensor per level; bit for bit the scale given to `threshold`.
-    signed : bool
-        Whether the integers are signed.
-
-    Raises
-    ------
-    FormatError
-        The scale is not a positive float32, or ``bits`` is another width.
-
-    Examples
-    --------
-    >>> scale, signed = scale_of(Threshold(threshold=63.5, low=-63.5, high=63.5), 8)
-    >>> float(scale), signed
-    (0.5, True)
-    """
-    signed = entry.low < 0
-    scale = entry.threshold / _largest(bits, signed=signed)
-    if not scale <= float(np.finfo(np.float32).max) or not np.float32(scale) > 0:
-        raise FormatError(
-            f"Threshold {entry.threshold} does not give a positive float32 scale. Calibrate again."
-        )
-    return np.float32(scale), signed
 
 
 def _threshold_problem(entry: Threshold) -> str | None:
@@ -242,6 +165,9 @@ def write(table: CalibrationTable) -> str:
         _WEIGHTS,
         *_lines(table.weights, _scales_problem, _scales_fields),
     ]
+    if table.int4_ops:
+        names = dict.fromkeys(table.int4_ops)
+        lines += [_INT4_OPS, *_lines(names, lambda _: None, lambda _: [])]
     return "\n".join(lines) + "\n"
 
 
@@ -290,6 +216,11 @@ def _parse_scales(fields: list[str]) -> WeightScales:
     )
 
 
+def _parse_nothing(fields: list[str]) -> None:
+    if fields:
+        raise _LineError(f"{len(fields) + 1} fields, expected 1. Write the name of an op.")
+
+
 def _add(
     section: dict[str, _Value],
     line: str,
@@ -333,7 +264,8 @@ class _Reader:
         self.activations: dict[str, Threshold] = {}
         self.int4: dict[str, Threshold] = {}
         self.weights: dict[str, WeightScales] = {}
-        self.missing = [_INT4, _WEIGHTS]
+        self.int4_ops: dict[str, None] = {}
+        self.left = list(_SECTIONS)
 
     def take(self, number: int, line: str) -> None:
         """Add line ``number``, counted from 1."""
@@ -343,18 +275,25 @@ class _Reader:
             self._enter(line.strip())
         elif not line.strip():
             return
-        elif len(self.missing) == 2:
+        elif len(self.left) == 3:
             _add(self.activations, line, _parse_threshold, _threshold_problem)
-        elif len(self.missing) == 1:
+        elif len(self.left) == 2:
             _add(self.int4, line, _parse_threshold, _threshold_problem)
-        else:
+        elif len(self.left) == 1:
             _add(self.weights, line, _parse_scales, _scales_problem)
+        else:
+            _add(self.int4_ops, line, _parse_nothing, lambda _: None)
+
+    @property
+    def missing(self) -> str | None:
+        """The next section that every table has, or None."""
+        return next((name for name in self.left if name != _INT4_OPS), None)
 
     def _enter(self, header: str) -> None:
-        if self.missing[:1] != [header]:
-            wanted = f"'{self.missing[0]}'" if self.missing else "no further section"
+        if self.left[:1] != [header]:
+            wanted = f"'{self.left[0]}'" if self.left else "no further section"
             raise _LineError(f"section '{header[:40]}', expected {wanted}. Restore the order.")
-        del self.missing[0]
+        del self.left[0]
 
 
 def read(text: str, name: str) -> CalibrationTable:
@@ -386,26 +325,28 @@ def read(text: str, name: str) -> CalibrationTable:
             reader.take(number, line)
         except _LineError as error:
             raise FormatError(f"{name}:{number}: {error}") from None
-    if reader.missing:
+    if reader.missing is not None:
         raise FormatError(
-            f"{name}:{len(lines)}: section '{reader.missing[0]}' is missing. "
+            f"{name}:{len(lines)}: section '{reader.missing}' is missing. "
             "The file is cut off; write it again."
         )
     return CalibrationTable(
         activations=reader.activations,
         int4=reader.int4,
         weights=reader.weights,
+        int4_ops=tuple(reader.int4_ops),
         work_mode=reader.work_mode,
     )
 
 
-def write_qtable(float_ops: Iterable[str]) -> str:
-    """Return the ``qtable`` that keeps ops in float32 (sophgo-mq ``convert_deploy.py``).
+def write_qtable(modes: Mapping[str, str]) -> str:
+    """Return the ``qtable``, the ops that run in another mode (sophgo-mq ``convert_deploy.py``).
 
     Parameters
     ----------
-    float_ops : iterable of str
-        Names as the compiler looks them up.
+    modes : mapping of str to str
+        Mode of each op (``F32``, ``F16``, ``BF16`` or ``INT8``), by the name that the compiler
+        looks up.
     """
     lines = ["# qtable from onnxqat", "# op_name  quantize_mode"]
-    return "\n".join([*lines, *(f"{name} F32" for name in float_ops)]) + "\n"
+    return "\n".join([*lines, *(f"{name} {mode}" for name, mode in modes.items())]) + "\n"

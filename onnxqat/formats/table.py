@@ -17,9 +17,11 @@ class Threshold:
     Attributes
     ----------
     threshold : float
-        Value of the largest integer, in units of the tensor; positive.
+        In a symmetric table the value of the largest integer, in units of the tensor; positive. In
+        an asymmetric table the larger magnitude of ``low`` and ``high``.
     low, high : float
-        Clipping range in units of the tensor; ``low`` is 0 if the integers are unsigned.
+        Clipping range in units of the tensor; ``low`` is 0 if the integers are unsigned and their
+        zero_point is 0.
     """
 
     threshold: float
@@ -53,6 +55,8 @@ class CalibrationTable:
         By the name that the compiler looks up.
     int4 : dict of str to Threshold
         The same for tensors of 4 bits; a tensor read at both widths appears in both dicts.
+    int4_ops : tuple of str
+        Names of the ops that compute with 4 bits.
     weights : dict of str to WeightScales
         By the name that the compiler looks up.
     work_mode : str
@@ -62,4 +66,5 @@ class CalibrationTable:
     activations: dict[str, Threshold] = field(default_factory=dict)
     int4: dict[str, Threshold] = field(default_factory=dict)
     weights: dict[str, WeightScales] = field(default_factory=dict)
+    int4_ops: tuple[str, ...] = ()
     work_mode: str = "QAT_all_int8"

@@ -13,6 +13,7 @@ from onnxqat.data.feeds import model_layout
 from onnxqat.data.preprocess import Layout
 from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import HardwareRule
 from onnxqat.settings import input_specs, stored_settings
 
 __all__ = ["NOT_RUN", "Facts", "Input", "command", "document", "facts_of", "numbers"]
@@ -65,24 +66,32 @@ class Facts:
         File names by kind: the float model (``model``), the calibration table and its companions.
     inputs : tuple of Input
         Inputs in the order of the model.
+    quantized : QuantizedModel
+        The deployed model.
+    rule : HardwareRule or None
+        Its rule; None if it is a file of the user's.
     preprocessing : Preprocessing
         Preprocessing that the model was trained with.
-    target : str
-        Name of the chip in the vendor's tool; a word in capitals if the rule does not give it.
     bits : int
         Largest width of the activations.
     """
 
     files: Mapping[str, str]
     inputs: tuple[Input, ...]
+    quantized: QuantizedModel
+    rule: HardwareRule | None
     preprocessing: Preprocessing
-    target: str
     bits: int
 
     @property
     def model(self) -> str:
         """File name of the float model."""
         return self.files["model"]
+
+    @property
+    def target(self) -> str:
+        """Name of the chip in the vendor's tool; a word in capitals if it is unknown."""
+        return (self.rule and self.rule.target) or "CHIP"
 
     @property
     def images(self) -> list[Input]:
@@ -124,7 +133,7 @@ class Facts:
 
 
 def facts_of(
-    model: QuantizedModel, floats: Model, *, target: str | None, files: Mapping[str, str]
+    model: QuantizedModel, floats: Model, *, rule: HardwareRule | None, files: Mapping[str, str]
 ) -> Facts:
     """Return the values for the vendor's commands.
 
@@ -134,8 +143,8 @@ def facts_of(
         The deployed model.
     floats : Model
         The float model that was written.
-    target : str or None
-        Name of the chip, from the rule.
+    rule : HardwareRule or None
+        Rule of the model; None if it is a file of the user's.
     files : mapping of str to str
         File names by kind: ``model``, ``table`` and the table's companions.
     """
@@ -143,8 +152,9 @@ def facts_of(
     return Facts(
         files=files,
         inputs=tuple(map(_input, input_specs(floats))),
+        quantized=model,
+        rule=rule,
         preprocessing=stored_settings(model).preprocessing(),
-        target=target or "CHIP",
         bits=max(activations, default=8),
     )
 

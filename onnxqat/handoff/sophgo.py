@@ -2,13 +2,16 @@
 
 The script calls ``model_transform.py`` and ``model_deploy.py`` (sophgo/tpu-mlir python/tools, quick
 start and user guide). ``--mean`` and ``--scale`` normalize by ``(pixel - mean) * scale``, as in
-onnxqat. ``scripts/check_tpu_mlir.py`` ran the script with tpu-mlir 1.30.2.
+onnxqat. ``scripts/check_tpu_mlir.py`` ran the script with tpu-mlir 1.30.2. ``--quantize INT4`` is
+the mode of ops that no table names; the qtable names those of 8 bits. Its tolerance is that which
+the compiler has for ``INT8``.
 """
 
 from __future__ import annotations
 
 import shlex
 
+from onnxqat.formats.sophgo_names import int4_ops, is_asymmetric
 from onnxqat.handoff.facts import Facts, numbers
 
 __all__ = ["tpu_mlir"]
@@ -23,8 +26,11 @@ def tpu_mlir(facts: Facts) -> dict[str, str]:
         *_preprocessing(facts),
         "--mlir model.mlir",
     ]
+    small = int4_ops(facts.quantized, facts.rule)
+    mode = "INT4 --tolerance 0.90,0.80" if small else "INT8"  # INT4 has no tolerance of its own
+    asymmetric = " --asymmetric" if is_asymmetric(facts.quantized.plan) else ""
     deploy = [
-        "--mlir model.mlir --quantize INT8",
+        f"--mlir model.mlir --quantize {mode}{asymmetric}",
         f"--calibration_table {shlex.quote(facts.files['table'])}",
         f"--processor {facts.target} --model model_{facts.target}.{_suffix(facts.target)}",
     ]

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxqat.evaluation.metrics import figure_text
-from onnxqat.jobs.job import VARIANTS
-from onnxqat.jobs.outcome import Outcome, StepState
+from onnxqat.jobs.outcome import Outcome, StepState, variants_of
 from onnxqat.progress import Clock, time_left
 from onnxqat.terminal import say, shown
 from onnxqat.verbosity import is_quiet
@@ -118,7 +117,8 @@ class Board:
     def table(self) -> Table:
         """Return the table of the current state."""
         table = Table(caption=self._caption(), caption_justify="left")
-        for head in ("job", "status", *VARIANTS):
+        variants = variants_of(self._outcomes)
+        for head in ("job", "status", *variants):
             table.add_column(head, overflow="fold")
         rank = {"running": 0, "waiting": 2}
         ranked = sorted(self._outcomes, key=lambda one: rank.get(one.status, 1))
@@ -126,7 +126,7 @@ class Board:
             figure = one.figure
             figures = [
                 value_text(figure, one.figures.get(variant, {}).get(figure or ""))
-                for variant in VARIANTS
+                for variant in variants
             ]
             status = self.progress(one) or one.status
             table.add_row(*(Text(shown(cell)) for cell in (one.name, status, *figures)))

@@ -12,15 +12,29 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from onnxqat.choices import nearest
-from onnxqat.errors import JobError
+from onnxqat.errors import JobError, RuleError
 from onnxqat.jobs.file import Draft
 from onnxqat.jobs.rows import ROWS, Row
 from onnxqat.jobs.tables import OptionTable, converted, params_of
 from onnxqat.options import data_options, truth_options
+from onnxqat.rules import load_rule
 
-__all__ = ["FAST_SAMPLES", "VARIANTS", "Job", "Order", "Tolerance", "json_schema", "make_job"]
+__all__ = [
+    "BASELINES",
+    "FAST_SAMPLES",
+    "VARIANTS",
+    "Job",
+    "Order",
+    "Tolerance",
+    "json_schema",
+    "make_job",
+]
 
-VARIANTS = ("float", "post-training", "repaired", "tuned", "integer")
+BASELINES = (
+    "symmetric",
+    "asymmetric",
+)  # post-training, in the mode that the rule has beside its own
+VARIANTS = ("float", "post-training", *BASELINES, "repaired", "tuned", "integer")
 FAST_SAMPLES = 30  # samples of each split in a fast test
 SPLITS = {
     "train": "Samples to fine-tune on.",
@@ -49,6 +63,8 @@ class Job:
         Parsed options of each stage that runs, by name of the stage.
     tolerance : dict
         By variant and figure: how far the figure may fall below that of the float model.
+    skip : tuple of str
+        Stages and baselines that do not run.
     threads : int
         Number of threads; 0 uses all cores.
     fast : bool
@@ -60,6 +76,7 @@ class Job:
     data: dict[str, Any]
     options: dict[str, dict[str, Any]]
     tolerance: Tolerance = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
     threads: int = 0
     fast: bool = False
 
@@ -87,6 +104,17 @@ class Job:
         """Whether the job equalizes the model or corrects its biases."""
         corrected = self.options["calibrate"]["bias_correction"]
         return bool(corrected or self.options["insert"]["equalize"])
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, tuple[str, ...]]:
+        """The rule's overrides for each further post-training baseline, by variant."""
+        name = self.options["insert"]["rules"]
+        try:
+            rule = load_rule(str(self.base / name) if name.endswith(".toml") else name)
+        except RuleError:  # the stage `insert` says what is wrong
+            return {}
+        found = {variant: getattr(rule, variant) for variant in BASELINES}
+        return {name: texts for name, texts in found.items() if texts and name not in self.skip}
 
     @property
     def last(self) -> str:
@@ -145,6 +173,7 @@ def make_job(draft: Draft, *, threads: int = 0, fast: bool = False) -> Job:
             if row.name not in plain.get("skip", ()) and (row.always or row.name in tables)
         },
         tolerance=plain.get("tolerance", {}),
+        skip=plain.get("skip", ()),
         threads=usual["threads"],
         fast=fast,
     )
@@ -186,12 +215,16 @@ def _table(row: Row) -> OptionTable:
 @functools.cache
 def _plain() -> type[msgspec.Struct]:
     """Return the struct of a job file's keys outside of the tables of options."""
-    optional = tuple(row.name for row in ROWS if row.name not in ("insert", "calibrate"))
+    stages = (row.name for row in ROWS if row.name not in ("insert", "calibrate"))
+    skipped = (*stages, *BASELINES)
     quantized = VARIANTS[1:]
     limits = dict[str, Annotated[float, Meta(ge=0)]]
     said: dict[str, tuple[Any, str]] = {
         "model": (Text, "The float ONNX model."),
-        "skip": (tuple[Literal[optional], ...], "Stages that do not run."),  # type: ignore[valid-type]
+        "skip": (
+            tuple[Literal[skipped], ...],  # type: ignore[valid-type]
+            "Stages, and further post-training baselines, that do not run.",
+        ),
         "seed": (Annotated[int, Meta(ge=0)], "Seed of every random choice (default 0)."),
         "threads": (Annotated[int, Meta(ge=0)], "Number of threads (default 0: all cores)."),
         "tolerance": (

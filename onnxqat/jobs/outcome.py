@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxqat.jobs.job import Tolerance
+from onnxqat.jobs.job import BASELINES, VARIANTS, Tolerance
 
-__all__ = ["Outcome", "StepState", "Verdict"]
+__all__ = ["Outcome", "StepState", "Verdict", "variants_of"]
 
 Status = Literal["waiting", "running", "done", "missed", "failed", "stopped"]
 # figures where smaller is better; their tolerance is the largest permitted value
@@ -186,3 +187,9 @@ class Outcome:
         alike = figure.partition(":")[0] in LIKENESS  # the part after ":" is an output
         usual = 1.0 if alike else self.figures.get("float", {}).get(figure)
         return None if usual is None else usual - value
+
+
+def variants_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the variants that a table has columns for; baselines only if a job measured them."""
+    measured = {variant for one in outcomes for variant in one.figures}
+    return [name for name in VARIANTS if name not in BASELINES or name in measured]

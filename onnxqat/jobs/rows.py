@@ -39,7 +39,8 @@ __all__ = ["ROWS", "Row", "Step", "steps_of"]
 
 
 def _quantized(job: Job) -> tuple[str, ...]:
-    return ("post-training", "repaired") if job.repairs else ("post-training",)
+    repaired = ("repaired",) if job.repairs else ()
+    return ("post-training", *job.baselines, *repaired)
 
 
 def _tuned(job: Job) -> tuple[str, ...]:
@@ -48,8 +49,9 @@ def _tuned(job: Job) -> tuple[str, ...]:
 
 
 def _leaving(job: Job) -> tuple[str, ...]:
-    """Return the variants to deploy: the last one, and the post-training baseline."""
-    return (job.last,) if job.last == "post-training" else (job.last, "post-training")
+    """Return the variants to deploy: the last one, and the post-training baselines."""
+    first = ("post-training",) if job.last != "post-training" else ()
+    return (job.last, *first, *job.baselines)
 
 
 def _measured(job: Job) -> tuple[str, ...]:
@@ -249,8 +251,10 @@ def steps_of(job: Job) -> list[Step]:
         for variant in row.variants(job):
             given = latest.get(variant)
             if given is None and variant in ("tuned", "integer"):
-                given = latest.get(job.last) or latest[_quantized(job)[-1]]
-            others = tuple(name for name in latest.values() if name != given)
+                given = latest.get(job.last) or latest.get("repaired") or latest["post-training"]
+            others = tuple(
+                name for one, name in latest.items() if name != given and one not in job.baselines
+            )
             whole = row.name == "report"  # it covers all earlier steps
             after = tuple(step.name for step in steps) if whole else (given,) if given else ()
             beside = others if whole else ()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from onnxqat import verbs
 from onnxqat.analysis import analysis_document, overrides_file
 from onnxqat.arguments import take_calibration, take_config, take_overrides
-from onnxqat.errors import JobError, RuleError
+from onnxqat.errors import FormatError, JobError, RuleError
 from onnxqat.evaluation import Evaluation
 from onnxqat.evaluation.metrics import read_metric
 from onnxqat.files import write_text
 from onnxqat.jobs.work import Result, Work
 from onnxqat.json_values import json_value
-from onnxqat.overrides import overrides_text
+from onnxqat.overrides import overrides_text, parse_override
 from onnxqat.quantized import load_model, require_quantized
 from onnxqat.train import Checkpoints
 
@@ -73,11 +73,12 @@ def insert(work: Work, step: Step) -> Result:
     options = work.options("insert")
     equalize = equalizes(work.job, step.variant)
     strip_format = work.options("strip")["format_name"] if work.job.runs("strip") else None
+    baseline = work.job.baselines.get(step.variant, ())
     made = work.made(step)
     verbs.insert(
         work.job.model,
         rules=options["rules"],
-        overrides=take_overrides(options),
+        overrides=[*take_overrides(options), *map(parse_override, baseline)],
         data=work.source("calibration") if equalize else None,
         settings=work.settings,
         calibration=None,  # the next stage
@@ -236,9 +237,12 @@ def strip(work: Work, step: Step) -> Result:
     """Write the float model and the calibration table."""
     options = work.options("strip")
     table = options.pop("format_name") or work.options("insert")["format_name"]
-    found = verbs.strip(
-        work.model(step.source), work.chip(step), format_name=table, force=True, **options
-    )
+    try:
+        found = verbs.strip(
+            work.model(step.source), work.chip(step), format_name=table, force=True, **options
+        )
+    except FormatError as error:
+        return _not_written(work, step, error)
     left_out = (
         f"The table does not hold {len(names)} {kind}." for kind, names in found.left_out.items()
     )
@@ -250,8 +254,18 @@ def strip(work: Work, step: Step) -> Result:
 def export(work: Work, step: Step) -> Result:
     """Write the model with integer weights into the folder for the chip."""
     made = work.chip(step) / "model.int8.onnx"
-    verbs.export(work.model(step.source), **work.options("export")).save(made, force=True)
+    try:
+        verbs.export(work.model(step.source), **work.options("export")).save(made, force=True)
+    except FormatError as error:
+        return _not_written(work, step, error)
     return Result(files=_model_files(made))
+
+
+def _not_written(work: Work, step: Step, error: FormatError) -> Result:
+    """Return what is said of a baseline that the format cannot hold; raise for other variants."""
+    if step.variant not in work.job.baselines:
+        raise error
+    return Result(notes=(f"{step.variant}: not written for the chip. {error}",))
 
 
 def report(work: Work, step: Step) -> Result:

@@ -11,13 +11,11 @@ from typing import Any
 
 from onnxqat.files import write_text
 from onnxqat.jobs.board import value_text
-from onnxqat.jobs.job import VARIANTS
-from onnxqat.jobs.outcome import Outcome
+from onnxqat.jobs.outcome import Outcome, variants_of
 from onnxqat.terminal import shown
 
 __all__ = ["document_of", "rows_of", "write_summary"]
 
-HEADS = ("job", "status", "figure", *VARIANTS)
 STYLE = (
     "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}"
@@ -66,10 +64,11 @@ def _job(one: Outcome) -> dict[str, Any]:
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Return a table with a row for each job, headings first."""
-    rows: list[tuple[str, ...]] = [HEADS]
+    variants = variants_of(outcomes)
+    rows: list[tuple[str, ...]] = [("job", "status", "figure", *variants)]
     for one in outcomes:
         figure = one.figure
-        values = (one.figures.get(variant, {}).get(figure or "") for variant in VARIANTS)
+        values = (one.figures.get(variant, {}).get(figure or "") for variant in variants)
         cells = (value_text(figure, value) for value in values)
         rows.append((one.name, one.status, figure or "-", *cells))
     return rows

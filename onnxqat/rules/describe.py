@@ -26,6 +26,11 @@ def _lines(rule: HardwareRule) -> Iterator[str]:
     yield f"bias: {bias}"
     yield f"graph outputs: {rule.graph_outputs}"
     yield f"calibration table: {rule.table or 'none'}"
+    if rule.float_type != "F32":
+        yield f"ops in float: {rule.float_type}"
+    for mode in ("symmetric", "asymmetric"):
+        if overrides := getattr(rule, mode):
+            yield f"{mode} activations: {' '.join(overrides)}"
     yield from (f"note: {text}" for text in rule.notes)
     yield "specs:"
     yield from (f"  {name}: {_spec(spec)}" for name, spec in rule.specs.items())

@@ -256,6 +256,11 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ``int32``: a derived point of the plan, with scale s_x * s_w; ``float``: not quantized.
     bias_bits : int
         Width of the integers of a bias, 16 to 32.
+    float_type : {"F32", "F16", "BF16"}
+        Type of the ops that the chip runs in float, for tables that name it.
+    symmetric, asymmetric : tuple of str
+        Overrides, as ``--set`` takes them, for the mode that the chip has beside the rule's own:
+        activations that are all symmetric, or all asymmetric. Empty if the chip has one mode.
     specs : dict of str to RuleSpec
         Named specs. The op tables refer to them.
     fuse : tuple of tuple of str
@@ -286,6 +291,9 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     graph_outputs: Literal["quantized", "float"] = "quantized"
     bias: Literal["int32", "float"] = "int32"
     bias_bits: int = 32
+    float_type: Literal["F32", "F16", "BF16"] = "F32"
+    symmetric: tuple[str, ...] = ()
+    asymmetric: tuple[str, ...] = ()
     specs: dict[str, RuleSpec]
     fuse: tuple[tuple[str, ...], ...] = ()
     ops: dict[str, OpRule]

@@ -110,14 +110,19 @@ def first(work):
 
 def test_a_job_ends_with_figures_and_what_leaves_for_the_chip(work, first):
     tables = [
-        work / "runs/job" / chip / "model_cali_table" for chip in ("chip", "chip-post-training")
+        work / "runs/job" / chip / "model_cali_table"
+        for chip in ("chip", "chip-post-training", "chip-asymmetric")
     ]
 
     assert first["status"] == "done"
-    assert list(first["figures"]) == ["float", "post-training", "repaired", "tuned", "integer"]
+    assert list(first["figures"]) == [
+        *("float", "post-training", "asymmetric", "repaired", "tuned", "integer")
+    ]
     assert all(0 <= figures["top1"] <= 1 for figures in first["figures"].values())
     assert all(path.is_file() for path in tables)
-    assert tables[0].read_bytes() != tables[1].read_bytes()
+    assert len({path.read_bytes() for path in tables}) == 3
+    assert "--asymmetric" in (tables[2].parent / "compile.sh").read_text()
+    assert "--asymmetric" not in (tables[1].parent / "compile.sh").read_text()
     assert (work / "runs/summary.html").read_text().count("<tr") == 2
     assert "| job | done | top1 |" in (work / "runs/summary.md").read_text()
     assert json.loads((work / "runs/job/analysis.json").read_text())["layers"]
@@ -175,8 +180,8 @@ def test_other_contents_and_lost_or_edited_files_run_again(here):
 
     with np.load("test.npz") as arrays:
         np.savez("test.npz", images=arrays["images"], label=arrays["label"][::-1])
-    assert to_run() == {f"evaluate.{v}" for v in ("float", "post-training", "repaired", "tuned",
-                                                  "integer")}  # fmt: skip
+    assert to_run() == {f"evaluate.{v}" for v in ("float", "post-training", "asymmetric",
+                                                  "repaired", "tuned", "integer")}  # fmt: skip
     with (here / "runs/job/chip/model_cali_table").open("a") as table:
         table.write("edited\n")
     (here / "runs/job/steps/check.json").write_text("{")

@@ -12,7 +12,7 @@ from onnxqat.calibration import placeholder_params
 from onnxqat.deploy import deployed_model, read_table, write_deployment
 from onnxqat.errors import FormatError, ModelError, PlanError
 from onnxqat.formats import sophgo
-from onnxqat.formats.sophgo_names import float_ops, found_in, table_of
+from onnxqat.formats.sophgo_names import found_in, op_modes, table_of
 from onnxqat.model import from_proto
 from onnxqat.overrides import parse_override
 from onnxqat.plan import make_plan
@@ -20,7 +20,7 @@ from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize, quantize
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
-from tests.networks import W4A4, attention, convnet, quantized, samples
+from tests.networks import W4A4, _Graph, attention, convnet, quantized, samples
 from tests.oracles import run_ort
 
 OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
@@ -172,7 +172,7 @@ def test_every_activation_has_a_line_or_stands_in_the_qtable(network, overrides)
     lines = table.activations.keys() | table.int4.keys()
     gemms = {name for name in lines if name.removesuffix("_Gemm") + "_Add" in lines}
 
-    assert looked_up(model) <= lines | set(float_ops(model))
+    assert looked_up(model) <= lines | set(op_modes(model))
     assert lines - gemms <= looked_up(model)
     assert "input" in lines
 
@@ -229,14 +229,43 @@ def test_mixed_widths_stand_in_their_own_section():
     assert table.work_mode == "int4_and_int8_mix"
     assert "input" in table.activations
     assert table.int4.keys() >= {"r2_Clip", "c2_Conv"}
-    assert not table.int4.keys() & table.activations.keys()
+    # ops of 8 bits that write or read them look them up with 8 bits, at the same range
+    assert {name: table.activations[name] for name in table.int4} == table.int4
+
+
+def test_ops_of_4_bits_are_listed_where_the_chip_has_4_bits():
+    _, model = quantized(convnet(), "sophgo-bm1688", W4A4)
+    bm1688 = load_rule("sophgo-bm1688")
+
+    assert table_of(model, bm1688).int4_ops == ("c3_Conv", "c4_Conv")
+    # the first and the last have 8 bits; 'r2_Clip' is the end of a depthwise convolution
+    assert op_modes(model, bm1688) == dict.fromkeys(("r1_Relu", "r2_Clip", "output_Gemm"), "INT8")
+    assert table_of(model, load_rule("sophgo-bm1684x")).int4_ops == ()
+    assert op_modes(model, load_rule("sophgo-bm1684x")) == {}
 
 
 def test_float_ops_are_those_the_plan_left_float():
     _, model = quantized(attention())
 
-    assert float_ops(model) == ["l_LayerNormalization"]
-    assert float_ops(quantized(convnet())[1]) == []
+    assert op_modes(model) == {"l_LayerNormalization": "F32"}
+    assert op_modes(quantized(convnet())[1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "largest", "mode"),
+    [
+        ("sophgo-bm1684x", 65504.0, "F16"),
+        ("sophgo-bm1684x", 65536.0, "F32"),  # more than float16 holds
+        ("sophgo-cv183x", 65536.0, "BF16"),
+    ],
+)
+def test_float_ops_have_the_float_type_of_the_chip(rule, largest, mode):
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w", 4, 3, 1, 1)], "c")
+    g.node("Mul", ["c", g.constant("k", np.float32([largest]))], "output")
+    _, model = quantized(g.model(["N", 3, 4, 4], ["N", 4, 4, 4]), rule, ("op:Mul.quantize=false",))
+
+    assert op_modes(model, load_rule(rule))["output_Mul"] == mode
 
 
 @pytest.mark.parametrize(
@@ -253,7 +282,7 @@ def test_what_an_override_leaves_float_stands_in_the_qtable(override, expected):
     _, model = quantized(convnet(), RULE, (override,))
     table = table_of(model)
 
-    assert set(float_ops(model)) == expected
+    assert set(op_modes(model)) == expected
     assert looked_up(model) <= table.activations.keys() | expected | {"input"}
 
 
@@ -272,7 +301,7 @@ def test_files_are_what_they_are_called(tmp_path):
     }
     assert sorted(files.values()) == sorted((tmp_path / "new" / "chip").iterdir())
     assert files["table"].read_text() == sophgo.write(table_of(model))
-    assert files["qtable"].read_text().splitlines()[2:] == ["l_LayerNormalization F32"]
+    assert files["qtable"].read_text().splitlines()[2:] == ["l_LayerNormalization F16"]
     assert load_model(files["model"]).metadata == {}
 
 
@@ -296,11 +325,25 @@ def test_rule_without_a_table_writes_the_model_alone(tmp_path):
     assert write_deployment(model, tmp_path).files.keys() == {"model"}
 
 
-@NETWORKS
-def test_asymmetric_plans_cannot_be_said(network, tmp_path):
-    _, model = quantized(network(), "onnxruntime-cpu")
-    with pytest.raises(FormatError, match="zero_point other than 0"):
-        write_deployment(model, tmp_path / "chip", table="sophgo")
+def test_ranges_that_the_compiler_makes_symmetric_are_told(tmp_path):
+    g = _Graph(0)
+    g.node("Conv", ["input", g.weight("w", 4, 3, 1, 1)], "c")
+    g.node("Mul", ["c", "input1"], "m")
+    g.node("Relu", ["m"], "output")
+    g.nodes.insert(1, helper.make_node("Sigmoid", ["c"], ["input1"], name="n_s"))
+    net = g.model(["N", 3, 4, 4], ["N", 4, 4, 4])
+    asymmetric = ("activation.signedness=unsigned", "activation.symmetric=false")
+    _, model = quantized(net, RULE, (*asymmetric, "name:n_output.quantize=false"))
+    found = write_deployment(model, tmp_path).left_out
+
+    assert found["asymmetric ranges of Abs, Sub and Mul"] == ("m",)
+
+
+def test_asymmetric_ranges_have_8_bits(tmp_path):
+    overrides = ("activation.signedness=unsigned", "activation.symmetric=false")
+    _, model = quantized(convnet(), RULE, (*overrides, "activation.bits=4"))
+    with pytest.raises(FormatError, match="4 bits; an asymmetric Sophgo table holds 8 bits"):
+        write_deployment(model, tmp_path / "chip")
 
     assert not (tmp_path / "chip").exists()
 
@@ -377,9 +420,14 @@ def test_binary_table_is_refused(deployed):
         imported(deployed, ())
 
 
-def test_asymmetric_rule_cannot_take_a_table(deployed):
-    with pytest.raises(FormatError, match="'onnxruntime-cpu', which is asymmetric"):
-        imported(deployed, (), "onnxruntime-cpu", "sophgo")
+def test_a_table_of_the_other_symmetry_is_refused(deployed, tmp_path):
+    asymmetric = ("activation.signedness=unsigned", "activation.symmetric=false")
+    with pytest.raises(FormatError, match="'input' has the symmetric range"):
+        imported(deployed, asymmetric)
+    net = onnx.load(deployed / "model.onnx")
+    write_deployment(quantized(net, RULE, asymmetric)[1], tmp_path / "asymmetric")
+    with pytest.raises(FormatError, match=r"has the asymmetric range .*, but is symmetric in the"):
+        imported(tmp_path / "asymmetric", ())
 
 
 def test_per_tensor_convolution_lists_its_scale_for_every_channel():

@@ -64,6 +64,12 @@ COMPLETE = [
     ("qnn-1.0.0", "qnn-htp", meanings.encodings_1, ()),
     ("sophgo", "sophgo-bm1684x", meanings.sophgo, ()),
     ("sophgo", "sophgo-cv183x", meanings.sophgo, ()),
+    (
+        "sophgo",
+        "sophgo-bm1684x",
+        meanings.sophgo_asymmetric,
+        load_rule("sophgo-bm1684x").asymmetric,
+    ),
 ]
 COMPLETE_IDS = [f"{f}-{r}{'-' + o[0] if o else ''}" for f, r, _, o in COMPLETE]
 

@@ -17,7 +17,7 @@ from onnxqat.deploy import write_deployment
 from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of, to_tflite
 from onnxqat.rules import bundled_rules, load_rule
 from onnxqat.settings import Settings, settle
-from tests.networks import _Graph, attention, convnet, quantized
+from tests.networks import W4A4, _Graph, attention, convnet, quantized
 
 MEAN, SCALE = (123.675, 116.28, 103.53), (0.0171248, 0.017507, 0.0174292)
 RULES = [n for n in bundled_rules() if load_rule(n).table in HANDOFFS]
@@ -189,7 +189,7 @@ def test_ascend_subtracts_the_mean_where_it_may_have_a_fraction(tmp_path):
 def test_a_model_without_images_has_no_preprocessing(rule):
     _, model = quantized(attention(), rule)
     files = dict.fromkeys(("model", "table", "config", "ranges"), "t")
-    facts = facts_of(model, model.floats, target=None, files=files)
+    facts = facts_of(model, model.floats, rule=None, files=files)
     text = "".join(HANDOFFS[load_rule(rule).table](facts).values())
 
     assert facts.images == []
@@ -203,7 +203,7 @@ def test_names_are_one_word_each_and_free_lengths_are_for_the_user():
     shapes = ["N", 3, "height", "width"], ["N", 4, "height", "width"]
     _, model = quantized(g.model(*shapes), "tensorrt")
     model.floats.graph.inputs[0].name = "a b$(x)"
-    facts = facts_of(model, model.floats, target=None, files={"model": "m", "table": "t"})
+    facts = facts_of(model, model.floats, rule=None, files={"model": "m", "table": "t"})
     found = words(HANDOFFS["tensorrt"](facts)["compile.txt"], "trtexec")
 
     assert "--shapes=a b$(x):1x3xHEIGHTxWIDTH" in found
@@ -225,3 +225,20 @@ def test_the_script_has_the_batch_that_is_fixed(tmp_path):
     graph = onnx.load(tmp_path / "model.onnx").graph
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_value == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides", "option"),
+    [
+        ("sophgo-bm1684x", (), "--quantize INT8 \\"),
+        ("sophgo-bm1684x", load_rule("sophgo-bm1684x").asymmetric, "--quantize INT8 --asymmetric"),
+        ("sophgo-bm1688", W4A4, "--quantize INT4 --tolerance"),
+        ("sophgo-bm1684x", W4A4, "--quantize INT8 \\"),  # the chip has no 4 bits
+    ],
+)
+def test_the_script_asks_for_the_mode_of_the_table(rule, overrides, option, tmp_path):
+    _, model = quantized(convnet(), rule, overrides)
+    script = write_deployment(model, tmp_path).files["compile.sh"].read_text()
+
+    assert option in script
+    assert ("--quantize_table model_qtable" in script) == ("INT4" in option)

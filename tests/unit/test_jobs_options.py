@@ -122,7 +122,7 @@ def test_a_model_is_needed():
 
 
 def test_steps_follow_from_the_tables():
-    plain = [step.name for step in steps_of(job_of())]
+    plain = [step.name for step in steps_of(job_of(skip=["symmetric"]))]
     whole = steps_of(job_of(insert={"equalize": True}, finetune={}, analyze={}, report={}))
     by_name = {step.name: step for step in whole}
 
@@ -138,6 +138,30 @@ def test_steps_follow_from_the_tables():
     assert whole[-1].name == "report.tuned"
     assert whole[-1].beside == ("calibrate.post-training", "calibrate.repaired")
     assert len(whole[-1].after) == len(whole) - 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "baselines"),
+    [
+        ("onnxruntime-cpu", {"symmetric"}),
+        ("sophgo-bm1684x", {"asymmetric"}),
+        ("sophgo-cv183x", set()),
+        ("tensorrt", set()),
+        ("no-such-rule", set()),  # the stage that reads it says so
+    ],
+)
+def test_a_chip_with_two_modes_has_a_baseline_in_each(rules, baselines):
+    steps = steps_of(job_of(insert={"rules": rules, "equalize": True}, finetune={}))
+    found = {name: {s.variant for s in steps if s.row.name == name} for name in
+             ("insert", "calibrate", "finetune", "evaluate", "strip")}  # fmt: skip
+    quantized = {"post-training", "repaired", *baselines}
+
+    assert found["insert"] == found["calibrate"] == quantized
+    assert found["finetune"] == {"tuned"}
+    assert found["evaluate"] == {"float", "tuned", "integer", *quantized}
+    assert found["strip"] == {"tuned", "post-training", *baselines}
+    source = next(s.source for s in steps if s.name == "finetune.tuned")
+    assert source == "calibrate.repaired"
 
 
 def test_skipped_stages_do_not_run():

@@ -66,6 +66,35 @@ def test_inserting_equalizes_with_the_data_of_the_job(work, texts):
     assert any(name in before and not np.array_equal(found[name], before[name]) for name in found)
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    with np.load(MODELS / "digits-train.npz") as arrays:
+        np.savez(path, **{name: values[:32] for name, values in arrays.items()})
+    return path
+
+
+@pytest.mark.parametrize(("bits", "written"), [(8, True), (4, False)])
+def test_a_baseline_in_the_other_mode_is_written_if_its_table_can_hold_it(
+    bits, written, work, digits
+):
+    insert = {"rules": "sophgo-bm1684x", "set": [f"activation.bits={bits}", "first.bits=8"]}
+    data = {"train": str(digits), "test": str(digits), "mean": 128, "scale": 0.0078125}
+    one = work(model=str(MODELS / "lenet5.onnx"), data=data, insert=insert)
+    for name in ("insert.asymmetric", "calibrate.asymmetric"):
+        step = step_of(one, name)
+        step.row.run(one, step)
+    result = stages.strip(one, step_of(one, "strip.asymmetric"))
+    model = load_model(one.folder / "models/calibrate.asymmetric.onnx")
+
+    assert {p.spec.symmetric for p in model.plan.points if p.role == "activation"} == {False}
+    assert {p.spec.symmetric for p in model.plan.points if p.role == "weight"} == {True}
+    assert bool(result.files) == written
+    assert [note for note in result.notes if "asymmetric: not written for the chip" in note] == (
+        [] if written else list(result.notes)
+    )
+
+
 def test_what_equalizes_depends_on_the_data(work, texts):
     keys = {}
     for path in (texts, MODELS / "spans-test.npz"):

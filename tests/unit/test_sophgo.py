@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from onnxqat.errors import FormatError
 from onnxqat.formats import sophgo
-from onnxqat.formats.sophgo import WORK_MODES, read, scale_of, threshold, write
+from onnxqat.formats.sophgo import WORK_MODES, read, write
+from onnxqat.formats.sophgo_grids import scale_of, span, span_of, threshold
 from onnxqat.formats.table import CalibrationTable, Threshold, WeightScales
 
 TABLE = CalibrationTable(
@@ -26,6 +27,7 @@ TABLE = CalibrationTable(
         "125_Relu_weight": WeightScales(scales=(1e-9, 0.25), zero_points=(0, -3)),
         "out_Gemm_weight": WeightScales(scales=(0.1,), zero_points=(0,)),
     },
+    int4_ops=("126_Conv", "out_Gemm"),
     work_mode="int4_and_int8_mix",
 )
 
@@ -40,6 +42,9 @@ input 2.54 -2.54 2.54
 #weight_scale
 125_Relu_weight 2 0.000000001 0.25 0 -3
 out_Gemm_weight 1 0.1 0
+#int4_op
+126_Conv
+out_Gemm
 """
 EMPTY = write(CalibrationTable())
 
@@ -55,7 +60,7 @@ def bits_of(table: CalibrationTable) -> list[object]:
         for name, e in section.items()
     ]
     weights = [(n, [s.hex() for s in w.scales], w.zero_points) for n, w in table.weights.items()]
-    return [table.work_mode, len(table.int4), acts, weights]
+    return [table.work_mode, len(table.int4), acts, weights, table.int4_ops]
 
 
 def test_the_text_of_a_table() -> None:
@@ -87,6 +92,7 @@ TABLES = st.builds(
     activations=st.dictionaries(NAMES, THRESHOLDS, max_size=4),
     int4=st.dictionaries(NAMES, THRESHOLDS, max_size=4),
     weights=st.dictionaries(NAMES, WEIGHTS, max_size=4),
+    int4_ops=st.lists(NAMES, max_size=3, unique=True).map(tuple),
     work_mode=st.sampled_from(WORK_MODES),
 )
 
@@ -126,6 +132,30 @@ def test_threshold_is_the_scale_times_the_largest_level(
     bits: int, signed: bool, factor: int
 ) -> None:
     assert factor * 0.5 == threshold(0.5, bits, signed).threshold
+
+
+@settings(max_examples=100, deadline=None)
+@given(scale=SCALES, zero_point=st.integers(0, 255), signed=st.booleans())
+@example(scale=2.0**-126, zero_point=255, signed=False)
+def test_an_asymmetric_grid_survives_its_range_bit_for_bit(
+    scale: float, zero_point: int, signed: bool
+) -> None:
+    zero_point -= 128 if signed else 0
+    entry = read(write(CalibrationTable(activations={"x": span(scale, zero_point, signed)})), "t")
+    line = entry.activations["x"]
+    assert span_of(line, signed) == (np.float32(scale), zero_point)
+    least = -128 if signed else 0
+    assert (line.low, line.high) == (
+        (least - zero_point) * scale,
+        (least + 255 - zero_point) * scale,
+    )
+    assert line.threshold == max(-line.low, line.high)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (1.0, 2.0), (-2.0, -1.0)])
+def test_a_range_without_zero_is_refused(low: float, high: float) -> None:
+    with pytest.raises(FormatError, match="is empty or without 0"):
+        span_of(Threshold(threshold=2.0, low=low, high=high), signed=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
@@ -229,7 +259,10 @@ def test_the_writer_refuses(table: CalibrationTable, match: str) -> None:
         ("#int4_th\n", "", 6, "section '#weight_scale', expected '#int4_th'"),
         ("#int4_th", "#asym_op", 5, "section '#asym_op', expected '#int4_th'"),
         ("#weight_scale", "#weight_scale_fp8", 7, "expected '#weight_scale'"),
-        ("out_Gemm_weight 1 0.1 0", "#int4_th", 9, "expected no further section"),
+        ("out_Gemm_weight 1 0.1 0", "#int4_th", 9, "section '#int4_th', expected '#int4_op'"),
+        ("out_Gemm_weight 1 0.1 0", "#int4_op\na b", 10, "2 fields, expected 1"),
+        ("out_Gemm_weight 1 0.1 0", "#int4_op\na\na", 11, "'a' appears twice"),
+        ("out_Gemm_weight 1 0.1 0", "#int4_op\n#int4_op", 10, "expected no further section"),
         ("# work_mode", "# mlir version", 1, "expected the header '# work_mode:...'"),
         ("int4_and_int8_mix #", "int2 #", 1, "unknown work mode 'int2'. Choose one of QAT_all"),
         ("# op_name    threshold", "# op_name    scale", 2, "expected the column header"),
