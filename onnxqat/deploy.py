@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 
 from onnxqat.calibration import without_large_biases
+from onnxqat.camera import Camera, take_yuv
 from onnxqat.choices import check_choice
-from onnxqat.errors import FormatError, OnnxQatError, RuleError
+from onnxqat.errors import FormatError, OnnxQatError, OptionError, RuleError
 from onnxqat.files import atomic_outputs, check_readable, check_writable
 from onnxqat.fixed_shapes import fix_shapes
 from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
@@ -25,6 +26,7 @@ from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
 from onnxqat.quantized import QuantizedModel, require_quantized, without_notes
 from onnxqat.rules import HardwareRule, load_rule
+from onnxqat.settings import stored_settings
 from onnxqat.snap import snap_weights
 
 __all__ = [
@@ -103,6 +105,7 @@ def write_deployment(
     weights: Weights = "snapped",
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    camera: Camera | None = None,
     force: bool = False,
 ) -> Deployment:
     """Write ``model.onnx`` and the calibration table into ``folder``.
@@ -115,11 +118,13 @@ def write_deployment(
         Length for the first axis of each input, if it is dynamic (default: it stays dynamic).
     input_shapes : mapping of str to sequence of int, optional
         Complete shapes of inputs, see `onnxqat.fixed_shapes`.
+    camera : Camera, optional
+        Pixels that the model is fed, for Horizon's table (default: as it was trained).
 
     Raises
     ------
     OptionError
-        A shape does not fit the model.
+        A shape does not fit the model, or the model cannot take a camera's pixels.
     PlanError
         The model is not calibrated.
     FormatError
@@ -135,6 +140,9 @@ def write_deployment(
     rule = _bundled_rule(model.plan.rule)
     written = chosen.write(Calibrated(model, rule)) if chosen else Written(files={})
     regridded = _regridded(chosen, written, model, floats) if chosen else {}
+    if camera is not None:
+        _check_camera(name)
+        floats = take_yuv(floats, stored_settings(model).preprocessing(), camera)
     folder = Path(folder)
     paths = {"model": folder / MODEL_NAME}
     paths |= {kind: folder / f"model_{chosen.files[kind]}" for kind in written.files if chosen}
@@ -142,7 +150,7 @@ def write_deployment(
     tool = name if name in HANDOFFS else (rule and rule.target) or ""
     if tool in HANDOFFS:
         names = {kind: path.name for kind, path in paths.items()}
-        handoff = HANDOFFS[tool](facts_of(model, floats, rule=rule, files=names))
+        handoff = HANDOFFS[tool](facts_of(model, floats, rule=rule, files=names, camera=camera))
     paths |= {file: folder / file for file in handoff}
     # a table of an earlier model could be taken for one of this model
     outdated = [folder / file for file in deployed_names()]
@@ -154,6 +162,14 @@ def write_deployment(
             path.write_bytes(_bytes(content))
     _tell(written.left_out, regridded)
     return Deployment(files=paths, left_out=written.left_out, regridded=regridded)
+
+
+def _check_camera(table: str) -> None:
+    if table != "horizon":
+        raise OptionError(
+            f"--input-type-rt: belongs to Horizon's tools, but the table is '{table}'. Leave it "
+            "out, or name --format horizon."
+        )
 
 
 def _bundled_rule(name: str) -> HardwareRule | None:

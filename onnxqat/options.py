@@ -18,6 +18,7 @@ __all__ = [
     "analysis_options",
     "bias_correction_option",
     "calibration_options",
+    "camera_options",
     "checkpoint_options",
     "data_options",
     "decode_option",
@@ -522,6 +523,13 @@ shape_options = _options(
     _output("--input-shape", "input_shapes", multiple=True, callback=_shapes,
             metavar="NAME:1,3,H,W",
             help="Fix the complete shape of an input; repeatable."),
+)  # fmt: skip
+camera_options = _options(
+    _output("--input-type-rt", type=click.Choice(["yuv444", "nv12"]),
+            help="Put nodes in front of the float model that convert a camera's pixels to those it "
+            "was trained with, for Horizon's tools."),
+    _output("--yuv-range", type=click.Choice(["full", "video"]), default="full", show_default=True,
+            help="Range of the camera's values: 0 to 255 (full), or 16 to 235 (video)."),
 )  # fmt: skip
 export_options = _options(
     _output("--format", "format_name", required=True,

@@ -10,7 +10,14 @@ import click
 from onnxqat.commands.common import print_result
 from onnxqat.commands.outputs import check_apart
 from onnxqat.help_text import command, under
-from onnxqat.options import force_option, json_option, shape_options, table_option, weights_option
+from onnxqat.options import (
+    camera_options,
+    force_option,
+    json_option,
+    shape_options,
+    table_option,
+    weights_option,
+)
 
 __all__ = ["strip"]
 
@@ -23,6 +30,7 @@ __all__ = ["strip"]
 @table_option
 @weights_option
 @shape_options
+@camera_options
 @force_option
 @json_option
 def strip(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxqat.camera import Camera
 from onnxqat.data import InputSpec, Preprocessing
 from onnxqat.data.feeds import model_layout
 from onnxqat.data.preprocess import Layout
@@ -74,6 +75,8 @@ class Facts:
         Preprocessing that the model was trained with.
     bits : int
         Largest width of the activations.
+    camera : Camera or None
+        Pixels that the model is fed if they are not those that it was trained with.
     """
 
     files: Mapping[str, str]
@@ -82,6 +85,7 @@ class Facts:
     rule: HardwareRule | None
     preprocessing: Preprocessing
     bits: int
+    camera: Camera | None = None
 
     @property
     def model(self) -> str:
@@ -133,7 +137,12 @@ class Facts:
 
 
 def facts_of(
-    model: QuantizedModel, floats: Model, *, rule: HardwareRule | None, files: Mapping[str, str]
+    model: QuantizedModel,
+    floats: Model,
+    *,
+    rule: HardwareRule | None,
+    files: Mapping[str, str],
+    camera: Camera | None = None,
 ) -> Facts:
     """Return the values for the vendor's commands.
 
@@ -147,6 +156,8 @@ def facts_of(
         Rule of the model; None if it is a file of the user's.
     files : mapping of str to str
         File names by kind: ``model``, ``table`` and the table's companions.
+    camera : Camera, optional
+        Pixels that the float model takes, if it has nodes for them.
     """
     activations = [p.spec.bits for p in model.plan.grid_points() if p.role == "activation"]
     return Facts(
@@ -156,6 +167,7 @@ def facts_of(
         rule=rule,
         preprocessing=stored_settings(model).preprocessing(),
         bits=max(activations, default=8),
+        camera=camera,
     )
 
 

@@ -2,7 +2,10 @@
 
 The keys are documented in D-Robotics/rdk_doc "PTQ principles and steps" (``hb_mapper makertbin``):
 ``mean_value`` and ``scale_value`` normalize by ``(pixel - mean) * scale``, and calibration files
-with ``cal_data_type: float32`` must already be normalized.
+with ``cal_data_type: float32`` must already be normalized. A model with a camera's nodes in front
+(`onnxqat.camera`) takes YUV pixels itself: hb_mapper then adds neither conversion nor
+normalization. ``input_space_and_range: regular`` leaves the values as the camera gives them, which
+is inferred: the nodes convert the video range too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,12 @@ def hb_mapper(facts: Facts) -> dict[str, str]:
         f"{facts.files['table']} lists onnxqat's thresholds by tensor. A script of yours can set",
         "them in the HzCalibration nodes, or compare them with those that hb_mapper prints.",
     ]
+    if facts.camera is not None:
+        lines += [
+            "",
+            f"The model takes YUV pixels of 0 to 255 ({facts.camera.yuv_range} range) and converts",
+            "and normalizes them itself. Calibration files must hold such pixels.",
+        ]
     call = f"hb_mapper makertbin --config {CONFIG} --model-type onnx"
     return {
         "compile.txt": document(call, "\n".join(lines)),
@@ -36,7 +45,18 @@ def _sections(facts: Facts) -> dict[str, dict[str, str | int | bool]]:
         "input_name": ";".join(one.name for one in facts.inputs),
         "input_shape": shapes,
     }
-    if facts.images:
+    if facts.camera is not None:
+        inputs |= {
+            "input_type_train": "yuv444",
+            "input_type_rt": facts.camera.kind,
+            "input_layout_train": str(facts.images[0].layout).upper(),
+            "norm_type": "no_preprocess",
+        }
+        if facts.camera.kind == "nv12":
+            inputs["input_space_and_range"] = "regular"
+        else:
+            inputs["input_layout_rt"] = "NHWC"
+    elif facts.images:
         colours = facts.pixels
         inputs |= {
             "input_type_train": colours,

@@ -2,7 +2,8 @@
 
 ``mindspore.export(net, ..., mean=, std_dev=)`` of r1.5 sets the scale of the first layer's input to
 ``1 / std_dev`` and its zero point to ``round(mean)`` (mindspore-ai/mindspore
-``mindspore/compression/export/quant_export.py``).
+``mindspore/compression/export/quant_export.py``). Its quantization-aware training takes the widths
+as ``quant_dtype`` (``mindspore/compression/quant/qat.py``).
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ def mindspore(facts: Facts) -> dict[str, str]:
         f"{facts.files['table']} has the ranges and widths of every layer, for MindSpore networks.",
         "converter_lite does not read this file.",
     ]
+    points = facts.quantized.plan.grid_points()
+    widths = sorted({point.spec.bits for point in points if point.role == "weight"})
+    paragraphs.append(
+        f"As quant_dtype of QuantizationAwareTraining: QuantDtype.INT{facts.bits} for activations, "
+        f"{' or '.join(f'QuantDtype.INT{bits}' for bits in widths)} for weights."
+    )
     if facts.images:
         paragraphs.append(
             "mindspore.export takes these for the pixels of the first layer: "

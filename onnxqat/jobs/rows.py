@@ -12,6 +12,7 @@ from onnxqat.options import (
     analysis_options,
     bias_correction_option,
     calibration_options,
+    camera_options,
     checkpoint_options,
     device_options,
     equalize_option,
@@ -222,7 +223,7 @@ ROWS = (
     Row(
         name="strip",
         run=stages.strip,
-        options=(table_option, weights_option, shape_options),
+        options=(table_option, weights_option, shape_options, camera_options),
         variants=_leaving,
         always=True,
     ),

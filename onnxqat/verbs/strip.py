@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onnxqat.camera import Camera, CameraFormat, YuvRange
 from onnxqat.deploy import Deployment, Weights, write_deployment
 from onnxqat.verbs.models import AnySource, quantized_model
 
@@ -19,6 +20,8 @@ def strip(
     weights: Weights = "snapped",
     batch: int | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    input_type_rt: CameraFormat | None = None,
+    yuv_range: YuvRange = "full",
     force: bool = False,
 ) -> Deployment:
     """Write the float ``model.onnx`` and the calibration table, like ``onnxqat strip``.
@@ -37,6 +40,11 @@ def strip(
         Length for the first axis of each input, if it is dynamic (default: it stays dynamic).
     input_shapes : mapping of str to sequence of int, optional
         Complete shapes of inputs, by name, for compilers that require fixed shapes.
+    input_type_rt : {"yuv444", "nv12"}, optional
+        What a camera feeds the model on a Horizon chip, where it was trained on RGB or BGR: nodes
+        in front of it convert the pixels (default: no nodes).
+    yuv_range : {"full", "video"}
+        Range of the camera's values: 0 to 255, or 16 to 235 of Y and 16 to 240 of U and V.
     force : bool
         Replace existing files.
 
@@ -54,5 +62,6 @@ def strip(
         weights=weights,
         batch=batch,
         input_shapes=input_shapes,
+        camera=None if input_type_rt is None else Camera(kind=input_type_rt, yuv_range=yuv_range),
         force=force,
     )

@@ -53,6 +53,7 @@ COMPLETE = [
     ("horizon", "horizon-bernoulli2", meanings.horizon, ()),
     ("mindspore", "mindspore", meanings.mindspore, ()),
     ("mindspore", "mindspore", meanings.mindspore, ("weight.bits=4",)),
+    ("mindspore", "mindspore", meanings.mindspore, ("weight.bits=7",)),
     ("mnn", "sophgo-cv183x", meanings.mnn, LAYERS),
     ("mnn", "sophgo-cv183x", meanings.mnn, ("weight.bits=4", *LAYERS)),
     ("mnn", "sophgo-cv183x", meanings.mnn, ("weight.axis=none", *LAYERS)),

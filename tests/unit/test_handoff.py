@@ -242,3 +242,10 @@ def test_the_script_asks_for_the_mode_of_the_table(rule, overrides, option, tmp_
 
     assert option in script
     assert ("--quantize_table model_qtable" in script) == ("INT4" in option)
+
+
+def test_mindspore_is_told_the_widths(tmp_path):
+    _, model = quantized(convnet(), "mindspore", ("weight.bits=7", "last.bits=8"))
+    text = write_deployment(model, tmp_path).files["compile.txt"].read_text()
+
+    assert "QuantDtype.INT8 for activations, QuantDtype.INT7 or QuantDtype.INT8 for weights" in text
