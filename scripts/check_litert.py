@@ -72,7 +72,7 @@ kernels, kept = sys.argv[1], int(sys.argv[2])
 resolver = OpResolverType.BUILTIN_REF if kernels == "reference" else OpResolverType.AUTO
 with np.load("inputs.npz") as file:
     feeds = dict(file)
-outputs, tensors, scales = [], {}, {}
+outputs, tensors, scales, owners = [], {}, {}, {}  # a name may be that of several tensors
 
 def opened(keep):
     net = Interpreter(model_path="chip/model.tflite", experimental_op_resolver_type=resolver,
@@ -94,8 +94,8 @@ for sample in range(kept):
     run(net, sample)
     for detail in net.get_tensor_details():
         own = detail["quantization_parameters"]["scales"]
-        if len(own):
-            name = "=" + detail["name"].replace("/", "|")
+        name = "=" + detail["name"].replace("/", "|")
+        if len(own) and owners.setdefault(name, detail["index"]) == detail["index"]:
             tensors.setdefault(name, []).append(net.get_tensor(detail["index"]).copy())
             scales[name] = own
 np.savez(f"{kernels}-tensors.npz", **{name: np.stack(values) for name, values in tensors.items()})
