@@ -93,7 +93,9 @@ def test_what_takes_the_scale_of_the_output_and_what_is_requantized(body, kept, 
     _, plan = planned(body, constants=constants)
     points = {p.tensor: p for p in plan.grid_points()}
     aligned = [p for p in plan.grid_points() if p.group == points["y"].parameters and p.group]
+    edges = [edge for p in plan.grid_points() for edge in p.consumers]
 
+    assert len(edges) == len(set(edges))
     assert sorted(plan.requantized().values()) == requantized
     for source in kept:
         assert points[source].parameters != points["y"].parameters
