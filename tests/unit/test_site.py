@@ -19,15 +19,8 @@ OF_OTHERS = {  # options of scripts and of other tools that pages name
     *("--compressionParamsFile", "--fast_test", "--grid", "--images", "--logdir", "--markdown"),
     *("--minutes", "--model", "--models", "--no-deps", "--only", "--peer", "--python", "--seeds"),
     *("--pre_eval_and_export", "--small", "--steps", "--strict", "--tolerance", "--work"),
-    *(
-        "--anchors",
-        "--asymmetric",
-        "--count",
-        "--include",
-        "--opset",
-        "--quantize",
-        "--update-golden",
-    ),
+    *("--anchors", "--asymmetric", "--count", "--include", "--opset", "--quantize"),
+    "--update-golden",
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
