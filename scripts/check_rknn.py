@@ -8,13 +8,13 @@ that strip writes in the toolkit's simulator of the chip, at the same optimizati
 scripts/vendor_check.py describes the form. Layers are those that begin with one of `OPS`;
 ``predictions_qdq`` is the share that agrees with the Q/DQ model instead of the integer evaluation.
 
-Fails if a weight differs, if a layer is off by more than one level or in more than 0.1 % of its
-values, or if fewer than 99 % of the predictions agree.
+Fails if more than 0.1 % of the weights differ, if a layer is off by more than one level or in more
+than 0.1 % of its values, or if fewer than 99 % of the predictions agree. Weights of a channel that
+is nearly 0 may differ: the toolkit raises its scale so that the bias fits.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ TOLERANCE = Tolerance(differing=0.001, levels=1, predictions=0.99)
 LEVEL = "2"  # of optimization, as in the script that strip writes
 OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool")
 LOAD = """
-import json, sys
+import sys
 import numpy as np
 from rknn.api import RKNN
 
@@ -58,8 +58,8 @@ def run(path, feeds):
     for code in (tool.load_onnx(model=str(path), inputs=list(feeds), input_size_list=shapes),
                  tool.build(do_quantization=False), tool.init_runtime()):
         assert code == 0, path
-    if path.stem == "whole":
-        write_grids(tool.rknn_base)
+    if path.stem != "whole":  # there, weights may be permuted
+        write_weights(path, tool.rknn_base)
     layouts = ["nchw" if x.ndim == 4 else "undefined" for x in feeds.values()]
     found = []
     for i in range(len(next(iter(feeds.values())))):
@@ -68,37 +68,35 @@ def run(path, feeds):
     tool.release()
     return np.stack(found)
 
-def write_grids(inner):
+def write_weights(path, inner):
     table = inner.simulator.quant_tab
-    kept = ("dtype", "scale", "zero_point")
-    grids = {name: {key: grid[key] for key in kept} for name, grid in table.items()}
-    Path("grids.json").write_text(json.dumps(grids, default=float))
     weights = {name: x for name, x in inner.ir.initializer_dat.items() if name in table}
-    np.savez("weights.npz", **weights)
+    scales = {f"{name}/scale": np.float32(table[name]["scale"]) for name in weights}
+    np.savez(path.with_suffix(".weights.npz"), **weights, **scales)
 """
 
 
 def compare_weights(model: QuantizedModel, environment: Environment) -> dict[str, Any]:
     """Return the number of integer weights, how many differ, and which were not found."""
-    grids = json.loads((environment.folder / "grids.json").read_text())
+    stored: dict[str, Any] = {}
+    for path in environment.folder.glob("*.weights.npz"):
+        with np.load(path) as part:
+            stored |= part
     tensors, params = model.floats.graph.tensors(), model.params
     found: dict[str, Any] = {"weights": 0, "weights_differing": 0, "weights_not_found": []}
-    with np.load(environment.folder / "weights.npz") as values:
-        for point in model.plan.grid_points():
-            name, own = dequantized_name(point.tensor), params[point.parameters]
-            if point.role != "weight":
-                continue
-            if name not in grids or name not in values:
-                found["weights_not_found"].append(point.tensor)
-                continue
-            weight = tensors[point.tensor].values
-            ours = quantize(weight, own, point.spec).astype(np.int32)
-            ours -= aligned(own.zero_point, ours.ndim, point.spec.axis).astype(np.int32)
-            scale = np.float32(grids[name]["scale"]).reshape(own.scale.shape)
-            scale = np.maximum(scale, np.finfo(np.float32).tiny)  # of a channel of zeros
-            theirs = values[name].reshape(ours.shape) / aligned(scale, ours.ndim, point.spec.axis)
-            found["weights"] += ours.size
-            found["weights_differing"] += int(np.count_nonzero(np.rint(theirs) != ours))
+    for point in model.plan.grid_points():
+        name, own = dequantized_name(point.tensor), params[point.parameters]
+        if point.role != "weight":
+            continue
+        if name not in stored:
+            found["weights_not_found"].append(point.tensor)
+            continue
+        ours = quantize(tensors[point.tensor].values, own, point.spec).astype(np.int32)
+        ours -= aligned(own.zero_point, ours.ndim, point.spec.axis).astype(np.int32)
+        scale = stored[f"{name}/scale"].reshape(own.scale.shape)
+        theirs = stored[name].reshape(ours.shape) / aligned(scale, ours.ndim, point.spec.axis)
+        found["weights"] += ours.size
+        found["weights_differing"] += int(np.count_nonzero(np.rint(theirs) != ours))
     return found
 
 
@@ -115,7 +113,7 @@ def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Find
     weights = compare_weights(model, environment)
     qdq = agreement(environment.result("whole"), FakeQuantized(model).whole(feeds))
     findings.more |= {"platform": chip, "predictions_qdq": qdq, **weights}
-    if weights["weights_differing"] or not weights["weights"]:
+    if not weights["weights_differing"] < TOLERANCE.differing * weights["weights"]:
         findings.faults.append(f"{weights['weights_differing']} weights differ")
     return findings
 
