@@ -10,8 +10,8 @@ the form.
 
 A layer alone is a step of the integer evaluation, on the integers that the reference kernels gave
 its inputs. What only moves integers, and has a layout of its own in LiteRT, is compared through the
-layers behind it. With an op whose arithmetic is not known, such as Softmax, the Q/DQ model is
-compared instead, and only its predictions.
+layers behind it. With a Softmax or HardSwish, whose arithmetic is not known, the predictions are
+compared with those of the Q/DQ model; what follows such an op in float is not compared.
 
 Fails if a weight or a bias differs, if a value of a layer differs, or if fewer than 99 % of the
 predictions agree. The figures of the default kernels are printed, and decide nothing.
@@ -23,6 +23,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from vendor_check import (
     Array,
@@ -41,14 +42,16 @@ from vendor_check import (
 from onnxqat.deploy import write_deployment
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer import IntegerProgram
-from onnxqat.evaluation.integer.steps import MoveStep, ProductStep, Values
+from onnxqat.evaluation.integer.steps import MoveStep, ProductStep, QuantizeStep, Values
 from onnxqat.handoff.to_tflite import counterparts, sanitized
 from onnxqat.qparams import quantize
 from onnxqat.quantized import QuantizedModel
+from onnxqat.rules import HardwareRule, load_rule
 
 TOOL = Tool("LiteRT", "ONNXQAT_LITERT", "ai-edge-litert")
 TOLERANCE = Tolerance(differing=0, levels=0, predictions=0.99)
 TENSOR_SAMPLES = 16
+UNKNOWN = ("Softmax", "HardSwish")
 CONVERT = """
 import json, sys
 from pathlib import Path
@@ -141,15 +144,23 @@ def compare_steps(
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """Return, by tensor, the share of values that differ and by how many levels, and the rest."""
     values, found, missing = Values(floats=dict(inputs)), {}, []
+    ours: set[str] = set()  # tensors whose integers are not LiteRT's
     for step in program.steps:
         result = step.run(values)
+        read = getattr(step, "sources", ()) or getattr(step, "grids", ())
+        if isinstance(step, MoveStep) and not ours.isdisjoint(read):
+            ours |= result.levels.keys()
         for tensor, levels in () if isinstance(step, MoveStep) else result.levels.items():
+            modelled = not isinstance(step, QuantizeStep) or tensor in inputs
+            modelled = modelled and ours.isdisjoint(read)
             own = [*names.get(sanitized(tensor), ()), sanitized(tensor)]
             integers = integers_of(own, levels, theirs)
             if integers is None:
                 missing.append(tensor)
+                ours.add(tensor)
             else:
-                found[tensor] = levels_between(integers, levels)
+                if modelled:
+                    found[tensor] = levels_between(integers, levels)
                 result.levels[tensor] = integers
         values.levels |= result.levels
         values.floats |= result.floats
@@ -157,7 +168,7 @@ def compare_steps(
 
 
 def constants_missing(
-    model: QuantizedModel, program: IntegerProgram | None, theirs: Feeds, scales: Feeds
+    model: QuantizedModel, program: IntegerProgram, theirs: Feeds, scales: Feeds
 ) -> dict[str, list[str]]:
     """Return the weights and biases whose integers or scales LiteRT's model does not have."""
     weights = {
@@ -172,14 +183,21 @@ def constants_missing(
             ours = np.sort(quantize(tensors[point.tensor].values, params, point.spec), axis=None)
             if (ours.tobytes(), params.scale.tobytes()) not in weights:
                 missing.append(point.tensor)
-    steps = program.steps if program else []
     wrong = [
         step.target.tensor
-        for step in steps
+        for step in program.steps
         if isinstance(step, ProductStep) and step.bias is not None
         and step.bias.astype(np.int32).tobytes() not in biases
     ]  # fmt: skip
     return {"weights_differing": missing, "biases_differing": wrong}
+
+
+def with_floats(rule: HardwareRule) -> HardwareRule:
+    """Return the rule with the ops in float whose arithmetic is not known."""
+    assert rule.arithmetic is not None
+    kept = (*rule.arithmetic.kept_float, *UNKNOWN)
+    arithmetic = msgspec.structs.replace(rule.arithmetic, kept_float=kept)
+    return msgspec.structs.replace(rule, arithmetic=arithmetic)
 
 
 def converted(model: QuantizedModel, environment: Environment) -> dict[str, list[str]]:
@@ -204,16 +222,17 @@ def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Find
     few = {name: x[:kept] for name, x in feeds.items()}
     layers: dict[str, tuple[float, float]] = {}
     more: dict[str, Any] = {"reference": "Q/DQ model"}
-    program = None
     ours: Array = FakeQuantized(model).whole(feeds)
     try:
         integers = Integers(model)
     except RuleError as error:
         more["not_modelled"] = str(error)
+        program = Integers(model, with_floats(load_rule(model.plan.rule))).program
     else:
         program, ours = integers.program, integers.whole(feeds)
-        layers, missing = compare_steps(program, few, theirs, names)
-        more |= {"reference": "integer evaluation", "not_found": missing}
+        more["reference"] = "integer evaluation"
+    layers, missing = compare_steps(program, few, theirs, names)
+    more["not_found"] = missing
     wrong = constants_missing(model, program, theirs, scales)
     found, default = (np.load(environment.folder / f"{kernels}.npy")
                       for kernels in ("reference", "default"))  # fmt: skip
