@@ -164,6 +164,7 @@ def evaluate(work: Work, step: Step) -> Result:
             mode=modes.get(variant, "qdq"),
             against=None if variant == "float" else work.job.model,
             rules=rules if own_rule else None,
+            decides=f"A tolerance of {variant}" if work.job.tolerance.get(variant) else None,
             settings=work.settings,
             listener=work.listener,
             **options,

@@ -127,13 +127,13 @@ def run(*words):
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def test_assumed_figures_are_printed_and_decide_nothing(ascend, tmp_path):
+def test_assumed_figures_are_written_and_decide_nothing(ascend, tmp_path):
     network, qdq = ascend
     qdq.save(tmp_path / "m.onnx")
     x = samples(network, 16)
     np.savez(tmp_path / "d.npz", input=x, label=np.arange(16) % 5)
-    words = ("evaluate", tmp_path / "m.onnx", tmp_path / "d.npz", "--mode", "integer")
-    shown = run(*words)
+    words = ("evaluate", tmp_path / "m.onnx", tmp_path / "d.npz", "--mode", "integer",
+             "--threads", 1)  # fmt: skip
     document = json.loads(run(*words, "--json").stdout)
     refused = run(*words, "--against", tmp_path / "m.onnx", "--max-drop", "0.5")
     chosen = run(
@@ -141,7 +141,6 @@ def test_assumed_figures_are_printed_and_decide_nothing(ascend, tmp_path):
         "--epochs", 1, "--force-labels", "--batch-size", 4, "-o", tmp_path / "t.onnx",
     )  # fmt: skip
 
-    assert "6 assumed combinations gave" in shown.stdout
     assert len(document["assumed"]) == 6
     assert document["assumed"][1]["values"] == {
         "factor_type": "float32",
