@@ -1,8 +1,9 @@
-"""A camera's YUV pixels as the input of a float model, by one node in front of it.
+"""Nodes in front of a float model that let it take a camera's YUV pixels.
 
-A model that was trained on RGB or BGR gets a node that computes its input from Y, U and V in pixels
-of 0 to 255: conversion and normalization are both affine, so that one matrix and one bias do them.
-Values outside of 0 to 255 after the conversion are not clipped.
+A model that was trained on RGB or BGR gets a Conv (if it is NHWC, a MatMul and an Add) that
+computes its input from values of Y, U and V from 0 to 255. Conversion and normalization are both
+affine, so one matrix and one bias are enough. Values outside of 0 to 255 after the conversion are
+not clipped.
 
 The conversion is that of ITU-R BT.601-7, with kr = 0.299 and kb = 0.114::
 
@@ -44,8 +45,8 @@ class Camera:
     Attributes
     ----------
     kind : {"yuv444", "nv12"}
-        What the camera gives. Of ``nv12``, the chip enlarges U and V to the size of Y before the
-        model reads them.
+        Format of the camera's pixels. With ``nv12``, the chip enlarges U and V to the size of Y
+        before the model reads them.
     yuv_range : {"full", "video"}
         Range of the values.
     """
@@ -78,8 +79,8 @@ def yuv_to_rgb(yuv_range: YuvRange) -> tuple[NDArray[np.float64], NDArray[np.flo
 def take_yuv(model: Model, preprocessing: Preprocessing, camera: Camera) -> Model:
     """Return a model whose image input takes YUV pixels.
 
-    The new input is called as the old one with ``_yuv`` behind it, and has its shape and layout.
-    The tensor that the old input fed keeps its name, and so its place in a calibration table.
+    The new input has the name of the old one plus ``_yuv``, and the same shape and layout. The old
+    input becomes an inner tensor with the same name, so its entry in a calibration table is valid.
 
     Parameters
     ----------
@@ -102,7 +103,7 @@ def take_yuv(model: Model, preprocessing: Preprocessing, camera: Camera) -> Mode
         found = ", ".join(f"'{one.name}' ({one.dtype})" for one in specs) or "none"
         raise OptionError(
             f"{OPTION}: YUV needs one float32 image input of three channels; the model has "
-            f"{found}. Leave it out."
+            f"{found}. Leave the option out."
         )
     layout = model_layout(spec)
     sizes = spec.shape[1:3] if layout == "nhwc" else spec.shape[2:]

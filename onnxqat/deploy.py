@@ -167,8 +167,8 @@ def write_deployment(
 def _check_camera(table: str) -> None:
     if table != "horizon":
         raise OptionError(
-            f"--input-type-rt: belongs to Horizon's tools, but the table is '{table}'. Leave it "
-            "out, or name --format horizon."
+            f"--input-type-rt works only with the table 'horizon', not with '{table}'. Leave the "
+            "option out, or pass --format horizon."
         )
 
 

@@ -9,9 +9,10 @@ LiteRT's reference kernels and with its default kernels (XNNPACK). scripts/vendo
 the form.
 
 A layer alone is a step of the integer evaluation, on the integers that the reference kernels gave
-its inputs. What only moves integers, and has a layout of its own in LiteRT, is compared through the
-layers behind it. With a Softmax or HardSwish, whose arithmetic is not known, the predictions are
-compared with those of the Q/DQ model; what follows such an op in float is not compared.
+its inputs. Ops that only move integers may use another layout in LiteRT, so they are compared
+through the layers behind them. If the model has a Softmax or HardSwish, whose arithmetic is not
+known, its predictions are compared with those of the Q/DQ model, and float ops behind such an op
+are not compared.
 
 Fails if a weight or a bias differs, if a value of a layer differs, or if fewer than 99 % of the
 predictions agree. The figures of the default kernels are printed, and decide nothing.
@@ -142,7 +143,7 @@ def integers_of(names: list[str], levels: Array, theirs: Feeds) -> Array | None:
 def compare_steps(
     program: IntegerProgram, inputs: Feeds, theirs: Feeds, names: dict[str, list[str]]
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """Return, by tensor, the share of values that differ and by how many levels, and the rest."""
+    """Return the share of differing values and the levels, by tensor; and tensors LiteRT lacks."""
     values, found, missing = Values(floats=dict(inputs)), {}, []
     ours: set[str] = set()  # tensors whose integers are not LiteRT's
     for step in program.steps:

@@ -92,7 +92,7 @@ class Evaluation:
         Which tensors replace outputs that onnxruntime cannot compute; empty if it computes all.
     assumed : tuple of Assumed
         With ``mode="integer"``, if the rule assumes a part of its chip's arithmetic: the figures of
-        each combination. The first one is that of the other attributes.
+        each combination. The other attributes belong to the first one.
     """
 
     samples: int
@@ -132,7 +132,7 @@ class Evaluation:
         )
         return (
             f"not documented: {names}; {len(found)} assumed combinations gave "
-            f"{', '.join(ranges)}; the chip may lie outside"
+            f"{', '.join(ranges)}; the chip's figures may lie outside"
         )
 
     @property

@@ -16,7 +16,7 @@
 fields of the Caffe variant.) Keys are node names, escaped as protobuf's text form requires.
 ``scale_d`` is the scale of the layer's input, ``offset_d`` its int8 zero_point. An op that reads
 two tensors at different scales cannot have a record, and is listed as left out. Floats are float32
-in the .proto file, and are written with all their digits. Format-checked.
+in the .proto file, and are written with all their digits. Proof: format only.
 """
 
 from __future__ import annotations

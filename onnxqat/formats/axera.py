@@ -5,7 +5,7 @@ Pulsar2 reads an ONNX file with Q/DQ pairs (``"model_type": "QuantONNX"``; AXERA
 weights become integers followed by DequantizeLinear, biases stay float (``conv_bias_data_type``
 FP32). Pulsar2 was reported to crash when a DequantizeLinear feeds the weight input of a MatMul;
 such a weight is written as float, rounded to its grid, and its scales are listed as left out. A
-node that reads a 16-bit tensor gets a ``layer_configs`` entry with U16. Format-checked.
+node that reads a 16-bit tensor gets a ``layer_configs`` entry with U16. Proof: format only.
 """
 
 from __future__ import annotations

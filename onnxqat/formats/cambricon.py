@@ -16,7 +16,7 @@ written under the name of its node. The dict is written as JSON, since a state d
 MagicMind's build (Cambricon/magicmind_cloud ``buildin/python_common/model_process.py``) takes
 ranges by tensor, ``{"custom_ranges": {"input": {"max": [1.0], "min": [-1.0]}}}``, and a precision
 configuration. Ranges by tensor name are an inference: the code there only uses the default, an
-empty name. Format-checked.
+empty name. Proof: format only.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Encodings count unsigned integers: ``offset`` is minus the zero_point of the uns
 ``-128`` for a signed symmetric tensor of 8 bits; ``min = s * offset``,
 ``max = s * (offset + 2**bits - 1)``. A narrow range cannot be expressed: a converter computes the
 scale from min and max, so these are always the ends of the full grid. The converter quantizes
-biases itself. Format-checked.
+biases itself. Proof: format only.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ file lists such nodes, so that a script of yours can set the attributes::
 
 A threshold is ``127 * s`` (int16: ``32767 * s``). This is inferred from the column that the tool
 prints, where an input of scale 1 has the threshold 127.0. A second file, the J6's ``quant_config``
-(OE-Skills ``task-calibration-tuning.md``), sets the width of each node. Format-checked.
+(OE-Skills ``task-calibration-tuning.md``), sets the width of each node. Proof: format only.
 """
 
 from __future__ import annotations

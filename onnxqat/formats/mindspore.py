@@ -13,7 +13,7 @@ This file has them in JSON under the same names, by node::
 ``maxq`` and ``minq`` are the ends of the range in units of the tensor: ``(qmax - z) * s`` and
 ``(qmin - z) * s``. ``output`` is the output of the fused layer. MindSpore's ``mean`` and
 ``std_dev`` of the network's input are not written, since onnxqat calibrates that range.
-Format-checked.
+Proof: format only.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ the chip than in training. The rows of a recurrent layer are in ncnn's order of 
 
 Numbers are written with all digits of a float64, so that the float32 scale is recovered bit for
 bit; ncnn itself multiplies by the float32 nearest to 1 / scale. PPQ writes ``%f``, six decimals.
-Format-checked.
+Proof: format only.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 It also writes a FlatBuffers file with the content of the second, which onnxqat does not write:
 that function makes it from the first. The reader divides absmax by 127; ranges are
-``[-127 * s, 127 * s]``. The files have no weights. Format-checked.
+``[-127 * s, 127 * s]``. The files have no weights. Proof: format only.
 """
 
 from __future__ import annotations

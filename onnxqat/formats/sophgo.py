@@ -22,8 +22,8 @@ these factors is exact in float64, and numbers are written as the shortest decim
 to the same float64, so the scale survives bit for bit. The compiler aborts on an exponent, so
 exponents are neither written nor accepted.
 
-Compiler-checked: tpu-mlir 1.30.2 compiled models with the tables written here, and its simulator
-computed the integers of `onnxqat.evaluation.integer` (``scripts/check_tpu_mlir.py``).
+Proof: simulator of tpu-mlir 1.30.2. It compiled models with the tables written here, and its
+simulator computed the integers of `onnxqat.evaluation.integer` (``scripts/check_tpu_mlir.py``).
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _parse_scales(fields: list[str]) -> WeightScales:
 
 def _parse_nothing(fields: list[str]) -> None:
     if fields:
-        raise _LineError(f"{len(fields) + 1} fields, expected 1. Write the name of an op.")
+        raise _LineError(f"{len(fields) + 1} fields, expected 1. Write only the name of an op.")
 
 
 def _add(

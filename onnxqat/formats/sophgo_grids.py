@@ -155,6 +155,7 @@ def span_of(entry: Threshold, signed: bool) -> tuple[np.float32, int]:
     scale = (entry.high - entry.low) / 255
     if not (np.float32(scale) > 0 and math.isfinite(scale) and entry.low <= 0 <= entry.high):
         raise FormatError(
-            f"The range {entry.low} to {entry.high} is empty or without 0. Calibrate again."
+            f"The range {entry.low} to {entry.high} is empty or does not contain 0. Calibrate "
+            "again."
         )
     return np.float32(scale), int(np.rint(-entry.low / scale)) - (128 if signed else 0)

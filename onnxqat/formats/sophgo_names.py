@@ -14,8 +14,9 @@ ImportCalibration.cpp``, ``getMinMax``).
 
 A plan with ops of 4 bits makes a table for ``model_deploy.py --quantize INT4``. Only convolutions
 that are not depthwise and products with a constant compute with 4 bits (``isInt4Op`` in
-``lib/Support/Module.cpp``); the others of them are ``INT8`` in the qtable. Every tensor of 4 bits
-also has a line of 8 bits with the same range, for the ops that write it or read it in 8 bits.
+``lib/Support/Module.cpp``); the qtable names the other convolutions and products as ``INT8``. Every
+tensor of 4 bits also has a line of 8 bits with the same range, for the ops that write it or read it
+in 8 bits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from onnxqat.rules import HardwareRule
 __all__ = ["SOPHGO", "found_in", "int4_ops", "is_asymmetric", "op_modes", "table_of"]
 
 MADE_SYMMETRIC = ("Abs", "Sub", "Mul")  # ops whose output the compiler quantizes symmetrically
-LEAST_SHARE = 126.5 / 128  # of the threshold, that a symmetric range has above 0
+LEAST_SHARE = 126.5 / 128  # a symmetric range reaches at least this share of the threshold
 MAX_F16 = 65504  # the largest float16
 INT4_WEIGHTS = ("Conv", "Gemm", "MatMul")  # ops that may compute with 4 bits
 
@@ -349,7 +350,7 @@ def _put_threshold(found: Found, point: QuantPoint, entry: Threshold, name: str)
 
 
 def _put_span(found: Found, point: QuantPoint, entry: Threshold, name: str) -> None:
-    """Add the parameters of an asymmetric activation; 255 levels are never equal on both sides."""
+    """Add the parameters of an asymmetric activation, whose 255 steps never split equally at 0."""
     if entry.low == -entry.high:
         raise FormatError(_other_symmetry(found, name, entry, "symmetric", "asymmetric"))
     signed = found.signed(point, name, lowest=entry.low >= 0)

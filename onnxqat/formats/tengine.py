@@ -4,7 +4,7 @@ The layout is that of MQBench's ``<model>_for_tengine.scale`` (ModelTC/MQBench
 ``mqbench/deploy/deploy_tengine.py``). Tengine fuses Conv + Relu but looks up the convolution's
 output, so each inner tensor of a chain gets the numbers of the chain's output. The dtype (uint8 or
 int8) is an option of Tengine, not part of the file. Tengine quantizes weights itself. Scales are
-written with all digits of a float64, like MQBench's. Format-checked.
+written with all digits of a float64, like MQBench's. Proof: format only.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ A caller passes each to ``set_dynamic_range(-x, x)``. MQBench writes ``128 * s``
 ``127 * s``, since TensorRT divides by 127.
 
 TensorRT quantizes weights itself, per output channel by absmax / 127. A tensor without an entry
-stays in higher precision. Format-checked.
+stays in higher precision. Proof: format only.
 """
 
 from __future__ import annotations

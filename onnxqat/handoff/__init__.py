@@ -1,7 +1,7 @@
 """Write the commands of the vendor's compiler for a deployed model, with all values filled in.
 
-One module per vendor; `HANDOFFS` has them by the name of the calibration table, or by the rule's
-name of the target where several tools read one table. ``compile.sh`` and ``compile.py`` are written
+One module per vendor. The keys of `HANDOFFS` are names of calibration tables; where several tools
+read one table, the key is the ``target`` of the rule. ``compile.sh`` and ``compile.py`` are written
 only for tools that were run with such a script. ``compile.txt`` is not confirmed by a run, and its
 first line says so.
 """

@@ -4,8 +4,8 @@ The keys are documented in D-Robotics/rdk_doc "PTQ principles and steps" (``hb_m
 ``mean_value`` and ``scale_value`` normalize by ``(pixel - mean) * scale``, and calibration files
 with ``cal_data_type: float32`` must already be normalized. A model with a camera's nodes in front
 (`onnxqat.camera`) takes YUV pixels itself: hb_mapper then adds neither conversion nor
-normalization. ``input_space_and_range: regular`` leaves the values as the camera gives them, which
-is inferred: the nodes convert the video range too.
+normalization. ``input_space_and_range: regular`` is inferred to leave the values as the camera
+gives them, so the nodes also convert the video range.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A script that makes an int8 .tflite file with LiteRT's converter.
 
-Two kept tools do the work: onnx2tf writes the float model as .tflite without TensorFlow, and
-``litert-converter`` (google-ai-edge/LiteRT), in its mode for models with quantizers, makes integers
-of it. The script puts the scales and zero points of the table between them.
+Two maintained tools do the work: onnx2tf writes the float model as .tflite without TensorFlow, and
+``litert-converter`` (google-ai-edge/LiteRT), in its mode for models with quantizers, converts it to
+integers. In between, the script puts the scales and zero points of the table into the model.
 ``scripts/check_litert.py`` ran it with onnx2tf 2.6.9 and litert-converter 0.5.0.
 """
 

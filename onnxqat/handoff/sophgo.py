@@ -3,8 +3,8 @@
 The script calls ``model_transform.py`` and ``model_deploy.py`` (sophgo/tpu-mlir python/tools, quick
 start and user guide). ``--mean`` and ``--scale`` normalize by ``(pixel - mean) * scale``, as in
 onnxqat. ``scripts/check_tpu_mlir.py`` ran the script with tpu-mlir 1.30.2. ``--quantize INT4`` is
-the mode of ops that no table names; the qtable names those of 8 bits. Its tolerance is that which
-the compiler has for ``INT8``.
+the mode of ops that the qtable does not name; the qtable names those of 8 bits. Its tolerance is
+the compiler's default for ``INT8``.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 `strip` copies this file beside the model. It needs Python 3.12 with onnx2tf and litert-converter
 (tested with 2.6.9 and 0.5.0), and nothing of onnxqat. onnx2tf writes the float model as a .tflite
-file, this script puts the quantizers of the table into it, and LiteRT's converter makes integers of
-it. Inputs and outputs of the result are int8, a free batch size is 1, and tensors of three axes and
-more have their channels last.
+file, this script puts the quantizers of the table into it, and LiteRT's converter converts it to
+integers. Inputs and outputs of the result are int8, a free batch size becomes 1, and tensors of
+three axes and more have their channels last.
 """
 
 from __future__ import annotations
@@ -101,17 +101,17 @@ def activations(
         tensor = sanitized(point["tensor"])
         name = next((n for n in (*known.get(tensor, ()), tensor) if n in names), None)
         if name is None:
-            sys.exit(f"'{point['tensor']}' is quantized, and onnx2tf left no tensor of this name. "
-                     "Keep it float with --set, or report the model to onnxqat.")  # fmt: skip
+            sys.exit(f"'{point['tensor']}' is quantized, but onnx2tf removed it. Keep it float "
+                     "with --set, or report the model to onnxqat.")  # fmt: skip
         if name in found and quantizer(found[name]) != quantizer(point):
             sys.exit(f"'{point['tensor']}' and '{found[name]['tensor']}' are one tensor for "
-                     "LiteRT, and have different scales. Give them one.")  # fmt: skip
+                     "LiteRT, but have different scales. Give them the same.")  # fmt: skip
         found[name] = point
     return found
 
 
 def quantizer(point: Point) -> tuple[Any, ...]:
-    """Return what makes two quantizers the same."""
+    """Return the values by which two quantizers are compared."""
     return point["scale"], point["zero_point"], point["qmin"], point["qmax"]
 
 
@@ -128,8 +128,8 @@ def by_values(
     for point in points:
         same = found[key(arrays[point["tensor"]])]
         if same and quantizer(same[0]) != quantizer(point):
-            sys.exit(f"'{point['tensor']}' and '{same[0]['tensor']}' have the same values and "
-                     "different scales. Give them one.")  # fmt: skip
+            sys.exit(f"'{point['tensor']}' and '{same[0]['tensor']}' have the same values, but "
+                     "different scales. Give them the same.")  # fmt: skip
         same.append(point)
     return found
 
@@ -255,7 +255,7 @@ class Editor:
 
 
 def points_of(table: Path) -> list[Point]:
-    """Return the quantizers of a table; they have to be of int8."""
+    """Return the quantizers of a table; they must be int8."""
     points: list[Point] = json.loads(table.read_text(encoding="utf-8"))["points"]
     for point in points:
         if point["dtype"] != "int8":

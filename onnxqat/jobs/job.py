@@ -33,7 +33,7 @@ __all__ = [
 BASELINES = (
     "symmetric",
     "asymmetric",
-)  # post-training, in the mode that the rule has beside its own
+)  # post-training, in the second mode of the chip
 VARIANTS = ("float", "post-training", *BASELINES, "repaired", "tuned", "integer")
 FAST_SAMPLES = 30  # samples of each split in a fast test
 SPLITS = {
@@ -223,7 +223,7 @@ def _plain() -> type[msgspec.Struct]:
         "model": (Text, "The float ONNX model."),
         "skip": (
             tuple[Literal[skipped], ...],  # type: ignore[valid-type]
-            "Stages, and further post-training baselines, that do not run.",
+            "Stages and second post-training baselines that are left out.",
         ),
         "seed": (Annotated[int, Meta(ge=0)], "Seed of every random choice (default 0)."),
         "threads": (Annotated[int, Meta(ge=0)], "Number of threads (default 0: all cores)."),

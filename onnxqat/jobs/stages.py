@@ -263,7 +263,7 @@ def export(work: Work, step: Step) -> Result:
 
 
 def _not_written(work: Work, step: Step, error: FormatError) -> Result:
-    """Return what is said of a baseline that the format cannot hold; raise for other variants."""
+    """Return a note if the variant is a baseline; otherwise raise the error."""
     if step.variant not in work.job.baselines:
         raise error
     return Result(notes=(f"{step.variant}: not written for the chip. {error}",))

@@ -18,7 +18,7 @@ MOST_VARIANTS = 8  # each is a run of the whole network
 def assumptions(arithmetic: Arithmetic) -> dict[str, tuple[str, ...]]:
     """Return the keys that are assumed, with their plausible values.
 
-    A key with a single value is known: so a rule that extends another one settles it.
+    A key with a single value counts as known, so a rule that extends this one can settle it.
     """
     return {name: values for name, values in arithmetic.assumed.items() if len(values) > 1}
 
@@ -47,11 +47,14 @@ def wrong_assumptions(arithmetic: Arithmetic) -> Iterator[str]:
     for name, values in arithmetic.assumed.items():
         if not isinstance(getattr(arithmetic, name, None), str):
             texts = [n for n in fields if isinstance(getattr(arithmetic, n, None), str)]
-            yield f"assumed.{name}: is no key whose values are words. Give one of {texts}."
+            yield f"assumed.{name}: must be a key whose values are words. Use one of {texts}."
             continue
         stated = getattr(arithmetic, name)
         if stated not in values or len(set(values)) != len(values):
-            yield f"assumed.{name} = {list(values)}. Name each value once, '{stated}' among them."
+            yield (
+                f"assumed.{name} = {list(values)}. List each value once, and also the rule's own, "
+                f"'{stated}'."
+            )
         for value in values:
             try:
                 msgspec.convert(value, fields[name].type)
@@ -59,4 +62,4 @@ def wrong_assumptions(arithmetic: Arithmetic) -> Iterator[str]:
                 yield f"assumed.{name}: {error}."
     count = prod(map(len, arithmetic.assumed.values()))
     if count > MOST_VARIANTS:
-        yield f"assumed: gives {count} combinations. At most {MOST_VARIANTS} are computed."
+        yield f"assumed: gives {count} combinations. Leave at most {MOST_VARIANTS}."

@@ -30,7 +30,7 @@ def _lines(rule: HardwareRule) -> Iterator[str]:
         yield f"ops in float: {rule.float_type}"
     for mode in ("symmetric", "asymmetric"):
         if overrides := getattr(rule, mode):
-            yield f"{mode} activations: {' '.join(overrides)}"
+            yield f"second mode, {mode} activations: {' '.join(overrides)}"
     yield from (f"note: {text}" for text in rule.notes)
     yield "specs:"
     yield from (f"  {name}: {_spec(spec)}" for name, spec in rule.specs.items())

@@ -192,21 +192,22 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Op types whose sums of products with a constant are multiplied by M in float64 and rounded
         half away from zero, whatever ``requantize`` says.
     add : {"plain", "shift-one", "multiply-both"}
-        How operands of ``two-shifts`` come to one scale. ``shift-one``: the one with the larger
-        scale is shifted, the other multiplied by an integer of 16 bits. ``multiply-both``: by
-        integers of 8 and 16 bits. ``plain``: see `onnxqat.evaluation.integer.kernels.add`.
+        How ``two-shifts`` brings two operands to one scale. ``shift-one``: shift the one with the
+        larger scale, multiply the other by an integer of 16 bits. ``multiply-both``: multiply them
+        by integers of 8 and 16 bits. ``plain``: see `onnxqat.evaluation.integer.kernels.add`.
     round_averages_twice : bool
         Whether an AveragePool of ``two-shifts`` also rounds its first shift.
     raw_means : bool
-        Whether a mean requantizes integers with their zero_point, and corrects it afterwards.
+        Whether a mean requantizes the stored integers, which include the zero_point, and subtracts
+        the zero_point's contribution afterwards.
     integer, table, kept_float : tuple of str, the last is ``float`` in the file
         Op types that run in integers (``integer``), by a look-up table over all integers
         (``table``), or in float between DequantizeLinear and QuantizeLinear (``float``). Ops that
         only move values need no entry.
     assumed : dict of str to tuple of str
-        Keys of this table that no source documents, each with its plausible values, that of the
-        table among them. Evaluation computes all combinations and decides nothing by them. A key
-        with a single value is known.
+        Keys of this table that no source documents, each with its plausible values; the value in
+        the table is one of them. Evaluation computes all combinations, and their figures decide
+        nothing. A key with a single value counts as known.
     """
 
     requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx"]
@@ -259,8 +260,8 @@ class HardwareRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     float_type : {"F32", "F16", "BF16"}
         Type of the ops that the chip runs in float, for tables that name it.
     symmetric, asymmetric : tuple of str
-        Overrides, as ``--set`` takes them, for the mode that the chip has beside the rule's own:
-        activations that are all symmetric, or all asymmetric. Empty if the chip has one mode.
+        Overrides, as ``--set`` takes them, for a second mode of the chip, in which all activations
+        are symmetric, or all asymmetric. Empty if the chip has no second mode.
     specs : dict of str to RuleSpec
         Named specs. The op tables refer to them.
     fuse : tuple of tuple of str

@@ -41,8 +41,8 @@ def strip(
     input_shapes : mapping of str to sequence of int, optional
         Complete shapes of inputs, by name, for compilers that require fixed shapes.
     input_type_rt : {"yuv444", "nv12"}, optional
-        What a camera feeds the model on a Horizon chip, where it was trained on RGB or BGR: nodes
-        in front of it convert the pixels (default: no nodes).
+        Format of the pixels that a camera feeds to a Horizon chip: nodes in front of the model
+        convert them to the RGB or BGR pixels of its training (default: no nodes).
     yuv_range : {"full", "video"}
         Range of the camera's values: 0 to 255, or 16 to 235 of Y and 16 to 240 of U and V.
     force : bool

@@ -117,7 +117,7 @@ def test_strip_writes_the_nodes_and_what_hb_mapper_needs_to_know(kind, tmp_path)
 
 def test_only_horizons_hand_off_takes_it(tmp_path):
     _, model = quantized(convnet(), "sophgo-bm1684x")
-    with pytest.raises(OptionError, match="belongs to Horizon's tools, but the table is 'sophgo'"):
+    with pytest.raises(OptionError, match="works only with the table 'horizon', not with 'sophgo'"):
         strip(model, tmp_path / "chip", input_type_rt="nv12")
 
     assert not (tmp_path / "chip").exists()

@@ -49,15 +49,18 @@ def test_bundled_assumptions_differ_from_each_other(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('rounding = ["half-even"]', "Name each value once, 'half-up' among them"),
-        ('rounding = ["half-up", "half-up"]', "Name each value once"),
+        ('rounding = ["half-even"]', "List each value once, and also the rule's own, 'half-up'"),
+        ('rounding = ["half-up", "half-up"]', "List each value once"),
         ('rounding = ["half-up", "upward"]', "Invalid enum value 'upward'"),
-        ('operand_bits = ["8", "32"]', "assumed.operand_bits: is no key whose values are words"),
-        ('roundings = ["half-up", "half-even"]', "assumed.roundings: is no key"),
+        (
+            'operand_bits = ["8", "32"]',
+            "assumed.operand_bits: must be a key whose values are words",
+        ),
+        ('roundings = ["half-up", "half-even"]', "assumed.roundings: must be a key"),
         (
             """rounding = ["half-up", "half-even", "half-away"]
 bias_rounding = ["half-up", "half-even", "half-away"]""",
-            "gives 9 combinations. At most 8",
+            "gives 9 combinations. Leave at most 8",
         ),
     ],
 )

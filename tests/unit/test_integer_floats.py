@@ -76,7 +76,7 @@ def test_ncnn_rounds_half_away_and_leaves_out_minus_128():
 
 
 def test_a_scale_whose_inverse_is_no_float16_is_an_error():
-    with pytest.raises(RuleError, match="1e-06 is too small: its inverse is no float16"):
+    with pytest.raises(RuleError, match="1e-06 is too small: its inverse exceeds float16"):
         grid(1e-6).quantize_as(np.float32([0]), ASCEND)
 
 

@@ -154,7 +154,7 @@ def test_an_asymmetric_grid_survives_its_range_bit_for_bit(
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (1.0, 2.0), (-2.0, -1.0)])
 def test_a_range_without_zero_is_refused(low: float, high: float) -> None:
-    with pytest.raises(FormatError, match="is empty or without 0"):
+    with pytest.raises(FormatError, match="is empty or does not contain 0"):
         span_of(Threshold(threshold=2.0, low=low, high=high), signed=True)
 
 

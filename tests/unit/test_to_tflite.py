@@ -51,7 +51,7 @@ def test_activations_are_found_by_what_became_of_them():
 
 
 def test_an_activation_that_is_gone_is_named():
-    with pytest.raises(SystemExit, match="'y' is quantized, and onnx2tf left no tensor"):
+    with pytest.raises(SystemExit, match="'y' is quantized, but onnx2tf removed it"):
         activations([point("y")], RECORDS, {"x"})
 
 
@@ -82,7 +82,7 @@ def test_equal_constants_need_one_scale():
     found = by_values([point("a"), point("b"), point("c")], arrays)
 
     assert [[p["tensor"] for p in points] for points in found.values()] == [["a", "b"], ["c"]]
-    with pytest.raises(SystemExit, match="'b' and 'a' have the same values and different scales"):
+    with pytest.raises(SystemExit, match="'b' and 'a' have the same values, but different scales"):
         by_values([point("a"), point("b", scale=(0.1,))], arrays)
 
 

@@ -94,7 +94,7 @@ class Grid:
         inverse = np.asarray(np.float32(1) / self.scale).astype(dtype)
         if not np.isfinite(inverse).all():
             raise RuleError(
-                f"Scale {float(self.scale):.3g} is too small: its inverse is no {dtype.name}. Give "
-                "the tensor a wider range with --set, such as min_range."
+                f"Scale {float(self.scale):.3g} is too small: its inverse exceeds {dtype.name}. "
+                "Give the tensor a wider range with --set, such as min_range."
             )
         return inverse

@@ -155,7 +155,7 @@ def requantizer(
         return _by_float(np.asarray(scale, np.float32), offset, rounding)
     if offset is not None:
         raise RuleError(
-            "The rule keeps the bias of a convolution in float, and requantizes integers. Set "
+            "The rule keeps the bias of a convolution in float, but requantizes integer sums. Set "
             "requantize = 'float' or bias = 'int32' in its [arithmetic]."
         )
     if arithmetic.requantize == "hmx":  # not of its matrix unit, see hmx.convert_sums
