@@ -140,8 +140,9 @@ WORST = 10
 def _print_points(points: Sequence[PointDifference]) -> None:
     """Print the points that differ most, on identical inputs and in the whole program."""
     say("")
-    say(f"differences from the fake-quantized model, the worst {WORST} of {len(points)} tensors:")
     ranked = sorted(points, key=lambda p: (-p.max_levels, -p.differing))[:WORST]
+    shown = f"the worst {WORST} of {len(points)}" if len(points) > WORST else "all"
+    say(f"differences from the fake-quantized model, {shown} tensors:")
     width = max((len(p.tensor) for p in ranked), default=0)
     heads = ("alone", "levels", "by bias", "at the end", "levels")
     say(f"{'':<{width}}  " + "  ".join(f"{head:>10}" for head in heads))
