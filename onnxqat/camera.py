@@ -80,7 +80,7 @@ def take_yuv(model: Model, preprocessing: Preprocessing, camera: Camera) -> Mode
     """Return a model whose image input takes YUV pixels.
 
     The new input has the name of the old one plus ``_yuv``, and the same shape and layout. The old
-    input becomes an inner tensor with the same name, so its entry in a calibration table is valid.
+    input becomes an inner tensor with the same name, so its calibration table entry still applies.
 
     Parameters
     ----------
