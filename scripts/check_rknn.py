@@ -10,7 +10,7 @@ scripts/vendor_check.py describes the form. Layers are those that begin with one
 
 Fails if more than 0.1 % of the weights differ, if a layer is off by more than one level or in more
 than 0.1 % of its values, or if fewer than 99 % of the predictions agree. Weights of a channel that
-is nearly 0 may differ: the toolkit raises its scale so that the bias fits.
+is nearly 0 may differ, because the toolkit raises its scale.
 """
 
 from __future__ import annotations
