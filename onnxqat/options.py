@@ -214,7 +214,7 @@ data_options = _options(
             help="Order of the colour channels that the model expects (default rgb). Give --mean "
             "and --scale in this order."),
     _data("--split", type=click.Choice(["train", "val", "test"]),
-          help="Read this split of a folder that has splits (default: train for commands that "
+          help="Read this split of a folder or data.yaml (default: train for commands that "
           "learn, val for commands that measure)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
           help="Layout of image arrays; needed only if the shape fits both layouts."),

@@ -55,6 +55,7 @@ def columns_beside(
     *,
     boxes: Path | None,
     masks: Path | None,
+    classes: int | None = None,
 ) -> dict[str, Column]:
     """Return the columns of boxes and masks.
 
@@ -70,6 +71,8 @@ def columns_beside(
         What happens to masks that cannot be read.
     boxes, masks : Path or None
         File or folder of boxes, folder of masks (default: beside a folder ``images``).
+    classes : int, optional
+        Number of classes that boxes may have.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def columns_beside(
     if boxes is not None or labels_beside(folder) is not None:
         found = ValueColumn(
             name if boxes is None else str(boxes),
-            lambda: read_boxes(boxes, list(map(Path, images))),
+            lambda: read_boxes(boxes, list(map(Path, images)), classes),
         )
         targets = _Targets(images, found, preprocessing)
         columns[BOXES], columns[SIZE] = found, _Sizes(images)

@@ -76,7 +76,9 @@ def labels_beside(folder: Path) -> Path | None:
     return None
 
 
-def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float64]:
+def read_boxes(
+    source: Path | None, images: Sequence[Path], classes: int | None = None
+) -> NDArray[np.float64]:
     """Return the boxes of each image.
 
     Parameters
@@ -86,6 +88,8 @@ def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float6
         folder of each image.
     images : sequence of Path
         Paths of the images, in the order of the samples.
+    classes : int, optional
+        Number of classes.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float6
     Raises
     ------
     DataError
-        The source cannot be read, or a box is invalid.
+        The source cannot be read, a box is invalid, or its class does not exist.
     """
     where = "labels" if source is None else source
     try:
@@ -108,12 +112,19 @@ def read_boxes(source: Path | None, images: Sequence[Path]) -> NDArray[np.float6
             rows = _coco(source, images)
         else:
             rows = _table(source, len(images))
-        return _padded(where, rows)
+        found = _padded(where, rows)
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         raise DataError(
             f"{where}: cannot be read as boxes ({reason(error)}). Give a folder of YOLO's .txt "
             "files, a .json file of COCO, or an .npy file of rows (image, class, cx, cy, w, h)."
         ) from error
+    if classes is not None and found[..., 0].max(initial=-1) >= classes:
+        image = images[int(found[..., 0].max(axis=1).argmax())]
+        raise DataError(
+            f"{where}: a box of '{image}' has the class {found[..., 0].max():g}, but there are "
+            f"{classes} classes, 0 to {classes - 1}. Correct the box, or the names of the classes."
+        )
+    return found
 
 
 def _labels_of(images: Sequence[Path]) -> list[tuple[Path | None, Path]]:

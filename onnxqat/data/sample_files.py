@@ -31,6 +31,7 @@ def open_files(
     *,
     labels: Sequence[int] | None = None,
     classes: Mapping[str, int] | None = None,
+    box_classes: int | None = None,
 ) -> ColumnSource:
     """Return samples with the array ``image`` or ``array``, and ``label`` if there are labels.
 
@@ -46,6 +47,8 @@ def open_files(
         Class of each file.
     classes : mapping of str to int, optional
         Class index by name.
+    box_classes : int, optional
+        Number of classes that boxes may have.
 
     Raises
     ------
@@ -71,6 +74,7 @@ def open_files(
             unreadable,
             boxes=request.boxes,
             masks=request.masks,
+            classes=box_classes,
         )
     else:
         request.refuse_beside(name)

@@ -6,6 +6,7 @@
 ``.txt``, ``.csv``   a list of files, see `onnxqat.data.lists`
 ``.jsonl``           text, see `onnxqat.data.text`
 ``.json``            COCO's instances: the images that it names, and their boxes
+``.yaml``, ``.yml``  folders of images by split, see `onnxqat.data.yolo`
 a folder             see `onnxqat.data.folders`
 ``module:function``  a function of the user's, see `onnxqat.data.function`
 ===================  =========================================================================
@@ -26,9 +27,11 @@ from onnxqat.data.lists import LIST_SUFFIXES, listed_files, open_list
 from onnxqat.data.masks import masks_beside
 from onnxqat.data.npy import open_npy
 from onnxqat.data.npz import open_npz
+from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.request import Request
 from onnxqat.data.sample_files import open_files
 from onnxqat.data.text import open_jsonl
+from onnxqat.data.yolo import layout_files, open_layout
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable
 
@@ -53,7 +56,7 @@ def open_source(name: str, request: Request) -> Source:
     path = Path(name)
     if path.is_dir():
         return open_folder(path, request)
-    if request.split is not None:
+    if request.split is not None and path.suffix.lower() not in YAML_SUFFIXES:
         raise DataError(f"--split: '{name}' is not a folder with splits. Leave --split out.")
     if path.exists():
         check_readable(path, DataError)
@@ -67,8 +70,9 @@ def open_source(name: str, request: Request) -> Source:
 def read_besides(path: Path) -> list[Path]:
     """Return the other files and folders that are read with a path, to notice their changes.
 
-    These are the files that a list or a COCO file names, and the folders of labels and masks beside
-    a folder of images. A list that cannot be read names none.
+    These are the files that a list or a COCO file names, the images and labels of a ``data.yaml``,
+    and the folders of labels and masks beside a folder of images. A list that cannot be read names
+    none.
     """
     try:
         if path.is_dir():
@@ -76,6 +80,8 @@ def read_besides(path: Path) -> list[Path]:
             return [folder for folder in found if folder is not None]
         if path.suffix.lower() in LIST_SUFFIXES:
             return listed_files(path)
+        if path.suffix.lower() in YAML_SUFFIXES:
+            return layout_files(path)
         if path.suffix.lower() == ".json":
             names = coco_images(path)
             folder = _folder_of(path, names)
@@ -93,11 +99,12 @@ def _open_file(path: Path, request: Request) -> Source:
         ".json": _open_coco,
         ".jsonl": open_jsonl,
         **dict.fromkeys(LIST_SUFFIXES, open_list),
+        **dict.fromkeys(YAML_SUFFIXES, open_layout),
     }
     if suffix not in openers:
         raise DataError(
             f"{path}: is not data. Give an .npz or .npy file, a .txt or .csv list of files, a "
-            ".jsonl file, COCO's .json, or a folder."
+            ".jsonl file, COCO's .json, YOLO's data.yaml, or a folder."
         )
     return openers[suffix](path, request)
 

@@ -1,7 +1,8 @@
-"""Folders of data that are divided into splits: train, val and test.
+"""Data that are divided into splits: train, val and test.
 
-The layouts are ``images/train`` beside ``labels/train`` (YOLO), ``train/images`` beside
-``train/labels``, and ``train`` beside ``val``. A year may follow the name, as in ``train2017``.
+The layouts of folders are ``images/train`` beside ``labels/train`` (YOLO), ``train/images`` beside
+``train/labels``, and ``train`` beside ``val``. A year may follow the name, as in ``train2017``. A
+``data.yaml`` names its splits, see `onnxqat.data.yolo`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxqat.data.classes import YEAR
+from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.sample_files import is_sample
+from onnxqat.data.yolo import read_layout
 from onnxqat.errors import DataError
 
 __all__ = ["folder_of_split", "splits_in", "usual_split"]
@@ -41,8 +44,10 @@ def usual_split(source: object, wanted: Sequence[str]) -> str | None:
     if not isinstance(source, str | Path):
         return None
     try:
-        found = splits_in(Path(source))
-    except (OSError, ValueError):  # opening the data raises an error that says why
+        path = Path(source)
+        named = path.suffix.lower() in YAML_SUFFIXES and path.is_file()
+        found = read_layout(path).splits.keys() if named else splits_in(path).keys()
+    except (DataError, OSError, ValueError):  # opening the data raises an error that says why
         return None
     return next((split for split in wanted if split in found), None)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.splits import splits_in
 from onnxqat.errors import JobError, OnnxQatError
 from onnxqat.files import check_writable, write_text
@@ -112,6 +113,8 @@ def write_first_job(
 
 def _splits(source: Path) -> tuple[dict[str, Path], str]:
     """Return the data of each split, and how they were found."""
+    if source.suffix.lower() in YAML_SUFFIXES:
+        return {"train": source, "test": source}, f"each stage reads its own split of {source.name}"
     found = _inside(source) if source.is_dir() else _beside(source)
     if "test" in found and "train" in found:
         return found, "by their names"

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from onnxqat.calibration import unlike_training
 from onnxqat.data import DataSet, Tokenization, open_data
+from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.preprocess import Layout
 from onnxqat.data.splits import usual_split
 from onnxqat.errors import OptionError
@@ -180,17 +181,21 @@ def _open(
     try:
         settle(model, Settings(classes=dict(data.classes)))
         if settings.classes is None:
-            _tell_classes(data.name, data.classes, listener)
+            _tell_classes(this, data, listener)
     except BaseException:
         data.close()
         raise
     return data
 
 
-def _tell_classes(source: str, classes: Mapping[str, int], listener: Listener) -> None:
-    """Print the class index of the first folders, because no list of classes was given."""
-    first = ", ".join(f"{name} -> {index}" for name, index in list(classes.items())[:3])
-    listener.note(f"{source}: the folders in sorted order are the classes: {first}, ...")
+def _tell_classes(this: DataSource, data: DataSet, listener: Listener) -> None:
+    """Print the index of the first classes, because no list of classes was given."""
+    first = ", ".join(
+        f"{name} -> {index}" for name, index in list((data.classes or {}).items())[:3]
+    )
+    named = isinstance(this.source, str | Path) and Path(this.source).suffix in YAML_SUFFIXES
+    what = "its names" if named else "the folders in sorted order"
+    listener.note(f"{data.name}: {what} are the classes: {first}, ...")
 
 
 def warn_if_unlike_training(
