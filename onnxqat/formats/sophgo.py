@@ -148,6 +148,7 @@ def write(table: CalibrationTable) -> str:
 
     Examples
     --------
+    >>> from onnxqat.formats.sophgo_grids import threshold
     >>> table = CalibrationTable(activations={"x": threshold(0.5, 8, signed=False)})
     >>> write(table).splitlines()[1:]
     ['# op_name    threshold    min    max', 'x 127.5 0.0 127.5', '#int4_th', '#weight_scale']

@@ -498,7 +498,7 @@ WRONG = [
     (
         f"import-table {{table}} {{lenet}} --format sophgo {OUT}",
         1,
-        "'onnxruntime-cpu', which is asymmetric",
+        "but is asymmetric in the plan",
     ),
     (f"import-table {{table}} {{lenet}} --format tea {OUT}", 1, "Table 'tea' is unknown"),
     ("strip {q} -o {out}/chip --format tea", 1, "Table 'tea' is unknown"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -88,8 +89,10 @@ def test_the_commands_of_a_page_make_the_file_again(work, tmp_path, monkeypatch)
 
 
 def test_integers_that_are_not_documented_are_said(work, tmp_path):
-    data, qdq = work / "digits.npz", tmp_path / "q.onnx"
-    run("insert", LENET, "--rules", "qnn-htp", *NORM, "--data", data, "--samples", 40, "-o", qdq)
+    data, qdq, rule = work / "digits.npz", tmp_path / "q.onnx", tmp_path / "rule.toml"
+    bundled = resources.files("onnxqat").joinpath("rules/ncnn.toml").read_text(encoding="utf-8")
+    rule.write_text(bundled.split("[arithmetic]")[0].replace('"ncnn"', '"mine"', 1))
+    run("insert", LENET, "--rules", rule, *NORM, "--data", data, "--samples", 40, "-o", qdq)
     found = document("report", qdq, data, "-o", tmp_path / "r.html")
     *_, calibrated, integer = found["figures"][0]["models"]
 

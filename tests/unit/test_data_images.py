@@ -303,7 +303,7 @@ def test_without_any_readable_image_nothing_is_opened(
     with pytest.raises(DataError, match="none of its 9 images can be read"):
         open_data(tmp_path, [RGB], skip_broken=True)
     assert caplog.text.count(".png: cannot be decoded") == 3
-    assert caplog.text.count("more files") == 1
+    assert caplog.text.count("More files") == 1
 
 
 def test_only_regular_files_are_data(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_grammar(text, parts):
         ("1e999*kl", "weight inf"),
         ("mse+smoth-l1", "Unknown loss 'smoth-l1' at character 5 .* The nearest: 'smooth-l1'"),
         ("kl+bce:y", "bce at character 4 .* Name it, as in bce:OUTPUT=ARRAY"),
-        ("a.onnx:y", "'a.onnx' at character 1 .* has an output or array"),
+        ("a.onnx:y", "'a.onnx' at character 1 .* is followed by an output or array"),
         ("kl+kl", "'kl' occurs twice"),
         ("x" * 5000, "5000 characters"),
     ],

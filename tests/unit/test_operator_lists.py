@@ -14,10 +14,13 @@ ONNX = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""}
 
 # Modules that list operators for what they do with them themselves, and what that is.
 OWN_LISTS = {
+    "evaluation/integer/attention.py": "what Sophgo's compiler makes one op of",
     "evaluation/integer/build.py": "kernels of the integer evaluation",
     "foreign.py": "what other tools write around their pairs",
     "formats/mnn.py": "what MNN's converter fuses",
     "formats/ncnn.py": "names of ncnn's layers",
+    "formats/rockchip.py": "attributes whose defaults RKNN-Toolkit2 does not know",
+    "formats/sophgo_names.py": "what Sophgo's compiler makes symmetric or of 4 bits",
     "gradients/": "a gradient for each operator",
     "outputs.py": "what class scores end in",
     "plan/masks.py": "what masks are made of",
