@@ -57,7 +57,7 @@ class _Checker:
     def run(self) -> None:
         for point in self.plan.grid_points():
             if self.points.setdefault(point.tensor, point) is not point:
-                self.wrong(point.tensor, "has two points in the stored plan")
+                self.wrong(point.tensor, "appears twice in the stored plan")
             self._check_point(point)
         for bias in self.plan.points:
             if bias.role == "bias":
@@ -196,10 +196,13 @@ class _Checker:
         different = sorted(found.symmetric_difference(point.consumers))
         if different:
             edge = different[0]
-            reader = f"input {edge.index} of '{edge.node}'" if edge.node else f"output {edge.index}"
-            does = "reads it, and" if edge in found else "does not read it, but"
-            stands = "is not in the stored plan" if edge in found else "is in the stored plan"
-            self.wrong(point.tensor, f"and the plan disagree: {reader} {does} {stands}")
+            reader = (
+                f"input {edge.index} of '{edge.node}'"
+                if edge.node
+                else f"model output {edge.index}"
+            )
+            does = "reads it, but not" if edge in found else "does not read it, except"
+            self.wrong(point.tensor, f"has other readers: {reader} {does} in the stored plan")
 
     def _check_bias(self, bias: QuantPoint) -> None:
         if not _is_float_constant(self.tensors.get(bias.tensor)):
@@ -209,7 +212,7 @@ class _Checker:
         roles = [self.points[n].role for n in bias.derived_from or () if n in self.points]
         if roles != ["activation", "weight"] or not 2 <= bias.spec.bits <= 64:
             self.wrong(
-                bias.tensor, "is a bias whose input or weight has no point in the stored plan"
+                bias.tensor, "is a bias whose input or weight is missing from the stored plan"
             )
 
     def _reads(self, edge: Edge, tensor: str) -> bool:

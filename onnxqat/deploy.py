@@ -249,7 +249,7 @@ def _tell(left_out: Mapping[str, tuple[str, ...]], regridded: Mapping[str, int])
     if regridded:
         logger.warning(
             "The table does not contain the grid of %d weights, so the compiler will choose other "
-            "integers than training (in brackets: how many): %s. See docs/formats.md.",
+            "integers than training (their number in brackets): %s. See docs/formats.md.",
             len(regridded),
             listed([f"{name} ({count})" for name, count in regridded.items()]),
         )

@@ -133,7 +133,10 @@ class _Lookups:
     def check(self, point: QuantPoint, params: Mapping[str, QuantParams]) -> None:
         """Raise an error if the pair of a point cannot be added."""
         if point.tensor not in self.tensors:
-            raise PlanError(f"Plan expects tensor '{point.tensor}'; the model has none.")
+            raise PlanError(
+                f"The model has no tensor '{point.tensor}', which the plan names. Plan again from "
+                "this model."
+            )
         if point.parameters not in params:
             raise PlanError(f"No parameters for '{point.parameters}'. Calibrate it first.")
         for edge in point.consumers:
@@ -141,14 +144,18 @@ class _Lookups:
             if edge.node in self.nodes:
                 readers = self.nodes[edge.node].inputs
             if edge.index >= len(readers) or readers[edge.index].name != point.tensor:
+                of = f"input {edge.index} of '{edge.node}'" if edge.node else f"output {edge.index}"
                 raise PlanError(
-                    f"Plan expects '{point.tensor}' at ('{edge.node}', {edge.index}); the "
-                    "model has another tensor there. Plan again from this model."
+                    f"In the plan, {of} is '{point.tensor}'; the model has another tensor there. "
+                    "Plan again from this model."
                 )
         shape, axis = self.tensors[point.tensor].shape, point.spec.axis
         rank = None if shape is None else len(shape)
         if axis is not None and (rank is None or axis >= rank):
-            raise PlanError(f"'{point.tensor}' has rank {rank}; the plan says axis {axis}.")
+            raise PlanError(
+                f"'{point.tensor}' has rank {rank}, but axis {axis} in the plan. Plan again from "
+                "this model."
+            )
         if taken := self._taken_name(point):
             raise ModelError(
                 f"Name '{taken}', which a Q/DQ pair of '{point.tensor}' needs, is taken. "

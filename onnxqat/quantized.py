@@ -303,7 +303,8 @@ def insert_pairs(
     if needs_16_bits(plan) and floats.graph.opset < OPSET_OF_16_BITS:
         raise PlanError(
             f"{floats.name}: the plan has 16-bit points, which QuantizeLinear of opset "
-            f"{floats.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, plan again."
+            f"{floats.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, then "
+            "plan again."
         )
     source = weights_hash(floats.graph)
     floats = with_requantizations(floats, plan)

@@ -80,8 +80,8 @@ def widths_of(rule: HardwareRule) -> tuple[int, ...]:
         return tuple(sorted(rule.weight_bits))
     only = "".join(map(str, rule.weight_bits))
     raise OptionError(
-        f"Rule {rule.name}: its chip has only weights of {only} bits, so there is nothing to "
-        f"choose. Name other widths for study, as in --widths 4,{only}."
+        f"Rule {rule.name}: its chip supports only weights of {only} bits, so there is nothing "
+        f"to choose. To study other widths, give them, as in --widths 4,{only}."
     )
 
 

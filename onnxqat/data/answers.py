@@ -45,7 +45,8 @@ class Spans:
             found = msgspec.convert(self.records.field(index, ANSWERS), _Answers)
         except msgspec.ValidationError as error:
             raise DataError(
-                f"{where} is not SQuAD's ({reason(error)}). Write lists 'text' and 'answer_start'."
+                f"{where} is not in SQuAD's form ({reason(error)}). Write lists 'text' and "
+                "'answer_start'."
             ) from error
         if len(found.text) != len(found.answer_start) or len(found.text) > MAX_ANSWERS:
             raise DataError(
@@ -74,7 +75,7 @@ class Spans:
         if not text or start < 0 or whole[start : start + len(text)] != text:
             raise DataError(
                 f"{self.records.path}: the answer {text[:80]!r} of sample {index} is not at "
-                f"character {start} of '{self._encoder.fields[-1]}'. Check how it was written."
+                f"character {start} of '{self._encoder.fields[-1]}'. Check its 'answer_start'."
             )
 
 

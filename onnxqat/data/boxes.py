@@ -227,7 +227,7 @@ def _bytes(path: Path) -> bytes:
 def _padded(where: str | Path, rows: Rows) -> NDArray[np.float64]:
     most = max((len(boxes) for boxes in rows), default=0)
     if most > MOST:
-        raise ValueError(f"an image has {most} objects")
+        raise ValueError(f"an image has {most} objects, more than {MOST}")
     found = np.full((len(rows), max(most, 1), COLUMNS), NOTHING)
     for index, boxes in enumerate(rows):
         if boxes:

@@ -164,7 +164,9 @@ class FileColumn:
                     array = self.read(np.array([index]))[0]
                     return Header(array.shape, array.dtype)
         kind = self._reader.kind
-        raise DataError(f"{self.name}: none of its {len(self.paths)} {kind} can be read.")
+        raise DataError(
+            f"{self.name}: none of its {len(self.paths)} {kind} can be read. Check them."
+        )
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Return what the files hold, stacked.

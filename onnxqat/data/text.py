@@ -93,7 +93,7 @@ def _text_fields(path: Path, first: Record, text: Tokenization | None) -> tuple[
         if missing:
             raise DataError(
                 f"{path}: sample 0 has no field '{missing[0]}'. It has "
-                f"{', '.join(map(repr, first))}. Name others with --text."
+                f"{', '.join(map(repr, first))}. Choose from these with --text."
             )
         return text.fields
     found = next((p for p in PAIRS if all(isinstance(first.get(n), str) for n in p)), ())

@@ -70,7 +70,7 @@ def _layers(graph: gs.Graph, plan: QuantPlan) -> Iterator[_Layer]:
 
 
 def _write(source: Calibrated) -> Written:
-    refuse(_problems(source), "An AMCT record cannot hold it; insert with the rule for Ascend")
+    refuse(_problems(source), "An AMCT record cannot hold this. Insert with the rule ascend")
     texts, left_out, covered = [], [], set[str]()
     for layer in _layers(source.graph, source.plan):
         first, *others = (source.params(p) for p in layer.inputs)

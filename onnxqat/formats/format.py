@@ -423,7 +423,7 @@ class Format:
             if why:
                 problems[f"{key.name!r} {why}"] = None
             elif known.setdefault((key.section, key.name), key.parameters) != key.parameters:
-                problems[f"{key.name!r} would stand for two tensors"] = None
+                problems[f"{key.name!r} would be the name of two tensors"] = None
         return list(problems)
 
     def write(self, source: Calibrated) -> Written:
@@ -436,6 +436,6 @@ class Format:
         """
         refuse(
             self.name_problems(source.graph, source.plan),
-            "Use the table 'onnxqat', or rename these in the model",
+            "Rename these in the model, or use the table 'onnxqat'",
         )
         return self.writer(source)

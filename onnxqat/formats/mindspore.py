@@ -78,7 +78,10 @@ def _write(source: Calibrated) -> Written:
     for name, place, point in _places(source.graph, source.plan):
         entry = nodes.setdefault(name, {"act_num_bits": 8})
         if f"{place}_maxq" in entry:
-            raise FormatError(f"'{name}' has two {place}s; a layer of MindSpore has one.")
+            raise FormatError(
+                f"'{name}' has two quantized {place}s, but a layer of MindSpore has one. Keep one "
+                "float."
+            )
         low, high = _ends(point, source.params(point))
         entry |= {f"{place}_minq": low, f"{place}_maxq": high}
         if place == "filter":

@@ -20,7 +20,7 @@ def _matmul(b: Backward) -> Found:
     left, right = b.x, b.input(1)
     ranks = b.rank(left), b.rank(right)
     if ranks[1] == 1 or (ranks[0] == 1 and ranks[1] > 2):
-        raise b.unsupported("a vector with a batch of matrices, or on the right")
+        raise b.unsupported("a vector as right operand, or a vector times a batch of matrices")
     found = {}
     if ranks[0] == 1:
         if 0 in b.wanted:

@@ -39,7 +39,7 @@ def mindspore(facts: Facts) -> dict[str, str]:
     )
     if facts.images:
         paragraphs.append(
-            "mindspore.export takes these for the pixels of the first layer: "
+            "Pass these numbers to mindspore.export, for pixels as input: "
             f"mean {numbers(facts.mean)}, std_dev {numbers(facts.std)}."
         )
     return {"compile.txt": document(*paragraphs)}

@@ -100,7 +100,7 @@ def _included(rule: HardwareRule, unit: Unit, override: Override) -> OpRule:
     if INCLUDED_SPEC not in rule.specs:
         raise RuleError(
             f"Override '{override}': rule {rule.name} neither lists {unit.kind} nor has a spec "
-            f"'{INCLUDED_SPEC}' for it. Write a rule that extends it."
+            f"'{INCLUDED_SPEC}'. Write a rule that extends it and lists {unit.kind}."
         )
     return OpRule(inputs=INCLUDED_SPEC, outputs=INCLUDED_SPEC)
 

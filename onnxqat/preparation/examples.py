@@ -46,7 +46,7 @@ def run_example(
             return feeds, session.run(None, feeds)
         except Exception as error:  # the bindings raise a class per status code
             reason = str(error).splitlines()[0]
-    raise ModelError(f"{why} does not run on random inputs to compare ({reason}). {advice}")
+    raise ModelError(f"{why} does not run on random inputs ({reason}). {advice}")
 
 
 def _random_inputs(graph: onnx.GraphProto, length: int, why: str, advice: str) -> Feeds:

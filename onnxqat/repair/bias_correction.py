@@ -180,7 +180,7 @@ def _bias_of(layer: gs.Node, kept: set[str], gridded: set[str]) -> Bias | str:
     if index is None or len(node.inputs) <= index or not node.inputs[index].name:
         return "it has no bias"
     if not is_plain_product(layer):
-        return "it scales its product or its bias"
+        return "its alpha or beta scales the product or the bias"
     bias, output = node.inputs[index], node.outputs[0]
     values, rank = constant_values(bias), len(output.shape or ())
     axis = 1 if is_convolution(node) else rank - 1

@@ -128,4 +128,4 @@ def chosen_selection(
 def announcement(config: Config, parts: Sequence[Part], selection: Selection) -> list[str]:
     """Return lines that name the parts of the loss and the figure that chooses the state."""
     lines = [f"learns from: {part}" for part in parts] or [f"learns from: --loss {config.loss}"]
-    return [*lines, f"chooses the state by {selection.figure}: {selection.reason}"]
+    return [*lines, f"chooses the best state by {selection.figure}: {selection.reason}"]

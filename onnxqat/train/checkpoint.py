@@ -205,7 +205,8 @@ class Checkpoints:
                         continue
                     raise TrainingError(
                         f"{self.path}: {name} was {was}, but is {now} now, which changes the last "
-                        "bits. Resume as at the start, or also pass --force to resume here."
+                        "bits of the result. Resume as at the start, or also pass --force to "
+                        "resume here."
                     )
                 raise TrainingError(
                     f"{self.path}: {name} was {was}, but is {now} now. Use the same options and "

@@ -83,7 +83,7 @@ def warn_of_widths(rule: HardwareRule, role: Literal["weight", "activation"],
     others = sorted({*widths} - {*known, *(spec.bits for spec in rule.specs.values())})
     if others:
         logger.warning(
-            "%s bits for %ss are for study only: rule %s has only %s bits.",
+            "%s bits for %ss are for study only: rule %s supports only %s bits.",
             _listed(others),
             role,
             rule.name,

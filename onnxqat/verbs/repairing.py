@@ -115,7 +115,7 @@ def told(result: Equalized) -> list[str]:
     lines += [f"Without ReLU6, output {one}" for one in relus.cost]
     if result.absorbed:
         lines.append(f"Absorbed high biases of {len(result.absorbed)} layers")
-    lines += [f"By absorption, output {one}" for one in result.absorption_cost]
+    lines += [f"Absorption changed output {one}" for one in result.absorption_cost]
     return lines
 
 

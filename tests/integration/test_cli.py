@@ -248,11 +248,11 @@ def test_widths_the_chip_lacks_are_said_to_be_for_study(tmp_path, caplog):
     run("insert", LENET, *RULE, *W4A4, "-o", tmp_path / "w4.onnx")
 
     assert (
-        "4 bits for weights are for study only: rule sophgo-bm1684x has only 8 bits."
+        "4 bits for weights are for study only: rule sophgo-bm1684x supports only 8 bits."
         in caplog.messages
     )
     assert (
-        "4 bits for activations are for study only: rule sophgo-bm1684x has only 8 bits."
+        "4 bits for activations are for study only: rule sophgo-bm1684x supports only 8 bits."
         in caplog.messages
     )
 

@@ -132,7 +132,7 @@ def test_lists_of_numbers_need_no_tokenizer(tmp_path):
         ([answered(), {}], "sample 1 has no field"),
         ([answered(), answered() | {"context": 1}], "field 'context' of sample 1 is '1'. Write"),
         ([{"body": "a"}], "it is not known which of its fields 'body' is the text"),
-        ([answered() | {"answers": 3}], "'answers' of sample 0 is not SQuAD's"),
+        ([answered() | {"answers": 3}], "'answers' of sample 0 is not in SQuAD's form"),
         ([answered() | {"answers": {"text": ["a"], "answer_start": []}}], "1 texts and 0 starts"),
         (
             [answered() | {"answers": {"text": ["x"], "answer_start": [0]}}],

@@ -148,8 +148,8 @@ def test_two_tensors_under_one_key_are_refused():
     proto.graph.node[0].input[0] = "r1_Relu"
     floats, plan, model = with_random_params(proto, "sophgo-bm1684x")
 
-    assert name_problems(floats, plan, "sophgo") == ["'r1_Relu' would stand for two tensors"]
-    with pytest.raises(FormatError, match="'r1_Relu' would stand for two tensors"):
+    assert name_problems(floats, plan, "sophgo") == ["'r1_Relu' would be the name of two tensors"]
+    with pytest.raises(FormatError, match="'r1_Relu' would be the name of two tensors"):
         FORMATS["sophgo"].write(Calibrated(model))
 
 

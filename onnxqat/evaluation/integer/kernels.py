@@ -79,8 +79,8 @@ def add(
         return lambda x, y: rescale[0](x) + sign * rescale[1](y)
     if a.scale != b.scale:
         raise RuleError(
-            "The rule adds operands of equal scale, but their scales differ. Unify them in the "
-            "rule."
+            f"The rule adds operands of equal scale, but their scales are {float(a.scale):.4g} and "
+            f"{float(b.scale):.4g}. Set parameters = 'unify_inputs' for this op in the rule."
         )
     requantize = requantizer(
         arithmetic, ratio(arithmetic, a.scale, divisor=output.scale), arithmetic.operand_bits

@@ -198,10 +198,10 @@ class Reconstruction:
         samples = min(len(self.training), config.block_samples)
         layers = max(len(block.layers) for block in blocks)
         self.say(
-            f"{len(blocks)} blocks of up to {layers} layers learn the float model's tensors at "
-            f"their ends, on {samples} samples for {config.block_epochs} epochs"
+            f"{len(blocks)} blocks of up to {layers} layers learn to match the float "
+            f"model's tensors at their ends, on {samples} samples for {config.block_epochs} epochs"
         )
-        self.say(f"chooses the state by {self.selection.figure}: {self.selection.reason}")
+        self.say(f"chooses the best state by {self.selection.figure}: {self.selection.reason}")
 
     def _first_record(self) -> BlockRecord:
         if self.checkpoints and self.checkpoints.resume:

@@ -64,7 +64,9 @@ class _Layer:
         self.steps = self._count_steps()
         direction = node.attrs.get("direction", "forward")
         if direction not in REVERSED or "hidden_size" not in node.attrs:
-            raise Refusal("its direction or its hidden_size is none of ONNX's; export it again")
+            raise Refusal(
+                "its direction is unknown, or its hidden_size is missing; export it again"
+            )
         self.reversed, self.units = REVERSED[direction], int(node.attrs["hidden_size"])
         self.activations = read_activations(node, len(self.reversed))
 
