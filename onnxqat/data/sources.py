@@ -27,10 +27,10 @@ from onnxqat.data.lists import LIST_SUFFIXES, listed_files, open_list
 from onnxqat.data.masks import masks_beside
 from onnxqat.data.npy import open_npy
 from onnxqat.data.npz import open_npz
-from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.request import Request
 from onnxqat.data.sample_files import open_files
 from onnxqat.data.text import open_jsonl
+from onnxqat.data.yaml_entries import YAML_SUFFIXES
 from onnxqat.data.yolo import layout_files, open_layout
 from onnxqat.errors import DataError
 from onnxqat.files import check_readable

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxqat.data.classes import YEAR
-from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.sample_files import is_sample
+from onnxqat.data.yaml_entries import YAML_SUFFIXES
 from onnxqat.data.yolo import read_layout
 from onnxqat.errors import DataError
 

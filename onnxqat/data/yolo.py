@@ -27,9 +27,9 @@ from onnxqat.data.arrays import Source, names
 from onnxqat.data.boxes import labels_beside
 from onnxqat.data.images import is_image
 from onnxqat.data.lists import LIST_SUFFIXES, listed_files
-from onnxqat.data.plain_yaml import Value, read_entries
 from onnxqat.data.request import Request
 from onnxqat.data.sample_files import open_files
+from onnxqat.data.yaml_entries import Value, read_entries
 from onnxqat.errors import DataError
 
 __all__ = ["Layout", "layout_files", "open_layout", "read_layout"]

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.splits import splits_in
+from onnxqat.data.yaml_entries import YAML_SUFFIXES
 from onnxqat.errors import JobError, OnnxQatError
 from onnxqat.files import check_writable, write_text
 from onnxqat.model import Model

@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike
 
 from onnxqat.calibration import unlike_training
 from onnxqat.data import DataSet, Tokenization, open_data
-from onnxqat.data.plain_yaml import YAML_SUFFIXES
 from onnxqat.data.preprocess import Layout
 from onnxqat.data.splits import usual_split
+from onnxqat.data.yaml_entries import YAML_SUFFIXES
 from onnxqat.errors import OptionError
 from onnxqat.quantized import AnyModel
 from onnxqat.settings import Settings, adopt, class_count, input_specs, settings_of, settle
