@@ -149,13 +149,14 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes
     ----------
-    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx"}
+    requantize : {"unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx", "qdm"}
         How an accumulated sum becomes an output integer, with M = s_x * s_w / s_y. ``float``:
         multiply by M in float32; ``multiplier``: multiply by an integer, then one rounding shift
         (the pair nearest to M); ``gemmlowp``: multiply by an integer of 31 bits, round at 2**31,
         then a rounding shift; ``shift``: M is a power of two; ``two-shifts``: shift right, multiply
         by an integer of 16 bits, then a rounding shift; ``hmx``: as Qualcomm's HTP, see
-        `onnxqat.evaluation.integer.hmx`.
+        `onnxqat.evaluation.integer.hmx`; ``qdm``: as Sophgo's CV18xx, see
+        `onnxqat.evaluation.integer.qdm`.
     rounding : {"half-even", "half-away", "half-up", "floor"}
         How the last step of the requantization rounds.
     product_rounding : {"half-even", "half-away", "half-up", "floor"} or None
@@ -210,7 +211,9 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         nothing. A key with a single value counts as known.
     """
 
-    requantize: Literal["unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx"]
+    requantize: Literal[
+        "unknown", "float", "multiplier", "gemmlowp", "shift", "two-shifts", "hmx", "qdm"
+    ]
     rounding: ShiftRounding = "half-even"
     product_rounding: ShiftRounding | None = None
     bias_rounding: Rounding = "half-even"

@@ -17,7 +17,7 @@ from onnxqat.evaluation.integer.steps import Array, MeanStep
 
 __all__ = ["build_mean", "is_spatial"]
 
-COUNTING_PADS = ("multiplier", "two-shifts")  # their sources average padding too
+COUNTING_PADS = ("multiplier", "two-shifts", "qdm")  # their sources average padding too
 
 
 def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) -> MeanStep:

@@ -128,7 +128,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
     if not has_only_limits(group, sums=_adds_to_sums(context, group)):
         _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
     if group.kind in MEANS:
-        over_any_axes = arithmetic.requantize == "gemmlowp"
+        over_any_axes = arithmetic.requantize in ("gemmlowp", "qdm")
         return build_mean if over_any_axes or is_spatial(group.nodes[0]) else _float
     return KERNELS[group.kind]
 
@@ -142,7 +142,7 @@ def _is_left_float(context: Context, group: FusedOp, operand: Operand) -> bool:
         return False
     if input_role(node, operand.index) in ("setting", "slope"):
         return False
-    if context.rule.bias == "float" and is_bias(group, node, operand.index):
+    if context.keeps_biases and is_bias(group, node, operand.index):
         return False
     # the constants of a pattern are part of the function that it computes
     return operand.values is None or group.kind in (*WEIGHTED, *ELEMENTWISE, *MOVES)
@@ -233,7 +233,12 @@ def _elementwise(context: Context, group: FusedOp, operands: Sequence[Operand]) 
     target = make_target(context, group)
     if target is None:
         return _float(context, group, operands)
-    if arithmetic.rescaled_operands and any(o.values is not None for o in pair):
+    constant = next((o.values for o in pair if o.values is not None), None)
+    if arithmetic.requantize == "qdm" and constant is not None:
+        if node.op != "Mul" or constant.size > 1 or group.epilogue:
+            _refuse(context, group, "the chip computes it with a constant in bfloat16")
+        return _with_constant(context, pair, target, node.op)
+    if arithmetic.rescaled_operands and constant is not None:
         return _with_constant(context, pair, target, node.op)
     grids = [context.grids[o.tensor] for o in pair]
     constants = {

@@ -105,6 +105,14 @@ class Context:
     biases: frozenset[tuple[str, int]]
     float_nodes: frozenset[str]
 
+    @property
+    def keeps_biases(self) -> bool:
+        """Whether a bias that training leaves float is still that of a product in integers.
+
+        The chip adds it to floats, or its compiler chooses a scale at which it fits into int32.
+        """
+        return self.rule.bias == "float" or self.arithmetic.requantize == "qdm"
+
     def operands(self, group: FusedOp) -> list[Operand]:
         """Return all inputs of a group that it does not compute itself."""
         inner = {t.name for node in group.nodes for t in node.outputs}

@@ -19,8 +19,10 @@ from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.bpu import add_scaled
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import add_on_vectors
+from onnxqat.evaluation.integer.qdm import add_at_one_shift, multiply_below_one
 from onnxqat.evaluation.integer.requantize import (
     averager,
+    in_float64,
     nearest_multiplier,
     ratio,
     requantizer,
@@ -57,12 +59,14 @@ def add(
     ``gemmlowp``: add at twice the larger scale with 20 extra bits, then round
     (``reference/integer_ops/add.h``). ``two-shifts``: see `onnxqat.evaluation.integer.bpu`.
     ``shift``, and ``multiplier`` without ``rescaled_operands``: add operands of equal scale, then
-    round. ``hmx``: see `add_on_vectors`.
+    round. ``hmx``: see `add_on_vectors`. ``qdm``: see `add_at_one_shift`.
     """
     if arithmetic.requantize == "hmx":
         return add_on_vectors(operands, output, subtract=subtract)
     a, b = operands
     sign = -1 if subtract else 1
+    if arithmetic.requantize == "qdm":
+        return add_at_one_shift(a, b, output, arithmetic, sign)
     if arithmetic.requantize == "float":
         factors = [ratio(arithmetic, g.scale, divisor=output.scale) for g in (a, b)]
         return lambda x, y: round_levels(
@@ -120,8 +124,11 @@ def multiply(operands: Sequence[Grid], output: Grid, arithmetic: Arithmetic) -> 
     """Return a kernel for Mul: the product of the centered integers, requantized.
 
     ``gemmlowp``: the factor M is computed in float32 (google-ai-edge/LiteRT tflite/kernels/mul.cc).
+    ``qdm``: see `multiply_below_one`.
     """
     a, b = operands
+    if arithmetic.requantize == "qdm":
+        return multiply_below_one(a, b, output, arithmetic)
     scale = ratio(arithmetic, a.scale, b.scale, divisor=output.scale)
     if arithmetic.requantize == "gemmlowp":
         scale = np.asarray(a.scale * b.scale / output.scale, np.float64)
@@ -154,7 +161,8 @@ def mean(
     if arithmetic.requantize == "gemmlowp":
         factor = ratio(arithmetic, grid.scale, divisor=output.scale)
         return averager(arithmetic, factor, int(counts))
-    scale = ratio(arithmetic, grid.scale, divisor=output.scale * np.asarray(counts, np.float32))
+    dtype = np.float64 if arithmetic.requantize == "qdm" else np.float32
+    scale = ratio(arithmetic, grid.scale, divisor=output.scale * np.asarray(counts, dtype))
     return requantizer(arithmetic, scale, arithmetic.operand_bits, first_rounding=first_rounding)
 
 
@@ -275,14 +283,17 @@ def multiply_constant(
     """Return a kernel for the product of centered integers and a constant.
 
     As ``MulLowering::LoweringINT8`` of sophgo/tpu-mlir; a single number becomes part of the
-    multiplier M, as in ``MulConstLowering``.
+    multiplier M, as in ``MulConstLowering``. ``qdm``: a single number has a look-up table.
     """
     if values.size == 1:
         levels, scale = None, values.reshape(()).astype(np.float64)
     else:
         levels, scale = _compiled_constant(values)
     factor = ratio(arithmetic, grid.scale, scale, divisor=output.scale)
-    requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
+    if arithmetic.requantize == "qdm":
+        requantize = in_float64(factor)
+    else:
+        requantize = requantizer(arithmetic, factor, arithmetic.operand_bits)
 
     def kernel(x: Levels) -> Int64Array:
         centered = grid.centered(x).astype(np.int64)

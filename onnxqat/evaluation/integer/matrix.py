@@ -20,9 +20,11 @@ from onnxqat.evaluation.integer.products import (
     WideConvolution,
     exact_matmul,
 )
+from onnxqat.evaluation.integer.qdm import compile_product
 from onnxqat.evaluation.integer.requantize import (
     Requantizer,
     dequantizer,
+    gemmlowp,
     in_float64,
     ratio,
     requantizer,
@@ -44,6 +46,8 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
     pair = [o for o in operands if o.node == node.name and o.index < 2]
     grids = [context.grids[o.tensor] for o in pair]
     _check(node, grids, arithmetic.product_bits)
+    if arithmetic.requantize == "qdm":
+        return _compiled_product(context, group, pair, grids)
     activations = [i for i, o in enumerate(pair) if o.values is None]
     spread = _spreader(node, pair)
     first, second = (spread(g.scale, g is grids[1]) for g in grids)
@@ -88,6 +92,54 @@ def build_product(context: Context, group: FusedOp, operands: Sequence[Operand])
         addend=_addend(group, operands, np.asarray(first * second, np.float32)),
         scale=np.asarray(first, np.float64) * np.asarray(second, np.float64),
         requantize=requantize,
+        target=target,
+    )
+
+
+def _compiled_product(
+    context: Context, group: FusedOp, pair: Sequence[Operand], grids: Sequence[Grid]
+) -> ProductStep:
+    """Return the step of a product whose weight and bias the compiler of the CV18xx quantizes."""
+    node, arithmetic = group.nodes[0], context.arithmetic
+    target, (data, weight) = make_target(context, group), pair
+    grouped = node.op == "ConvTranspose" and int(node.attrs.get("group", 1)) > 1
+    if target is None or data.values is not None or weight.values is None or grouped:
+        raise RuleError(
+            f"Node '{node.name}': the chip computes a product with a float output, of two "
+            "activations, or with a constant on the left in bfloat16, and no source documents a "
+            "ConvTranspose with groups. Evaluate with --mode qdq."
+        )
+    trained, spread = grids[1], _spreader(node, pair)
+    stripped = trained.dequantize(trained.quantize(weight.values, "half-even"))
+    bias = _bias_values(context, group, spread)
+    axis = (1 if node.op == "ConvTranspose" else 0) if is_convolution(node) else None
+    compiled = compile_product(
+        stripped,
+        None if bias is None else bias[1],
+        axis,
+        source=grids[0].scale,
+        output=target.grid.scale,
+        # only ConvLowering reads the table's scales of weights, if it has one for each channel
+        scales=trained.scale
+        if node.op == "Conv" and trained.scale.shape == stripped.shape[:1]
+        else None,
+    )
+    scale = np.asarray(grids[0].scale * spread(compiled.scale, True), np.float64)
+    return ProductStep(
+        sources=(data.tensor,),
+        grids=(grids[0],),
+        sums=_sums(context, node, pair, grids, weight=compiled.levels),
+        bias=compiled.bias,
+        bias_error=None
+        if compiled.bias is None or bias is None
+        else compiled.bias - bias[1] / scale,
+        addend=None,
+        scale=scale,
+        requantize=gemmlowp(
+            spread(compiled.multiplier, True),
+            spread(compiled.exponent, True),
+            arithmetic.product_rounding or arithmetic.rounding,
+        ),
         target=target,
     )
 
@@ -180,12 +232,12 @@ def _bias_values(
     context: Context, group: FusedOp, spread: Callable[[NDArray[Any], bool], NDArray[Any]]
 ) -> Bias | None:
     """Return the bias that the chip adds to the sums or to their floats, if there is one."""
-    kept_float = context.rule.bias == "float"
     found = [
         (node, tensor)
         for node in group.nodes
         for index, tensor in enumerate(node.inputs)
-        if (node.name, index) in context.biases or (kept_float and is_bias(group, node, index))
+        if (node.name, index) in context.biases
+        or (context.keeps_biases and is_bias(group, node, index))
     ]
     if not found:
         return None
@@ -230,15 +282,23 @@ def _addend(
 
 
 def _sums(
-    context: Context, node: gs.Node, pair: Sequence[Operand], grids: Sequence[Grid]
+    context: Context,
+    node: gs.Node,
+    pair: Sequence[Operand],
+    grids: Sequence[Grid],
+    *,
+    weight: NDArray[np.int8] | None = None,
 ) -> Callable[..., Int64Array]:
+    """Return the function for sums; ``weight``: integers that replace those of the second grid."""
     constants = [
         None if o.values is None else g.centered(g.quantize(o.values, "half-even"))
         for o, g in zip(pair, grids, strict=True)
     ]
+    if weight is not None:
+        constants[1] = weight.astype(np.int32)
     if is_convolution(node):
-        weight = constants[1]
-        if weight is None:
+        kernel = constants[1]
+        if kernel is None:
             raise RuleError(
                 f"Node '{node.name}': its kernel is not a constant. Evaluate with --mode qdq."
             )
@@ -250,7 +310,7 @@ def _sums(
             kind = WideConvolution
         elif grids[0].spec.bits > BYTE:
             kind = HalvedConvolution
-        return kind(context.protos[node.name], weight, largest, context.opset, context.threads)
+        return kind(context.protos[node.name], kernel, largest, context.opset, context.threads)
     return _matmul(node, constants)
 
 

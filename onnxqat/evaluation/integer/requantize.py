@@ -20,8 +20,10 @@ __all__ = [
     "Dequantizer",
     "Requantizer",
     "averager",
+    "cut_multiplier",
     "dequantizer",
     "fixed_point",
+    "gemmlowp",
     "in_float64",
     "nearest_multiplier",
     "ratio",
@@ -84,6 +86,23 @@ def fixed_point(scale: Scale) -> tuple[Int64Array, Int64Array]:
     exponent = exponent.astype(np.int64) + carried
     tiny = exponent < -31
     return np.where(tiny, 0, multiplier), np.where(tiny, 0, exponent)
+
+
+MOST_OF_7_BITS = 127
+
+
+def cut_multiplier(scale: float) -> tuple[int, int]:
+    """Return an integer of 7 bits and a shift: ``multiplier / 2**shift`` is just below ``scale``.
+
+    As ``getRShiftAndMultiplierFromQScale`` without ``qdm`` of sophgo/tpu-mlir,
+    lib/Support/MathUtils.cpp. The relative error is below ``1 / 63``; the sign is not looked at.
+    """
+    if abs(scale) > MOST_OF_7_BITS:
+        return MOST_OF_7_BITS, 0
+    for shift in range(63):
+        if abs(scale) * 2.0 ** (shift + 1) >= MOST_OF_7_BITS:
+            return int(abs(scale) * 2.0**shift), shift
+    return 0, 0
 
 
 # hbdk 3, hbdk/torch_script/utils.py `gen_rescale_param`: 30 - 1 - 7 for 8-bit outputs
@@ -164,8 +183,10 @@ def requantizer(
     if arithmetic.requantize == "multiplier":
         multiplier, shift = nearest_multiplier(scale, bits)
         return lambda sums: shift_right(sums * multiplier, shift, rounding)
+    if arithmetic.requantize == "qdm":  # not of products, see qdm.compile_product
+        return _cut(float(scale), rounding)
     if arithmetic.requantize == "gemmlowp":
-        return _gemmlowp(*fixed_point(scale), rounding)
+        return gemmlowp(*fixed_point(scale), rounding)
     if arithmetic.requantize == "two-shifts":
         factor, before, after = two_shifts(scale)
         return lambda sums: shift_right(
@@ -179,6 +200,14 @@ def requantizer(
         )
     places = 1 - exponent.astype(np.int64)
     return lambda sums: shift_right(sums, places, rounding)
+
+
+def _cut(scale: float, rounding: ShiftRounding) -> Requantizer:
+    """Return ``applyMultiplierAndRShift`` of tpu-mlir for CV18xx, which multiplies in float32."""
+    multiplier, shift = cut_multiplier(scale)
+    factor = np.float32(multiplier if scale >= 0 else -multiplier)
+    step = np.float32(2.0**shift)
+    return lambda sums: round_levels(sums.astype(np.float32) * factor / step, rounding)
 
 
 def _by_float(factor: Scale, offset: Scale | None, rounding: ShiftRounding) -> Requantizer:
@@ -243,10 +272,10 @@ def averager(arithmetic: Arithmetic, scale: Scale, count: int) -> Requantizer:
     """
     multiplier, exponent = fixed_point(scale)
     shift = np.minimum(min(count.bit_length() - 1, 32), 31 + exponent)
-    return _gemmlowp((multiplier << shift) // count, exponent - shift, arithmetic.rounding)
+    return gemmlowp((multiplier << shift) // count, exponent - shift, arithmetic.rounding)
 
 
-def _gemmlowp(multiplier: Int64Array, exponent: Int64Array, rounding: ShiftRounding) -> Requantizer:
+def gemmlowp(multiplier: Int64Array, exponent: Int64Array, rounding: ShiftRounding) -> Requantizer:
     """Return ``MultiplyByQuantizedMultiplier`` of tensorflow/lite/kernels/internal/common.h.
 
     Its ``SaturatingRoundingDoublingHighMul`` rounds half up: for negative products it adds a nudge
