@@ -9,8 +9,8 @@ onnxruntime-gpu, in one environment, or in two with ``--python``. Copy these whe
 CPython 3.11 on x86-64 Linux, and the checkout (``pip install --no-deps .``, 1 MB):
 
     onnx 1.23 9 MB, numpy 2.4 17 MB, onnx_graphsurgeon 0.1 MB, protobuf 0.3 MB, ml_dtypes 0.4 MB,
-    typing_extensions 0.1 MB, msgspec 0.2 MB, click 0.1 MB, pillow 7 MB, rich 0.3 MB and its
-    pygments 1.3 MB, markdown_it_py 0.1 MB, mdurl: 36 MB in all
+    typing_extensions 0.1 MB, msgspec 0.2 MB, click 0.1 MB, pillow 7 MB, pyyaml 0.8 MB,
+    rich 0.3 MB and its pygments 1.3 MB, markdown_it_py 0.1 MB, mdurl: 37 MB in all
     onnxruntime-gpu 1.31 (CUDA 13) where it is missing: 256 MB, with flatbuffers and packaging; and
     cuDNN 9 and the libraries of CUDA 13, which PyTorch's own wheels for CUDA 13 include (otherwise
     ``onnxruntime-gpu[cuda,cudnn]`` brings them: 1,310 MB more)
