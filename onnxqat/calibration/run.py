@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnxqat.choices import check_choice
 from onnxqat.data import Batch
 from onnxqat.device import CPU, Device
 from onnxqat.ends import TensorReader
-from onnxqat.errors import ModelError
+from onnxqat.errors import DataError, ModelError, PlanError
 from onnxqat.model import Model
 from onnxqat.parallel import Workers
 from onnxqat.plan import QuantPlan, QuantPoint
@@ -87,7 +88,8 @@ def calibrate(
         for point in plan.grid_points():
             if point.role == "activation" and point.parameters not in params:
                 low, high = _range_of(watched[point.parameters], empty=point.tensor in ranges)
-                params[point.parameters] = choose_qparams(low, high, point.spec)
+                with _named(point):
+                    params[point.parameters] = choose_qparams(low, high, point.spec)
         _warn_of_constants(ranges)
         return params, fit_bias_range(plan, params, tensors, kept=taken)
 
@@ -106,6 +108,15 @@ def placeholder_params(model: Model, plan: QuantPlan) -> dict[str, QuantParams]:
     return params
 
 
+@contextmanager
+def _named(point: QuantPoint) -> Iterator[None]:
+    """Put the name of the tensor in front of an error."""
+    try:
+        yield
+    except (DataError, PlanError) as error:
+        raise type(error)(f"'{point.tensor}': {error}") from error
+
+
 def _weight_params(
     plan: QuantPlan, tensors: Mapping[str, gs.Tensor], observer: str
 ) -> dict[str, QuantParams]:
@@ -113,8 +124,9 @@ def _weight_params(
     for point in plan.grid_points():
         if point.role == "weight" and point.group is None:
             method = weight_method(point.spec, observer)
-            low, high = weight_range(tensors[point.tensor].values, point.spec, method)
-            params[point.parameters] = choose_qparams(low, high, point.spec)
+            with _named(point):
+                low, high = weight_range(tensors[point.tensor].values, point.spec, method)
+                params[point.parameters] = choose_qparams(low, high, point.spec)
     return params
 
 

@@ -115,7 +115,7 @@ def _print_analysis(
 # the printed name of a cost, and its meaning
 MEANINGS = {
     "error": ("SQNR", "signal-to-noise ratio of the outputs; more is better"),
-    "agreement": ("differing", "of the classes differ from the float model's"),
+    "agreement": ("differing", "of the predicted classes differ from the float model's"),
 }
 
 

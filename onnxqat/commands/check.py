@@ -45,7 +45,10 @@ def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) ->
         )
     if found.untrainable:
         nodes = counted(len(found.untrainable), "node")
-        raise click.ClickException(f"The model cannot be fine-tuned because of {nodes}.")
+        raise click.ClickException(
+            f"The model cannot be fine-tuned because of {nodes}. Keep the layers before float "
+            "(--set 'name:REGEX.quantize=false'), or rewrite the model."
+        )
 
 
 def _document(found: Check, *, train: bool) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def coco_images(path: Path) -> list[str]:
             "images, annotations and categories."
         ) from error
     if not names:
-        raise DataError(f"{path}: has no images. Check how it was written.")
+        raise DataError(f"{path}: lists no images. Give COCO's instances.")
     return names
 
 

@@ -88,8 +88,8 @@ def _value(path: Path, key: str, node: Any) -> Value:
 def _text(path: Path, key: str, node: Any) -> str:
     if not isinstance(node.value, str):
         raise DataError(
-            f"{path}, line {node.start_mark.line + 1}: '{key}' holds a list or a mapping. Write "
-            "text, a list such as [a, b], or a mapping such as {0: a, 1: b}."
+            f"{path}, line {node.start_mark.line + 1}: '{key}' holds a list or a mapping "
+            "in another. Write text, a list such as [a, b], or a mapping such as {0: a, 1: b}."
         )
     if not node.value.isprintable():
         raise DataError(f"{path}: '{key}' has {node.value[:80]!r}, which cannot be printed.")

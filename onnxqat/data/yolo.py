@@ -159,9 +159,9 @@ def _images(path: Path, split: str, place: Path) -> list[Path]:
         )
     else:
         raise DataError(
-            f"{path}: '{split}' is in '{place}', which is no folder and no list of images. Check "
-            "'path', which is relative to the file; leave it out if the file lies in the folder of "
-            "the data."
+            f"{path}: '{split}' is in '{place}', which is neither a folder nor a list of images. "
+            "Check 'path', which is relative to the file; leave it out if the file lies in the "
+            "folder of the data."
         )
     if not found:
         raise DataError(f"{path}: '{split}' is in '{place}', which has no images. Check the path.")

@@ -114,7 +114,8 @@ class Likeness:
             a != b and isinstance(n, int) for a, b, n in zip(ours, theirs, shape or (), strict=True)
         ):
             raise ModelError(
-                f"The outputs have shapes {ours} and {theirs}. Give models with equal outputs."
+                f"Output '{self.output.name}' has the shapes {ours} and {theirs}. Give models "
+                "whose outputs have the same shapes."
             )
 
     def _agree(self, ours: Array, theirs: Array) -> None:

@@ -74,7 +74,10 @@ def qoperator_model(model: QuantizedModel) -> Model:
             ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the bindings raise a class per status code
             message = str(error).splitlines()[0]
-            raise ModelError(f"onnxruntime cannot optimize the model: {message}") from error
+            raise ModelError(
+                f"{model.name}: onnxruntime cannot write QLinear operators ({message}). Export "
+                "with Q/DQ."
+            ) from error
         return load_model(path)
 
 

@@ -76,7 +76,9 @@ def _pairs(table: Table) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
         graph = onnx.load_model_from_string(table.data).graph
         arrays = {t.name: numpy_helper.to_array(_stored(t)) for t in graph.initializer}
     except (DecodeError, ValueError, TypeError, KeyError) as error:
-        message = f"{table.name}: not a Q/DQ ONNX file ({' '.join(str(error).split())[:120]})."
+        message = (
+            f"{table.name}: not a Q/DQ ONNX file ({' '.join(str(error).split())[:120]}). Give one."
+        )
         raise FormatError(message) from error
     found = {}
     for node in graph.node:

@@ -63,7 +63,10 @@ def _attribute(index: GraphIndex, node: Any, name: str) -> Any:
     if value is None:
         schema = onnx.defs.get_schema(node.op, index.graph.opset)
         if name not in schema.attributes:
-            raise RuleError(f"{node.op} has no attribute '{name}', which an exception names.")
+            raise RuleError(
+                f"Node '{node.name}': {node.op} has no attribute '{name}', which an exception of "
+                "the rule names. Correct the rule."
+            )
         default = schema.attributes[name].default_value
         value = onnx.helper.get_attribute_value(default) if default.name else None
         value = value.decode() if isinstance(value, bytes) else value

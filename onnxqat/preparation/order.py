@@ -28,7 +28,9 @@ def sort_nodes(graph: gs.Graph) -> int:
     for index, node in enumerate(graph.nodes):
         for tensor in node.outputs:
             if tensor.name and producers.setdefault(tensor.name, index) != index:
-                message = f"'{tensor.name}' is written by more than one node. Export it again."
+                message = (
+                    f"'{tensor.name}' is written by more than one node. Export the model again."
+                )
                 raise ModelError(message)
     needs = []
     for node in graph.nodes:
@@ -59,7 +61,9 @@ def _visit(needs: list[list[int]], names: list[str]) -> list[int]:
                 continue
             open_[index] = True
             if any(open_[need] for need in waiting):
-                message = f"The graph has a cycle through node '{names[index]}'. Export it again."
+                message = (
+                    f"The graph has a cycle through node '{names[index]}'. Export the model again."
+                )
                 raise ModelError(message)
             stack.extend(reversed(waiting))
     return order

@@ -64,7 +64,7 @@ def _inferred(proto: onnx.ModelProto) -> onnx.GraphProto:
     try:
         return native.infer_shapes(proto).graph
     except native.NativeError as error:
-        raise ModelError(f"Shapes cannot be inferred ({error}). Export it again.") from error
+        raise ModelError(f"Shapes cannot be inferred ({error}). Export the model again.") from error
 
 
 def _skeleton(graph: gs.Graph) -> onnx.ModelProto:

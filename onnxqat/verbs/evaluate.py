@@ -92,7 +92,7 @@ def evaluate(
     if rules is not None and mode != "integer":
         raise OptionError("rules: apply to mode 'integer' only. Leave them out.")
     if mode == "integer" and device not in ("cpu", "auto"):
-        raise OptionError("--device: integers are computed on the CPU. Leave it out.")
+        raise OptionError("--device: the integer mode runs on the CPU. Leave --device out.")
     place = CPU if mode == "integer" else find_device(device, precision)
     chosen = [read_metric(metric) for metric in metrics]
     loaded = any_model(model)

@@ -294,3 +294,12 @@ def test_a_small_channel_that_counts_keeps_its_scale():
 
     np.testing.assert_array_equal(model.params["w1"].scale, plain.params["w1"].scale)
     assert "b1" not in {p.tensor for p in model.plan.points if p.role == "bias"}
+
+
+def test_a_weight_without_finite_values_is_named():
+    model = prepare(from_proto(convnet()))
+    plan = make_plan(model.graph, load_rule("sophgo-bm1684x"))
+    name = next(p.tensor for p in plan.points if p.role == "weight")
+    model.graph.tensors()[name].values[0] = np.nan
+    with pytest.raises(DataError, match=f"'{name}': Weight contains NaN"):
+        placeholder_params(model, plan)

@@ -197,7 +197,7 @@ def test_a_split_must_not_leave_the_data(root, place):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: images/none", r"'train' is in '.*none', which is no folder and no list of images"),
+        ("train: images/none", r"'train' is in '.*none', which is neither a folder nor a list"),
         ("train: labels/train", r"'train' is in '.*train', which has no images"),
         ("path: [a]\ntrain: x", r"'path' must be one folder, not \['a'\]"),
         ("train: {0: x}", r"'train' is a mapping"),

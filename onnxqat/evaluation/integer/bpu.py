@@ -92,8 +92,8 @@ def sum_factors(ratio: NDArray[np.float32]) -> tuple[Int64Array, Int64Array]:
     """
     if np.min(ratio) < LEAST_RATIO:
         raise RuleError(
-            f"The scale of an addend is only {np.min(ratio):.3g} times the scale of the sums; no "
-            "source says how the chip adds it. Evaluate with --mode qdq."
+            f"The scale of an addend is only {np.min(ratio):.3g} times that of the sums; no source "
+            "says how the chip adds it. Evaluate with --mode qdq."
         )
     mantissa, exponent = np.frexp(_half_up(ratio))
     wide = np.exp2(np.minimum(exponent, 15).astype(np.float32)) * mantissa

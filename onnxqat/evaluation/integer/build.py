@@ -95,7 +95,12 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
 def _build(context: Context, group: FusedOp) -> Step:
     operands = context.operands(group)
     make = _choose(context, group, operands)
-    return make(context, group, operands)
+    try:
+        return make(context, group, operands)
+    except RuleError as error:
+        if any(f"'{node.name}'" in str(error) for node in group.nodes):
+            raise
+        raise RuleError(f"Node '{group.nodes[0].name}' ({group.kind}): {error}") from error
 
 
 def _attention(context: Context, groups: Sequence[FusedOp]) -> dict[str, Step]:

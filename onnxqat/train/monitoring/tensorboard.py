@@ -69,13 +69,13 @@ def check_event_folder(path: str | Path, *, force: bool) -> None:
     path = Path(path)
     _library()
     if path.exists() and not path.is_dir():
-        raise OnnxQatError(f"{path}: is not a directory. Name another --tensorboard.")
+        raise OnnxQatError(f"{path}: is not a directory. Name another folder with --tensorboard.")
     if not path.parent.is_dir():
         raise OnnxQatError(f"{path}: directory '{path.parent}' does not exist. Create it first.")
     if not force and any(path.glob(PATTERN)):
         raise OnnxQatError(
-            f"{path}: already contains a run's event files. Name another --tensorboard, or pass "
-            "--force to replace them."
+            f"{path}: already contains a run's event files. Name another folder with "
+            "--tensorboard, or pass --force to replace them."
         )
 
 
