@@ -201,8 +201,8 @@ class _Checker:
                 if edge.node
                 else f"model output {edge.index}"
             )
-            does = "reads it, but not" if edge in found else "does not read it, except"
-            self.wrong(point.tensor, f"has other readers: {reader} {does} in the stored plan")
+            does = "reads it" if edge in found else "does not read it"
+            self.wrong(point.tensor, f"has other readers than in the stored plan: {reader} {does}")
 
     def _check_bias(self, bias: QuantPoint) -> None:
         if not _is_float_constant(self.tensors.get(bias.tensor)):

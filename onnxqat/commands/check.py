@@ -46,7 +46,7 @@ def check(model: str, rules: str, train: bool, as_json: bool, **options: Any) ->
     if found.untrainable:
         nodes = counted(len(found.untrainable), "node")
         raise click.ClickException(
-            f"The model cannot be fine-tuned because of {nodes}. Keep the layers before float "
+            f"The model cannot be fine-tuned because of {nodes}. Keep earlier layers float "
             "(--set 'name:REGEX.quantize=false'), or rewrite the model."
         )
 

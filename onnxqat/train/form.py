@@ -199,7 +199,7 @@ def _refusal(nodes: list[Untrainable]) -> str:
     named += f"; and {rest} more, which 'onnxqat check --train' names" if rest > 0 else ""
     noun = "Node" if len(nodes) == 1 else f"{len(nodes)} nodes:"
     return (
-        f"{noun} {named}. No gradient passes, so the layers before cannot be trained. Keep these "
+        f"{noun} {named}. No gradient passes, so earlier layers cannot be trained. Keep these "
         "layers float (--set 'name:REGEX.quantize=false') or rewrite the model."
     )
 

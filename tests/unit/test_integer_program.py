@@ -366,6 +366,16 @@ def test_op_without_documented_arithmetic_is_refused():
         IntegerProgram(qdq)
 
 
+def test_an_error_of_a_kernel_names_the_node(monkeypatch):
+    def fail(*_):
+        raise RuleError("The scales differ.")
+
+    _, qdq = quantized(convnet(), "tflite")
+    monkeypatch.setattr("onnxqat.evaluation.integer.build._choose", lambda *_: fail)
+    with pytest.raises(RuleError, match=r"Node 'n_\w+' \(Conv\): The scales differ\."):
+        IntegerProgram(qdq)
+
+
 def test_float_and_uncalibrated_models_are_refused():
     floats = prepare(from_proto(convnet()))
     plan = make_plan(floats.graph, load_rule("sophgo-bm1684x"))

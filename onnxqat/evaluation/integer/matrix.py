@@ -104,11 +104,12 @@ def _compiled_product(
     target, (data, weight) = make_target(context, group), pair
     grouped = node.op == "ConvTranspose" and int(node.attrs.get("group", 1)) > 1
     if target is None or data.values is not None or weight.values is None or grouped:
-        raise RuleError(
-            f"Node '{node.name}': the chip computes a product with a float output, of two "
-            "activations, or with a constant on the left in bfloat16, and no source documents a "
-            "ConvTranspose with groups. Evaluate with --mode qdq."
-        )
+        why = "the chip computes it in bfloat16, unless only the second operand is constant"
+        if target is None:
+            why = "the chip computes it in bfloat16, because its output stays float"
+        elif grouped:
+            why = "no source says how the chip computes a ConvTranspose with groups"
+        raise RuleError(f"Node '{node.name}': {why}. Evaluate with --mode qdq.")
     trained, spread = grids[1], _spreader(node, pair)
     stripped = trained.dequantize(trained.quantize(weight.values, "half-even"))
     bias = _bias_values(context, group, spread)
