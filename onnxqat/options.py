@@ -329,7 +329,8 @@ train_samples_option = _training(
 decode_option = _measure(
     "--decode",
     metavar="NAME",
-    help="Decode the outputs to boxes like nanodet, yolov5, yolov8, yolo11 or yolox (default: "
+    help="Decode the outputs to boxes like nanodet, ssd, ssdlite, yolov5, yolov7, yolov8, "
+    "yolo11 or yolox (default: "
     "chosen by the shapes of the outputs, and printed).",
 )
 metric_options = _options(

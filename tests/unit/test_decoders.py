@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from onnxqat.data import Preprocessing
 from onnxqat.errors import ModelError, OptionError
-from onnxqat.evaluation.decoders import DECODERS, Detector, decoder_of, read_decoder
+from onnxqat.evaluation.decoders import DECODERS, Detector, decoder_of, read_decoder, ssd
 from onnxqat.evaluation.decoders.suppression import Candidates, Selection, selected
 
 SIZE = (64, 96)
 CELLS = [(8, 12), (4, 6), (2, 3)]
 TOTAL = sum(h * w for h, w in CELLS)
 CLASSES = 3
+SSDS = {  # size; for each map: cells, step, sizes of the squares, other aspect ratios
+    "ssd": (300, [(38, 8, 21, 45, [2]), (19, 16, 45, 99, [2, 3]), (10, 32, 99, 153, [2, 3]),
+                  (5, 64, 153, 207, [2, 3]), (3, 100, 207, 261, [2]), (1, 300, 261, 315, [2])]),
+    "ssdlite": (320, [(20, 16, 64, 112, [2, 3]), (10, 32, 112, 160, [2, 3]),
+                      (5, 64, 160, 208, [2, 3]), (3, 320 / 3, 208, 256, [2, 3]),
+                      (2, 160, 256, 304, [2, 3]), (1, 320, 304, 320, [2, 3])]),
+}  # fmt: skip
+
+
+def default_boxes(name):
+    """Section 2.2 of Liu et al. 2016, in pixels; no default box is larger than the image."""
+    size, maps = SSDS[name]
+    for cells, step, square, following, ratios in maps:
+        for row in range(cells):
+            for column in range(cells):
+                sizes = [(square, square), (math.sqrt(square * following),) * 2]
+                for a in ratios:
+                    w, h = square * math.sqrt(a), square / math.sqrt(a)
+                    sizes += [(w, h), (h, w)]
+                for w, h in sizes:
+                    yield (column + 0.5) * step, (row + 0.5) * step, min(w, size), min(h, size)
+
+
+def size_of(name):
+    return (SSDS[name][0],) * 2 if name in SSDS else SIZE
 
 
 @pytest.fixture
@@ -23,18 +49,25 @@ def rng():
     return np.random.default_rng(0)
 
 
-def outputs_of(name, rng, images=2):
+def outputs_of(name, rng, images=2, classes=CLASSES):
     def scores(*shape):
         return rng.random(shape).astype(np.float32) ** 3
 
     if name == "nanodet":
         maps = [scores(images, h * w, CLASSES) for h, w in CELLS]
         return maps + [rng.normal(size=(images, h * w, 32)).astype(np.float32) for h, w in CELLS]
-    count = 3 * TOTAL if name == "yolov5" else TOTAL
+    if name in SSDS:
+        count = sum(1 for _ in default_boxes(name))
+        offsets = 3 * rng.normal(size=(images, count, 4)).astype(np.float32)
+        offsets[:, ::7, 2:] += 15  # some are beyond the limit of sizes
+        logits = rng.normal(size=(images, count, 1 + classes)).astype(np.float32)
+        logits[:, :, 0] += 20 * (rng.random((images, count)) > 150 / count)  # background
+        return [offsets, logits]
+    count = 3 * TOTAL if name in ("yolov5", "yolov7") else TOTAL
     boxes = rng.normal(size=(images, count, 4)).astype(np.float32)
     if name != "yolox":
         boxes = np.abs(boxes) * 20
-    rest = scores(images, count, CLASSES + (name != "yolov8"))
+    rest = scores(images, count, classes + (name != "yolov8"))
     found = np.concatenate([boxes, rest], axis=2)
     return [found.transpose(0, 2, 1) if name == "yolov8" else found]
 
@@ -56,6 +89,20 @@ def boxes_of(name, outputs, image):
                            min(y + bottom, 64)]  # fmt: skip
                 yield corners, s[image, cell]
         return
+    if name in SSDS:
+        size = SSDS[name][0]
+        for box, offset, logits in zip(
+            default_boxes(name), outputs[0][image].tolist(), outputs[1][image].tolist(), strict=True
+        ):
+            powers = [math.exp(v) for v in logits]
+            x, y = (box[i] + offset[i] / 10 * box[i + 2] for i in (0, 1))
+            w, h = (box[i] * min(math.exp(offset[i] / 5), 62.5) for i in (2, 3))
+            corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+            yield (
+                [min(max(one, 0), size) for one in corners],
+                np.float32([one / sum(powers) for one in powers[1:]]),
+            )
+        return
     rows = outputs[0][image].T if name == "yolov8" else outputs[0][image]
     grid = [(x, y, s) for (h, w), s in zip(CELLS, (8, 16, 32), strict=True)
             for y in range(h) for x in range(w)]  # fmt: skip
@@ -66,6 +113,8 @@ def boxes_of(name, outputs, image):
             x, y = (x + column) * stride, (y + line) * stride
             w, h = math.exp(w) * stride, math.exp(h) * stride
         scores = row[4:] if name == "yolov8" else row[5:] * row[4]
+        if name == "yolov7" and len(row) == 6:
+            scores = row[4:5]
         yield [x - w / 2, y - h / 2, x + w / 2, y + h / 2], scores
 
 
@@ -73,7 +122,7 @@ def overlap(a, b):
     w = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     h = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     area = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
-    return w * h / (sum(area) - w * h)
+    return w * h / max(sum(area) - w * h, 1e-9)
 
 
 def kept(boxes, rule):
@@ -92,12 +141,10 @@ def kept(boxes, rule):
     return found
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_detections_are_those_of_the_definition(name, rng):
-    outputs = outputs_of(name, rng)
-    decoder = DECODERS[name]
-    assert decoder_of(outputs, SIZE) is decoder
-    found = Detector()(outputs, {"x": np.zeros((2, 3, *SIZE), np.float32)}, None)
+def check(name, rng, classes=CLASSES):
+    outputs = outputs_of(name, rng, classes=classes)
+    decoder, size = DECODERS[name], size_of(name)
+    found = Detector(decoder=decoder)(outputs, {"x": np.zeros((2, 3, *size), np.float32)}, None)
 
     assert len(found) == 2
     for image, one in enumerate(found):
@@ -106,6 +153,46 @@ def test_detections_are_those_of_the_definition(name, rng):
         assert one.classes.tolist() == [c for _, c, _ in expected]
         np.testing.assert_allclose(one.scores, [s for s, _, _ in expected], rtol=1e-6)
         np.testing.assert_allclose(one.corners, [c for _, _, c in expected], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_detections_are_those_of_the_definition(name, rng):
+    check(name, rng)
+
+
+@pytest.mark.parametrize("name", ["yolov5", "yolov7", "ssdlite"])
+def test_detections_of_one_class(name, rng):
+    check(name, rng, classes=1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoder_is_chosen_by_the_shapes(name, rng):
+    found = decoder_of(outputs_of(name, rng), size_of(name))
+    assert found is DECODERS["yolov5" if name == "yolov7" else name]  # the same shapes
+
+
+def test_ssd_has_the_categories_of_coco(rng):
+    """The 80 categories of COCO have the ids 1 to 90 with gaps."""
+    ids = [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70,
+           *range(72, 83), *range(84, 91)]  # fmt: skip
+    for labels, categories in ((91, ids), (90, range(1, 90))):
+        offsets, logits = np.zeros((1, 3234, 4)), np.zeros((1, 3234, labels), np.float32)
+        logits[0, np.arange(labels), np.arange(labels)] = 9
+        (found,) = DECODERS["ssdlite"].candidates([offsets, logits], (320, 320))
+        assert found.scores[list(categories)].argmax(axis=1).tolist() == [*range(len(categories))]
+        assert found.scores.shape == (3234, len(categories))
+
+
+def test_ssd_takes_the_surest_boxes_of_each_class(rng):
+    network = replace(ssd.SSDLITE320, most_of_class=5)
+    outputs = outputs_of("ssdlite", rng, images=1)
+    (found,) = network.candidates(outputs, (320, 320))
+    powers = np.exp(outputs[1][0].astype(np.float64))
+    scores = (powers / powers.sum(axis=1, keepdims=True))[:, 1:]
+    for label in range(CLASSES):
+        best = sorted(range(3234), key=lambda i: -scores[i, label])[:5]
+        assert sorted(np.flatnonzero(found.scores[:, label])) == sorted(best)
+        np.testing.assert_allclose(found.scores[best, label], scores[best, label], rtol=1e-6)
 
 
 def test_only_the_surest_cells_of_a_map_are_looked_at(rng):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnxqat.choices import check_choice, nearest
 from onnxqat.errors import ModelError, OptionError
-from onnxqat.evaluation.decoders import nanodet, yolo
+from onnxqat.evaluation.decoders import nanodet, ssd, yolo
 from onnxqat.evaluation.decoders.suppression import Candidates, Selection
 
 __all__ = ["DECODERS", "Decoder", "decoder_of", "read_decoder"]
@@ -44,7 +44,13 @@ DECODERS = {
     decoder.name: decoder
     for decoder in (
         Decoder("nanodet", nanodet.is_nanodet, nanodet.nanodet, nanodet.NANODET),
+        Decoder("ssd", ssd.SSD300.fits, ssd.SSD300.candidates, ssd.SSD300.selection),
+        Decoder(
+            "ssdlite", ssd.SSDLITE320.fits, ssd.SSDLITE320.candidates, ssd.SSDLITE320.selection
+        ),
         Decoder("yolov5", yolo.is_yolov5, yolo.yolov5, yolo.YOLOV5),
+        # fits what yolov5 fits, and so has to be named
+        Decoder("yolov7", yolo.is_yolov5, yolo.yolov7, yolo.YOLOV7),
         Decoder("yolov8", yolo.is_yolov8, yolo.yolov8, yolo.YOLOV8),
         Decoder("yolox", yolo.is_yolox, yolo.yolox, yolo.YOLOX),
     )

@@ -2,8 +2,11 @@
 
 ============  =====================================================================================
 ``yolov5``    (N, boxes, 5 + classes): centre and size in pixels, objectness, classes; the export of
-              ultralytics/yolov5 (``export.py``), and the shapes of WongKinYiu/yolov7's.
-              Selection as in ``utils/general.py: non_max_suppression``, called by ``val.py``.
+              ultralytics/yolov5 (``export.py``). Selection as in ``utils/general.py:
+              non_max_suppression``, called by ``val.py``.
+``yolov7``    the same shapes; the export of WongKinYiu/yolov7 (``export.py --grid``). Selection as
+              in ``utils/general.py: non_max_suppression``, called by ``test.py``: with one class,
+              the score is the objectness.
 ``yolov8``    (N, 4 + classes, boxes): centre and size in pixels, classes; the export of ultralytics
               for YOLOv8 and YOLO11. Selection as in ``non_max_suppression`` of its validation.
 ``yolox``     (N, cells, 5 + classes): centre and size in units of the map, objectness, classes; the
@@ -11,8 +14,8 @@
               ``yolox/utils/boxes.py: postprocess``, called by ``tools/eval.py``.
 ============  =====================================================================================
 
-``scripts/check_decoders.py`` found the same boxes, scores and classes as yolov5 7.0.14, ultralytics
-8.4.190 and YOLOX 6ddff48.
+``scripts/check_decoders.py`` found the same boxes, scores and classes as yolov5 7.0.14, yolov7
+a207844, ultralytics 8.4.190 and YOLOX 6ddff48.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from numpy.typing import NDArray
 from onnxqat.evaluation.decoders.grid import cell_counts, cells, corners_of
 from onnxqat.evaluation.decoders.suppression import Candidates, Selection
 
-__all__ = ["STRIDES", "YOLOV5", "YOLOV8", "YOLOX", "is_yolov5", "is_yolov8", "is_yolox", "yolov5",
-           "yolov8", "yolox"]  # fmt: skip
+__all__ = ["STRIDES", "YOLOV5", "YOLOV7", "YOLOV8", "YOLOX", "is_yolov5", "is_yolov8", "is_yolox",
+           "yolov5", "yolov7", "yolov8", "yolox"]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -35,13 +38,14 @@ STRIDES = (8, 16, 32)
 FURTHER = 64  # stride of the fourth map of the larger models
 ANCHORS = 3  # boxes per cell
 YOLOV5 = Selection(min_score=0.001, max_overlap=0.6, most=300)
+YOLOV7 = Selection(min_score=0.001, max_overlap=0.65, most=300)
 YOLOV8 = Selection(min_score=0.001, max_overlap=0.7, most=300)
 YOLOX = Selection(min_score=0.01, max_overlap=0.65, most=10**6, candidates=10**6,
                   best_class_only=True)  # fmt: skip
 
 
 def is_yolov5(outputs: Sequence[Array], size: tuple[int, int]) -> bool:
-    """Return whether outputs have YOLOv5's shapes for an input of this (height, width)."""
+    """Return whether outputs have YOLOv5's shapes, also YOLOv7's, for a (height, width)."""
     shape = outputs[0].shape
     counts = [ANCHORS * n for n in _totals(size)]
     return len(shape) == 3 and shape[2] > 5 and shape[1] in counts
@@ -77,6 +81,13 @@ def yolov5(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
         kept = rows[rows[:, 4] > np.float32(YOLOV5.min_score)]
         found.append(Candidates(corners_of(kept[:, :4]), kept[:, 5:] * kept[:, 4:5]))
     return found
+
+
+def yolov7(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
+    """Return the candidates of each image, as `yolov5`; with one class, scores are objectness."""
+    if outputs[0].shape[2] > 6:
+        return yolov5(outputs, size)
+    return [Candidates(corners_of(rows[:, :4]), rows[:, 4:5]) for rows in outputs[0]]
 
 
 def yolov8(outputs: Sequence[Array], size: tuple[int, int]) -> list[Candidates]:
