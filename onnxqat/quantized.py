@@ -302,7 +302,7 @@ def insert_pairs(
         )
     if needs_16_bits(plan) and floats.graph.opset < OPSET_OF_16_BITS:
         raise PlanError(
-            f"{floats.name}: the plan has 16-bit points, which QuantizeLinear of opset "
+            f"{floats.name}: the plan has 16-bit tensors, which QuantizeLinear of opset "
             f"{floats.graph.opset} cannot write. Prepare with opset={OPSET_OF_16_BITS}, then "
             "plan again."
         )
@@ -341,7 +341,9 @@ def read_pairs(model: Model) -> QuantizedModel:
     lift_constants(model.graph)
     state = metadata.get(STATE_KEY)
     if state not in get_args(State):
-        raise ModelError(f"{model.name}: state is {state!r}. Run 'onnxqat insert' again.")
+        raise ModelError(
+            f"{model.name}: the stored state {state!r} is unknown. Run 'onnxqat insert' again."
+        )
     plan = QuantPlan.from_json(metadata[PLAN_KEY])
     check_pairs(model, plan)
     params = params_of_pairs(model.graph, plan)

@@ -140,7 +140,8 @@ def _skip_loose_followers(
             continue
         if not (table.inputs or table.outputs or table.weight):
             del choice.ops[unit.name]
-            choice.skip(unit, f"rule {rule.name} quantizes {unit.kind} only behind a fused op")
+            reason = f"rule {rule.name} quantizes {unit.kind} only if fused with the op before it"
+            choice.skip(unit, reason)
 
 
 def _skip_untouched(

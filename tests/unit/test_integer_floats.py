@@ -15,7 +15,7 @@ from onnxqat.errors import RuleError
 from onnxqat.evaluation import IntegerProgram
 from onnxqat.evaluation.integer.products import WideConvolution
 from onnxqat.evaluation.integer.requantize import dequantizer, requantizer
-from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, Values
+from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, QuantizeStep, Values
 from onnxqat.rules import Arithmetic, load_rule
 from tests.networks import convnet, quantized, samples
 from tests.unit.test_integer_kernels import direct_convolution, grid
@@ -78,6 +78,9 @@ def test_ncnn_rounds_half_away_and_leaves_out_minus_128():
 def test_a_scale_whose_inverse_is_no_float16_is_an_error():
     with pytest.raises(RuleError, match="1e-06 is too small: its inverse exceeds float16"):
         grid(1e-6).quantize_as(np.float32([0]), ASCEND)
+    step = QuantizeStep(tensor="x", grid=grid(1e-6), arithmetic=ASCEND)
+    with pytest.raises(RuleError, match="'x': Scale 1e-06 is too small"):
+        step.run(Values(floats={"x": np.float32([0])}))
 
 
 SUMS = np.random.default_rng(1).integers(-(2**23), 2**23, 600)

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.kernels import Kernel
 from onnxqat.evaluation.integer.requantize import Dequantizer, Requantizer
@@ -66,7 +67,10 @@ class QuantizeStep:
     def run(self, values: Values) -> Values:
         """Quantize the tensor."""
         x = values.floats[self.tensor]
-        return Values(levels={self.tensor: self.grid.quantize_as(x, self.arithmetic)})
+        try:
+            return Values(levels={self.tensor: self.grid.quantize_as(x, self.arithmetic)})
+        except RuleError as error:
+            raise RuleError(f"'{self.tensor}': {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
