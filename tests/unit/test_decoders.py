@@ -59,7 +59,8 @@ def outputs_of(name, rng, images=2, classes=CLASSES):
     if name in SSDS:
         count = sum(1 for _ in default_boxes(name))
         offsets = 3 * rng.normal(size=(images, count, 4)).astype(np.float32)
-        offsets[:, ::7, 2:] += 15  # some are beyond the limit of sizes
+        offsets[:, ::7, 2:] += 30  # beyond the limit of sizes
+        offsets[:, ::21, 0] = 800  # and so far away that the limit keeps them outside
         logits = rng.normal(size=(images, count, 1 + classes)).astype(np.float32)
         logits[:, :, 0] += 20 * (rng.random((images, count)) > 150 / count)  # background
         return [offsets, logits]
