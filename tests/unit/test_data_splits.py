@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_coco_file_is_said(tmp_path):
     with pytest.raises(DataError, match="cannot be read as COCO's instances"):
         open_data(path, [SPEC])
     path.write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(DataError, match="has no images"):
+    with pytest.raises(DataError, match="lists no images"):
         open_data(path, [SPEC])
     with pytest.raises(DataError, match="has boxes of its own"):
         open_data(path, [SPEC], boxes=path)
