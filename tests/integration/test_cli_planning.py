@@ -37,7 +37,8 @@ def test_check_says_what_keeps_a_model_from_being_fine_tuned(tmp_path):
     assert result.exit_code == 1
     assert "untrainable  GridSample" in result.stdout
     assert (
-        "Error: The model cannot be fine-tuned because of 1 node. Keep earlier layers" in result.stderr
+        "Error: The model cannot be fine-tuned because of 1 node. Keep earlier layers"
+        in result.stderr
     )
     assert document("check", LENET, "--train")["untrainable"] == []
 
