@@ -127,7 +127,7 @@ def compare_dumps(dump: str, reference: str, as_json: bool, **tolerances: Any) -
         "schema": "onnxqat.compare-dumps/1",
         "samples": found.samples,
         "passed": found.passed,
-        "tensors": [json_value(one) for one in found.tensors],
+        "tensors": json_value(found.tensors),
         "missing": list(found.missing),
         "more": list(found.more),
     }

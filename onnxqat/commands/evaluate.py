@@ -115,7 +115,7 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
         document |= {
             "reference": json_value(result.reference),
             "agreement": result.agreement,
-            "max_abs_diff": difference if math.isfinite(difference) else None,
+            "max_abs_diff": json_value(difference),
             "outputs": json_value(result.outputs),
         }
         rows += [(f"reference {k}", v) for k, v in figure_rows(result.reference)]
