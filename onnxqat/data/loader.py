@@ -184,6 +184,8 @@ def _match_arrays(
             raise DataError(f"--input: no model input {name!r}. The model has {names(wanted)}.")
         if key not in source.keys:
             raise DataError(f"{source.name}: no array {key!r}. It has {names(source.keys)}.")
+    if label == NO_LABELS and label not in source.keys:
+        label, labels = None, False
     used = {*wanted, *input_map.values(), *taken}
     label_key = _label_array(source, used, label) if labels else None
     chosen = {name: name for name in wanted if name in source.keys} | dict(input_map)
@@ -201,8 +203,6 @@ def _match_arrays(
 
 
 def _label_array(source: Source, taken: set[str], label: str | None) -> str | None:
-    if label == NO_LABELS and label not in source.keys:
-        return None
     if label is not None:
         if label not in source.keys:
             raise DataError(

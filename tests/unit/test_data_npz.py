@@ -96,6 +96,15 @@ def test_the_exact_name_wins_over_others(tmp_path: Path) -> None:
         np.testing.assert_array_equal(all_of(data), x)
 
 
+@pytest.mark.parametrize("labels", [True, False])  # whether the caller can use labels
+def test_labels_that_are_not_wanted_are_no_input(tmp_path: Path, labels: bool) -> None:
+    x = floats(4, 5)
+    np.savez(tmp_path / "a.npz", pictures=x, labels=np.arange(4))
+    with open_data(tmp_path / "a.npz", [VECTOR], label="none", labels=labels) as data:
+        np.testing.assert_array_equal(all_of(data), x)
+        assert not data.has_labels
+
+
 def test_an_input_named_like_labels_is_an_input(tmp_path: Path) -> None:
     y = floats(4, 5)
     np.savez(tmp_path / "a.npz", y=y)
