@@ -527,8 +527,8 @@ shape_options = _options(
 )  # fmt: skip
 camera_options = _options(
     _output("--input-type-rt", type=click.Choice(["yuv444", "nv12"]),
-            help="Put nodes in front of the float model that convert a camera's YUV pixels to the "
-            "RGB or BGR pixels of its training (Horizon only)."),
+            help="Put nodes in front of the written model that convert a camera's YUV pixels to "
+            "the RGB or BGR pixels of its training (strip: Horizon only)."),
     _output("--yuv-range", type=click.Choice(["full", "video"]), default="full", show_default=True,
             help="Range of the camera's values: 0 to 255 (full), or 16 to 235 (video)."),
 )  # fmt: skip

@@ -230,7 +230,7 @@ ROWS = (
     Row(
         name="export",
         run=stages.export,
-        options=(export_options,),
+        options=(export_options, camera_options),
         variants=_leaving,
     ),
     Row(

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from onnxqat import strip
+from onnxqat import export, strip
 from onnxqat.camera import Camera, take_yuv
 from onnxqat.data import Preprocessing
 from onnxqat.errors import OptionError
@@ -113,6 +113,21 @@ def test_strip_writes_the_nodes_and_what_hb_mapper_needs_to_know(kind, tmp_path)
     assert not {"mean_value", "scale_value"} & entries.keys()
     assert ("input_space_and_range" in entries) == (kind == "nv12")
     assert "(video range)" in camera["compile.txt"].read_text()
+
+
+def test_export_puts_the_nodes_in_front_of_integer_weights():
+    _, model = quantized(convnet())
+    settle(model, Settings(mean=MEAN, scale=SCALE, pixel_format="bgr"))
+    given = {"format_name": "onnxruntime", "input_type_rt": "nv12", "yuv_range": "video"}
+    yuv = pixels((2, 3, 8, 8))
+    matrix, offset = PRINTED["video"]
+    rgb = np.einsum("ij,njhw->nihw", matrix, yuv - np.reshape(offset, (3, 1, 1)))
+    bgr = (rgb[:, ::-1] - np.reshape(MEAN, (3, 1, 1))) * np.reshape(SCALE, (3, 1, 1))
+    (found,) = run_ort(export(model, **given).to_proto(), {"input_yuv": yuv})
+    plain = export(model, format_name="onnxruntime").to_proto()
+    (expected,) = run_ort(plain, {"input": bgr.astype(np.float32)})
+
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_only_horizons_hand_off_takes_it(tmp_path):
