@@ -7,8 +7,9 @@ Apart from rounding, this changes nothing if the function between the layers is 
 homogeneous: f(s * x) = s * f(x) for s > 0.
 
 The steps, in order: replace ReLU6 by Relu where that changes little (`onnxqat.repair.relu6`),
-equalize channels, smooth normalizations (`onnxqat.repair.migration`), and absorb high biases
-(`onnxqat.repair.absorption`).
+equalize channels, smooth normalizations (`onnxqat.repair.migration`), absorb high biases
+(`onnxqat.repair.absorption`), and fit activations to scales that are powers of two
+(`onnxqat.repair.fitting`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from onnxqat.preparation.distributions import (
     note_distributions,
 )
 from onnxqat.preparation.statistics import divide_statistics
+from onnxqat.qparams import QuantSpec
 from onnxqat.repair.absorption import Absorption
 from onnxqat.repair.channels import Network, find_channels
 from onnxqat.repair.difference import Difference, differences, is_rounding
+from onnxqat.repair.fitting import fitting_factors, scales_of
 from onnxqat.repair.migration import Migration, migrate
 from onnxqat.repair.originals import note_originals
 from onnxqat.repair.relu6 import NOTHING, Relu6, Replaced, replaced_relu6
@@ -78,6 +81,8 @@ class Equalized:
         Names of the nodes whose high biases were absorbed.
     absorption_cost : tuple of Difference
         The change of each output by absorption.
+    fitted : tuple of str
+        Names of the activations that were fitted to powers of two.
     """
 
     model: Model
@@ -89,6 +94,7 @@ class Equalized:
     relu6: Replaced = NOTHING
     absorbed: tuple[str, ...] = ()
     absorption_cost: tuple[Difference, ...] = ()
+    fitted: tuple[str, ...] = ()
 
 
 def equalize(
@@ -96,6 +102,7 @@ def equalize(
     batches: Iterable[Feeds] | None = None,
     *,
     relu6: Relu6 = "auto",
+    activation: QuantSpec | None = None,
     threads: int = 0,
 ) -> Equalized:
     """Return a prepared float model with equalized channel ranges.
@@ -110,6 +117,9 @@ def equalize(
         absorbed only if the statistics of a BatchNormalization give their distribution.
     relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.relu6`.
+    activation : QuantSpec, optional
+        How the chip quantizes activations. If their scales are powers of two and there are data,
+        activations are fitted to them.
 
     Raises
     ------
@@ -131,6 +141,9 @@ def equalize(
         _refuse_changes(found, model.name)
     exact = result.copy()
     absorbed = _absorb(result, network, feeds, threads)
+    fitted: tuple[str, ...] = ()
+    if feeds and activation is not None and activation.power_of_two:
+        fitted = _fit((exact, result) if absorbed else (result,), feeds, activation, threads)
     if absorbed:
         note_originals(exact, result)
     return Equalized(
@@ -143,6 +156,7 @@ def equalize(
         relu6=relus,
         absorbed=absorbed,
         absorption_cost=differences(exact, result, feeds, threads=threads) if absorbed else (),
+        fitted=fitted,
     )
 
 
@@ -197,6 +211,23 @@ def _absorb(
         known[name] = known[name]._replace(mean=known[name].mean - amounts[name])
     note_distributions(model, known)
     return changed
+
+
+def _fit(
+    models: Sequence[Model], batches: Iterable[Feeds], spec: QuantSpec, threads: int
+) -> tuple[str, ...]:
+    """Fit the activations of the last model, and divide those of all models alike.
+
+    Return the names of the tensors that were divided.
+    """
+    factors = fitting_factors(models[-1], batches, spec, threads=threads)
+    for model in models:
+        before, network = model.copy(), find_channels(model.graph)
+        scales = scales_of(network, factors)
+        scale_channels(model.graph, network, scales)
+        _divide_remembered(model, network, scales)
+        _refuse_changes(differences(before, model, batches, threads=threads), model.name)
+    return tuple(name for name, factor in factors.items() if factor != 1)
 
 
 def _smallest(

@@ -31,7 +31,7 @@ from onnxqat.repair.channels import Network
 from onnxqat.repair.layers import Layer
 from onnxqat.repair.sets import ChannelSets, Ids
 
-__all__ = ["Spread", "find_scales", "spreads"]
+__all__ = ["Spread", "find_scales", "free_channels", "spreads"]
 
 Floats = NDArray[np.float64]
 
@@ -82,9 +82,9 @@ def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
         The scales; 1 for channels that must not be scaled.
     """
     roots = network.sets.roots(np.arange(network.sets.count))
-    free = _free(network, roots)
+    free = free_channels(network)
     scales = np.ones(roots.size + 1)  # the last one belongs to all fixed channels
-    numbers = np.where(free[roots], roots, roots.size)
+    numbers = np.where(free, roots, roots.size)
     ports = [(numbers[layer.inputs], numbers[layer.outputs]) for layer in network.layers]
     magnitudes = {  # only of the layers that are needed: weights can be large
         number: _magnitudes(network.layers[number])
@@ -97,6 +97,20 @@ def find_scales(network: Network, *, sweeps: int = MAX_SWEEPS) -> Floats:
         if max(changes, default=0.0) < CONVERGED:
             break
     return np.asarray(scales[numbers])
+
+
+def free_channels(network: Network) -> NDArray[np.bool_]:
+    """Return for each channel number whether the channel can be scaled."""
+    roots = network.sets.roots(np.arange(network.sets.count))
+    free = np.zeros(roots.size, bool)
+    for channel in np.unique(roots).tolist():
+        free[channel] = network.sets.fixed_because(channel) is None
+    for side in ("inputs", "outputs"):
+        seen = np.zeros(roots.size, bool)
+        for layer in network.layers:
+            seen[roots[getattr(layer, side)]] = True
+        free &= seen
+    return np.asarray(free[roots])
 
 
 def spreads(network: Network, scales: Floats) -> tuple[Spread, ...]:
@@ -126,19 +140,6 @@ def _magnitudes(layer: Layer) -> NDArray[np.float32]:
     weight = constant_values(layer.node.inputs[1])
     assert weight is not None  # true for each layer of a `Network`
     return np.asarray(np.abs(layer.matrix(weight)).max(axis=-1), np.float32)
-
-
-def _free(network: Network, roots: Ids) -> NDArray[np.bool_]:
-    """Return for each channel number whether it is the root of a set that can be scaled."""
-    free = np.zeros(roots.size, bool)
-    for channel in np.unique(roots).tolist():
-        free[channel] = network.sets.fixed_because(channel) is None
-    for side in ("inputs", "outputs"):
-        seen = np.zeros(roots.size, bool)
-        for layer in network.layers:
-            seen[roots[getattr(layer, side)]] = True
-        free &= seen
-    return free
 
 
 def _groups(ports: Sequence[tuple[Ids, Ids]], fixed: int) -> Iterator[_Group]:

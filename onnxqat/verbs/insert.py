@@ -99,7 +99,9 @@ def insert(
             assert data is not None
             return stack.enter_context(opened(prepared, data, settings, listener, labels=False))
 
-        equalization = Equalization(relu6, samples if data is not None else None)
+        equalization = Equalization(
+            relu6, samples if data is not None else None, rule.specs.get("activation")
+        )
         prepared, found = repaired(
             floats, equalization if equalize else None, foreign, rule, overrides
         )

@@ -13,6 +13,7 @@ from onnxqat.errors import ModelError
 from onnxqat.foreign import ForeignParams
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
+from onnxqat.qparams import QuantSpec
 from onnxqat.quantized import weights_hash
 from onnxqat.repair import SMALL_DB, Equalized, Relu6, original, unevenness
 from onnxqat.repair import equalize as run
@@ -37,6 +38,8 @@ class Equalization:
         See `onnxqat.repair.equalize`.
     open_samples : callable, optional
         Opens the data for the prepared model. Without it, random values are used.
+    activation : QuantSpec, optional
+        How the chip quantizes activations, see `onnxqat.repair.equalize`.
 
     Attributes
     ----------
@@ -49,9 +52,12 @@ class Equalization:
     """
 
     def __init__(
-        self, relu6: Relu6, open_samples: Callable[[Model], DataSet] | None = None
+        self,
+        relu6: Relu6,
+        open_samples: Callable[[Model], DataSet] | None = None,
+        activation: QuantSpec | None = None,
     ) -> None:
-        self.relu6, self.source = relu6, ""
+        self.relu6, self.activation, self.source = relu6, activation, ""
         self.samples: DataSet | None = None
         self.result: Equalized | None = None
         self._open_samples = open_samples
@@ -65,7 +71,7 @@ class Equalization:
         if self._open_samples is not None and self.samples is None:
             self.samples = self._open_samples(prepared)
         batches = None if self.samples is None else compared_batches(self.samples)
-        self.result = run(prepared, batches, relu6=self.relu6)
+        self.result = run(prepared, batches, relu6=self.relu6, activation=self.activation)
         model = self.result.model
         teacher = prepared if self.result.relu6.nodes else original(model)
         self.source = weights_hash(teacher.graph)
@@ -86,9 +92,13 @@ class Equalization:
 
 
 def compared_batches(data: DataSet, batch_size: int | None = None) -> list[Feeds]:
-    """Return batches of the first samples, on which outputs are compared."""
+    """Return batches of samples on which outputs are compared, spread evenly over the data.
+
+    The first samples of a folder are often of one class.
+    """
     size = data.batch_size(batch_size, default=32)
-    chosen = np.arange(min(len(data), COMPARED))
+    count = min(len(data), COMPARED)
+    chosen = np.arange(count) * len(data) // count
     return [batch.inputs for batch in data.batches(size, indices=chosen)]
 
 
@@ -116,6 +126,8 @@ def told(result: Equalized) -> list[str]:
     if result.absorbed:
         lines.append(f"Absorbed high biases of {len(result.absorbed)} layers")
     lines += [f"Absorption changed output {one}" for one in result.absorption_cost]
+    if result.fitted:
+        lines.append(f"Fitted {len(result.fitted)} activations to scales that are powers of two")
     return lines
 
 

@@ -82,6 +82,17 @@ def test_insert_tells_what_equalization_did_and_the_result_teaches_itself(tmp_pa
     assert model.source == weights_hash(model.floats.graph)
 
 
+def test_insert_fits_activations_to_the_power_of_two_scales_of_a_chip(digits, tmp_path):
+    words = ("insert", LENET, "--equalize", "--data", digits, *NORM, "--samples", 16, "-o")
+
+    fitted = invoke(*words, tmp_path / "a.onnx", "--rules", "esp32-p4")
+    usual = invoke(*words, tmp_path / "b.onnx")
+
+    assert fitted.exit_code == usual.exit_code == 0, fitted.output
+    assert "Fitted 4 activations to scales that are powers of two." in fitted.stderr
+    assert "Fitted" not in usual.stderr
+
+
 def test_a_replaced_relu6_needs_the_users_model_as_teacher(digits, tmp_path):
     inserted, tuned = tmp_path / "m.qdq.onnx", tmp_path / "m.qat.onnx"
     result = invoke("insert", MOBILENET, "--equalize", "--relu6", "replace", "-o", inserted)

@@ -18,7 +18,7 @@ they choose the same range as a single observer, bit for bit.
 
 from onnxqat.calibration.observers.analytic import GaussObserver, LaplaceObserver
 from onnxqat.calibration.observers.auto import AutoObserver
-from onnxqat.calibration.observers.base import Observer, Range
+from onnxqat.calibration.observers.base import Observer, Range, Seen
 from onnxqat.calibration.observers.divergence import (
     TensorrtDivergenceObserver,
     TpuMlirDivergenceObserver,
@@ -29,13 +29,15 @@ from onnxqat.calibration.observers.extremes import (
     MovingAverageObserver,
 )
 from onnxqat.calibration.observers.percentile import PercentileObserver
-from onnxqat.calibration.observers.squared_error import MseObserver
+from onnxqat.calibration.observers.squared_error import MseObserver, SquaredError
 from onnxqat.calibration.observers.weights import weight_method, weight_range
 
 __all__ = [
     "OBSERVERS",
     "Observer",
     "Range",
+    "Seen",
+    "SquaredError",
     "weight_method",
     "weight_range",
 ]
