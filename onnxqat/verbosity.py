@@ -10,7 +10,7 @@ import click
 
 from onnxqat.terminal import LineFormatter, UsageLineError
 
-__all__ = ["VARIABLE", "is_quiet", "shows_tracebacks", "verbosity_options"]
+__all__ = ["ALWAYS_SAID", "VARIABLE", "is_quiet", "shows_tracebacks", "verbosity_options"]
 
 VARIABLE = "ONNXQAT_LOG"
 LEVELS = ("error", "warning", "info", "debug")

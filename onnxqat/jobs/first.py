@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxqat.data.splits import splits_in
 from onnxqat.data.yaml_entries import YAML_SUFFIXES
-from onnxqat.errors import JobError, OnnxQatError
+from onnxqat.errors import JobError
 from onnxqat.files import check_writable, write_text
+from onnxqat.jobs.measured import Found, Goal, find_preprocessing
 from onnxqat.model import Model
 from onnxqat.settings import Settings
-from onnxqat.verbs import DataSource, Listener, check, evaluate
+from onnxqat.verbs import Listener, check
 from onnxqat.verbs.models import float_model
 
 __all__ = ["FirstJob", "write_first_job"]
 
-MEASURED = 200  # samples on which preprocessings are compared
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-# Usual normalizations of pixels from 0 to 255: x = (pixel - mean) * scale.
-PREPROCESSINGS = {
-    "none": Settings(),
-    "0 to 1": Settings(scale=(1 / 255,)),
-    "-1 to 1": Settings(mean=(127.5,), scale=(1 / 127.5,)),
-    "-1 to 1 by 128": Settings(mean=(128.0,), scale=(1 / 128,)),
-}
-# ImageNet normalization from the documentation of torchvision's models, times 255
-IMAGENET = Settings(mean=(123.675, 116.28, 103.53), scale=(1 / 58.395, 1 / 57.12, 1 / 57.375))
 
 
 @dataclass(frozen=True)
@@ -53,16 +41,6 @@ class FirstJob:
 
     path: Path
     guesses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """Preprocessing settings, and how they were found."""
-
-    settings: Settings
-    comment: str
-    labelled: bool
-    written: bool = True
 
 
 def write_first_job(
@@ -102,11 +80,11 @@ def write_first_job(
         raise JobError(f"{source}: no such file or folder.")
     splits, doubt = _splits(source)
     found = check(loaded, rules=rules)
-    pixels = _pixels(loaded, splits["train"], listener)
+    pixels = find_preprocessing(loaded, splits["train"], listener)
     writer = _Writer(Path(output).absolute().parent)
     writer.header(loaded, str(model), found.passed)
     writer.data(splits, doubt, pixels)
-    writer.stages(rules, equalize=bool(found.advice), labelled=pixels.labelled)
+    writer.stages(rules, equalize=bool(found.advice), goal=pixels.goal)
     write_text(output, writer.text(), force=force)
     return FirstJob(Path(output), tuple(writer.guesses))
 
@@ -157,56 +135,6 @@ def _beside(file: Path) -> dict[str, Path]:
     return found
 
 
-def _pixels(model: Model, data: Path, listener: Listener) -> _Pixels:
-    """Choose the preprocessing with the best top-1 accuracy of the float model."""
-    tried: dict[str, float] = {}
-    problem = ""
-    for name, settings in _candidates(model).items():
-        try:
-            with _quiet():
-                result = evaluate(
-                    model,
-                    DataSource(source=data, samples=MEASURED),
-                    mode="float",
-                    settings=settings,
-                    listener=listener,
-                )
-        except OnnxQatError as error:
-            problem = problem or str(error)
-            continue
-        if "top1" not in result.metrics:
-            return _Pixels(IMAGENET, "without labels, preprocessings cannot be compared", False,
-                           written=False)  # fmt: skip
-        tried[name] = result.metrics["top1"]
-    if not tried:
-        return _Pixels(IMAGENET, f"the data could not be read: {problem}", False, written=False)
-    best = max(tried, key=lambda name: tried[name])
-    others = ", ".join(f"{n}: {100 * v:.1f} %" for n, v in tried.items() if n != best)
-    comment = f"top-1 of the float model on up to {MEASURED} samples: {100 * tried[best]:.1f} %"
-    return _Pixels(_candidates(model)[best], comment + (f" ({others})" if others else ""), True)
-
-
-def _candidates(model: Model) -> dict[str, Settings]:
-    shapes = [list(t.shape or ()) for t in model.graph.inputs if str(t.dtype).startswith("float")]
-    images = [shape for shape in shapes if len(shape) == 4]
-    if not images:
-        return {"none": Settings()}
-    colour = any(3 in shape[1:] for shape in images)
-    return PREPROCESSINGS | ({"ImageNet": IMAGENET} if colour else {})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress warnings about preprocessings that turn out to be wrong."""
-    logger = logging.getLogger("onnxqat")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 class _Writer:
     """Collects the lines of the file and its guesses."""
 
@@ -234,22 +162,23 @@ class _Writer:
             self._lines.append("# The chip cannot run the whole model: see 'onnxqat check'.")
         self._lines.append(f"model = {self._path(Path(path))}")
 
-    def data(self, splits: dict[str, Path], doubt: str, pixels: _Pixels) -> None:
+    def data(self, splits: dict[str, Path], doubt: str, pixels: Found) -> None:
         """Write the paths of the data, and their preprocessing."""
         self._lines += ["", "[data]"]
         self.guess("splits", doubt)
         self._lines += [f"{name} = {self._path(path)}" for name, path in splits.items()]
+        if not pixels.measured and pixels.settings == Settings():
+            return  # the model takes no images
         self.guess("preprocessing", pixels.comment)
-        mark = "" if pixels.written else "# "
-        for name in ("mean", "scale"):
-            values = getattr(pixels.settings, name)
-            if values is not None:
-                numbers = ", ".join(f"{value!r}" for value in values)
-                self._lines.append(f"{mark}{name} = [{numbers}]")
-        if pixels.written and pixels.settings == Settings():
+        mark = "" if pixels.measured else "# "
+        for name in pixels.settings.__struct_fields__:
+            value = getattr(pixels.settings, name)
+            if value is not None:
+                self._lines.append(f"{mark}{name.replace('_', '-')} = {_written(value)}")
+        if pixels.measured and pixels.settings == Settings():
             self._lines.append("# no mean and scale: the model takes the data unchanged")
 
-    def stages(self, rules: str, *, equalize: bool, labelled: bool) -> None:
+    def stages(self, rules: str, *, equalize: bool, goal: Goal) -> None:
         """Write the stages, and the tolerance of the result."""
         rule = self._path(Path(rules)) if rules.endswith(".toml") else _quoted(rules)
         self._lines += ["", "[insert]", f"rules = {rule}"]
@@ -262,15 +191,23 @@ class _Writer:
             "[finetune]",
             "# epochs = 1     # default: about 2,000 steps, at most 10 epochs",
         ]
-        figure, limit = ("top1", 0.01) if labelled else ("agreement", 0.05)
+        if goal.metric is not None:
+            self._lines += ["", "[evaluate]", f"metric = {_quoted(goal.metric)}"]
         self._lines += ["", "[tolerance.tuned]"]
         self.guess(
             "tolerance", "what the tuned model may lose against the float model, as a fraction"
         )
-        self._lines.append(f"{figure} = {limit}")
+        self._lines.append(f"{goal.figure} = {goal.limit}")
 
     def _path(self, path: Path) -> str:
         return _quoted(os.path.relpath(path.absolute(), self._folder))
+
+
+def _written(value: tuple[float, ...] | float | bool | str) -> str:
+    """Return a setting as a value of TOML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(repr, value))}]"
+    return _quoted(value) if isinstance(value, str) else str(value).lower()
 
 
 def _quoted(text: str) -> str:

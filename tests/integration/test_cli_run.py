@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from onnxqat.cli import main
 from onnxqat.jobs import plan_jobs
 from onnxqat.jobs.file import drafts
 from onnxqat.jobs.job import make_job
 from onnxqat.overrides import read_overrides
+from tests.networks import convnet, detector, samples
 
 MODELS = Path(__file__).parents[2] / "models"
 EXAMPLES = Path(__file__).parents[2] / "scripts/examples"
@@ -349,3 +352,49 @@ def test_init_writes_a_job_from_what_it_finds(here):
     assert {one.state for one in plan_jobs(["nets/first.toml"])} == {"run"}
     refused = invoke(*words, "-o", "nets/first.toml")
     assert (refused.exit_code, "already exists" in refused.stderr) == (1, True)
+
+
+def test_init_finds_the_preprocessing_of_a_detector_by_its_training_images(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    monkeypatch.chdir(tmp_path)
+    with np.load(MODELS / "shapes-train.npz") as shapes:
+        images, boxes = shapes["images"][:12], shapes["boxes"][:12]
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / split).mkdir(parents=True)
+    for number, (image, rows) in enumerate(zip(images, boxes, strict=True)):
+        Image.fromarray(image).save(tmp_path / f"images/train/{number:02}.png")
+        text = "".join(f"{int(c)} {x} {y} {w} {h}\n" for c, x, y, w, h in rows if c >= 0)
+        (tmp_path / f"labels/train/{number:02}.txt").write_text(text)
+    (tmp_path / "images/val/0.png").write_bytes(b"broken: it is read by no guess")
+    Path("data.yaml").write_text("train: images/train\nval: images/val\nnames: [e, r, t]\n")
+    said = invoke("init", MODELS / "shapes.onnx", "data.yaml", "--rules", "sophgo-bm1684x")
+    (draft,) = drafts("job.toml")
+    job = make_job(draft)
+
+    assert said.exit_code == 0, said.output
+    assert (job.data["scale"], job.data["keep_aspect_ratio"]) == ((1 / 255,), True)
+    assert job.options["evaluate"]["metrics"] == ("map",)
+    assert job.tolerance == {"tuned": {"map": 0.01}}
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance", "metrics"),
+    [("scores", {"agreement": 0.05}, ()), ("boxes", {"cosine": 0.01}, ("cosine",))],
+)
+def test_init_judges_by_what_can_be_measured_without_labels(
+    name, tolerance, metrics, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = convnet() if name == "scores" else detector()
+    onnx.save(model, "m.onnx")
+    np.savez("data.npz", input=samples(model, 4))
+    said = invoke("init", "m.onnx", "data.npz", "--rules", "sophgo-bm1684x")
+    (draft,) = drafts("job.toml")
+    job = make_job(draft)
+
+    assert said.exit_code == 0, said.output
+    assert job.tolerance == {"tuned": tolerance}
+    assert job.options["evaluate"]["metrics"] == metrics
+    assert "mean" in Path("job.toml").read_text()  # as a comment, for images
+    assert job.data["mean"] is None
