@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+NAMED = 3  # jobs that the last line names
 
 _run, _output = under("Run"), under("Output")
 
@@ -68,9 +69,10 @@ def run(files: tuple[str, ...], jobs: int, output: str, variables: tuple[str, ..
     _print_summary(found, as_json)
     if not found.passed:
         wrong = [one for one in found.outcomes if one.status != "done"]
-        named = ", ".join(f"'{one.name}' {one.status}" for one in wrong[:3])
+        named = ", ".join(f"'{one.name}' {one.status}" for one in wrong[:NAMED])
+        more = f", and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise click.ClickException(
-            f"{len(wrong)} of {len(found.outcomes)} jobs did not succeed: {named}."
+            f"{len(wrong)} of {len(found.outcomes)} jobs did not succeed: {named}{more}."
         )
 
 

@@ -46,11 +46,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class _Entry:
-    """An entry of a matrix axis: label for the job's name, value of the variable, other changes."""
+    """An entry of a matrix axis: label for the job's name, value of the variable, other changes.
+
+    ``changes`` is None if the entry is no table.
+    """
 
     label: str
     value: Any
-    changes: Table
+    changes: Table | None
 
 
 def drafts(path: str | Path, variables: Mapping[str, Any] | None = None) -> list[Draft]:
@@ -152,7 +155,7 @@ def _entry(entry: Any, where: str) -> _Entry:
         return _Entry(name, name, changes)
     if not isinstance(entry, str | int | float):
         raise JobError(f"{where} holds {entry!r}. Write strings, numbers or tables with a name.")
-    return _Entry(_label(str(entry)), entry, {})
+    return _Entry(_label(str(entry)), entry, None)
 
 
 def _label(text: str) -> str:
@@ -166,12 +169,12 @@ def _draft(
     file: Path, table: Table, variables: Table, stem: Any, chosen: Mapping[str, _Entry]
 ) -> Draft:
     for entry in chosen.values():
-        table = merged(table, entry.changes)
+        table = merged(table, entry.changes or {})
     values = variables | {axis: entry.value for axis, entry in chosen.items()}
     filling = _Filling(file, values)
     filled = filling.fill(table)
     for axis, entry in chosen.items():
-        if not entry.changes and axis not in filling.used:
+        if entry.changes is None and axis not in filling.used:
             raise JobError(
                 f"{file}: [matrix] '{axis}': no key uses it. Write ${{{axis}}} in the value of a "
                 "key."

@@ -87,6 +87,14 @@ def test_a_matrix_is_a_job_for_each_choice(write):
     assert found[7].table["data"] == {"mean": 128}
 
 
+def test_an_entry_with_nothing_but_a_name_is_the_job_unchanged(write):
+    path = write('model = "m.onnx"\n[matrix]\nkind = [{name = "as-is"}, {name = "b", seed = 1}]')
+    found = drafts(path)
+
+    assert [draft.name for draft in found] == ["job-as-is", "job-b"]
+    assert [draft.table.get("seed") for draft in found] == [None, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
