@@ -80,6 +80,8 @@ def _wrong(
 def _explain(message: str) -> str:
     """Add the nearest known key to msgspec's message about an unknown one."""
     found = re.search(r"unknown field `(\w+)`", message)
+    if found and found[1] in KNOWN_KEYS:
+        return message.replace("$.", "").rstrip(".") + ". That key belongs to another table."
     close = difflib.get_close_matches(found[1], KNOWN_KEYS, n=1) if found else []
     return message.replace("$.", "").rstrip(".") + (
         f". Did you mean '{close[0]}'?" if close else "."

@@ -53,6 +53,7 @@ def test_own_rule_and_extension(tmp_path):
     ("change", "message"),
     [
         (('signedness = "from_range"', "symetric = true"), "Did you mean 'symmetric'"),
+        (('inputs = "a"', "bits = 4"), "`bits`. That key belongs to another table."),
         (('inputs = "a"', 'inputs = "b"'), r"\[ops.Conv\]: inputs names spec 'b'"),
         (('name = "small"', ""), "missing required field `name`"),
         (('"from_range"', '"sometimes"'), "sometimes"),
