@@ -21,6 +21,7 @@ from onnxqat.rules import load_rule
 from onnxqat.train.losses import read_loss
 from tests.losses import check_loss
 
+pytestmark = pytest.mark.usefixtures("one_core")
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
 SAMPLES = {"digits-train.npz": 400}  # 22 steps of 16: more than the --quant-delay of a page
