@@ -1,18 +1,29 @@
-"""The options of the commands, and the functions that convert their text to values."""
+"""The options of the commands."""
 
 from __future__ import annotations
 
 import functools
-import math
-import re
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
 from onnxqat.choices import ObserverName
-from onnxqat.device import DEVICE, Precision
+from onnxqat.device import Precision
 from onnxqat.help_text import Command, under
+from onnxqat.option_values import (
+    read_augmentations,
+    read_device,
+    read_fields,
+    read_floats,
+    read_interval,
+    read_pairs,
+    read_scope,
+    read_shapes,
+    read_size,
+    read_widths,
+    use_preset,
+)
 
 __all__ = [
     "analysis_options",
@@ -30,6 +41,7 @@ __all__ = [
     "keep_epochs_option",
     "log_options",
     "metric_options",
+    "mode_options",
     "output_option",
     "relu6_option",
     "rule_options",
@@ -47,134 +59,10 @@ __all__ = [
     "weights_option",
 ]
 
-AUGMENTATIONS = ("flip", "crop", "resized-crop", "jitter")
-SCOPES = (("network",), ("blocks",), ("blocks", "network"))
-
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Return one decorator for several options."""
     return lambda command: functools.reduce(lambda c, o: o(c), reversed(options), command)
-
-
-def _floats(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``1,2,3``."""
-    if value is None:
-        return None
-    try:
-        numbers = tuple(float(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"'{value}' is not a list of numbers such as 1,2,3") from error
-    if not all(math.isfinite(number) for number in numbers):
-        raise click.BadParameter(f"'{value}' has a number that is not finite")
-    return numbers
-
-
-def _preset(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    """Use a preset's values as the defaults of options that are not given."""
-    if value is not None:
-        from onnxqat.errors import TrainingError
-        from onnxqat.train.presets import preset
-
-        try:
-            ctx.default_map = {**(ctx.default_map or {}), **preset(value)}
-        except TrainingError as error:
-            raise click.BadParameter(str(error)) from error
-
-
-def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``height,width``."""
-    if value is None:
-        return None
-    try:
-        height, width = (int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"'{value}' is not height,width such as 224,224") from error
-    if min(height, width) < 1:
-        raise click.BadParameter(f"'{value}' is not a size. Give height and width above 0")
-    return height, width
-
-
-def _pairs(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
-    """Read repeated ``NAME=ARRAY``; the name may contain a ``=``, the array may not."""
-    pairs: dict[str, str] = {}
-    for item in value:
-        name, _, array = item.rpartition("=")
-        if not (name and array):
-            raise click.BadParameter(f"'{item}' is not of the form NAME=ARRAY")
-        if pairs.setdefault(name, array) != array:
-            raise click.BadParameter(f"'{name}' has two arrays: {pairs[name]} and {array}")
-    return pairs or None
-
-
-def _shapes(_ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> Any:
-    """Read repeated ``NAME:1,3,640,640``."""
-    shapes = {}
-    for item in value:
-        name, _, text = item.rpartition(":")
-        if not name or not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-            raise click.BadParameter(f"'{item}' is not of the form NAME:1,3,640,640")
-        shapes[name] = tuple(map(int, text.split(",")))
-    return shapes or None
-
-
-def _augmentations(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``flip,crop``."""
-    if value is None:
-        return None
-    chosen = tuple(part.strip() for part in value.split(","))
-    for name in chosen:
-        if name not in AUGMENTATIONS:
-            raise click.BadParameter(f"'{name}' is not one of {', '.join(AUGMENTATIONS)}")
-    return chosen
-
-
-def _fields(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``question,context``."""
-    if value is None:
-        return None
-    names = tuple(part.strip() for part in value.split(","))
-    if len(names) > 2 or not all(names):
-        raise click.BadParameter(f"'{value}' is not one field, nor two such as question,context")
-    return names
-
-
-def _widths(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``4,8``."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"'{value}' is not a list of widths such as 4,8") from error
-
-
-def _scope(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Any:
-    """Read ``blocks,network``."""
-    if value is None:
-        return None
-    chosen = tuple(part.strip() for part in value.split(","))
-    if chosen not in SCOPES:
-        known = ", ".join(map(",".join, SCOPES[:-1]))
-        raise click.BadParameter(f"'{value}' is not one of {known} and {','.join(SCOPES[-1])}")
-    return chosen
-
-
-def _device(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    """Read ``auto``, ``cpu``, ``cuda`` or ``cuda:1``."""
-    if not DEVICE.fullmatch(value):
-        raise click.BadParameter(f"'{value}' is none of auto, cpu, cuda, cuda:0, cuda:1 and so on")
-    return value
-
-
-def _interval(_ctx: click.Context, _param: click.Parameter, value: str) -> Any:
-    """Read ``200steps``, ``5min`` or ``never`` as arguments of `onnxqat.train.Checkpoints`."""
-    if value == "never":
-        return None
-    if re.fullmatch(r"[1-9]\d{0,8}steps", value):
-        return {"steps": int(value.removesuffix("steps"))}
-    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?min", value):
-        return {"minutes": float(value.removesuffix("min"))}
-    raise click.BadParameter(f"'{value}' is not an interval such as 200steps, 5min or never")
 
 
 _images = under("Preprocessing")
@@ -195,16 +83,16 @@ _search = under("Search")
 _output = under("Output")
 
 data_options = _options(
-    _images("--mean", metavar="M,...", callback=_floats,
+    _images("--mean", metavar="M,...", callback=read_floats,
             help="Subtract this mean, one number per channel: x = (x - mean) * scale (default 0)."),
-    _images("--scale", metavar="S,...", callback=_floats,
+    _images("--scale", metavar="S,...", callback=read_floats,
             help="Multiply by this scale after subtracting the mean, one number per channel "
             "(default 1)."),
-    _images("--resize-dims", metavar="H,W", callback=_size,
+    _images("--resize-dims", metavar="H,W", callback=read_size,
             help="Resize images to this height and width."),
     _images("--resize-by", type=click.Choice(["pillow", "opencv"]),
             help="Resize bilinearly as this package does (default pillow)."),
-    _images("--crop", metavar="H,W", callback=_size,
+    _images("--crop", metavar="H,W", callback=read_size,
             help="Crop this height and width from the middle of each image."),
     _images("--keep-aspect-ratio", is_flag=True, default=None,
             help="Keep the aspect ratio when resizing, and pad the rest (letterbox)."),
@@ -218,7 +106,7 @@ data_options = _options(
           "learn, val for commands that measure)."),
     _data("--layout", type=click.Choice(["nchw", "nhwc"]),
           help="Layout of image arrays; needed only if the shape fits both layouts."),
-    _data("--input", "input_map", multiple=True, callback=_pairs, metavar="INPUT=ARRAY",
+    _data("--input", "input_map", multiple=True, callback=read_pairs, metavar="INPUT=ARRAY",
           help="Read a model input from this array of the data; repeatable."),
     _data("--label", metavar="NAME",
           help="Read the labels from this array; 'none' for no labels."),
@@ -229,7 +117,7 @@ data_options = _options(
           help="Skip files that cannot be read, and name each one."),
     _text("--tokenizer", metavar="FILE",
           help="Turn the texts of .jsonl data into tokens by this tokenizer.json."),
-    _text("--text", "text_fields", callback=_fields, metavar="FIELD,...",
+    _text("--text", "text_fields", callback=read_fields, metavar="FIELD,...",
           help="Read the text from this field, or from two (default: text, question,context and "
           "other usual names)."),
     _text("--max-tokens", type=click.IntRange(1), metavar="N",
@@ -253,11 +141,25 @@ def device_options(default: str) -> Callable[[Command], Command]:
     """Return the options of a command that may run a model on a GPU."""
     usual = "a GPU if one can be used, else the CPU" if default == "auto" else "cpu"
     return _options(
-        _running("--device", callback=_device, default=default, metavar="DEVICE",
+        _running("--device", callback=read_device, default=default, metavar="DEVICE",
                  help="Compute on the CPU (cpu), on a GPU by CUDA (cuda, cuda:1), or on a GPU if "
                  f"one can be used (auto) (default: {usual})."),
         _running("--precision", type=click.Choice(get_args(Precision)),
                  help="Multiply on a GPU in TF32 or in float32 (default: tf32)."),
+    )  # fmt: skip
+
+
+def mode_options(title: str) -> Callable[[Command], Command]:
+    """Return the options of a command that runs a model in an arithmetic, under a title of help."""
+    group = under(title)
+    return _options(
+        group("--mode", type=click.Choice(["float", "qdq", "integer"]), default="qdq",
+              show_default=True,
+              help="Run the model without Q/DQ (float), with its Q/DQ and nothing fused (qdq), or "
+              "in the chip's integer arithmetic (integer)."),
+        group("--rules", metavar="FILE",
+              help="Use this rule file for --mode integer (default: the bundled rule of the "
+              "model)."),
     )  # fmt: skip
 
 
@@ -301,7 +203,7 @@ table_option = _output(
     help="Format of the calibration table, or none; see docs/formats.md (default: the rule's).",
 )
 truth_options = _options(
-    _data("--truth", multiple=True, callback=_pairs, metavar="OUTPUT=ARRAY",
+    _data("--truth", multiple=True, callback=read_pairs, metavar="OUTPUT=ARRAY",
           help="Compare an output with this array of the data, if a metric needs it; "
           "repeatable."),
     _data("--boxes", metavar="PATH",
@@ -341,7 +243,7 @@ metric_options = _options(
     decode_option,
 )  # fmt: skip
 _scope_options = _options(
-    _blocks("--scope", callback=_scope, metavar="SCOPE",
+    _blocks("--scope", callback=read_scope, metavar="SCOPE",
             help="Train the network from end to end (network); its blocks one after the other to "
             "match the float model's tensors, without labels (blocks); or first the blocks, then "
             "the network (blocks,network) (default: blocks for up to 256 samples without labels, "
@@ -367,7 +269,7 @@ _scope_options = _options(
 )  # fmt: skip
 training_options = _options(
     _scope_options,
-    _training("--preset", callback=_preset, expose_value=False, is_eager=True, metavar="NAME",
+    _training("--preset", callback=use_preset, expose_value=False, is_eager=True, metavar="NAME",
               help="Use a vendor's recommended settings (horizon) as defaults of the other "
               "options."),
     _loss("--loss", metavar="LOSS",
@@ -408,7 +310,7 @@ training_options = _options(
     decode_option,
     _training("--patience", type=click.IntRange(1), metavar="EPOCHS",
               help="Stop after EPOCHS epochs without improvement (default: never)."),
-    _training("--augment", callback=_augmentations, metavar="NAMES",
+    _training("--augment", callback=read_augmentations, metavar="NAMES",
               help="Change training images at random, with their boxes and masks: flip, crop, "
               "resized-crop, jitter, or several with commas (default: none)."),
     _training("--ema", type=click.FloatRange(0, 1, max_open=True), metavar="DECAY",
@@ -443,7 +345,7 @@ training_options = _options(
                "0.3)."),
 )  # fmt: skip
 checkpoint_options = _options(
-    _progress("--checkpoint-every", callback=_interval, default="5min", show_default=True,
+    _progress("--checkpoint-every", callback=read_interval, default="5min", show_default=True,
               metavar="INTERVAL",
               help="Save a checkpoint beside the output at this interval: 200steps, 5min or "
               "never."),
@@ -495,7 +397,7 @@ search_options = _options(
             "the elements of all weights."),
     _search("--max-loss", type=click.FloatRange(0), metavar="POINTS",
             help="Use as few bits as possible, losing at most this many points of the metric."),
-    _search("--widths", callback=_widths, metavar="BITS,...",
+    _search("--widths", callback=read_widths, metavar="BITS,...",
             help="Choose from these widths, as in 4,8 (default: those of the rule's chip)."),
     _search("--metric", default="top1", show_default=True, metavar="METRIC",
             help="Measure the loss of a model by a metric of evaluate, your own module:function, "
@@ -521,7 +423,7 @@ weights_option = _output(
 shape_options = _options(
     _output("--batch", type=click.IntRange(1), metavar="N",
             help="Fix the batch size of the float model to N (default: as exported)."),
-    _output("--input-shape", "input_shapes", multiple=True, callback=_shapes,
+    _output("--input-shape", "input_shapes", multiple=True, callback=read_shapes,
             metavar="NAME:1,3,H,W",
             help="Fix the complete shape of an input; repeatable."),
 )  # fmt: skip

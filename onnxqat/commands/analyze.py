@@ -12,6 +12,7 @@ import click
 
 from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
+    WORST,
     listener_of,
     output_rows,
     print_result,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from onnxqat.quantized import QuantizedModel
 
 __all__ = ["analyze"]
-
-WORST = 10  # rows of a table
 
 
 @command(example="onnxqat analyze model.qdq.onnx images/ --against model.onnx -o advice.toml")

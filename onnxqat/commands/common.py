@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxqat.verbs import Listener, TrainingListener
 
 __all__ = [
+    "WORST",
     "counted",
     "counts",
     "figure_rows",
@@ -30,6 +31,9 @@ __all__ = [
     "print_table",
     "renamed",
 ]
+
+
+WORST = 10  # rows of a table of the layers or tensors that differ most
 
 
 def join() -> Workers:

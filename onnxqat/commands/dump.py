@@ -12,7 +12,7 @@ from onnxqat.commands.common import listener_of, print_result, print_table
 from onnxqat.commands.outputs import check_apart
 from onnxqat.help_text import command, under
 from onnxqat.json_values import json_value
-from onnxqat.options import data_options, force_option, json_option
+from onnxqat.options import data_options, force_option, json_option, mode_options
 from onnxqat.terminal import say
 
 if TYPE_CHECKING:
@@ -27,14 +27,7 @@ __all__ = ["compare_dumps", "dump"]
 @under("Output")(
     "-o", "--output", required=True, metavar="DIR", help="Write one folder per sample into DIR."
 )
-@under("Dump")(
-    "--mode",
-    type=click.Choice(["float", "qdq", "integer"]),
-    default="qdq",
-    show_default=True,
-    help="Run the model without Q/DQ (float), with its Q/DQ and nothing fused (qdq), or in the "
-    "chip's integer arithmetic (integer).",
-)
+@mode_options("Dump")
 @under("Dump")(
     "--level",
     type=click.Choice(["0", "1", "2"]),
@@ -50,11 +43,6 @@ __all__ = ["compare_dumps", "dump"]
     show_default=True,
     metavar="N",
     help="Run the first N samples, one by one.",
-)
-@under("Dump")(
-    "--rules",
-    metavar="FILE",
-    help="Use this rule file for --mode integer (default: the bundled rule of the model).",
 )
 @data_options
 @under("Running")(

@@ -11,6 +11,7 @@ import click
 
 from onnxqat.arguments import take_settings, take_source
 from onnxqat.commands.common import (
+    WORST,
     figure_rows,
     listener_of,
     output_rows,
@@ -23,6 +24,7 @@ from onnxqat.options import (
     device_options,
     json_option,
     metric_options,
+    mode_options,
     run_options,
     samples_option,
 )
@@ -37,19 +39,7 @@ __all__ = ["evaluate"]
 @command(example="onnxqat evaluate model.qat.onnx test.npz --against model.onnx --max-drop 0.01")
 @click.argument("model")
 @click.argument("data")
-@under("Measurement")(
-    "--mode",
-    type=click.Choice(["float", "qdq", "integer"]),
-    default="qdq",
-    show_default=True,
-    help="Run the model without Q/DQ (float), with its Q/DQ and nothing fused (qdq), or in the "
-    "chip's integer arithmetic (integer).",
-)
-@under("Measurement")(
-    "--rules",
-    metavar="FILE",
-    help="Use this rule file for --mode integer (default: the bundled rule of the model).",
-)
+@mode_options("Measurement")
 @under("Measurement")(
     "--against",
     metavar="MODEL",
@@ -132,9 +122,6 @@ def _print_evaluation(result: Evaluation, mode: str, compared: bool, as_json: bo
     print_result(document, as_json, rows)
     if mode == "integer" and not as_json:
         _print_points(result.points)
-
-
-WORST = 10
 
 
 def _print_points(points: Sequence[PointDifference]) -> None:

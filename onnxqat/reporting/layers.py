@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
+from onnxqat.analysis.document import WORST
 from onnxqat.evaluation.metrics import figure_text
 from onnxqat.evaluation.similarity import decibels
 from onnxqat.reporting.analysis import AnalysisDocument, LayerEntry, PointEntry
@@ -15,7 +16,6 @@ from onnxqat.reporting.numbers import NONE, decibels_of
 
 __all__ = ["cost_name", "cost_text", "shown_layers"]
 
-WORST = 10
 DRAWN = 8  # histograms that are drawn
 MOST = 1000  # the most rows of a table
 

@@ -14,7 +14,7 @@ from onnxqat.data.preprocess import Preprocessing
 from onnxqat.evaluation.decoders.found import ALIASES, DECODERS
 from onnxqat.evaluation.metrics import BUILT_IN as METRICS
 from onnxqat.formats import EXPORTS
-from onnxqat.options import AUGMENTATIONS
+from onnxqat.option_values import AUGMENTATIONS
 from onnxqat.train import Config
 from onnxqat.train.config import CHOICES
 from onnxqat.train.losses.terms import KINDS
