@@ -4,7 +4,8 @@ from onnxqat.parallel import Workers, join_workers
 from onnxqat.train.checkpoint import Checkpoints
 from onnxqat.train.config import Config
 from onnxqat.train.finetune import finetune
-from onnxqat.train.form import Untrainable, untrainable_nodes
+from onnxqat.train.form import untrainable_nodes
+from onnxqat.train.form_builder import Untrainable
 from onnxqat.train.given import training_device
 from onnxqat.train.monitoring.log import TrainingLog
 from onnxqat.train.monitoring.tensorboard import check_event_folder

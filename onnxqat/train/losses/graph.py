@@ -18,7 +18,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.model import Model
 from onnxqat.nodes import may_be_float32
 from onnxqat.preparation import prepare
-from onnxqat.train.form import reaching
+from onnxqat.train.form_builder import reaching
 from onnxqat.train.losses.terms import Loss
 from onnxqat.train.losses.values import TENSOR, Value, Values, fits
 from onnxqat.train.lowering import CustomOp, Refusal, lower
