@@ -280,6 +280,22 @@ def test_a_node_with_a_float_operand_runs_in_float(left, written):
     assert points[written].differing <= 1e-2
 
 
+def test_an_average_that_is_left_float_is_that_of_the_dequantized_integers():
+    network = convnet()
+    _, qdq = quantized(network, overrides=("tensor:^v1$.quantize=false",))
+    program = IntegerProgram(qdq, threads=1)
+    values = Values(floats={"input": samples(network, 4)})
+    for step in program.steps:
+        found = step.run(values)
+        values.levels |= found.levels
+        values.floats |= found.floats
+    x = program.grids["k1"].dequantize(values.levels["k1"])
+    n, channels, height, width = x.shape
+    windows = x.reshape(n, channels, height // 2, 2, width // 2, 2)
+
+    np.testing.assert_allclose(values.floats["v1"], windows.mean((3, 5)), rtol=1e-6, atol=1e-6)
+
+
 def test_four_bits_saturate_at_their_ends():
     network = convnet()
     _, qdq = quantized(network, overrides=W4A4)

@@ -10,32 +10,28 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import RuleError
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand
-from onnxqat.evaluation.integer.epilogue import make_target
 from onnxqat.evaluation.integer.kernels import Kernel, Window, mean, pool, window_sums
 from onnxqat.evaluation.integer.rounding import Int64Array
-from onnxqat.evaluation.integer.steps import Array, MeanStep
+from onnxqat.evaluation.integer.steps import Array, MeanStep, Target
 
 __all__ = ["build_mean", "is_spatial"]
 
 COUNTING_PADS = ("multiplier", "two-shifts", "qdm")  # their sources average padding too
 
 
-def build_mean(context: Context, group: FusedOp, operands: Sequence[Operand]) -> MeanStep:
+def build_mean(
+    context: Context, group: FusedOp, operands: Sequence[Operand], target: Target
+) -> MeanStep:
     """Return the step of an average.
 
     Raises
     ------
     RuleError
-        No source documents the integer arithmetic for its padding or its float output.
+        No source documents the integer arithmetic for its padding.
     """
     node = group.nodes[0]
     source = operands[0]
-    grid, target = context.grids[source.tensor], make_target(context, group)
-    if target is None:
-        raise RuleError(
-            f"Node '{node.name}': the arithmetic of an average with a float output is unknown. "
-            "Evaluate with --mode qdq."
-        )
+    grid = context.grids[source.tensor]
     window = _window(node) if node.op == "AveragePool" else None
     arithmetic = context.arithmetic
     if arithmetic.requantize in COUNTING_PADS and _counts_differ(node, window):

@@ -134,7 +134,7 @@ def _choose(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ma
         _refuse(context, group, "its arithmetic fused with the ops that follow is unknown")
     if group.kind in MEANS:
         over_any_axes = arithmetic.requantize in ("gemmlowp", "qdm")
-        return build_mean if over_any_axes or is_spatial(group.nodes[0]) else _float
+        return _average if over_any_axes or is_spatial(group.nodes[0]) else _float
     return KERNELS[group.kind]
 
 
@@ -230,6 +230,13 @@ def _table(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ste
         _refuse(context, group, "it is not a function of a single value, so it has no table")
     table = context.grids[target].quantize_as(values, context.arithmetic)
     return TableStep(source=source.tensor, target=target, lowest=low, table=table)
+
+
+def _average(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
+    target = make_target(context, group)
+    if target is None:
+        return _float(context, group, operands)
+    return build_mean(context, group, operands, target)
 
 
 def _elementwise(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Step:
