@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxqat.errors import RuleError
 from onnxqat.evaluation import IntegerProgram
-from onnxqat.evaluation.integer.products import WideConvolution
+from onnxqat.evaluation.integer.products import SplitConvolution
 from onnxqat.evaluation.integer.requantize import dequantizer, requantizer
 from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, QuantizeStep, Values
 from onnxqat.rules import Arithmetic, load_rule
@@ -157,12 +158,27 @@ def test_a_convolution_adds_its_bias_where_the_chip_does(rule):
     assert isinstance(step.target, FloatTarget) == (rule != "axera-ax650")
 
 
-def test_sums_of_16_bits_are_exact():
+def wide(rng, shape, largest):
+    values = rng.integers(-largest, largest + 1, shape).astype(np.int32)
+    values.flat[:2] = -largest, largest
+    return values
+
+
+@pytest.mark.parametrize("weight_bits", [8, 16])
+def test_sums_of_16_bits_are_exact(weight_bits):
+    """Also if the zero point is at an end, so that centered integers have 17 bits."""
     rng = np.random.default_rng(2)
-    x = rng.integers(-(2**15), 2**15, (2, 5, 6, 7)).astype(np.int32)
-    w = rng.integers(-(2**15), 2**15, (3, 5, 3, 3)).astype(np.int32)
-    x[0, 0, 0, :2] = -(2**15), 2**15 - 1
+    x, w = wide(rng, (2, 5, 6, 7), 2**16 - 1), wide(rng, (3, 5, 3, 3), 2 ** (weight_bits - 1) - 1)
     node = next(n for n in convnet().graph.node if n.op_type == "Conv")
-    found = WideConvolution(node, w, 2**15, 17, 1)(x)
+    found = SplitConvolution(node, w, 2**16 - 1, 17, 1)(x)
 
     np.testing.assert_array_equal(found, direct_convolution(x, w, (1, 1), (1, 1, 1, 1), (1, 1), 1))
+
+
+def test_sums_of_many_wide_products_are_exact():
+    """729 products of halves, 255 * 127, add up to an odd number above 2**24."""
+    x, w = np.full((1, 81, 3, 3), 65407, np.int32), np.full((1, 81, 3, 3), 32639, np.int32)
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    found = SplitConvolution(node, w, 2**16 - 1, 17, 1)(x)
+
+    assert found.tolist() == [[[[729 * 65407 * 32639]]]]

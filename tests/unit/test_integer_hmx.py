@@ -12,7 +12,6 @@ import pytest
 from onnxqat.evaluation.integer import IntegerProgram
 from onnxqat.evaluation.integer.grid import Grid
 from onnxqat.evaluation.integer.hmx import (
-    HalvedConvolution,
     add_on_vectors,
     concatenate_on_vectors,
     convert_sums,
@@ -21,7 +20,6 @@ from onnxqat.qparams import QuantParams, QuantSpec
 from onnxqat.rules import load_rule
 from tests.networks import convnet, quantized, samples
 from tests.unit.test_integer_arithmetic import rounded
-from tests.unit.test_integer_kernels import direct_convolution
 
 HALF = Fraction(1, 2)
 
@@ -132,18 +130,6 @@ def test_the_emulator_converted_the_same_to_16_bits(scale, weight, sums, emulate
     requantize = convert_sums(np.float64(scale), output, offsets=np.int64(3757 * weight))
 
     assert output.saturate(requantize(np.int64(sums))).tolist() == emulated
-
-
-def test_convolution_of_16_bits_is_exact():
-    rng = np.random.default_rng(2)
-    x = rng.integers(-(2**16) + 1, 2**16, (2, 3, 6, 6)).astype(np.int32)
-    x[0, 0, 0, :2] = -(2**16) + 1, 2**16 - 1
-    w = rng.integers(-128, 128, (4, 3, 3, 3)).astype(np.int32)
-    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
-    kernel = HalvedConvolution(node, w, 2**16 - 1, 17, 1)
-    expected = direct_convolution(x, w, (1, 1), (1, 1, 1, 1), (1, 1), 1)
-
-    assert np.array_equal(kernel(x), expected)
 
 
 # --- the vector unit -----------------------------------------------------------------------------

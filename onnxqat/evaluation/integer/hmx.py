@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnxqat.evaluation.integer.grid import Grid
-from onnxqat.evaluation.integer.products import ExactConvolution
 from onnxqat.evaluation.integer.requantize import Requantizer
 from onnxqat.evaluation.integer.rounding import Int64Array, round_levels
 
-__all__ = ["HalvedConvolution", "add_on_vectors", "concatenate_on_vectors", "convert_sums"]
+__all__ = ["add_on_vectors", "concatenate_on_vectors", "convert_sums"]
 
 SIGNIFICAND_BITS = 11
 BYTE = 8  # bits; 16-bit sums are kept in two halves
@@ -30,29 +28,6 @@ FRACTION_BITS = 6  # behind the point of a rescaled tensor
 NARROW = 8  # bits of the integers that the vector unit's formulas below were measured for
 
 Scale = NDArray[np.floating[Any]]
-
-
-class HalvedConvolution:
-    """A Conv or ConvTranspose of activations of 16 bits, as two of their halves.
-
-    The parameters are those of `ExactConvolution`.
-    """
-
-    def __init__(
-        self,
-        node: onnx.NodeProto,
-        weight: NDArray[np.int32],
-        largest: int,
-        opset: int,
-        threads: int,
-    ) -> None:
-        half = max(largest >> BYTE, 2**BYTE)
-        self.kernel = ExactConvolution(node, weight, half, opset, threads)
-
-    def __call__(self, centered: NDArray[np.int32]) -> Int64Array:
-        """Return the int64 sums of centered inputs."""
-        high = centered >> BYTE
-        return (self.kernel(high) << BYTE) + self.kernel(centered - (high << BYTE))
 
 
 def convert_sums(

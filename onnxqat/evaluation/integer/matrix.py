@@ -14,10 +14,10 @@ from onnxqat.evaluation.integer.bpu import sum_factors
 from onnxqat.evaluation.integer.context import Context, FusedOp, Operand, is_bias
 from onnxqat.evaluation.integer.epilogue import added, float_limits, make_target
 from onnxqat.evaluation.integer.grid import Grid
-from onnxqat.evaluation.integer.hmx import HalvedConvolution, convert_sums
+from onnxqat.evaluation.integer.hmx import convert_sums
 from onnxqat.evaluation.integer.products import (
     ExactConvolution,
-    WideConvolution,
+    SplitConvolution,
     exact_matmul,
 )
 from onnxqat.evaluation.integer.qdm import compile_product
@@ -306,11 +306,9 @@ def _sums(
         low, high = grids[0].limits
         zero_point = int(grids[0].params.zero_point)
         largest = max(zero_point - low, high - zero_point)
-        kind: type[ExactConvolution | HalvedConvolution | WideConvolution] = ExactConvolution
-        if grids[1].spec.bits > BYTE:
-            kind = WideConvolution
-        elif grids[0].spec.bits > BYTE:
-            kind = HalvedConvolution
+        wide = any(grid.spec.bits > BYTE for grid in grids)
+        kind: type[ExactConvolution | SplitConvolution]
+        kind = SplitConvolution if wide else ExactConvolution
         return kind(context.protos[node.name], kernel, largest, context.opset, context.threads)
     return _matmul(node, constants)
 

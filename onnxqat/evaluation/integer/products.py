@@ -17,9 +17,10 @@ from onnxqat.errors import ModelError
 from onnxqat.evaluation.integer.rounding import Int64Array
 from onnxqat.runtime import open_session
 
-__all__ = ["ExactConvolution", "WideConvolution", "exact_matmul"]
+__all__ = ["ExactConvolution", "SplitConvolution", "exact_matmul"]
 
 EXACT_FLOAT32 = 2**24
+BYTE = 8  # bits
 HALF = 128
 
 
@@ -77,11 +78,11 @@ class ExactConvolution:
         return total
 
 
-class WideConvolution:
-    """A Conv or ConvTranspose of integers of 16 bits: four of their halves.
+class SplitConvolution:
+    """A Conv or ConvTranspose of activations of 16 bits, as convolutions of halves of 8 bits.
 
-    The parameters are those of `ExactConvolution`. The sums are exact, although a chip's own sums
-    may be narrower.
+    The parameters are those of `ExactConvolution`. A weight of more than 8 bits is also split. The
+    sums are exact, although a chip's own sums may be narrower.
     """
 
     def __init__(
@@ -92,23 +93,23 @@ class WideConvolution:
         opset: int,
         threads: int,
     ) -> None:
-        del largest  # a half has 8 bits
-        self.kernels = [
-            ExactConvolution(node, part, HALF, opset, threads) for part in _halves(weight)
-        ]
+        parts = _halves(weight) if np.abs(weight).max(initial=0) >> BYTE else (weight,)
+        half = max((largest + HALF) >> BYTE, HALF)
+        self.kernels = [ExactConvolution(node, part, half, opset, threads) for part in parts]
 
     def __call__(self, centered: NDArray[np.int32]) -> Int64Array:
         """Return the int64 sums of centered inputs."""
         high, low = _halves(centered)
-        first, second = self.kernels
-        mixed = first(low) + second(high)
-        return np.asarray((first(high) << 16) + (mixed << 8) + second(low))
+        total = np.zeros((), np.int64)
+        for kernel in self.kernels:
+            total = (total << BYTE) + (kernel(high) << BYTE) + kernel(low)
+        return total
 
 
 def _halves(integers: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Return (high, low) with integers = 256 * high + low, and low from -128 to 127."""
-    high = (integers + HALF) >> 8
-    return high, integers - (high << 8)
+    high = (integers + HALF) >> BYTE
+    return high, integers - (high << BYTE)
 
 
 def _exact_parts(
