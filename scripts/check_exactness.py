@@ -13,9 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+from vendor_check import feeds_of
 
-from onnxqat.data import open_data
 from onnxqat.deploy import read_table, write_deployment
 from onnxqat.errors import FormatError
 from onnxqat.model import Model
@@ -25,7 +24,6 @@ from onnxqat.preparation import prepare
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
 from onnxqat.runtime import open_session
-from onnxqat.settings import input_specs, stored_settings
 from onnxqat.train.engine import forward_session
 from onnxqat.train.form import training_form
 
@@ -53,34 +51,26 @@ def rebuilt(model: Model) -> Model | None:
 
 def check(path: str, source: str) -> bool:
     model = load_model(path)
-    settings = stored_settings(model)
-    data = open_data(
-        source,
-        input_specs(model),
-        preprocessing=settings.preprocessing(),
-        label=settings.label,
-        input_map=settings.input_map,
-    )
+    feeds = feeds_of(model, source, SAMPLES)
     form = training_form(model)
     training, saved = forward_session(form), open_session(model.to_proto(), optimization="none")
     other = rebuilt(model)
     table = open_session(other.to_proto(), optimization="none") if other else None
     differing = {"training form": 0, "table": 0}
-    values = 0
-    with data:
-        for batch in data.subset(np.arange(SAMPLES)).batches(BATCH):
-            expected = saved.run(None, batch.inputs)
-            found = training.run(None, batch.inputs | form.parameters)
-            pairs = {"training form": found}
-            if table:
-                pairs["table"] = table.run(None, batch.inputs)
-            values += sum(e.size for e in expected)
-            for name, outputs in pairs.items():
-                differing[name] += sum(
-                    int((a != b).sum()) for a, b in zip(outputs, expected, strict=True)
-                )
+    count = 0
+    for start in range(0, len(next(iter(feeds.values()))), BATCH):
+        batch = {name: values[start : start + BATCH] for name, values in feeds.items()}
+        expected = saved.run(None, batch)
+        pairs = {"training form": training.run(None, batch | form.parameters)}
+        if table:
+            pairs["table"] = table.run(None, batch)
+        count += sum(e.size for e in expected)
+        for name, outputs in pairs.items():
+            differing[name] += sum(
+                int((a != b).sum()) for a, b in zip(outputs, expected, strict=True)
+            )
     table_text = f"{differing['table']} differ" if table else "no Sophgo table"
-    print(f"{Path(path).name}: {values} values; training form {differing['training form']} differ; "
+    print(f"{Path(path).name}: {count} values; training form {differing['training form']} differ; "
           f"rebuilt from table: {table_text}")  # fmt: skip
     return not any(differing.values())
 
