@@ -22,6 +22,13 @@ INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
 PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 
 
+def write_digits(path: Path, count: int, split: str = "train") -> Path:
+    """Write the first ``count`` digits of a split, with their labels, to an .npz; return it."""
+    with np.load(MODELS / f"digits-{split}.npz") as digits:
+        np.savez(path, images=digits["images"][:count], label=digits["label"][:count])
+    return path
+
+
 @contextmanager
 def training_digits(count: int) -> Iterator[DataSet]:
     """Open the first ``count`` training digits with the preprocessing of LeNet-5."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from onnxqat.quantized import load_model
 from onnxqat.settings import stored_settings
+from tests.digits import write_digits
 from tests.integration.test_cli import LENET, NORM, RULE, TUNE, document, invoke, process, run
 from tests.normalized import IMAGES, MEAN, SCALE, network
 
@@ -24,10 +25,7 @@ SAID = "times the standard deviation that the network saw in training"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    with np.load(LENET.parent / "digits-train.npz") as arrays:
-        np.savez(path, images=arrays["images"][:120], label=arrays["label"][:120])
-    return path
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits.npz", 120)
 
 
 def image_folder(parent: Path, digits: Path, names: list[str]) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from tests.integration.test_cli import LENET, MODELS, NORM, document, error, invoke, run
+from tests.digits import write_digits
+from tests.integration.test_cli import LENET, NORM, document, error, invoke, run
 
 
 def test_dumps_of_two_modes_are_written_and_compared(tmp_path):
-    with np.load(MODELS / "digits-train.npz") as digits:
-        np.savez(tmp_path / "d.npz", **{name: values[:8] for name, values in digits.items()})
+    write_digits(tmp_path / "d.npz", 8)
     run("insert", LENET, *NORM, "--rules", "sophgo-bm1684x", "--data", tmp_path / "d.npz",
         "-o", tmp_path / "q.onnx")  # fmt: skip
     for mode in ("float", "qdq", "integer"):

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from onnxqat.cli import main
 from onnxqat.quantized import load_model, weights_hash
 from onnxqat.repair import original
+from tests.digits import write_digits
 
 MODELS = Path(__file__).parents[2] / "models"
 LENET, MOBILENET = MODELS / "lenet5.onnx", MODELS / "mobilenet-digits.onnx"
@@ -35,10 +36,7 @@ def document(*words: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    with np.load(MODELS / "digits-train.npz") as arrays:
-        np.savez(path, images=arrays["images"][:48], label=arrays["label"][:48])
-    return path
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits.npz", 48)
 
 
 def test_an_equalized_model_has_the_names_and_outputs_of_the_users(tmp_path):

@@ -7,12 +7,12 @@ import shlex
 import shutil
 from importlib import resources
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from onnxqat.cli import main
-from tests.integration.test_cli import LENET, MODELS, NORM, document, error, invoke, run
+from tests.digits import write_digits
+from tests.integration.test_cli import LENET, NORM, document, error, invoke, run
 from tests.pages import Page
 
 RULE = ("--rules", "sophgo-bm1684x")
@@ -23,10 +23,8 @@ SETS = ("--set", "weight.bits=2", "--set", "activation.bits=4")
 def work(tmp_path_factory):
     """A folder with 120 digits, and a model inserted, equalized, tuned and analyzed on them."""
     folder = tmp_path_factory.mktemp("report")
-    with np.load(MODELS / "digits-train.npz") as digits:
-        np.savez(folder / "digits.npz", **{name: a[:120] for name, a in digits.items()})
     shutil.copy(LENET, folder / "lenet5.onnx")
-    data = folder / "digits.npz"
+    data = write_digits(folder / "digits.npz", 120)
     calibrated = ("--data", data, "--samples", 40, *RULE, *SETS, *NORM)
     run("insert", LENET, *calibrated, "-o", folder / "plain.onnx")
     run("insert", LENET, *calibrated, "--equalize", "-o", folder / "repaired.onnx")

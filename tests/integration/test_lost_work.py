@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from onnxqat.cli import main
 from onnxqat.progress import FinetuneReport
+from tests.digits import write_digits
 
 MODELS = Path(__file__).parents[2] / "models"
 LENET = MODELS / "lenet5.onnx"
@@ -43,9 +43,7 @@ def error(*words: Any) -> str:
 def work(tmp_path_factory):
     """A folder with a Q/DQ model, 100 digits, and the bytes that fine-tuning gives."""
     folder = tmp_path_factory.mktemp("work")
-    with np.load(MODELS / "digits-train.npz") as digits:
-        images, labels = digits["images"][:100], digits["label"][:100]
-    np.savez(folder / "train.npz", images=images, label=labels)
+    write_digits(folder / "train.npz", 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         words = ("insert", LENET, "--set", "weight.bits=3", "--data", "train.npz", *NORM)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import onnxqat as oq
 from onnxqat.cli import main
+from tests.digits import write_digits
 
 ROOT = Path(__file__).parents[2]
 LENET = ROOT / "models" / "lenet5.onnx"
@@ -38,9 +39,7 @@ def files(folder):
 def work(tmp_path_factory):
     """What the commands make of a small model and few samples."""
     folder = tmp_path_factory.mktemp("python")
-    with np.load(ROOT / "models" / "digits-train.npz") as digits:
-        np.savez(folder / "data.npz", **{name: digits[name][:120] for name in digits.files})
-    data = folder / "data.npz"
+    data = write_digits(folder / "data.npz", 120)
     run("insert", LENET, "--rules", RULE, *NORM, "--set", "last.bits=4", "-o", folder / "qdq.onnx")
     words = ("--samples", 40, "--seed", 3, "--observer", "minmax", "--threads", 1)
     run("calibrate", folder / "qdq.onnx", data, *words, "-o", folder / "calibrated.onnx")
@@ -199,9 +198,8 @@ def script():
 
 def test_the_script_of_the_page_runs_and_its_file_has_the_same_figures(tmp_path):
     (tmp_path / "models").mkdir()
-    for name in ("digits-train.npz", "digits-test.npz"):
-        with np.load(ROOT / "models" / name) as arrays:
-            np.savez(tmp_path / "models" / name, **{k: arrays[k][:120] for k in arrays.files})
+    for split in ("train", "test"):
+        write_digits(tmp_path / f"models/digits-{split}.npz", 120, split=split)
     shutil.copy(LENET, tmp_path / "models")
     words = [sys.executable, "-c", script()]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)

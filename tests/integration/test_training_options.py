@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from onnxqat.cli import main
 from onnxqat.quantized import load_model
+from tests.digits import write_digits
 from tests.networks import detector, samples
 from tests.oracles import run_ort
 
@@ -34,9 +35,7 @@ def invoke(*words: Any) -> Any:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    with np.load(MODELS / "digits-train.npz") as digits:
-        images, labels = digits["images"][:200], digits["label"][:200]
-    np.savez(folder / "train.npz", images=images, label=labels)
+    write_digits(folder / "train.npz", 200)
     words = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2", *NORM)
     source = ("--data", folder / "train.npz", "-o", folder / "qdq.onnx")
     result = invoke("insert", MODELS / "lenet5.onnx", *words, *source)

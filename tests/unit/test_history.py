@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 
-import numpy as np
 import onnx
 import pytest
 
@@ -14,7 +13,7 @@ import onnxqat as oq
 from onnxqat.quantized import load_model
 from onnxqat.train import DivergedError, engine
 from onnxqat.train.selection import figures_of
-from tests.digits import MODELS
+from tests.digits import MODELS, write_digits
 
 PIXELS = oq.Settings(mean=(128.0,), scale=(1 / 128,))
 CONFIG = oq.Config(epochs=2, threads=1)
@@ -22,10 +21,7 @@ CONFIG = oq.Config(epochs=2, threads=1)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("history") / "digits.npz"
-    with np.load(MODELS / "digits-train.npz") as digits:
-        np.savez(path, **{name: digits[name][:200] for name in digits.files})
-    return path
+    return write_digits(tmp_path_factory.mktemp("history") / "digits.npz", 200)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from onnxqat.jobs.rows import steps_of
 from onnxqat.jobs.work import Ending, Work
 from onnxqat.overrides import read_overrides
 from onnxqat.quantized import load_model
+from tests.digits import write_digits
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -68,10 +69,7 @@ def test_inserting_equalizes_with_the_data_of_the_job(work, texts):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    with np.load(MODELS / "digits-train.npz") as arrays:
-        np.savez(path, **{name: values[:32] for name, values in arrays.items()})
-    return path
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits.npz", 32)
 
 
 @pytest.mark.parametrize(("bits", "written"), [(8, True), (4, False)])
@@ -112,9 +110,7 @@ def test_what_equalizes_depends_on_the_data(work, texts):
 
 
 def test_a_search_writes_the_widths_that_another_job_takes(work, tmp_path):
-    with np.load(MODELS / "digits-train.npz") as digits:
-        np.savez(tmp_path / "digits.npz", images=digits["images"][:24], label=digits["label"][:24])
-    digits = str(tmp_path / "digits.npz")
+    digits = str(write_digits(tmp_path / "digits.npz", 24))
     tables = {
         "model": str(MODELS / "lenet5.onnx"),
         "data": {"train": digits, "test": digits, "mean": 128, "scale": 0.0078125},
