@@ -62,14 +62,14 @@ def test_names_are_sorted_and_documented():
     assert all(getattr(onnxqat, name).__doc__ for name in onnxqat.__all__)
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_importing_a_module_does_not_hide_the_verb(name):
+def test_importing_modules_does_not_hide_the_verbs():
     code = (
-        f"import onnxqat.calibration, onnxqat.evaluation, onnxqat.preparation\n"
-        f"import onnxqat.train.finetune, onnxqat.cli, onnxqat.verbs.finetune\n"
-        f"assert callable(onnxqat.{name}), onnxqat.{name}\n"
-        f"from onnxqat import {name}\n"
-        f"assert callable({name})\n"
+        "import onnxqat.calibration, onnxqat.evaluation, onnxqat.preparation\n"
+        "import onnxqat.train.finetune, onnxqat.cli, onnxqat.verbs.finetune\n"
+        f"hidden = [name for name in {VERBS} if not callable(getattr(onnxqat, name))]\n"
+        "assert not hidden, hidden\n"
+        f"from onnxqat import {', '.join(VERBS)}\n"
+        f"assert all(map(callable, ({', '.join(VERBS)})))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
