@@ -1,36 +1,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from onnxqat.calibration import calibrate, placeholder_params
-from onnxqat.data import InputSpec, Preprocessing, open_data
+from onnxqat.data import open_data
 from onnxqat.errors import DataError, TrainingError
 from onnxqat.evaluation import evaluate
 from onnxqat.model import from_proto
-from onnxqat.overrides import parse_override
-from onnxqat.plan import make_plan
 from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize
-from onnxqat.quantized import insert_pairs, load_model
-from onnxqat.rules import load_rule
+from onnxqat.quantized import load_model
 from onnxqat.train import Config, DivergedError, finetune
+from tests.digits import INPUT, MODELS, PIXELS, calibrated_lenet, training_digits
 from tests.oracles import run_ort
 
-MODELS = Path(__file__).parents[2] / "models"
-INPUT = InputSpec(name="input", shape=("N", 1, 28, 28), dtype="float32")
-PIXELS = Preprocessing(mean=(128.0,), scale=(1 / 128,))
 FAST = {"epochs": 2, "batch_size": 16, "threads": 1}
 
 
 @pytest.fixture(scope="module")
 def data():
-    with open_data(MODELS / "digits-train.npz", [INPUT], preprocessing=PIXELS) as opened:
-        yield opened.subset(np.arange(600))
+    with training_digits(600) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +38,14 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def coarse(network, data):
+def coarse(data):
     """LeNet-5 with 2-bit weights: far from the float network."""
-    return calibrated(network, data, ("weight.bits=2",))
+    return calibrated_lenet(data, "weight.bits=2")
 
 
-def calibrated(network, data, overrides=()):
-    floats = prepare(from_proto(network))
-    plan = make_plan(
-        floats.graph, load_rule("sophgo-bm1684x"), [parse_override(o) for o in overrides]
-    )
-    empty = insert_pairs(floats, plan, placeholder_params(floats, plan), state="uncalibrated")
-    return calibrate(empty, (batch.inputs for batch in data.batches(100)), threads=1)
+@pytest.fixture(scope="module")
+def tuned(coarse, data):
+    return finetune(coarse, data, config=Config(**FAST))
 
 
 def as_bytes(model) -> bytes:
@@ -94,9 +83,9 @@ def test_the_best_state_is_never_worse_than_the_start(coarse, data):
         assert result.after.metrics["top1"] >= result.before.metrics["top1"]
 
 
-def test_rising_loss_backs_off_and_says_so(network, data):
+def test_rising_loss_backs_off_and_says_so(data):
     """At 8 bits the start is good, so that a rate of 1 can only make it worse."""
-    good = calibrated(network, data)
+    good = calibrated_lenet(data)
     config = Config(epochs=3, batch_size=16, threads=1, lr=1.0, scale_lr=0.5, loss="kl")
     result = finetune(good, data, config=config)
 
@@ -104,12 +93,12 @@ def test_rising_loss_backs_off_and_says_so(network, data):
     assert result.after.agreement >= result.before.agreement
 
 
-def test_seed_makes_a_run_reproducible_bit_for_bit(coarse, data):
-    runs = [finetune(coarse, data, config=Config(**FAST, seed=3)) for _ in range(2)]
+def test_seed_makes_a_run_reproducible_bit_for_bit(coarse, data, tuned):
+    again = finetune(coarse, data, config=Config(**FAST))
     other = finetune(coarse, data, config=Config(**FAST, seed=4))
 
-    assert as_bytes(runs[0].model) == as_bytes(runs[1].model)
-    assert as_bytes(runs[0].model) != as_bytes(other.model)
+    assert as_bytes(again.model) == as_bytes(tuned.model)
+    assert as_bytes(other.model) != as_bytes(tuned.model)
 
 
 def test_ste_keeps_the_scales(coarse, data):
@@ -130,9 +119,9 @@ def test_scales_stay_positive_and_zero_points_stay(coarse, data):
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_scales_that_are_powers_of_two_stay_so_and_move(network, data, ema):
+def test_scales_that_are_powers_of_two_stay_so_and_move(data, ema):
     powers = ("weight.bits=2", "activation.power_of_two=true", "weight.power_of_two=true")
-    start = calibrated(network, data, powers)
+    start = calibrated_lenet(data, *powers)
     # every scale twice too large, which the straight-through gradient sees
     params = {name: replace(p, scale=p.scale * np.float32(2)) for name, p in start.params.items()}
     start = start.with_params(params, state="calibrated")
@@ -149,26 +138,25 @@ def test_scales_that_are_powers_of_two_stay_so_and_move(network, data, ema):
 
 def test_inputs_are_not_changed(coarse, data):
     before = as_bytes(coarse)
-    finetune(coarse, data, config=Config(epochs=1, batch_size=16, threads=1))
+    finetune(coarse, data.subset(np.arange(100)), config=Config(**FAST | {"epochs": 1}))
 
     assert as_bytes(coarse) == before
 
 
 def test_saved_model_evaluates_to_the_reported_figures(coarse, data, tmp_path):
-    result = finetune(coarse, data, validation=data, config=Config(**FAST))
+    result = finetune(coarse, data, validation=data, config=Config(**FAST | {"epochs": 1}))
     result.model.save(tmp_path / "qat.onnx")
     again = evaluate(load_model(tmp_path / "qat.onnx"), data.batches(16), threads=1)
 
     assert again.metrics == result.after.metrics
 
 
-def test_weights_are_tuned_and_written_back(coarse, data):
-    result = finetune(coarse, data, config=Config(**FAST))
-    plan, params = coarse.plan, result.model.params
-    before, after = coarse.floats.graph.tensors(), result.model.floats.graph.tensors()
+def test_weights_are_tuned_and_written_back(coarse, tuned):
+    plan, params = coarse.plan, tuned.model.params
+    before, after = coarse.floats.graph.tensors(), tuned.model.floats.graph.tensors()
     weights = [p for p in plan.points if p.role == "weight"]
 
-    assert result.best_epoch > 0
+    assert tuned.best_epoch > 0
     for point in weights:
         values = after[point.tensor].values
         grid = fake_quantize(values, params[point.parameters], point.spec)
@@ -195,12 +183,11 @@ def test_nothing_to_teach_is_an_error(coarse, unlabelled):
         finetune(coarse, unlabelled, config=Config(loss="entropy"))
 
 
-def test_tuned_model_needs_its_teacher(coarse, data, network):
-    config = Config(**FAST)
-    tuned = finetune(coarse, data, config=config).model
+def test_tuned_model_needs_its_teacher(data, network, tuned):
+    config = Config(**FAST | {"epochs": 1})
     with pytest.raises(TrainingError, match="--teacher"):
-        finetune(tuned, data, config=config)
-    again = finetune(tuned, data, teacher=prepare(from_proto(network)), config=config)
+        finetune(tuned.model, data, config=config)
+    again = finetune(tuned.model, data, teacher=prepare(from_proto(network)), config=config)
 
     assert again.after.metrics["top1"] >= again.before.metrics["top1"]
 
