@@ -23,8 +23,10 @@ from onnxqat.jobs import plan_jobs
 from onnxqat.jobs.file import drafts
 from onnxqat.jobs.job import make_job
 from onnxqat.overrides import read_overrides
+from tests.digits import write_digits
 from tests.networks import convnet, detector, samples
 
+pytestmark = pytest.mark.usefixtures("one_core")
 MODELS = Path(__file__).parents[2] / "models"
 EXAMPLES = Path(__file__).parents[2] / "scripts/examples"
 JOB = """
@@ -46,7 +48,7 @@ samples = 32
 bias-correction = true
 
 [finetune]
-epochs = 10
+epochs = 5
 batch-size = 8
 checkpoint-every = "1steps"
 
@@ -81,9 +83,7 @@ def work(tmp_path_factory):
     """A folder with a model, few digits, a job, and what came of the job."""
     folder = tmp_path_factory.mktemp("work")
     for split in ("train", "test"):
-        with np.load(MODELS / f"digits-{split}.npz") as digits:
-            images, labels = digits["images"][:96], digits["label"][:96]
-        np.savez(folder / f"{split}.npz", images=images, label=labels)
+        write_digits(folder / f"{split}.npz", 96, split=split)
     (folder / "nets").mkdir()
     shutil.copy(MODELS / "lenet5.onnx", folder / "nets")
     (folder / "job.toml").write_text(JOB)
@@ -159,7 +159,7 @@ def test_what_is_finished_is_not_run_again(here, first):
     [
         (("[tolerance.tuned]\ntop1 = 0.5", "[tolerance.tuned]\ntop1 = 0.4"), []),
         (("threads = 1", "threads = 2"), []),
-        (("epochs = 10", "epochs = 1"), ["analyze.tuned", "evaluate.integer", "evaluate.tuned",
+        (("epochs = 5", "epochs = 1"), ["analyze.tuned", "evaluate.integer", "evaluate.tuned",
                                          "finetune.tuned", "strip.tuned"]),
         (("samples = 32", "samples = 16"), None),
     ],
@@ -209,7 +209,10 @@ def wait_for(found: Any, seconds: float = 60) -> Any:
 
 def test_a_killed_run_goes_on_to_the_same_result(here, work):
     folder = here / "runs/job"
-    shutil.rmtree(here / "runs")
+    for step in ("calibrate.repaired", "finetune.tuned", "strip.tuned"):
+        for path in folder.glob(f"*/{step}.*"):
+            path.unlink()
+    shutil.rmtree(folder / "chip")
     running = process("run", "job.toml")
     wait_for(lambda: list((folder / "models").glob("finetune.tuned.*.checkpoint")))
     os.kill(running.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -9,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from click.testing import CliRunner, Result
+
+from onnxqat.cli import main
+from tests.digits import write_digits
 
 MODELS = Path(__file__).parents[2] / "models"
 NORM = ("--mean", "128", "--scale", "0.0078125")
-TUNE = ("finetune", "qdq.onnx", "train.npz", "--epochs", "4", "--threads", "1")
+TUNE = ("finetune", "qdq.onnx", "train.npz", "--epochs", "4", "--batch-size", "8", "--threads", "1")
 
 
 def command(*words: str) -> list[str]:
@@ -22,17 +26,20 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-c", code, *words]
 
 
+def here(folder: Path, *words: str) -> Result:
+    """Run a command in the process of the test."""
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(main, words)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a coarse model, 300 digits, and the result of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("work")
-    with np.load(MODELS / "digits-train.npz") as digits:
-        images, labels = digits["images"][:300], digits["label"][:300]
-    np.savez(folder / "train.npz", images=images, label=labels)
-    widths = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2")
-    data = ("--data", str(folder / "train.npz"), *NORM, "-o", str(folder / "qdq.onnx"))
-    model = str(MODELS / "mobilenet-digits.onnx")
-    subprocess.run(command("insert", model, *widths, *data), check=True, capture_output=True)
+    write_digits(folder / "train.npz", 300)
+    words = ("--rules", "sophgo-bm1684x", "--set", "weight.bits=2", *NORM, "--data", "train.npz")
+    inserted = here(folder, "insert", str(MODELS / "lenet5.onnx"), *words, "-o", "qdq.onnx")
+    assert inserted.exit_code == 0, inserted.output
     started = time.monotonic()
     run = command(*TUNE, "-o", "whole.onnx")
     subprocess.run(run, cwd=folder, check=True, capture_output=True)
@@ -65,14 +72,10 @@ def test_a_signal_saves_and_says_how_to_go_on(work, number, code):
     assert f"saved in {output}.checkpoint. Continue with the same command and --resume." in last
     assert "Traceback" not in rest
     assert not (work / output).exists()
-    again = subprocess.run(
-        command(*TUNE, "-o", output), cwd=work, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 1
+    again = here(work, *TUNE, "-o", output)
+    assert again.exit_code == 1
     assert "Pass --resume to continue it, or --force to start again" in again.stderr
-    subprocess.run(
-        command(*TUNE, "-o", output, "--resume"), cwd=work, check=True, capture_output=True
-    )
+    assert here(work, *TUNE, "-o", output, "--resume").exit_code == 0
     assert (work / output).read_bytes() == (work / "whole.onnx").read_bytes()
     assert not (work / f"{output}.checkpoint").exists()
 
@@ -88,8 +91,7 @@ def test_without_checkpoints_nothing_is_left(work):
 
 def test_force_starts_again(work):
     interrupt(work, "forced.onnx", signal.SIGINT)
-    words = ("-o", "forced.onnx", "--force")
-    subprocess.run(command(*TUNE, *words), cwd=work, check=True, capture_output=True)
+    assert here(work, *TUNE, "-o", "forced.onnx", "--force").exit_code == 0
 
     assert (work / "forced.onnx").read_bytes() == (work / "whole.onnx").read_bytes()
     assert not (work / "forced.onnx.checkpoint").exists()
@@ -110,8 +112,8 @@ def test_killed_at_any_moment_the_bytes_are_the_same(work, kills):
         if (work / output).exists():  # it came to its end: start over
             assert (work / output).read_bytes() == (work / "whole.onnx").read_bytes()
             (work / output).unlink()
-    words = ("-o", output, *(("--resume",) if checkpoint.exists() else ()))
-    subprocess.run(command(*TUNE, *words), cwd=work, check=True, capture_output=True)
+    resume = ("--resume",) if checkpoint.exists() else ()
+    assert here(work, *TUNE, "-o", output, *resume).exit_code == 0
 
     assert (work / output).read_bytes() == (work / "whole.onnx").read_bytes()
     assert list(work.glob(f"{output}.*")) == []
