@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from onnx import defs
@@ -53,11 +54,14 @@ BUILDERS = {
 }
 
 
+@cache
 def sources():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
-        if name not in ("operators.py", "nodes.py"):
-            yield name, ast.parse(path.read_text(encoding="utf-8"))
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return [
+        (name, ast.parse(path.read_text(encoding="utf-8")))
+        for name, path in paths.items()
+        if name not in ("operators.py", "nodes.py")
+    ]
 
 
 def exported(tree):
@@ -73,9 +77,10 @@ def is_op(node):
 
 def listed(tree):
     """Yield the operators of each literal tuple, list, set or dictionary of nothing else."""
+    skipped = exported(tree)
     for node in ast.walk(tree):
         keys = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
-        if len(keys) > 1 and all(map(is_op, keys)) and id(node) not in exported(tree):
+        if len(keys) > 1 and all(map(is_op, keys)) and id(node) not in skipped:
             yield {key.value for key in keys}
 
 
