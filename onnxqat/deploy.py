@@ -21,6 +21,7 @@ from onnxqat.formats import FORMATS, Calibrated, Format, Table, Written
 from onnxqat.formats.format import listed
 from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of
 from onnxqat.model import Model, write_model
+from onnxqat.nodes import state_attributes
 from onnxqat.plan import QuantPlan, QuantPoint, Skip, remove_requantizations
 from onnxqat.preparation.float16 import FLOAT16_KEY, narrow_to_float16
 from onnxqat.qparams import QuantParams, quantize
@@ -135,6 +136,8 @@ def write_deployment(
     name = table or _table_of_rule(model.plan.rule)
     chosen = _format(name)
     floats = deployed_model(model, weights=weights)
+    if chosen:
+        state_attributes(floats.graph, chosen.stated)
     if batch is not None or input_shapes:
         floats = fix_shapes(floats, batch, input_shapes or {})
     rule = _bundled_rule(model.plan.rule)

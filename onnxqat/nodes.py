@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from onnxqat.operators import (
 
 __all__ = [
     "along_channels",
+    "attribute",
     "bias_channels",
     "bias_index",
     "biased_node",
@@ -42,6 +44,7 @@ __all__ = [
     "may_be_float32",
     "output_channels",
     "runs_along",
+    "state_attributes",
     "takes_grid",
     "weight_index",
 ]
@@ -197,6 +200,44 @@ def runs_along(shape: Sequence[int], channels: int) -> bool:
 def along_channels(bias: NDArray[Any], channels: int) -> NDArray[Any]:
     """Return a bias of shape (), (1,), (N,), (1, 1) or (1, N) as an array of shape (N,)."""
     return np.broadcast_to(bias.reshape(bias.shape[-1:]), (channels,))
+
+
+def attribute(node: gs.Node, name: str, opset: int) -> Any:
+    """Return the value of an attribute: the default of the op if the node does not state it.
+
+    Returns
+    -------
+    value : int, float, str, list or None
+        None if there is no default.
+
+    Raises
+    ------
+    KeyError
+        The op has no such attribute.
+    """
+    value = node.attrs.get(name)
+    if value is None:
+        default = onnx.defs.get_schema(node.op, opset).attributes[name].default_value
+        value = onnx.helper.get_attribute_value(default) if default.name else None
+        value = value.decode() if isinstance(value, bytes) else value
+    if value is None and name in ("strides", "dilations") and (kernel := kernel_size(node)):
+        value = [1] * len(kernel)  # the schema states these defaults in words only
+    return value
+
+
+def state_attributes(graph: gs.Graph, stated: Mapping[str, tuple[str, ...]]) -> None:
+    """Write out attributes that nodes leave out; the network stays the same.
+
+    Parameters
+    ----------
+    stated : mapping of str to tuple of str
+        Names of attributes, by op type.
+    """
+    for node in graph.nodes:
+        for name in stated[node.op] if is_op(node, *stated) else ():
+            value = attribute(node, name, graph.opset)
+            if value is not None:
+                node.attrs[name] = value
 
 
 def is_convolution(node: gs.Node) -> bool:

@@ -402,6 +402,9 @@ class Format:
         name -> why the target would not read it as one name, or None.
     per_reader : bool
         Whether the file can hold one scale of a tensor for one reader, and another for others.
+    stated : dict of str to tuple of str
+        Attributes that the target takes for another value than ONNX's default if a node leaves
+        them out, or refuses, by op type. `strip` writes them out.
     """
 
     summary: str
@@ -411,6 +414,7 @@ class Format:
     keys: Callable[[gs.Graph, QuantPlan], Iterable[Key]] = _no_keys
     misread: Callable[[str], str | None] = _any_name
     per_reader: bool = False
+    stated: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def name_problems(self, graph: gs.Graph, plan: QuantPlan) -> list[str]:
         """Return the names that the file cannot hold; the model need not be calibrated."""

@@ -25,6 +25,7 @@ from onnxqat.formats.format import Calibrated, Format, Found, Table, Written, re
 from onnxqat.formats.onnxruntime_qdq import integer_model
 from onnxqat.formats.qdq_table import read_qdq
 from onnxqat.model import Model, constant
+from onnxqat.nodes import state_attributes
 from onnxqat.pairs import has_clip, node_name, zero_point_name
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, center
@@ -33,10 +34,7 @@ from onnxqat.quantized import QuantizedModel
 __all__ = ["ROCKCHIP", "rockchip_model"]
 
 # Version 2.5.0 raises KeyError without them.
-DEFAULTS: dict[str, dict[str, float]] = {
-    "HardSigmoid": {"alpha": 0.2, "beta": 0.5},
-    "LayerNormalization": {"epsilon": 1e-5},
-}
+STATED = {"HardSigmoid": ("alpha", "beta"), "LayerNormalization": ("epsilon",)}
 
 
 def rockchip_model(model: QuantizedModel) -> Model:
@@ -60,8 +58,7 @@ def rockchip_model(model: QuantizedModel) -> Model:
         (f"'{name}' uses all 256 levels in every channel" for name in full),
         "Leave one out: --set weight.narrow_range=true",
     )
-    for node in result.graph.nodes:
-        node.attrs = DEFAULTS.get(node.op, {}) | node.attrs
+    state_attributes(result.graph, STATED)
     return result
 
 

@@ -44,6 +44,17 @@ __all__ = ["SOPHGO", "found_in", "int4_ops", "is_asymmetric", "op_modes", "table
 MADE_SYMMETRIC = ("Abs", "Sub", "Mul")  # ops whose output the compiler quantizes symmetrically
 LEAST_SHARE = 126.5 / 128  # a symmetric range reaches at least this share of the threshold
 MAX_F16 = 65504  # the largest float16
+# tpu_mlir 1.30.2 python/transform/OnnxConverter.py: its defaults are not those of ONNX
+STATED = {
+    "AveragePool": ("strides",),
+    "BatchNormalization": ("epsilon",),
+    "Elu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+    "LRN": ("alpha", "beta", "bias"),
+    "LeakyRelu": ("alpha",),
+    "MaxPool": ("strides",),
+    "Split": ("axis",),
+}
 INT4_WEIGHTS = ("Conv", "Gemm", "MatMul")  # ops that may compute with 4 bits
 
 
@@ -385,4 +396,5 @@ SOPHGO = Format(
     read=_read,
     keys=_keys,
     misread=sophgo.misread,
+    stated=STATED,
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import onnx
 
 from onnxqat.errors import RuleError
-from onnxqat.nodes import is_constant, is_depthwise, kernel_size
+from onnxqat.nodes import attribute, is_constant, is_depthwise, kernel_size
 from onnxqat.plan.graph import GraphIndex, Unit
 from onnxqat.rules import HardwareRule, OpRule, RuleException
 
@@ -59,17 +58,11 @@ def _above(size: Any, limit: int | None) -> bool:
 
 def _attribute(index: GraphIndex, node: Any, name: str) -> Any:
     """Return the value of an attribute, or its default if the node does not state it."""
-    value = node.attrs.get(name)
-    if value is None:
-        schema = onnx.defs.get_schema(node.op, index.graph.opset)
-        if name not in schema.attributes:
-            raise RuleError(
-                f"Node '{node.name}': {node.op} has no attribute '{name}', which an exception of "
-                "the rule names. Correct the rule."
-            )
-        default = schema.attributes[name].default_value
-        value = onnx.helper.get_attribute_value(default) if default.name else None
-        value = value.decode() if isinstance(value, bytes) else value
-    if value is None and name in ("strides", "dilations") and (kernel := kernel_size(node)):
-        value = [1] * len(kernel)  # the schema states these defaults in words only
+    try:
+        value = attribute(node, name, index.graph.opset)
+    except KeyError:
+        raise RuleError(
+            f"Node '{node.name}': {node.op} has no attribute '{name}', which an exception of "
+            "the rule names. Correct the rule."
+        ) from None
     return tuple(value) if isinstance(value, list) else value

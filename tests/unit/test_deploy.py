@@ -448,3 +448,35 @@ def test_unequal_scales_for_a_per_tensor_grid_are_refused():
     _, per_tensor = quantized(convnet(), overrides=("weight.axis=none",))
     with pytest.raises(FormatError, match="has 6 scales; its tensor takes 1"):
         found_in(table, qdq.floats.graph, per_tensor.plan, "table")
+
+
+# --- attributes ---------------------------------------------------------------------------------
+
+
+def defaults():
+    """Return a network whose nodes leave out the attributes that have their default."""
+    g = _Graph(0)
+    g.node("Elu", ["input"], "elu")
+    g.node("LeakyRelu", ["elu"], "leaky")
+    g.node("HardSigmoid", ["leaky"], "sigmoid", beta=0.25)
+    g.node("MaxPool", ["sigmoid"], "largest", kernel_shape=[2, 2])
+    g.node("AveragePool", ["largest"], "output", kernel_shape=[2, 3])
+    return g.model(["N", 2, 6, 6], ["N", 2, 4, 3])
+
+
+def test_defaults_that_the_compiler_would_misread_are_written_out(tmp_path):
+    model = quantized(defaults(), RULE)[1]
+    x = {"input": np.random.default_rng(0).normal(size=(2, 2, 6, 6)).astype(np.float32)}
+
+    write_deployment(model, tmp_path / "chip")
+    write_deployment(model, tmp_path / "other", table="onnxqat")
+
+    found, other = (onnx.load(tmp_path / name / "model.onnx") for name in ("chip", "other"))
+    states = {n.op_type: {a.name: helper.get_attribute_value(a) for a in n.attribute}
+              for n in found.graph.node}  # fmt: skip
+    assert states["Elu"]["alpha"] == 1
+    assert states["LeakyRelu"]["alpha"] == pytest.approx(0.01)
+    assert states["HardSigmoid"] == {"alpha": pytest.approx(0.2), "beta": 0.25}
+    assert states["MaxPool"]["strides"] == states["AveragePool"]["strides"] == [1, 1]
+    np.testing.assert_array_equal(run_ort(found, x), run_ort(defaults(), x))
+    assert not any(a.name == "strides" for n in other.graph.node for a in n.attribute)

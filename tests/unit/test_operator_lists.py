@@ -21,7 +21,7 @@ OWN_LISTS = {
     "formats/mnn.py": "what MNN's converter fuses",
     "formats/ncnn.py": "names of ncnn's layers",
     "formats/rockchip.py": "attributes whose defaults RKNN-Toolkit2 does not know",
-    "formats/sophgo_names.py": "what Sophgo's compiler makes symmetric or of 4 bits",
+    "formats/sophgo_names.py": "what Sophgo's compiler changes or reads in its own way",
     "gradients/": "a gradient for each operator",
     "outputs.py": "what class scores end in",
     "plan/masks.py": "what masks are made of",
