@@ -304,7 +304,8 @@ def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> Qu
     channels = None if spec.axis is None else shape[spec.axis]
     kind = "signed" if params.signed else "unsigned"
     if (
-        spec.signedness not in (kind, "from_range")
+        spec.heads is not None  # the compiler computes its scales from the weight
+        or spec.signedness not in (kind, "from_range")
         or params.zero_point.dtype != storage_dtype(spec, signed=params.signed)
         or (spec.symmetric and np.any(params.zero_point))
         or (spec.off_center and np.any(params.zero_point == center(params.zero_point.dtype)))

@@ -80,6 +80,10 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         QuantizeLinear; for weights that lie on the grid, all three give the same result.
     axis : int or None
         One scale for each index of this axis; None is per-tensor.
+    heads : int or None
+        The indices of ``axis`` form this many heads of equal size, one behind the other. All scales
+        of a head are equal: the largest weight of the head is ``qmax``, before and after training,
+        because the chip's compiler computes these scales from the weights.
     fixed_range : (float, float) or None
         Clipping range that the chip uses regardless of the data (Softmax: 0 to 1).
     min_range : float
@@ -106,6 +110,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     power_of_two: bool = False
     rounding: Rounding = "half-even"
     axis: int | None = None
+    heads: int | None = None
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
     min_scale: float = 0.0

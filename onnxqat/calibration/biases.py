@@ -37,7 +37,7 @@ def fit_bias_range(
     weights have no effect at a coarser scale either. Therefore the scale of a channel whose weights
     are all below `DEAD` times the largest weight may be raised up to the largest scale, and the
     scale of an all-zero channel as far as needed. Other scales are not raised, because that would
-    round relevant weights away.
+    round relevant weights away; nor are those of heads, which the chip's compiler computes.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ def fit_bias_range(
         if bias.derived_from is None:
             continue
         x, w = (points[name] for name in bias.derived_from)
-        if w.group is None and w.parameters not in kept:
+        fixed = w.spec.heads is not None  # the compiler computes the scale
+        if w.group is None and w.parameters not in kept and not fixed:
             _raise_scale(bias, params[x.parameters], w, params, tensors)
     return without_large_biases(plan, params, tensors)
 

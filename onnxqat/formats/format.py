@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import ArrayLike
 
+from onnxqat.calibration import weight_range
 from onnxqat.errors import FormatError
 from onnxqat.plan import QuantPlan, QuantPoint
 from onnxqat.qparams import QuantParams, choose_qparams, quantized_range, storage_dtype
@@ -215,6 +217,9 @@ class Found:
     ) -> None:
         """Add the parameters that the table has under ``name`` for a point.
 
+        A weight with a scale for each head gets those that the compiler computes from it, whatever
+        the table says.
+
         Parameters
         ----------
         scale : float64 of shape () or (C,)
@@ -229,6 +234,9 @@ class Found:
         FormatError
             The numbers are not valid parameters, or differ from others of the same group.
         """
+        if point.spec.heads is not None:
+            self.params[point.parameters] = self._by_absmax(point)
+            return
         place = f"{self.source}: '{name}'"
         scales = _float32(scale, place)
         axis = point.spec.axis
@@ -279,10 +287,12 @@ class Found:
         """
         for point in plan.grid_points():
             if point.role == "weight" and point.parameters not in self.params:
-                values, axis = self.tensors[point.tensor].values, point.spec.axis
-                others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis)
-                low, high = np.min(values, axis=others), np.max(values, axis=others)
-                self.params[point.parameters] = choose_qparams(low, high, point.spec)
+                self.params[point.parameters] = self._by_absmax(point)
+
+    def _by_absmax(self, point: QuantPoint) -> QuantParams:
+        values = self.tensors[point.tensor].values
+        whole = msgspec.structs.replace(point.spec, range_factor=1.0)
+        return choose_qparams(*weight_range(values, whole, "minmax"), point.spec)
 
     def complete(self) -> dict[str, QuantParams]:
         """Return all parameters of the plan that this format can hold.

@@ -40,6 +40,7 @@ def _holds(index: GraphIndex, exception: RuleException, unit: Unit) -> bool:
         node.attrs.keys() >= set(exception.written),
         exception.depthwise in (None, is_depthwise(node)),
         exception.constant_operand in (None, any(map(is_constant, node.inputs))),
+        exception.projection is None or exception.projection == (node.name in index.heads),
         exception.kernel is None or kernel == exception.kernel,
         _above(max(kernel, default=0), exception.kernel_above),
         _above(max(node.attrs.get("dilations", [1])), exception.dilation_above),

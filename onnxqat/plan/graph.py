@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from onnxqat.errors import PlanError
 from onnxqat.nodes import weight_index
 from onnxqat.overrides import Override
+from onnxqat.plan.attention import Attention, find_attention
 from onnxqat.plan.patterns import find_patterns
 from onnxqat.plan.types import Edge
 
@@ -93,6 +94,16 @@ class GraphIndex:
         for i, tensor in enumerate(self.graph.outputs):
             self.readers.setdefault(tensor.name, []).append(Edge("", i))
         self._make_units()
+
+    @cached_property
+    def attention(self) -> list[Attention]:
+        """The attention blocks, see `onnxqat.plan.attention`."""
+        return find_attention(self.graph.nodes, self.readers)
+
+    @cached_property
+    def heads(self) -> dict[str, int]:
+        """The number of heads of each product that gives queries, keys or values, by node name."""
+        return {p.name: block.heads for block in self.attention for p in block.projections}
 
     def _make_units(self) -> None:
         found = find_patterns(self.graph, self.readers, self.patterns)

@@ -218,10 +218,13 @@ def _new_fields(
                 f"Override '{override}': rule {rule.name} has no spec '{value}'. "
                 f"It has {', '.join(rule.specs)}."
             )
-        return msgspec.structs.asdict(rule.specs[value].resolve(_channel_axis(index, draft)))
+        heads = next((index.heads[e.node] for e in draft.consumers if e.node in index.heads), None)
+        spec = rule.specs[value].resolve(_channel_axis(index, draft), heads)
+        return msgspec.structs.asdict(spec)
     if override.key == "axis":
-        value = _channel_axis(index, draft) if value == "channel" else None
-    elif override.key == "bits" and override.selects_nodes and draft.role == "activation":
+        axis = _channel_axis(index, draft) if value == "channel" else None
+        return {"axis": axis, "heads": None}
+    if override.key == "bits" and override.selects_nodes and draft.role == "activation":
         others = {e.node for e in draft.consumers} - nodes
         if others & {n.name for n in index.weighted()}:
             value = max(value, draft.spec.bits)  # a shared edge takes the higher precision

@@ -131,7 +131,8 @@ class PointDrafter:
         elif op.weight and len(unit.nodes) == 1 and self._has_its_input(node, op, i):
             if self._is_chained_bias(unit):
                 return
-            spec = self.rule.specs[op.weight].resolve(channel_axis(node, i, len(tensor.shape)))
+            axis = channel_axis(node, i, len(tensor.shape))
+            spec = self.rule.specs[op.weight].resolve(axis, self.index.heads.get(node.name))
             self._draft(tensor, "weight", spec, [edge], f"weight of {unit.kind}")
 
     def _has_its_input(self, node: gs.Node, op: OpRule, i: int) -> bool:
@@ -191,7 +192,7 @@ class PointDrafter:
             return
         known.consumers += [e for e in edges if e not in known.consumers]
         if role == "weight" and known.spec.axis != spec.axis:
-            known.spec = msgspec.structs.replace(known.spec, axis=None)
+            known.spec = msgspec.structs.replace(known.spec, axis=None, heads=None)
             known.reason += ", per-tensor: its consumers need scales along different axes"
 
     def biases(self) -> list[QuantPoint]:

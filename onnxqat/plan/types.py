@@ -168,6 +168,7 @@ def describe_spec(spec: QuantSpec) -> str:
     words += ["off-center"] if spec.off_center else []
     words += ["pow2"] if spec.power_of_two else []
     words += [f"axis={spec.axis}"] if spec.axis is not None else []
+    words += [f"heads={spec.heads}"] if spec.heads is not None else []
     words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []
     words += [f"observer={spec.observer}"] if spec.observer else []
     words += [f"range_factor={spec.range_factor:g}"] if spec.range_factor != 1 else []

@@ -11,6 +11,12 @@ from onnxqat.rules.schema import Arithmetic, HardwareRule, OpRule, RuleException
 
 __all__ = ["describe_rule"]
 
+AXES = {
+    "channel": "per output channel",
+    "head": "per head of an attention block",
+    "none": "per-tensor",
+}
+
 
 def describe_rule(rule: HardwareRule) -> str:
     """Return the content of a rule as lines of text, for a person to read."""
@@ -56,7 +62,7 @@ def _spec(spec: RuleSpec) -> str:
     kind = {"signed": "signed", "unsigned": "unsigned", "from_range": "signed or unsigned by range"}
     words = [f"{spec.bits} bits", kind[spec.signedness]]
     words.append("symmetric" if spec.symmetric else "asymmetric")
-    words.append("per output channel" if spec.axis == "channel" else "per-tensor")
+    words.append(AXES[spec.axis])
     words += ["narrow range"] if spec.narrow_range else []
     words += ["zero_point off the center"] if spec.off_center else []
     words += ["power-of-two scale"] if spec.power_of_two else []

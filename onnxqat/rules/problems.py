@@ -92,6 +92,8 @@ def _wrong_specs(rule: HardwareRule) -> Iterator[Problem]:
     for key, spec in rule.specs.items():
         if wrong := wrong_spec(spec):
             yield Problem(("specs", key), wrong)
+        if spec.heads is not None:
+            yield Problem(("specs", key), "heads is counted in the model. Set axis = 'head'.")
 
 
 def wrong_spec(spec: QuantSpec) -> str | None:

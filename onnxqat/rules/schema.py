@@ -38,17 +38,29 @@ class RuleSpec(QuantSpec, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     Attributes
     ----------
-    axis : {"channel", "none"}
+    axis : {"channel", "head", "none"}
         ``channel``: one scale per output channel of the weight (the op determines the axis);
-        ``none``: per-tensor. The other attributes are those of `QuantSpec`.
+        ``head``: one scale per head of an attention block; ``none``: per-tensor. The other
+        attributes are those of `QuantSpec`.
     """
 
-    axis: Literal["channel", "none"] = "none"  # type: ignore[assignment]
+    axis: Literal["channel", "head", "none"] = "none"  # type: ignore[assignment]
 
-    def resolve(self, channel_axis: int | None) -> QuantSpec:
-        """Return the spec for a tensor whose output channels lie along ``channel_axis``."""
+    def resolve(self, channel_axis: int | None, heads: int | None = None) -> QuantSpec:
+        """Return the spec for a tensor.
+
+        Parameters
+        ----------
+        channel_axis : int or None
+            The axis of the tensor's output channels.
+        heads : int or None
+            The number of heads that the tensor is a weight of. Without it, a spec per head is
+            per-tensor.
+        """
         fields = msgspec.structs.asdict(self)
-        fields["axis"] = channel_axis if self.axis == "channel" else None
+        per_head = self.axis == "head" and heads is not None
+        fields["axis"] = channel_axis if self.axis == "channel" or per_head else None
+        fields["heads"] = heads if per_head else None
         return QuantSpec(**fields)
 
 
@@ -109,6 +121,9 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Whether a convolution has several groups, of one input channel each.
     constant_operand : bool or None
         Whether one of the inputs is a constant.
+    projection : bool or None
+        Whether the node is a product that gives queries, keys or values in an attention block, see
+        `onnxqat.plan.attention`.
     kernel : tuple of int or None
         Spatial size of the kernel.
     kernel_above, dilation_above, group_above, channels_above : int or None
@@ -132,6 +147,7 @@ class RuleException(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     written: tuple[str, ...] = ()
     depthwise: bool | None = None
     constant_operand: bool | None = None
+    projection: bool | None = None
     kernel: tuple[int, ...] | None = None
     kernel_above: int | None = None
     dilation_above: int | None = None

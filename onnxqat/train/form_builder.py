@@ -207,6 +207,8 @@ class FormBuilder:
         alone = point.role == "weight" and point.group is None
         if point.spec.fixed_range or (alone and point.tensor not in self.weights):
             return "ste"
+        if point.spec.heads is not None:  # the compiler computes the scale from the weight
+            return "moving-average"
         return point.spec.method or self.method
 
     def _variant(self, point: QuantPoint, source: gs.Tensor) -> FakeQuantize:

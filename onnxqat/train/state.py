@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from onnxqat.calibration import fit_bias_range
+from onnxqat.calibration import fit_bias_range, weight_range
 from onnxqat.model import Model
 from onnxqat.pairs import scale_name, zero_point_name
-from onnxqat.qparams import FloatArray, QuantParams, nearest_power_of_two
+from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, nearest_power_of_two
 from onnxqat.quantized import QuantizedModel
 
 __all__ = ["with_values"]
@@ -47,8 +47,12 @@ def with_values(
     for name in weights:
         tensors[name].values = values[name].copy()
     powers = {p.parameters for p in model.plan.grid_points() if p.spec.power_of_two}
+    per_head = {p.parameters: p for p in model.plan.grid_points() if p.spec.heads is not None}
 
     def trained(name: str, before: QuantParams) -> QuantParams:
+        if name in per_head:  # also if scales are frozen, or averaged over the steps
+            spec = per_head[name].spec
+            return choose_qparams(*weight_range(tensors[name].values, spec, "minmax"), spec)
         scale, zero_point = values[scale_name(name)].copy(), before.zero_point
         if name in powers:  # the moving average of powers of two is not a power of two
             scale = nearest_power_of_two(scale)

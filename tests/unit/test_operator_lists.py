@@ -15,7 +15,7 @@ ONNX = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""}
 
 # Modules that list operators for what they do with them themselves, and what that is.
 OWN_LISTS = {
-    "evaluation/integer/attention.py": "what Sophgo's compiler makes one op of",
+    "plan/attention.py": "what Sophgo's compiler makes one op of",
     "evaluation/integer/build.py": "kernels of the integer evaluation",
     "foreign.py": "what other tools write around their pairs",
     "formats/mnn.py": "what MNN's converter fuses",

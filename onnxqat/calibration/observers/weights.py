@@ -36,7 +36,8 @@ def weight_range(
         The weight; not changed.
     spec : QuantSpec
         How the weight is quantized: ``axis`` is None for per-tensor. The chosen range is multiplied
-        by ``range_factor``.
+        by ``range_factor``. With ``heads``, it is that of the extremes of each head, for all
+        channels of the head, whatever ``method`` and ``range_factor`` say.
     method : {"minmax", "mse"}
         ``mse`` multiplies minimum and maximum of each channel by one of the factors 1.00, 0.99,
         ... 0.20, the one with the least squared quantization error (Nagel et al. 2021,
@@ -66,10 +67,21 @@ def weight_range(
     low, high = rows.min(axis=1), rows.max(axis=1)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise DataError("Weight contains NaN or infinity. Repair the model first.")
+    if spec.heads is not None:
+        return _of_heads(low, high, spec.heads)
     if method == "mse":
         low, high = _shrunk(rows, low, high, spec)
     low, high = (end * np.float32(spec.range_factor) for end in (low, high))
     return (low.reshape(()), high.reshape(())) if spec.axis is None else (low, high)
+
+
+def _of_heads(low: FloatArray, high: FloatArray, heads: int) -> tuple[FloatArray, FloatArray]:
+    """Give all channels of a head the range of the head."""
+    size = low.size // heads
+    return (
+        low.reshape(heads, size).min(axis=1).repeat(size),
+        high.reshape(heads, size).max(axis=1).repeat(size),
+    )
 
 
 def _shrunk(
