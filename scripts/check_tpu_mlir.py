@@ -43,6 +43,7 @@ from onnxqat.rules import load_rule
 
 TOLERANCE = Tolerance(differing=0.001, levels=1, predictions=0.99)
 TENSOR_SAMPLES = 32
+INT8 = ("_si8", "_ui8")
 
 
 def compare_weights(model: QuantizedModel, folder: Path, name: str) -> dict[str, int]:
@@ -70,9 +71,13 @@ def compare_weights(model: QuantizedModel, folder: Path, name: str) -> dict[str,
 
 
 def integers_of(tensor: str, shape: tuple[int, ...], grid: Grid, theirs: Feeds) -> Array | None:
-    """Return the simulator's integers of a tensor; None if the compiled model does not have it."""
+    """Return the simulator's integers of a tensor; None if the compiled model does not have it.
+
+    If the tensor is float on the chip, the integers are those of its cast, ``<op><reader>_si8``.
+    """
     names = [k for k in theirs if k == tensor or k.rsplit("_", 1)[0] == tensor]
-    same = [theirs[k] for k in names if theirs[k].size == np.prod(shape)]
+    casts = [k for k in theirs for n in names if k != n and k.startswith(n) and k.endswith(INT8)]
+    same = [theirs[k] for k in (*casts, *names) if theirs[k].size == np.prod(shape)]
     if not same:
         return None
     array = same[0].reshape(shape)

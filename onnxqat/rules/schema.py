@@ -186,6 +186,9 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         and add the zero_point, both in ``float_type``, then round.
     float_type : {"float32", "float16"}
         Type of the floats that leave a product and of those that become integers.
+    float_ops : {"float32", "float16"}
+        Type of the ops that run in float: of dequantized integers, of constants, and of what
+        becomes integers again. They compute in float32, see `Grid.to_halves`.
     factor_type : {"float64", "float32", "float19", "float16"}
         Type of the factor s_x * s_w of a product with a float output. ``float64`` also stands for
         an exact product; with the others, sum and factor are multiplied in float32. ``float19`` is
@@ -236,6 +239,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     float_rounding: Rounding = "half-even"
     float_scaling: Literal["divide", "multiply"] = "divide"
     float_type: Literal["float32", "float16"] = "float32"
+    float_ops: Literal["float32", "float16"] = "float32"
     factor_type: Literal["float64", "float32", "float19", "float16"] = "float64"
     bias: Literal["plan", "int32"] = "plan"
     multiplier_bits: int = 32

@@ -1,7 +1,7 @@
-"""Chips whose products write floats: Ascend, ncnn, Cambricon and others, against plain numpy.
+"""Chips with float steps: Ascend, ncnn, Cambricon, Sophgo and others, against plain numpy.
 
 Ascend: canndev ascend_quant.py and ascend_dequant.py. ncnn: src/layer/quantize.cpp and
-requantize.cpp. Cambricon: the formulas of the CNNL user guide.
+requantize.cpp. Cambricon: the formulas of the CNNL user guide. Sophgo: lib/Support/CastUtils.cpp.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from onnxqat.errors import RuleError
 from onnxqat.evaluation import IntegerProgram
 from onnxqat.evaluation.integer.products import SplitConvolution
 from onnxqat.evaluation.integer.requantize import dequantizer, requantizer
-from onnxqat.evaluation.integer.steps import FloatTarget, ProductStep, QuantizeStep, Values
+from onnxqat.evaluation.integer.steps import (
+    FloatStep,
+    FloatTarget,
+    ProductStep,
+    QuantizeStep,
+    Values,
+)
 from onnxqat.rules import Arithmetic, load_rule
-from tests.networks import convnet, quantized, samples
+from tests.networks import _Graph, convnet, quantized, samples
 from tests.unit.test_integer_kernels import direct_convolution, grid
 
 ASCEND = load_rule("ascend").arithmetic
@@ -74,6 +80,53 @@ def test_ncnn_rounds_half_away_and_leaves_out_minus_128():
     expected = [min(max(ROUNDED["half-away"](np.float32(v * inverse)), -127), 127) for v in x]
 
     assert g.quantize_as(x, NCNN).tolist() == expected
+
+
+def half(value):
+    return np.float32(np.float16(value))
+
+
+def normalized(row, gamma, beta):
+    """Return a LayerNormalization of float16 values with float16 parameters, in float32."""
+    centered = row - row.mean(dtype=np.float32)
+    inverse = np.float32(1) / np.sqrt((centered * centered).mean(dtype=np.float32) + 1e-5)
+    return centered * inverse * half(gamma) + half(beta)
+
+
+def test_sophgo_normalizes_in_float16():
+    """Scales, integers times scales, parameters, and what becomes integers are float16."""
+    g = _Graph(0)
+    g.node("MatMul", ["input", g.weight("w", 8, 16)], "a")
+    gamma, beta = (g.weight(n, 16, size=1.0) for n in ("gamma", "beta"))
+    g.node("LayerNormalization", ["a", gamma, beta], "b")
+    g.node("MatMul", ["b", g.weight("v", 16, 4)], "output")
+    network = g.model(["N", 8], ["N", 4])
+    model = quantized(network, "sophgo-bm1684x")[1]
+    program = IntegerProgram(model, threads=1)
+    values = Values(floats={"input": samples(network, 64, seed=3)})
+    for step in program.steps:
+        found = step.run(values)
+        values = Values(values.levels | found.levels, values.floats | found.floats)
+    scale, inverse = half(program.grids["a"].scale), half(1 / program.grids["b"].scale)
+    tensors = model.floats.graph.tensors()
+    parameters = [tensors[name].values for name in ("gamma", "beta")]
+    rows = [normalized(half(scale * row.astype(np.float32)), *parameters)
+            for row in values.levels["a"]]  # fmt: skip
+    expected = [[min(max(ROUNDED["half-away"](half(y * inverse)), -128), 127) for y in row]
+                for row in rows]  # fmt: skip
+
+    assert values.levels["b"].tolist() == expected
+    away = program.grids["b"].quantize(values.floats["b"], "half-away")
+    assert 0 < np.count_nonzero(away != values.levels["b"]) < 20
+
+
+def test_a_constant_beyond_float16_keeps_an_op_in_float32():
+    g = _Graph(0)
+    g.node("MatMul", ["input", g.weight("w", 8, 16)], "a")
+    g.node("LayerNormalization", ["a", g.weight("gamma", 16, size=1e5)], "output")
+    model = quantized(g.model(["N", 8], ["N", 16]), "sophgo-bm1684x")[1]
+
+    assert [s.halves for s in IntegerProgram(model).steps if isinstance(s, FloatStep)] == [False]
 
 
 def test_a_scale_whose_inverse_is_no_float16_is_an_error():

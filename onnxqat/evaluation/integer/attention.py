@@ -99,7 +99,7 @@ class SoftmaxStep:
 
 
 def find_attention(context: Context, groups: Sequence[FusedOp]) -> list[FusedAttention]:
-    """Return the blocks that the compiler fuses: those whose integers are int8."""
+    """Return the blocks that the compiler fuses: quantized ones whose integers are int8."""
     by_node = {node.name: group for group in groups for node in group.nodes}
     found = []
     for block in GraphIndex(context.graph).attention:
@@ -108,7 +108,9 @@ def find_attention(context: Context, groups: Sequence[FusedOp]) -> list[FusedAtt
         scale, softmax = by_node[block.scale.name], by_node[block.softmax.name]
         alone = all(len(group.nodes) == 1 for group in (*products[:2], scale, softmax))
         biased = all(is_bias_add(n) for g in (*projections, products[2]) for n in g.epilogue)
-        if alone and biased and _are_int8(context, (*projections, *products[:2], scale)):
+        whole = all(node.inputs[1].name in context.grids for node in block.projections)
+        int8 = _are_int8(context, (*projections, *products[:2], scale))
+        if alone and biased and whole and int8:
             fused = FusedAttention(projections, products, scale, softmax, block.heads)
             found.append(fused)
     return found

@@ -25,6 +25,7 @@ from onnxqat.evaluation.integer.context import (
     make_context,
 )
 from onnxqat.evaluation.integer.epilogue import has_only_limits, make_target
+from onnxqat.evaluation.integer.grid import rounded_to_half
 from onnxqat.evaluation.integer.hmx import concatenate_on_vectors
 from onnxqat.evaluation.integer.kernels import (
     add,
@@ -76,7 +77,7 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
         )
     context = make_context(model, rule, arithmetic, threads)
     steps: list[Step] = []
-    written = [t.name for t in context.graph.inputs]
+    written, halves = [t.name for t in context.graph.inputs], False
     groups = fused_ops(context, model.plan.chains)
     fused = _attention(context, groups)
     for group in [None, *groups]:
@@ -84,8 +85,11 @@ def build_steps(model: QuantizedModel, rule: HardwareRule, *, threads: int = 0) 
             step = fused.get(group.outputs[0]) or _build(context, group)
             steps.append(step)
             written = group.outputs if isinstance(step, FloatStep) else []
+            halves = isinstance(step, FloatStep) and step.halves
         steps += (
-            QuantizeStep(tensor=name, grid=context.grids[name], arithmetic=arithmetic)
+            QuantizeStep(
+                tensor=name, grid=context.grids[name], arithmetic=arithmetic, halves=halves
+            )
             for name in written
             if name in context.grids
         )
@@ -192,13 +196,34 @@ def _constants(operands: Sequence[Operand], *, centered: bool = False) -> dict[s
 
 
 def _float(context: Context, group: FusedOp, operands: Sequence[Operand]) -> FloatStep:
+    """Return the step of an op that the chip runs in float, see `Arithmetic.float_ops`."""
     constants = _constants(operands)
+    if context.arithmetic.float_ops == "float16":
+        narrow = {
+            name: rounded_to_half(values) if values.dtype == np.float32 else values
+            for name, values in constants.items()
+        }
+        if all(np.isfinite(values).all() for values in narrow.values()):
+            return _exact(context, group, operands, narrow, halves=True)
+    return _exact(context, group, operands, constants)
+
+
+def _exact(
+    context: Context,
+    group: FusedOp,
+    operands: Sequence[Operand],
+    constants: dict[str, NDArray[Any]],
+    *,
+    halves: bool = False,
+) -> FloatStep:
+    """Return the step that runs a group in float32 with the given constants."""
     fed = [o for o in operands if o.values is None]
     return FloatStep(
         session=context.session(group, operands, constants),
         grids={o.tensor: o.grid for o in fed if o.grid is not None},
         floats=tuple(dict.fromkeys(o.tensor for o in fed if o.grid is None)),
         outputs=tuple(group.outputs),
+        halves=halves,
     )
 
 
@@ -218,7 +243,7 @@ def _table(context: Context, group: FusedOp, operands: Sequence[Operand]) -> Ste
     (target,) = group.outputs
     if target not in context.grids:
         return _float(context, group, operands)
-    step = _float(context, group, operands)
+    step = _exact(context, group, operands, _constants(operands))
     grid = context.grids[source.tensor]
     if grid.spec.bits > 8 and context.arithmetic.requantize == "two-shifts":
         _refuse(context, group, "its table of 16-bit integers is unknown")

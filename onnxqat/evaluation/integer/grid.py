@@ -20,7 +20,13 @@ from onnxqat.qparams import (
 )
 from onnxqat.rules import Arithmetic, ShiftRounding
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "rounded_to_half"]
+
+
+def rounded_to_half(values: FloatArray) -> FloatArray:
+    """Return float32 values rounded to float16; what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,24 @@ class Grid:
         rounded = round_levels(np.clip(levels.astype(np.float32), -span, span), rounding)
         offset = stored if arithmetic.float_scaling == "multiply" else 0
         return self.saturate(rounded - offset)
+
+    def to_halves(self, levels: NDArray[Any]) -> FloatArray:
+        """Return the values that a chip with float16 makes of integers: s and s * q are float16.
+
+        As ``dequant`` of sophgo/tpu-mlir lib/Support/CastUtils.cpp.
+        """
+        scale = self.scale.astype(np.float16).astype(np.float32)
+        return rounded_to_half(scale * self.centered(levels).astype(np.float32))
+
+    def from_halves(self, values: FloatArray, rounding: ShiftRounding) -> NDArray[Any]:
+        """Return the integers that such a chip makes of floats: 1 / s and x * (1 / s) are float16.
+
+        As ``requant`` of sophgo/tpu-mlir lib/Support/CastUtils.cpp.
+        """
+        levels = rounded_to_half(values * self._inverse(np.dtype(np.float16)).astype(np.float32))
+        low, high = self.limits
+        span = 2 * (high - low + 1)
+        return self.saturate(round_levels(np.clip(levels, -span, span), rounding))
 
     def _inverse(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         inverse = np.asarray(np.float32(1) / self.scale).astype(dtype)

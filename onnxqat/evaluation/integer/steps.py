@@ -58,17 +58,28 @@ class Step(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeStep:
-    """Quantizes a float tensor."""
+    """Quantizes a float tensor.
+
+    Attributes
+    ----------
+    halves : bool
+        Whether an op in float16 writes the tensor.
+    """
 
     tensor: str
     grid: Grid
     arithmetic: Arithmetic
+    halves: bool = False
 
     def run(self, values: Values) -> Values:
         """Quantize the tensor."""
         x = values.floats[self.tensor]
         try:
-            return Values(levels={self.tensor: self.grid.quantize_as(x, self.arithmetic)})
+            if self.halves:
+                levels = self.grid.from_halves(x, self.arithmetic.float_rounding)
+            else:
+                levels = self.grid.quantize_as(x, self.arithmetic)
+            return Values(levels={self.tensor: levels})
         except RuleError as error:
             raise RuleError(f"'{self.tensor}': {error}") from error
 
@@ -87,20 +98,22 @@ class FloatStep:
         Names of the other inputs.
     outputs : tuple of str
         Names of the outputs.
+    halves : bool
+        Whether the values of the integers are float16.
     """
 
     session: ort.InferenceSession
     grids: Mapping[str, Grid]
     floats: tuple[str, ...]
     outputs: tuple[str, ...]
+    halves: bool = False
 
     def run(self, values: Values) -> Values:
         """Run the nodes in float."""
         feeds = {name: values.floats[name] for name in self.floats}
-        feeds |= {
-            dequantized_name(name): grid.dequantize(values.levels[name])
-            for name, grid in self.grids.items()
-        }
+        for name, grid in self.grids.items():
+            read = grid.to_halves if self.halves else grid.dequantize
+            feeds[dequantized_name(name)] = read(values.levels[name])
         found = self.session.run(list(self.outputs), feeds)
         return Values(floats=dict(zip(self.outputs, found, strict=True)))
 
