@@ -17,7 +17,17 @@ from typing import Any, Literal, TypeAlias, get_args
 from onnxqat.environment import changing_to_cuda, runtime_distribution
 from onnxqat.errors import OptionError
 
-__all__ = ["CPU", "DEVICE", "Device", "Precision", "check_device", "find_device"]
+__all__ = [
+    "CPU",
+    "DEVICE",
+    "LOG_FATAL_ONLY",
+    "Device",
+    "Precision",
+    "check_device",
+    "find_device",
+]
+
+LOG_FATAL_ONLY = 4  # failures raise exceptions, whose text is reported
 
 Precision: TypeAlias = Literal["tf32", "fp32"]
 PRECISIONS = get_args(Precision)
@@ -43,12 +53,18 @@ class Device:
     resident : bool
         Whether training keeps its arrays on the device between steps and runs the optimizer there
         as a graph. Always true on a GPU. If false, numpy holds the arrays.
+    captures : bool
+        Whether a training step is replayed as a CUDA graph, if onnxruntime can do that.
+    captured : bool
+        Whether the first run of a session on a GPU records such a graph, and the others replay it.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     index: int = 0
     precision: Precision = "fp32"
     resident: bool = False
+    captures: bool = False
+    captured: bool = False
 
     @property
     def name(self) -> str:
@@ -66,6 +82,8 @@ class Device:
             # several sessions share the memory of the GPU
             "arena_extend_strategy": "kSameAsRequested",
         }
+        if self.captured:
+            options["enable_cuda_graph"] = "1"
         return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
     def __str__(self) -> str:
@@ -119,7 +137,7 @@ def find_device(text: str, precision: str | None = None, *, rank: int = 0, size:
             )
         if problem is None:
             found: Precision = "fp32" if precision == "fp32" else "tf32"
-            return Device(kind="cuda", index=index, precision=found, resident=True)
+            return Device(kind="cuda", index=index, precision=found, resident=True, captures=True)
         if kind == "cuda":
             raise OptionError(f"--device {text}: {problem}")
     if precision == "tf32":
@@ -141,6 +159,8 @@ def _problem(index: int) -> str | None:
     installed = runtime_distribution()
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return f"{installed} computes on the CPU alone. {changing_to_cuda()}"
+    # otherwise onnxruntime writes what it tries, and later each error, to the terminal
+    ort.set_default_logger_severity(LOG_FATAL_ONLY)
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):  # onnxruntime prints its attempts
         if hasattr(ort, "preload_dlls"):  # loads the CUDA libraries that pip installed
@@ -163,7 +183,7 @@ def _refusal(index: int) -> str | None:
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "probe", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16)], ir_version=8)
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = LOG_FATAL_ONLY
     device = Device(kind="cuda", index=index)
     try:
         session = ort.InferenceSession(

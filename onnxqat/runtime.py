@@ -14,23 +14,22 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxqat.device import CPU, Device
+from onnxqat.device import CPU, LOG_FATAL_ONLY, Device
 from onnxqat.errors import DataError, ModelError, OnnxQatError
 
-__all__ = ["Optimization", "Session", "UnknownOpError", "open_session"]
+__all__ = ["Optimization", "Session", "UnknownOpError", "explained_memory", "open_session"]
 
 # all: as in a user's runtime; basic: only rewrites that keep all values bit for bit; none: node by
 # node as in the file.
 Optimization = Literal["all", "basic", "none"]
 LEVELS = {"all": "ORT_ENABLE_ALL", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL"}
-LOG_FATAL_ONLY = 4  # failures raise exceptions, whose text is reported
-
 STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 SOURCE_LINE = re.compile(r"^\S+\.(h|cc|cpp):\d+ (.* was false\. )?")  # in onnxruntime's own files
 FAILED = re.compile(r"while running (\w+) node\. Name:'(.*?)' Status Message: (.*)", re.DOTALL)
 TENSOR_OF_NUMBERS = re.compile(r"tensor\((?!string)\w+\)")
 UNKNOWN = re.compile(r"Fatal error: (?:(\S*):)?(\w+)\(-?\d+\) is not a registered function/op")
 UNREGISTERED = re.compile(r"No Op registered for (\w+) with domain_version")
+FULL = re.compile(r"out of memory|Failed to allocate memory|ALLOC_FAILED|bad.?alloc", re.IGNORECASE)
 WITHOUT_KERNEL = re.compile(
     r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*)'"
 )
@@ -83,6 +82,9 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         The device that runs the model.
     """
 
+    # onnxruntime's own fallback prints text, and then runs the model on the CPU unnoticed
+    _enable_fallback = property(lambda _: False, lambda *_: None)
+
     def __init__(
         self,
         name: str,
@@ -91,7 +93,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         outputs_of_unnamed: Mapping[str, list[str]],
         device: Device = CPU,
     ) -> None:
-        self.name, self._outputs_of_unnamed = name, outputs_of_unnamed
+        self.name, self._outputs_of_unnamed, self._device = name, outputs_of_unnamed, device
         try:
             super().__init__(
                 model,
@@ -100,13 +102,13 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
                 disabled_optimizers=["ReshapeFusion"],  # its nodes would be the last to run
             )
         except Exception as error:  # the bindings raise a class per status code
-            raise _load_error(name, _said(error)) from error
+            said = _said(error)
+            raise (_full_memory(name, said, device) or _load_error(name, said)) from error
         if device.kind == "cuda" and "CUDAExecutionProvider" not in self.get_providers():
             raise ModelError(
                 f"{name}: onnxruntime could not open it on {device.name}. Check "
                 "whether another process uses the GPU's memory (nvidia-smi), or pass --device cpu."
             )
-        self.disable_fallback()  # a silent fallback to the CPU would go unnoticed
 
     def run(self, *arguments: Any, **others: Any) -> Any:
         """Return the outputs, see onnxruntime.
@@ -162,6 +164,8 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
             raise self._run_error(_said(error)) from error
 
     def _run_error(self, said: str) -> OnnxQatError:
+        if (full := _full_memory(self.name, said, self._device)) is not None:
+            return full
         found = FAILED.search(said)
         if found is None:
             what = said.removesuffix("Please fix either the inputs/outputs or the model.")
@@ -198,6 +202,29 @@ def _said(error: Exception) -> str:
     """Return onnxruntime's message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return STATUS.sub("", text)
+
+
+def _full_memory(name: str, said: str, device: Device) -> ModelError | None:
+    """Return an error if a message says that the memory of a GPU is full, otherwise None."""
+    if device.kind == "cpu" or FULL.search(said) is None:
+        return None
+    return ModelError(
+        f"{name}: the memory of {device.name} is full. Pass a smaller --batch-size (in training, "
+        "with a larger --accumulate); nvidia-smi shows what else uses it."
+    )
+
+
+@contextmanager
+def explained_memory(name: str, device: Device) -> Iterator[None]:
+    """Raise a `ModelError` with advice if an array does not fit into the memory of a device."""
+    try:
+        yield
+    except OnnxQatError:
+        raise
+    except Exception as error:  # the bindings raise a class per status code
+        if (full := _full_memory(name, _said(error), device)) is not None:
+            raise full from error
+        raise
 
 
 def _load_error(name: str, said: str) -> ModelError:

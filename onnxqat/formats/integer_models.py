@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnxruntime as ort
 
+from onnxqat.device import LOG_FATAL_ONLY
 from onnxqat.errors import ModelError
 from onnxqat.formats.format import Calibrated, refuse
 from onnxqat.formats.onnxruntime_qdq import integer_model
@@ -12,7 +13,6 @@ from onnxqat.locks import Scratch
 from onnxqat.model import Model, load_model
 from onnxqat.pairs import has_clip
 from onnxqat.quantized import QuantizedModel
-from onnxqat.runtime import LOG_FATAL_ONLY
 
 __all__ = ["openvino_model", "qoperator_model", "tensorrt_model"]
 

@@ -10,6 +10,7 @@ With the weight c of each position (the weight of its class, or 0 if its label i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -47,7 +48,7 @@ def _factor(b: Backward, counted: str | None) -> str:
     factor = b.dy
     if b.attribute("reduction", "mean") == "mean":
         if counted is None:
-            size = b.op("Cast", b.op("Size", b.input(1)), to=TensorProto.FLOAT)
+            size = _count(b, b.input(1))
         else:
             size = b.op("Max", b.op("ReduceSum", counted, keepdims=0), TINY)
         factor = b.op("Div", factor, size)
@@ -56,6 +57,17 @@ def _factor(b: Backward, counted: str | None) -> str:
     if counted is None:
         return factor
     return b.op("Mul", b.unsqueeze(counted, [1]), factor)
+
+
+def _count(b: Backward, name: str) -> str:
+    """Return the number of elements as a float32: a constant if it is known, or else from Size.
+
+    Size computes on the CPU, so its result would have to be copied to a GPU in every step.
+    """
+    fixed = b.fixed(name)
+    if fixed is not None:
+        return b.constant(float(math.prod(fixed)))
+    return b.op("Cast", b.op("Size", name), to=TensorProto.FLOAT)
 
 
 LOSSES: dict[str, Callable[[Backward], Found]] = {"SoftmaxCrossEntropyLoss": _cross_entropy}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
@@ -58,13 +60,15 @@ def test_a_gpu_that_cannot_be_used_is_told_with_what_to_look_at(monkeypatch):
 
 def test_a_usable_gpu_keeps_what_is_trained(usable):
     found = find_device("cuda:1")
-    assert found == Device(kind="cuda", index=1, precision="tf32", resident=True)
+    assert found == Device(kind="cuda", index=1, precision="tf32", resident=True, captures=True)
     assert found.name == "cuda:1"
     assert str(found) == "cuda:1 (tf32)"
     (name, options), other = found.providers
     assert (name, other) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert options["device_id"] == "1"
     assert options["use_tf32"] == "1"
+    assert "enable_cuda_graph" not in options
+    assert replace(found, captured=True).providers[0][1] == options | {"enable_cuda_graph": "1"}
     exact = find_device("auto", "fp32")
     assert exact.providers[0][1]["use_tf32"] == "0"
     assert exact.index == 0

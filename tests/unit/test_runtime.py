@@ -6,12 +6,14 @@ import gc
 
 import numpy as np
 import onnx.parser
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxqat.device import Device
 from onnxqat.ends import TensorReader
 from onnxqat.errors import DataError, ModelError
-from onnxqat.runtime import UnknownOpError, open_session
+from onnxqat.runtime import UnknownOpError, explained_memory, open_session
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -142,3 +144,35 @@ def test_in_place_a_wrong_shape_is_an_error_of_the_data():
     session = open_session(onnx.parser.parse_model(text), optimization="basic", name="net")
     with pytest.raises(DataError, match=r"^net: does not run on the data"):
         session.run_in_place(["y"], {"x": np.zeros((2, 4), np.float32)})
+
+
+ARENA = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv "
+    "node. Name:'c' Status Message: /src/bfc_arena.cc:376 Failed to allocate memory for requested "
+    "buffer of size 4096"
+)
+
+
+@pytest.mark.parametrize("text", [ARENA, "CUDA failure 2: out of memory ; GPU=1"])
+def test_a_full_memory_of_a_gpu_is_told_with_what_to_do(monkeypatch, text):
+    def full(*_, **__):
+        raise RuntimeError(text)
+
+    session = open_session(MATMUL, optimization="none", name="net.onnx")
+    monkeypatch.setattr(ort.InferenceSession, "run", full)
+    with pytest.raises((ModelError, DataError), match="does not run on the data"):
+        session.run(None, {})
+    session._device = Device(kind="cuda", index=1)
+    said = r"^net\.onnx: the memory of cuda:1 is full\. Pass a smaller --batch-size"
+    with pytest.raises(ModelError, match=said):
+        session.run(None, {})
+    with (
+        pytest.raises(ModelError, match=r"^training: the memory of cuda:1 is full"),
+        explained_memory("training", session._device),
+    ):
+        full()
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        explained_memory("training", session._device),
+    ):
+        raise RuntimeError("another")

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from onnxqat.device import Device
 from onnxqat.qparams import FloatArray
+from onnxqat.runtime import explained_memory
 
 __all__ = ["DeviceVector", "Layout"]
 
@@ -77,9 +78,10 @@ class DeviceVector:
 
     def __init__(self, device: Device, size: int) -> None:
         self.device, self.size = device, size
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type(
-            [size], np.float32, device.kind, device.index
-        )
+        with explained_memory("training", device):
+            self._value = ort.OrtValue.ortvalue_from_shape_and_type(
+                [size], np.float32, device.kind, device.index
+            )
         self.set(np.zeros(size, np.float32))
 
     def set(self, values: FloatArray) -> None:
