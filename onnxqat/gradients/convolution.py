@@ -336,8 +336,12 @@ def _by_tap(conv: _Conv) -> str:
 
 
 def _joined(conv: _Conv, parts: list[str], axis: int) -> str:
-    if conv.b.scope.wide and len(parts) > MOST_JOINED:
-        groups = [parts[i : i + MOST_JOINED] for i in range(0, len(parts), MOST_JOINED)]
+    count = len(parts)
+    if conv.b.scope.wide and count > MOST_JOINED:
+        # groups of equal lengths, if possible: others cannot be in a CUDA graph, either
+        divisors = [n for n in range(2, MOST_JOINED + 1) if count % n == 0]
+        size = next((n for n in reversed(divisors) if count // n <= MOST_JOINED), MOST_JOINED)
+        groups = [parts[i : i + size] for i in range(0, count, size)]
         parts = [_joined(conv, group, axis) for group in groups]
     return conv.b.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
 

@@ -18,11 +18,10 @@ from onnxqat.train.engine import StepSession, step_graph
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.losses import Arrays, Loss
 from onnxqat.train.resident.descent import DeviceDescent
-from onnxqat.train.resident.feeds import Uploader, ahead
+from onnxqat.train.resident.feeds import AHEAD, Uploader, ahead
 
 __all__ = ["bringing", "open_descent"]
 
-AHEAD = 2  # number of batches uploaded in advance
 Classes: TypeAlias = dict[str, tuple[int, int | None]]
 
 

@@ -87,7 +87,7 @@ TOGETHER = {
         "empty": (*tuned("empty.onnx"), "--batch-size", "8"),
         "single": (*SINGLE, "--log", "single-2.jsonl"),
         "whole": WHOLE,
-        "resident": (*TUNE, *SGD, "--batch-size", "8"),
+        "resident": (*tuned("ranges.onnx"), "--batch-size", "8"),
     },
     4: {
         "step": (*STEP, "--batch-size", str(BATCH // 4)),
@@ -194,8 +194,9 @@ def sample_gradients(work: Path) -> dict[str, np.ndarray]:
 
 @needs_mpi
 def test_processes_that_keep_arrays_on_a_device_average_them_too(work, said, monkeypatch):
+    """Gradients are averaged, and the observed ranges cover the batches of both processes."""
     monkeypatch.setattr(given, "find_device", lambda *_, **__: Device(resident=True))
-    words = (*TUNE, *SGD, "--batch-size", "8", "--accumulate", "2")
+    words = (*tuned("ranges.onnx"), "--batch-size", "8", "--accumulate", "2")
     onnxqat(work, *words, "-o", "resident-1.onnx")
 
     assert "best 2" in said[2, "resident"][0]

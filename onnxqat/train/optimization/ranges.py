@@ -98,10 +98,10 @@ class Ranges:
                 continue
             if not _activations(points):
                 weight = self.values.views[points[0].tensor]
-                self._set(name, points[0], *weight_range(weight, points[0].spec, "minmax"))
+                self.assign(name, points[0], *weight_range(weight, points[0].spec, "minmax"))
             elif self.constant and seen[0] <= seen[1]:
                 row += np.float32(self.constant) * (self._with_weights(seen, points) - row)
-                self._set(name, points[0], row[0], row[1])
+                self.assign(name, points[0], row[0], row[1])
 
     def _with_weights(self, seen: FloatArray, points: list[QuantPoint]) -> FloatArray:
         """Return a range that also covers the constants that share it."""
@@ -111,7 +111,14 @@ class Ranges:
             low, high = min(low, weight.min()), max(high, weight.max())
         return np.array([low, high], np.float32)
 
-    def _set(self, name: str, point: QuantPoint, low: FloatArray, high: FloatArray) -> None:
+    def assign(self, name: str, point: QuantPoint, low: FloatArray, high: FloatArray) -> None:
+        """Set scale and zero_point to cover a range.
+
+        Raises
+        ------
+        TrainingError
+            The range is not finite.
+        """
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise TrainingError(
                 f"'{name}': its values reached [{low}, {high}] in training. Try a smaller --lr."

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
-import onnx
 
 from onnxqat.device import Device
 from onnxqat.parallel import Workers
 from onnxqat.qparams import FloatArray
 from onnxqat.quantized import QuantizedModel
-from onnxqat.runtime import open_session
 from onnxqat.train.config import Config
 from onnxqat.train.descent import Descent
 from onnxqat.train.engine import Flat, StepGraph
@@ -20,9 +18,11 @@ from onnxqat.train.form import TrainingForm
 from onnxqat.train.monitoring.divergence import explain_loss, not_finite
 from onnxqat.train.optimization.updater import Updater
 from onnxqat.train.resident.arrays import DeviceVector
-from onnxqat.train.resident.graphs import add_graph, average_graph, copy_graph, mean_graph
+from onnxqat.train.resident.bound import Values
+from onnxqat.train.resident.graphs import average_graph
+from onnxqat.train.resident.operations import GradientMean, Operation
 from onnxqat.train.resident.ranges import DeviceRanges
-from onnxqat.train.resident.step import DeviceStep, Values
+from onnxqat.train.resident.step import DeviceStep
 from onnxqat.train.resident.updater import DeviceUpdater, layout_of
 
 __all__ = ["DeviceDescent"]
@@ -78,23 +78,18 @@ class DeviceDescent(Descent):
         self._step = opened(graph)
         self._delayed = None if delayed is None else opened(delayed)
         self.inputs = self._step.inputs
-        self._open_sums(size)
+        self._mean = GradientMean(device, self.gradients, config.batches)
+        self._open_average(size)
         self.reset()
 
-    def _open_sums(self, size: int) -> None:
-        """Open the graphs that average gradients and values."""
-        opened = partial(_Operation, device=self.device)
-        config, gradients = self.config, self.gradients
-        if config.batches > 1:
-            total = DeviceVector(self.device, size)
-            self._begin_sum = opened(copy_graph(size), source=gradients, target=total)
-            self._add = opened(add_graph(size), total=total, gradient=gradients, target=total)
-            self._divide = opened(mean_graph(size, config.batches), total=total, target=gradients)
+    def _open_average(self, size: int) -> None:
+        """Open the graph of the moving average of the parameters, if there is one."""
         self._kept = self.values
-        if config.ema is not None:
+        if self.config.ema is not None:
             self._kept = DeviceVector(self.device, size)
-            self._average = opened(
-                average_graph(size, config.ema),
+            self._average = Operation(
+                average_graph(size, self.config.ema),
+                self.device,
                 average=self._kept,
                 values=self.values,
                 target=self._kept,
@@ -147,11 +142,9 @@ class DeviceDescent(Descent):
             losses.append(loss)
             self._finite = self._finite and finite
             if self.ranges is not None:
-                self.ranges.see(session.extremes())
-            if self.config.batches > 1:
-                (self._add if number else self._begin_sum)()
-        if self.config.batches > 1:
-            self._divide()
+                self.ranges.see(session)
+            self._mean.add(number)
+        self._mean.end()
         mean = np.array(sum(losses) / len(losses))
         if self.workers.size > 1:
             gradients = self.gradients.get()
@@ -180,7 +173,7 @@ class DeviceDescent(Descent):
         if self.ranges is not None:
             self.ranges.step(self.workers, partial(self._plan.frozen, step=step))
         if self.config.ema is not None:
-            self._average()
+            self._average.run()
 
     def keep(self) -> None:
         """Save the current state as the best."""
@@ -198,7 +191,7 @@ class DeviceDescent(Descent):
             else:
                 arrays[f"optimizer/{name}"] = _joined(found, learned)
         if self.ranges is not None:
-            arrays["ranges"] = self.ranges.ranges.averages
+            arrays["ranges"] = self.ranges.averages()
         if self.config.ema is not None:
             arrays["average"] = _joined(self.kept, every)
         values = _joined(self._downloaded(self.values), every)
@@ -213,31 +206,12 @@ class DeviceDescent(Descent):
             else:
                 found = _parted(arrays[f"optimizer/{name}"], learned)
             vector.set(self.layout.joined(found))
-        values = _parted(arrays["values"], every)
-        self.values.set(self.layout.joined(values))
+        self.values.set(self.layout.joined(_parted(arrays["values"], every)))
         if self.config.ema is not None:
             self._kept.set(self.layout.joined(_parted(arrays["average"], every)))
         if self.ranges is not None:
-            self.ranges.restore(values)
+            self.ranges.restore(arrays["ranges"])
         self.updater.steps = step
-
-
-class _Operation:
-    """A session that computes one vector from others, element by element."""
-
-    def __init__(self, graph: onnx.ModelProto, device: Device, **vectors: DeviceVector) -> None:
-        self._vectors = vectors  # keeps their memory while the session uses it
-        self._session = open_session(graph, optimization="basic", device=device)
-        self._binding = self._session.io_binding()
-        for value in self._session.get_inputs():
-            vector = vectors[value.name]
-            vector.bind(self._binding.bind_input, value.name, (vector.size,))
-        for value in self._session.get_outputs():
-            vector = vectors[value.name]
-            vector.bind(self._binding.bind_output, value.name, (vector.size,))
-
-    def __call__(self) -> None:
-        self._session.run_with_iobinding(self._binding)
 
 
 def _joined(views: Mapping[str, FloatArray], names: Iterable[str]) -> FloatArray:

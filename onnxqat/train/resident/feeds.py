@@ -12,10 +12,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxqat.device import Device
+from onnxqat.runtime import explained_memory
 from onnxqat.train.batches import Feeds, taught
-from onnxqat.train.resident.step import Values
+from onnxqat.train.resident.bound import Values
+from onnxqat.train.resident.capture import USING_DEVICE
 
-__all__ = ["Uploader", "ahead"]
+__all__ = ["AHEAD", "Uploader", "ahead"]
+
+AHEAD = 2  # number of batches uploaded in advance
 
 T = TypeVar("T")
 
@@ -42,15 +46,17 @@ class Uploader:
     def __call__(self, feeds: Feeds) -> Values:
         """Return the batch on the device, with the teacher's outputs."""
         wanted = self.read | self._taught
-        values = {name: self._uploaded(feeds[name]) for name in wanted & feeds.keys()}
-        if self.teacher is not None:
-            values |= taught(self.teacher, self._outputs(self.teacher, values))
+        with USING_DEVICE:
+            values = {name: self._uploaded(feeds[name]) for name in wanted & feeds.keys()}
+            if self.teacher is not None:
+                values |= taught(self.teacher, self._outputs(self.teacher, values))
         return {name: value for name, value in values.items() if name in self.read}
 
     def _uploaded(self, array: NDArray[Any]) -> ort.OrtValue:
         # on the CPU, onnxruntime uses the array's memory without copying it
         array = np.array(array, order="C")
-        return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.index)
+        with explained_memory("training", self.device):
+            return ort.OrtValue.ortvalue_from_numpy(array, self.device.kind, self.device.index)
 
     def _outputs(self, teacher: ort.InferenceSession, values: Values) -> list[ort.OrtValue]:
         binding = teacher.io_binding()

@@ -28,6 +28,7 @@ __all__ = [
     "check_graph",
     "copy_graph",
     "mean_graph",
+    "smallest_power",
     "update_graph",
 ]
 
@@ -95,6 +96,16 @@ class GraphBuilder:
         name = output or f"value{len(self.graph.node)}"
         self.graph.node.append(helper.make_node(op_type, names, [name], name=name, **attributes))
         return name
+
+    def split(self, vector: str, names: Sequence[str], lengths: Sequence[int]) -> None:
+        """Make consecutive parts of a vector outputs."""
+        if len(names) == 1:
+            self.op("Identity", vector, output=names[0])
+        else:
+            sizes = self.constant(np.array(lengths, np.int64))
+            self.graph.node.append(helper.make_node("Split", [vector, sizes], names, axis=0))
+        for name, length in zip(names, lengths, strict=True):
+            self.output(name, length)
 
     def output(self, name: str, length: int) -> None:
         """Make a vector an output."""
@@ -275,17 +286,18 @@ def _move_scale(b: GraphBuilder, i: int, segment: Segment, direction: str, confi
     latent = b.op("Mul", b.input(f"{i}/latent", segment.length), grown)
     latent = b.op("Max", latent, floor, output=f"{i}/latent_out")
     b.output(latent, segment.length)
-    b.op("Gather", POWERS, _exponent(b, latent), output=f"{i}/value_out")
+    reached = b.op("Mul", latent, np.array(0.5**0.5, np.float32))
+    smallest_power(b, reached, output=f"{i}/value_out")
 
 
-def _exponent(b: GraphBuilder, scale: str) -> str:
-    """Return the index of `nearest_power_of_two` in `POWERS`."""
-    reached = b.op("Mul", scale, np.array(0.5**0.5, np.float32))
-    column = b.op("Unsqueeze", reached, np.array([1], np.int64))
+def smallest_power(b: GraphBuilder, values: str, *, output: str = "") -> str:
+    """Return the smallest powers of two that reach the values, as `qparams.power_of_two` does."""
+    column = b.op("Unsqueeze", values, np.array([1], np.int64))
     smaller = b.op("Cast", b.op("Greater", column, POWERS), to=TensorProto.FLOAT)
     count = b.op("ReduceSum", smaller, np.array([1], np.int64), keepdims=0)
     last = float(len(POWERS) - 1)
-    return b.op("Cast", b.op("Min", count, last), to=TensorProto.INT64)
+    index = b.op("Cast", b.op("Min", count, last), to=TensorProto.INT64)
+    return b.op("Gather", POWERS, index, output=output)
 
 
 _MOVES = {"weight": _move_weight, "scale": _move_scale, "zero_point": _move_zero_point}

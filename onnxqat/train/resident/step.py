@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from dataclasses import replace
 
 import numpy as np
-import onnxruntime as ort
 
 from onnxqat.device import Device
+from onnxqat.errors import ModelError, OnnxQatError
 from onnxqat.qparams import FloatArray
 from onnxqat.runtime import open_session
 from onnxqat.train.engine import HIGHEST, LOWEST, StepGraph
 from onnxqat.train.resident.arrays import DeviceVector, Layout
+from onnxqat.train.resident.bound import BoundStep, Places, Values
+from onnxqat.train.resident.capture import CapturedStep
 from onnxqat.train.resident.graphs import check_graph
+from onnxqat.train.resident.replayable import obstacle
 
-__all__ = ["DeviceStep", "Values"]
+__all__ = ["DeviceStep"]
 
-Values = Mapping[str, ort.OrtValue]
+logger = logging.getLogger(__name__)
 
 
 class DeviceStep:
     """Computes the loss and the gradients of a batch into vectors on a device.
+
+    On a GPU, a step is replayed as a CUDA graph if onnxruntime and the graph allow it; otherwise,
+    a line in the log says why not.
 
     Parameters
     ----------
@@ -41,6 +48,10 @@ class DeviceStep:
         The names of the inputs of the training graph: a batch's arrays and the parameters.
     layout, written : Layout, DeviceVector
         The positions of the gradients, and the vector of gradients.
+    observed : dict of str to tuple of str
+        The tensors that determine a clipping range, by `QuantPoint.parameters`.
+    numbers, found : Layout, DeviceVector
+        The loss and the extremes of these tensors, with the names of the graph's outputs.
     check : callable
         Returns the loss of the last batch, and whether every gradient is finite. A step downloads
         nothing else.
@@ -56,31 +67,39 @@ class DeviceStep:
         *,
         threads: int = 0,
     ) -> None:
-        self._session = open_session(
-            graph.model,
-            optimization="basic",
-            threads=threads,
-            name="the training graph",
-            device=device,
-        )
-        self.inputs = {value.name for value in self._session.get_inputs()}
-        self._observed = graph.observed
+        self.inputs = {value.name for value in graph.model.graph.input}
+        self.observed = graph.observed
         names = ["loss", *(f"{t}{end}" for t in graph.tensors for end in (LOWEST, HIGHEST))]
-        self._numbers = Layout(dict.fromkeys(names, ()))
-        self._found = DeviceVector(device, self._numbers.size)
-        self._binding = self._session.io_binding()
-        for name in self.inputs & layout.shapes.keys():
-            start, shape = layout.starts[name], layout.shapes[name]
-            values.bind(self._binding.bind_input, name, shape, start)
-        for name in (value.name for value in self._session.get_outputs()):
-            if name in self._numbers.starts:
-                self._found.bind(self._binding.bind_output, name, (), self._numbers.starts[name])
-            else:
-                learned = name.removesuffix("_grad")
-                start, shape = layout.starts[learned], layout.shapes[learned]
-                gradients.bind(self._binding.bind_output, name, shape, start)
+        self.numbers = Layout(dict.fromkeys(names, ()))
+        self.found = DeviceVector(device, self.numbers.size)
         self.layout, self.written = layout, gradients
-        self.check = _Check(self._found, gradients, device).run
+        self._model, self._device, self._threads = graph.model, device, threads
+        self._places = Places(
+            layout=layout,
+            values=values,
+            gradients=gradients,
+            numbers=self.numbers,
+            found=self.found,
+        )
+        self._plain: BoundStep | None = None
+        self._captured = self._opened_captured() if device.captures else None
+        if self._captured is None:
+            self._plain = self._opened(device)
+        self.check = _Check(self.found, gradients, device).run
+
+    def _opened(self, device: Device) -> BoundStep:
+        return BoundStep(self._model, self._places, device, threads=self._threads)
+
+    def _opened_captured(self) -> CapturedStep | None:
+        """Return a step that is replayed as a CUDA graph, or None if onnxruntime refuses it."""
+        try:
+            if (reason := obstacle(self._model)) is not None:
+                raise ModelError(reason)
+            step = self._opened(replace(self._device, captured=True))
+            return CapturedStep(step, self._device)
+        except OnnxQatError as error:
+            _tell(error)
+            return None
 
     def run(self, feeds: Values) -> tuple[float, bool]:
         """Compute the gradients of one batch.
@@ -96,23 +115,31 @@ class DeviceStep:
         finite : bool
             Whether every gradient is finite.
         """
-        for name in self.inputs & feeds.keys():
-            self._binding.bind_ortvalue_input(name, feeds[name])
-        self._session.run_with_iobinding(self._binding)
+        feeds = {name: feeds[name] for name in self.inputs & feeds.keys()}
+        if not self._replayed(feeds):
+            self._plain = self._plain or self._opened(self._device)
+            self._plain.run(feeds)
         return self.check()
 
-    def extremes(self) -> dict[str, tuple[float, float]]:
-        """Return smallest and largest value in the last batch, by `TrainingForm.observed`."""
-        if not self._observed:
-            return {}
-        numbers = self._numbers.views(self._found.get())
-        return {
-            name: (
-                min(float(numbers[f"{t}{LOWEST}"]) for t in tensors),
-                max(float(numbers[f"{t}{HIGHEST}"]) for t in tensors),
-            )
-            for name, tensors in self._observed.items()
-        }
+    def _replayed(self, feeds: Values) -> bool:
+        """Compute by the CUDA graph; return False if there is none for this batch."""
+        captured = self._captured
+        if captured is None or not captured.fits(feeds):
+            return False
+        try:
+            captured.run(feeds)
+        except OnnxQatError as error:
+            if captured.recorded:
+                raise
+            self._captured = None
+            _tell(error)
+            return False
+        return True
+
+
+def _tell(error: OnnxQatError) -> None:
+    said = " ".join(str(error.__cause__ or error).split())[:300]
+    logger.warning("Training runs without a CUDA graph: %s", said)
 
 
 class _Check:
