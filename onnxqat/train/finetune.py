@@ -208,6 +208,7 @@ def _of_blocks(blocks: Reconstructed, run: _Run) -> Finetuned:
         notes=blocks.notes,
         blocks=blocks.blocks,
         blocks_kept=blocks.better,
+        device=str(run.device),
     )
 
 
@@ -252,6 +253,7 @@ class _Run:
         proto = fix_batch(self.rest.model.to_proto(), set(), self.config.samples)
         read = {value.name for value in add_loss(proto, self.loss, self.data).graph.input}
         held_out = self._judging(read)
+        teaching = teaching_session(self.reference, read, self.device)
         return Reconstruction(
             model=self.model,
             rest=self.rest.model,
@@ -259,7 +261,7 @@ class _Run:
             training=self.training,
             held_out=held_out,
             config=self.config,
-            validate=self._validation(held_out, teaching_session(self.reference, read)),
+            validate=self._validation(held_out, teaching),
             selection=self.selection,
             report=self.report,
             stage=self.stage,
@@ -267,6 +269,7 @@ class _Run:
             checkpoints=self.checkpoints,
             identity=self._identity(self.training, held_out),
             stop=self.stop,
+            device=self.device,
             last="network" not in (self.config.scope or ()),
         ).run()
 

@@ -35,20 +35,14 @@ __all__ = [
 
 
 def training_device(config: Config, workers: Workers) -> Device:
-    """Return the device that trains; blocks are always tuned on the CPU.
+    """Return the device that trains.
 
     Raises
     ------
-    OptionError, TrainingError
+    OptionError
         The requested device cannot be used.
     """
-    if "blocks" not in (config.scope or ()):
-        return find_device(config.device, config.precision, rank=workers.rank, size=workers.size)
-    if config.device not in ("auto", "cpu"):
-        raise TrainingError(
-            f"--device {config.device}: --scope blocks trains on the CPU. Leave one of them out."
-        )
-    return find_device("cpu", config.precision)
+    return find_device(config.device, config.precision, rank=workers.rank, size=workers.size)
 
 
 def in_batches_of(model: QuantizedModel, data: DataSet) -> DataSet:

@@ -8,13 +8,16 @@ import pytest
 from onnxqat.device import Device
 from onnxqat.errors import TrainingError
 from onnxqat.train import Checkpoints, Config, DivergedError, StoppedError, finetune
+from onnxqat.train.adaround import regularizer_gradient
 from onnxqat.train.monitoring.pace import Pace
 from onnxqat.train.resident.arrays import DeviceVector, Layout
 from onnxqat.train.resident.feeds import ahead
+from onnxqat.train.resident.rounding import pressure_graph
 from onnxqat.train.resident.step import DeviceStep
 from onnxqat.train.resident.updater import DeviceUpdater, layout_of
 from tests.descent import Trained
 from tests.digits import calibrated_lenet, training_digits
+from tests.oracles import run_ort
 from tests.unit.test_updater import network
 
 RESIDENT = Device(resident=True)
@@ -245,3 +248,61 @@ def test_minutes_choose_the_epochs_by_the_time_of_the_first_steps(coarse, data, 
     assert 0 < result.waiting < 1 < result.samples_per_second
     with pytest.raises(TrainingError, match="epochs and minutes are both given"):
         Config(epochs=2, minutes=1)
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+BLOCKS = {
+    "scope": ("blocks",),
+    "block_epochs": 1,
+    "block_layers": 2,
+    "batch_size": 16,
+    "threads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate": 2, "groups": ("tensor:fc3.weight.freeze=true",)},
+        {"rounding": "adaround", "method": "ste"},
+        {"method": "moving-average", "averaging_constant": 0.2},
+    ],
+    ids=str,
+)
+def test_blocks_on_a_device_are_those_of_numpy(coarse, data, settings):
+    config = Config(**BLOCKS | settings)
+    expected = finetune(coarse, data, config=config)
+    found = finetune(coarse, data, config=config, device=RESIDENT)
+    tensors, others, starts = (
+        m.floats.graph.tensors() for m in (found.model, expected.model, coarse)
+    )
+
+    assert expected.kept == found.kept == "blocks"
+    for one, other in zip(found.blocks, expected.blocks, strict=True):
+        assert one.kept == other.kept
+        assert one.before == pytest.approx(other.before, rel=0.01)
+        assert one.after == pytest.approx(other.after, rel=0.01)
+    for name in ("conv1.weight", "fc2.weight", "fc3.bias"):
+        moved = abs(others[name].values - starts[name].values)
+        apart = abs(tensors[name].values - others[name].values)
+        assert moved.max() > 0
+        assert apart.mean() < 0.01 * moved.mean()
+
+
+def test_the_regularizers_graph_is_numpys():
+    rng = np.random.default_rng(3)
+    values = {"a": rng.normal(size=(4, 3)), "b": 4 * rng.normal(size=(50,))}
+    values = {name: value.astype(np.float32) for name, value in values.items()}
+    graph = pressure_graph({name: value.size for name, value in values.items()})
+    beta, weight = 3.5, 2.0
+    feeds = {"factor": np.float32(-2 * beta * weight), "exponent": np.float32(beta - 1)}
+    feeds = {name: np.asarray(value) for name, value in feeds.items()}
+    for name, value in values.items():
+        feeds |= {name: value.reshape(-1), f"{name}/gradient": np.ones(value.size, np.float32)}
+    found = dict(zip(["a/sum", "b/sum"], run_ort(graph, feeds), strict=True))
+
+    for name, value in values.items():
+        expected = 1 + weight * regularizer_gradient(value.astype(np.float64), beta).reshape(-1)
+        np.testing.assert_allclose(found[f"{name}/sum"], expected, rtol=0, atol=1e-6)
+        assert np.ptp(expected) > 0.01

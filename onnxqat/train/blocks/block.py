@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from onnxqat.quantized import QuantizedModel
 from onnxqat.train.blocks.rounding import LearnedRounding
 from onnxqat.train.blocks.samples import Samples
 from onnxqat.train.config import Config
-from onnxqat.train.engine import StepSession
+from onnxqat.train.engine import Flat, StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.losses import Loss, Term, teacher_input, variances
 from onnxqat.train.monitoring.divergence import RECENT_STEPS, not_finite
@@ -52,7 +54,9 @@ def block_loss(samples: Samples, outputs: Collection[str]) -> Loss | None:
 
 
 class BlockTraining:
-    """The training of one block.
+    """The training of one block, with its arrays in numpy.
+
+    `onnxqat.train.resident.blocks` has the training with arrays on a device.
 
     Parameters
     ----------
@@ -84,18 +88,29 @@ class BlockTraining:
         by_level: bool = False,
     ) -> None:
         self.form, self.loss, self.config, self.still = form, loss, config, frozenset(still)
-        self.steps = steps
-        size, threads = config.samples, config.threads
-        learning = replace(form, frozen=form.learned & self.still)
-        self.session = StepSession(learning, loss, batch_size=size, threads=threads)
-        session = self.session
-        self.updater = Updater(
-            form, session.values, session.gradients, model, config, part=True, still=still
-        )
+        self.steps, self.model = steps, model
+        self._open(replace(form, frozen=form.learned & self.still))
         if by_level:
             self._set_rates(model)
-        self.ranges = Ranges(form, session.values, model, config.averaging_constant)
-        self.rounding = LearnedRounding(form, session, self.updater, steps)
+        self.rounding = LearnedRounding(form, self.updater, steps)
+        self._start()
+
+    def _open(self, learning: TrainingForm) -> None:
+        """Open the session of the loss and the gradients, and read the rates."""
+        size, threads = self.config.samples, self.config.threads
+        self.session = StepSession(learning, self.loss, batch_size=size, threads=threads)
+        self.inputs = self.session.inputs
+        self.updater = self._updater(self.session.values, self.session.gradients)
+
+    def _updater(self, values: Flat, gradients: Flat) -> Updater:
+        return Updater(
+            self.form, values, gradients, self.model, self.config, part=True, still=self.still
+        )
+
+    def _start(self) -> None:
+        """Prepare what moves parameters, after their rates are set."""
+        constant = self.config.averaging_constant
+        self.ranges = Ranges(self.form, self.session.values, self.model, constant)
 
     def _set_rates(self, model: QuantizedModel) -> None:
         """Measure the step size of weights in levels, unless a group sets their rate.
@@ -109,7 +124,7 @@ class BlockTraining:
             name = point.tensor
             if point.role != "weight" or name not in moving:
                 continue
-            rates, rank = updater.rates[name], self.session.values.views[name].ndim
+            rates, rank = updater.rates[name], updater.values.views[name].ndim
             if rates.lr == updater.lr:
                 scale = model.params[point.parameters].scale
                 updater.units[name] = aligned(scale, rank, point.spec.axis)
@@ -132,7 +147,7 @@ class BlockTraining:
         outputs = samples.take(samples.floats, read, rows)
         return inputs | {teacher_input(name): value for name, value in outputs.items()}
 
-    def step(self, batches: Iterator[Feeds], factor: float, number: int) -> float:
+    def step(self, batches: Iterator[Any], factor: float, number: int) -> float:
         """Run one step and return its loss; if it is not finite, nothing is changed."""
         session, gradients = self.session, self.session.gradients
         self.ranges.begin()
@@ -156,18 +171,26 @@ class BlockTraining:
 
     def error(self, samples: Samples) -> float:
         """Return the mean loss over samples, with all inputs from the quantized network."""
-        with self.rounding.decided():
+        with self._decided():
             return self._error(samples)
 
+    def _decided(self) -> AbstractContextManager[None]:
+        """Round weights as if training ended now."""
+        return self.rounding.decided()
+
+    def _loss(self, feeds: Feeds) -> float:
+        """Return the loss of one batch."""
+        return self.session.run(feeds)
+
     def _error(self, samples: Samples) -> float:
-        session, losses = self.session, []
-        inputs = [name for name in session.inputs if name in samples.quantized]
-        inputs += [name for name in session.inputs if name in samples.constants]
+        losses = []
+        inputs = [name for name in self.inputs if name in samples.quantized]
+        inputs += [name for name in self.inputs if name in samples.constants]
         count = max(samples.count // samples.batch, 1)
         order = np.resize(np.arange(samples.count), count * samples.batch)
         for rows in order.reshape(count, samples.batch):
             taken = samples.take(samples.quantized, inputs, rows)
-            losses.append(session.run(self.feeds(samples, rows, taken)))
+            losses.append(self._loss(self.feeds(samples, rows, taken)))
         return float(np.mean(losses))
 
     def run(self, samples: Samples, seed: tuple[int, ...], error: float) -> Iterator[float]:
@@ -181,21 +204,26 @@ class BlockTraining:
             The error of the block before training, see `error`.
         """
         self.rounding.error = error
-        inputs = [n for n in self.session.inputs if n in (*samples.quantized, *samples.constants)]
+        inputs = [n for n in self.inputs if n in (*samples.quantized, *samples.constants)]
         inputs.sort()  # random numbers are drawn in this order
         rng, parts = np.random.default_rng(seed), self.config.batches
         order = self._order(samples, rng)
 
         def batches() -> Iterator[Feeds]:
-            for _ in range(parts):
+            for _ in range(parts * self.steps):
                 rows = next(order)
                 mixed = samples.mixed(inputs, rows, self.config.block_mix, rng)
                 yield self.feeds(samples, rows, mixed)
 
         first = min(RECENT_STEPS, self.steps // 10)  # initialize Adam's means; change nothing
+        ready = self._ready(batches())
         for number in range(self.steps):
             factor = rate_factor(self.config, number, self.steps, first=first)
-            yield self.step(batches(), factor, number)
+            yield self.step(islice(ready, parts), factor, number)
+
+    def _ready(self, batches: Iterator[Feeds]) -> Iterator[Any]:
+        """Return the batches in the form that `step` reads."""
+        return batches
 
     @staticmethod
     def _order(samples: Samples, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

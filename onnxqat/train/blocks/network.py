@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnxqat.data import DataSet
+from onnxqat.device import CPU, Device
 from onnxqat.ends import TensorReader
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
@@ -39,6 +40,8 @@ class CutNetwork:
         The float model whose tensors are learned.
     config : Config
         Length of the blocks, number of samples, and batch size.
+    device : Device
+        The device that computes the tensors at the cuts; they are kept in numpy.
 
     Attributes
     ----------
@@ -51,8 +54,15 @@ class CutNetwork:
     samples: Samples
     judges: Samples
 
-    def __init__(self, model: QuantizedModel, reference: Model, config: Config) -> None:
+    def __init__(
+        self,
+        model: QuantizedModel,
+        reference: Model,
+        config: Config,
+        device: Device = CPU,
+    ) -> None:
         self.floats, self.reference, self.config = model.floats, reference, config
+        self.device = device
         self.shapes = sample_shapes(model.floats)
         self.blocks = cut(model.floats, self.shapes, config.block_layers)
         self.crossings = quantized_crossings(model, self.blocks)
@@ -137,7 +147,8 @@ class CutNetwork:
         """Compute the float model's tensors at the end of a block."""
         block = self.blocks[number]
         floats = between(self.reference, block.inputs, block.outputs, self.shapes)
-        session = model_session(floats, "float", threads=self.config.threads)
+        threads = self.config.threads
+        session = model_session(floats, "float", threads=threads, device=self.device)
         for samples in (self.samples, self.judges):
             samples.compute(samples.floats, block.inputs, block.outputs, session, tick)
 
@@ -145,7 +156,13 @@ class CutNetwork:
         """Compute the outputs of a tuned block, and free the tensors that no later block reads."""
         block, part, threads = self.blocks[number], self.block(number, model), self.config.threads
         name = model.name
-        session = open_session(part.to_proto(), optimization="basic", threads=threads, name=name)
+        session = open_session(
+            part.to_proto(),
+            optimization="basic",
+            threads=threads,
+            name=name,
+            device=self.device,
+        )
         needed = {read for later in self.blocks[number + 1 :] for read in later.inputs}
         for samples in (self.samples, self.judges):
             samples.compute(samples.quantized, block.inputs, block.outputs, session, tick)

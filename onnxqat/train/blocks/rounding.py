@@ -9,7 +9,6 @@ import numpy as np
 
 from onnxqat.qparams import FloatArray
 from onnxqat.train.adaround import regularizer_gradient
-from onnxqat.train.engine import StepSession
 from onnxqat.train.form import TrainingForm
 from onnxqat.train.optimization.updater import Updater
 
@@ -30,10 +29,8 @@ class LearnedRounding:
     ----------
     form : TrainingForm
         The training form, which lists the weights with learned rounding.
-    session : StepSession
-        Contains the values and gradients of the variables.
     updater : Updater
-        Moves the variables; their rates are set here.
+        Moves the variables, whose values and gradients it contains; their rates are set here.
     steps : int
         The number of training steps.
 
@@ -45,11 +42,9 @@ class LearnedRounding:
         The error of the block before training, in units of its loss.
     """
 
-    def __init__(
-        self, form: TrainingForm, session: StepSession, updater: Updater, steps: int
-    ) -> None:
+    def __init__(self, form: TrainingForm, updater: Updater, steps: int) -> None:
         self.roundings, self.steps, self.error = form.roundings, steps, 0.0
-        self.values, self.gradients = session.values.views, session.gradients.views
+        self.values, self.gradients = updater.values.views, updater.gradients.views
         rates = updater.rates
         self.moving = {
             name: rounding
@@ -66,13 +61,20 @@ class LearnedRounding:
 
     def press(self, number: int) -> None:
         """Add the gradient of the regularizer to that of the variables, at step ``number``."""
+        pressure = self.pressure(number)
+        if pressure is None:
+            return
+        weight, beta = pressure
+        for name in self.moving:
+            gradient = regularizer_gradient(self.values[name], beta)
+            self.gradients[name] += np.float32(weight) * gradient
+
+    def pressure(self, number: int) -> tuple[float, float] | None:
+        """Return the regularizer's weight and its beta at a step; None while it is off."""
         done = (number / self.steps - FREE_STEPS) / (1 - FREE_STEPS)
         if done < 0:
-            return
-        beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * done
-        weight = np.float32(PRESSURE * self.error)
-        for name in self.moving:
-            self.gradients[name] += weight * regularizer_gradient(self.values[name], beta)
+            return None
+        return PRESSURE * self.error, FIRST_BETA + (LAST_BETA - FIRST_BETA) * done
 
     @contextmanager
     def decided(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxqat.data import DataSet
+from onnxqat.device import Device
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import Evaluation
 from onnxqat.model import Model
@@ -38,6 +39,7 @@ from onnxqat.train.losses import Loss
 from onnxqat.train.monitoring.divergence import RECENT_STEPS
 from onnxqat.train.optimization.parameter_groups import asked_for, base_rate, parameter_rates
 from onnxqat.train.records import BlockFigures, Progress, StoppedError
+from onnxqat.train.resident.blocks import DeviceBlockTraining
 from onnxqat.train.selection import Selection, figures_of, score
 from onnxqat.train.state import with_values
 from onnxqat.train.trained import trained_initializers
@@ -132,6 +134,8 @@ class Reconstruction:
         Returns the values that must be the same when a run resumes.
     stop : callable
         Returns whether to stop.
+    device : Device
+        The device that trains.
     last : bool
         Whether nothing is trained after the blocks.
     """
@@ -150,6 +154,7 @@ class Reconstruction:
     checkpoints: Checkpoints | None
     identity: Callable[[], Identity]
     stop: Callable[[], bool]
+    device: Device
     last: bool
 
     def run(self) -> Reconstructed:
@@ -180,7 +185,7 @@ class Reconstruction:
     def _prepare(self) -> None:
         """Cut the graph, and collect the parameters that can be trained."""
         floats, config = self.rest.floats, self.config
-        self.network = CutNetwork(self.rest, self.reference, config)
+        self.network = CutNetwork(self.rest, self.reference, config, self.device)
         self.asked = asked_for(config)
         self.weights = trained_initializers(floats.graph, self.rest.plan, self.asked)
         values = values_of(self.rest, self.weights)
@@ -332,7 +337,10 @@ class Reconstruction:
         )
         if not form.learned - {*self.record.tuned}:
             return None
-        return BlockTraining(
+        opened: Callable[..., BlockTraining] = BlockTraining
+        if self.device.resident:
+            opened = partial(DeviceBlockTraining, device=self.device)
+        return opened(
             model,
             form,
             loss,
