@@ -141,6 +141,14 @@ def test_a_graph_that_would_not_see_a_change_is_not_replayed():
             "of different shapes",
         ),
         ("u, v = Split(a) y = Identity(u)", None),
+        ("p = com.microsoft.FusedMatMul(e, e) y = Concat<axis = 0>(p, p)", None),
+        (
+            (
+                "p = com.microsoft.FusedMatMul(e, e) q = Concat<axis = 0>(p, p) "
+                "r = Concat<axis = 0>(p, p, p) y = Concat<axis = 0>(q, r)"
+            ),
+            "'y' .* has parts of different shapes",
+        ),
         ("y = MatMul(c, c)", None),
         ("y = MatMul(c, d)", r"\(MatMul\) multiplies batches of different shapes"),
         ("y = MatMul(c, e)", None),
@@ -150,7 +158,11 @@ def test_a_graph_that_would_not_see_a_change_is_not_replayed():
 def test_a_graph_that_could_be_replayed_with_other_data_is_known(graph, reason):
     ends = "float[4, 3] a, float[2, 3] b, float[2, 5, 3, 3] c, float[5, 3, 3] d, float[3, 3] e"
     text = f"agraph ({ends}, float[1, 3] f) => (float[N] y) {{ {graph} }}"
-    found = obstacle(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}'))
+    found = obstacle(
+        onnx.parser.parse_model(
+            f'<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> {text}'
+        )
+    )
 
     assert (found is None) == (reason is None)
     assert found is None or re.search(reason, found)

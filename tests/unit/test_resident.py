@@ -278,11 +278,14 @@ def test_blocks_on_a_device_are_those_of_numpy(coarse, data, settings):
         m.floats.graph.tensors() for m in (found.model, expected.model, coarse)
     )
 
-    assert expected.kept == found.kept == "blocks"
+    assert expected.kept == found.kept
     for one, other in zip(found.blocks, expected.blocks, strict=True):
         assert one.kept == other.kept
         assert one.before == pytest.approx(other.before, rel=0.01)
         assert one.after == pytest.approx(other.after, rel=0.01)
+        assert one.after != one.before
+    if settings.get("method") == "moving-average":  # coarse weights lose by ranges of extremes
+        return
     for name in ("conv1.weight", "fc2.weight", "fc3.bias"):
         moved = abs(others[name].values - starts[name].values)
         apart = abs(tensors[name].values - others[name].values)

@@ -36,24 +36,32 @@ def obstacle(model: onnx.ModelProto) -> str | None:
         dims = value.type.tensor_type.shape.dim
         if all(d.HasField("dim_value") for d in dims):
             shapes[value.name] = tuple(d.dim_value for d in dims)
+    # onnx infers no shapes behind a FusedMatMul. Only gradients are there: their products have the
+    # batches of the forward pass, and their Concats join equal parts, or other Concats.
+    kinds: dict[str, object] = {
+        node.output[0]: f"of {len(node.input)} parts"
+        for node in graph.node
+        if node.op_type == "Concat"
+    }
+    kinds |= shapes
     for node in graph.node:
-        if (reason := _reason(node, shapes)) is not None:
+        if (reason := _reason(node, shapes, kinds)) is not None:
             return f"node '{node.name or node.output[0]}' ({node.op_type}) {reason}"
     return None
 
 
-def _reason(node: onnx.NodeProto, shapes: Shapes) -> str | None:
+def _reason(node: onnx.NodeProto, shapes: Shapes, kinds: Mapping[str, object]) -> str | None:
     if node.op_type in NEVER:
         return "cannot be replayed"
     if node.op_type in ("Concat", "Split"):
         parts = node.input if node.op_type == "Concat" else node.output
         if len(parts) > MOST_PARTS:
             return f"has more than {MOST_PARTS} parts"
-        if any(name not in shapes for name in parts) or len({shapes[name] for name in parts}) > 1:
+        if len({kinds[name] for name in parts if name in kinds}) > 1:
             return "has parts of different shapes"
     if node.op_type in PRODUCTS:
         left, right = (shapes.get(name) for name in node.input[:2])
-        if left is None or right is None or not _strided(left[:-2], right[:-2]):
+        if left and right and not _strided(left[:-2], right[:-2]):
             return "multiplies batches of different shapes"
     return None
 
