@@ -70,21 +70,18 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(work):
-    """Return what training says and the figures on unseen texts, by seed."""
-    return {seed: trained(work, seed) for seed in (0, 1)}
-
-
-def trained(work, seed, name="tuned") -> dict[str, Any]:
-    path, log = work / f"{name}{seed}.onnx", work / f"{name}{seed}.jsonl"
-    words = ("--loss", work / "loss.onnx", *FAST, "--seed", seed)
-    said = invoke(
-        *("finetune", work / "qdq.onnx", TRAIN, *words, "-o", path),
-        *("--log", log, "--log-every", 10, "--json"),
-    )
+def tuned(work) -> dict[str, Any]:
+    """Return what training says, its losses, and the figures on unseen texts."""
+    path, log = work / "tuned.onnx", work / "tuned.jsonl"
+    said = train(work, path, "--log", log, "--log-every", 10, "--json")
     steps = [json.loads(line) for line in log.read_text().splitlines()]
     losses = [line["loss"] for line in steps if line["event"] == "step"]
-    return {**json.loads(said.stdout), "losses": losses, "unseen": unseen(path), "path": path}
+    return {**json.loads(said.stdout), "losses": losses, "unseen": unseen(path)}
+
+
+def train(work, path, *words):
+    loss = ("--loss", work / "loss.onnx")
+    return invoke("finetune", work / "qdq.onnx", TRAIN, *loss, *FAST, "-o", path, *words)
 
 
 def outputs(path: Path) -> list[np.ndarray[Any, Any]]:
@@ -119,22 +116,24 @@ def test_the_float_model_answers():
     assert np.mean(right[0] & right[1]) > 0.7
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_loss_falls_and_agreement_on_unseen_texts_rises(work, tuned, seed):
-    before, after = unseen(work / "qdq.onnx"), tuned[seed]["unseen"]
+def test_loss_falls_and_agreement_on_unseen_texts_rises(work, tuned):
+    before, after = unseen(work / "qdq.onnx"), tuned["unseen"]
 
-    assert tuned[seed]["losses"][-1] < tuned[seed]["losses"][0]
-    assert tuned[seed]["loss"]["after"] < tuned[seed]["loss"]["before"]
+    assert tuned["losses"][-1] < tuned["losses"][0]
+    assert tuned["loss"]["after"] < tuned["loss"]["before"]
     assert after["loss"] < before["loss"] - 0.2
     assert before["agreement"] < 0.84  # there is something to win back
     assert after["agreement"] > before["agreement"] + 0.03
 
 
-def test_a_seed_gives_the_same_bytes_again(work, tuned):
-    again = trained(work, 0, "again")
+def test_a_seed_gives_the_same_bytes_again(work):
+    made = []
+    for i, seed in enumerate((0, 0, 1)):
+        path = work / f"few{i}.onnx"
+        train(work, path, "--train-samples", 200, "--seed", seed)
+        made.append(path.read_bytes())
 
-    assert again["path"].read_bytes() == tuned[0]["path"].read_bytes()
-    assert tuned[1]["path"].read_bytes() != tuned[0]["path"].read_bytes()
+    assert made[0] == made[1] != made[2]
 
 
 def test_two_outputs_are_chosen_by_the_loss(work):
