@@ -176,3 +176,9 @@ def test_a_full_memory_of_a_gpu_is_told_with_what_to_do(monkeypatch, text):
         explained_memory("training", session._device),
     ):
         raise RuntimeError("another")
+
+
+def test_a_session_has_the_threads_that_were_asked_for():
+    options = open_session(MATMUL, optimization="none", threads=2).get_session_options()
+
+    assert options.intra_op_num_threads == 2
