@@ -61,8 +61,11 @@ def interrupt(work: Path, output: str, number: int, *words: str) -> tuple[int, s
     return running.returncode, rest
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(work, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "goes_on"),
+    [(signal.SIGINT, 130, "--resume"), (signal.SIGTERM, 143, "--force")],
+)
+def test_a_signal_saves_and_says_how_to_go_on(work, number, code, goes_on):
     output = f"{number}.onnx"
     found, rest = interrupt(work, output, number)
 
@@ -75,7 +78,7 @@ def test_a_signal_saves_and_says_how_to_go_on(work, number, code):
     again = here(work, *TUNE, "-o", output)
     assert again.exit_code == 1
     assert "Pass --resume to continue it, or --force to start again" in again.stderr
-    assert here(work, *TUNE, "-o", output, "--resume").exit_code == 0
+    assert here(work, *TUNE, "-o", output, goes_on).exit_code == 0
     assert (work / output).read_bytes() == (work / "whole.onnx").read_bytes()
     assert not (work / f"{output}.checkpoint").exists()
 
@@ -87,14 +90,6 @@ def test_without_checkpoints_nothing_is_left(work):
     assert code == 130
     assert rest.splitlines()[-1].endswith("Nothing was kept.")
     assert set(work.iterdir()) == before
-
-
-def test_force_starts_again(work):
-    interrupt(work, "forced.onnx", signal.SIGINT)
-    assert here(work, *TUNE, "-o", "forced.onnx", "--force").exit_code == 0
-
-    assert (work / "forced.onnx").read_bytes() == (work / "whole.onnx").read_bytes()
-    assert not (work / "forced.onnx.checkpoint").exists()
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -104,7 +104,7 @@ def test_blocks_that_do_not_help_are_not_kept(coarse, data):
     assert "the blocks were not kept: loss" in found.notes[-1]
 
 
-@pytest.mark.parametrize("settings", [FAST, BOTH, ROUNDED], ids=["blocks", "both", "adaround"])
+@pytest.mark.parametrize("settings", [BOTH, ROUNDED], ids=["both", "adaround"])
 def test_a_stopped_run_goes_on_bit_for_bit(coarse, data, tmp_path, settings):
     """Stopped again and again, within blocks, between them and behind them."""
     config, path, stops = Config(**settings), tmp_path / "c", 0
