@@ -264,8 +264,7 @@ BLOCKS = {
 @pytest.mark.parametrize(
     "settings",
     [
-        {"accumulate": 2, "groups": ("tensor:fc3.weight.freeze=true",)},
-        {"rounding": "adaround", "method": "ste"},
+        {"rounding": "adaround", "accumulate": 2, "groups": ("tensor:fc3.weight.freeze=true",)},
         {"method": "moving-average", "averaging_constant": 0.2},
     ],
     ids=str,
