@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from onnxqat.handoff.ascend import AIPP, atc
-from onnxqat.handoff.axera import pulsar2
+from onnxqat.handoff.axera import PULSAR2, pulsar2
 from onnxqat.handoff.cambricon import magicmind
 from onnxqat.handoff.facts import Facts, facts_of
 from onnxqat.handoff.horizon import CONFIG, hb_mapper
 from onnxqat.handoff.litert import CONVERTER, litert_converter
 from onnxqat.handoff.mindspore import mindspore
 from onnxqat.handoff.ncnn import ncnn2int8
+from onnxqat.handoff.onnxruntime import onnxruntime
+from onnxqat.handoff.openvino import openvino
 from onnxqat.handoff.qnn import qairt
 from onnxqat.handoff.rockchip import COMPILE, rknn_toolkit
 from onnxqat.handoff.sophgo import tpu_mlir
@@ -33,6 +35,8 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "litert": litert_converter,
     "mindspore": mindspore,
     "ncnn": ncnn2int8,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
     "qnn": qairt,
     "qnn-1.0.0": qairt,
     "rockchip": rknn_toolkit,
@@ -40,4 +44,4 @@ HANDOFFS: Mapping[str, Callable[[Facts], dict[str, str]]] = {
     "tensorrt": trtexec,
 }
 # All files that they write; `strip` removes those of an earlier model.
-HANDOFF_FILES = ("compile.sh", "compile.txt", COMPILE, CONVERTER, AIPP, CONFIG)
+HANDOFF_FILES = ("compile.sh", "compile.txt", COMPILE, CONVERTER, AIPP, CONFIG, PULSAR2)

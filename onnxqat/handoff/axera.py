@@ -1,7 +1,9 @@
 """Pulsar2's command and build configuration for an Axera chip.
 
-The fields of the configuration are documented in AXERA-TECH/pulsar2-docs-en
-``source/user_guides_config/config.rst``. It normalizes by ``(pixel - mean) / std``.
+The configuration is that of AXERA-TECH/QAT.axera ``pulsar2/config.json``; its other fields are
+documented in AXERA-TECH/pulsar2-docs-en ``source/user_guides_config/config.rst``. Pulsar2
+normalizes by ``(pixel - mean) / std``. A node that reads a 16-bit tensor gets an entry in
+``layer_configs``.
 """
 
 from __future__ import annotations
@@ -11,17 +13,19 @@ from typing import Any
 
 from onnxqat.handoff.facts import Facts, command, document
 
-__all__ = ["pulsar2"]
+__all__ = ["PULSAR2", "pulsar2"]
+
+PULSAR2 = "model_pulsar2.json"
 
 
 def pulsar2(facts: Facts) -> dict[str, str]:
-    """Return the command, and the input processors to add to its configuration."""
+    """Return the command and the configuration."""
     shapes = ";".join(f"{one.name}:{one.lengths('x')}" for one in facts.inputs)
     build = command(
         "pulsar2 build",
         f"--target_hardware={facts.target}",
         f"--input={facts.files['table']}",
-        f"--config={facts.files['config']}",
+        f"--config={PULSAR2}",
         f"--input_shapes={shapes}",
         "--output_dir=axera",
     )
@@ -30,12 +34,40 @@ def pulsar2(facts: Facts) -> dict[str, str]:
         build,
     ]
     if facts.images:
-        processors = json.dumps({"input_processors": _processors(facts)}, indent=2)
-        paragraphs += [
-            f'For images as bytes, add this to {facts.files["config"]}, beside "quant":',
-            processors,
-        ]
-    return {"compile.txt": document(*paragraphs)}
+        paragraphs.append(
+            "The compiled model takes the bytes of images. If it should take normalized floats, "
+            f'remove "input_processors" from {PULSAR2}.'
+        )
+    config = json.dumps(_config(facts), indent=1)
+    return {"compile.txt": document(*paragraphs), PULSAR2: config + "\n"}
+
+
+def _config(facts: Facts) -> dict[str, Any]:
+    model = facts.quantized
+    wide = {
+        edge.node
+        for point in model.plan.grid_points()
+        for edge in point.consumers
+        if point.role == "activation" and point.spec.bits == 16
+    }
+    layers = [
+        {"layer_name": node.name, "data_type": "U16"}
+        for node in model.floats.graph.nodes
+        if node.name in wide
+    ]
+    quant: dict[str, Any] = {
+        "input_configs": [{"tensor_name": "DEFAULT"}],
+        "conv_bias_data_type": "FP32",
+        "calibration_method": "MinMax",
+    }
+    processors = {"input_processors": _processors(facts)} if facts.images else {}
+    return {
+        "model_type": "QuantONNX",
+        "npu_mode": "NPU1",
+        "quant": quant | ({"layer_configs": layers} if layers else {}),
+        **processors,
+        "compiler": {"check": 2},
+    }
 
 
 def _processors(facts: Facts) -> list[dict[str, Any]]:

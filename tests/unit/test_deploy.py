@@ -319,10 +319,10 @@ def test_force_removes_the_table_of_an_earlier_model(tmp_path):
     assert names == {"model.onnx", "model_cali_table", "compile.sh"}
 
 
-def test_rule_without_a_table_writes_the_model_alone(tmp_path):
+def test_rule_without_a_table_writes_none(tmp_path):
     _, model = quantized(convnet(), "onnxruntime-cpu")
 
-    assert write_deployment(model, tmp_path).files.keys() == {"model"}
+    assert write_deployment(model, tmp_path).files.keys() == {"model", "compile.py"}
 
 
 def test_ranges_that_the_compiler_makes_symmetric_are_told(tmp_path):

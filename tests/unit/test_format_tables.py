@@ -373,16 +373,6 @@ def test_tengine_repeats_the_line_of_a_relu_for_its_convolution():
     assert lines["input"] == f"{float(params['input'].scale)!r} {int(params['input'].zero_point)}"
 
 
-def test_pulsar2_is_told_of_16_bits():
-    network, overrides = convnet(opset=21), ("tensor:r2.bits=16",)
-    made, _ = written("axera", "axera-ax650", overrides, network)
-    config = json.loads(made.files["config"])
-
-    assert config["model_type"] == "QuantONNX"
-    assert config["quant"]["conv_bias_data_type"] == "FP32"
-    assert {"layer_name": "n_c3", "data_type": "U16"} in config["quant"]["layer_configs"]
-
-
 def test_neutral_table_lists_biases_and_float_nodes():
     made, params = written("onnxqat", "tflite")
     document = json.loads(made.files["table"])

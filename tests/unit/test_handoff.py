@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxqat import export
 from onnxqat.deploy import write_deployment
 from onnxqat.handoff import HANDOFF_FILES, HANDOFFS, facts_of, to_tflite
 from onnxqat.rules import bundled_rules, load_rule
 from onnxqat.settings import Settings, settle
-from tests.networks import W4A4, _Graph, attention, convnet, quantized
+from tests.networks import W4A4, _Graph, attention, convnet, quantized, samples
+from tests.oracles import run_ort
 
 MEAN, SCALE = (123.675, 116.28, 103.53), (0.0171248, 0.017507, 0.0174292)
 RULES = [n for n in bundled_rules() if load_rule(n).table in HANDOFFS]
@@ -120,7 +122,7 @@ def test_only_a_script_that_was_run_says_nothing_of_it(rule, tmp_path):
     run = {"sophgo": ["compile.sh"], "rockchip": ["compile.py"]}
     assert scripts == run.get(rule.partition("-")[0], [])
     assert all("not run by us" in text.splitlines()[0] for n, text in found.items()
-               if n not in scripts)  # fmt: skip
+               if n not in scripts and not n.endswith(".json"))  # fmt: skip
     assert found
 
 
@@ -148,8 +150,9 @@ def test_a_table_that_several_tools_read_names_no_tool(tmp_path):
 
 
 def test_axera_takes_divisors(tmp_path):
-    text = deployed(tmp_path, "axera-ax650")["compile.txt"]
-    (one,) = json.loads(text[text.index("{") :])["input_processors"]
+    found = deployed(tmp_path, "axera-ax650")
+    text, config = found["compile.txt"], json.loads(found["model_pulsar2.json"])
+    (one,) = config["input_processors"]
 
     np.testing.assert_allclose(np.divide(1, one["std"]), SCALE, rtol=1e-15)
     assert tuple(one["mean"]) == MEAN
@@ -158,6 +161,53 @@ def test_axera_takes_divisors(tmp_path):
     for option in words(text, "pulsar2")[2:]:
         name, _, value = option.partition("=")
         assert name not in ("--input", "--config") or (tmp_path / value).exists()
+    assert config["model_type"] == "QuantONNX"
+    assert config["quant"]["conv_bias_data_type"] == "FP32"
+    assert "layer_configs" not in config["quant"]
+
+
+def test_pulsar2_is_told_of_16_bits(tmp_path):
+    _, model = quantized(convnet(opset=21), "axera-ax650", ("tensor:r2.bits=16",))
+    config = json.loads(write_deployment(model, tmp_path).files["model_pulsar2.json"].read_text())
+
+    assert {"layer_name": "n_c3", "data_type": "U16"} in config["quant"]["layer_configs"]
+
+
+def test_onnxruntime_fuses_the_exported_model_to_integer_kernels(tmp_path):
+    # with 7 bits, no sum of two products saturates on a CPU without VNNI
+    _, model = quantized(convnet(), "onnxruntime-cpu", ("weight.bits=7",))
+    settle(model, Settings(mean=MEAN, scale=SCALE))
+    script = write_deployment(model, tmp_path).files["compile.py"]
+    early = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    export(model, format_name="onnxruntime").save(tmp_path / "model.int8.onnx")
+    subprocess.run([sys.executable, script], check=True)
+    fused = onnx.load(tmp_path / "model.fused.onnx")
+    feeds = {"input": samples(convnet(), 4)}
+    (found,), (expected,) = (
+        run_ort(onnx.load(tmp_path / f"model.{name}.onnx"), feeds) for name in ("fused", "int8")
+    )
+
+    assert early.returncode == 1
+    assert early.stderr.startswith("model.int8.onnx is missing. Write it with: onnxqat export")
+    assert "QLinearConv" in {node.op_type for node in fused.graph.node}
+    assert np.abs(found - expected).max() < 0.03 * np.ptp(expected)  # about a level of each layer
+    assert "mean 123.675,116.28,103.53" in script.read_text()
+
+
+def test_openvino_is_given_the_preprocessing_of_bytes(tmp_path):
+    text = deployed(tmp_path, "openvino", pixel_format="bgr")["compile.py"]
+    calls = {
+        node.func.attr: [ast.literal_eval(one) for one in node.args]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("mean", "scale", "reshape", "input")
+    }
+
+    assert calls["mean"] == [list(MEAN)]
+    np.testing.assert_allclose(np.divide(1, calls["scale"][0]), SCALE, rtol=1e-15)
+    assert (calls["input"], calls["reshape"]) == (["input"], [{"input": [1, 3, 8, 8]}])
+    assert "bytes of images in NHWC: bgr" in text
 
 
 def test_horizon_takes_mean_and_scale_by_spaces(tmp_path):
