@@ -1,10 +1,13 @@
-"""The content of a Q/DQ file without the record of the commands that made it."""
+"""The bytes of models, and of Q/DQ files without the record of the commands that made them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import onnx
+
+from onnxqat.model import Model
+from onnxqat.quantized import QuantizedModel
 
 
 def content(path: Path) -> bytes:
@@ -15,3 +18,8 @@ def content(path: Path) -> bytes:
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     return model.SerializeToString(deterministic=True)
+
+
+def as_bytes(model: Model | QuantizedModel) -> bytes:
+    """Return the bytes of a model in memory; equal models have equal bytes."""
+    return model.to_proto().SerializeToString(deterministic=True)

@@ -24,10 +24,6 @@ GRAPHS = pytest.mark.parametrize("name", EXPORTED)
 PLACEMENTS = pytest.mark.parametrize("rule", ["onnxruntime-cpu", "sophgo-bm1684x", "tensorrt"])
 
 
-def as_bytes(model: Model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
-
-
 @cache
 def prepared(name: str) -> Model:
     return prepare(from_proto(exported(name)))

@@ -65,10 +65,6 @@ def tuned(coarse, data):
     return finetune(coarse, data, config=Config(**FAST))
 
 
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
-
-
 # --- the variables, by numpy --------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from onnxqat.train.blocks.parts import block_model
 from onnxqat.train.blocks.samples import Samples
 from onnxqat.train.form import training_form
 from onnxqat.train.lowering import sample_shapes
+from tests.contents import as_bytes
 from tests.digits import calibrated_lenet, training_digits
 from tests.oracles import run_ort
 
@@ -47,10 +48,6 @@ def coarse(data):
 @pytest.fixture(scope="module")
 def tuned(coarse, data):
     return finetune(coarse, data, config=Config(**FAST))
-
-
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def stop_at(count: int):

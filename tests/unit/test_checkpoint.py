@@ -15,6 +15,7 @@ import pytest
 from onnxqat.errors import TrainingError
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.monitoring.divergence import LossHistory
+from tests.contents import as_bytes
 from tests.digits import calibrated_lenet, training_digits
 
 FAST = {"epochs": 2, "batch_size": 16, "threads": 1, "lr": 5e-4}  # 12 steps an epoch
@@ -30,10 +31,6 @@ def data():
 @pytest.fixture(scope="module")
 def models(data):
     return {bits: calibrated_lenet(data, f"weight.bits={bits}") for bits in (2, 8)}
-
-
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def stop_at(count: int):

@@ -20,16 +20,13 @@ from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize, quantize
 from onnxqat.quantized import insert_pairs, load_model
 from onnxqat.rules import load_rule
+from tests.contents import as_bytes
 from tests.networks import W4A4, _Graph, attention, convnet, quantized, samples
 from tests.oracles import run_ort
 
 OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
 NETWORKS = pytest.mark.parametrize("network", [convnet, attention], ids=["convnet", "attention"])
 RULE = "sophgo-bm1684x"
-
-
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def imported(folder, overrides, rule=RULE, table=None):

@@ -14,6 +14,7 @@ from onnxqat.preparation import prepare
 from onnxqat.qparams import fake_quantize
 from onnxqat.quantized import load_model
 from onnxqat.train import Config, DivergedError, finetune
+from tests.contents import as_bytes
 from tests.digits import INPUT, MODELS, PIXELS, calibrated_lenet, training_digits
 from tests.oracles import run_ort
 
@@ -46,10 +47,6 @@ def coarse(data):
 @pytest.fixture(scope="module")
 def tuned(coarse, data):
     return finetune(coarse, data, config=Config(**FAST))
-
-
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
 
 
 def kl_to_teacher(model, network, inputs):

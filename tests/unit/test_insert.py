@@ -16,16 +16,13 @@ from onnxqat.preparation import prepare
 from onnxqat.qparams import choose_qparams, fake_quantize
 from onnxqat.quantized import insert_pairs, load_model, require_quantized
 from onnxqat.rules import load_rule
+from tests.contents import as_bytes
 from tests.networks import RULES, W4A4, attention, convnet, planned, quantized, samples
 from tests.oracles import run_ort
 
 OVERRIDES = pytest.mark.parametrize("overrides", [(), W4A4], ids=["w8a8", "w4a4"])
 NETWORKS = pytest.mark.parametrize("network", [convnet, attention], ids=["convnet", "attention"])
 EVERY_RULE = pytest.mark.parametrize("rule", RULES)
-
-
-def as_bytes(model) -> bytes:
-    return model.to_proto().SerializeToString(deterministic=True)
 
 
 @EVERY_RULE
