@@ -17,7 +17,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OF_OTHERS = {  # options of scripts and of other tools that pages name
     *("--compressionParamsFile", "--fast_test", "--grid", "--images", "--logdir", "--markdown"),
-    *("--minutes", "--model", "--models", "--no-deps", "--only", "--peer", "--python", "--seeds"),
+    *("--minutes", "--model", "--models", "--no-deps", "--only", "--other", "--peer", "--python"),
+    *("--plan", "--seeds"),
     *("--pre_eval_and_export", "--small", "--steps", "--strict", "--tolerance", "--work"),
     *("--anchors", "--asymmetric", "--count", "--include", "--opset", "--quantize"),
     "--update-golden",
