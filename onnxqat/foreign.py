@@ -40,6 +40,7 @@ from onnxqat.qparams import (
     choose_qparams,
     power_of_two,
     quantized_range,
+    raised_scales,
     rounded_levels,
     storage_dtype,
 )
@@ -309,6 +310,7 @@ def _fitting(point: QuantPoint, foreign: ForeignParams, tensor: gs.Tensor) -> Qu
         or params.zero_point.dtype != storage_dtype(spec, signed=params.signed)
         or (spec.symmetric and np.any(params.zero_point))
         or (spec.off_center and np.any(params.zero_point == center(params.zero_point.dtype)))
+        or not np.array_equal(raised_scales(params.scale, spec), params.scale)
         or params.scale.size != (channels or 1)
         or (params.scale.size > 1 and foreign.axis != spec.axis)
         or (spec.power_of_two and not np.array_equal(power_of_two(params.scale), params.scale))

@@ -15,9 +15,9 @@ tensor:REGEX      the points of the tensors whose whole name matches
 
 KEY is a field of the spec (``bits``, ``signedness``, ``symmetric``, ``narrow_range``,
 ``off_center``, ``power_of_two``, ``axis``, ``min_range``, ``observer``, ``range_factor``,
-``method``), ``spec``, whose value is the name of a spec of the rule, or ``quantize``: ``false``
-leaves nodes or tensors float, ``true`` quantizes nodes that the rule, or an earlier override,
-leaves float. Later overrides win.
+``scale_ratio``, ``method``), ``spec``, whose value is the name of a spec of the rule, or
+``quantize``: ``false`` leaves nodes or tensors float, ``true`` quantizes nodes that the rule, or an
+earlier override, leaves float. Later overrides win.
 
 A TOML file contains the same with one table per selector, in order::
 

@@ -91,6 +91,9 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
         all-zero tensor or channel positive.
     min_scale : float
         Smallest scale, also if the range is smaller.
+    scale_ratio : float or None
+        The largest ratio of the scales of two channels (not with ``power_of_two``); smaller scales
+        are raised. For chips that multiply all channels by integers with one common shift.
     observer : ObserverName or None
         How calibration chooses the clipping range, see `onnxqat.calibration.observers`; None: by
         the calibration's settings. The range of a weight has the least squared error with ``mse``
@@ -114,6 +117,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     fixed_range: tuple[float, float] | None = None
     min_range: float = 1e-12
     min_scale: float = 0.0
+    scale_ratio: float | None = None
     observer: ObserverName | None = None
     range_factor: float = 1.0
     method: Method | None = None
@@ -237,7 +241,7 @@ def choose_qparams(low: FloatArray, high: FloatArray, spec: QuantSpec) -> QuantP
     else:
         width = high.astype(np.float64) - low  # may exceed the largest float32
         scale = (np.maximum(width, floor) / (qmax - qmin)).astype(np.float32)
-    scale = np.maximum(scale, np.float32(spec.min_scale))
+    scale = raised_scales(np.maximum(scale, np.float32(spec.min_scale)), spec)
     if spec.power_of_two:
         scale = power_of_two(scale)
     if not np.all(scale > 0):
@@ -294,6 +298,19 @@ def _moved_off_center(
         np.where(at_center, np.where(below, *scales), scale),
         np.where(at_center, np.where(below, *moved), zero_point),
     )
+
+
+def raised_scales(scale: FloatArray, spec: QuantSpec) -> FloatArray:
+    """Return scales of which none is smaller than the largest over ``scale_ratio``, same shape.
+
+    Examples
+    --------
+    >>> raised_scales(np.float32([1, 64, 1024]), QuantSpec(axis=0, scale_ratio=256)).tolist()
+    [4.0, 64.0, 1024.0]
+    """
+    if spec.scale_ratio is None:
+        return scale
+    return np.asarray(np.maximum(scale, scale.max() / np.float32(spec.scale_ratio)), np.float32)
 
 
 def power_of_two(scale: FloatArray) -> FloatArray:

@@ -8,7 +8,7 @@ import onnx
 from onnxqat.calibration import placeholder_params, resolved_plan
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
-from onnxqat.qparams import QuantParams, QuantSpec, quantized_range, storage_dtype
+from onnxqat.qparams import QuantParams, QuantSpec, quantized_range, raised_scales, storage_dtype
 from onnxqat.quantized import insert_pairs
 from tests.networks import planned
 
@@ -36,6 +36,7 @@ def _drawn(
 ) -> QuantParams:  # fmt: skip
     if spec.power_of_two:
         scale = np.exp2(np.rint(np.log2(scale)))
+    scale = raised_scales(scale, spec)
     signed = spec.signedness == "signed" or (
         spec.signedness == "from_range" and bool(rng.integers(2))
     )

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxqat.plan import QuantPlan, QuantPoint
-from onnxqat.qparams import FloatArray, QuantParams, power_of_two
+from onnxqat.qparams import FloatArray, QuantParams, power_of_two, raised_scales
 
 __all__ = ["fit_bias_range", "without_large_biases"]
 
@@ -81,6 +81,7 @@ def _raise_scale(
     allowed = (largest <= DEAD * largest.max()) & ((largest == 0) | (raised <= scale.max()))
     allowed &= np.isfinite(raised)
     raised = np.asarray(np.where(allowed, raised, scale), np.float32)
+    raised = raised_scales(raised, w.spec)
     if count := int(np.count_nonzero(raised > scale)):
         logger.info(
             "%s: %d weight scales raised so that the bias fits its integers", w.tensor, count

@@ -8,8 +8,10 @@ pairs, as in the model for onnxruntime. Two things differ, which change no value
   it a scale that is larger by 128 / 127. A weight that fills the whole range gets +1 instead.
 - Attributes that the toolkit reads without their defaults are written out.
 
-An activation with its zero_point at the center cannot be written. Rules avoid it by
-``off_center``. Found by running RKNN-Toolkit2 2.5.0; no document describes how it reads Q/DQ.
+An activation with its zero_point at the center cannot be written, nor a weight with scales that are
+more than `RATIO` times apart: the loader raises the smaller ones. Rules avoid these by
+``off_center`` and ``scale_ratio``. Found by running RKNN-Toolkit2 2.5.0; no document describes how
+it reads Q/DQ.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ __all__ = ["ROCKCHIP", "rockchip_model"]
 # Version 2.5.0 raises KeyError without them.
 STATED = {"HardSigmoid": ("alpha", "beta"), "LayerNormalization": ("epsilon",)}
 
+RATIO = 2**14
+
 
 def rockchip_model(model: QuantizedModel) -> Model:
     """Return the model for RKNN-Toolkit2.
@@ -46,8 +50,8 @@ def rockchip_model(model: QuantizedModel) -> Model:
         The model is not calibrated.
     FormatError
         The loader would not keep the grid of a tensor: an activation has other than 8 bits, a Clip
-        between Q and DQ, or its zero_point at the center; or a weight fills the range of its
-        integers in all channels.
+        between Q and DQ, or its zero_point at the center; a weight has scales that are more than
+        `RATIO` times apart, or fills the range of its integers in all channels.
     """
     source = Calibrated(model)
     refuse(_unreadable(source), "RKNN-Toolkit2 would give these tensors another grid")
@@ -71,9 +75,11 @@ def _unreadable(source: Calibrated) -> Iterator[str]:
             yield f"'{point.tensor}' needs a Clip between Q and DQ"
         elif np.all(params.zero_point == middle):
             yield f"'{point.tensor}' has a zero_point of {middle}, the center of its integers"
-    for point, _ in source.points("weight"):
+    for point, params in source.points("weight"):
         if point.spec.bits > 8:
             yield f"'{point.tensor}' has {point.spec.bits} bits"
+        elif params.scale.min() * np.float32(RATIO) < params.scale.max():
+            yield f"'{point.tensor}' has scales more than {RATIO} times apart (scale_ratio)"
 
 
 def _shift(point: QuantPoint, params: QuantParams, nodes: dict[str, gs.Node]) -> bool:

@@ -167,6 +167,7 @@ def describe_spec(spec: QuantSpec) -> str:
     words += ["narrow"] if spec.narrow_range else []
     words += ["off-center"] if spec.off_center else []
     words += ["pow2"] if spec.power_of_two else []
+    words += [f"scale_ratio={spec.scale_ratio:g}"] if spec.scale_ratio else []
     words += [f"axis={spec.axis}"] if spec.axis is not None else []
     words += [f"heads={spec.heads}"] if spec.heads is not None else []
     words += [f"range={list(spec.fixed_range)}"] if spec.fixed_range else []

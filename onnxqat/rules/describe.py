@@ -66,6 +66,7 @@ def _spec(spec: RuleSpec) -> str:
     words += ["narrow range"] if spec.narrow_range else []
     words += ["zero_point off the center"] if spec.off_center else []
     words += ["power-of-two scale"] if spec.power_of_two else []
+    words += [f"scales at most {spec.scale_ratio:g} times apart"] if spec.scale_ratio else []
     words += [f"fixed range {list(spec.fixed_range)}"] if spec.fixed_range else []
     words += [f"calibrated by {spec.observer}"] if spec.observer else []
     words += [f"range times {spec.range_factor:g}"] if spec.range_factor != 1 else []

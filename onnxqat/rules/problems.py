@@ -102,25 +102,33 @@ def wrong_spec(spec: QuantSpec) -> str | None:
         return f"bits = {spec.bits}. Widths are 2 to 8, and 16."
     if spec.bits == 16 and spec.narrow_range:
         return "narrow_range needs 8 bits or fewer: no runtime clips 16-bit integers."
-    if not 0 < spec.min_range < math.inf:
-        return f"min_range = {spec.min_range}. Give a number above 0."
-    if not 0 <= spec.min_scale < math.inf:
-        return f"min_scale = {spec.min_scale}. Give 0 or more."
-    if not 0 < spec.range_factor < math.inf:
-        return (
-            f"range_factor = {spec.range_factor}. Give a number above 0; 1 leaves ranges unchanged."
-        )
     if not spec.symmetric and spec.signedness == "from_range":
         return (
             "an asymmetric spec needs a fixed signedness. Set signedness to 'signed' or 'unsigned'."
         )
     if not spec.symmetric and spec.power_of_two:
         return "power_of_two needs symmetric = true."
+    if spec.scale_ratio is not None and spec.power_of_two:
+        return "scale_ratio needs power_of_two = false."
     if spec.symmetric and spec.off_center:
         return "off_center needs symmetric = false: a symmetric zero_point is the center."
     low, high = spec.fixed_range or (0.0, 0.0)
     if not -math.inf < low <= 0 <= high < math.inf:
         return f"fixed_range = {[low, high]}. Give a finite range that contains 0."
+    return _wrong_number(spec)
+
+
+def _wrong_number(spec: QuantSpec) -> str | None:
+    if not 0 < spec.min_range < math.inf:
+        return f"min_range = {spec.min_range}. Give a number above 0."
+    if not 0 <= spec.min_scale < math.inf:
+        return f"min_scale = {spec.min_scale}. Give 0 or more."
+    if spec.scale_ratio is not None and not 1 <= spec.scale_ratio < math.inf:
+        return f"scale_ratio = {spec.scale_ratio}. Give a number of 1 or more."
+    if not 0 < spec.range_factor < math.inf:
+        return (
+            f"range_factor = {spec.range_factor}. Give a number above 0; 1 leaves ranges unchanged."
+        )
     return None
 
 

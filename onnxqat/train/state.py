@@ -9,7 +9,13 @@ import numpy as np
 from onnxqat.calibration import fit_bias_range, weight_range
 from onnxqat.model import Model
 from onnxqat.pairs import scale_name, zero_point_name
-from onnxqat.qparams import FloatArray, QuantParams, choose_qparams, nearest_power_of_two
+from onnxqat.qparams import (
+    FloatArray,
+    QuantParams,
+    choose_qparams,
+    nearest_power_of_two,
+    raised_scales,
+)
 from onnxqat.quantized import QuantizedModel
 
 __all__ = ["with_values"]
@@ -46,6 +52,7 @@ def with_values(
     tensors = floats.graph.tensors()
     for name in weights:
         tensors[name].values = values[name].copy()
+    specs = {p.parameters: p.spec for p in model.plan.grid_points()}
     powers = {p.parameters for p in model.plan.grid_points() if p.spec.power_of_two}
     per_head = {p.parameters: p for p in model.plan.grid_points() if p.spec.heads is not None}
 
@@ -56,6 +63,7 @@ def with_values(
         scale, zero_point = values[scale_name(name)].copy(), before.zero_point
         if name in powers:  # the moving average of powers of two is not a power of two
             scale = nearest_power_of_two(scale)
+        scale = raised_scales(scale, specs[name])
         if name in zero_points:
             zero_point = np.rint(values[zero_point_name(name)]).astype(zero_point.dtype)
         return QuantParams(scale=scale, zero_point=zero_point)

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxqat.deploy import write_deployment
 from onnxqat.errors import FormatError, RuleError
 from onnxqat.formats import EXPORTS
-from onnxqat.qparams import QuantParams
+from onnxqat.qparams import QuantParams, choose_qparams
 from onnxqat.quantized import insert_pairs
 from onnxqat.rules import bundled_rules, load_rule
 from tests.networks import _Graph, attention, convnet, quantized, samples
@@ -147,6 +147,29 @@ def test_an_activation_at_the_center_is_refused(dtype, center):
     params = {**model.params, "c4": moved}
     with pytest.raises(FormatError, match=f"'c4' has a zero_point of {center}, the center"):
         EXPORTS["rockchip"](insert_pairs(floats, model.plan, params, state="calibrated"))
+
+
+def test_scales_too_far_apart_are_refused():
+    floats, model = quantized(convnet(), "rockchip-rk3588")
+    for ratio, allowed in ((2**14, True), (2**14 + 1, False)):
+        scale = np.ones_like(model.params["w1"].scale)
+        scale[0] = 1 / ratio
+        own = QuantParams(scale=scale, zero_point=model.params["w1"].zero_point)
+        again = insert_pairs(floats, model.plan, {**model.params, "w1": own}, state="calibrated")
+        if allowed:
+            EXPORTS["rockchip"](again)
+            continue
+        with pytest.raises(FormatError, match="'w1' has scales more than 16384 times apart"):
+            EXPORTS["rockchip"](again)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_dead_channel_gets_the_scale_that_the_loader_would_give_it(rule):
+    specs = load_rule(rule).specs
+    ends = np.float32([0, 1e-9, 1])
+    params = choose_qparams(-ends, ends, specs["weight"].resolve(0))
+
+    assert params.scale.tolist() == [params.scale[2] / 2**14] * 2 + [params.scale[2]]
 
 
 def test_symmetric_activations_are_refused_by_the_rule():

@@ -251,6 +251,16 @@ def test_all_zero_channels_get_a_positive_scale(symmetric: bool) -> None:
     assert fake_quantize(np.zeros((2, 1), np.float32), params, spec).tolist() == [[0.0], [0.0]]
 
 
+def test_a_scale_is_raised_to_the_largest_over_the_ratio() -> None:
+    spec = QuantSpec(axis=0, scale_ratio=16)
+    ends = np.float32([127, 127 / 8, 0.5, 0])
+    params = choose_qparams(-ends, ends, spec)
+
+    assert params.scale.tolist() == [1, 1 / 8, 1 / 16, 1 / 16]
+    rows = fake_quantize(np.float32([[127], [1], [0.5], [0.01]]), params, spec)
+    assert rows.tolist() == [[127], [1], [0.5], [0]]
+
+
 def test_the_widest_range_has_a_finite_scale() -> None:
     largest = np.finfo(np.float32).max
     params = choose_qparams(-largest, largest, QuantSpec(symmetric=False))

@@ -60,6 +60,11 @@ def test_own_rule_and_extension(tmp_path):
         (('signedness = "from_range"', "bits = 40"), "Widths are 2 to 8, and 16"),
         (('signedness = "from_range"', "min_range = 0.0"), "Give a number above 0"),
         (('signedness = "from_range"', "min_range = inf"), "Give a number above 0"),
+        (('signedness = "from_range"', "scale_ratio = 0.5"), "Give a number of 1 or more"),
+        (
+            ('signedness = "from_range"', "scale_ratio = 2, power_of_two = true"),
+            "scale_ratio needs power_of_two = false",
+        ),
         (('signedness = "from_range"', 'observer = "median"'), "Invalid enum value 'median'"),
         (
             ('signedness = "from_range"', "range_factor = nan"),

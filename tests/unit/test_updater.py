@@ -20,6 +20,7 @@ from onnxqat.rules import load_rule
 from onnxqat.train.engine import Flat
 from onnxqat.train.form import training_form
 from onnxqat.train.optimization.ranges import Ranges
+from onnxqat.train.state import with_values
 from tests.descent import Trained
 from tests.networks import joined_to_a_constant, planned
 
@@ -144,6 +145,16 @@ def test_the_scale_of_a_range_with_two_ends_stays_above_its_floor():
     scales = {float(trained.values.views[f"{n}/scale"]) for n in RANGES}
 
     assert scales == {float(np.float32(1.5 / LEVELS))}
+
+
+def test_a_trained_scale_is_not_smaller_than_the_largest_over_the_ratio():
+    model = network("N", "weight.scale_ratio=2")
+    values = {f"{name}/scale": params.scale for name, params in model.params.items()}
+    values["w1/scale"] = np.float32([0.5, 0.125, 0.375])
+    found = with_values(model, model.floats.copy(), values, weights=(), zero_points=())
+
+    assert found.params["w1"].scale.tolist() == [0.5, 0.25, 0.375]
+    assert found.params["w3"].same_as(model.params["w3"])
 
 
 def test_a_power_of_two_is_the_one_nearest_to_a_scale_that_moves():
