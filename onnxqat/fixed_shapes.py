@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from onnxqat.errors import ModelError, OptionError
 from onnxqat.model import Model
+from onnxqat.preparation.folding import fold_shapes
 from onnxqat.preparation.shapes import infer_shapes
 from onnxqat.runtime import UnknownOpError, open_session
 
@@ -22,6 +23,8 @@ Dimension = int | str | None
 
 def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[int]]) -> Model:
     """Return a model whose inputs have these shapes, after running it once on zeros.
+
+    A Shape that these determine becomes a constant: some tools read neither ``start`` nor ``end``.
 
     Parameters
     ----------
@@ -58,6 +61,7 @@ def fix_shapes(model: Model, batch: int | None, shapes: Mapping[str, Sequence[in
             free = any(not isinstance(n, int) for n in tensor.shape or ())
             tensor.shape = None if free or name not in outputs else tensor.shape
     infer_shapes(fixed.graph)
+    fold_shapes(fixed.graph)
     _run(fixed)
     return fixed
 

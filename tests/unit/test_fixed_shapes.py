@@ -49,6 +49,20 @@ def test_a_batch_leaves_other_lengths_free():
     assert shapes(fixed)["y"][0] == 4
 
 
+def test_a_shape_that_is_known_becomes_a_constant():
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    token (float[N, 2, 3] x) => (float[N, 3, 3] y)
+    <int64[2] tail = {1, 3}, float[1, 1, 3] token = {1, 2, 3}> {
+        n = Shape<end = 1>(x) s = Concat<axis = 0>(n, tail) t = Expand(token, s)
+        y = Concat<axis = 1>(t, x) }"""
+    before = from_proto(onnx.parser.parse_model(text))
+    fixed = fix_shapes(before, 1, {}).to_proto()
+
+    assert "Shape" not in {node.op_type for node in fixed.graph.node}
+    x = {"x": np.arange(6, dtype=np.float32).reshape(1, 2, 3)}
+    np.testing.assert_array_equal(run_ort(fixed, x)[0], run_ort(before.to_proto(), x)[0])
+
+
 @pytest.mark.parametrize(
     ("batch", "given", "message"),
     [
