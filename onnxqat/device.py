@@ -192,5 +192,5 @@ def _refusal(index: int) -> str | None:
     except Exception as error:  # the bindings raise a class per status code
         return " ".join(str(error).split())[:200].rstrip(".")
     if session.get_providers()[0] != "CUDAExecutionProvider":
-        return "the libraries of CUDA or cuDNN cannot be loaded"
+        return "the driver, or the libraries of CUDA or cuDNN, cannot be loaded"
     return None
