@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def equalize(
     batches: Iterable[Feeds] | None = None,
     *,
     relu6: Relu6 = "auto",
-    activation: QuantSpec | None = None,
+    activations: Mapping[str, QuantSpec] = MappingProxyType({}),
     threads: int = 0,
 ) -> Equalized:
     """Return a prepared float model with equalized channel ranges.
@@ -117,9 +118,9 @@ def equalize(
         absorbed only if the statistics of a BatchNormalization give their distribution.
     relu6 : {"auto", "keep", "replace"}
         See `onnxqat.repair.relu6`.
-    activation : QuantSpec, optional
-        How the chip quantizes activations. If their scales are powers of two and there are data,
-        activations are fitted to them.
+    activations : mapping of str to QuantSpec
+        How activations will be quantized, by tensor. With data, those whose scales are powers of
+        two are fitted to them.
 
     Raises
     ------
@@ -141,9 +142,10 @@ def equalize(
         _refuse_changes(found, model.name)
     exact = result.copy()
     absorbed = _absorb(result, network, feeds, threads)
+    specs = {name: spec for name, spec in activations.items() if spec.power_of_two}
     fitted: tuple[str, ...] = ()
-    if feeds and activation is not None and activation.power_of_two:
-        fitted = _fit((exact, result) if absorbed else (result,), feeds, activation, threads)
+    if feeds and specs:
+        fitted = _fit((exact, result) if absorbed else (result,), feeds, specs, threads)
     if absorbed:
         note_originals(exact, result)
     return Equalized(
@@ -214,13 +216,16 @@ def _absorb(
 
 
 def _fit(
-    models: Sequence[Model], batches: Iterable[Feeds], spec: QuantSpec, threads: int
+    models: Sequence[Model],
+    batches: Iterable[Feeds],
+    specs: Mapping[str, QuantSpec],
+    threads: int,
 ) -> tuple[str, ...]:
     """Fit the activations of the last model, and divide those of all models alike.
 
     Return the names of the tensors that were divided.
     """
-    factors = fitting_factors(models[-1], batches, spec, threads=threads)
+    factors = fitting_factors(models[-1], batches, specs, threads=threads)
     for model in models:
         before, network = model.copy(), find_channels(model.graph)
         scales = scales_of(network, factors)

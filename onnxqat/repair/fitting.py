@@ -39,7 +39,7 @@ Feeds = Mapping[str, NDArray[Any]]
 
 
 def fitting_factors(
-    model: Model, batches: Iterable[Feeds], spec: QuantSpec, *, threads: int = 0
+    model: Model, batches: Iterable[Feeds], specs: Mapping[str, QuantSpec], *, threads: int = 0
 ) -> dict[str, float]:
     """Return the number by which each tensor that a layer reads should be divided.
 
@@ -49,8 +49,8 @@ def fitting_factors(
         A prepared float model.
     batches : iterable of mapping of str to array
         Model inputs by name.
-    spec : QuantSpec
-        How activations are quantized: per-tensor, with a scale that is a power of two.
+    specs : mapping of str to QuantSpec
+        How tensors are quantized: per-tensor, with a scale that is a power of two.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def fitting_factors(
         The factors by tensor, between 0.7 and 1.42; without tensors that cannot be divided.
     """
     network = find_channels(model.graph)
-    groups = _groups(network)
+    groups = _groups(network, specs)
     names = [name for group in groups for name in group]
     if not names:
         return {}
@@ -69,7 +69,7 @@ def fitting_factors(
             seen[name].add(values)
     factors: dict[str, float] = {}
     for group in groups:
-        errors = sum(_errors(seen[name], spec) for name in group)
+        errors = sum(_errors(seen[name], specs[name]) for name in group)
         best = int(np.argmin(errors))
         factor = 2.0 ** ((best if best < STEPS // 2 else best - STEPS) / STEPS)
         factors |= dict.fromkeys(group, factor)
@@ -85,14 +85,14 @@ def scales_of(network: Network, factors: Mapping[str, float]) -> Floats:
     return scales
 
 
-def _groups(network: Network) -> list[tuple[str, ...]]:
-    """Return the tensors that layers read and that can be divided; those of a group share channels.
+def _groups(network: Network, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the tensors that layers read and that can be divided; a group shares channels.
 
     The sets of the network are joined.
     """
     free = free_channels(network)
-    read = dict.fromkeys(str(layer.node.inputs[0].name) for layer in network.layers)
-    tensors = {name: network.tensors[name].reshape(-1) for name in read if name in network.tensors}
+    read = {str(layer.node.inputs[0].name) for layer in network.layers} & network.tensors.keys()
+    tensors = {name: network.tensors[name].reshape(-1) for name in names if name in read}
     for ids in tensors.values():
         network.sets.join(np.broadcast_to(ids[:1], ids.shape), ids)
     found: dict[int, list[str]] = {}

@@ -38,6 +38,13 @@ ARGUMENTS = {"insert": ("model",), "import-table": ("table", "model")}
 # Settings whose option has another name, is repeated for each value, or does not exist.
 RENAMED = {"groups": "group", "input_map": "input"}
 REPEATED = ("set", "groups", "input_map")
+# What else equalization did, by the name of the figure in its stage.
+CHANGES = {
+    "relu6_replaced": "{:.0f} ReLU6 replaced",
+    "migrated": "{:.0f} normalizations smoothed",
+    "absorbed": "high biases of {:.0f} layers absorbed",
+    "fitted": "{:.0f} activations fitted to powers of two",
+}
 NOT_OPTIONS = ("validation",)
 FLAGS = {
     ("bias_correction", "empirical"): "--bias-correction",
@@ -124,8 +131,9 @@ def repaired(history: Sequence[Stage]) -> list[str]:
         if stage.settings.get("equalize"):
             layers = finite(figures.get("equalized")) or 0
             found.append(f"{layers:.0f} layers equalized")
-        if replaced := finite(figures.get("relu6_replaced")):
-            found.append(f"{replaced:.0f} ReLU6 replaced")
+        for name, done in CHANGES.items():
+            if count := finite(figures.get(name)):
+                found.append(done.format(count))
         if stage.settings.get("bias_correction"):
             found.append(f"{finite(figures.get('corrected')) or 0:.0f} biases corrected")
     return found

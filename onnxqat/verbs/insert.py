@@ -99,9 +99,7 @@ def insert(
             assert data is not None
             return stack.enter_context(opened(prepared, data, settings, listener, labels=False))
 
-        equalization = Equalization(
-            relu6, samples if data is not None else None, rule.specs.get("activation")
-        )
+        equalization = Equalization(relu6, samples if data is not None else None)
         prepared, found = repaired(
             floats, equalization if equalize else None, foreign, rule, overrides
         )
@@ -139,18 +137,18 @@ def _told_of_data(model: QuantizedModel) -> QuantizedModel:
 
 
 def _figures(found: Equalized | None) -> dict[str, float | None]:
-    """Return the figures of an equalization: changed layers, and spreads of the channels."""
+    """Return the figures of an equalization: what it changed, and spreads of the channels."""
     if found is None:
         return {}
     octaves = ((one.before, one.after) for one in found.spreads)
     before, after = map(max, zip((0.0, 0.0), *octaves, strict=True))
-    layers, relu6 = float(len(found.layers)), float(len(found.relu6.nodes))
+    others = {"migrated": found.migrations, "absorbed": found.absorbed, "fitted": found.fitted}
     return {
-        "equalized": layers,
-        "relu6_replaced": relu6,
+        "equalized": float(len(found.layers)),
+        "relu6_replaced": float(len(found.relu6.nodes)),
         "octaves.before": before,
         "octaves.after": after,
-    }
+    } | {name: float(len(ones)) for name, ones in others.items() if ones}
 
 
 def _refuse_names(prepared: Model, plan: QuantPlan, table: str | None) -> None:

@@ -32,7 +32,7 @@ def planned(
     rule: HardwareRule,
     overrides: Overrides = (),
     *,
-    repair: Callable[[Model], Model] = lambda prepared: prepared,
+    repair: Callable[[Model, QuantPlan], Model] | None = None,
 ) -> tuple[Model, QuantPlan]:
     """Prepare a float model, at the opset that the plan needs, and plan its quantization.
 
@@ -44,8 +44,8 @@ def planned(
         The rule of the chip.
     overrides : path, or iterable of str or Override
         A TOML file, or texts ``SELECTOR.KEY=VALUE``; later ones override earlier ones.
-    repair : callable
-        Changes the prepared model before planning.
+    repair : callable, optional
+        Changes the prepared model; gets it with its plan, which is then made again.
 
     Returns
     -------
@@ -60,10 +60,12 @@ def planned(
     parsed = _parsed(overrides)
     prepared = prepare(floats)
     refuse_other_floats(prepared.graph, floats.name)
-    prepared = repair(prepared)
     found = make_plan(prepared.graph, rule, parsed)
     if prepared.graph.opset < OPSET_OF_16_BITS and needs_16_bits(found):
-        prepared = repair(prepare(floats, opset=OPSET_OF_16_BITS))
+        prepared = prepare(floats, opset=OPSET_OF_16_BITS)
+        found = make_plan(prepared.graph, rule, parsed)
+    if repair is not None:
+        prepared = repair(prepared, found)
         found = make_plan(prepared.graph, rule, parsed)
     for role in ("weight", "activation"):
         warn_of_widths(rule, role, {p.spec.bits for p in found.points if p.role == role})

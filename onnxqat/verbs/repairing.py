@@ -13,7 +13,6 @@ from onnxqat.errors import ModelError
 from onnxqat.foreign import ForeignParams
 from onnxqat.model import Model
 from onnxqat.plan import QuantPlan
-from onnxqat.qparams import QuantSpec
 from onnxqat.quantized import weights_hash
 from onnxqat.repair import SMALL_DB, Equalized, Relu6, original, unevenness
 from onnxqat.repair import equalize as run
@@ -38,8 +37,6 @@ class Equalization:
         See `onnxqat.repair.equalize`.
     open_samples : callable, optional
         Opens the data for the prepared model. Without it, random values are used.
-    activation : QuantSpec, optional
-        How the chip quantizes activations, see `onnxqat.repair.equalize`.
 
     Attributes
     ----------
@@ -52,18 +49,15 @@ class Equalization:
     """
 
     def __init__(
-        self,
-        relu6: Relu6,
-        open_samples: Callable[[Model], DataSet] | None = None,
-        activation: QuantSpec | None = None,
+        self, relu6: Relu6, open_samples: Callable[[Model], DataSet] | None = None
     ) -> None:
-        self.relu6, self.activation, self.source = relu6, activation, ""
+        self.relu6, self.source = relu6, ""
         self.samples: DataSet | None = None
         self.result: Equalized | None = None
         self._open_samples = open_samples
 
-    def __call__(self, prepared: Model) -> Model:
-        """Return the equalized model.
+    def __call__(self, prepared: Model, plan: QuantPlan) -> Model:
+        """Return the equalized model; ``plan`` is that of the prepared one.
 
         With its biases before the repair, the model computes the same as the user's model and can
         be the teacher. If a ReLU6 was replaced, only the user's model can be the teacher.
@@ -71,7 +65,8 @@ class Equalization:
         if self._open_samples is not None and self.samples is None:
             self.samples = self._open_samples(prepared)
         batches = None if self.samples is None else compared_batches(self.samples)
-        self.result = run(prepared, batches, relu6=self.relu6, activation=self.activation)
+        specs = {point.tensor: point.spec for point in plan.points if point.role == "activation"}
+        self.result = run(prepared, batches, relu6=self.relu6, activations=specs)
         model = self.result.model
         teacher = prepared if self.result.relu6.nodes else original(model)
         self.source = weights_hash(teacher.graph)

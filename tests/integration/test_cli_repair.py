@@ -89,6 +89,7 @@ def test_insert_fits_activations_to_the_power_of_two_scales_of_a_chip(digits, tm
     assert fitted.exit_code == usual.exit_code == 0, fitted.output
     assert "Fitted 4 activations to scales that are powers of two." in fitted.stderr
     assert "Fitted" not in usual.stderr
+    assert load_model(tmp_path / "a.onnx").history[0].figures["fitted"] == 4
 
 
 def test_a_replaced_relu6_needs_the_users_model_as_teacher(digits, tmp_path):

@@ -14,6 +14,7 @@ from onnxqat.qparams import QuantParams, QuantSpec, fake_quantize, power_of_two
 from onnxqat.repair import equalize, original
 
 SPEC = QuantSpec(power_of_two=True)
+SPECS = dict.fromkeys(("r1", "r2", "j"), SPEC)
 READ = {None: "r2", "Add": "j", "Concat": "j"}  # by the third convolution
 
 
@@ -81,7 +82,7 @@ def least_error(values):
 def test_no_other_factor_gives_less_error(joined):
     model = network(joined)
 
-    before, after = (equalize(model, BATCHES, activation=s).model for s in (None, SPEC))
+    before, after = (equalize(model, BATCHES, activations=a).model for a in ({}, SPECS))
 
     names = ("r1", READ[joined])
     old, new = tensors(before, *names), tensors(after, *names)
@@ -91,9 +92,7 @@ def test_no_other_factor_gives_less_error(joined):
     for group in groups:
         errors = [sum(least_error(old[i] / np.float32(f)) for i in group) for f in tried]
         mine = sum(least_error(new[i]) for i in group)
-        assert mine <= 1.005 * min(
-            errors
-        )  # a histogram takes the values of a bin for evenly spread
+        assert mine <= 1.005 * min(errors)  # a histogram spreads values evenly over its bins
         assert mine < 0.9 * errors[8]  # 8: the factor 1
         assert all(factors[i] == pytest.approx(factors[group[0]], rel=1e-4) for i in group)
 
@@ -101,7 +100,7 @@ def test_no_other_factor_gives_less_error(joined):
 def test_the_outputs_and_the_teacher_stay():
     model = network()
 
-    result = equalize(model, BATCHES, activation=SPEC)
+    result = equalize(model, BATCHES, activations=SPECS)
 
     assert set(result.fitted) == {"r1", "r2"}
     assert result.absorbed
@@ -115,11 +114,10 @@ def test_the_outputs_and_the_teacher_stay():
         np.testing.assert_array_equal(teacher[name].values, student[name].values)
 
 
-@pytest.mark.parametrize("spec", [None, QuantSpec()])
-def test_other_scales_change_nothing(spec):
+def test_other_scales_change_nothing():
     model = network()
 
-    one, other = equalize(model, BATCHES), equalize(model, BATCHES, activation=spec)
+    one, other = equalize(model, BATCHES), equalize(model, BATCHES, activations={"r1": QuantSpec()})
 
     assert other.fitted == ()
     assert one.model.to_proto() == other.model.to_proto()

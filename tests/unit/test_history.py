@@ -11,6 +11,7 @@ import pytest
 
 import onnxqat as oq
 from onnxqat.quantized import load_model
+from onnxqat.reporting.history import repaired
 from onnxqat.train import DivergedError, engine
 from onnxqat.train.selection import figures_of
 from tests.digits import MODELS, write_digits
@@ -73,6 +74,21 @@ def test_repairs_tell_what_they_changed(calibrated):
     assert calibrate.settings["bias_correction"] == "empirical"
     assert calibrate.figures["samples"] == 64
     assert calibrate.figures["corrected"] > 5
+
+
+def test_a_report_names_every_repair():
+    figures = {"equalized": 9.0, "relu6_replaced": 2.0, "migrated": 3.0, "absorbed": 4.0}
+    inserted = oq.Stage(
+        name="insert", settings={"equalize": True}, figures=figures | {"fitted": 5.0}
+    )
+
+    assert repaired([inserted]) == [
+        "9 layers equalized",
+        "2 ReLU6 replaced",
+        "3 normalizations smoothed",
+        "high biases of 4 layers absorbed",
+        "5 activations fitted to powers of two",
+    ]
 
 
 def test_a_fine_tuning_tells_its_start_and_every_epoch(tuned):
