@@ -414,3 +414,13 @@ def test_a_zero_point_at_the_center_does_not_fit_a_rule_that_excludes_it(zero_po
     taken = take_over(plan, prepared.graph, foreign)[0]
 
     assert ("x" in taken) == (zero_point != 0)
+
+
+@pytest.mark.parametrize("ratio", [2, 1.01])
+def test_scales_further_apart_than_a_rule_allows_do_not_fit(ratio: float) -> None:
+    floats, foreign = read_foreign_qdq(from_proto(pytorch()))
+    prepared = prepare(floats)
+    overrides = [parse_override(f"weight.scale_ratio={ratio}")]
+    plan = make_plan(prepared.graph, load_rule("tensorrt"), overrides)
+
+    assert ("w" in take_over(plan, prepared.graph, foreign)[0]) == (ratio == 2)
