@@ -222,10 +222,13 @@ def test_horizon_takes_mean_and_scale_by_spaces(tmp_path):
 
 def test_cambricon_takes_the_variance(tmp_path):
     text = deployed(tmp_path, "cambricon-mlu")["compile.txt"]
-    found = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    found, catch = (json.loads(line) for line in text.splitlines() if line.startswith("{"))
 
     first = found["insert_bn_before_firstnode"]["0"]
     np.testing.assert_allclose(1 / np.sqrt(first["var"]), SCALE, rtol=1e-15)
+    np.testing.assert_allclose(np.multiply(catch["mean"], 255), MEAN, rtol=1e-15)
+    np.testing.assert_allclose(1 / np.multiply(catch["std"], 255), SCALE, rtol=1e-15)
+    assert catch["firstconv"] is True
 
 
 def test_ascend_subtracts_the_mean_where_it_may_have_a_fraction(tmp_path):
