@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from onnxqat.choices import check_choice
+from onnxqat.data import DataSet
+from onnxqat.data.beside import BOXES
 from onnxqat.device import CPU, find_device
 from onnxqat.errors import DataError, OptionError
 from onnxqat.evaluation import Evaluation
@@ -125,7 +127,19 @@ def evaluate(
             )
     if result.doubt is not None:
         _warn_of_labels(loaded, result, mode)
+    if not (result.metrics or compared):
+        listener.note(_nothing_measured(samples))
     return result
+
+
+def _nothing_measured(data: DataSet) -> str:
+    """Say why there are no figures, and what to do."""
+    if BOXES in data.array_names:
+        return f"{data.name}: nothing was measured. It has boxes: pass --metric map."
+    return (
+        f"{data.name}: nothing was measured, because it has no class labels. Name them with "
+        "--label, compare with --against MODEL, or choose what to measure with --metric."
+    )
 
 
 def _warn_of_labels(model: AnyModel, result: Evaluation, mode: str) -> None:

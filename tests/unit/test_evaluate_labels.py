@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnxqat import verbs
 from onnxqat.data import open_data
 from onnxqat.errors import TrainingError
 from onnxqat.evaluation import evaluate
 from onnxqat.evaluation.labels import Hits, doubt
+from onnxqat.model import from_proto
 from onnxqat.quantized import load_model
 from onnxqat.train import Config, finetune
+from onnxqat.verbs import Listener
 from tests.digits import INPUT, MODELS, PIXELS, calibrated_lenet, training_digits
+from tests.networks import convnet, samples
 
 
 def reference_bound(hits, count):
@@ -106,3 +110,24 @@ def test_training_on_wrong_labels_stops_unless_it_is_forced(wrong_labels, caplog
     assert result.epochs == 1
     told = f"right on {100 * result.before.reference['top1']:.2f} % of 120 held-out labels"
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("array", "said"), [("other", "has no class labels"), ("boxes", "pass --metric map")]
+)
+def test_missing_figures_are_explained(array, said):
+    told = []
+
+    class Told(Listener):
+        def note(self, text):
+            told.append(text)
+
+    data = {"input": samples(convnet(), 2), array: np.zeros((2, 1, 5), np.float32)}
+    verbs.evaluate(from_proto(convnet()), data, mode="float", listener=Told())
+    silent = len(told)
+    verbs.evaluate(
+        from_proto(convnet()), data, mode="float", against=from_proto(convnet()), listener=Told()
+    )
+
+    assert said in told[-1]
+    assert len(told) == silent
