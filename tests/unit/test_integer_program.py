@@ -293,7 +293,8 @@ def test_an_average_that_is_left_float_is_that_of_the_dequantized_integers():
     n, channels, height, width = x.shape
     windows = x.reshape(n, channels, height // 2, 2, width // 2, 2)
 
-    np.testing.assert_allclose(values.floats["v1"], windows.mean((3, 5)), rtol=1e-6, atol=1e-6)
+    # the rule's chip computes float ops in float16
+    np.testing.assert_allclose(values.floats["v1"], windows.mean((3, 5)), rtol=2e-3, atol=2e-3)
 
 
 def test_four_bits_saturate_at_their_ends():
