@@ -137,8 +137,8 @@ def main() -> None:
     status, message = "done", ""
     try:
         run_job(order, folder, tell, ending)
-    except StoppedError as error:
-        status, message = "stopped", str(error)
+    except StoppedError:  # its message names an option of finetune
+        status, message = "stopped", "Interrupted. Run the job again to continue."
     except (OnnxQatError, DivergedError) as error:
         status, message = "failed", str(error)
     except MemoryError:
