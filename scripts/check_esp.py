@@ -3,10 +3,11 @@
     ONNXQAT_ESP=PYTHON python scripts/check_esp.py QDQ DATA [SAMPLES]
 
 PYTHON is the interpreter of an environment with esp_ppq 1.3.12 and torch. QDQ is a calibrated or
-fine-tuned model of the rule esp32-p4 or esp32-s3. The script strips it. esp-ppq then quantizes the
-float model with its own settings and passes (espdl_setting), fusion and alignment included; only
-its calibration is replaced: the scales come from the table that strip wrote. Where esp-ppq aligns
-tensors, its own scale is used. scripts/vendor_check.py describes the form.
+fine-tuned model of the rule esp32-p4 or esp32-s3. The script strips it with a batch of 1. esp-ppq
+then quantizes the float model with its own settings and passes (espdl_setting), fusion and
+alignment included; only its calibration is replaced: the scales come from the table that strip
+wrote. Where esp-ppq aligns tensors, its own scale is used. scripts/vendor_check.py describes the
+form.
 
 ``edges`` counts the quantized inputs and outputs of all ops, ``edges_differing`` those whose scale
 in esp-ppq is not that of the table, and ``not_in_table`` names tensors that esp-ppq would quantize
@@ -110,8 +111,9 @@ quantizer.build_quant_pipeline = build_with_import
 executor = TorchExecutor(graph, device="cpu")
 with np.load("inputs.npz") as found:
     inputs = {name: torch.from_numpy(found[name]) for name in found.files}
-first = {name: values[:count] for name, values in inputs.items()}
-quantizer.quantize(inputs=first, calib_dataloader=[], executor=executor, setting=setting)
+samples = [{name: x[i : i + 1] for name, x in inputs.items()}
+           for i in range(len(next(iter(inputs.values()))))]
+quantizer.quantize(inputs=samples[0], calib_dataloader=[], executor=executor, setting=setting)
 
 checked, differing = 0, []
 for op, i, config, name in quantized(graph):
@@ -123,12 +125,10 @@ for op, i, config, name in quantized(graph):
         differing.append([op.name, "output" if i is None else i, name])
 
 names = [n for n, v in graph.variables.items() if v.source_op is not None and n in entries]
-found = dict(zip(names, executor.forward(first, names)))
-np.savez("tensors.npz", **{name: values.numpy() for name, values in found.items()})
-starts = range(0, len(next(iter(inputs.values()))), count)
-parts = [{k: v[i : i + count] for k, v in inputs.items()} for i in starts]
+found = zip(*(executor.forward(x, names) for x in samples[:count]))
+np.savez("tensors.npz", **{n: torch.cat(values).numpy() for n, values in zip(names, found)})
 outputs = list(graph.outputs)[:1]
-np.save("whole.npy", np.concatenate([executor.forward(p, outputs)[0].numpy() for p in parts]))
+np.save("whole.npy", np.concatenate([executor.forward(x, outputs)[0].numpy() for x in samples]))
 json.dump({"edges": checked, "edges_differing": differing, "not_in_table": sorted(missing)},
           open("report.json", "w"))
 """
@@ -168,7 +168,7 @@ def check(model: QuantizedModel, feeds: Feeds, environment: Environment) -> Find
     if target is None:
         sys.exit(f"The rule '{model.plan.rule}' is not one of {', '.join(TARGETS)}.")
     ours, folder = Integers(model), environment.folder
-    write_deployment(model, folder / "chip", table="onnxqat")
+    write_deployment(model, folder / "chip", table="onnxqat", batch=1)
     np.savez(folder / "inputs.npz", **feeds)
     environment.run_code(SIMULATE, str(TENSOR_SAMPLES), target)
     first = {name: x[:TENSOR_SAMPLES] for name, x in feeds.items()}

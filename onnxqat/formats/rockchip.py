@@ -79,7 +79,10 @@ def _unreadable(source: Calibrated) -> Iterator[str]:
         if point.spec.bits > 8:
             yield f"'{point.tensor}' has {point.spec.bits} bits"
         elif params.scale.min() * np.float32(RATIO) < params.scale.max():
-            yield f"'{point.tensor}' has scales more than {RATIO} times apart (scale_ratio)"
+            yield (
+                f"'{point.tensor}' has scales more than {RATIO} times apart "
+                f"(insert again with weight.scale_ratio={RATIO})"
+            )
 
 
 def _shift(point: QuantPoint, params: QuantParams, nodes: dict[str, gs.Node]) -> bool:
