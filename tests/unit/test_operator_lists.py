@@ -35,7 +35,6 @@ OWN_LISTS = {
     "train/lowering/": "which gradients there are",
     "train/memory.py": "whose output is the memory of their input",
     "train/resident/replayable.py": "kernels that a CUDA graph cannot replay",
-    "train/resident/ranges.py": "the smallest and the largest value",
     "validate/": "what onnxruntime dies of, and shapes",
     "versions.py": "operators that opsets changed",
 }
