@@ -33,8 +33,8 @@ The script measures, in this order:
 4. The LSQ step of each network as a CUDA graph, if onnxruntime captures it; a replay's gradients
    for other data and parameters are compared with those of a plain run first.
 
-The exit code is
-1 if a gradient differed, a part failed, or not everything ran within ``--seconds``.
+The exit code is 1 if a gradient differed, a part failed, or not everything ran within
+``--seconds``.
 """
 
 from __future__ import annotations
