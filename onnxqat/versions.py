@@ -39,6 +39,8 @@ MAX_LOWERED_OPSET = 28
 # a Split into equal parts needed no number of parts), or whose input changed its meaning
 # (GroupNormalization: one scale per group, later per channel).
 CHANGED = {"GroupNormalization": 21, "RoiAlign": 16, "Split": 18}
+# Inputs of BatchNormalization that opset 14 named anew.
+RENAMED = {"mean": "input_mean", "var": "input_var"}
 
 
 def readable_opset(proto: onnx.ModelProto, name: str) -> int:
@@ -135,4 +137,5 @@ def _facts(attribute: OpSchema.Attribute) -> tuple[object, ...]:
 def _used(
     parameters: Sequence[OpSchema.FormalParameter], names: Sequence[str]
 ) -> list[tuple[str, object]]:
-    return [(parameter.name, parameter.option) for parameter in parameters[: len(names)]]
+    used = parameters[: len(names)]
+    return [(RENAMED.get(parameter.name, parameter.name), parameter.option) for parameter in used]

@@ -9,6 +9,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxqat.errors import ModelError
 from onnxqat.model import from_proto
 from onnxqat.preparation import prepare
+from onnxqat.versions import changed_node
 from tests.oracles import run_ort
 
 
@@ -96,3 +97,23 @@ def test_functions_and_branches_are_looked_at_too() -> None:
             ModelError, match=r"\(Swish\) of opset 24 has no equivalent in opset 21"
         ):
             from_proto(onnx.parser.parse_model(text % (24, *operators)))
+
+
+def test_batch_normalization_means_the_same_under_the_names_of_opset_14() -> None:
+    node = helper.make_node("BatchNormalization", list("xsbmv"), ["y"], epsilon=0.5)
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.uniform(1, 2, (2, 3) if name == "x" else 3).astype(np.float32)
+             for name in "xsbmv"}  # fmt: skip
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape)
+              for n, a in feeds.items()]  # fmt: skip
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, (2, 3))
+    graph = helper.make_graph([node], "g", values, [y])
+    outputs = [
+        run_ort(helper.make_model(graph, opset_imports=[helper.make_opsetid("", n)], ir_version=8),
+                feeds)[0] for n in (9, 13, 16)
+    ]  # fmt: skip
+
+    assert changed_node([node], 9, 16) is None
+    assert changed_node([node], 13, 16) is None
+    np.testing.assert_array_equal(outputs[0], outputs[2])
+    np.testing.assert_array_equal(outputs[1], outputs[2])
