@@ -34,8 +34,11 @@ def moved():
     count, constant = 2 * len(SPECS) + 1, 0.3
     low, high = (np.append(RANGES[:, i], (-9, 9)[i]).astype(np.float32) for i in range(2))
     seen_low, seen_high = low - np.float32(0.1), (high * np.float32(1.1)).astype(np.float32)
-    shapes = {"dense": (6, 5), "conv": (3, 4, 2, 2), "vector": (7,), "shared": (5,)}
+    shapes = {"dense": (6, 5), "conv": (3, 4, 2, 2), "vector": (7,), "shared": (5,),
+              "small": (2, 3), "large": (2, 3)}  # fmt: skip
     weights = {n: rng.normal(size=s, scale=5).astype(np.float32) for n, s in shapes.items()}
+    for name, factor in (("small", 0.01), ("large", 100)):  # the ratio counts within each
+        weights[name] *= np.float32([[factor], [factor / 100]])
     followed = [
         Followed(
             name=f"{name}{i}",
@@ -49,7 +52,8 @@ def moved():
     ]
     of_weights = {
         "dense": QuantSpec(axis=1), "conv": QuantSpec(axis=0, symmetric=False),
-        "vector": QuantSpec(axis=0),
+        "vector": QuantSpec(axis=0), "small": QuantSpec(axis=0, scale_ratio=16),
+        "large": QuantSpec(axis=0, scale_ratio=16),
     }  # fmt: skip
     followed += [
         Followed(name=name, spec=spec, row=None, weights={name: shapes[name]},

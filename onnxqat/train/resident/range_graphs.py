@@ -105,8 +105,8 @@ def ranges_graph(moving: Sequence[Followed], count: int, constant: float) -> onn
         b.input(name, size)
     ends = {end: _averaged(b, end, moving, count, constant) for end in ("low", "high")}
     checks, smallest = [], []
-    ordered = sorted(moving, key=lambda f: (str(f.spec), f.row is None))
-    for (_, of_weights), found in groupby(ordered, key=lambda f: (str(f.spec), f.row is None)):
+    ordered = sorted(moving, key=_group_key)
+    for (_, of_weights, _), found in groupby(ordered, key=_group_key):
         group = list(found)
         low, high = (
             _extremes(b, group, end) if of_weights else _rows(b, group, ends[end])
@@ -123,6 +123,12 @@ def ranges_graph(moving: Sequence[Followed], count: int, constant: float) -> onn
     b.op("Concat", total, least, output="numbers", axis=0)
     b.output("numbers", 2)
     return b.model()
+
+
+def _group_key(followed: Followed) -> tuple[str, bool, str]:
+    """Return what the parameters of a group share; a ``scale_ratio`` is within one tensor."""
+    spec = followed.spec
+    return str(spec), followed.row is None, followed.name if spec.scale_ratio else ""
 
 
 def _averaged(
@@ -192,6 +198,9 @@ def _chosen(b: GraphBuilder, low: str, high: str, spec: QuantSpec) -> tuple[str,
         levels = b.op("Div", width, np.array(qmax - qmin, np.float64))
         scale = b.op("Cast", levels, to=TensorProto.FLOAT)
     scale = b.op("Max", scale, float(spec.min_scale))
+    if spec.scale_ratio:
+        largest = b.op("ReduceMax", scale, axes=[0], keepdims=1)
+        scale = b.op("Max", scale, b.op("Div", largest, float(spec.scale_ratio)))
     if spec.power_of_two:
         scale = smallest_power(b, scale)
     if spec.symmetric:
