@@ -46,12 +46,15 @@ class Equalization:
         The result for the last model; None before the first.
     source : str
         Hash of the weights of the model that can be the teacher.
+    doubtful : tuple of str
+        The equalized layers whose weights have a scale per channel and fewer than 8 bits.
     """
 
     def __init__(
         self, relu6: Relu6, open_samples: Callable[[Model], DataSet] | None = None
     ) -> None:
         self.relu6, self.source = relu6, ""
+        self.doubtful: tuple[str, ...] = ()
         self.samples: DataSet | None = None
         self.result: Equalized | None = None
         self._open_samples = open_samples
@@ -67,6 +70,7 @@ class Equalization:
         batches = None if self.samples is None else compared_batches(self.samples)
         specs = {point.tensor: point.spec for point in plan.points if point.role == "activation"}
         self.result = run(prepared, batches, relu6=self.relu6, activations=specs)
+        self.doubtful = _doubtful(self.result, plan)
         model = self.result.model
         teacher = prepared if self.result.relu6.nodes else original(model)
         self.source = weights_hash(teacher.graph)
@@ -80,10 +84,32 @@ class Equalization:
         for line in told(self.result):
             listener.note(f"{line}.")
         listener.note(f"Outputs were compared on {on}.")
+        if self.doubtful:
+            listener.note(
+                f"{len(self.doubtful)} of these layers have a scale per channel and weights of "
+                "fewer than 8 bits, which equalization can make less accurate. Compare the result "
+                "with that of insert without --equalize: onnxqat evaluate."
+            )
         if self.result.relu6.nodes:
             listener.note(
                 "Pass your float model as --teacher to finetune, because a ReLU6 was replaced."
             )
+
+
+def _doubtful(result: Equalized, plan: QuantPlan) -> tuple[str, ...]:
+    """Return the equalized layers that lost accuracy in two of six networks (docs/accuracy.md).
+
+    With a scale per channel, ranges that differ between output channels cost nothing. Making them
+    equal changes the ranges of input channels, which share scales.
+    """
+    changed = set(result.layers)
+    return tuple(
+        str(edge.node)
+        for point in plan.points
+        if point.role == "weight" and point.spec.axis is not None and point.spec.bits < 8
+        for edge in point.consumers
+        if edge.node in changed
+    )
 
 
 def compared_batches(data: DataSet, batch_size: int | None = None) -> list[Feeds]:
