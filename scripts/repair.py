@@ -1,7 +1,7 @@
 """Measure what repair, training after it, sensitivities and searched widths reach.
 
     python scripts/repair.py --models DIR --data DIR --work DIR [--only TEXT,...] [--seeds N]
-        [--images N] [--minutes N] [--plan] [--trial]
+        [--images N] [--minutes N] [--threads N] [--plan] [--trial]
 
 The models and data are those of the development set (six trained networks, CIFAR-10, ImageNet and
 COCO images). NanoDet needs ``pip install pycocotools``. Every figure of accuracy comes from the
@@ -11,7 +11,8 @@ The script first prints what is left to measure, in order, with the estimated mi
 stops there. Each result is written to WORK/repair.json as soon as it is known, and models are kept
 in WORK. So a run can be interrupted and started again, and an interrupted training resumes from its
 checkpoint. The tables of what is known are printed at the end, in Markdown. ``--trial`` runs
-everything on a few samples in WORK/trial, to see that it works.
+everything on a few samples in WORK/trial, to see that it works. Small networks make little use of a
+second thread: two runs with ``--threads 1``, other parts and other folders are faster than one.
 
 The order: the networks that will be trained, without training; their training from end to end with
 seed 0; sensitivities and searched widths; the other networks without training, on ``--images`` test
@@ -204,7 +205,7 @@ def _table_of_training(results: Results) -> Iterator[str]:
         found = {column: _seeds(results, f"{case.name}/{column}") for column in SCOPES}
         runs = [run for column in found.values() for run in column]
         if runs:
-            start = runs[0]["start"]
+            start = runs[-1]["start"]
             first = f"{_figure(results, f'{case.name}/{start}', case)} ({start})"
             minutes = [_mean([run["seconds"] / 60 for run in found[c]]) for c in SCOPES]
             cells = [_spread([run["figure"] for run in found[column]]) for column in SCOPES]
@@ -277,13 +278,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000,
                         help="CIFAR-10 test images at first (0: all)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=20_000, help="stop after this time")
+    parser.add_argument("--threads", type=int, default=0,
+                        help="threads of each command (0: all cores)")  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="print what is left, measure nothing")
     parser.add_argument("--trial", action="store_true", help="run on a few samples")
     given = parser.parse_args()
     work = given.work / "trial" if given.trial else given.work
     work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * given.minutes
-    steps = Steps(given.models, given.data, work, deadline=deadline, trial=given.trial)
+    steps = Steps(given.models, given.data, work, deadline=deadline, trial=given.trial,
+                  threads=given.threads)  # fmt: skip
     tasks = Tasks(steps, images=given.images, seeds=given.seeds)
     wanted = given.only.split(",")
     run = Run(work / "repair.json", (t for t in tasks if any(part in t.name for part in wanted)))

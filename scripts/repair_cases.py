@@ -55,9 +55,10 @@ REPAIRS: dict[str, list[str]] = {
     ANALYTIC: ["--equalize", "--analytic-bias-correction"],
 }
 STARTS = (PLAIN, EQUALIZED, CORRECTED)
-NETWORK, BLOCKS, BOTH = "end to end", "blocks", "blocks, end to end"
+UNREPAIRED, NETWORK = "end to end, not repaired", "end to end"
+BLOCKS, BOTH = "blocks", "blocks, end to end"
 # How each trained column is trained.
-SCOPES = {NETWORK: "network", BLOCKS: "blocks", BOTH: "network"}
+SCOPES = {UNREPAIRED: "network", NETWORK: "network", BLOCKS: "blocks", BOTH: "network"}
 
 
 class Case(NamedTuple):

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import brute_force
-from repair_cases import BLOCKS, BOTH, CALIBRATION, NETWORKS, REPAIRS, SCOPES, STARTS, Budget, Case
+from repair_cases import (
+    BLOCKS,
+    BOTH,
+    CALIBRATION,
+    NETWORKS,
+    PLAIN,
+    REPAIRS,
+    SCOPES,
+    STARTS,
+    UNREPAIRED,
+    Budget,
+    Case,
+)
 
 JUDGED = 128  # training images on which the start of training is chosen
 TRIAL = 16  # samples of everything in a trial, except training
@@ -39,13 +51,16 @@ class Steps:
         The value of `time.monotonic` at which training stops.
     trial : bool
         Whether to use a few samples and epochs only.
+    threads : int
+        The number of threads of each command, except those of brute force; 0: all cores.
     """
 
     def __init__(
-        self, models: Path, data: Path, work: Path, *, deadline: float, trial: bool
+        self, models: Path, data: Path, work: Path, *, deadline: float, trial: bool, threads: int
     ) -> None:
         self.models, self.data, self.work = models, data, work
         self.deadline, self.trial = deadline, trial
+        self._shared = ["--threads", str(threads), "--json"]
 
     def unquantized(self, model: str, images: int) -> Document:
         """Return the figure of the float model on test images; 0: on all of them."""
@@ -60,11 +75,11 @@ class Steps:
         path, document = self._trained(case, column, seed)
         found = self._figure(case.model, path, 0)
         found |= {key: document[key] for key in ("seconds", "kept", "loss")}
-        return found | {"start": self._start(case)}
+        return found | {"start": self._start(case, column)}
 
     def brute_force(self, case: Case, images: int) -> Document:
         """Compare the ranking of layers by analyze with that by quantizing each one alone."""
-        path, (train, test) = self._calibrated(case, "post-training"), NETWORKS[case.model].data
+        path, (train, test) = self._calibrated(case, PLAIN), NETWORKS[case.model].data
         kept = path.with_suffix(".brute-force.json")
         return brute_force.compare(
             *(path, self.data / train, self.data / test),
@@ -115,15 +130,18 @@ class Steps:
                   *NETWORKS[case.model].preprocessing, "--data", self._train(case),
                   "--samples", samples, "-o", path, "--force")  # fmt: skip
 
-    def _start(self, case: Case) -> str:
-        """Return the column that training starts from.
+    def _start(self, case: Case, column: str) -> str:
+        """Return the column that the training of ``column`` starts from.
 
-        It is the one whose outputs have the least error on training images: the mean over the
-        outputs of the squared error, divided by the variance of the float model's values.
+        If it may be repaired, it is the one whose outputs have the least error on training images:
+        the mean over the outputs of the squared error, divided by the variance of the float model's
+        values.
         """
+        if column == UNREPAIRED:
+            return PLAIN
         kept = self._path(case, "start.json")
         if not kept.exists():
-            errors = {column: self._error(case, column) for column in STARTS}
+            errors = {repair: self._error(case, repair) for repair in STARTS}
             kept.write_text(json.dumps(errors, indent=1))
         errors = json.loads(kept.read_text())
         return min(errors, key=errors.__getitem__)
@@ -145,7 +163,7 @@ class Steps:
                 start, _ = self._trained(case, BLOCKS, seed)
                 words += ["--teacher", self._float_model(case.model)]
             else:
-                start = self._calibrated(case, self._start(case))
+                start = self._calibrated(case, self._start(case, column))
             if SCOPES[column] == "network":
                 words += ["--epochs", 1] if self.trial else case.length
             elif self.trial:
@@ -173,14 +191,14 @@ class Steps:
 
     def _run(self, *words: Any) -> Document:
         """Run a command of onnxqat, and return its JSON document."""
-        command = [*ONNXQAT, *map(str, words), "--json"]
+        command = [*ONNXQAT, *map(str, words), *self._shared]
         result = subprocess.run(command, stdout=subprocess.PIPE)
         return _document(words[0], result.returncode, result.stdout)
 
     def _finetune(self, words: list[Any]) -> Document:
         """Train, or resume training; stop with a checkpoint at the deadline."""
         resume = "--resume" if Path(f"{words[-1]}.checkpoint").exists() else "--force"
-        command = [*ONNXQAT, "finetune", *map(str, words), resume, "--json"]
+        command = [*ONNXQAT, "finetune", *map(str, words), resume, *self._shared]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
             printed, _ = process.communicate(timeout=max(self.deadline - time.monotonic(), 1))
