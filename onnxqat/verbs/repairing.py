@@ -47,7 +47,7 @@ class Equalization:
     source : str
         Hash of the weights of the model that can be the teacher.
     doubtful : tuple of str
-        The equalized layers whose weights have a scale per channel and fewer than 8 bits.
+        The equalized layers whose weights have a scale per channel.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Equalization:
         listener.note(f"Outputs were compared on {on}.")
         if self.doubtful:
             listener.note(
-                f"{len(self.doubtful)} of these layers have a scale per channel and weights of "
-                "fewer than 8 bits, which equalization can make less accurate. Compare the result "
-                "with that of insert without --equalize: onnxqat evaluate."
+                f"{len(self.doubtful)} of these layers have a scale per channel. There, "
+                "equalization can also make the quantized model less accurate. Compare with "
+                "'insert --bias-correction' without --equalize: onnxqat evaluate."
             )
         if self.result.relu6.nodes:
             listener.note(
@@ -97,16 +97,17 @@ class Equalization:
 
 
 def _doubtful(result: Equalized, plan: QuantPlan) -> tuple[str, ...]:
-    """Return the equalized layers that lost accuracy in two of six networks (docs/accuracy.md).
+    """Return the equalized layers whose weights have a scale per channel.
 
-    With a scale per channel, ranges that differ between output channels cost nothing. Making them
-    equal changes the ranges of input channels, which share scales.
+    Ranges that differ between their output channels cost nothing. Making them equal changes the
+    ranges of input channels and activations, which share scales. So some networks lose accuracy
+    (measured in docs/accuracy.md).
     """
     changed = set(result.layers)
     return tuple(
         str(edge.node)
         for point in plan.points
-        if point.role == "weight" and point.spec.axis is not None and point.spec.bits < 8
+        if point.role == "weight" and point.spec.axis is not None
         for edge in point.consumers
         if edge.node in changed
     )
