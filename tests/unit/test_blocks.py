@@ -11,6 +11,8 @@ from onnxqat.errors import TrainingError
 from onnxqat.nodes import weight_index
 from onnxqat.parallel import Workers
 from onnxqat.qparams import quantized_range
+from onnxqat.repair import original
+from onnxqat.repair.originals import note_originals
 from onnxqat.train import Checkpoints, Config, StoppedError, finetune
 from onnxqat.train.blocks.activations import Activations
 from onnxqat.train.blocks.block import BlockTraining, block_loss
@@ -185,6 +187,17 @@ def test_a_teacher_with_other_tensors_within_is_refused(coarse, data):
 
     with pytest.raises(TrainingError, match="at which a block ends, has other values"):
         finetune(coarse, data, teacher=teacher, config=Config(**FAST))
+
+
+def test_the_biases_that_a_repair_changed_do_not_make_the_teacher_another_network(coarse, data):
+    floats = coarse.floats.copy()
+    layer = next(node for node in floats.graph.nodes if weight_index(node) is not None)
+    layer.inputs[2].values = layer.inputs[2].values + np.float32(100)
+    note_originals(coarse.floats, floats)
+    repaired = coarse.with_params(coarse.params, state="calibrated", floats=floats)
+
+    config = Config(**FAST | {"block_epochs": 1})
+    assert finetune(repaired, data, teacher=original(floats), config=config).blocks
 
 
 # --- one step, by numpy -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from onnxqat.errors import TrainingError
 from onnxqat.evaluation.run import model_session
 from onnxqat.model import Model
 from onnxqat.quantized import QuantizedModel
+from onnxqat.repair import original
 from onnxqat.runtime import open_session
 from onnxqat.train.blocks.activations import Activations
 from onnxqat.train.blocks.cut import cut
@@ -98,14 +99,15 @@ class CutNetwork:
         """Refuse a float model whose tensors between the blocks differ from the student's.
 
         The channels inside an equalized network are scaled, although its outputs are the same.
+        Corrected biases count as they were before, as in a teacher.
 
         Raises
         ------
         TrainingError
             A tensor is missing, or its values differ from the student's without quantization.
         """
-        ours, theirs = self.floats, self.reference
-        if theirs is ours:
+        ours, theirs = original(self.floats), self.reference
+        if theirs is self.floats:
             return
         names = [name for block in self.blocks for name in block.outputs]
         found = theirs.graph.tensors()
