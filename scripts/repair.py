@@ -205,7 +205,7 @@ def _table_of_training(results: Results) -> Iterator[str]:
         found = {column: _seeds(results, f"{case.name}/{column}") for column in SCOPES}
         runs = [run for column in found.values() for run in column]
         if runs:
-            start = runs[-1]["start"]
+            start = runs[-1]["start"]  # that of the repaired columns, if there are any
             first = f"{_figure(results, f'{case.name}/{start}', case)} ({start})"
             minutes = [_mean([run["seconds"] / 60 for run in found[c]]) for c in SCOPES]
             cells = [_spread([run["figure"] for run in found[column]]) for column in SCOPES]
