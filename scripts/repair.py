@@ -11,8 +11,8 @@ The script first prints what is left to measure, in order, with the estimated mi
 stops there. Each result is written to WORK/repair.json as soon as it is known, and models are kept
 in WORK. So a run can be interrupted and started again, and an interrupted training resumes from its
 checkpoint. The tables of what is known are printed at the end, in Markdown. ``--trial`` runs
-everything on a few samples in WORK/trial, to see that it works. Small networks make little use of a
-second thread: two runs with ``--threads 1``, other parts and other folders are faster than one.
+everything on a few samples in WORK/trial, to see that it works. Two runs with ``--threads 1``,
+other parts and other folders can share two cores; docs/accuracy.md was measured so.
 
 The order: the networks that will be trained, without training; their training from end to end with
 seed 0; sensitivities and searched widths; the other networks without training, on ``--images`` test

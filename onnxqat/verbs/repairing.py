@@ -46,15 +46,15 @@ class Equalization:
         The result for the last model; None before the first.
     source : str
         Hash of the weights of the model that can be the teacher.
-    doubtful : tuple of str
-        The equalized layers whose weights have a scale per channel.
+    per_channel : int
+        The number of equalized layers whose weights have a scale per channel.
     """
 
     def __init__(
         self, relu6: Relu6, open_samples: Callable[[Model], DataSet] | None = None
     ) -> None:
         self.relu6, self.source = relu6, ""
-        self.doubtful: tuple[str, ...] = ()
+        self.per_channel = 0
         self.samples: DataSet | None = None
         self.result: Equalized | None = None
         self._open_samples = open_samples
@@ -70,7 +70,7 @@ class Equalization:
         batches = None if self.samples is None else compared_batches(self.samples)
         specs = {point.tensor: point.spec for point in plan.points if point.role == "activation"}
         self.result = run(prepared, batches, relu6=self.relu6, activations=specs)
-        self.doubtful = _doubtful(self.result, plan)
+        self.per_channel = _per_channel(self.result, plan)
         model = self.result.model
         teacher = prepared if self.result.relu6.nodes else original(model)
         self.source = weights_hash(teacher.graph)
@@ -84,9 +84,9 @@ class Equalization:
         for line in told(self.result):
             listener.note(f"{line}.")
         listener.note(f"Outputs were compared on {on}.")
-        if self.doubtful:
+        if self.per_channel:
             listener.note(
-                f"{len(self.doubtful)} of these layers have a scale per channel. There, "
+                f"{self.per_channel} of these layers have a scale per channel. There, "
                 "equalization can also make the quantized model less accurate. Compare with "
                 "'insert --bias-correction' without --equalize: onnxqat evaluate."
             )
@@ -96,21 +96,15 @@ class Equalization:
             )
 
 
-def _doubtful(result: Equalized, plan: QuantPlan) -> tuple[str, ...]:
-    """Return the equalized layers whose weights have a scale per channel.
+def _per_channel(result: Equalized, plan: QuantPlan) -> int:
+    """Return the number of equalized layers whose weights have a scale per channel.
 
     Ranges that differ between their output channels cost nothing. Making them equal changes the
     ranges of input channels and activations, which share scales. So some networks lose accuracy
     (measured in docs/accuracy.md).
     """
-    changed = set(result.layers)
-    return tuple(
-        str(edge.node)
-        for point in plan.points
-        if point.role == "weight" and point.spec.axis is not None
-        for edge in point.consumers
-        if edge.node in changed
-    )
+    weights = [p for p in plan.points if p.role == "weight" and p.spec.axis is not None]
+    return len({edge.node for p in weights for edge in p.consumers} & set(result.layers))
 
 
 def compared_batches(data: DataSet, batch_size: int | None = None) -> list[Feeds]:

@@ -106,9 +106,10 @@ class CutNetwork:
         TrainingError
             A tensor is missing, or its values differ from the student's without quantization.
         """
-        ours, theirs = original(self.floats), self.reference
+        theirs = self.reference
         if theirs is self.floats:
             return
+        ours = original(self.floats)
         names = [name for block in self.blocks for name in block.outputs]
         found = theirs.graph.tensors()
         advice = "Give the float model of 'insert'; after --equalize, the equalized one."
